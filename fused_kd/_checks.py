@@ -1,0 +1,128 @@
+"""Argument checks shared by the losses. Every message names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_LOGIT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class Rows(NamedTuple):
+    """Arguments flattened to rows: logits ``(N, C)``, target ``(N,)`` int64 or ``(N, C)``, and the target's shape."""
+
+    student_logits: Tensor
+    other_logits: Tensor
+    target: Tensor
+    shape: torch.Size
+
+
+def check_scalar(name: str, value: float, *, positive: bool = False) -> float:
+    """A finite hyper-parameter, at least 0, or above 0 when ``positive``; returned as a float."""
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a Python number, got a Tensor (a float keeps the device free of a sync)")
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if positive:
+        if not 0.0 < value < math.inf:
+            raise ValueError(f"{name}: expected a finite number above 0, got {value}")
+    elif not 0.0 <= value < math.inf:
+        raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
+    return value if isinstance(value, torch.SymFloat) else float(value)
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+
+
+def check_ignore_index(ignore_index: int) -> None:
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt)):
+        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+
+
+def _check_logits(name: str, logits: Tensor) -> None:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(logits).__name__}")
+    if logits.dtype not in _LOGIT_DTYPES:
+        raise TypeError(f"{name}: expected float64, float32, float16 or bfloat16 logits, got {logits.dtype}")
+    if logits.dim() == 0:
+        raise ValueError(f"{name}: expected logits of shape (..., C), got a scalar")
+
+
+def check_teacher_detached(teacher_logits: Tensor) -> None:
+    if teacher_logits.requires_grad:
+        raise ValueError(
+            "teacher_logits: expected logits that do not require grad, since no gradient flows to the teacher; "
+            "run the teacher under torch.no_grad() or pass teacher_logits.detach()"
+        )
+
+
+def flatten(student_logits: Tensor, other_logits: Tensor, other_name: str, target: Tensor) -> Rows:
+    """Check logits ``(..., C)`` and their target, and view them as rows.
+
+    Raises:
+        TypeError: an argument is no Tensor or has a dtype that is not supported.
+        ValueError: shapes or devices disagree, there are fewer than two classes, or a target requires grad.
+    """
+    _check_logits("student_logits", student_logits)
+    _check_logits(other_name, other_logits)
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target: expected a Tensor, got {type(target).__name__}")
+    shape = student_logits.shape
+    num_classes = shape[-1]
+    if num_classes < 2:
+        raise ValueError(f"student_logits: expected at least 2 classes in the last dimension, got shape {tuple(shape)}")
+    if other_logits.shape != shape:
+        raise ValueError(
+            f"{other_name}: expected the shape of student_logits, {tuple(shape)}, got {tuple(other_logits.shape)}"
+        )
+    device = student_logits.device
+    for name, tensor in ((other_name, other_logits), ("target", target)):
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected the device of student_logits, {device}, got {tensor.device}")
+    if target.dtype in _INDEX_DTYPES:
+        if target.shape != shape[:-1]:
+            # (N, 1) indices are common in data loaders; published code reads them as soft labels of class 0.
+            if target.shape != (*shape[:-1], 1):
+                raise ValueError(
+                    f"target: expected class indices of shape {tuple(shape[:-1])} for logits of shape {tuple(shape)}, "
+                    f"got {tuple(target.shape)}"
+                )
+            target = target.squeeze(-1)
+        if target.dtype != torch.int64:
+            target = target.to(torch.int64)
+    elif target.dtype in _LOGIT_DTYPES:
+        if target.shape != shape:
+            raise ValueError(
+                f"target: expected class probabilities of shape {tuple(shape)}, got {target.dtype} of shape "
+                f"{tuple(target.shape)} (class indices are integers)"
+            )
+        if target.requires_grad:
+            raise ValueError("target: expected probabilities that do not require grad; pass target.detach()")
+    else:
+        raise TypeError(f"target: expected integer class indices or floating-point probabilities, got {target.dtype}")
+    if len(shape) == 2:
+        return Rows(student_logits, other_logits, target, shape[:-1])
+    target = target.reshape(-1, num_classes) if target.is_floating_point() else target.reshape(-1)
+    return Rows(
+        student_logits.reshape(-1, num_classes), other_logits.reshape(-1, num_classes), target, shape[:-1]
+    )
+
+
+def index_error(target: int, num_classes: int, ignore_index: int) -> IndexError:
+    return IndexError(
+        f"target: expected class indices from 0 to {num_classes - 1}, or ignore_index {ignore_index}, got {target}"
+    )
+
+
+def check_index_range(target: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Raise an IndexError for a class index out of range. Reads the values, so it is for CPU tensors only."""
+    bad = (target != ignore_index) & ((target < 0) | (target >= num_classes))
+    if bool(bad.any()):
+        raise index_error(int(target[bad.to(torch.uint8).argmax()]), num_classes, ignore_index)

@@ -1,0 +1,113 @@
+"""The C++ core on CPU tensors: hands pointers, sizes and strides to the compiled module."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_kd import _checks
+from fused_kd.reference import accumulation_dtype
+
+_core: Any
+_failure: str | None = None
+try:  # torch is imported first, so that both share one OpenMP runtime and its threads
+    from fused_kd import _native as _core
+except ImportError as error:
+    _core = None
+    _note = Path(__file__).parent.parent / "_native_missing.txt"
+    if _note.is_file():
+        _failure = _note.read_text().strip()
+    else:
+        _failure = f"the C++ core is not in this installation ({error})"
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4}
+_REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
+
+#: The instruction set whose kernels run: one of ``instruction_sets()``. Tests set it to reach each build.
+instruction_set: str = _core.instruction_sets()[0] if _core else ""
+
+
+def unavailable(device_type: str) -> str | None:
+    if _core is None:
+        return _failure
+    return None if device_type == "cpu" else f"the C++ core runs CPU tensors, not {device_type} tensors"
+
+
+def instruction_sets() -> list[str]:
+    """The builds of the kernels that this processor can run, best first."""
+    return list(_core.instruction_sets()) if _core else []
+
+
+def compiler() -> str:
+    return str(_core.compiler) if _core else ""
+
+
+def nkd(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    gamma: float,
+    temperature: float,
+    ce_weight: float,
+    ignore_index: int,
+    reduction: str,
+    need_gradient: bool,
+    gradient_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, num_classes = student.shape
+    dtype = accumulation_dtype(student, teacher)
+    shape = (rows,) if reduction == "none" else ()
+    loss = torch.empty(shape, dtype=dtype)
+    parts = torch.empty((3, *shape), dtype=dtype)
+    gradient = torch.empty((rows, num_classes) if need_gradient else (0,), dtype=student.dtype)
+    norm = torch.empty((), dtype=dtype)
+    bad_row = _core.nkd(
+        instruction_set,
+        student.data_ptr(),
+        _DTYPES[student.dtype],
+        student.stride(),
+        teacher.data_ptr(),
+        _DTYPES[teacher.dtype],
+        teacher.stride(),
+        target.data_ptr(),
+        _DTYPES[target.dtype],
+        target.stride(),
+        gradient.data_ptr() if need_gradient else 0,
+        loss.data_ptr(),
+        parts.data_ptr(),
+        norm.data_ptr(),
+        _DTYPES[dtype],
+        rows,
+        num_classes,
+        gamma,
+        temperature,
+        ce_weight,
+        ignore_index,
+        _REDUCTIONS[reduction],
+        gradient_scale,
+        torch.get_num_threads(),
+    )
+    if bad_row >= 0:
+        raise _checks.index_error(int(target[bad_row]), num_classes, ignore_index)
+    return loss, parts, gradient, norm
+
+
+def scale_gradient(gradient: Tensor, grad_output: Tensor, norm: Tensor, out: Tensor) -> None:
+    """out = gradient * grad_output * norm, row by row; ``out`` may be ``gradient``."""
+    rows, num_classes = gradient.shape
+    _core.scale_gradient(
+        instruction_set,
+        gradient.data_ptr(),
+        out.data_ptr(),
+        _DTYPES[gradient.dtype],
+        grad_output.data_ptr(),
+        _DTYPES[grad_output.dtype],
+        grad_output.stride(0) if grad_output.dim() else 0,
+        norm.data_ptr(),
+        rows,
+        num_classes,
+        torch.get_num_threads(),
+    )

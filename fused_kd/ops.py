@@ -1,0 +1,196 @@
+"""The one boundary between PyTorch and the kernels: torch.library ops, their fakes, and autograd.
+
+Two ops serve a loss: one forward, which computes the loss, its parts and, where it is wanted, the gradient for an
+incoming gradient of 1; and one backward, shared by every loss, which multiplies that stored gradient by what came in.
+Pointers are taken inside a registered op only, so torch.compile keeps the whole in one graph.
+
+What is stored is one tensor of the logits' shape and dtype. It is already divided by the number of rows for
+``reduction="mean"``, so that an incoming 1 leaves nothing to do. Except in float16, where dividing would underflow just
+when GradScaler is about to multiply: there it is stored times a power of two that uses the upper end of the format's
+range, and ``norm`` undoes that, and divides, in float32 in the backward op.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_kd import backends
+from fused_kd.reference import accumulation_dtype
+
+__all__ = ["nkd"]
+
+_library = torch.library.Library("fused_kd", "DEF")
+_library.define(
+    "nkd(Tensor student_logits, Tensor teacher_logits, Tensor target, float gamma, float temperature, float ce_weight, "
+    "int ignore_index, str reduction, bool need_gradient, str backend) "
+    "-> (Tensor loss, Tensor parts, Tensor gradient, Tensor norm)"
+)
+_library.define("scale_gradient(Tensor gradient, Tensor grad_output, Tensor norm, str backend) -> Tensor")
+_library.define("scale_gradient_(Tensor(a!) gradient, Tensor grad_output, Tensor norm, str backend) -> ()")
+
+
+def _stored_scale(dtype: torch.dtype, bound: float) -> float:
+    """The power of two times which a gradient of magnitude up to ``bound`` is stored."""
+    return 2.0 ** math.floor(math.log2(2.0**15 / bound)) if dtype == torch.float16 else 1.0
+
+
+def _nkd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    gamma: float,
+    temperature: float,
+    ce_weight: float,
+    ignore_index: int,
+    reduction: str,
+    need_gradient: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # |q_y (p - 1)| <= 1, |p^ - q^| <= 1 and |p - V| <= 1 bound the gradient's entries.
+    scale = _stored_scale(student_logits.dtype, 1.0 + gamma * temperature + ce_weight)
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = backends.get(backend).nkd(
+        student_logits,
+        teacher_logits,
+        target,
+        gamma,
+        temperature,
+        ce_weight,
+        ignore_index,
+        reduction,
+        need_gradient,
+        scale,
+    )
+    return result
+
+
+def _scale_gradient(gradient: Tensor, grad_output: Tensor, norm: Tensor, backend: str) -> Tensor:
+    out = torch.empty_like(gradient)
+    backends.get(backend).scale_gradient(gradient, grad_output, norm, out)
+    return out
+
+
+def _scale_gradient_(gradient: Tensor, grad_output: Tensor, norm: Tensor, backend: str) -> None:
+    backends.get(backend).scale_gradient(gradient, grad_output, norm, gradient)
+
+
+for _name, _function in (("nkd", _nkd), ("scale_gradient", _scale_gradient), ("scale_gradient_", _scale_gradient_)):
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _function, _key)
+
+
+@torch.library.register_fake("fused_kd::nkd", lib=_library)
+def _nkd_fake(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    gamma: float,
+    temperature: float,
+    ce_weight: float,
+    ignore_index: int,
+    reduction: str,
+    need_gradient: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(student_logits, teacher_logits)
+    rows = student_logits.shape[:1] if reduction == "none" else ()
+    return (
+        student_logits.new_empty(rows, dtype=dtype),
+        student_logits.new_empty((3, *rows), dtype=dtype),
+        student_logits.new_empty(student_logits.shape if need_gradient else (0,)),
+        student_logits.new_empty((), dtype=dtype),
+    )
+
+
+@torch.library.register_fake("fused_kd::scale_gradient", lib=_library)
+def _scale_gradient_fake(gradient: Tensor, grad_output: Tensor, norm: Tensor, backend: str) -> Tensor:
+    return torch.empty_like(gradient)
+
+
+@torch.library.register_fake("fused_kd::scale_gradient_", lib=_library)
+def _scale_gradient_inplace_fake(gradient: Tensor, grad_output: Tensor, norm: Tensor, backend: str) -> None:
+    return None
+
+
+_NO_DOUBLE_BACKWARD = (
+    "fused_kd: the fused losses do not support double backward (create_graph=True); "
+    "use backend='reference', which does"
+)
+
+
+class _FusedLoss(torch.autograd.Function):
+    """Gives autograd the gradient that the forward op computed. ``arguments`` are the op's, the student's logits first."""
+
+    @staticmethod
+    def forward(op: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        return op(*arguments)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _loss, parts, gradient, norm = output
+        ctx.mark_non_differentiable(parts, gradient, norm)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(gradient, norm)
+        ctx.backend = inputs[-1]
+        ctx.arguments = len(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        rest = (None,) * (ctx.arguments - 2)
+        if grad_output is None:
+            return (None, None, *rest)
+        gradient, norm = ctx.saved_tensors
+        return (None, _apply(gradient, grad_output, norm, ctx.backend), *rest)
+
+
+def _apply(gradient: Tensor, grad_output: Tensor, norm: Tensor, backend: str) -> Tensor:
+    """The stored gradient times the incoming one, in place when nobody can ask for the stored one again."""
+    if torch.compiler.is_compiling():
+        return torch.ops.fused_kd.scale_gradient(gradient, grad_output, norm, backend)
+    if torch.is_grad_enabled():
+        result = torch.ops.fused_kd.scale_gradient(gradient, grad_output, norm, backend)
+        return torch._C._functions.DelayedError(_NO_DOUBLE_BACKWARD, 1)(result.requires_grad_())  # type: ignore[attr-defined]
+    if torch._C._autograd._get_current_graph_task_keep_graph():  # type: ignore[attr-defined]
+        return torch.ops.fused_kd.scale_gradient(gradient, grad_output, norm, backend)
+    if _is_one(grad_output) and gradient.dtype != torch.float16:
+        return gradient
+    torch.ops.fused_kd.scale_gradient_(gradient, grad_output, norm, backend)
+    return gradient
+
+
+def _is_one(grad_output: Tensor) -> bool:
+    """Whether an incoming scalar is 1, where reading it costs nothing; on a GPU the kernel looks instead."""
+    return grad_output.dim() == 0 and grad_output.device.type == "cpu" and grad_output.item() == 1.0
+
+
+def nkd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    gamma: float,
+    temperature: float,
+    ce_weight: float,
+    ignore_index: int,
+    reduction: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The loss and its three parts, stacked, of checked rows; differentiable in the student's logits."""
+    need_gradient = student_logits.requires_grad and torch.is_grad_enabled()
+    arguments = (
+        student_logits,
+        teacher_logits,
+        target,
+        gamma,
+        temperature,
+        ce_weight,
+        ignore_index,
+        reduction,
+        need_gradient,
+        backend,
+    )
+    op = torch.ops.fused_kd.nkd.default
+    loss, parts, *_ = _FusedLoss.apply(op, *arguments) if need_gradient else op(*arguments)
+    return loss, parts
