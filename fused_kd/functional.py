@@ -122,8 +122,8 @@ def nkd_loss(
             reduction=reduction,
         )
     else:
-        loss, packed = ops.nkd(*rows[:3], gamma, temperature, ce_weight, ignore_index, reduction, chosen)
-        parts = LossParts(packed[0], packed[1], packed[2]) if return_parts else None
+        loss, packed = ops.nkd(*rows[:3], gamma, temperature, ce_weight, ignore_index, reduction, chosen, return_parts)
+        parts = LossParts(packed[0], packed[1], packed[2]) if packed is not None and return_parts else None
     if reduction == "none" and len(rows.shape) != 1:
         loss = loss.reshape(rows.shape)
         parts = LossParts(*(part.reshape(rows.shape) for part in parts)) if parts is not None else None

@@ -115,6 +115,8 @@ def _scale_gradient_inplace_fake(gradient: Tensor, grad_output: Tensor, norm: Te
     return None
 
 
+_nkd_op = torch.ops.fused_kd.nkd.default
+
 _NO_DOUBLE_BACKWARD = (
     "fused_kd: the fused losses do not support double backward (create_graph=True); "
     "use backend='reference', which does"
@@ -122,28 +124,32 @@ _NO_DOUBLE_BACKWARD = (
 
 
 class _FusedLoss(torch.autograd.Function):
-    """Gives autograd the gradient that the forward op computed. ``arguments`` are the op's, the student's logits first."""
+    """Gives autograd the gradient that the forward op computed.
+
+    Shaped by the time of a call, which at a thousand classes is a good part of a step: every argument of ``apply`` costs
+    a microsecond each way, so the op's further arguments come as one tuple; a second output costs five; and the argument
+    binding that comes with ``setup_context`` twenty. torch.func needs the latter, so :func:`nkd` refuses there.
+    """
 
     @staticmethod
-    def forward(op: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        return op(*arguments)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _loss, parts, gradient, norm = output
-        ctx.mark_non_differentiable(parts, gradient, norm)
+    def forward(
+        ctx: Any, student_logits: Tensor, op: Any, further: tuple[Any, ...], want_parts: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        loss, parts, gradient, norm = op(student_logits, *further)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(gradient, norm)
-        ctx.backend = inputs[-1]
-        ctx.arguments = len(inputs)
+        ctx.backend = further[-1]
+        if not want_parts:
+            return loss  # type: ignore[no-any-return]
+        ctx.mark_non_differentiable(parts)
+        return loss, parts
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        rest = (None,) * (ctx.arguments - 2)
+    def backward(ctx: Any, grad_output: Tensor | None, _grad_parts: None = None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
-            return (None, None, *rest)
+            return None, None, None, None
         gradient, norm = ctx.saved_tensors
-        return (None, _apply(gradient, grad_output, norm, ctx.backend), *rest)
+        return _apply(gradient, grad_output, norm, ctx.backend), None, None, None
 
 
 def _apply(gradient: Tensor, grad_output: Tensor, norm: Tensor, backend: str) -> Tensor:
@@ -176,11 +182,15 @@ def nkd(
     ignore_index: int,
     reduction: str,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """The loss and its three parts, stacked, of checked rows; differentiable in the student's logits."""
+    want_parts: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The loss and, if wanted, its three parts, stacked, of checked rows; differentiable in the student's logits."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "fused_kd: torch.func transforms do not reach into the fused kernels; use backend='reference' under them"
+        )
     need_gradient = student_logits.requires_grad and torch.is_grad_enabled()
-    arguments = (
-        student_logits,
+    further = (
         teacher_logits,
         target,
         gamma,
@@ -191,6 +201,7 @@ def nkd(
         need_gradient,
         backend,
     )
-    op = torch.ops.fused_kd.nkd.default
-    loss, parts, *_ = _FusedLoss.apply(op, *arguments) if need_gradient else op(*arguments)
-    return loss, parts
+    if not need_gradient:
+        return _nkd_op(student_logits, *further)[:2]  # type: ignore[no-any-return]
+    result = _FusedLoss.apply(student_logits, _nkd_op, further, want_parts)
+    return result if want_parts else (result, None)

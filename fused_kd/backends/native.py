@@ -106,7 +106,7 @@ def scale_gradient(gradient: Tensor, grad_output: Tensor, norm: Tensor, out: Ten
         grad_output.data_ptr(),
         _DTYPES[grad_output.dtype],
         grad_output.stride(0) if grad_output.dim() else 0,
-        norm.data_ptr(),
+        norm.item(),
         rows,
         num_classes,
         torch.get_num_threads(),

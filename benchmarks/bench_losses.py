@@ -1,0 +1,71 @@
+"""The benchmark's cases for pytest-benchmark: forward + backward of each provider.
+
+    pytest benchmarks/bench_losses.py --benchmark-only --benchmark-group-by=param:loss,param:case
+
+The figures of the README come from `python -m benchmarks`, which takes the providers in turn; here they run one after
+another, so a disturbance of the machine can favour one of them. This is for comparing commits:
+`--benchmark-autosave`, later `--benchmark-compare`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import pytest
+import torch
+
+from benchmarks import measure
+from benchmarks.cases import DEFAULT_DTYPES, DEFAULT_SHAPES, Case, Inputs, make_inputs
+from benchmarks.providers import LOSSES, Loss, Provider
+
+pytest.importorskip("pytest_benchmark")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CASES = [Case(*shape, dtype, DEVICE) for dtype in DEFAULT_DTYPES[DEVICE] for shape in DEFAULT_SHAPES[DEVICE]]
+SECONDS = 1.0  # of timing per test
+
+
+@lru_cache(maxsize=1)  # the tests are ordered by case
+def _inputs(case: Case) -> Inputs:
+    return make_inputs(case)
+
+
+def _parameters() -> Iterator[object]:
+    for loss in LOSSES.values():
+        for case in CASES:
+            for provider in loss.providers:
+                name = f"{loss.name}-{case.rows}x{case.classes}-{case.dtype}-{provider.name}"
+                yield pytest.param(loss, case, provider, id=name)
+
+
+@pytest.mark.parametrize(("loss", "case", "provider"), list(_parameters()))
+def test_forward_backward(benchmark, loss: Loss, case: Case, provider: Provider) -> None:  # type: ignore[no-untyped-def]
+    reason = provider.unavailable(case.device)
+    if reason:
+        pytest.skip(reason)
+    torch._dynamo.reset()
+    inputs = _inputs(case)
+    function = provider.build()
+    if provider.same_loss:
+        found = measure.errors(loss, function, inputs)
+        assert found.within(measure.TOLERANCE[case.dtype]), found
+    samples = measure.Samples()
+    call = measure.timer(case.device)
+    for _ in range(10):
+        call(function, inputs, samples)
+    rounds = max(5, min(1000, int(SECONDS / min(samples.both))))
+
+    def step() -> None:
+        value = function(inputs.student_logits, inputs.teacher_logits, inputs.target)
+        value.backward()  # type: ignore[no-untyped-call]
+        if case.device == "cuda":
+            torch.cuda.synchronize()
+
+    def drop_gradient() -> None:
+        inputs.student_logits.grad = None
+
+    benchmark.group = f"{loss.name} {case.name}"
+    benchmark.extra_info.update(provider=provider.name, inputs=inputs.source)
+    benchmark.pedantic(step, setup=drop_gradient, rounds=rounds, warmup_rounds=1)
+    inputs.student_logits.grad = None

@@ -1,0 +1,56 @@
+// What the CPU core offers: plain structures and a table of the kernels of one instruction set.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fused_kd {
+
+enum DType { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3, kInt64 = 4 };
+enum Reduction { kNone = 0, kSum = 1, kMean = 2 };
+
+// A matrix, or a vector when col_stride is unused; strides count elements, so offsets are 64-bit throughout.
+struct Matrix {
+    const void* data;
+    DType dtype;
+    int64_t row_stride, col_stride;
+};
+
+struct NkdArgs {
+    Matrix student, teacher;
+    Matrix target; // class indices (kInt64), or probabilities
+    void* gradient; // contiguous, of the student's dtype; null when it is not wanted
+    int64_t rows, classes;
+    double gamma, temperature, ce_weight;
+    int64_t ignore_index;
+    double gradient_scale; // multiplies every stored gradient
+    double* parts;         // (rows, 3): target, non_target, ce; 0 for rows that do not count
+    DType accumulate;      // kFloat32 or kFloat64
+    int threads;
+};
+
+struct ScaleArgs {
+    const void* gradient;
+    void* out; // may be the gradient
+    DType dtype;
+    const void* grad_output; // per row, at a stride that may be 0
+    DType grad_output_dtype;
+    int64_t grad_output_stride;
+    double norm;
+    int64_t rows, classes;
+    int threads;
+};
+
+struct Kernels {
+    const char* name;
+    void (*nkd)(const NkdArgs&);
+    void (*scale_gradient)(const ScaleArgs&);
+};
+
+// Scratch of the calling thread, at least that large, 64-byte aligned. It grows and stays: a few rows per thread.
+void* thread_scratch(size_t bytes);
+
+// How many of the threads are worth waking for so much work.
+int useful_threads(int threads, int64_t rows, int64_t classes);
+
+} // namespace fused_kd

@@ -1,0 +1,239 @@
+// A vector of floats or doubles as wide as the instruction set that this file is compiled for, on the compiler's vector
+// extensions; intrinsics only where those have no word for it (partial and half-precision loads).
+// Included by sources compiled once per instruction set: everything is inside FKD_ISA, and no library templates are used,
+// since the linker would merge their builds.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#define FKD_INLINE inline __attribute__((always_inline))
+
+namespace fused_kd {
+namespace FKD_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+
+typedef float FloatVec __attribute__((vector_size(kBytes)));
+typedef int32_t Int32Vec __attribute__((vector_size(kBytes)));
+typedef double DoubleVec __attribute__((vector_size(kBytes)));
+typedef int64_t Int64Vec __attribute__((vector_size(kBytes)));
+
+template <class A>
+struct Simd;
+
+template <>
+struct Simd<float> {
+    typedef FloatVec Vec;
+    typedef Int32Vec Mask; // lanes of all ones or all zeros
+    typedef int32_t Int;
+    // The polynomial that minimises the largest relative error against 2^r on |r| <= 1/2: 7.5e-8, about one ulp.
+    static constexpr int kDegree = 5;
+    static constexpr float kPoly[6] = {1.00000007187f, 0.693146966387f, 0.240221186757f, 0.0555071394074f, 0.00967559824654f, 0.0013276394519f};
+    // 1.5 * 2^23 + 127: adding it leaves round(x) plus the exponent's bias in the low bits.
+    static constexpr float kRound = 12583039.0f;
+    static constexpr int kMantissa = 23;
+    static constexpr float kLowest = -125.0f; // below, the power is taken as 0; above, 2^k stays normal
+};
+
+template <>
+struct Simd<double> {
+    typedef DoubleVec Vec;
+    typedef Int64Vec Mask;
+    typedef int64_t Int;
+    static constexpr int kDegree = 11; // largest relative error 3e-18
+    static constexpr double kPoly[12] = {1.0,
+        0.693147180559945309,
+        0.240226506959101566,
+        0.0555041086648199163,
+        0.00961812910758818278,
+        0.00133335581467906301,
+        0.000154035304627137175,
+        0.0000152527334897536966,
+        1.32154329856828154e-6,
+        1.01781979572133673e-7,
+        7.0741242936979471e-9,
+        4.43531463923002681e-10};
+    static constexpr double kRound = 6755399441056767.0; // 1.5 * 2^52 + 1023
+    static constexpr int kMantissa = 52;
+    static constexpr double kLowest = -1021.0;
+};
+
+template <class A>
+using Vec = typename Simd<A>::Vec;
+template <class A>
+using Mask = typename Simd<A>::Mask;
+template <class A>
+constexpr int kLanes = kBytes / int(sizeof(A));
+
+template <class A>
+FKD_INLINE Vec<A> splat(A x) {
+    return x - Vec<A>{}; // vector - vector with a broadcast scalar; -0.0 is kept
+}
+
+// The lanes that a step works on: all, so that masks cost nothing, or some.
+struct AllLanes {};
+template <class A>
+struct SomeLanes {
+    Mask<A> on;
+    int count; // elements that exist from the start of the vector
+};
+
+template <class A>
+FKD_INLINE SomeLanes<A> lanes_below(int count, int without) {
+    typedef typename Simd<A>::Int Int;
+    alignas(64) static constexpr Int kOrder[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    Mask<A> index;
+    __builtin_memcpy(&index, kOrder, sizeof index);
+    return {(index < Int(count)) & (index != Int(without)), count};
+}
+
+template <class A>
+FKD_INLINE Vec<A> load(const A* p, AllLanes = {}) {
+    Vec<A> v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+
+template <class A>
+FKD_INLINE Vec<A> load(const A* p, const SomeLanes<A>& lanes) {
+    if (lanes.count >= kLanes<A>) return load(p);
+    Vec<A> v = {};
+    __builtin_memcpy(&v, p, sizeof(A) * size_t(lanes.count));
+    return v;
+}
+
+template <class A>
+FKD_INLINE void store(A* p, Vec<A> v, AllLanes = {}) {
+    __builtin_memcpy(p, &v, sizeof v);
+}
+
+template <class A>
+FKD_INLINE void store(A* p, Vec<A> v, const SomeLanes<A>& lanes) {
+    if (lanes.count >= kLanes<A>)
+        store(p, v);
+    else
+        __builtin_memcpy(p, &v, sizeof(A) * size_t(lanes.count));
+}
+
+#if defined(__AVX512F__)
+FKD_INLINE Vec<float> load(const float* p, const SomeLanes<float>& lanes) {
+    return (Vec<float>)_mm512_maskz_loadu_ps(__mmask16((1u << lanes.count) - 1u), p);
+}
+FKD_INLINE void store(float* p, Vec<float> v, const SomeLanes<float>& lanes) {
+    _mm512_mask_storeu_ps(p, __mmask16((1u << lanes.count) - 1u), (__m512)v);
+}
+#endif
+
+// v where the lane is on, else other.
+template <class V>
+FKD_INLINE V keep(AllLanes, V v, V) {
+    return v;
+}
+template <class A, class V>
+FKD_INLINE V keep(const SomeLanes<A>& lanes, V v, V other) {
+    return lanes.on ? v : other;
+}
+
+// The larger of two; where x is NaN, acc.
+template <class V>
+FKD_INLINE V max_of(V x, V acc) {
+    return x > acc ? x : acc;
+}
+
+// 2^x for x up to about 1, within about 2 ulp; exactly 0 at -inf and below the range; NaN stays NaN, since it is
+// multiplied. Base 2, because then the reduction to |r| <= 1/2 is exact and scaling by log2(e) merges with subtracting a
+// maximum (see Shift).
+template <class A>
+FKD_INLINE Vec<A> exp2_nonpositive(Vec<A> x) {
+    typedef Simd<A> S;
+    const Vec<A> shifted = x + S::kRound;
+    const Vec<A> r = x - (shifted - S::kRound);
+    Vec<A> power = splat<A>(S::kPoly[S::kDegree]);
+#pragma GCC unroll 16
+    for (int i = S::kDegree - 1; i >= 0; --i) power = power * r + S::kPoly[i];
+    const Vec<A> two_to_k = (Vec<A>)((Mask<A>)shifted << S::kMantissa);
+    return x < S::kLowest ? Vec<A>{} : power * two_to_k;
+}
+
+constexpr double kLog2E = 1.44269504088896340736, kLn2 = 0.693147180559945309417;
+
+// Logits x as (x - origin) * log2(e), where the origin is a maximum or, with fused multiply-add, the point next to it
+// that one fused instruction maps to 0. Sums that refer to "the maximum" refer to the origin. The exact form takes any
+// maximum and clamps a difference that overflows; the other needs |max| < kLargestShift, or the origin is too far off.
+constexpr double kLargestShift = 1048576.0;
+
+template <class A, bool exact>
+struct Shift {
+    A log2e, minus;
+    double origin;
+#if defined(__FMA__) || defined(__aarch64__)
+    static constexpr bool fused = !exact;
+#else
+    static constexpr bool fused = false;
+#endif
+    explicit FKD_INLINE Shift(A max) : log2e(A(kLog2E)), minus(fused ? -max * log2e : max) {
+        origin = fused ? -double(minus) / double(log2e) : double(max);
+    }
+    FKD_INLINE Vec<A> operator()(Vec<A> x) const {
+        if constexpr (fused) return x * log2e + minus;
+        const Vec<A> y = (x - minus) * log2e;
+        constexpr A lowest = sizeof(A) == 4 ? A(-3e38) : A(-1e308);
+        if constexpr (exact) return y < lowest ? splat<A>(lowest) : y;
+        return y;
+    }
+};
+
+// Folds a vector to one value in a fixed order: halves of 16 bytes first, then the lanes of the last.
+template <class A, class Fold>
+FKD_INLINE A fold_lanes(Vec<A> v, Fold fold) {
+    typedef A Part __attribute__((vector_size(16)));
+    Part part[kBytes / 16];
+    __builtin_memcpy(part, &v, sizeof v);
+#pragma GCC unroll 4
+    for (int width = kBytes / 32; width > 0; width /= 2)
+#pragma GCC unroll 4
+        for (int i = 0; i < width; ++i) part[i] = fold(part[i], part[i + width]);
+    A lane[16 / sizeof(A)];
+    __builtin_memcpy(lane, &part[0], 16);
+    for (int width = int(8 / sizeof(A)); width > 0; width /= 2)
+        for (int i = 0; i < width; ++i) lane[i] = fold(lane[i], lane[i + width]);
+    return lane[0];
+}
+
+template <class A>
+FKD_INLINE A sum_lanes(Vec<A> v) {
+    return fold_lanes<A>(v, [](auto x, auto y) { return x + y; });
+}
+
+template <class A>
+FKD_INLINE A max_lanes(Vec<A> v) {
+    return fold_lanes<A>(v, [](auto x, auto y) { return x > y ? x : y; });
+}
+
+// Calls step(lanes, j) for the vectors that cover [0, n), leaving out the element `without` (negative: none).
+template <class A, class Step>
+FKD_INLINE void for_lanes(int64_t n, int64_t without, Step step) {
+    constexpr int64_t w = kLanes<A>;
+    int64_t j = 0;
+    if (without >= 0 && without < n - n % w) {
+        for (; j + w <= without; j += w) step(AllLanes{}, j);
+        step(lanes_below<A>(int(w), int(without - j)), j);
+        j += w;
+    }
+    for (; j + w <= n; j += w) step(AllLanes{}, j);
+    if (j < n) step(lanes_below<A>(int(n - j), int(without - j)), j);
+}
+
+} // namespace FKD_ISA
+} // namespace fused_kd
