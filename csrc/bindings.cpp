@@ -21,11 +21,12 @@ Matrix matrix(uintptr_t data, int dtype, const py::tuple& strides) {
     return {reinterpret_cast<const void*>(data), DType(dtype), strides[0].cast<int64_t>(), col};
 }
 
-int64_t run_nkd(const std::string& instruction_set, uintptr_t student, int student_dtype, const py::tuple& student_strides,
-                uintptr_t teacher, int teacher_dtype, const py::tuple& teacher_strides, uintptr_t target,
-                int target_dtype, const py::tuple& target_strides, uintptr_t gradient, uintptr_t loss, uintptr_t parts,
-                uintptr_t norm, int accumulate, int64_t rows, int64_t classes, double gamma, double temperature,
-                double ce_weight, int64_t ignore_index, int reduction, double gradient_scale, int threads) {
+int64_t run_nkd(const std::string& instruction_set, uintptr_t student, int student_dtype,
+                const py::tuple& student_strides, uintptr_t teacher, int teacher_dtype,
+                const py::tuple& teacher_strides, uintptr_t target, int target_dtype, const py::tuple& target_strides,
+                uintptr_t gradient, uintptr_t loss, uintptr_t parts, uintptr_t norm, int accumulate, int64_t rows,
+                int64_t classes, double gamma, double temperature, double ce_weight, int64_t ignore_index,
+                int reduction, double gradient_scale, int threads) {
     NkdArgs args = {};
     args.student = matrix(student, student_dtype, student_strides);
     args.teacher = matrix(teacher, teacher_dtype, teacher_strides);
@@ -71,7 +72,8 @@ PYBIND11_MODULE(_native, m) {
     m.doc() = "CPU kernels of fused_kd.";
     m.def("instruction_sets", [] {
         py::list names;
-        for (const Kernels* kernels : runnable_kernels()) names.append(kernels->name);
+        for (const Kernels* kernels : runnable_kernels())
+            names.append(kernels->name);
         return names;
     });
     m.def("nkd", &run_nkd);

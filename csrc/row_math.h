@@ -1,5 +1,6 @@
 // Per-row formulas of the losses: from the statistics of a row to its loss parts and the coefficients of its gradient.
-// Shared by every backend that compiles C++, so plain scalars only: no vectors, no allocation, no library beyond <math.h>.
+// Shared by every backend that compiles C++, so plain scalars only: no vectors, no allocation, no library beyond
+// <math.h>.
 //
 // Notation (y the target, "nt" the classes other than y):
 //   max_nt           the largest non-target logit, to which all sums of a row refer; 0 if every one is -inf
@@ -122,9 +123,8 @@ FKD_HD NkdRow<R> nkd_row(const NkdStats<R>& x, const NkdParams& params) {
     out.v = ce_weight;
 
     // A class that cannot occur has no gradient, the target included.
-    out.gradient_target = x.s_target == -INFINITY
-                              ? R(0) * out.a
-                              : ce_weight * (p.p_target * x.v_sum - x.v_target) - q.p_target * p.rest;
+    out.gradient_target =
+        x.s_target == -INFINITY ? R(0) * out.a : ce_weight * (p.p_target * x.v_sum - x.v_target) - q.p_target * p.rest;
     if (x.v_sum == x.v_target && x.v_target == R(1)) // (q_y + ce)(p_y - 1), without the subtraction
         out.gradient_target = x.s_target == -INFINITY ? R(0) * out.a : -(q.p_target + ce_weight) * p.rest;
     return out;

@@ -1,10 +1,10 @@
 """Fused kernels for knowledge-distillation losses."""
 
 from fused_kd import reference
+from fused_kd._version import __version__
 from fused_kd.backends import explain
 from fused_kd.functional import nkd_loss
 from fused_kd.modules import NKDLoss
 from fused_kd.reference import LossParts
 
-__version__ = "0.1.0"
-__all__ = ["LossParts", "NKDLoss", "explain", "nkd_loss", "reference"]
+__all__ = ["LossParts", "NKDLoss", "__version__", "explain", "nkd_loss", "reference"]

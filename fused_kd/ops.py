@@ -132,15 +132,13 @@ class _FusedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, student_logits: Tensor, op: Any, further: tuple[Any, ...], want_parts: bool
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(ctx: Any, student_logits: Tensor, op: Any, want_parts: bool, further: tuple[Any, ...]) -> Any:
         loss, parts, gradient, norm = op(student_logits, *further)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(gradient, norm)
         ctx.backend = further[-1]
         if not want_parts:
-            return loss  # type: ignore[no-any-return]
+            return loss
         ctx.mark_non_differentiable(parts)
         return loss, parts
 
@@ -203,5 +201,5 @@ def nkd(
     )
     if not need_gradient:
         return _nkd_op(student_logits, *further)[:2]  # type: ignore[no-any-return]
-    result = _FusedLoss.apply(student_logits, _nkd_op, further, want_parts)
+    result = _FusedLoss.apply(student_logits, _nkd_op, want_parts, further)
     return result if want_parts else (result, None)

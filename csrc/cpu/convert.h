@@ -63,15 +63,18 @@ template <class Format, class A>
 FKD_INLINE void gather(const void* base, int64_t stride, int64_t n, A* out) {
     const typename Format::Storage* p = static_cast<const typename Format::Storage*>(base);
     if (stride == 1)
-        for (int64_t j = 0; j < n; ++j) out[j] = A(Format::load(p[j]));
+        for (int64_t j = 0; j < n; ++j)
+            out[j] = A(Format::load(p[j]));
     else
-        for (int64_t j = 0; j < n; ++j) out[j] = A(Format::load(p[j * stride]));
+        for (int64_t j = 0; j < n; ++j)
+            out[j] = A(Format::load(p[j * stride]));
 }
 
 template <class Format, class A>
 FKD_INLINE void put(const A* in, int64_t n, void* base) {
     typename Format::Storage* p = static_cast<typename Format::Storage*>(base);
-    for (int64_t j = 0; j < n; ++j) p[j] = typename Format::Storage(Format::store(in[j]));
+    for (int64_t j = 0; j < n; ++j)
+        p[j] = typename Format::Storage(Format::store(in[j]));
 }
 
 // The 16-bit floats by vectors, while fetching what the next call will want. Return how many elements they did.

@@ -24,8 +24,8 @@ FKD_DECLARE(avx512)
 std::vector<const Kernels*> runnable_kernels() {
     std::vector<const Kernels*> found;
 #if defined(FKD_WITH_AVX512)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
         found.push_back(&avx512::kKernels);
 #endif
 #if defined(FKD_WITH_AVX2)
@@ -73,8 +73,8 @@ int64_t nkd(const Kernels& kernels, NkdArgs args, const NkdOutputs& out) {
         }
     }
     const double divisor = out.reduction == kMean ? double(std::max<int64_t>(counted, 1)) : 1.0;
-    // Divided now, an incoming gradient of 1 leaves nothing to do. Float16 would underflow, so there a power of two next
-    // to the divisor is multiplied in and left to `norm`, which thus rounds nothing (see fused_kd/ops.py).
+    // Divided now, an incoming gradient of 1 leaves nothing to do. Float16 would underflow, so there a power of two
+    // next to the divisor is multiplied in and left to `norm`, which thus rounds nothing (see fused_kd/ops.py).
     const double power = args.student.dtype == kFloat16 ? std::exp2(std::floor(std::log2(divisor))) : 1.0;
     const double norm = 1.0 / (args.gradient_scale * power);
     args.gradient_scale *= power / divisor;
@@ -93,14 +93,17 @@ int64_t nkd(const Kernels& kernels, NkdArgs args, const NkdOutputs& out) {
         for (int64_t row = 0; row < args.rows; ++row) {
             const double* p = parts.data() + 3 * row;
             put(out.loss, row, p[0] + p[1] + p[2]);
-            for (int k = 0; k < 3; ++k) put(out.parts, k * args.rows + row, p[k]);
+            for (int k = 0; k < 3; ++k)
+                put(out.parts, k * args.rows + row, p[k]);
         }
     } else {
         double sums[3] = {0, 0, 0}; // in the rows' order, so the same bits whatever the number of threads
         for (int64_t row = 0; row < args.rows; ++row)
-            for (int k = 0; k < 3; ++k) sums[k] += parts[size_t(3 * row + k)];
+            for (int k = 0; k < 3; ++k)
+                sums[k] += parts[size_t(3 * row + k)];
         put(out.loss, 0, (sums[0] + sums[1] + sums[2]) / divisor);
-        for (int k = 0; k < 3; ++k) put(out.parts, k, sums[k] / divisor);
+        for (int k = 0; k < 3; ++k)
+            put(out.parts, k, sums[k] / divisor);
     }
     return -1;
 }

@@ -18,7 +18,7 @@ struct Matrix {
 
 struct NkdArgs {
     Matrix student, teacher;
-    Matrix target; // class indices (kInt64), or probabilities
+    Matrix target;  // class indices (kInt64), or probabilities
     void* gradient; // contiguous, of the student's dtype; null when it is not wanted
     int64_t rows, classes;
     double gamma, temperature, ce_weight;

@@ -2,13 +2,13 @@
 //
 // A row is visited in blocks that fit in the first-level cache. The first pass takes each block's maxima, exponentials
 // relative to them, and sums; the exponentials stay (in the gradient's own row where the dtypes allow it). Then the
-// blocks' sums are brought to the row's maxima in double precision, the formulas of row_math.h give the coefficients, and
-// the second pass combines the stored exponentials. So logits are read once, no exponential is computed twice, and the
-// error of a sum grows with the block's length, not the row's.
+// blocks' sums are brought to the row's maxima in double precision, the formulas of row_math.h give the coefficients,
+// and the second pass combines the stored exponentials. So logits are read once, no exponential is computed twice, and
+// the error of a sum grows with the block's length, not the row's.
 //
-// A class whose student logit is -inf breaks the fast sums (0 * inf), and a maximum beyond kLargestShift the fast shift;
-// such a row shows by its sums not being finite and is done again with `careful` loops that leave those classes out. So is
-// a row with NaN, which stays NaN.
+// A class whose student logit is -inf breaks the fast sums (0 * inf), and a maximum beyond kLargestShift the fast
+// shift; such a row shows by its sums not being finite and is done again with `careful` loops that leave those classes
+// out. So is a row with NaN, which stays NaN.
 #include "../row_math.h"
 #include "convert.h"
 #include "kernels.h"
@@ -18,7 +18,8 @@ namespace fused_kd {
 namespace FKD_ISA {
 namespace {
 
-// Fits the first-level cache with room to spare, and no lane adds up more than 128 terms before double precision takes over.
+// Fits the first-level cache with room to spare, and no lane adds up more than 128 terms before double
+// precision takes over.
 template <class A>
 constexpr int64_t kBlock = 128 * kLanes<A>;
 
@@ -27,10 +28,11 @@ struct BlockStats {
     double v_sum, v_cross, v_blocked;
 };
 
-// Scratch of a thread. e_s and e_st hold a row's exponentials of s - max and (s - max)/T, e_t those of (t - max)/T.
+// Scratch of a thread. e_s and e_st hold a row's exponentials of s - max and (s - max)/T, e_t those of (t -
+// max)/T.
 template <class A>
 struct Scratch {
-    A *e_s, *e_st, *e_t;         // a row each; e_s only where the gradient's row cannot hold it, e_st only if T != 1
+    A *e_s, *e_st, *e_t;          // a row each; e_s only where the gradient's row cannot hold it, e_st only if T != 1
     A *student, *teacher, *probs; // a block each, for inputs that are converted
     BlockStats* blocks;
 
@@ -113,14 +115,13 @@ FKD_INLINE void block_stats(const A* s, const A* t, const A* v, int64_t n, int64
             v_blocked += impossible ? p : zero;
         }
     });
-    out.s_sum = sum_lanes<A>(s_sum);
+    const bool in_reach = s_largest < A(kLargestShift) && s_largest > A(-kLargestShift) &&
+                          t_largest < A(kLargestShift) && t_largest > A(-kLargestShift);
+    out.s_sum = careful || in_reach ? sum_lanes<A>(s_sum) : A(NAN); // has the row done again
     out.t_sum = sum_lanes<A>(t_sum);
     out.s_sum_t = unit_t ? out.s_sum : double(sum_lanes<A>(s_sum_t));
     out.t_sum_t = unit_t ? out.t_sum : double(sum_lanes<A>(t_sum_t));
     out.cross = kLn2 * sum_lanes<A>(cross);
-    const bool in_reach = s_largest < A(kLargestShift) && s_largest > A(-kLargestShift) &&
-                          t_largest < A(kLargestShift) && t_largest > A(-kLargestShift);
-    if (!careful && !in_reach) out.cross = NAN;
     out.blocked = careful ? sum_lanes<A>(blocked) : A(0);
     if constexpr (with_probs) {
         out.v_sum = sum_lanes<A>(v_sum);
@@ -197,7 +198,8 @@ FKD_NOINLINE NkdRow<double> nkd_row_pass(const NkdArgs& args, const Scratch<A>& 
         const A* s = read(args.student, row, j, n, scratch.student);
         const A* t = read(args.teacher, row, j, n, scratch.teacher);
         const A* v = with_probs ? read(args.target, row, j, n, scratch.probs) : nullptr;
-        // Without a gradient the exponentials are of no further use: keep overwriting the same few lines of cache.
+        // Without a gradient the exponentials are of no further use: keep overwriting the same few lines of
+        // cache.
         const int64_t at = wanted ? j : 0;
         block_stats<A, unit_t, careful, with_probs>(s, t, v, n, y - j, A(inv_t), e_s + at, scratch.e_st + at,
                                                     scratch.e_t + at, scratch.blocks[count]);
@@ -252,7 +254,8 @@ int64_t argmax(const Matrix& m, int64_t row, int64_t classes, A* staging) {
         if (!(block_top > largest)) continue;
         largest = block_top;
         best = j;
-        while (v[best - j] != largest) ++best;
+        while (v[best - j] != largest)
+            ++best;
     }
     return best;
 }
@@ -317,7 +320,8 @@ void scale_rows(const ScaleArgs& args) {
             const A* g = read(gradient, row, j, n, staging);
             const bool direct = args.dtype == dtype_of<A>();
             A* target = direct ? reinterpret_cast<A*>(out) + j : staging;
-            for (int64_t i = 0; i < n; ++i) target[i] = g[i] * factor;
+            for (int64_t i = 0; i < n; ++i)
+                target[i] = g[i] * factor;
             if (!direct) write(staging, n, out + j * element_size(args.dtype), args.dtype);
         }
     }

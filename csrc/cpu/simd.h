@@ -1,7 +1,7 @@
 // A vector of floats or doubles as wide as the instruction set that this file is compiled for, on the compiler's vector
 // extensions; intrinsics only where those have no word for it (partial and half-precision loads).
-// Included by sources compiled once per instruction set: everything is inside FKD_ISA, and no library templates are used,
-// since the linker would merge their builds.
+// Included by sources compiled once per instruction set: everything is inside FKD_ISA, and no library templates are
+// used, since the linker would merge their builds.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +39,8 @@ struct Simd<float> {
     typedef int32_t Int;
     // The polynomial that minimises the largest relative error against 2^r on |r| <= 1/2: 7.5e-8, about one ulp.
     static constexpr int kDegree = 5;
-    static constexpr float kPoly[6] = {1.00000007187f, 0.693146966387f, 0.240221186757f, 0.0555071394074f, 0.00967559824654f, 0.0013276394519f};
+    static constexpr float kPoly[6] = {1.00000007187f,   0.693146966387f,   0.240221186757f,
+                                       0.0555071394074f, 0.00967559824654f, 0.0013276394519f};
     // 1.5 * 2^23 + 127: adding it leaves round(x) plus the exponent's bias in the low bits.
     static constexpr float kRound = 12583039.0f;
     static constexpr int kMantissa = 23;
@@ -53,17 +54,17 @@ struct Simd<double> {
     typedef int64_t Int;
     static constexpr int kDegree = 11; // largest relative error 3e-18
     static constexpr double kPoly[12] = {1.0,
-        0.693147180559945309,
-        0.240226506959101566,
-        0.0555041086648199163,
-        0.00961812910758818278,
-        0.00133335581467906301,
-        0.000154035304627137175,
-        0.0000152527334897536966,
-        1.32154329856828154e-6,
-        1.01781979572133673e-7,
-        7.0741242936979471e-9,
-        4.43531463923002681e-10};
+                                         0.693147180559945309,
+                                         0.240226506959101566,
+                                         0.0555041086648199163,
+                                         0.00961812910758818278,
+                                         0.00133335581467906301,
+                                         0.000154035304627137175,
+                                         0.0000152527334897536966,
+                                         1.32154329856828154e-6,
+                                         1.01781979572133673e-7,
+                                         7.0741242936979471e-9,
+                                         4.43531463923002681e-10};
     static constexpr double kRound = 6755399441056767.0; // 1.5 * 2^52 + 1023
     static constexpr int kMantissa = 52;
     static constexpr double kLowest = -1021.0;
@@ -152,8 +153,8 @@ FKD_INLINE V max_of(V x, V acc) {
 }
 
 // 2^x for x up to about 1, within about 2 ulp; exactly 0 at -inf and below the range; NaN stays NaN, since it is
-// multiplied. Base 2, because then the reduction to |r| <= 1/2 is exact and scaling by log2(e) merges with subtracting a
-// maximum (see Shift).
+// multiplied. Base 2, because then the reduction to |r| <= 1/2 is exact and scaling by log2(e) merges with
+// subtracting a maximum (see Shift).
 template <class A>
 FKD_INLINE Vec<A> exp2_nonpositive(Vec<A> x) {
     typedef Simd<A> S;
@@ -161,16 +162,18 @@ FKD_INLINE Vec<A> exp2_nonpositive(Vec<A> x) {
     const Vec<A> r = x - (shifted - S::kRound);
     Vec<A> power = splat<A>(S::kPoly[S::kDegree]);
 #pragma GCC unroll 16
-    for (int i = S::kDegree - 1; i >= 0; --i) power = power * r + S::kPoly[i];
+    for (int i = S::kDegree - 1; i >= 0; --i)
+        power = power * r + S::kPoly[i];
     const Vec<A> two_to_k = (Vec<A>)((Mask<A>)shifted << S::kMantissa);
     return x < S::kLowest ? Vec<A>{} : power * two_to_k;
 }
 
 constexpr double kLog2E = 1.44269504088896340736, kLn2 = 0.693147180559945309417;
 
-// Logits x as (x - origin) * log2(e), where the origin is a maximum or, with fused multiply-add, the point next to it
-// that one fused instruction maps to 0. Sums that refer to "the maximum" refer to the origin. The exact form takes any
-// maximum and clamps a difference that overflows; the other needs |max| < kLargestShift, or the origin is too far off.
+// Logits x as (x - origin) * log2(e), where the origin is a maximum or, with fused multiply-add, the point next to
+// it that one fused instruction maps to 0. Sums that refer to "the maximum" refer to the origin. The exact form
+// takes any maximum and clamps a difference that overflows; the other needs |max| < kLargestShift, or the origin is
+// too far off.
 constexpr double kLargestShift = 1048576.0;
 
 template <class A, bool exact>
@@ -203,11 +206,13 @@ FKD_INLINE A fold_lanes(Vec<A> v, Fold fold) {
 #pragma GCC unroll 4
     for (int width = kBytes / 32; width > 0; width /= 2)
 #pragma GCC unroll 4
-        for (int i = 0; i < width; ++i) part[i] = fold(part[i], part[i + width]);
+        for (int i = 0; i < width; ++i)
+            part[i] = fold(part[i], part[i + width]);
     A lane[16 / sizeof(A)];
     __builtin_memcpy(lane, &part[0], 16);
     for (int width = int(8 / sizeof(A)); width > 0; width /= 2)
-        for (int i = 0; i < width; ++i) lane[i] = fold(lane[i], lane[i + width]);
+        for (int i = 0; i < width; ++i)
+            lane[i] = fold(lane[i], lane[i + width]);
     return lane[0];
 }
 
@@ -227,11 +232,13 @@ FKD_INLINE void for_lanes(int64_t n, int64_t without, Step step) {
     constexpr int64_t w = kLanes<A>;
     int64_t j = 0;
     if (without >= 0 && without < n - n % w) {
-        for (; j + w <= without; j += w) step(AllLanes{}, j);
+        for (; j + w <= without; j += w)
+            step(AllLanes{}, j);
         step(lanes_below<A>(int(w), int(without - j)), j);
         j += w;
     }
-    for (; j + w <= n; j += w) step(AllLanes{}, j);
+    for (; j + w <= n; j += w)
+        step(AllLanes{}, j);
     if (j < n) step(lanes_below<A>(int(n - j), int(without - j)), j);
 }
 

@@ -33,7 +33,6 @@ def unavailable(name: str, device_type: str) -> str | None:
 _chosen: dict[tuple[str, str], str] = {}
 
 
-@torch.compiler.assume_constant_result
 def _choose(backend: str, device_type: str) -> str:
     if backend == "auto":
         # Under its interpreter Triton runs on the CPU too, a thousand times slower: never a choice of its own.
@@ -48,6 +47,10 @@ def _choose(backend: str, device_type: str) -> str:
         raise ValueError(f"backend: expected 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     _chosen[backend, device_type] = choice
     return choice
+
+
+# What torch.compiler.assume_constant_result does; the decorator itself imports the whole compiler.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose(backend: str, device_type: str) -> str:

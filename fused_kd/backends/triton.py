@@ -1,5 +1,223 @@
-"""Placeholder replaced by the Triton backend."""
+"""Triton kernels on CUDA tensors; on CPU tensors too, for tests, under Triton's interpreter.
+
+Importing this module imports neither Triton nor the kernels: the first call does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import math
+import os
+from functools import lru_cache
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_kd.backends import triton_config
+from fused_kd.reference import accumulation_dtype
+
+#: Up to so many rows every program counts the targets itself, which saves a launch; they are in its cache line by line.
+COUNT_ROWS = 2048
+#: Up to so many rows one program sums the parts; beyond, chunks of as many are summed side by side first.
+CHUNK = 16384
+#: How the kernels find the number of rows that count (their argument COUNT; 0 is "not at all").
+COUNT_TARGETS, COUNT_PARTIAL = 1, 2
+#: Programs that share the tiles of scale_rows: 8 to 16 on each multiprocessor, and few enough to return at once.
+SCALE_PROGRAMS = 2048
+
+
+class Launch(NamedTuple):
+    """One kernel launch: ``kernel`` names a function of triton_kernels or triton_reductions."""
+
+    kernel: str
+    programs: int
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+@lru_cache(maxsize=1)
+def _import_failure() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "triton"
+        return "triton is not installed: pip install triton" if missing else f"triton cannot be imported: {error}"
+    return None
 
 
 def unavailable(device_type: str) -> str | None:
-    return "not built yet"
+    if device_type not in ("cuda", "cpu"):
+        return f"Triton kernels run CUDA tensors, not {device_type} tensors"
+    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton kernels run CUDA tensors; CPU tensors only under its interpreter (TRITON_INTERPRET=1), for tests"
+    failure = _import_failure()
+    if failure is None and device_type == "cuda" and not torch.cuda.is_available():
+        return "no CUDA device"
+    return failure
+
+
+@lru_cache(maxsize=1)
+def _kernels() -> dict[str, Any]:
+    modules: list[ModuleType] = [
+        importlib.import_module(f"fused_kd.backends.{name}") for name in ("triton_kernels", "triton_reductions")
+    ]
+    names = ("rows_on_chip", "rows_looped", "count_chunks", "reduce_parts", "scale_rows")
+    return {name: getattr(module, name) for module in modules for name in names if hasattr(module, name)}
+
+
+def _run(launches: list[Launch], device: torch.device) -> None:
+    """Launch on the tensors' device, in its current stream; Triton itself would take the current device."""
+    kernels = _kernels()
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+        for kernel, programs, arguments, options in launches:
+            kernels[kernel][(programs,)](*arguments, **options)
+
+
+@lru_cache(maxsize=1)
+def _acc_types() -> dict[torch.dtype, Any]:
+    language = importlib.import_module("triton.language")
+    return {torch.float32: language.float32, torch.float64: language.float64}
+
+
+def nkd(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    gamma: float,
+    temperature: float,
+    ce_weight: float,
+    ignore_index: int,
+    reduction: str,
+    need_gradient: bool,
+    gradient_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, _classes = student.shape
+    dtype, device = accumulation_dtype(student, teacher), student.device
+    shape = (rows,) if reduction == "none" else ()
+    loss = torch.empty(shape, dtype=dtype, device=device)
+    parts = torch.empty((3, *shape), dtype=dtype, device=device)
+    gradient = torch.empty(student.shape if need_gradient else (0,), dtype=student.dtype, device=device)
+    norm = torch.empty((), dtype=dtype, device=device)
+    if rows == 0:
+        return loss.zero_(), parts.zero_(), gradient, norm.fill_(1.0)
+    launches = plan_nkd(
+        student, teacher, target, gradient, loss, parts, norm,
+        gamma, temperature, ce_weight, ignore_index, reduction, need_gradient, gradient_scale,
+    )  # fmt: skip
+    _run(launches, device)
+    return loss, parts, gradient, norm
+
+
+def plan_nkd(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    gradient: Tensor,
+    loss: Tensor,
+    parts: Tensor,
+    norm: Tensor,
+    gamma: float,
+    temperature: float,
+    ce_weight: float,
+    ignore_index: int,
+    reduction: str,
+    need_gradient: bool,
+    gradient_scale: float,
+) -> list[Launch]:
+    """The launches that fill the outputs, in order."""
+    rows, classes = student.shape
+    acc = _acc_types()[loss.dtype]
+    probabilities = target.is_floating_point()
+    per_row, mean = reduction == "none", reduction == "mean"
+    # float16 is divided by the row count in the backward op: here it might underflow.
+    divide_late = mean and student.dtype == torch.float16
+    target_row, target_col = target.stride() if probabilities else (target.stride(0), 0)
+    launches = []
+
+    counts, count_stride, count_items, count = target, target_row, rows, 0
+    if mean and not probabilities:
+        count = COUNT_TARGETS
+        if rows > (COUNT_ROWS if need_gradient and not divide_late else CHUNK):
+            chunk = max(COUNT_ROWS, -(-rows // 1024))
+            count, count_stride, count_items = COUNT_PARTIAL, 1, -(-rows // chunk)
+            counts = torch.empty(count_items, dtype=torch.int32, device=student.device)
+            arguments = (target, counts, target_row, rows, chunk, ignore_index)
+            launches.append(Launch("count_chunks", count_items, arguments, {"num_warps": 4}))
+
+    row_parts = parts if per_row else torch.empty((3, rows), dtype=loss.dtype, device=student.device)
+    narrow = min(t.element_size() for t in (student, teacher, target) if t.is_floating_point())
+    config = triton_config.row_config(classes, narrow, loss.dtype == torch.float64, probabilities)
+    row_strides = [student.stride(0), teacher.stride(0), *([target_row] if probabilities else [])]
+    unit = student.stride(1) == teacher.stride(1) == 1 and (target_col == 1 or not probabilities)
+    vector = 16 // narrow if unit else 1
+    options = {
+        "ACC": acc,
+        "UNIT": unit,
+        "UNIT_T": temperature == 1.0,
+        "PROB": probabilities,
+        "GRAD": need_gradient,
+        # float16 aside, only a mean over fewer rows than there are has a divisor to find.
+        "COUNT": count if need_gradient and not divide_late else 0,
+        "PER_ROW": per_row,
+        "num_warps": config.warps,
+    }
+    if isinstance(config, triton_config.OnChip):
+        kernel, programs = "rows_on_chip", -(-rows // config.rows)
+        options |= {"ROWS": config.rows, "BLOCK": config.block, "VEC": math.gcd(vector, classes, *row_strides)}
+    else:
+        kernel, programs = "rows_looped", rows
+        together = all((stride - classes) % vector == 0 for stride in row_strides)
+        options |= {"LANES": config.lanes, "WIDTH": config.width, "VEC": vector if together else 1}
+    # Every row of probabilities counts. Two classes leave one outside the target: its term and gradient are 0.
+    known = 1.0 / rows if mean and probabilities and not divide_late else 1.0
+    arguments = (
+        student, teacher, target, gradient, loss, row_parts, norm, counts,
+        rows, classes, *student.stride(), *teacher.stride(), target_row, target_col, count_items, ignore_index,
+        gamma if classes > 2 else 0.0, temperature, ce_weight, gradient_scale * known, 1.0 / gradient_scale,
+    )  # fmt: skip
+    launches.append(Launch(kernel, programs, arguments, options))
+
+    while not per_row:
+        programs = -(-rows // CHUNK)
+        final = programs == 1
+        sums = parts if final else torch.empty((3, programs), dtype=loss.dtype, device=student.device)
+        arguments = (
+            row_parts, sums, loss, norm, counts,
+            rows, CHUNK, count_stride, count_items, ignore_index, 1.0 / gradient_scale,
+        )  # fmt: skip
+        options = {"ACC": acc, "FINAL": final, "MEAN": mean, "COUNT": count, "DIVIDE": divide_late, "num_warps": 8}
+        launches.append(Launch("reduce_parts", programs, arguments, options))
+        if final:
+            break
+        row_parts, rows = sums, programs
+    return launches
+
+
+def scale_gradient(gradient: Tensor, grad_output: Tensor, norm: Tensor, out: Tensor) -> None:
+    """out = gradient * grad_output * norm, row by row; ``out`` may be ``gradient``."""
+    if gradient.numel():
+        _run([plan_scale(gradient, grad_output, norm, out)], gradient.device)
+
+
+def plan_scale(gradient: Tensor, grad_output: Tensor, norm: Tensor, out: Tensor) -> Launch:
+    """The launch of scale_rows. One factor for all makes one long row of the gradient."""
+    rows, width = gradient.shape
+    stride = grad_output.stride(0) if grad_output.dim() else 0
+    if stride == 0:
+        rows, width = 1, rows * width
+    config = triton_config.scale_config(width)
+    vector = 16 // gradient.element_size()
+    tiles = rows * -(-(width + vector - 1) // config.block)
+    options = {
+        "ACC": _acc_types()[norm.dtype],
+        "BLOCK": config.block,
+        "VEC": vector,
+        "IN_PLACE": gradient.data_ptr() == out.data_ptr(),
+        "num_warps": config.warps,
+    }
+    arguments = (gradient, out, grad_output, norm, rows, width, stride)
+    return Launch("scale_rows", min(tiles, SCALE_PROGRAMS), arguments, options)

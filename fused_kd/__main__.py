@@ -1,0 +1,117 @@
+"""``python -m fused_kd env`` says what is there and why the rest is not; ``check`` compares backends with float64."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from collections.abc import Sequence
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import fused_kd
+from fused_kd import backends, check
+from fused_kd.backends import native
+
+
+_NUMBERS = ("cases", "loss", "allowed", "gradient")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fused_kd", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("env", help="versions, devices, and which backend serves each device and why")
+    checker = commands.add_parser("check", help="compare every backend that runs here with a float64 reference")
+    checker.add_argument("--device", action="append", help="cpu, cuda, cuda:1, ...; default: every kind that is here")
+    checker.add_argument("--backend", action="append", choices=[n for n in backends.BACKENDS if n != "reference"])
+    checker.add_argument("--quick", action="store_true", help="small shapes only")
+    parsed = parser.parse_args(arguments)
+    # A pipe or a log reports 80 columns, and a figure cut short is of no use.
+    console = Console(width=max(Console().width, 96))
+    if parsed.command == "env":
+        return env(console)
+    return run_check(console, parsed.device or _devices(), parsed.backend, parsed.quick)
+
+
+def _devices() -> list[str]:
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def env(console: Console) -> int:
+    facts = [
+        ("fused_kd", fused_kd.__version__),
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("torch", torch.__version__),
+        ("triton", _version("triton")),
+        ("threads", str(torch.get_num_threads())),
+        ("C++ core", f"{', '.join(native.instruction_sets())} ({native.compiler()})" if native.compiler() else "not built"),
+        ("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none that this PyTorch can use"),
+    ]
+    for name, value in facts:
+        console.print(f"{name:<10} {value}", highlight=False, markup=False, soft_wrap=True)
+    for device in _devices():
+        console.print(f"\n{backends.explain(device)}", highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _version(package: str) -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def run_check(console: Console, devices: list[str], only: list[str] | None, quick: bool) -> int:
+    jobs: list[tuple[str, str]] = []
+    for device in devices:
+        names = only or check.runnable(device)
+        for name in names:
+            backends.choose(name, torch.device(device).type)  # refuses with the reason
+        jobs += [(device, name) for name in names]
+    if not jobs:
+        console.print("no fused backend runs here; `python -m fused_kd env` says why", highlight=False)
+        return 1
+    table = Table(
+        title="Largest relative error against float64, and what it may be:\nthe eager form's own error, and a few ulp",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for column in ("device", "backend", "dtype", "cases", "loss", "allowed", "gradient", "allowed", ""):
+        table.add_column(column, justify="right" if column in _NUMBERS else "left", no_wrap=True)
+    failures = 0
+    # Triton's interpreter on a CPU takes minutes for what a GPU does at once.
+    plans = {job: [*check.cases(quick or job == ("cpu", "triton"))] for job in jobs}
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("comparing", total=sum(len(plan) for plan in plans.values()))
+        for (device, name), plan in plans.items():
+            for dtype in check.DTYPES:
+                outcomes = []
+                for case in plan:
+                    if case.dtype == dtype:
+                        outcomes.append(check.compare(name, case, device))
+                        progress.advance(task)
+                missed = sum(not outcome.passed for outcome in outcomes)
+                failures += missed
+                loss = max(outcomes, key=lambda outcome: outcome.loss / outcome.loss_budget)
+                gradient = max(outcomes, key=lambda outcome: outcome.gradient / outcome.gradient_budget)
+                table.add_row(
+                    *(device, name, str(dtype).removeprefix("torch."), str(len(outcomes))),
+                    *(f"{loss.loss:.1e}", f"{loss.loss_budget:.1e}"),
+                    *(f"{gradient.gradient:.1e}", f"{gradient.gradient_budget:.1e}"),
+                    "ok" if not missed else f"{missed} missed",
+                )
+    console.print(table)
+    if failures:
+        console.print(f"{failures} cases are outside the budget", highlight=False)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

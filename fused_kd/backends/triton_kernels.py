@@ -1,0 +1,360 @@
+"""The NKD kernels: rows held on chip, and rows walked twice. :mod:`triton_rows` has the formulas and the conventions.
+
+Meaning of the constexpr arguments that both kernels take:
+
+ACC      dtype of all arithmetic: float32, or float64 when any logits are
+VEC      a power of two that divides the class count and every row stride, up to 16 bytes of the narrowest logits: it
+         lets the compiler see that rows start aligned and that a vector lies in a row or outside it as a whole
+UNIT     every column stride is 1
+UNIT_T   the temperature is 1, and so exp(s) serves both softmaxes
+PROB     the target holds probabilities (N, C) instead of indices (N,)
+GRAD     the gradient is wanted
+COUNT    how to find the number of rows that the stored gradient is divided by: 0 not at all, 1 from the targets,
+         2 from partial counts
+PER_ROW  reduction "none": the loss and norm are final here, and the parts are the op's output
+
+Hyper-parameters come as float64, which Triton would otherwise round to float32, and are never specialised on, so that
+another temperature or gamma compiles nothing.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fused_kd.backends.triton_rows import (
+    accumulate,
+    combine,
+    count_rows,
+    empty_statistics,
+    load_index,
+    merge_lanes,
+    nkd_coefficients,
+)
+
+_NEG_INF = tl.constexpr(float("-inf"))
+_LOG2E = tl.constexpr(1.4426950408889634)
+_COUNT_BLOCK = tl.constexpr(512)
+_RUNTIME = [
+    "rows",
+    "classes",
+    "student_row",
+    "student_col",
+    "teacher_row",
+    "teacher_col",
+    "target_row",
+    "target_col",
+    "count_items",
+    "ignore_index",
+]
+
+
+@triton.jit
+def _at(base, cols, stride, UNIT: tl.constexpr):
+    """Pointers to columns of a row: 64-bit only where a column stride may carry the offset past 2^31."""
+    if UNIT:
+        return base + cols
+    return base + cols.to(tl.int64) * stride
+
+
+@triton.jit
+def _store_parts(parts, loss, rows, row, inside, target, non_target, ce, PER_ROW: tl.constexpr):
+    tl.store(parts + row, target, mask=inside)
+    tl.store(parts + rows + row, non_target, mask=inside)
+    tl.store(parts + 2 * rows + row, ce, mask=inside)
+    if PER_ROW:
+        tl.store(loss + row, target + non_target + ce, mask=inside)
+
+
+@triton.jit
+def _gradient_scale(counts, target_row, count_items, ignore_index, scale, ACC: tl.constexpr, COUNT: tl.constexpr):
+    """What a row's gradient is stored times: the op's power of two, over the rows that count for a mean."""
+    scale = tl.full((), scale, ACC)
+    if COUNT == 0:
+        return scale
+    count = count_rows(counts, target_row, count_items, ignore_index, COUNT == 2, _COUNT_BLOCK)
+    return scale / tl.maximum(count, 1).to(ACC)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def rows_on_chip(
+    student,
+    teacher,
+    target,
+    gradient,
+    loss,
+    parts,
+    norm,
+    counts,
+    rows: tl.int64,
+    classes: tl.int32,
+    student_row: tl.int64,
+    student_col: tl.int64,
+    teacher_row: tl.int64,
+    teacher_col: tl.int64,
+    target_row: tl.int64,
+    target_col: tl.int64,
+    count_items: tl.int32,
+    ignore_index: tl.int64,
+    gamma: tl.float64,
+    temperature: tl.float64,
+    ce_weight: tl.float64,
+    scale: tl.float64,
+    norm_value: tl.float64,
+    ACC: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
+    UNIT: tl.constexpr,
+    UNIT_T: tl.constexpr,
+    PROB: tl.constexpr,
+    GRAD: tl.constexpr,
+    COUNT: tl.constexpr,
+    PER_ROW: tl.constexpr,
+):
+    """ROWS whole rows per program, BLOCK >= classes: one read of each input and one write of the gradient."""
+    gamma = tl.full((), gamma, ACC)
+    temperature = tl.full((), temperature, ACC)
+    ce_weight = tl.full((), ce_weight, ACC)
+    k = tl.full((), _LOG2E, ACC)
+    k_T = k if UNIT_T else k / temperature
+    # n // VEC * VEC is n, and tells the compiler what divides it.
+    classes = classes // VEC * VEC
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    cols = tl.arange(0, BLOCK)[None, :]
+    student_base = student + row * (student_row // VEC * VEC)
+    teacher_base = teacher + row * (teacher_row // VEC * VEC)
+    if PROB:
+        probability_base = target + row * (target_row // VEC * VEC)
+        mask = inside[:, None] & (cols < classes)
+        v = tl.load(_at(probability_base[:, None], cols, target_col, UNIT), mask=mask, other=_NEG_INF).to(ACC)
+        # The lowest index among the largest; a row of NaN finds none, and stays in range.
+        y = tl.min(tl.where(v == tl.max(v, 1)[:, None], cols, classes - 1), 1)
+        v = tl.where(cols < classes, v, 0.0)
+        counted = inside
+    else:
+        y, counted, valid = load_index(target, row, inside, target_row, ignore_index, classes)
+        mask = counted[:, None] & (cols < classes)
+        v = tl.zeros([ROWS, BLOCK], ACC)
+    s = tl.load(_at(student_base[:, None], cols, student_col, UNIT), mask=mask, other=_NEG_INF).to(ACC)
+    t = tl.load(_at(teacher_base[:, None], cols, teacher_col, UNIT), mask=mask, other=_NEG_INF).to(ACC)
+    s_y = tl.load(_at(student_base, y, student_col, UNIT), mask=counted, other=0.0).to(ACC)
+    t_y = tl.load(_at(teacher_base, y, teacher_col, UNIT), mask=counted, other=0.0).to(ACC)
+    is_target = cols == y[:, None]
+    s = tl.where(is_target, _NEG_INF, s)
+    t = tl.where(is_target, _NEG_INF, t)
+    if PROB:
+        v_y = tl.load(_at(probability_base, y, target_col, UNIT), mask=counted, other=0.0).to(ACC)
+        v = tl.where(is_target, 0.0, v)
+    else:
+        v_y = s_y
+    stats = accumulate(empty_statistics(ROWS, ACC), s, t, v, k, k_T, UNIT_T, PROB)
+    if PROB:
+        valid = 1.0 + 0.0 * (stats[7] + v_y)
+    part_y, part_rest, part_ce, a, b, c, at_target = nkd_coefficients(
+        stats, s_y, t_y, v_y, gamma, temperature, ce_weight, k, UNIT_T, PROB
+    )
+    part_y = tl.where(counted, part_y * valid, 0.0)
+    part_rest = tl.where(counted, part_rest * valid, 0.0)
+    part_ce = tl.where(counted, part_ce * valid, 0.0)
+    _store_parts(parts, loss, rows, row, inside, part_y, part_rest, part_ce, PER_ROW)
+    if PER_ROW:
+        if tl.program_id(0) == 0:
+            tl.store(norm, tl.full((), norm_value, ACC))
+    if GRAD:
+        by = valid * _gradient_scale(counts, target_row, count_items, ignore_index, scale, ACC, COUNT)
+        coefficients = (a * by, b * by, c * by, ce_weight * by, at_target * by)
+        g = combine(s, t, v, is_target, stats, coefficients, k, k_T, UNIT_T, PROB)
+        g = tl.where(counted[:, None], g, 0.0)
+        pointers = gradient + (row * classes)[:, None] + cols
+        tl.store(pointers, g.to(gradient.dtype.element_ty), mask=inside[:, None] & (cols < classes))
+
+
+@triton.jit
+def _load_tile(base, offsets, stride, mask, MASKED: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr):
+    pointers = _at(base, offsets, stride, UNIT)
+    if MASKED:
+        return tl.load(pointers, mask=mask, other=_NEG_INF).to(ACC)
+    return tl.load(pointers).to(ACC)
+
+
+@triton.jit
+def _load_tiles(
+    bases, strides, offsets, mask, MASKED: tl.constexpr, UNIT: tl.constexpr, PROB: tl.constexpr, ACC: tl.constexpr
+):
+    """Tiles of s, t and v at offsets from their bases."""
+    s = _load_tile(bases[0], offsets, strides[0], mask, MASKED, UNIT, ACC)
+    t = _load_tile(bases[1], offsets, strides[1], mask, MASKED, UNIT, ACC)
+    v = s
+    if PROB:
+        v = _load_tile(bases[2], offsets, strides[2], mask, MASKED, UNIT, ACC)
+        if MASKED:
+            v = tl.where(mask, v, 0.0)
+    return s, t, v
+
+
+@triton.jit
+def _accumulate_others(stats, s, t, v, is_target, k, k_T, UNIT_T: tl.constexpr, PROB: tl.constexpr):
+    """Accumulate the classes other than the target."""
+    s = tl.where(is_target, _NEG_INF, s)
+    t = tl.where(is_target, _NEG_INF, t)
+    if PROB:
+        v = tl.where(is_target, 0.0, v)
+    return accumulate(stats, s, t, v, k, k_T, UNIT_T, PROB)
+
+
+@triton.jit
+def _largest(best, index, v, cols):
+    """Per lane, the largest probability so far and the lowest class that has it."""
+    tile_best = tl.max(v, 1)
+    tile_index = tl.min(tl.where(v == tile_best[:, None], cols, 2147483647), 1)
+    lower = (tile_best > best) | ((tile_best == best) & (tile_index < index))
+    return tl.where(lower, tile_best, best), tl.where(lower, tile_index, index)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def rows_looped(
+    student,
+    teacher,
+    target,
+    gradient,
+    loss,
+    parts,
+    norm,
+    counts,
+    rows: tl.int64,
+    classes: tl.int32,
+    student_row: tl.int64,
+    student_col: tl.int64,
+    teacher_row: tl.int64,
+    teacher_col: tl.int64,
+    target_row: tl.int64,
+    target_col: tl.int64,
+    count_items: tl.int32,
+    ignore_index: tl.int64,
+    gamma: tl.float64,
+    temperature: tl.float64,
+    ce_weight: tl.float64,
+    scale: tl.float64,
+    norm_value: tl.float64,
+    ACC: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VEC: tl.constexpr,
+    UNIT: tl.constexpr,
+    UNIT_T: tl.constexpr,
+    PROB: tl.constexpr,
+    GRAD: tl.constexpr,
+    COUNT: tl.constexpr,
+    PER_ROW: tl.constexpr,
+):
+    """One row per program, walked in tiles of LANES x WIDTH, WIDTH classes a lane.
+
+    Rows of an odd length start anywhere, so positions count from ``head``, the first column whose address is a multiple
+    of VEC elements: the body has whole tiles, loaded in full vectors without a mask; the fewer than VEC columns before
+    it, at negative positions, and the rest of the row are masked tiles of their own. VEC here divides what the row
+    strides differ by from the class count, so that one head serves every tensor. The second walk runs backwards: the
+    row's end is what the cache still holds.
+    """
+    BLOCK: tl.constexpr = LANES * WIDTH
+    gamma = tl.full((), gamma, ACC)
+    temperature = tl.full((), temperature, ACC)
+    ce_weight = tl.full((), ce_weight, ACC)
+    k = tl.full((), _LOG2E, ACC)
+    k_T = k if UNIT_T else k / temperature
+    row = tl.program_id(0).to(tl.int64)
+    one_row = row + tl.arange(0, 1)
+    inside = one_row < rows
+    head = (VEC - (row * classes) % VEC) % VEC
+    student_head = student + (row * student_row + head) // VEC * VEC
+    teacher_head = teacher + (row * teacher_row + head) // VEC * VEC
+    before = head.to(tl.int32)
+    end = classes - before
+    # Neighbours go to one lane where they make a vector, else to neighbouring lanes.
+    LANE_STEP: tl.constexpr = WIDTH if VEC > 1 else 1
+    WIDTH_STEP: tl.constexpr = 1 if VEC > 1 else LANES
+    lane_start = tl.arange(0, LANES) * LANE_STEP
+    width = tl.arange(0, WIDTH)[None, :] * WIDTH_STEP
+    lane = lane_start[:, None] + width
+    at_head = tl.arange(0, LANES)[:, None] - before
+    in_head = (at_head < 0) & (at_head < end)
+    strides = (student_col, teacher_col, target_col)
+    if PROB:
+        target_head = target + (row * target_row + head) // VEC * VEC
+        bases = (student_head, teacher_head, target_head)
+        body = end // BLOCK
+        best, y = tl.full([LANES], _NEG_INF, ACC), tl.full([LANES], 2147483647, tl.int32)
+        v_head = _load_tile(target_head, at_head, target_col, in_head, True, UNIT, ACC)
+        best, y = _largest(best, y, v_head, at_head)
+        for i in range(0, body):
+            v = _load_tile(target_head, i * BLOCK + lane, target_col, lane >= 0, False, UNIT, ACC)
+            best, y = _largest(best, y, v, i * BLOCK + lane)
+        for start in range(body * BLOCK, end, BLOCK):
+            v = _load_tile(target_head, start + lane, target_col, start + lane < end, True, UNIT, ACC)
+            best, y = _largest(best, y, v, start + lane)
+        largest = tl.max(best, 0, keep_dims=True)
+        # A row of NaN has no largest entry, and stays in range.
+        y = tl.minimum(tl.min(tl.where(best == largest, y, 2147483647), 0, keep_dims=True), end - 1)
+        counted = inside
+        v_y = tl.load(_at(target_head, y, target_col, UNIT)).to(ACC)
+    else:
+        bases = (student_head, teacher_head, target)
+        y, counted, valid = load_index(target, one_row, inside, target_row, ignore_index, classes)
+        y -= before
+        v_y = tl.zeros([1], ACC)
+        # A row that does not count is not read.
+        read = tl.max(counted.to(tl.int32), 0)
+        in_head = in_head & counted[:, None]
+        end *= read
+        body = end // BLOCK
+    # In the body a lane looks for the target among its WIDTH classes; y_lane is y relative to the lane's first.
+    y_lane = y - lane_start
+
+    stats = empty_statistics(LANES, ACC)
+    s_head, t_head, v_head = _load_tiles(bases, strides, at_head, in_head, True, UNIT, PROB, ACC)
+    is_target = at_head == y[:, None]
+    stats = _accumulate_others(stats, s_head, t_head, v_head, is_target, k, k_T, UNIT_T, PROB)
+    for i in range(0, body):
+        s, t, v = _load_tiles(bases, strides, i * BLOCK + lane, lane >= 0, False, UNIT, PROB, ACC)
+        stats = _accumulate_others(stats, s, t, v, width == (y_lane - i * BLOCK)[:, None], k, k_T, UNIT_T, PROB)
+    for start in range(body * BLOCK, end, BLOCK):
+        s, t, v = _load_tiles(bases, strides, start + lane, start + lane < end, True, UNIT, PROB, ACC)
+        stats = _accumulate_others(stats, s, t, v, width == (y_lane - start)[:, None], k, k_T, UNIT_T, PROB)
+    merged = merge_lanes(stats, k, k_T, UNIT_T)
+
+    s_y = tl.load(_at(student_head, y, student_col, UNIT), mask=counted, other=0.0).to(ACC)
+    t_y = tl.load(_at(teacher_head, y, teacher_col, UNIT), mask=counted, other=0.0).to(ACC)
+    if PROB:
+        valid = 1.0 + 0.0 * (merged[7] + v_y)
+    part_y, part_rest, part_ce, a, b, c, at_target = nkd_coefficients(
+        merged, s_y, t_y, v_y, gamma, temperature, ce_weight, k, UNIT_T, PROB
+    )
+    part_y = tl.where(counted, part_y * valid, 0.0)
+    part_rest = tl.where(counted, part_rest * valid, 0.0)
+    part_ce = tl.where(counted, part_ce * valid, 0.0)
+    _store_parts(parts, loss, rows, one_row, inside, part_y, part_rest, part_ce, PER_ROW)
+    if PER_ROW:
+        if row == 0:
+            tl.store(norm, tl.full((), norm_value, ACC))
+    if GRAD:
+        by = valid * _gradient_scale(counts, target_row, count_items, ignore_index, scale, ACC, COUNT)
+        coefficients = (a * by, b * by, c * by, ce_weight * by, at_target * by)
+        gradient_head = gradient + (row * classes + head) // VEC * VEC
+        dtype = gradient.dtype.element_ty
+        for start in range(body * BLOCK, end, BLOCK):
+            s, t, v = _load_tiles(bases, strides, start + lane, start + lane < end, True, UNIT, PROB, ACC)
+            g = combine(s, t, v, width == (y_lane - start)[:, None], merged, coefficients, k, k_T, UNIT_T, PROB)
+            tl.store(gradient_head + (start + lane), g.to(dtype), mask=start + lane < end)
+        for i in range(0, body):
+            start = (body - 1 - i) * BLOCK
+            s, t, v = _load_tiles(bases, strides, start + lane, lane >= 0, False, UNIT, PROB, ACC)
+            g = combine(s, t, v, width == (y_lane - start)[:, None], merged, coefficients, k, k_T, UNIT_T, PROB)
+            tl.store(gradient_head + (start + lane), g.to(dtype))
+        s_head, t_head, v_head = _load_tiles(bases, strides, at_head, in_head, True, UNIT, PROB, ACC)
+        g_head = combine(s_head, t_head, v_head, is_target, merged, coefficients, k, k_T, UNIT_T, PROB)
+        tl.store(gradient_head + at_head, g_head.to(dtype), mask=in_head)
+        if not PROB:
+            for start in range(0, tl.where(read == 1, 0, classes), BLOCK):
+                column = start + lane
+                tl.store(gradient + row * classes + column, tl.zeros_like(lane).to(dtype), mask=column < classes)

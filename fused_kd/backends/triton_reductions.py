@@ -1,0 +1,122 @@
+"""The small Triton kernels around the row kernels: counting rows, reducing their parts, scaling the stored gradient.
+
+Every sum is taken in an order that the shapes alone decide, without atomics: same input, same bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fused_kd.backends.triton_rows import count_rows
+
+_BLOCK = tl.constexpr(1024)
+
+
+@triton.jit(do_not_specialize=["stride", "rows", "chunk", "ignore_index"])
+def count_chunks(target, partial, stride: tl.int64, rows: tl.int64, chunk: tl.int64, ignore_index: tl.int64):
+    """partial[i]: how many rows of chunk i count."""
+    start = tl.program_id(0).to(tl.int64) * chunk
+    items = tl.minimum(rows - start, chunk).to(tl.int32)
+    count = count_rows(target + start * stride, stride, items, ignore_index, False, _BLOCK)
+    tl.store(partial + tl.program_id(0), count)
+
+
+@triton.jit
+def _sum_rows(values, items, ACC: tl.constexpr):
+    total = tl.zeros([_BLOCK], ACC)
+    for start in range(0, items, _BLOCK):
+        index = start + tl.arange(0, _BLOCK)
+        total += tl.load(values + index, mask=index < items, other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit(do_not_specialize=["rows", "chunk", "count_stride", "count_items", "ignore_index"])
+def reduce_parts(
+    row_parts,
+    parts,
+    loss,
+    norm,
+    counts,
+    rows: tl.int64,
+    chunk: tl.int64,
+    count_stride: tl.int64,
+    count_items: tl.int32,
+    ignore_index: tl.int64,
+    norm_value: tl.float64,
+    ACC: tl.constexpr,
+    FINAL: tl.constexpr,
+    MEAN: tl.constexpr,
+    COUNT: tl.constexpr,
+    DIVIDE: tl.constexpr,
+):
+    """Sums of chunks of the row parts (3, rows) into parts (3, programs); with FINAL, one program, the whole result.
+
+    MEAN divides by the rows that count: COUNT as for the row kernels, 0 meaning that all of them do. DIVIDE puts that
+    divisor into ``norm`` too, for a stored gradient that is not divided yet.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    start = program * chunk
+    items = tl.minimum(rows - start, chunk).to(tl.int32)
+    target = _sum_rows(row_parts + start, items, ACC)
+    non_target = _sum_rows(row_parts + rows + start, items, ACC)
+    ce = _sum_rows(row_parts + 2 * rows + start, items, ACC)
+    if FINAL:
+        norm_here = tl.full((), norm_value, ACC)
+        if MEAN:
+            count = count_items
+            if COUNT > 0:
+                count = count_rows(counts, count_stride, count_items, ignore_index, COUNT == 2, _BLOCK)
+            by = tl.maximum(count, 1).to(ACC)
+            target /= by
+            non_target /= by
+            ce /= by
+            if DIVIDE:
+                norm_here /= by
+        tl.store(loss, target + non_target + ce)
+        tl.store(norm, norm_here)
+    programs = tl.num_programs(0)
+    tl.store(parts + program, target)
+    tl.store(parts + programs + program, non_target)
+    tl.store(parts + 2 * programs + program, ce)
+
+
+@triton.jit(do_not_specialize=["rows", "width", "stride"])
+def scale_rows(
+    gradient,
+    out,
+    grad_output,
+    norm,
+    rows: tl.int64,
+    width: tl.int64,
+    stride: tl.int64,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+):
+    """out = gradient * grad_output * norm, by a fixed number of programs that share tiles of BLOCK neighbours.
+
+    A row's first tile starts at the multiple of VEC elements at or before the row, so that the tiles inside it are whole
+    vectors wherever the row starts. In place, a factor of 1 leaves its tile untouched: that is how a mean's gradient
+    costs no second pass.
+    """
+    tiles = (width + (VEC - 1) + (BLOCK - 1)) // BLOCK
+    multiplier = tl.load(norm).to(ACC)
+    for tile in range(tl.program_id(0), rows * tiles, tl.num_programs(0)):
+        row = tile // tiles
+        factor = tl.load(grad_output + row * stride).to(ACC) * multiplier
+        touch = True
+        if IN_PLACE:
+            touch = factor != 1.0
+        if touch:
+            first = row * width
+            start = first // VEC * VEC + (tile - row * tiles) * BLOCK
+            offsets = start + tl.arange(0, BLOCK)
+            if (start >= first) & (start + BLOCK <= first + width):
+                x = tl.load(gradient + offsets).to(ACC)
+                tl.store(out + offsets, (x * factor).to(out.dtype.element_ty))
+            else:
+                inside = (offsets >= first) & (offsets < first + width)
+                x = tl.load(gradient + offsets, mask=inside, other=0.0).to(ACC)
+                tl.store(out + offsets, (x * factor).to(out.dtype.element_ty), mask=inside)

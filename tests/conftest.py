@@ -1,0 +1,45 @@
+"""Shared by the tests. Triton's kernels run under its interpreter here, which must be said before Triton is imported."""
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+import torch
+
+from fused_kd import backends, check
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+#: Every fused backend that runs here, with its device.
+FUSED = [(name, device) for device in DEVICES for name in check.runnable(device)]
+ALL = [*FUSED, *(("reference", device) for device in DEVICES)]
+
+
+def _ids(pairs):
+    return ["-".join(pair) for pair in pairs]
+
+
+@pytest.fixture(params=FUSED, ids=_ids(FUSED))
+def fused(request):
+    """(backend, device) of a fused backend."""
+    return request.param
+
+
+@pytest.fixture(params=ALL, ids=_ids(ALL))
+def backend(request):
+    """(backend, device) of any backend, the reference included."""
+    return request.param
+
+
+@pytest.fixture
+def native():
+    """The native backend's module, restored afterwards."""
+    reason = backends.unavailable("native", "cpu")
+    if reason:
+        pytest.skip(reason)
+    from fused_kd.backends import native
+
+    chosen, threads = native.instruction_set, torch.get_num_threads()
+    yield native
+    native.instruction_set = chosen
+    torch.set_num_threads(threads)

@@ -1,0 +1,59 @@
+"""``python -m fused_kd`` as a user calls it, and what importing the package costs."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fused_kd import __main__, check
+
+
+def test_env_says_what_is_there_and_why_not(capsys, native):
+    assert __main__.main(["env"]) == 0
+    text = capsys.readouterr().out
+    assert f"torch      {torch.__version__}" in text
+    assert "auto takes 'native'" in text
+    assert "avx" in text or "baseline" in text
+
+
+def test_check_passes_and_prints_a_table(capsys, native):
+    assert __main__.main(["check", "--quick", "--device", "cpu", "--backend", "native"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("ok") == 4
+    assert "bfloat16" in text
+
+
+def test_check_fails_on_a_miss(capsys, native, monkeypatch):
+    wrong = check.evaluate
+
+    def twice_the_gradient(backend, *arguments):
+        loss, gradient = wrong(backend, *arguments)
+        return loss, gradient * (2 if backend == "native" else 1)
+
+    monkeypatch.setattr(check, "evaluate", twice_the_gradient)
+    assert __main__.main(["check", "--quick", "--device", "cpu", "--backend", "native"]) == 1
+    assert "missed" in capsys.readouterr().out
+
+
+def test_check_refuses_a_backend_that_cannot_run(native):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    finished = subprocess.run(
+        [sys.executable, "-m", "fused_kd", "check", "--device", "cuda"], capture_output=True, text=True, check=False
+    )
+    assert finished.returncode != 0
+
+
+def test_importing_is_light():
+    """No Triton, no compiler, no command-line library: importing fused_kd costs little on top of torch."""
+    code = "import torch, sys; before = set(sys.modules); import fused_kd; print(*sorted(set(sys.modules) - before))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {name.partition(".")[0] for name in loaded} & {"triton", "rich", "matplotlib", "numpy", "torch._inductor"}
+
+
+def test_bad_command_is_refused(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        __main__.main(["explode"])
+    assert stopped.value.code == 2
+    assert "invalid choice" in capsys.readouterr().err

@@ -1,0 +1,80 @@
+"""Every refusal names the argument, what was expected and what came."""
+
+import pytest
+import torch
+
+import fused_kd
+from fused_kd import nkd_loss
+
+S, T, Y = torch.randn(4, 10), torch.randn(4, 10), torch.tensor([0, 1, 2, 9])
+
+REFUSALS = [
+    ((S, T[:3], Y), {}, ValueError, r"teacher_logits: expected the shape of student_logits, \(4, 10\), got \(3, 10\)"),
+    ((S, T, Y[:3]), {}, ValueError, r"target: expected class indices of shape \(4,\).* got \(3,\)"),
+    ((S, T, Y.float()), {}, ValueError, r"target: expected class probabilities of shape \(4, 10\), got torch.float32"),
+    ((S, T, Y.bool()), {}, TypeError, "target: expected integer class indices or floating-point .* got torch.bool"),
+    ((S.long(), T, Y), {}, TypeError, "student_logits: expected float64, float32, float16 or bfloat16 .* torch.int64"),
+    ((S, T.long(), Y), {}, TypeError, "teacher_logits: expected float64, float32, float16 or bfloat16 .* torch.int64"),
+    ((S.tolist(), T, Y), {}, TypeError, "student_logits: expected a Tensor, got list"),
+    ((S, T, [0, 1, 2, 3]), {}, TypeError, "target: expected a Tensor, got list"),
+    ((torch.tensor(1.0), T, Y), {}, ValueError, r"student_logits: expected logits of shape \(..., C\), got a scalar"),
+    ((S[:, :1], T[:, :1], Y * 0), {}, ValueError, r"student_logits: expected at least 2 classes .* got shape \(4, 1\)"),
+    ((S, T.clone().requires_grad_(), Y), {}, ValueError, "teacher_logits: .* do not require grad.*detach"),
+    ((S, T, T.softmax(1).requires_grad_()), {}, ValueError, "target: expected probabilities that do not require grad"),
+    ((S, T.to("meta"), Y), {}, ValueError, "teacher_logits: expected the device of student_logits, cpu, got meta"),
+    ((S, T, Y.to("meta")), {}, ValueError, "target: expected the device of student_logits, cpu, got meta"),
+    ((S, T, Y), {"temperature": 0.0}, ValueError, "temperature: expected a finite number above 0, got 0.0"),
+    ((S, T, Y), {"temperature": float("nan")}, ValueError, "temperature: expected a finite number above 0, got nan"),
+    ((S, T, Y), {"gamma": -1.0}, ValueError, "gamma: expected a finite number of at least 0, got -1.0"),
+    ((S, T, Y), {"ce_weight": float("inf")}, ValueError, "ce_weight: expected a finite number of at least 0, got inf"),
+    ((S, T, Y), {"gamma": "1.5"}, TypeError, "gamma: expected a number, got str"),
+    ((S, T, Y), {"gamma": torch.tensor(1.5)}, TypeError, "gamma: expected a Python number, got a Tensor"),
+    ((S, T, Y), {"reduction": "batchmean"}, ValueError, "reduction: expected one of 'mean', 'sum', 'none', got 'batchm"),
+    ((S, T, Y), {"ignore_index": 1.5}, TypeError, "ignore_index: expected an int, got float"),
+    ((S, T, Y), {"backend": "cuda"}, ValueError, "backend: expected 'auto' or one of 'native', .* got 'cuda'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "options", "error", "message"), REFUSALS, ids=[r[3][:40] for r in REFUSALS])
+def test_refusals(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        nkd_loss(*arguments, **options)
+
+
+@pytest.mark.parametrize("bad", (-1, 10, 2**40, -(2**40)))
+def test_target_out_of_range(backend, bad):
+    name, device = backend
+    target = Y.clone()
+    target[2] = bad
+    student = S.to(device).requires_grad_()
+    if device == "cpu" and name != "triton":
+        message = f"target: expected class indices from 0 to 9, or ignore_index -100, got {bad}"
+        with pytest.raises(IndexError, match=message):
+            nkd_loss(student, T, target, backend=name)
+        return
+    loss = nkd_loss(student, T.to(device), target.to(device), backend=name, reduction="none")
+    loss.sum().backward()
+    assert loss.isnan().tolist() == [False, False, True, False]
+    assert student.grad[2].isnan().all()
+    assert student.grad[[0, 1, 3]].isfinite().all()
+
+
+def test_backend_that_cannot_run_is_refused_with_the_reason(monkeypatch):
+    from fused_kd import backends
+
+    monkeypatch.setattr(backends, "_chosen", {})
+    monkeypatch.setattr(backends.native, "_core", None)
+    monkeypatch.setattr(backends.native, "_failure", "the C++ core was not built: no compiler")
+    with pytest.raises(RuntimeError, match="backend 'native' cannot run cpu tensors here: the C\\+\\+ core was not built"):
+        nkd_loss(S, T, Y, backend="native")
+    explanation = fused_kd.explain(S)
+    assert explanation.chosen == "reference"
+    assert explanation.reasons["native"] == "the C++ core was not built: no compiler"
+    assert nkd_loss(S, T, Y).isfinite()
+
+
+def test_explain_says_what_was_chosen_and_why_not_the_rest(native):
+    text = str(fused_kd.explain(S))
+    assert "cpu tensors: auto takes 'native'" in text
+    assert "triton" in text
+    assert "interpreter" in text

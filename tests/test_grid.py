@@ -1,0 +1,141 @@
+"""Loss and gradient over dtypes and shapes, within the eager form's own error against float64 (fused_kd/check.py)."""
+
+import pytest
+import torch
+
+from fused_kd import check
+
+# Around the vector lengths, the block of a row (128 vectors), and the sizes that people train with.
+CLASSES = (2, 3, 10, 100, 1000, 1001, 4096, 21841, 128256)
+DTYPES = pytest.mark.parametrize("dtype", check.DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+def affordable(backend, rows, classes):
+    """Triton's interpreter runs a row of 1000 classes in about as long as the GPU runs a million of them."""
+    name, device = backend
+    return name != "triton" or device == "cuda" or (rows <= 7 and classes <= 1001)
+
+
+@DTYPES
+@pytest.mark.parametrize("classes", CLASSES)
+@pytest.mark.parametrize("rows", (0, 1, 7, 77))
+def test_within_budget(fused, dtype, rows, classes):
+    if not affordable(fused, rows, classes):
+        pytest.skip("too slow under Triton's interpreter")
+    if rows * classes > 1_000_000 and dtype in (torch.float64, torch.float16):
+        pytest.skip("the other two dtypes cover this size")
+    name, device = fused
+    options = check.OPTIONS if rows == 7 else check.OPTIONS[:1]
+    for option in options:
+        case = check.Case(dtype, rows, classes, option)
+        outcome = check.compare(name, case, device)
+        assert outcome.passed, (case, outcome)
+
+
+@DTYPES
+@pytest.mark.parametrize("temperature", (1.0, 3.0))
+def test_probability_targets(fused, dtype, temperature):
+    name, device = fused
+    for classes in (3, 100, 1001):
+        case = check.Case(dtype, 7, classes, {"temperature": temperature, "ce_weight": 1.0}, soft=True)
+        outcome = check.compare(name, case, device)
+        assert outcome.passed, (case, outcome)
+
+
+@DTYPES
+def test_saturated_rows(fused, dtype):
+    """Gaps of hundreds between logits: the target far above the rest, and far below."""
+    name, device = fused
+    for classes in (3, 10, 1000):
+        case = check.Case(dtype, 7, classes, {"ce_weight": 1.0}, spread=100.0)
+        outcome = check.compare(name, case, device)
+        assert outcome.passed, (case, outcome)
+
+
+@pytest.mark.parametrize("student_dtype", check.DTYPES)
+@pytest.mark.parametrize("teacher_dtype", check.DTYPES)
+def test_mixed_dtypes(fused, student_dtype, teacher_dtype):
+    name, device = fused
+    student, teacher, target = check.Case(torch.float64, 7, 100, {}).inputs(device)
+    outcome = check.compare_inputs(
+        name, student.to(student_dtype), teacher.to(teacher_dtype), target, {"temperature": 2.0}
+    )
+    assert outcome.passed, outcome
+
+
+@DTYPES
+@pytest.mark.parametrize("layout", ("transposed", "sliced", "every_other_class", "offset", "expanded_teacher"))
+def test_strides(fused, dtype, layout):
+    name, device = fused
+    student, teacher, target = check.Case(dtype, 7, 101, {}).inputs(device)
+    if layout == "transposed":
+        student, teacher = student.t().contiguous().t(), teacher.t().contiguous().t()
+    elif layout == "sliced":
+        student, teacher = student[:, 3:93], teacher[:, 2:92]
+        target = torch.where(target >= 0, target % 90, target)
+    elif layout == "every_other_class":
+        student, teacher = student[:, ::2], teacher[:, ::2]
+        target = torch.where(target >= 0, target % 51, target)
+    elif layout == "offset":
+        student, teacher, target = student[1::2], teacher[1::2], target.repeat_interleave(2)[3:10:2][:3]
+    else:
+        teacher = teacher[:1].expand(7, 101)
+    outcome = check.compare_inputs(name, student, teacher, target, {"ce_weight": 0.5})
+    assert outcome.passed, outcome
+
+
+@DTYPES
+def test_grad_output_of_any_stride(fused, dtype):
+    """Of sum().backward() the incoming gradient has stride 0, of a transposed use any other."""
+    name, device = fused
+    student, teacher, target = check.Case(dtype, 8, 50, {}).inputs(device)
+    wide = torch.rand(8, 3, device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    for grad_output in (wide[:1, 0].expand(8), wide[:, 1], wide[:, 2].flip(0)):
+        # Powers of two: the stored gradient is rounded to its dtype once, and scaling it adds no second rounding.
+        grad_output = torch.exp2(torch.floor(4 * grad_output))
+        outcome = check.compare_inputs(name, student, teacher, target, {"reduction": "none"}, grad_output)
+        assert outcome.passed, outcome
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_any_grad_output_costs_half_precision_one_more_rounding(fused, dtype):
+    name, device = fused
+    student, teacher, target = check.Case(dtype, 8, 50, {}).inputs(device)
+    grad_output = torch.rand(8, device=device)
+    outcome = check.compare_inputs(name, student, teacher, target, {"reduction": "none"}, grad_output)
+    assert outcome.gradient <= outcome.gradient_budget + torch.finfo(dtype).eps / 2, outcome
+
+
+def test_leading_dimensions(fused):
+    import fused_kd
+
+    name, device = fused
+    student = torch.randn(2, 3, 20, device=device, requires_grad=True)
+    teacher = torch.randn(2, 3, 20, device=device)
+    target = torch.randint(20, (2, 3), device=device)
+    loss = fused_kd.nkd_loss(student, teacher, target, reduction="none", backend=name)
+    assert loss.shape == (2, 3)
+    flat = fused_kd.nkd_loss(student.reshape(6, 20), teacher.reshape(6, 20), target.reshape(6), reduction="none")
+    torch.testing.assert_close(loss.reshape(6), flat)
+    single = fused_kd.nkd_loss(student[0, 0], teacher[0, 0], target[0, 0], reduction="none", backend=name)
+    torch.testing.assert_close(single, loss[0, 0])
+    parts = fused_kd.nkd_loss(student, teacher, target, reduction="none", backend=name, return_parts=True)[1]
+    assert parts.target.shape == (2, 3)
+
+
+@pytest.mark.large
+def test_more_than_two_to_the_31_elements():
+    """Offsets are 64-bit: the last rows of a bfloat16 matrix of 2^31 + elements are like those of a small one."""
+    import fused_kd
+
+    classes, rows = 128256, 16800
+    generator = torch.Generator().manual_seed(0)
+    student = torch.empty(rows, classes, dtype=torch.bfloat16).normal_(generator=generator)
+    teacher = student.flip(1).contiguous() if rows < 100 else student  # one matrix is 4.3 GB
+    target = torch.randint(classes, (rows,), generator=generator)
+    student.requires_grad_()
+    assert student.numel() > 2**31
+    fused_kd.nkd_loss(student, teacher.detach(), target, reduction="sum").backward()
+    tail = student[-3:].detach().clone().requires_grad_()
+    fused_kd.nkd_loss(tail, tail.detach(), target[-3:], reduction="sum").backward()
+    assert torch.equal(student.grad[-3:], tail.grad)

@@ -1,0 +1,77 @@
+"""The C++ core: each build for an instruction set, determinism, and the exactness of its conversions."""
+
+import pytest
+import torch
+
+import fused_kd
+from fused_kd import check
+
+
+def test_every_instruction_set_is_within_budget(native):
+    names = native.instruction_sets()
+    assert names[-1] == "baseline"
+    for name in names:
+        native.instruction_set = name
+        for case in check.cases(quick=True):
+            outcome = check.compare("native", case)
+            assert outcome.passed, (name, case, outcome)
+        for dtype in check.DTYPES:  # several blocks in a row, with a last one that is partly filled
+            outcome = check.compare("native", check.Case(dtype, 3, 5000, {"temperature": 2.0, "ce_weight": 1.0}))
+            assert outcome.passed, (name, dtype, outcome)
+
+
+@pytest.mark.parametrize("size", [*range(2, 40), 63, 64, 65, 127, 128, 129, 255, 256, 257, 2047, 2048, 2049, 4097])
+def test_every_remainder_and_target_position(native, size):
+    """Sizes around the vectors' and the block's length; targets at the start, the end and both sides of a vector."""
+    generator = torch.Generator().manual_seed(size)
+    positions = sorted({p for p in (0, 1, 3, 4, 7, 8, 15, 16, 17, size // 2, size - 17, size - 2, size - 1) if 0 <= p < size})
+    rows = len(positions)
+    student, teacher = (torch.randn(rows, size, generator=generator) * 3 for _ in range(2))
+    for name in native.instruction_sets():
+        native.instruction_set = name
+        outcome = check.compare_inputs("native", student, teacher, torch.tensor(positions), {"temperature": 2.0})
+        assert outcome.passed, (name, outcome)
+
+
+@pytest.mark.parametrize("dtype", check.DTYPES, ids=str)
+def test_same_bits_whatever_the_thread_count(native, dtype):
+    student, teacher, target = check.Case(dtype, 77, 3001, {}).inputs("cpu")
+    results = []
+    for threads in (1, 2, 3, 8, 2):
+        torch.set_num_threads(threads)
+        results.append(check.evaluate("native", student, teacher, target, {"ce_weight": 1.0}))
+    for loss, gradient in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(gradient, results[0][1])
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_half_precision_conversions_are_torchs(native, dtype):
+    """Every 16-bit pattern through the kernels' loads and stores, by scaling a gradient by 1 and by 1/3."""
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).reshape(256, 256)
+    for name in native.instruction_sets():
+        native.instruction_set = name
+        for factor in (1.0, 1.0 / 3.0, 3.0, 2.0**-14):
+            out = torch.empty_like(patterns)
+            native.scale_gradient(patterns, torch.tensor(factor), torch.tensor(1.0), out)
+            expected = (patterns.float() * torch.tensor(factor)).to(dtype)
+            assert torch.equal(out.isnan(), expected.isnan())
+            finite = ~expected.isnan()
+            assert torch.equal(out[finite].view(torch.int16), expected[finite].view(torch.int16)), (name, factor)
+
+
+def test_asking_for_an_instruction_set_that_is_not_there(native):
+    native.instruction_set = "avx1024"
+    with pytest.raises(ValueError, match="avx1024"):
+        fused_kd.nkd_loss(torch.randn(2, 3), torch.randn(2, 3), torch.tensor([0, 1]), backend="native")
+
+
+def test_concurrent_calls_from_python_threads(native):
+    from concurrent.futures import ThreadPoolExecutor
+
+    student, teacher, target = check.Case(torch.float32, 16, 3001, {}).inputs("cpu")
+    expected = check.evaluate("native", student, teacher, target, {})
+    with ThreadPoolExecutor(4) as pool:
+        for loss, gradient in pool.map(lambda _: check.evaluate("native", student, teacher, target, {}), range(16)):
+            assert torch.equal(loss, expected[0])
+            assert torch.equal(gradient, expected[1])

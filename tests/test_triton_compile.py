@@ -1,0 +1,96 @@
+"""Every Triton kernel that dispatch can choose, compiled ahead of time: no spills, shared memory, width of loads.
+
+In a process of its own, since this one may have imported the kernels for Triton's interpreter. That process is this file,
+run as a script: it prints one JSON line per kernel and capability.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+
+import pytest
+
+ROW_KERNELS = ("rows_on_chip", "rows_looped")
+
+
+def main(selection: str, capabilities: list[int]) -> None:
+    from fused_kd.backends import triton_compile
+
+    seen = set()
+    for case in triton_compile.cases(full=selection == "full"):
+        for launch in case.launches():
+            # The count kernels and reductions of two cases are mostly the same.
+            tensors = [getattr(argument, "dtype", None) for argument in launch.arguments]
+            key = (launch.kernel, str(launch.options), str(tensors))
+            if key in seen:
+                continue
+            seen.add(key)
+            for capability in capabilities:
+                report = triton_compile.compile_launch(launch, capability)
+                line = {
+                    "case": str(case),
+                    "kernel": launch.kernel,
+                    "capability": capability,
+                    "limit": triton_compile.SHARED_LIMIT[capability],
+                    "element_bytes": max(case.student.itemsize, case.teacher.itemsize),
+                    "vector": launch.options.get("VEC", 1),
+                    "warps": launch.options["num_warps"],
+                    **report._asdict(),
+                }
+                print(json.dumps(line), flush=True)
+
+
+def compile_in_subprocess(selection, capabilities):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, __file__, selection, ",".join(map(str, capabilities))]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def check(reports):
+    failures = []
+    for report in reports:
+        name = f"{report['kernel']} of {report['case']}, sm_{report['capability']}"
+        if report["stack"]:
+            failures.append(f"{name}: spills, {report['stack']} bytes of stack at {report['registers']} registers")
+        if report["shared"] > report["limit"]:
+            failures.append(f"{name}: {report['shared']} bytes of shared memory, {report['limit']} at most")
+        if report["registers"] * 32 * report["warps"] > 65536:
+            failures.append(f"{name}: {report['registers']} registers in {report['warps']} warps cannot launch")
+        # Tile loads and stores are one vector each; the few other loads are of targets, counts and the logits at y.
+        loads, stores, vector = report["loads"], report["stores"], 2 * report["vector"]
+        if report["kernel"] in ROW_KERNELS and report["element_bytes"] == 2 and vector >= 8:
+            narrow = loads.get("2", 0) if report["kernel"] == "rows_on_chip" else 0
+            if loads.get(str(vector), 0) < 2 or not stores.get(str(vector)) or narrow > loads[str(vector)]:
+                failures.append(f"{name}: expected rows in vectors of {vector} bytes, got {loads} and {stores}")
+    assert not failures, "\n".join(failures)
+
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+
+def test_selection():
+    reports = compile_in_subprocess("short", (80, 90))
+    assert {report["kernel"] for report in reports} == {
+        *ROW_KERNELS,
+        "count_chunks",
+        "reduce_parts",
+        "scale_rows",
+    }
+    check(reports)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", (80, 90, 100))
+def test_matrix(capability):
+    check(compile_in_subprocess("full", (capability,)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], [int(capability) for capability in sys.argv[2].split(",")])
