@@ -21,6 +21,10 @@ Matrix matrix(uintptr_t data, int dtype, const py::tuple& strides) {
     return {reinterpret_cast<const void*>(data), DType(dtype), strides[0].cast<int64_t>(), col};
 }
 
+void* address(uintptr_t data) {
+    return reinterpret_cast<void*>(data);
+}
+
 int64_t run_nkd(const std::string& instruction_set, uintptr_t student, int student_dtype,
                 const py::tuple& student_strides, uintptr_t teacher, int teacher_dtype,
                 const py::tuple& teacher_strides, uintptr_t target, int target_dtype, const py::tuple& target_strides,
@@ -41,11 +45,67 @@ int64_t run_nkd(const std::string& instruction_set, uintptr_t student, int stude
     args.gradient_scale = gradient_scale;
     args.accumulate = DType(accumulate);
     args.threads = threads;
-    const NkdOutputs out = {Reduction(reduction), reinterpret_cast<void*>(loss), reinterpret_cast<void*>(parts),
-                            reinterpret_cast<void*>(norm)};
+    const LossOutputs out = {
+        Reduction(reduction), reinterpret_cast<void*>(loss), reinterpret_cast<void*>(parts), {address(norm), nullptr}};
     const Kernels& kernels = kernels_named(instruction_set);
     py::gil_scoped_release release;
     return nkd(kernels, args, out);
+}
+
+int64_t run_uskd_batch_sums(const std::string& instruction_set, uintptr_t student, int student_dtype,
+                            const py::tuple& student_strides, uintptr_t target, int target_dtype,
+                            const py::tuple& target_strides, uintptr_t sums, int accumulate, int64_t rows,
+                            int64_t classes, bool square, int64_t ignore_index, int threads) {
+    TargetProbsArgs args = {};
+    args.student = matrix(student, student_dtype, student_strides);
+    args.target = matrix(target, target_dtype, target_strides);
+    args.rows = rows;
+    args.classes = classes;
+    args.square = square;
+    args.ignore_index = ignore_index;
+    args.accumulate = DType(accumulate);
+    args.threads = threads;
+    const Kernels& kernels = kernels_named(instruction_set);
+    py::gil_scoped_release release;
+    return uskd_batch_sums(kernels, args, reinterpret_cast<double*>(sums));
+}
+
+int64_t run_uskd(const std::string& instruction_set, uintptr_t student, int student_dtype,
+                 const py::tuple& student_strides, uintptr_t weak, int weak_dtype, const py::tuple& weak_strides,
+                 uintptr_t target, int target_dtype, const py::tuple& target_strides, uintptr_t batch_sums,
+                 uintptr_t student_gradient, uintptr_t weak_gradient, uintptr_t loss, uintptr_t parts,
+                 uintptr_t student_norm, uintptr_t weak_norm, int accumulate, int64_t rows, int64_t classes,
+                 double alpha, double beta, double mu, double ce_weight, int rank, bool square, int64_t ignore_index,
+                 int reduction, double student_scale, double weak_scale, int threads) {
+    UskdArgs args = {};
+    args.student = matrix(student, student_dtype, student_strides);
+    args.weak = matrix(weak, weak_dtype, weak_strides);
+    args.target = matrix(target, target_dtype, target_strides);
+    args.student_gradient = address(student_gradient);
+    args.weak_gradient = address(weak_gradient);
+    args.rows = rows;
+    args.classes = classes;
+    args.alpha = alpha;
+    args.beta = beta;
+    args.mu = mu;
+    args.ce_weight = ce_weight;
+    args.rank = rank;
+    args.square = square;
+    args.ignore_index = ignore_index;
+    args.student_scale = student_scale;
+    args.weak_scale = weak_scale;
+    args.accumulate = DType(accumulate);
+    args.threads = threads;
+    const LossOutputs out = {
+        Reduction(reduction), address(loss), address(parts), {address(student_norm), address(weak_norm)}};
+    const Kernels& kernels = kernels_named(instruction_set);
+    py::gil_scoped_release release;
+    return uskd(kernels, args, reinterpret_cast<const double*>(batch_sums), out);
+}
+
+void run_argsort_descending(uintptr_t keys, int64_t rows, int64_t classes, uintptr_t order, int threads) {
+    py::gil_scoped_release release;
+    argsort_descending(reinterpret_cast<const float*>(keys), rows, classes, reinterpret_cast<int64_t*>(order), threads);
 }
 
 void run_scale_gradient(const std::string& instruction_set, uintptr_t gradient, uintptr_t out, int dtype,
@@ -77,7 +137,10 @@ PYBIND11_MODULE(_native, m) {
         return names;
     });
     m.def("nkd", &run_nkd);
+    m.def("uskd_batch_sums", &run_uskd_batch_sums);
+    m.def("uskd", &run_uskd);
     m.def("scale_gradient", &run_scale_gradient);
+    m.def("argsort_descending", &run_argsort_descending);
     m.attr("compiler") = FKD_COMPILER;
 #if defined(_OPENMP)
     m.attr("openmp") = true;

@@ -27,39 +27,45 @@
 namespace fused_kd {
 namespace FKD_ISA {
 
-// Softmax of one row, split at its target.
-template <class R>
+// Softmax of one row, split into its K targets and the rest. An absent target has the logit -inf.
+template <class R, int K>
 struct SplitSoftmax {
-    R log_p_target;   // log p_y
-    R p_target;       // p_y
-    R rest;           // 1 - p_y
-    R p_scale;        // p_j = p_scale * exp(x_j - max_nt) for j != y
-    R log_normalizer; // log p_j = (x_j - max_nt) - log_normalizer for j != y
+    R log_p[K];       // of the targets
+    R p[K];           //
+    R rest;           // 1 - the sum of p
+    R p_scale;        // p_j = p_scale * exp(x_j - max_nt) for j not a target
+    R log_normalizer; // log p_j = (x_j - max_nt) - log_normalizer for j not a target
 };
 
-template <class R>
-FKD_HD SplitSoftmax<R> split_softmax(R target_logit, R max_nt, R sum) {
-    const R above = target_logit - max_nt;
-    SplitSoftmax<R> out;
-    if (above <= R(0)) {
-        const R e = exp(above);
-        const R z = sum + e;
-        out.log_p_target = above - log(z);
-        out.p_target = e / z;
-        out.rest = sum / z;
-        out.p_scale = R(1) / z;
-        out.log_normalizer = log(z);
-    } else { // also NaN
-        const R e = exp(-above);
-        const R below = sum * e;
-        const R z = R(1) + below;
-        out.log_p_target = -log1p(below);
-        out.p_target = R(1) / z;
-        out.rest = below / z;
-        out.p_scale = e / z;
-        out.log_normalizer = above + log1p(below);
-        if (target_logit == INFINITY) out.log_p_target = out.p_target = out.rest = out.p_scale = NAN;
+template <class R, int K>
+FKD_HD SplitSoftmax<R, K> split_softmax(const R (&logits)[K], R max_nt, R sum) {
+    const bool no_rest = sum == R(0); // NaN counts as some
+    R top = no_rest ? -R(INFINITY) : max_nt;
+    int at = -1;
+    for (int k = 0; k < K; ++k)
+        if (logits[k] > top) {
+            top = logits[k];
+            at = k;
+        }
+    const R scale = no_rest ? R(0) : at < 0 ? R(1) : exp(max_nt - top);
+    const R nt = sum * scale;
+    R below = nt; // everything but the largest, whose exponential is 1
+    R e[K];
+    for (int k = 0; k < K; ++k) {
+        e[k] = k == at ? R(1) : exp(logits[k] - top);
+        if (k != at) below += e[k];
     }
+    const R z = at < 0 ? below : R(1) + below;
+    const R log_z = at < 0 ? log(z) : log1p(below);
+    const R invalid = top == INFINITY ? R(NAN) : R(0);
+    SplitSoftmax<R, K> out;
+    for (int k = 0; k < K; ++k) {
+        out.log_p[k] = (logits[k] - top) - log_z;
+        out.p[k] = e[k] / z + invalid;
+    }
+    out.rest = nt / z + invalid;
+    out.p_scale = scale / z + invalid;
+    out.log_normalizer = no_rest ? R(0) : (top - max_nt) + log_z;
     return out;
 }
 
@@ -98,11 +104,11 @@ struct NkdRow {
 template <class R>
 FKD_HD NkdRow<R> nkd_row(const NkdStats<R>& x, const NkdParams& params) {
     const R temperature = R(params.temperature), ce_weight = R(params.ce_weight);
-    const SplitSoftmax<R> p = split_softmax(x.s_target, x.s_max, x.s_sum);
-    const SplitSoftmax<R> q = split_softmax(x.t_target, x.t_max, x.t_sum);
+    const SplitSoftmax<R, 1> p = split_softmax<R, 1>({x.s_target}, x.s_max, x.s_sum);
+    const SplitSoftmax<R, 1> q = split_softmax<R, 1>({x.t_target}, x.t_max, x.t_sum);
     NkdRow<R> out;
-    out.target = -weighted(q.p_target, p.log_p_target);
-    out.a = (q.p_target + ce_weight * x.v_sum) * p.p_scale;
+    out.target = -weighted(q.p[0], p.log_p[0]);
+    out.a = (q.p[0] + ce_weight * x.v_sum) * p.p_scale;
 
     const bool teacher_has_rest = x.t_sum_t != R(0); // NaN counts, so that it spreads
     if (params.single_non_target || !teacher_has_rest) {
@@ -116,7 +122,7 @@ FKD_HD NkdRow<R> nkd_row(const NkdStats<R>& x, const NkdParams& params) {
         out.c = -weight / x.t_sum_t;
     }
 
-    R ce = -weighted(x.v_target, p.log_p_target);
+    R ce = -weighted(x.v_target, p.log_p[0]);
     if (x.v_free != R(0)) ce += x.v_free * p.log_normalizer - x.v_cross;
     if (x.v_blocked > R(0)) ce = INFINITY;
     out.ce = weighted(ce_weight, ce);
@@ -124,9 +130,122 @@ FKD_HD NkdRow<R> nkd_row(const NkdStats<R>& x, const NkdParams& params) {
 
     // A class that cannot occur has no gradient, the target included.
     out.gradient_target =
-        x.s_target == -INFINITY ? R(0) * out.a : ce_weight * (p.p_target * x.v_sum - x.v_target) - q.p_target * p.rest;
+        x.s_target == -INFINITY ? R(0) * out.a : ce_weight * (p.p[0] * x.v_sum - x.v_target) - q.p[0] * p.rest;
     if (x.v_sum == x.v_target && x.v_target == R(1)) // (q_y + ce)(p_y - 1), without the subtraction
-        out.gradient_target = x.s_target == -INFINITY ? R(0) * out.a : -(q.p_target + ce_weight) * p.rest;
+        out.gradient_target = x.s_target == -INFINITY ? R(0) * out.a : -(q.p[0] + ce_weight) * p.rest;
+    return out;
+}
+
+enum Rank { kNormalized = 0, kClsKd = 1, kWeak = 2, kFinal = 3, kSum = 4 };
+
+struct UskdParams {
+    double alpha, beta, mu, ce_weight;
+    double mean[2]; // of p_k^2, or p_k, over the batch, per target column
+    double classes;
+    bool square;
+};
+
+template <class R>
+struct UskdStats {
+    int targets;                  // 1 or 2; the second's logits are -inf and its label 0 where there is one
+    R s_max, s_sum, w_max, w_sum; // as above, of the student's and the weak logits
+    R s_target[2], w_target[2], label[2];
+    R w_linear; // sum over nt of w_j - w_max
+    // Of probability targets V only; of class indices v_sum = 1 and the rest 0.
+    R v_sum;                      // of all V_j
+    R v_cross, v_free, v_blocked; // over nt: sum V_j (s_j - s_max), sum V_j where s_j > -inf, and where s_j = -inf
+    R v_weak, v_rest;             // over nt: sum V_j (w_j - w_max), sum V_j
+};
+
+// The rank key of a class is weak * exp(w_j - w_max) + student * exp(s_j - s_max) + linear * (s_j - s_max) + constant.
+template <class R>
+struct UskdKey {
+    R weak, student, linear, constant;
+    R target[2];
+};
+
+// Eq. 10 and its variants (paper Table 9). 1 - sum of p over the targets is `rest`, without the subtraction.
+template <class R>
+FKD_HD UskdKey<R> uskd_key(const SplitSoftmax<R, 2>& p, const SplitSoftmax<R, 2>& v, int targets, Rank rank) {
+    const R small = R(1e-6);
+    const R by_weak = rank == kNormalized || rank == kClsKd ? R(1) / (v.rest + small) : R(rank != kFinal);
+    const R by_student = rank == kNormalized ? R(1) / (p.rest + small) : R(rank == kFinal || rank == kSum);
+    UskdKey<R> key = {by_weak * v.p_scale, by_student * p.p_scale, R(0), R(0), {R(0), R(0)}};
+    for (int k = 0; k < targets; ++k)
+        key.target[k] = by_weak * v.p[k] + by_student * p.p[k];
+    if (rank == kClsKd) {
+        R divisor = R(1) + small;
+        for (int k = 0; k < targets; ++k)
+            divisor -= p.log_p[k];
+        key.linear = divisor == INFINITY ? R(0) : R(1) / divisor;
+        key.constant = -key.linear * p.log_normalizer;
+        for (int k = 0; k < targets; ++k)
+            key.target[k] += weighted(key.linear, p.log_p[k]);
+    }
+    return key;
+}
+
+// Loss parts, already weighted, and the gradients, for j not a target:
+//   d/ds_j = student * exp(s_j - s_max) + zipf * z_j - v V_j
+//   d/dw_j = weak * exp(w_j - w_max) - weak_constant - weak_v V_j
+template <class R>
+struct UskdRow {
+    R target, non_target, weak_part, ce;
+    R student, zipf, v;
+    R weak, weak_constant, weak_v;
+    R student_target[2], weak_target[2];
+};
+
+// zipf_sum and zipf_cross: over the classes that are no target and can occur, sum z_j and sum z_j (s_j - s_max).
+// MATH: d/ds_j = alpha (p_j sum P - P_k [j=y_k]) + beta (p^_j - z^_j)[j not in Y] + ce_weight (p_j sum(V) - V_j)
+template <class R>
+FKD_HD UskdRow<R> uskd_row(const UskdStats<R>& x, const UskdParams& params, const SplitSoftmax<R, 2>& p,
+                           const SplitSoftmax<R, 2>& v, R zipf_sum, R zipf_cross) {
+    const R alpha = R(params.alpha), mu = R(params.mu), ce_weight = R(params.ce_weight);
+    const R uniform = R(0.1 / params.classes), kept = R(0.9); // V' = 0.9 V + 0.1 / C
+    UskdRow<R> out;
+    R soft[2] = {R(0), R(0)}, target = R(0), ce = R(0), weak = R(0);
+    for (int k = 0; k < x.targets; ++k) {
+        soft[k] = (params.square ? p.p[k] * p.p[k] : p.p[k]) + x.label[k] - R(params.mean[k]);
+        target -= weighted(soft[k], p.log_p[k]);
+        ce -= weighted(x.label[k], p.log_p[k]);
+        weak -= (kept * x.label[k] + uniform) * v.log_p[k];
+    }
+    out.target = weighted(alpha, target);
+
+    const R rest = R(params.classes) - R(x.targets);
+    const bool has_rest = rest > R(1) && zipf_sum != R(0) && x.s_sum != R(0);
+    out.non_target = has_rest ? R(params.beta) * (log(x.s_sum) - zipf_cross / zipf_sum) : R(0);
+    out.zipf = has_rest ? -R(params.beta) / zipf_sum : R(0);
+
+    if (x.v_free != R(0)) ce += x.v_free * p.log_normalizer - x.v_cross;
+    if (x.v_blocked > R(0)) ce = INFINITY;
+    out.ce = weighted(ce_weight, ce);
+
+    // Every class has a share of the smoothed label, so one that the weak logits exclude makes the term infinite.
+    if (x.w_linear == -INFINITY)
+        weak = INFINITY;
+    else
+        weak -= kept * (x.v_weak - x.v_rest * v.log_normalizer) + uniform * (x.w_linear - rest * v.log_normalizer);
+    out.weak_part = weighted(mu, weak);
+
+    out.student =
+        (alpha * (soft[0] + soft[1]) + ce_weight * x.v_sum) * p.p_scale + (has_rest ? R(params.beta) / x.s_sum : R(0));
+    out.v = ce_weight;
+    const R label_sum = kept * x.v_sum + R(0.1);
+    out.weak = mu * label_sum * v.p_scale;
+    out.weak_constant = mu * uniform;
+    out.weak_v = mu * kept;
+    for (int k = 0; k < 2; ++k) {
+        const int o = 1 - k;
+        // alpha (p_k (P_k + P_o) - P_k), where 1 - p_k = rest + p_o
+        const R by_target = alpha * (soft[o] * p.p[k] - soft[k] * (p.rest + p.p[o]));
+        const bool plain = x.targets == 1 && x.label[k] == R(1) && x.v_sum == R(1);
+        const R by_ce = plain ? -p.rest : p.p[k] * x.v_sum - x.label[k];
+        out.student_target[k] = x.s_target[k] == -INFINITY ? R(0) : by_target + ce_weight * by_ce;
+        out.weak_target[k] =
+            x.w_target[k] == -INFINITY ? R(0) : mu * (v.p[k] * label_sum - kept * x.label[k] - uniform);
+    }
     return out;
 }
 

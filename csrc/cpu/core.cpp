@@ -1,5 +1,6 @@
 // What the kernels share and is compiled once, for any processor: scratch, thread count, and the reductions.
 #include "core.h"
+#include "rank.h"
 
 #include <algorithm>
 #include <cmath>
@@ -60,52 +61,136 @@ int useful_threads(int threads, int64_t rows, int64_t classes) {
     return int(std::max<int64_t>(1, std::min<int64_t>({int64_t(threads), rows, worth})));
 }
 
-int64_t nkd(const Kernels& kernels, NkdArgs args, const NkdOutputs& out) {
-    int64_t counted = args.rows;
-    if (args.target.dtype == kInt64) {
-        const int64_t* target = static_cast<const int64_t*>(args.target.data);
-        for (int64_t row = 0; row < args.rows; ++row) {
-            const int64_t y = target[row * args.target.row_stride];
-            if (y == args.ignore_index)
-                --counted;
-            else if (y < 0 || y >= args.classes)
-                return row;
-        }
+namespace {
+
+// Rows that count towards a mean, or the first row whose class index is out of range.
+struct Counted {
+    int64_t rows, bad_row;
+};
+
+Counted count_rows(const Matrix& target, int64_t rows, int64_t classes, int64_t ignore_index) {
+    Counted counted = {rows, -1};
+    if (target.dtype != kInt64) return counted;
+    const int64_t* indices = static_cast<const int64_t*>(target.data);
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t y = indices[row * target.row_stride];
+        if (y == ignore_index)
+            --counted.rows;
+        else if (y < 0 || y >= classes)
+            return {0, row};
     }
-    const double divisor = out.reduction == kMean ? double(std::max<int64_t>(counted, 1)) : 1.0;
-    // Divided now, an incoming gradient of 1 leaves nothing to do. Float16 would underflow, so there a power of two
-    // next to the divisor is multiplied in and left to `norm`, which thus rounds nothing (see fused_kd/ops.py).
-    const double power = args.student.dtype == kFloat16 ? std::exp2(std::floor(std::log2(divisor))) : 1.0;
-    const double norm = 1.0 / (args.gradient_scale * power);
-    args.gradient_scale *= power / divisor;
+    return counted;
+}
+
+void put(void* to, DType dtype, int64_t i, double x) {
+    if (dtype == kFloat64)
+        static_cast<double*>(to)[i] = x;
+    else
+        static_cast<float*>(to)[i] = float(x);
+}
+
+// What a gradient is multiplied with when it is stored, and the factor left for the backward pass. Divided now, an
+// incoming gradient of 1 leaves nothing to do. Float16 would underflow, so there a power of two next to the divisor is
+// multiplied in and left to the backward pass, which thus rounds nothing (see fused_kd/ops.py).
+double stored_scale(DType dtype, double scale, double divisor, void* norm, DType norm_dtype) {
+    const double power = dtype == kFloat16 ? std::exp2(std::floor(std::log2(divisor))) : 1.0;
+    put(norm, norm_dtype, 0, 1.0 / (scale * power));
+    return scale * power / divisor;
+}
+
+// In the rows' order, so the same bits whatever the number of threads.
+void reduce_parts(const std::vector<double>& parts, int kinds, int64_t rows, double divisor, Reduction reduction,
+                  DType dtype, void* loss_out, void* parts_out) {
+    if (reduction == kNone) {
+        for (int64_t row = 0; row < rows; ++row) {
+            double loss = 0;
+            for (int k = 0; k < kinds; ++k) {
+                loss += parts[size_t(kinds * row + k)];
+                put(parts_out, dtype, k * rows + row, parts[size_t(kinds * row + k)]);
+            }
+            put(loss_out, dtype, row, loss);
+        }
+        return;
+    }
+    double loss = 0;
+    for (int k = 0; k < kinds; ++k) {
+        double sum = 0;
+        for (int64_t row = 0; row < rows; ++row)
+            sum += parts[size_t(kinds * row + k)];
+        put(parts_out, dtype, k, sum / divisor);
+        loss += sum / divisor;
+    }
+    put(loss_out, dtype, 0, loss);
+}
+
+double divisor_of(Reduction reduction, int64_t counted) {
+    return reduction == kMean ? double(std::max<int64_t>(counted, 1)) : 1.0;
+}
+
+} // namespace
+
+int64_t nkd(const Kernels& kernels, NkdArgs args, const LossOutputs& out) {
+    const Counted counted = count_rows(args.target, args.rows, args.classes, args.ignore_index);
+    if (counted.bad_row >= 0) return counted.bad_row;
+    const double divisor = divisor_of(out.reduction, counted.rows);
+    args.gradient_scale = stored_scale(args.student.dtype, args.gradient_scale, divisor, out.norms[0], args.accumulate);
     std::vector<double> parts(size_t(3 * args.rows));
     args.parts = parts.data();
     kernels.nkd(args);
-
-    const auto put = [&](void* to, int64_t i, double x) {
-        if (args.accumulate == kFloat64)
-            static_cast<double*>(to)[i] = x;
-        else
-            static_cast<float*>(to)[i] = float(x);
-    };
-    put(out.norm, 0, norm);
-    if (out.reduction == kNone) {
-        for (int64_t row = 0; row < args.rows; ++row) {
-            const double* p = parts.data() + 3 * row;
-            put(out.loss, row, p[0] + p[1] + p[2]);
-            for (int k = 0; k < 3; ++k)
-                put(out.parts, k * args.rows + row, p[k]);
-        }
-    } else {
-        double sums[3] = {0, 0, 0}; // in the rows' order, so the same bits whatever the number of threads
-        for (int64_t row = 0; row < args.rows; ++row)
-            for (int k = 0; k < 3; ++k)
-                sums[k] += parts[size_t(3 * row + k)];
-        put(out.loss, 0, (sums[0] + sums[1] + sums[2]) / divisor);
-        for (int k = 0; k < 3; ++k)
-            put(out.parts, k, sums[k] / divisor);
-    }
+    reduce_parts(parts, 3, args.rows, divisor, out.reduction, args.accumulate, out.loss, out.parts);
     return -1;
+}
+
+int64_t uskd(const Kernels& kernels, UskdArgs args, const double* batch_sums, const LossOutputs& out) {
+    const Counted counted = count_rows(args.target, args.rows, args.classes, args.ignore_index);
+    if (counted.bad_row >= 0) return counted.bad_row;
+    const double divisor = divisor_of(out.reduction, counted.rows);
+    args.student_scale = stored_scale(args.student.dtype, args.student_scale, divisor, out.norms[0], args.accumulate);
+    args.weak_scale = stored_scale(args.weak.dtype, args.weak_scale, divisor, out.norms[1], args.accumulate);
+    for (int k = 0; k < 2; ++k)
+        args.mean[k] = batch_sums[k] / std::max(batch_sums[2], 1.0);
+    std::vector<double> parts(size_t(4 * args.rows));
+    args.parts = parts.data();
+    std::vector<float> singles;
+    std::vector<double> doubles;
+    if (args.accumulate == kFloat64) {
+        for (int64_t r = 1; r <= args.classes; ++r)
+            doubles.push_back(1.0 / double(r));
+        args.reciprocals = doubles.data();
+    } else {
+        for (int64_t r = 1; r <= args.classes; ++r)
+            singles.push_back(1.0f / float(r));
+        args.reciprocals = singles.data();
+    }
+    kernels.uskd(args);
+    reduce_parts(parts, 4, args.rows, divisor, out.reduction, args.accumulate, out.loss, out.parts);
+    return -1;
+}
+
+int64_t uskd_batch_sums(const Kernels& kernels, TargetProbsArgs args, double* sums) {
+    const Counted counted = count_rows(args.target, args.rows, args.classes, args.ignore_index);
+    if (counted.bad_row >= 0) return counted.bad_row;
+    std::vector<double> values(size_t(2 * args.rows));
+    args.values = values.data();
+    kernels.target_probs(args);
+    sums[0] = sums[1] = 0;
+    for (int64_t row = 0; row < args.rows; ++row)
+        for (int k = 0; k < 2; ++k)
+            sums[k] += values[size_t(2 * row + k)];
+    sums[2] = double(counted.rows);
+    return -1;
+}
+
+void argsort_descending(const float* keys, int64_t rows, int64_t classes, int64_t* order, int threads) {
+    const int useful = useful_threads(threads, rows, classes);
+    (void)useful;
+#pragma omp parallel for num_threads(useful) schedule(static)
+    for (int64_t row = 0; row < rows; ++row) {
+        void* const scratch = thread_scratch(order_scratch_bytes(classes));
+        const uint32_t* const sorted = order_descending(keys + row * classes, classes, scratch);
+        for (int64_t r = 0; r < classes; ++r)
+            order[row * classes + r] = sorted[r];
+    }
 }
 
 } // namespace fused_kd

@@ -10,12 +10,21 @@ namespace fused_kd {
 // The builds of the kernels that this processor can run, best first.
 std::vector<const Kernels*> runnable_kernels();
 
-struct NkdOutputs {
+struct LossOutputs {
     Reduction reduction;
-    void *loss, *parts, *norm; // of the accumulating dtype
+    void *loss, *parts; // of the accumulating dtype
+    void* norms[2];     // one per gradient
 };
 
-// Runs NKD and reduces its rows. Returns -1, or the first row whose class index is out of range, nothing being written.
-int64_t nkd(const Kernels& kernels, NkdArgs args, const NkdOutputs& out);
+// These run a loss and reduce its rows. They return -1, or the first row whose class index is out of range, nothing
+// being written then.
+int64_t nkd(const Kernels& kernels, NkdArgs args, const LossOutputs& out);
+int64_t uskd(const Kernels& kernels, UskdArgs args, const double* batch_sums, const LossOutputs& out);
+
+// Over the rows that count: the sums of p_1^2 and p_2^2 (or p_1, p_2), and their number.
+int64_t uskd_batch_sums(const Kernels& kernels, TargetProbsArgs args, double* sums);
+
+// The ranking alone, for tests and benchmarks: each row's indices from the largest key to the smallest, stable.
+void argsort_descending(const float* keys, int64_t rows, int64_t classes, int64_t* order, int threads);
 
 } // namespace fused_kd

@@ -29,6 +29,33 @@ struct NkdArgs {
     int threads;
 };
 
+struct UskdArgs {
+    Matrix student, weak;
+    Matrix target;                          // class indices (kInt64), or probabilities
+    void *student_gradient, *weak_gradient; // contiguous, each of its logits' dtype; null when not wanted
+    int64_t rows, classes;
+    double alpha, beta, mu, ce_weight;
+    double mean[2];
+    int rank; // Rank of row_math.h
+    bool square;
+    int64_t ignore_index;
+    double student_scale, weak_scale; // multiply every stored gradient
+    const void* reciprocals;          // 1 / rank for every rank, of the accumulating dtype
+    double* parts;                    // (rows, 4): target, non_target, weak, ce; 0 for rows that do not count
+    DType accumulate;
+    int threads;
+};
+
+struct TargetProbsArgs {
+    Matrix student, target;
+    int64_t rows, classes;
+    bool square;
+    int64_t ignore_index;
+    double* values; // (rows, 2): p_k^2, or p_k, of a row's targets; 0 where there is none
+    DType accumulate;
+    int threads;
+};
+
 struct ScaleArgs {
     const void* gradient;
     void* out; // may be the gradient
@@ -44,6 +71,8 @@ struct ScaleArgs {
 struct Kernels {
     const char* name;
     void (*nkd)(const NkdArgs&);
+    void (*target_probs)(const TargetProbsArgs&);
+    void (*uskd)(const UskdArgs&);
     void (*scale_gradient)(const ScaleArgs&);
 };
 

@@ -10,18 +10,11 @@
 // shift; such a row shows by its sums not being finite and is done again with `careful` loops that leave those classes
 // out. So is a row with NaN, which stays NaN.
 #include "../row_math.h"
-#include "convert.h"
-#include "kernels.h"
-#include "simd.h"
+#include "rows.h"
 
 namespace fused_kd {
 namespace FKD_ISA {
 namespace {
-
-// Fits the first-level cache with room to spare, and no lane adds up more than 128 terms before double
-// precision takes over.
-template <class A>
-constexpr int64_t kBlock = 128 * kLanes<A>;
 
 struct BlockStats {
     double s_max, t_max, s_sum, s_sum_t, t_sum, t_sum_t, cross, blocked;
@@ -52,36 +45,18 @@ struct Scratch {
     }
 };
 
-template <class A>
-FKD_INLINE A finite_or_zero(A x) {
-    return x == -INFINITY ? A(0) : x;
-}
-
-// Largest logits of a block, the target left out; 0 where none can occur.
-template <class A>
-FKD_INLINE void block_max(const A* s, const A* t, int64_t n, int64_t y, A& s_largest, A& t_largest) {
-    Vec<A> s_max = splat<A>(-INFINITY), t_max = s_max;
-    const Vec<A> lowest = s_max;
-    for_lanes<A>(n, y, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
-        s_max = max_of(keep(lanes, load(s + j, lanes), lowest), s_max);
-        t_max = max_of(keep(lanes, load(t + j, lanes), lowest), t_max);
-    });
-    s_largest = finite_or_zero(max_lanes<A>(s_max));
-    t_largest = finite_or_zero(max_lanes<A>(t_max));
-}
-
 template <class A, bool unit_t, bool careful, bool with_probs>
 FKD_INLINE void block_stats(const A* s, const A* t, const A* v, int64_t n, int64_t y, A inv_t, A* e_s, A* e_st, A* e_t,
                             BlockStats& out) {
     A s_largest, t_largest;
-    block_max<A>(s, t, n, y, s_largest, t_largest);
+    block_max<A>(s, t, n, Without<1>{{y}}, s_largest, t_largest);
     const Vec<A> zero = {};
     const Shift<A, careful> s_shift(s_largest), t_shift(t_largest);
     out.s_max = s_shift.origin;
     out.t_max = t_shift.origin;
     Vec<A> s_sum = zero, s_sum_t = zero, t_sum = zero, t_sum_t = zero, cross = zero, blocked = zero;
     Vec<A> v_sum = zero, v_cross = zero, v_blocked = zero;
-    for_lanes<A>(n, y, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
+    for_lanes<A>(n, Without<1>{{y}}, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
         // The next block comes from memory while this one is computed; past the row's end lies the next row.
         __builtin_prefetch(s + j + kBlock<A>);
         __builtin_prefetch(t + j + kBlock<A>);
@@ -169,7 +144,7 @@ FKD_NOINLINE NkdStats<double> merge(const BlockStats* blocks, int64_t count, dou
 template <class A, bool unit_t, bool careful, bool with_probs>
 FKD_INLINE void block_combine(const A* s, const A* v, int64_t n, A a, A b, A c, A minus_v, const A* e_s, const A* e_st,
                               const A* e_t, A* out) {
-    for_lanes<A>(n, -1, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
+    for_lanes<A>(n, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
         Vec<A> others = load(e_t + j, lanes) * c;
         if constexpr (with_probs) others += load(v + j, lanes) * minus_v;
         if constexpr (careful) { // a class that cannot occur has no gradient
@@ -194,7 +169,7 @@ FKD_NOINLINE NkdRow<double> nkd_row_pass(const NkdArgs& args, const Scratch<A>& 
 
     int64_t count = 0;
     for (int64_t j = 0; j < classes; j += kBlock<A>, ++count) {
-        const int64_t n = classes - j < kBlock<A> ? classes - j : kBlock<A>;
+        const int64_t n = block_length<A>(classes, j);
         const A* s = read(args.student, row, j, n, scratch.student);
         const A* t = read(args.teacher, row, j, n, scratch.teacher);
         const A* v = with_probs ? read(args.target, row, j, n, scratch.probs) : nullptr;
@@ -217,7 +192,7 @@ FKD_NOINLINE NkdRow<double> nkd_row_pass(const NkdArgs& args, const Scratch<A>& 
     if (wanted) {
         const double scale = args.gradient_scale;
         for (int64_t i = 0; i < count; ++i) {
-            const int64_t j = i * kBlock<A>, n = classes - j < kBlock<A> ? classes - j : kBlock<A>;
+            const int64_t j = i * kBlock<A>, n = block_length<A>(classes, j);
             const double ds = scratch.blocks[i].s_max - stats.s_max, dt = scratch.blocks[i].t_max - stats.t_max;
             const double s_scale = ds == 0 ? 1 : exp(ds), s_scale_t = ds == 0 ? 1 : exp(ds * inv_t);
             const double t_scale_t = dt == 0 ? 1 : exp(dt * inv_t);
@@ -237,29 +212,6 @@ FKD_NOINLINE NkdRow<double> nkd_row_pass(const NkdArgs& args, const Scratch<A>& 
     return result;
 }
 
-// The first largest entry; a NaN among the rest does not matter here, since it makes the row NaN anyway.
-template <class A>
-int64_t argmax(const Matrix& m, int64_t row, int64_t classes, A* staging) {
-    int64_t best = 0;
-    A largest = -INFINITY;
-    for (int64_t j = 0; j < classes; j += kBlock<A>) {
-        const int64_t n = classes - j < kBlock<A> ? classes - j : kBlock<A>;
-        const A* v = read(m, row, j, n, staging);
-        Vec<A> top = splat<A>(-INFINITY);
-        const Vec<A> lowest = top;
-        for_lanes<A>(n, -1, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
-            top = max_of(keep(lanes, load(v + i, lanes), lowest), top);
-        });
-        const A block_top = max_lanes<A>(top);
-        if (!(block_top > largest)) continue;
-        largest = block_top;
-        best = j;
-        while (v[best - j] != largest)
-            ++best;
-    }
-    return best;
-}
-
 template <class A>
 void nkd_typed(const NkdArgs& args) {
     const bool with_probs = args.target.dtype != kInt64, unit_t = args.temperature == 1.0;
@@ -274,6 +226,7 @@ void nkd_typed(const NkdArgs& args) {
             int64_t y;
             if (with_probs) {
                 y = argmax(args.target, row, args.classes, scratch.probs);
+                if (y < 0) y = 0; // every probability is NaN or -inf
             } else {
                 y = *reinterpret_cast<const int64_t*>(element(args.target, row, 0));
                 if (y == args.ignore_index) {
@@ -299,44 +252,11 @@ void nkd_typed(const NkdArgs& args) {
     }
 }
 
+} // namespace
+
 void nkd(const NkdArgs& args) {
     args.accumulate == kFloat64 ? nkd_typed<double>(args) : nkd_typed<float>(args);
 }
-
-template <class A>
-void scale_rows(const ScaleArgs& args) {
-    const int threads = useful_threads(args.threads, args.rows, args.classes);
-    (void)threads;
-    const int64_t row_bytes = args.classes * element_size(args.dtype);
-    const Matrix gradient = {args.gradient, args.dtype, args.classes, 1};
-    const Matrix factors = {args.grad_output, args.grad_output_dtype, args.grad_output_stride, 1};
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t row = 0; row < args.rows; ++row) {
-        A staging[kBlock<A>], one[1];
-        const A factor = A(double(*read(factors, row, 0, 1, one)) * args.norm);
-        char* out = static_cast<char*>(args.out) + row * row_bytes;
-        for (int64_t j = 0; j < args.classes; j += kBlock<A>) {
-            const int64_t n = args.classes - j < kBlock<A> ? args.classes - j : kBlock<A>;
-            const A* g = read(gradient, row, j, n, staging);
-            const bool direct = args.dtype == dtype_of<A>();
-            A* target = direct ? reinterpret_cast<A*>(out) + j : staging;
-            for (int64_t i = 0; i < n; ++i)
-                target[i] = g[i] * factor;
-            if (!direct) write(staging, n, out + j * element_size(args.dtype), args.dtype);
-        }
-    }
-}
-
-void scale_gradient(const ScaleArgs& args) {
-    args.dtype == kFloat64 ? scale_rows<double>(args) : scale_rows<float>(args);
-}
-
-} // namespace
-
-#define FKD_STRINGIFY(x) #x
-#define FKD_NAME(x) FKD_STRINGIFY(x)
-extern const Kernels kKernels;
-const Kernels kKernels = {FKD_NAME(FKD_ISA), nkd, scale_gradient};
 
 } // namespace FKD_ISA
 } // namespace fused_kd

@@ -90,13 +90,28 @@ struct SomeLanes {
     int count; // elements that exist from the start of the vector
 };
 
-template <class A>
-FKD_INLINE SomeLanes<A> lanes_below(int count, int without) {
+// Up to K elements that a loop leaves out, ascending; negative where there is none.
+template <int K>
+struct Without {
+    int64_t at[K];
+    FKD_INLINE Without<K> from(int64_t start) const {
+        Without<K> shifted;
+        for (int k = 0; k < K; ++k)
+            shifted.at[k] = at[k] - start;
+        return shifted;
+    }
+};
+
+template <class A, int K>
+FKD_INLINE SomeLanes<A> lanes_below(int count, const Without<K>& without) {
     typedef typename Simd<A>::Int Int;
     alignas(64) static constexpr Int kOrder[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     Mask<A> index;
     __builtin_memcpy(&index, kOrder, sizeof index);
-    return {(index < Int(count)) & (index != Int(without)), count};
+    Mask<A> on = index < Int(count);
+    for (int k = 0; k < K; ++k)
+        on &= index != Int(without.at[k]);
+    return {on, count};
 }
 
 template <class A>
@@ -226,20 +241,28 @@ FKD_INLINE A max_lanes(Vec<A> v) {
     return fold_lanes<A>(v, [](auto x, auto y) { return x > y ? x : y; });
 }
 
-// Calls step(lanes, j) for the vectors that cover [0, n), leaving out the element `without` (negative: none).
-template <class A, class Step>
-FKD_INLINE void for_lanes(int64_t n, int64_t without, Step step) {
+// Calls step(lanes, j) for the vectors that cover [0, n), with masks only where an element is left out and at the end.
+template <class A, int K, class Step>
+FKD_INLINE void for_lanes(int64_t n, const Without<K>& without, Step step) {
     constexpr int64_t w = kLanes<A>;
     int64_t j = 0;
-    if (without >= 0 && without < n - n % w) {
-        for (; j + w <= without; j += w)
+#pragma GCC unroll 2
+    for (int k = 0; k < K; ++k) {
+        const int64_t y = without.at[k];
+        if (y < j || y >= n - n % w) continue; // in another block, in the last vector, or in one already done
+        for (; j + w <= y; j += w)
             step(AllLanes{}, j);
-        step(lanes_below<A>(int(w), int(without - j)), j);
+        step(lanes_below<A>(int(w), without.from(j)), j);
         j += w;
     }
     for (; j + w <= n; j += w)
         step(AllLanes{}, j);
-    if (j < n) step(lanes_below<A>(int(n - j), int(without - j)), j);
+    if (j < n) step(lanes_below<A>(int(n - j), without.from(j)), j);
+}
+
+template <class A, class Step>
+FKD_INLINE void for_lanes(int64_t n, Step step) {
+    for_lanes<A>(n, Without<1>{{-1}}, step);
 }
 
 } // namespace FKD_ISA

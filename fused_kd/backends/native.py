@@ -25,7 +25,10 @@ except ImportError as error:
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4}
 _REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
+_RANKS = {"normalized": 0, "cls_kd": 1, "weak": 2, "final": 3, "sum": 4}
 
+#: What this backend has kernels for.
+LOSSES = frozenset({"nkd", "uskd"})
 #: The instruction set whose kernels run: one of ``instruction_sets()``. Tests set it to reach each build.
 instruction_set: str = _core.instruction_sets()[0] if _core else ""
 
@@ -93,6 +96,101 @@ def nkd(
     if bad_row >= 0:
         raise _checks.index_error(int(target[bad_row]), num_classes, ignore_index)
     return loss, parts, gradient, norm
+
+
+def uskd_batch_sums(student: Tensor, target: Tensor, square: bool, ignore_index: int) -> Tensor:
+    rows, num_classes = student.shape
+    sums = torch.empty(3, dtype=torch.float64)
+    bad_row = _core.uskd_batch_sums(
+        instruction_set,
+        student.data_ptr(),
+        _DTYPES[student.dtype],
+        student.stride(),
+        target.data_ptr(),
+        _DTYPES[target.dtype],
+        target.stride(),
+        sums.data_ptr(),
+        _DTYPES[accumulation_dtype(student)],
+        rows,
+        num_classes,
+        square,
+        ignore_index,
+        torch.get_num_threads(),
+    )
+    if bad_row >= 0:
+        raise _checks.index_error(int(target[bad_row]), num_classes, ignore_index)
+    return sums
+
+
+def uskd(
+    student: Tensor,
+    weak: Tensor,
+    target: Tensor,
+    batch_sums: Tensor,
+    alpha: float,
+    beta: float,
+    mu: float,
+    ce_weight: float,
+    rank: str,
+    square: bool,
+    ignore_index: int,
+    reduction: str,
+    need_student: bool,
+    need_weak: bool,
+    student_scale: float,
+    weak_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows, num_classes = student.shape
+    dtype = accumulation_dtype(student, weak)
+    shape = (rows,) if reduction == "none" else ()
+    loss = torch.empty(shape, dtype=dtype)
+    parts = torch.empty((4, *shape), dtype=dtype)
+    student_gradient = torch.empty((rows, num_classes) if need_student else (0,), dtype=student.dtype)
+    weak_gradient = torch.empty((rows, num_classes) if need_weak else (0,), dtype=weak.dtype)
+    student_norm, weak_norm = torch.empty((), dtype=dtype), torch.empty((), dtype=dtype)
+    bad_row = _core.uskd(
+        instruction_set,
+        student.data_ptr(),
+        _DTYPES[student.dtype],
+        student.stride(),
+        weak.data_ptr(),
+        _DTYPES[weak.dtype],
+        weak.stride(),
+        target.data_ptr(),
+        _DTYPES[target.dtype],
+        target.stride(),
+        batch_sums.data_ptr(),
+        student_gradient.data_ptr() if need_student else 0,
+        weak_gradient.data_ptr() if need_weak else 0,
+        loss.data_ptr(),
+        parts.data_ptr(),
+        student_norm.data_ptr(),
+        weak_norm.data_ptr(),
+        _DTYPES[dtype],
+        rows,
+        num_classes,
+        alpha,
+        beta,
+        mu,
+        ce_weight,
+        _RANKS[rank],
+        square,
+        ignore_index,
+        _REDUCTIONS[reduction],
+        student_scale,
+        weak_scale,
+        torch.get_num_threads(),
+    )
+    if bad_row >= 0:
+        raise _checks.index_error(int(target[bad_row]), num_classes, ignore_index)
+    return loss, parts, student_gradient, weak_gradient, student_norm, weak_norm
+
+
+def argsort_descending(keys: Tensor) -> Tensor:
+    """The ranking alone, of contiguous float32 rows: indices from the largest to the smallest, the lower first on ties."""
+    order = torch.empty(keys.shape, dtype=torch.int64)
+    _core.argsort_descending(keys.data_ptr(), *keys.shape, order.data_ptr(), torch.get_num_threads())
+    return order
 
 
 def scale_gradient(gradient: Tensor, grad_output: Tensor, norm: Tensor, out: Tensor) -> None:

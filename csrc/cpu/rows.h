@@ -1,0 +1,69 @@
+// What the row kernels share. Included by sources compiled once per instruction set, like simd.h.
+#pragma once
+
+#include "../row_math.h"
+#include "convert.h"
+#include "kernels.h"
+#include "simd.h"
+
+namespace fused_kd {
+namespace FKD_ISA {
+
+void nkd(const NkdArgs& args);
+void target_probs(const TargetProbsArgs& args);
+void uskd(const UskdArgs& args);
+
+// Fits the first-level cache with room to spare, and no lane adds up more than 128 terms before double
+// precision takes over.
+template <class A>
+constexpr int64_t kBlock = 128 * kLanes<A>;
+
+template <class A>
+FKD_INLINE int64_t block_length(int64_t classes, int64_t start) {
+    return classes - start < kBlock<A> ? classes - start : kBlock<A>;
+}
+
+template <class A>
+FKD_INLINE A finite_or_zero(A x) {
+    return x == -INFINITY ? A(0) : x;
+}
+
+// Largest logits of a block, the targets left out; 0 where none can occur.
+template <class A, int K>
+FKD_INLINE void block_max(const A* s, const A* t, int64_t n, const Without<K>& y, A& s_largest, A& t_largest) {
+    Vec<A> s_max = splat<A>(-INFINITY), t_max = s_max;
+    const Vec<A> lowest = s_max;
+    for_lanes<A>(n, y, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
+        s_max = max_of(keep(lanes, load(s + j, lanes), lowest), s_max);
+        t_max = max_of(keep(lanes, load(t + j, lanes), lowest), t_max);
+    });
+    s_largest = finite_or_zero(max_lanes<A>(s_max));
+    t_largest = finite_or_zero(max_lanes<A>(t_max));
+}
+
+// The largest entry of a row, the lowest index first among equal ones; -1 where all are left out or below -inf. A NaN
+// does not matter here, since it makes its row NaN by other ways.
+template <class A>
+FKD_NOINLINE int64_t argmax(const Matrix& m, int64_t row, int64_t classes, A* staging, int64_t without = -1) {
+    int64_t best = -1;
+    A largest = -INFINITY;
+    for (int64_t j = 0; j < classes; j += kBlock<A>) {
+        const int64_t n = block_length<A>(classes, j);
+        const A* v = read(m, row, j, n, staging);
+        Vec<A> top = splat<A>(-INFINITY);
+        const Vec<A> lowest = top;
+        for_lanes<A>(n, Without<1>{{without - j}}, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
+            top = max_of(keep(lanes, load(v + i, lanes), lowest), top);
+        });
+        const A block_top = max_lanes<A>(top);
+        if (!(block_top > largest)) continue;
+        largest = block_top;
+        best = j;
+        while (v[best - j] != largest || best == without)
+            ++best;
+    }
+    return best;
+}
+
+} // namespace FKD_ISA
+} // namespace fused_kd

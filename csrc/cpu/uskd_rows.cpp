@@ -1,0 +1,415 @@
+// USKD on rows: ranking, loss parts and both gradients in one visit to each row. Compiled once per instruction set.
+//
+// As for NKD the exponentials of a row, relative to their block's maxima, stay where the gradients will be. They give
+// the rank keys, a radix sort (rank.h) the order of the classes, and a table 1 / rank the Zipf weights, after which one
+// pass sums them against the logits and one writes the gradients. Sorting takes most of the time, so the loops here
+// always take the exact shift and test for classes that cannot occur, and come in one form only.
+//
+// A class whose student logit is -inf takes a rank but no Zipf mass: the rest is renormalised and the loss stays
+// finite.
+#include "rank.h"
+#include "rows.h"
+
+namespace fused_kd {
+namespace FKD_ISA {
+namespace {
+
+struct BlockStats {
+    double s_max, w_max, s_sum, w_sum, w_linear;
+    double v_sum, v_cross, v_blocked, v_weak;
+};
+
+// The targets of a row, ascending, and their label values.
+struct Targets {
+    int count;
+    Without<2> at;
+    double label[2];
+};
+
+// A row each of exponentials, where no gradient's row can hold them, of keys and later Zipf weights, and the sort's
+// words.
+template <class A>
+struct Scratch {
+    A *e_s, *e_w, *keys, *student, *weak, *probs;
+    BlockStats* blocks;
+    void* order;
+
+    explicit Scratch(int64_t classes) {
+        const int64_t row = (classes + 63) / 64 * 64, blocks_bytes = (classes / kBlock<A> + 1) * sizeof(BlockStats);
+        const int64_t floats = (3 * row + 3 * kBlock<A>)*int64_t(sizeof(A));
+        char* base = static_cast<char*>(thread_scratch(size_t(floats + blocks_bytes) + order_scratch_bytes(classes)));
+        e_s = reinterpret_cast<A*>(base);
+        e_w = e_s + row;
+        keys = e_w + row;
+        student = keys + row;
+        weak = student + kBlock<A>;
+        probs = weak + kBlock<A>;
+        blocks = reinterpret_cast<BlockStats*>(base + floats);
+        order = base + floats + blocks_bytes;
+    }
+};
+
+// Of probabilities: the at most two largest entries that exceed the row's smallest, the lower index first on ties.
+template <class A>
+FKD_NOINLINE Targets targets_of(const Matrix& target, int64_t row, int64_t classes, A* staging) {
+    if (target.dtype == kInt64) {
+        const int64_t y = *reinterpret_cast<const int64_t*>(element(target, row, 0));
+        return {1, {{y, -1}}, {1, 0}};
+    }
+    double smallest = INFINITY;
+    for (int64_t j = 0; j < classes; j += kBlock<A>) {
+        const int64_t n = block_length<A>(classes, j);
+        const A* v = read(target, row, j, n, staging);
+        Vec<A> low = splat<A>(-INFINITY);
+        const Vec<A> lowest = low;
+        for_lanes<A>(n, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
+            low = max_of(keep(lanes, -load(v + i, lanes), lowest), low);
+        });
+        const double block_low = -double(max_lanes<A>(low));
+        if (block_low < smallest) smallest = block_low;
+    }
+    Targets found = {0, {{-1, -1}}, {0, 0}};
+    for (int k = 0; k < 2; ++k) {
+        const int64_t y = argmax(target, row, classes, staging, k ? found.at.at[0] : -1);
+        if (y < 0) break;
+        const double label = *read(target, row, y, 1, staging);
+        if (!(label > smallest)) break;
+        found.at.at[k] = y;
+        found.label[k] = label;
+        found.count = k + 1;
+    }
+    return found;
+}
+
+FKD_INLINE void ascending(Targets& targets) {
+    if (targets.count == 2 && targets.at.at[0] > targets.at.at[1]) {
+        const int64_t y = targets.at.at[0];
+        const double label = targets.label[0];
+        targets.at.at[0] = targets.at.at[1];
+        targets.label[0] = targets.label[1];
+        targets.at.at[1] = y;
+        targets.label[1] = label;
+    }
+}
+
+template <class A>
+FKD_NOINLINE void block_stats(const A* s, const A* w, const A* v, int64_t n, const Without<2>& y, A* e_s, A* e_w,
+                              BlockStats& out) {
+    A s_largest, w_largest;
+    block_max<A>(s, w, n, y, s_largest, w_largest);
+    const Shift<A, true> s_shift(s_largest), w_shift(w_largest);
+    out.s_max = s_shift.origin;
+    out.w_max = w_shift.origin;
+    const Vec<A> zero = {};
+    Vec<A> s_sum = zero, w_sum = zero, w_linear = zero, v_sum = zero, v_cross = zero, v_blocked = zero, v_weak = zero;
+    for_lanes<A>(n, y, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
+        __builtin_prefetch(s + j + kBlock<A>);
+        __builtin_prefetch(w + j + kBlock<A>);
+        const Vec<A> sj = load(s + j, lanes), wj = load(w + j, lanes);
+        const Vec<A> ds = s_shift(sj), dw = w_shift(wj);
+        const Vec<A> es = keep(lanes, sj == -A(INFINITY) ? zero : exp2_nonpositive<A>(ds), zero);
+        const Vec<A> ew = keep(lanes, wj == -A(INFINITY) ? zero : exp2_nonpositive<A>(dw), zero);
+        store(e_s + j, es, lanes);
+        store(e_w + j, ew, lanes);
+        s_sum += es;
+        w_sum += ew;
+        w_linear += keep(lanes, wj == -A(INFINITY) ? wj : dw, zero);
+        if (v) {
+            const Vec<A> p = keep(lanes, load(v + j, lanes), zero);
+            const Mask<A> impossible = sj == -A(INFINITY);
+            v_sum += p;
+            v_cross += impossible ? zero : p * keep(lanes, ds, zero);
+            v_blocked += impossible ? p : zero;
+            v_weak += p * keep(lanes, dw, zero);
+        }
+    });
+    out.s_sum = sum_lanes<A>(s_sum);
+    out.w_sum = sum_lanes<A>(w_sum);
+    out.w_linear = kLn2 * sum_lanes<A>(w_linear);
+    out.v_sum = sum_lanes<A>(v_sum);
+    out.v_cross = kLn2 * sum_lanes<A>(v_cross);
+    out.v_blocked = sum_lanes<A>(v_blocked);
+    out.v_weak = kLn2 * sum_lanes<A>(v_weak);
+}
+
+// The blocks' sums, brought to the row's maxima.
+FKD_NOINLINE void merge(const BlockStats* blocks, int64_t count, int64_t block, int64_t classes, const Targets& targets,
+                        UskdStats<double>& row) {
+    row.s_max = row.w_max = -INFINITY;
+    for (int64_t i = 0; i < count; ++i) {
+        if (blocks[i].s_max > row.s_max && blocks[i].s_sum != 0) row.s_max = blocks[i].s_max;
+        if (blocks[i].w_max > row.w_max && blocks[i].w_sum != 0) row.w_max = blocks[i].w_max;
+    }
+    row.s_max = finite_or_zero(row.s_max);
+    row.w_max = finite_or_zero(row.w_max);
+    for (int64_t i = 0; i < count; ++i) {
+        const BlockStats& b = blocks[i];
+        const double ds = b.s_max - row.s_max, dw = b.w_max - row.w_max;
+        int64_t length = classes - i * block < block ? classes - i * block : block;
+        for (int k = 0; k < targets.count; ++k)
+            if (targets.at.at[k] / block == i) --length;
+        if (b.s_sum != 0) row.s_sum += (ds == 0 ? 1 : exp(ds)) * b.s_sum;
+        if (b.w_sum != 0) row.w_sum += (dw == 0 ? 1 : exp(dw)) * b.w_sum;
+        row.w_linear += b.w_linear + dw * double(length);
+        const double v_free = b.v_sum - b.v_blocked;
+        row.v_sum += b.v_sum;
+        row.v_rest += b.v_sum;
+        row.v_free += v_free;
+        row.v_blocked += b.v_blocked;
+        row.v_cross += b.v_cross + ds * v_free;
+        row.v_weak += b.v_weak + dw * b.v_sum;
+    }
+}
+
+template <class A>
+FKD_INLINE void fill(void* out, DType dtype, int64_t n, A value, A* staging) {
+    for (int64_t j = 0; j < n; j += kBlock<A>) {
+        const int64_t length = block_length<A>(n, j);
+        for (int64_t i = 0; i < length; ++i)
+            staging[i] = value;
+        write(staging, length, static_cast<char*>(out) + j * element_size(dtype), dtype);
+    }
+}
+
+// Where a row's gradient goes, and its exponentials meanwhile.
+template <class A>
+struct GradientRow {
+    char* data; // null when not wanted
+    DType dtype;
+    A* exponentials;
+
+    GradientRow(void* gradient, DType type, int64_t row, int64_t classes, A* spare)
+        : data(gradient ? static_cast<char*>(gradient) + row * classes * element_size(type) : nullptr), dtype(type),
+          exponentials(data && type == dtype_of<A>() ? reinterpret_cast<A*>(data) : spare) {}
+    void put(int64_t j, A value) const { write(&value, 1, data + j * element_size(dtype), dtype); }
+    A* block(int64_t j, A* staging) const { return dtype == dtype_of<A>() ? reinterpret_cast<A*>(data) + j : staging; }
+    void finish(int64_t j, int64_t n, const A* staging) const {
+        if (dtype != dtype_of<A>()) write(staging, n, data + j * element_size(dtype), dtype);
+    }
+};
+
+template <class A>
+FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch, int64_t row, Targets targets) {
+    const int64_t classes = args.classes;
+    const bool with_probs = args.target.dtype != kInt64;
+    const GradientRow<A> student(args.student_gradient, args.student.dtype, row, classes, scratch.e_s);
+    const GradientRow<A> weak(args.weak_gradient, args.weak.dtype, row, classes, scratch.e_w);
+    A *const e_s = student.exponentials, *const e_w = weak.exponentials, *const z = scratch.keys;
+    double* const parts = args.parts + 4 * row;
+
+    UskdStats<double> x = {};
+    UskdParams params = {args.alpha,      args.beta,  args.mu, args.ce_weight, {args.mean[0], args.mean[1]},
+                         double(classes), args.square};
+    // The batch means are of the largest label's column and the second's; the loops want ascending positions.
+    if (targets.count == 2 && targets.at.at[0] > targets.at.at[1]) {
+        params.mean[0] = args.mean[1];
+        params.mean[1] = args.mean[0];
+    }
+    ascending(targets);
+    x.targets = targets.count;
+    for (int k = 0; k < 2; ++k) {
+        const bool there = k < targets.count;
+        x.s_target[k] = there ? double(*read(args.student, row, targets.at.at[k], 1, scratch.student)) : -INFINITY;
+        x.w_target[k] = there ? double(*read(args.weak, row, targets.at.at[k], 1, scratch.weak)) : -INFINITY;
+        x.label[k] = targets.label[k];
+        x.v_sum += targets.label[k];
+    }
+
+    int64_t count = 0;
+    for (int64_t j = 0; j < classes; j += kBlock<A>, ++count) {
+        const int64_t n = block_length<A>(classes, j);
+        const A* s = read(args.student, row, j, n, scratch.student);
+        const A* w = read(args.weak, row, j, n, scratch.weak);
+        const A* v = with_probs ? read(args.target, row, j, n, scratch.probs) : nullptr;
+        block_stats<A>(s, w, v, n, targets.at.from(j), e_s + j, e_w + j, scratch.blocks[count]);
+    }
+    merge(scratch.blocks, count, kBlock<A>, classes, targets, x);
+    const SplitSoftmax<double, 2> p = split_softmax<double, 2>(x.s_target, x.s_max, x.s_sum);
+    const SplitSoftmax<double, 2> v = split_softmax<double, 2>(x.w_target, x.w_max, x.w_sum);
+
+    const double probe = p.rest + v.rest + x.v_sum + params.mean[0] + params.mean[1];
+    if (probe != probe) { // NaN: no ranking, and nothing else to say of the row
+        for (int k = 0; k < 4; ++k)
+            parts[k] = NAN;
+        if (student.data) fill<A>(student.data, student.dtype, classes, A(NAN), scratch.student);
+        if (weak.data) fill<A>(weak.data, weak.dtype, classes, A(NAN), scratch.weak);
+        return;
+    }
+
+    // Keys of all classes, targets included.
+    const UskdKey<double> key = uskd_key(p, v, targets.count, Rank(args.rank));
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t j = i * kBlock<A>, n = block_length<A>(classes, j);
+        const double ds = scratch.blocks[i].s_max - x.s_max, dw = scratch.blocks[i].w_max - x.w_max;
+        const A by_student = A(key.student * exp(ds)), by_weak = A(key.weak * exp(dw));
+        if (key.linear != 0) {
+            const A* s = read(args.student, row, j, n, scratch.student);
+            const A linear = A(key.linear), constant = A(key.constant - key.linear * x.s_max);
+            for_lanes<A>(n, [&](auto lanes, int64_t l) __attribute__((always_inline)) {
+                store(z + j + l, load(e_w + j + l, lanes) * by_weak + (load(s + l, lanes) * linear + constant), lanes);
+            });
+        } else {
+            for_lanes<A>(n, [&](auto lanes, int64_t l) __attribute__((always_inline)) {
+                store(z + j + l, load(e_w + j + l, lanes) * by_weak + load(e_s + j + l, lanes) * by_student, lanes);
+            });
+        }
+    }
+    for (int k = 0; k < targets.count; ++k)
+        z[targets.at.at[k]] = A(key.target[k]);
+
+    // Their order, and in the keys' place the Zipf weights 1 / rank.
+    const uint32_t* const order = order_descending(z, classes, scratch.order);
+    const A* const reciprocals = static_cast<const A*>(args.reciprocals);
+    for (int64_t r = 0; r < classes; ++r)
+        z[order[r]] = reciprocals[r];
+    for (int k = 0; k < targets.count; ++k)
+        z[targets.at.at[k]] = 0;
+
+    double zipf_sum = 0, zipf_cross = 0;
+    const Vec<A> zero = {};
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t j = i * kBlock<A>, n = block_length<A>(classes, j);
+        const A* s = read(args.student, row, j, n, scratch.student);
+        const A origin = A(scratch.blocks[i].s_max);
+        Vec<A> sum = zero, cross = zero;
+        for_lanes<A>(n, targets.at.from(j), [&](auto lanes, int64_t l) __attribute__((always_inline)) {
+            const Vec<A> sj = load(s + l, lanes);
+            const Mask<A> impossible = sj == -A(INFINITY);
+            const Vec<A> zj = keep(lanes, impossible ? zero : load(z + j + l, lanes), zero);
+            store(z + j + l, zj, lanes);
+            sum += zj;
+            cross += impossible ? zero : zj * keep(lanes, sj - origin, zero);
+        });
+        const double block_sum = sum_lanes<A>(sum);
+        zipf_sum += block_sum;
+        zipf_cross += sum_lanes<A>(cross) + (double(origin) - x.s_max) * block_sum;
+    }
+    const UskdRow<double> result = uskd_row(x, params, p, v, zipf_sum, zipf_cross);
+
+    const double s_scale = args.student_scale, w_scale = args.weak_scale;
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t j = i * kBlock<A>, n = block_length<A>(classes, j);
+        const A* labels = with_probs ? read(args.target, row, j, n, scratch.probs) : nullptr;
+        if (student.data) {
+            const A* s = labels ? read(args.student, row, j, n, scratch.student) : nullptr;
+            A* const out = student.block(j, scratch.weak);
+            const A a = A(result.student * exp(scratch.blocks[i].s_max - x.s_max) * s_scale);
+            const A b = A(result.zipf * s_scale), c = A(result.v * s_scale);
+            for_lanes<A>(n, [&](auto lanes, int64_t l) __attribute__((always_inline)) {
+                Vec<A> g = load(e_s + j + l, lanes) * a + load(z + j + l, lanes) * b;
+                if (labels) g -= load(s + l, lanes) == -A(INFINITY) ? zero : load(labels + l, lanes) * c;
+                store(out + l, g, lanes);
+            });
+            student.finish(j, n, out);
+        }
+        if (weak.data) {
+            const A* w = read(args.weak, row, j, n, scratch.weak);
+            A* const out = weak.block(j, scratch.student);
+            const A a = A(result.weak * exp(scratch.blocks[i].w_max - x.w_max) * w_scale);
+            const A b = A(result.weak_constant * w_scale), c = A(result.weak_v * w_scale);
+            for_lanes<A>(n, [&](auto lanes, int64_t l) __attribute__((always_inline)) {
+                Vec<A> g = load(e_w + j + l, lanes) * a - b;
+                if (labels) g -= load(labels + l, lanes) * c;
+                store(out + l, load(w + l, lanes) == -A(INFINITY) ? zero : g, lanes);
+            });
+            weak.finish(j, n, out);
+        }
+    }
+    for (int k = 0; k < targets.count; ++k) {
+        if (student.data) student.put(targets.at.at[k], A(result.student_target[k] * s_scale));
+        if (weak.data) weak.put(targets.at.at[k], A(result.weak_target[k] * w_scale));
+    }
+    parts[0] = result.target;
+    parts[1] = result.non_target;
+    parts[2] = result.weak_part;
+    parts[3] = result.ce;
+}
+
+template <class A>
+void uskd_typed(const UskdArgs& args) {
+    const int threads = useful_threads(args.threads, args.rows, args.classes);
+    (void)threads;
+#pragma omp parallel num_threads(threads)
+    {
+        const Scratch<A> scratch(args.classes);
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < args.rows; ++row) {
+            const Targets targets = targets_of<A>(args.target, row, args.classes, scratch.probs);
+            if (args.target.dtype == kInt64 && targets.at.at[0] == args.ignore_index) {
+                for (int k = 0; k < 4; ++k)
+                    args.parts[4 * row + k] = 0;
+                if (args.student_gradient)
+                    fill<A>(static_cast<char*>(args.student_gradient) +
+                                row * args.classes * element_size(args.student.dtype),
+                            args.student.dtype, args.classes, A(0), scratch.student);
+                if (args.weak_gradient)
+                    fill<A>(static_cast<char*>(args.weak_gradient) + row * args.classes * element_size(args.weak.dtype),
+                            args.weak.dtype, args.classes, A(0), scratch.weak);
+                continue;
+            }
+            uskd_row_pass<A>(args, scratch, row, targets);
+        }
+    }
+}
+
+// The small pass before: the targets' probabilities, whose batch means every row needs.
+template <class A>
+void target_probs_typed(const TargetProbsArgs& args) {
+    const int threads = useful_threads(args.threads, args.rows, args.classes);
+    (void)threads;
+#pragma omp parallel num_threads(threads)
+    {
+        const Scratch<A> scratch(args.classes);
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < args.rows; ++row) {
+            double* const values = args.values + 2 * row;
+            values[0] = values[1] = 0;
+            Targets targets = targets_of<A>(args.target, row, args.classes, scratch.probs);
+            if (args.target.dtype == kInt64 && targets.at.at[0] == args.ignore_index) continue;
+            const bool swapped = targets.count == 2 && targets.at.at[0] > targets.at.at[1];
+            ascending(targets);
+            double max = -INFINITY, sum = 0;
+            for (int64_t j = 0; j < args.classes; j += kBlock<A>) {
+                const int64_t n = block_length<A>(args.classes, j);
+                const A* s = read(args.student, row, j, n, scratch.student);
+                A largest, unused;
+                block_max<A>(s, s, n, targets.at.from(j), largest, unused);
+                const Shift<A, true> shift(largest);
+                const Vec<A> zero = {};
+                Vec<A> part = zero;
+                for_lanes<A>(n, targets.at.from(j), [&](auto lanes, int64_t l) __attribute__((always_inline)) {
+                    const Vec<A> sj = load(s + l, lanes);
+                    part += keep(lanes, sj == -A(INFINITY) ? zero : exp2_nonpositive<A>(shift(sj)), zero);
+                });
+                const double block_sum = sum_lanes<A>(part);
+                if (block_sum == 0) continue;
+                if (shift.origin > max) {
+                    sum *= max == -INFINITY ? 0 : exp(max - shift.origin);
+                    max = shift.origin;
+                }
+                sum += block_sum * exp(shift.origin - max);
+            }
+            double logits[2] = {-INFINITY, -INFINITY};
+            for (int k = 0; k < targets.count; ++k)
+                logits[k] = *read(args.student, row, targets.at.at[k], 1, scratch.student);
+            const SplitSoftmax<double, 2> p = split_softmax<double, 2>(logits, finite_or_zero(max), sum);
+            for (int k = 0; k < targets.count; ++k) {
+                const double value = args.square ? p.p[k] * p.p[k] : p.p[k];
+                values[swapped ? 1 - k : k] = value;
+            }
+        }
+    }
+}
+
+} // namespace
+
+void uskd(const UskdArgs& args) {
+    args.accumulate == kFloat64 ? uskd_typed<double>(args) : uskd_typed<float>(args);
+}
+
+void target_probs(const TargetProbsArgs& args) {
+    args.accumulate == kFloat64 ? target_probs_typed<double>(args) : target_probs_typed<float>(args);
+}
+
+} // namespace FKD_ISA
+} // namespace fused_kd
