@@ -1,4 +1,4 @@
-"""Command line: measure (the default), `plot` and `table` from a result."""
+"""Command line: measure (the default), `plot` and `table` from a result, `soft-labels` from the shipped logits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import report
 from benchmarks.cases import DEFAULT_DTYPES, DEFAULT_SHAPES, Case, parse_dtypes, parse_shapes
-from benchmarks.providers import LOSSES, Provider
+from benchmarks.providers import LOSSES, Loss, Provider
 from benchmarks.run import SCHEMA, Options, failures, run
 
 RESULTS = Path(__file__).parent / "results"
@@ -52,9 +52,12 @@ def _run_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Times fused_kd against other forms of the same loss, after checking all of them against float64.",
-        epilog="Other commands: `plot RESULT.json` draws a PNG, `table RESULT.json` prints Markdown; each has --help.",
+        epilog="Other commands: `plot RESULT.json` draws a PNG, `table RESULT.json` prints Markdown, `soft-labels` "
+        "shows what USKD makes of real logits; each has --help.",
     )
-    parser.add_argument("--loss", choices=sorted(LOSSES), default="nkd")
+    parser.add_argument(
+        "--loss", choices=[*LOSSES, "all"], action="append", help="may be given more than once; default: all"
+    )
     parser.add_argument("--quick", action="store_true", help="ends within two minutes; medians are less stable")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument(
@@ -63,7 +66,7 @@ def _run_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cases", type=_argument(parse_shapes), metavar="ROWSxCLASSES,...", help="default: four sizes for the device"
     )
-    parser.add_argument("--providers", metavar="NAME,...", help="default: all of the loss")
+    parser.add_argument("--providers", metavar="NAME,...", help="default: all of each loss")
     parser.add_argument(
         "--seconds",
         type=_positive(float),
@@ -76,15 +79,21 @@ def _run_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _select_providers(parser: argparse.ArgumentParser, loss: str, names: str | None) -> tuple[Provider, ...]:
-    known = LOSSES[loss].providers
+def _plan(
+    parser: argparse.ArgumentParser, losses: list[str] | None, names: str | None
+) -> dict[Loss, tuple[Provider, ...]]:
+    """The losses in the order of LOSSES, and which providers of each."""
+    wanted = LOSSES if not losses or "all" in losses else losses
+    chosen = [loss for name, loss in LOSSES.items() if name in wanted]
     if names is None:
-        return known
-    wanted = [name.strip() for name in names.split(",")]
-    for name in wanted:
-        if name not in {provider.name for provider in known}:
-            parser.error(f"--providers: expected names among {', '.join(p.name for p in known)}, got {name!r}")
-    return tuple(provider for provider in known if provider.name in wanted)
+        return {loss: loss.providers for loss in chosen}
+    known = dict.fromkeys(provider.name for loss in chosen for provider in loss.providers)
+    picked = [name.strip() for name in names.split(",")]
+    for name in picked:
+        if name not in known:
+            parser.error(f"--providers: expected names among {', '.join(known)}, got {name!r}")
+    plan = {loss: tuple(provider for provider in loss.providers if provider.name in picked) for loss in chosen}
+    return {loss: providers for loss, providers in plan.items() if providers}
 
 
 @contextmanager
@@ -115,7 +124,7 @@ def _run(argv: Sequence[str]) -> int:
         parser.error("--device cuda: this PyTorch finds no GPU")
     if args.output.exists() and not args.output.is_dir():
         parser.error(f"--output: expected a folder, got the file {args.output}")
-    providers = _select_providers(parser, args.loss, args.providers)
+    plan = _plan(parser, args.loss, args.providers)
     if args.threads:
         torch.set_num_threads(args.threads)
     shapes, dtypes = args.cases or DEFAULT_SHAPES[device], args.dtype or DEFAULT_DTYPES[device]
@@ -128,7 +137,7 @@ def _run(argv: Sequence[str]) -> int:
         quick=args.quick,
     )
     with _progress(Console(stderr=True)) as progress:
-        result = run(LOSSES[args.loss], cases, providers, options, progress)
+        result = run(plan, cases, options, progress)
 
     # Piped output has no width of its own; 100 columns hold the tables.
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=100)
@@ -156,11 +165,11 @@ def _plot_or_explain(result: dict[str, Any], path: Path, console: Console) -> No
 
 def save(result: dict[str, Any], folder: Path) -> Path:
     """Writes the result under a name that says what, on what, when and at which commit."""
-    device = "+".join(sorted({case["device"] for case in result["cases"]}))
+    device, losses = "+".join(report.devices(result)), "+".join(part["loss"] for part in result["losses"])
     moment = result["date"][:19].replace(":", "").replace("-", "")
     commit = (result["software"]["git_commit"] or "uncommitted")[:10]
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{result['loss']}-{device}-{moment}-{commit}.json"
+    path = folder / f"{losses}-{device}-{moment}-{commit}.json"
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 
@@ -214,9 +223,36 @@ def _table(argv: Sequence[str]) -> int:
     return 0
 
 
+def _soft_labels(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks soft-labels",
+        description="What USKD makes of the shipped logits: the target's label and the top Zipf labels, table and PNG.",
+    )
+    parser.add_argument("--photos", metavar="NAME,...", help="names in data/README.md; default: five of them")
+    parser.add_argument("--top", type=_positive(int), default=6, help="classes beside the target, default %(default)s")
+    parser.add_argument("--output", type=Path, default=RESULTS / "soft-labels.png", metavar="FILE.png")
+    args = parser.parse_args(argv)
+    from benchmarks import soft_labels
+
+    try:
+        photos = soft_labels.collect(args.photos.split(",") if args.photos else soft_labels.PHOTOS, args.top)
+    except ValueError as error:
+        parser.error(str(error))
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=100)
+    soft_labels.print_table(photos, console)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        soft_labels.plot(photos, args.output)
+    except ImportError as error:
+        console.print(f"no plot: {error}", markup=False)
+    else:
+        console.print(str(args.output), soft_wrap=True)
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands = {"run": _run, "plot": _plot, "table": _table}
+    commands = {"run": _run, "plot": _plot, "table": _table, "soft-labels": _soft_labels}
     if arguments and arguments[0] in commands:
         return commands[arguments[0]](arguments[1:])
     return _run(arguments)

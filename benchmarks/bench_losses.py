@@ -1,4 +1,4 @@
-"""The benchmark's cases for pytest-benchmark: forward + backward of each provider.
+"""The benchmark's cases for pytest-benchmark: forward + backward of each provider, and the rankings alone.
 
     pytest benchmarks/bench_losses.py --benchmark-only --benchmark-group-by=param:loss,param:case
 
@@ -15,9 +15,10 @@ from functools import lru_cache
 import pytest
 import torch
 
-from benchmarks import measure
+from benchmarks import agreement, measure
 from benchmarks.cases import DEFAULT_DTYPES, DEFAULT_SHAPES, Case, Inputs, make_inputs
-from benchmarks.providers import LOSSES, Loss, Provider
+from benchmarks.providers import LOSSES, OURS, Loss, Provider
+from benchmarks.ranking import SORT, Bench
 
 pytest.importorskip("pytest_benchmark")
 
@@ -27,8 +28,8 @@ SECONDS = 1.0  # of timing per test
 
 
 @lru_cache(maxsize=1)  # the tests are ordered by case
-def _inputs(case: Case) -> Inputs:
-    return make_inputs(case)
+def _inputs(case: Case, trains_other: bool) -> Inputs:
+    return make_inputs(case, trains_other=trains_other)
 
 
 def _parameters() -> Iterator[object]:
@@ -45,11 +46,11 @@ def test_forward_backward(benchmark, loss: Loss, case: Case, provider: Provider)
     if reason:
         pytest.skip(reason)
     torch._dynamo.reset()
-    inputs = _inputs(case)
+    inputs = _inputs(case, loss.trains_other)
     function = provider.build()
     if provider.same_loss:
-        found = measure.errors(loss, function, inputs)
-        assert found.within(measure.TOLERANCE[case.dtype]), found
+        found = agreement.Judge(loss, inputs).errors(provider, function)
+        assert found.within(agreement.tolerance(case)), found
     samples = measure.Samples()
     call = measure.timer(case.device)
     for _ in range(10):
@@ -57,15 +58,30 @@ def test_forward_backward(benchmark, loss: Loss, case: Case, provider: Provider)
     rounds = max(5, min(1000, int(SECONDS / min(samples.both))))
 
     def step() -> None:
-        value = function(inputs.student_logits, inputs.teacher_logits, inputs.target)
+        value = function(*inputs[:3])
         value.backward()  # type: ignore[no-untyped-call]
         if case.device == "cuda":
             torch.cuda.synchronize()
 
-    def drop_gradient() -> None:
-        inputs.student_logits.grad = None
-
     benchmark.group = f"{loss.name} {case.name}"
     benchmark.extra_info.update(provider=provider.name, inputs=inputs.source)
-    benchmark.pedantic(step, setup=drop_gradient, rounds=rounds, warmup_rounds=1)
-    inputs.student_logits.grad = None
+    benchmark.pedantic(step, setup=inputs.drop_gradients, rounds=rounds, warmup_rounds=1)
+    inputs.drop_gradients()
+
+
+@pytest.mark.parametrize("name", [SORT, OURS])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.rows}x{case.classes}-{case.dtype}")
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES.values() if loss.rank_keys], ids=lambda loss: loss.name)
+def test_ranking(benchmark, loss: Loss, case: Case, name: str) -> None:  # type: ignore[no-untyped-def]
+    bench = Bench(loss, _inputs(case, loss.trains_other))
+    entry = bench.entries[name]
+    if entry["status"] == "unavailable":
+        pytest.skip(entry["reason"])
+    assert entry["status"] == "ok", entry["reason"]
+    call = bench.calls()[name]
+    samples = measure.Samples()
+    for _ in range(10):
+        call(samples)
+    rounds = max(5, min(1000, int(SECONDS / min(samples.both))))
+    benchmark.group = f"{loss.name} ranking {case.name}"
+    benchmark.pedantic(call, args=(measure.Samples(),), rounds=rounds, warmup_rounds=1)

@@ -53,9 +53,16 @@ class Case:
 
 class Inputs(NamedTuple):
     student_logits: torch.Tensor  # a leaf that requires grad
-    teacher_logits: torch.Tensor
+    other_logits: torch.Tensor  # the teacher's, or in self-distillation the weak ones: then a leaf that requires grad
     target: torch.Tensor
     source: str  # where the logits come from, for the report
+
+    def trained(self) -> list[torch.Tensor]:
+        return [logits for logits in (self.student_logits, self.other_logits) if logits.requires_grad]
+
+    def drop_gradients(self) -> None:
+        for logits in self.trained():
+            logits.grad = None
 
 
 class ShippedLogits(NamedTuple):
@@ -103,15 +110,22 @@ def load_shipped_logits(path: Path = LOGITS_FILE) -> ShippedLogits:
         )
 
 
-def make_inputs(case: Case, seed: int = 0) -> Inputs:
-    """Seeded inputs of a case: real logits resampled for 1000 classes, generated ones otherwise."""
+def make_inputs(case: Case, seed: int = 0, trains_other: bool = False) -> Inputs:
+    """Seeded inputs of a case: real logits resampled for 1000 classes, generated ones otherwise.
+
+    With ``trains_other`` the teacher's logits play the weak logits of self-distillation and require grad as well: they
+    are another network's opinion of the same picture, which is what ranking by two opinions is for.
+    """
     if case.classes == 1000:
         student, teacher, target, source = _resampled(case, seed)
     else:
         student, teacher, target, source = _generated(case, seed)
+    if trains_other:
+        source += ", the teacher's logits as the weak ones"
     dtype = DTYPES[case.dtype]
     student = student.to(case.device, dtype).detach().requires_grad_()
-    return Inputs(student, teacher.to(case.device, dtype), target.to(case.device), source)
+    other = teacher.to(case.device, dtype).detach().requires_grad_(trains_other)
+    return Inputs(student, other, target.to(case.device), source)
 
 
 def _resampled(case: Case, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, str]:

@@ -1,4 +1,4 @@
-"""How it is measured: agreement with float64, memory, time, and the machine's copy bandwidth."""
+"""How it is measured: memory, time, and the machine's copy bandwidth."""
 
 from __future__ import annotations
 
@@ -16,27 +16,13 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.cases import Inputs
-from benchmarks.providers import Loss, LossFunction
+from benchmarks.providers import LossFunction
 
-# Far above rounding in each dtype, far below what a wrong formula gives.
-TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2, "float16": 2e-2}
-CHUNK_ELEMENTS = 2**25  # of the float64 reference at a time, so that a billion logits fit
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**32}  # well beyond the caches
 FLUSH_BYTES = 2**28  # several times a GPU's L2
 
 # The profiler otherwise writes two lines to stderr each time it is used, across the progress bar.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-
-
-@dataclass(frozen=True)
-class Errors:
-    """Largest errors against float64, relative to the loss and to the largest entry of the gradient."""
-
-    loss: float
-    gradient: float
-
-    def within(self, tolerance: float) -> bool:
-        return self.loss <= tolerance and self.gradient <= tolerance  # NaN is not
 
 
 @dataclass(frozen=True)
@@ -57,38 +43,6 @@ class Samples:
     host: list[float] = field(default_factory=list)  # until the call returned; on a CPU the same as both
 
 
-def run_once(function: LossFunction, inputs: Inputs) -> Tensor:
-    """One forward and backward pass; the gradient is left in inputs.student_logits.grad."""
-    inputs.student_logits.grad = None
-    value = function(inputs.student_logits, inputs.teacher_logits, inputs.target)
-    value.backward()  # type: ignore[no-untyped-call]
-    return value.detach()
-
-
-def errors(loss: Loss, function: LossFunction, inputs: Inputs) -> Errors:
-    """Compares loss and gradient (mean over the rows) with the float64 reference of the same, rounded inputs."""
-    student, teacher, target = inputs.student_logits, inputs.teacher_logits, inputs.target
-    value = run_once(function, inputs)
-    gradient = student.grad
-    if gradient is None:
-        raise RuntimeError("the provider left no gradient on the student logits")
-    rows, classes = student.shape
-    step = rows if loss.batch_coupled else max(1, CHUNK_ELEMENTS // classes)
-    expected = torch.zeros((), dtype=torch.float64, device=student.device)
-    worst, largest = expected.clone(), expected.clone()
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
-        exact = student.detach()[part].double().requires_grad_()
-        part_loss = loss.reference_sum(exact, teacher[part].double(), target[part]) / rows
-        part_loss.backward()  # type: ignore[no-untyped-call]
-        assert exact.grad is not None
-        expected += part_loss.detach()
-        worst = torch.maximum(worst, (gradient[part].double() - exact.grad).abs().max())
-        largest = torch.maximum(largest, exact.grad.abs().max())
-    student.grad = None
-    return Errors(float((value.double() - expected).abs() / expected.abs()), float(worst / largest))
-
-
 def memory(function: LossFunction, inputs: Inputs) -> Memory:
     """Bytes kept between forward and backward, and the peak of both."""
     saved: dict[int, int] = {}
@@ -98,9 +52,9 @@ def memory(function: LossFunction, inputs: Inputs) -> Memory:
         saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    inputs.student_logits.grad = None
+    inputs.drop_gradients()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        value = function(inputs.student_logits, inputs.teacher_logits, inputs.target)
+        value = function(*inputs[:3])
     del value
     own = {tensor.untyped_storage().data_ptr() for tensor in inputs[:3]}
     without_inputs = sum(size for pointer, size in saved.items() if pointer not in own)
@@ -110,28 +64,28 @@ def memory(function: LossFunction, inputs: Inputs) -> Memory:
 
 
 def _cuda_allocations(function: LossFunction, inputs: Inputs) -> tuple[int, int]:
-    inputs.student_logits.grad = None
+    inputs.drop_gradients()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    value = function(inputs.student_logits, inputs.teacher_logits, inputs.target)
+    value = function(*inputs[:3])
     held = torch.cuda.memory_allocated() - before
     value.backward()  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
-    inputs.student_logits.grad = None
+    inputs.drop_gradients()
     return held, peak
 
 
 def _cpu_allocations(function: LossFunction, inputs: Inputs) -> tuple[int, int]:
     """From the profiler's allocation events: what goes through PyTorch's allocator, so not a kernel's own scratch."""
     mark = "forward pass of the benchmark"
-    inputs.student_logits.grad = None
+    inputs.drop_gradients()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         with record_function(mark):
-            value = function(inputs.student_logits, inputs.teacher_logits, inputs.target)
+            value = function(*inputs[:3])
         value.backward()  # type: ignore[no-untyped-call]
-    inputs.student_logits.grad = None
+    inputs.drop_gradients()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         prof.export_chrome_trace(str(path))
@@ -149,9 +103,9 @@ def _cpu_allocations(function: LossFunction, inputs: Inputs) -> tuple[int, int]:
 
 def _cpu_call(function: LossFunction, inputs: Inputs, samples: Samples) -> None:
     # The gradient of the call before is dropped outside the timed part; making the new one is inside.
-    inputs.student_logits.grad = None
+    inputs.drop_gradients()
     start = time.perf_counter()
-    value = function(inputs.student_logits, inputs.teacher_logits, inputs.target)
+    value = function(*inputs[:3])
     middle = time.perf_counter()
     value.backward()  # type: ignore[no-untyped-call]
     end = time.perf_counter()
@@ -168,12 +122,12 @@ class _CudaCall:
         self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
     def __call__(self, function: LossFunction, inputs: Inputs, samples: Samples) -> None:
-        inputs.student_logits.grad = None
+        inputs.drop_gradients()
         first, middle, last = (torch.cuda.Event(enable_timing=True) for _ in range(3))  # type: ignore[no-untyped-call]
         self.flush.zero_()
         first.record()
         start = time.perf_counter()
-        value = function(inputs.student_logits, inputs.teacher_logits, inputs.target)
+        value = function(*inputs[:3])
         middle.record()
         value.backward()  # type: ignore[no-untyped-call]
         last.record()
@@ -183,36 +137,51 @@ class _CudaCall:
         samples.backward.append(middle.elapsed_time(last) / 1e3)
         samples.both.append(first.elapsed_time(last) / 1e3)
 
+    def plain(self, function: Callable[[], object], samples: Samples) -> None:
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        self.flush.zero_()
+        first.record()
+        function()
+        last.record()
+        torch.cuda.synchronize()
+        samples.both.append(first.elapsed_time(last) / 1e3)
 
-TimedCall = Callable[[LossFunction, Inputs, Samples], None]
+
+def _cpu_plain(function: Callable[[], object], samples: Samples) -> None:
+    start = time.perf_counter()
+    function()
+    samples.both.append(time.perf_counter() - start)
 
 
-def timer(device: str) -> TimedCall:
+def timer(device: str) -> Callable[[LossFunction, Inputs, Samples], None]:
     """Runs a function once, forward and backward, and appends what it took to the samples."""
     return _CudaCall() if device == "cuda" else _cpu_call
 
 
-def time_providers(
-    functions: dict[str, LossFunction],
-    inputs: Inputs,
+def plain_timer(device: str) -> Callable[[Callable[[], object], Samples], None]:
+    """Runs a function once that has no backward pass."""
+    return _CudaCall().plain if device == "cuda" else _cpu_plain
+
+
+def time_in_turn(
+    calls: dict[str, Callable[[Samples], None]],
     seconds: float,
     min_rounds: int,
     progress: Callable[[float], None],
     block_seconds: float = 0.02,
 ) -> dict[str, Samples]:
-    """Times the providers in turn, round after round, so that a disturbance of the machine hits all alike.
+    """Takes calls that time themselves in turn, round after round, so that a disturbance of the machine hits all alike.
 
-    In each round a provider runs one block of calls. A block of several calls drops the first, so that what the
-    provider before left in the caches does not count.
+    In each round each has one block of calls. A block of several calls drops the first, so that what the one before
+    left in the caches does not count.
     """
-    call = timer(inputs.student_logits.device.type)
     fastest = {}
-    for name, function in functions.items():
+    for name, call in calls.items():
         warm_up = Samples()
         for _ in range(3):
-            call(function, inputs, warm_up)
+            call(warm_up)
         fastest[name] = min(warm_up.both)
-    samples = {name: Samples() for name in functions}
+    samples = {name: Samples() for name in calls}
     gc.collect()
     gc.disable()
     try:
@@ -220,20 +189,19 @@ def time_providers(
         rounds = 0
         done = 0.0
         while done < 1:
-            for name, function in functions.items():
-                calls = max(1, min(100, int(block_seconds / fastest[name])))
-                if calls > 1:
-                    call(function, inputs, Samples())
-                for _ in range(calls):
-                    call(function, inputs, samples[name])
-                fastest[name] = min(fastest[name], *samples[name].both[-calls:])
+            for name, call in calls.items():
+                count = max(1, min(100, int(block_seconds / fastest[name])))
+                if count > 1:
+                    call(Samples())
+                for _ in range(count):
+                    call(samples[name])
+                fastest[name] = min(fastest[name], *samples[name].both[-count:])
             rounds += 1
             done = min(rounds / min_rounds, (time.perf_counter() - start) / seconds)
             progress(min(done, 1.0))
         return samples
     finally:
         gc.enable()
-        inputs.student_logits.grad = None
 
 
 def copy_bandwidth(device: str, repeats: int = 15) -> float:

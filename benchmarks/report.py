@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.providers import BASELINE, COMPILED, OURS
+from benchmarks.ranking import SORT
 
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 LABELS = {
@@ -61,27 +62,63 @@ def entry_of(case: dict[str, Any], provider: str) -> dict[str, Any] | None:
 
 
 def print_result(result: dict[str, Any], console: Console) -> None:
-    """One table per case, and a line for every provider that is not in it."""
-    for case in result["cases"]:
-        console.print(_case_table(case))
-        for entry in case["providers"]:
-            if entry["status"] != "ok":
-                style = "yellow" if entry["status"] == "unavailable" else "bold red"
-                line = f"{label(entry['name'])}: {entry['status']}: {entry['reason']}"
-                console.print(line, style=style, markup=False)
-        console.print()
+    """One table per case, a line for every provider that is not in it, and what a loss spends on ranking."""
+    for part in result["losses"]:
+        for case in part["cases"]:
+            console.print(_case_table(part["title"], case))
+            _print_missing(case["providers"], console)
+            console.print()
+        ranked = [case for case in part["cases"] if "ranking" in case]
+        if ranked:
+            console.print(_ranking_table(ranked))
+            for case in ranked:
+                _print_missing(case["ranking"]["entries"], console)
+            console.print()
     for warning in result["warnings"]:
         console.print(f"warning: {warning}", style="yellow", markup=False)
     console.print(_legend(result), style="dim", markup=False)
     console.print(describe_machine(result), style="dim", markup=False)
 
 
-def _case_table(case: dict[str, Any]) -> Table:
-    on_gpu = case["device"] != "cpu"
-    title = f"{case_name(case)} on {case['device']}, milliseconds"
+def _print_missing(entries: list[dict[str, Any]], console: Console) -> None:
+    for entry in entries:
+        if entry["status"] != "ok":
+            style = "yellow" if entry["status"] == "unavailable" else "bold red"
+            console.print(f"{label(entry['name'])}: {entry['status']}: {entry['reason']}", style=style, markup=False)
+
+
+def _table(title: str, first_column: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
     table.show_edge = False  # 100 columns must be enough
-    table.add_column("provider", no_wrap=True)
+    table.add_column(first_column, no_wrap=True)
+    return table
+
+
+def _ranking_table(cases: list[dict[str, Any]]) -> Table:
+    table = _table("The ranking alone, of the same keys, milliseconds", "N×C")
+    for column in RANKING_COLUMNS:
+        table.add_column(column, justify="right", no_wrap=True)
+    for case in cases:
+        table.add_row(case_name(case), *_ranking_cells(case))
+    return table
+
+
+RANKING_COLUMNS = ("stable torch.sort", "fused_kd", "faster", "of fused_kd's forward + backward")
+
+
+def _ranking_cells(case: dict[str, Any]) -> list[str]:
+    ranking = case["ranking"]
+    medians = {e["name"]: e["milliseconds"]["median"] for e in ranking["entries"] if e["status"] == "ok"}
+    return [
+        *(significant(medians[name]) if name in medians else "–" for name in (SORT, OURS)),
+        times(ranking["speedup"]) if "speedup" in ranking else "–",
+        percent(ranking["share_of_loss"]) if "share_of_loss" in ranking else "–",
+    ]
+
+
+def _case_table(loss: str, case: dict[str, Any]) -> Table:
+    on_gpu = case["device"] != "cpu"
+    table = _table(f"{loss}, {case_name(case)} on {case['device']}, milliseconds", "provider")
     columns = ["forward", "backward", "both", "20–80 %"]
     columns += ["host"] if on_gpu else []
     columns += ["fused_kd\nfaster", "kept", "peak\nmemory", "error", "copy\nspeed"]
@@ -121,10 +158,14 @@ def _legend(result: dict[str, Any]) -> str:
     )
 
 
+def devices(result: dict[str, Any]) -> list[str]:
+    return sorted({case["device"] for part in result["losses"] for case in part["cases"]})
+
+
 def describe_machine(result: dict[str, Any]) -> str:
     machine, software = result["machine"], result["software"]
     parts = [f"{machine['cpu']} ({machine['cpu_capability']}), {machine['threads']} threads, {machine['cores']} cores"]
-    if any(case["device"] == "cuda" for case in result["cases"]) and machine["gpu"]:
+    if "cuda" in devices(result) and machine["gpu"]:
         parts.insert(0, f"{machine['gpu']['name']} (driver {machine['gpu']['driver']}, CUDA {machine['gpu']['cuda']})")
     parts.append(f"torch {software['torch']}, Python {software['python']}, {software['compiler'] or 'no C++ compiler'}")
     commit = (software["git_commit"] or "no commit")[:10] + (" with local changes" if software["git_dirty"] else "")
@@ -133,19 +174,58 @@ def describe_machine(result: dict[str, Any]) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The README's block: speed, then memory and accuracy, then what it was measured on."""
-    names = _measured(result)
+    """The README's block: speed of each loss, memory and accuracy of each, then what it was measured on."""
+    parts = result["losses"]
+    paragraphs = [
+        "Forward + backward through the public function: median milliseconds, and in brackets how many times as long "
+        "as fused_kd it takes. F.cross_entropy, of the student's logits alone, is a yardstick: it computes less.",
+    ]
+    for part in parts:
+        paragraphs += [f"**{part['title']}**", _speed_table(part)]
+        ranked = [case for case in part["cases"] if "ranking" in case]
+        if ranked:
+            paragraphs += [
+                f"The ranking of the {part['title']} alone, milliseconds, the same float32 keys for both, and what "
+                "share that is of fused_kd's time above:",
+                _ranking_markdown(ranked),
+            ]
+    paragraphs.append(
+        "Memory beyond the inputs (the gradients are part of the peak), the largest error of fused_kd's gradients "
+        "against float64 relative to the largest entry, and the bytes that must be moved at the least per second as a "
+        "share of the copy bandwidth measured in the same run; more than 100 % means that the data stayed in caches."
+    )
+    for part in parts:
+        paragraphs += [f"**{part['title']}**", _space_table(part)]
+    paragraphs.append(f"Measured on {describe_machine(result)}")
+    if result["warnings"]:
+        paragraphs.append("To be doubted: " + "; ".join(result["warnings"]) + ".")
+    absent = list(dict.fromkeys(phrase for part in parts for phrase in _absent(part)))
+    if absent:
+        paragraphs.append("Not measured: " + "; ".join(absent) + ".")
+    return "\n\n".join(paragraphs)
+
+
+def _speed_table(part: dict[str, Any]) -> str:
+    names = _measured(part)
     others = [name for name in names if name != OURS]
     header = ["N×C", *(f"**{label(OURS)}**" if name == OURS else label(name) for name in [*others, OURS])]
-    speed = [header, ["---", *("---:" for _ in names)]]
-    for case in result["cases"]:
-        speed.append([case_name(case), *(_speed_cell(case, name) for name in [*others, OURS])])
+    rows = [header, ["---", *("---:" for _ in header[1:])]]
+    rows += [[case_name(case), *(_speed_cell(case, name) for name in [*others, OURS])] for case in part["cases"]]
+    return _lines(rows)
 
-    compared = [name for name in (BASELINE, COMPILED, OURS) if name in names]
+
+def _ranking_markdown(cases: list[dict[str, Any]]) -> str:
+    rows = [["N×C", *RANKING_COLUMNS], ["---", *("---:" for _ in RANKING_COLUMNS)]]
+    return _lines(rows + [[case_name(case), *_ranking_cells(case)] for case in cases])
+
+
+def _space_table(part: dict[str, Any]) -> str:
+    measured = _measured(part)
+    compared = [name for name in (BASELINE, COMPILED, OURS) if name in measured]
     header = ["N×C", *(f"kept for backward, {label(name)}" for name in compared)]
     header += [*(f"peak, {label(name)}" for name in compared), "gradient error", "of copy bandwidth"]
-    space = [header, ["---", *("---:" for _ in header[1:])]]
-    for case in result["cases"]:
+    rows = [header, ["---", *("---:" for _ in header[1:])]]
+    for case in part["cases"]:
         entries = {name: entry_of(case, name) for name in compared}
         row = [case_name(case)]
         row += [size(kept(entry["memory"])) if entry else "–" for entry in entries.values()]
@@ -153,24 +233,8 @@ def markdown(result: dict[str, Any]) -> str:
         ours = entry_of(case, OURS)
         row.append(f"{ours['relative_errors']['gradient']:.0e}" if ours else "–")
         row.append(percent(ours["share_of_copy_bandwidth"]) if ours else "–")
-        space.append(row)
-
-    paragraphs = [
-        f"{result['title']}, forward + backward through the public function: median milliseconds, and in brackets how "
-        "many times as long as fused_kd it takes. F.cross_entropy is a yardstick: it computes less.",
-        _lines(speed),
-        "Memory beyond the inputs (the gradient is part of the peak), the largest error of fused_kd's gradient against "
-        "float64 relative to its largest entry, and the bytes that must be moved at the least per second as a share of "
-        "the copy bandwidth measured in the same run; more than 100 % means that the data stayed in the caches.",
-        _lines(space),
-        f"Measured on {describe_machine(result)}",
-    ]
-    if result["warnings"]:
-        paragraphs.append("To be doubted: " + "; ".join(result["warnings"]) + ".")
-    absent = _absent(result)
-    if absent:
-        paragraphs.append("Not measured: " + "; ".join(absent) + ".")
-    return "\n\n".join(paragraphs)
+        rows.append(row)
+    return _lines(rows)
 
 
 def _lines(rows: list[list[str]]) -> str:
@@ -187,22 +251,22 @@ def _speed_cell(case: dict[str, Any], name: str) -> str:
     return f"{median} ({times(entry['fused_kd_speedup'])})" if "fused_kd_speedup" in entry else median
 
 
-def _measured(result: dict[str, Any]) -> list[str]:
+def _measured(part: dict[str, Any]) -> list[str]:
     names: dict[str, None] = {}
-    for case in result["cases"]:
+    for case in part["cases"]:
         names.update({entry["name"]: None for entry in case["providers"] if entry["status"] == "ok"})
     return list(names)
 
 
-def _absent(result: dict[str, Any]) -> list[str]:
+def _absent(part: dict[str, Any]) -> list[str]:
     """One phrase per provider and reason, with the cases it concerns unless these are all."""
     cases: dict[tuple[str, str], list[str]] = {}
-    for case in result["cases"]:
+    for case in part["cases"]:
         for entry in case["providers"]:
             if entry["status"] != "ok":
                 cases.setdefault((label(entry["name"]), entry["reason"]), []).append(case_name(case))
     return [
-        f"{name} ({reason}{'' if len(where) == len(result['cases']) else ', ' + ', '.join(where)})"
+        f"{name} ({reason}{'' if len(where) == len(part['cases']) else ', ' + ', '.join(where)})"
         for (name, reason), where in cases.items()
     ]
 

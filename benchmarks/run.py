@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks import machine, measure
-from benchmarks.cases import Case, Inputs, make_inputs
+from benchmarks import agreement, machine, measure, ranking
+from benchmarks.cases import Case, make_inputs
 from benchmarks.providers import OURS, Loss, LossFunction, Provider
 
-SCHEMA = 1
+SCHEMA = 2
 QUANTILES = (0.2, 0.5, 0.8)
+NOT_RUN = ("failed", "unavailable")
 UNSTEADY = 2.0  # 80 % quantile over 20 % quantile from which a median is not to be trusted
 
 Progress = Callable[[str, float], None]  # what is being done, share of the whole run that is done
@@ -30,13 +32,11 @@ class Options:
 
 
 def run(
-    loss: Loss, cases: Sequence[Case], providers: Sequence[Provider], options: Options, progress: Progress
+    plan: Mapping[Loss, Sequence[Provider]], cases: Sequence[Case], options: Options, progress: Progress
 ) -> dict[str, Any]:
-    """Measures all cases; the result is what the JSON file holds."""
+    """Measures the providers of each loss in all cases; the result is what the JSON file holds."""
     result: dict[str, Any] = {
         "schema": SCHEMA,
-        "loss": loss.name,
-        "title": loss.title,
         "date": machine.now(),
         "options": asdict(options),
         "machine": machine.machine(),
@@ -46,17 +46,24 @@ def run(
     # that is too low would flatter every kernel.
     bandwidth: dict[str, float] = {}
     result["copy_bytes_per_second"] = bandwidth
-    result["cases"] = []
-    for number, case in enumerate(cases):
+    result["losses"] = []
+    steps = [(loss, case) for loss in plan for case in cases]
+    for loss in plan:
+        result["losses"].append({"loss": loss.name, "title": loss.title, "cases": []})
+    for number, (loss, case) in enumerate(steps):
 
-        def case_progress(text: str, share: float, number: int = number, case: Case = case) -> None:
-            progress(f"{case.name}: {text}", (number + share) / len(cases))
+        def step_progress(
+            text: str, share: float, step: str = f"{loss.name} {case.name}", number: int = number
+        ) -> None:
+            progress(f"{step}: {text}", (number + share) / len(steps))
 
-        case_progress("copy bandwidth", 0.0)
+        step_progress("copy bandwidth", 0.0)
         bandwidth[case.device] = max(measure.copy_bandwidth(case.device), bandwidth.get(case.device, 0.0))
-        result["cases"].append(_run_case(loss, case, providers, options, case_progress))
-    for measured in result["cases"]:
-        _add_ratios(measured, bandwidth[measured["device"]])
+        measured = _run_case(loss, case, plan[loss], options, step_progress)
+        result["losses"][number // len(cases)]["cases"].append(measured)
+    for part in result["losses"]:
+        for measured in part["cases"]:
+            _add_ratios(measured, bandwidth[measured["device"]])
     result["warnings"] = _warnings(result)
     progress("done", 1.0)
     return result
@@ -65,11 +72,28 @@ def run(
 def failures(result: dict[str, Any]) -> list[str]:
     """What makes the run as a whole a failure: wrong values anywhere, or fused_kd itself not measured."""
     found = []
-    for case in result["cases"]:
-        for entry in case["providers"]:
-            if entry["status"] == "wrong" or (entry["name"] == OURS and entry["status"] != "ok"):
-                found.append(f"{case['rows']}×{case['classes']} {case['dtype']}: {entry['name']}: {entry['reason']}")
+    for where, case in _all_cases(result):
+        bad = [(entry["name"], entry) for entry in case["providers"] if entry["status"] == "wrong"]
+        bad += [(OURS, entry) for entry in case["providers"] if entry["name"] == OURS and entry["status"] in NOT_RUN]
+        rankings = [(f"ranking by {entry['name']}", entry) for entry in _rankings(case)]
+        bad += [(name, entry) for name, entry in rankings if entry["status"] in ("wrong", "failed")]
+        found += [f"{where}: {name}: {entry['reason']}" for name, entry in bad]
     return found
+
+
+def _rankings(case: dict[str, Any]) -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = case.get("ranking", {"entries": []})["entries"]
+    return entries
+
+
+def _all_cases(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Every case, and how to name it; with several losses the loss is part of the name."""
+    several = len(result["losses"]) > 1
+    return [
+        (f"{part['loss'] + ' ' if several else ''}{case['rows']}×{case['classes']} {case['dtype']}", case)
+        for part in result["losses"]
+        for case in part["cases"]
+    ]
 
 
 def _run_case(
@@ -77,29 +101,37 @@ def _run_case(
 ) -> dict[str, Any]:
     torch._dynamo.reset()  # or the recompile limit would silently turn the later cases into eager ones
     progress("inputs", 0.0)
-    inputs = make_inputs(case, options.seed)
+    inputs = make_inputs(case, options.seed, loss.trains_other)
+    judge = agreement.Judge(loss, inputs)
     entries: dict[str, dict[str, Any]] = {}
-    functions: dict[str, LossFunction] = {}
+    calls: dict[str, Callable[[measure.Samples], None]] = {}
+    timed = measure.timer(case.device)
     for number, provider in enumerate(providers):
         progress(f"verifying {provider.name}", 0.5 * number / len(providers))
-        entry, function = _prepare(loss, case, provider, inputs)
+        entry, function = _prepare(judge, case, provider)
         entries[provider.name] = entry
         if function is not None:
-            functions[provider.name] = function
+            calls[provider.name] = partial(timed, function, inputs)
         if case.device == "cuda":
             torch.cuda.empty_cache()
-    if functions:
-        samples = measure.time_providers(
-            functions,
-            inputs,
+    del judge
+    bench = ranking.Bench(loss, inputs) if loss.rank_keys is not None else None
+    # In the same rounds, so that the share of the ranking is not one of two moments of the machine.
+    rankings = {f"ranking: {name}": call for name, call in bench.calls().items()} if bench else {}
+    samples: dict[str, measure.Samples] = {}
+    if calls:
+        samples = measure.time_in_turn(
+            calls | rankings,
             options.seconds,
             options.min_rounds,
             lambda share: progress("timing", 0.5 + 0.5 * share),
         )
-        for name, sample in samples.items():
-            entries[name]["calls"] = len(sample.both)
-            entries[name]["milliseconds"] = {part: _quantiles(getattr(sample, part)) for part in asdict(sample)}
-    return {
+        inputs.drop_gradients()
+    for name in calls:
+        sample = samples[name]
+        entries[name]["calls"] = len(sample.both)
+        entries[name]["milliseconds"] = {part: _quantiles(getattr(sample, part)) for part in asdict(sample)}
+    result = {
         "rows": case.rows,
         "classes": case.classes,
         "dtype": case.dtype,
@@ -109,6 +141,13 @@ def _run_case(
         "floor_bytes": loss.floor(case.itemsize) * case.rows * case.classes,
         "providers": list(entries.values()),
     }
+    if bench and calls:
+        for name, entry in bench.entries.items():
+            if entry["status"] == "ok":
+                sample = samples[f"ranking: {name}"]
+                entry |= {"calls": len(sample.both), "milliseconds": _quantiles(sample.both)}
+        result["ranking"] = {"keys": str(bench.keys.dtype).removeprefix("torch."), "entries": [*bench.entries.values()]}
+    return result
 
 
 def _add_ratios(case: dict[str, Any], bandwidth: float) -> None:
@@ -123,6 +162,8 @@ def _add_ratios(case: dict[str, Any], bandwidth: float) -> None:
             entry["fused_kd_speedup"] = median / medians[OURS]
         if entry["same_loss"]:
             entry["share_of_copy_bandwidth"] = case["floor_bytes"] / (median / 1e3) / bandwidth
+    if "ranking" in case:
+        ranking.add_ratios(case)
 
 
 def _warnings(result: dict[str, Any]) -> list[str]:
@@ -132,30 +173,32 @@ def _warnings(result: dict[str, Any]) -> list[str]:
     load, spare = about["load_average_before"], (about["cores"] or 1) - about["threads"]
     if load is not None and load > spare + 0.5:
         found.append(f"other work was on the machine: its load average was {load:.1f} when the run began")
-    for case in result["cases"]:
-        for entry in case["providers"]:
-            both = entry["milliseconds"]["both"] if entry["status"] == "ok" else {"q20": 1.0, "q80": 1.0}
+    for where, case in _all_cases(result):
+        providers = [entry for entry in case["providers"] if entry["status"] == "ok"]
+        rankings = [entry for entry in _rankings(case) if entry["status"] == "ok"]
+        timed = [(entry["name"], entry["milliseconds"]["both"]) for entry in providers]
+        timed += [(f"ranking by {entry['name']}", entry["milliseconds"]) for entry in rankings]
+        for name, both in timed:
             if both["q80"] > UNSTEADY * both["q20"]:
-                where = f"{case['rows']}×{case['classes']} {case['dtype']}"
-                found.append(f"{entry['name']} at {where} was unsteady: {both['q20']:.3g} to {both['q80']:.3g} ms")
+                found.append(f"{name} at {where} was unsteady: {both['q20']:.3g} to {both['q80']:.3g} ms")
     return found
 
 
-def _prepare(loss: Loss, case: Case, provider: Provider, inputs: Inputs) -> tuple[dict[str, Any], LossFunction | None]:
+def _prepare(judge: agreement.Judge, case: Case, provider: Provider) -> tuple[dict[str, Any], LossFunction | None]:
     """Builds, runs and verifies one provider; returns its entry, and its function if it may be timed."""
     entry: dict[str, Any] = {"name": provider.name, "summary": provider.summary, "same_loss": provider.same_loss}
-    reason = provider.unavailable(case.device)
+    inputs, reason = judge.inputs, provider.unavailable(case.device)
     if reason:
         return entry | {"status": "unavailable", "reason": reason}, None
     try:
         start = time.perf_counter()
         function = provider.build()
-        measure.run_once(function, inputs)
+        agreement.run_once(function, inputs)
         entry["setup_seconds"] = round(time.perf_counter() - start, 2)
         if provider.same_loss:
-            errors = measure.errors(loss, function, inputs)
+            errors = judge.errors(provider, function)
             entry["relative_errors"] = asdict(errors)
-            tolerance = measure.TOLERANCE[case.dtype]
+            tolerance = agreement.tolerance(case)
             if not errors.within(tolerance):
                 reason = f"off from float64 by {errors.loss:.1e} (loss), {errors.gradient:.1e} (gradient)"
                 return entry | {"status": "wrong", "reason": f"{reason}, allowed {tolerance:.0e}"}, None
@@ -164,7 +207,7 @@ def _prepare(loss: Loss, case: Case, provider: Provider, inputs: Inputs) -> tupl
         reason = f"{type(error).__name__}: {machine.without_paths(str(error))}"
         return entry | {"status": "failed", "reason": reason[:300]}, None
     finally:
-        inputs.student_logits.grad = None
+        inputs.drop_gradients()
     return entry | {"status": "ok", "reason": None}, function
 
 

@@ -48,7 +48,10 @@ def env(console: Console) -> int:
         ("torch", torch.__version__),
         ("triton", _version("triton")),
         ("threads", str(torch.get_num_threads())),
-        ("C++ core", f"{', '.join(native.instruction_sets())} ({native.compiler()})" if native.compiler() else "not built"),
+        (
+            "C++ core",
+            f"{', '.join(native.instruction_sets())} ({native.compiler()})" if native.compiler() else "not built",
+        ),
         ("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none that this PyTorch can use"),
     ]
     for name, value in facts:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 _LOGIT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -19,7 +19,7 @@ class Rows(NamedTuple):
     student_logits: Tensor
     other_logits: Tensor
     target: Tensor
-    shape: torch.Size
+    shape: tuple[int, ...]
 
 
 def check_scalar(name: str, value: float, *, positive: bool = False) -> float:
@@ -36,9 +36,18 @@ def check_scalar(name: str, value: float, *, positive: bool = False) -> float:
     return value if isinstance(value, torch.SymFloat) else float(value)
 
 
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
 def check_reduction(reduction: str) -> None:
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+    check_choice("reduction", reduction, REDUCTIONS)
+
+
+def check_flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
 
 
 def check_ignore_index(ignore_index: int) -> None:
@@ -60,6 +69,22 @@ def check_teacher_detached(teacher_logits: Tensor) -> None:
         raise ValueError(
             "teacher_logits: expected logits that do not require grad, since no gradient flows to the teacher; "
             "run the teacher under torch.no_grad() or pass teacher_logits.detach()"
+        )
+
+
+def check_process_group(process_group: Any) -> None:
+    """A group of an initialised torch.distributed, or None."""
+    if process_group is None:
+        return
+    if not (distributed.is_available() and distributed.is_initialized()):
+        raise ValueError(
+            "process_group: expected None while torch.distributed is not initialised, got "
+            f"{type(process_group).__name__}; call torch.distributed.init_process_group first"
+        )
+    if not isinstance(process_group, distributed.ProcessGroup):
+        raise TypeError(
+            "process_group: expected torch.distributed.group.WORLD or another ProcessGroup that this process belongs "
+            f"to, or None, got {type(process_group).__name__}"
         )
 
 
@@ -110,9 +135,7 @@ def flatten(student_logits: Tensor, other_logits: Tensor, other_name: str, targe
     if len(shape) == 2:
         return Rows(student_logits, other_logits, target, shape[:-1])
     target = target.reshape(-1, num_classes) if target.is_floating_point() else target.reshape(-1)
-    return Rows(
-        student_logits.reshape(-1, num_classes), other_logits.reshape(-1, num_classes), target, shape[:-1]
-    )
+    return Rows(student_logits.reshape(-1, num_classes), other_logits.reshape(-1, num_classes), target, shape[:-1])
 
 
 def index_error(target: int, num_classes: int, ignore_index: int) -> IndexError:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from fused_kd import _checks, backends, ops, reference
-from fused_kd.reference import LossParts
+from fused_kd.reference import LossParts, USKDParts
 
-__all__ = ["nkd_loss"]
+if TYPE_CHECKING:  # it is there only where PyTorch was built with torch.distributed
+    from torch.distributed import ProcessGroup
+
+__all__ = ["nkd_loss", "uskd_loss", "uskd_soft_labels"]
 
 
 @overload
@@ -111,6 +114,7 @@ def nkd_loss(
     _checks.check_reduction(reduction)
     _checks.check_ignore_index(ignore_index)
     chosen = backends.choose(backend, student_logits.device.type)
+    parts: LossParts | None
     if chosen == "reference":
         _check_targets_if_cheap(rows.target, student_logits.shape[-1], ignore_index)
         loss, parts = reference.nkd_loss(
@@ -134,3 +138,256 @@ def _check_targets_if_cheap(target: Tensor, num_classes: int, ignore_index: int)
     """Fused backends check as they go; the reference reads the values first where that stalls nothing."""
     if target.device.type == "cpu" and not target.is_floating_point() and not torch.compiler.is_compiling():
         _checks.check_index_range(target, num_classes, ignore_index)
+
+
+@overload
+def uskd_loss(
+    student_logits: Tensor,
+    weak_logits: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = ...,
+    beta: float = ...,
+    mu: float = ...,
+    ce_weight: float = ...,
+    rank: str = ...,
+    square: bool = ...,
+    process_group: ProcessGroup | None = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    backend: str = ...,
+    return_parts: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def uskd_loss(
+    student_logits: Tensor,
+    weak_logits: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = ...,
+    beta: float = ...,
+    mu: float = ...,
+    ce_weight: float = ...,
+    rank: str = ...,
+    square: bool = ...,
+    process_group: ProcessGroup | None = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    backend: str = ...,
+    return_parts: Literal[True],
+) -> tuple[Tensor, USKDParts]: ...
+
+
+def uskd_loss(
+    student_logits: Tensor,
+    weak_logits: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float = 0.1,
+    mu: float = 0.005,
+    ce_weight: float = 0.0,
+    rank: str = "normalized",
+    square: bool = True,
+    process_group: ProcessGroup | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str = "auto",
+    return_parts: bool = False,
+) -> Tensor | tuple[Tensor, USKDParts]:
+    r"""Universal self-knowledge distillation (USKD), Eq. 6 to 13 of "From Knowledge Distillation to Self-Knowledge
+    Distillation: A Unified Approach with Normalized Loss and Customized Soft Labels" (arXiv:2303.13005).
+
+    No teacher: the student's own softmax :math:`p` and that of the weak logits, :math:`v`, a linear layer's on an
+    earlier feature, make the soft labels. :math:`Y` are the target classes of a row, one or for a mixed label two, with
+    label values :math:`V_k`, and :math:`\hat p` is the softmax over the classes outside :math:`Y`:
+
+    .. math::
+        L = -\alpha \sum_{k \in Y} P_k \log p_k - \beta \sum_{j \notin Y} \hat z_j \log \hat p_j
+            - \mu \sum_j V'_j \log v_j + \mathrm{ce\_weight} \cdot \mathrm{CE}(student, target)
+
+    .. math::
+        P_k = p_k^2 + V_k - \mathrm{mean}_{batch}(p_k^2), \quad V'_j = 0.9 V_j + 0.1 / C, \quad
+        \hat z_j = \frac{1 / r_j}{\sum_{k \notin Y} 1 / r_k}
+
+    where :math:`r_j` is the class's place, from 1, when all C classes are ordered by descending rank key (the lower
+    class first among equal ones), which is by default
+
+    .. math::
+        R_j = \frac{v_j}{1 - \sum_{k \in Y} v_k + 10^{-6}} + \frac{p_j}{1 - \sum_{k \in Y} p_k + 10^{-6}}
+
+    :math:`P` and :math:`\hat z` are constants to the gradient. The student's gradient comes from all terms but the weak
+    one, the weak logits' from that alone.
+
+    Args:
+        student_logits: Unnormalised scores ``(..., C)``, C at least 2, float64, float32, float16 or bfloat16.
+        weak_logits: The linear layer's on an earlier feature, same shape and device, any of those dtypes.
+            :class:`fused_kd.USKDLoss` has that layer.
+        target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)`` (mixup, CutMix, with or
+            without label smoothing): the targets are then the at most two largest entries that exceed the row's
+            smallest, the lower index first on ties, so that a one-hot row has one and a constant row none.
+        alpha: Weight of the target term; the paper has 1 for ImageNet, 0.1 for CIFAR-100.
+        beta: Weight of the non-target term; the paper has 0.1.
+        mu: Weight of the weak supervision; the paper has 0.005 for ImageNet, 0.1 for CIFAR-100.
+        ce_weight: Weight of the ordinary cross-entropy, computed in the same pass; 1 gives Eq. 13.
+        rank: The key that ranks the classes: ``"normalized"``, R above; ``"weak"``, v; ``"final"``, p; ``"sum"``,
+            v + p; or ``"cls_kd"``, which has logarithms in the second fraction of R, as the published code has at its
+            newest commit.
+        square: False puts :math:`p_k` where P has :math:`p_k^2`.
+        process_group: Take the mean in P over all processes of this group, ``torch.distributed.group.WORLD`` or
+            another: one all-reduce of three numbers. Every process of the group must make the call. By default the mean
+            is over this batch. What ``reduction`` does stays within the process.
+        ignore_index: Rows with this class index count nowhere, nor in the mean in P, and get a zero gradient.
+        reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
+        backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
+        return_parts: Return ``(loss, parts)`` with the detached, weighted ``parts.target``, ``parts.non_target``,
+            ``parts.weak`` and ``parts.ce``, which sum to the loss.
+
+    A student's logit of -inf is a class that cannot occur: it gets no gradient and, if it is no target, no Zipf mass;
+    it keeps its place in the ranking, and the others' weights are renormalised. A weak logit of -inf makes the weak
+    term, which supervises every class, +inf; no gradient flows there. Where one class is left outside the targets, as
+    with C = 2, the non-target term is 0. A NaN makes the loss of its row NaN, and both gradients; among the student's
+    logits it makes, through the mean in P, every row's.
+
+    Shape:
+        The loss is a scalar, or has the shape of the class indices ``(...)`` for ``reduction="none"``. Its dtype is
+        float64 if any logits are, else float32. Each gradient has the dtype of its logits.
+
+    Returns:
+        The loss, or the loss and its parts.
+
+    Raises:
+        TypeError: An argument has a type or dtype that is not supported.
+        ValueError: Shapes, devices or hyper-parameters do not fit, or there is a ``process_group`` but
+            torch.distributed is not initialised.
+        IndexError: A class index is out of range, on the CPU. On a GPU, where checking would stall, that row is NaN,
+            and through the mean in P the target terms of all.
+        RuntimeError: ``backend`` names one that cannot run here, with the reason; or the loss is differentiated twice
+            on a fused backend.
+
+    Example:
+        >>> student_logits, weak_logits = (torch.randn(8, 1000, requires_grad=True) for _ in range(2))
+        >>> target = torch.randint(1000, (8,))
+        >>> uskd_loss(student_logits, weak_logits, target, ce_weight=1.0).backward()
+    """
+    rows = _checks.flatten(student_logits, weak_logits, "weak_logits", target)
+    alpha = _checks.check_scalar("alpha", alpha)
+    beta = _checks.check_scalar("beta", beta)
+    mu = _checks.check_scalar("mu", mu)
+    ce_weight = _checks.check_scalar("ce_weight", ce_weight)
+    _check_soft_label_arguments(rank, square, ignore_index)
+    _checks.check_process_group(process_group)
+    _checks.check_reduction(reduction)
+    chosen = backends.choose(backend, student_logits.device.type, "uskd")
+    if chosen == "reference":
+        _check_targets_if_cheap(rows.target, student_logits.shape[-1], ignore_index)
+    batch_sums = _batch_sums(rows, square, ignore_index, chosen, process_group)
+    parts: USKDParts | None
+    if chosen == "reference":
+        loss, parts = reference.uskd_loss(
+            *rows[:3],
+            alpha=alpha,
+            beta=beta,
+            mu=mu,
+            ce_weight=ce_weight,
+            rank=rank,
+            square=square,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            batch_sums=batch_sums,
+        )
+    else:
+        assert batch_sums is not None
+        loss, packed = ops.uskd(
+            *rows[:3],
+            batch_sums,
+            alpha,
+            beta,
+            mu,
+            ce_weight,
+            rank,
+            square,
+            ignore_index,
+            reduction,
+            chosen,
+            return_parts,
+        )
+        parts = USKDParts(*packed.unbind()) if packed is not None and return_parts else None
+    if reduction == "none" and len(rows.shape) != 1:
+        loss = loss.reshape(rows.shape)
+        parts = USKDParts(*(part.reshape(rows.shape) for part in parts)) if parts is not None else None
+    return (loss, parts) if parts is not None and return_parts else loss
+
+
+def uskd_soft_labels(
+    student_logits: Tensor,
+    weak_logits: Tensor,
+    target: Tensor,
+    *,
+    rank: str = "normalized",
+    square: bool = True,
+    process_group: ProcessGroup | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    r"""The labels that USKD makes for each class: :math:`P_k` at the targets, :math:`\hat z_j` elsewhere.
+
+    To look at, log and plot, as the paper's Figure 3 does; :func:`uskd_loss` makes its own. Always by the reference.
+
+    Args:
+        student_logits: Unnormalised scores ``(..., C)``, as for :func:`uskd_loss`.
+        weak_logits: The linear layer's on an earlier feature, same shape and device.
+        target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)``.
+        rank: The key that ranks the classes.
+        square: False puts :math:`p_k` where P has :math:`p_k^2`.
+        process_group: Take the mean in P over all processes of this group.
+        ignore_index: Rows with this class index count nowhere, and their labels are 0.
+
+    Shape:
+        ``(..., C)``, float64 if any logits are, else float32.
+
+    Returns:
+        The labels, detached. The Zipf labels of a row sum to 1; P, around the label's value, is no probability. 0 where
+        a student's logit of -inf says that a class cannot occur, NaN in a row with a NaN.
+
+    Raises:
+        TypeError, ValueError, IndexError: As :func:`uskd_loss`.
+
+    Example:
+        >>> labels = uskd_soft_labels(student_logits, weak_logits, target)
+        >>> values, classes = labels[0].topk(5)
+    """
+    rows = _checks.flatten(student_logits, weak_logits, "weak_logits", target)
+    _check_soft_label_arguments(rank, square, ignore_index)
+    _checks.check_process_group(process_group)
+    _check_targets_if_cheap(rows.target, student_logits.shape[-1], ignore_index)
+    batch_sums = _batch_sums(rows, square, ignore_index, "reference", process_group)
+    labels = reference.uskd_soft_labels(
+        *rows[:3], rank=rank, square=square, ignore_index=ignore_index, batch_sums=batch_sums
+    )
+    return labels.reshape(student_logits.shape)
+
+
+def _check_soft_label_arguments(rank: str, square: bool, ignore_index: int) -> None:
+    _checks.check_choice("rank", rank, reference.RANKS)
+    _checks.check_flag("square", square)
+    _checks.check_ignore_index(ignore_index)
+
+
+def _batch_sums(
+    rows: _checks.Rows, square: bool, ignore_index: int, chosen: str, process_group: ProcessGroup | None
+) -> Tensor | None:
+    """The sums that couple USKD's rows, over all processes of a group; None leaves them to the reference."""
+    if chosen == "reference" and process_group is None:
+        return None
+    student = rows.student_logits
+    if rows.other_logits.dtype == torch.float64 != student.dtype:
+        student = student.double()  # as the loss itself will have it; the sums do not see the weak logits
+    if chosen == "reference":
+        sums = reference.uskd_batch_sums(student, rows.target, square=square, ignore_index=ignore_index)
+    else:
+        sums = ops.uskd_batch_sums(student, rows.target, square, ignore_index, chosen)
+    if process_group is not None:
+        distributed.all_reduce(sums, group=process_group)
+    return sums

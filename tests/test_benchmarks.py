@@ -18,7 +18,7 @@ sys.path.append(str(ROOT))  # last, so that it cannot shadow an installed fused_
 pytest.importorskip("rich")
 
 from benchmarks import __main__ as cli  # noqa: E402
-from benchmarks import cases, measure, report  # noqa: E402
+from benchmarks import agreement, cases, measure, report  # noqa: E402
 from benchmarks import run as runner  # noqa: E402
 from benchmarks.providers import LOSSES, NKD, Provider  # noqa: E402
 
@@ -35,7 +35,7 @@ def silent(text: str, share: float) -> None:
 def result() -> dict[str, Any]:
     shapes = [cases.Case(6, 11), cases.Case(4, 1000)]
     providers = (*EAGER, NKD.provider("liger"))
-    return runner.run(NKD, shapes, providers, OPTIONS, silent)
+    return runner.run({NKD: providers}, shapes, OPTIONS, silent)
 
 
 @pytest.fixture(autouse=True)
@@ -74,18 +74,19 @@ def test_inputs_are_seeded_and_peaked(shape: tuple[int, int]) -> None:
     assert torch.equal(first.student_logits, again.student_logits) and torch.equal(first.target, again.target)
     assert not torch.equal(first.student_logits, other.student_logits)
     assert first.student_logits.is_leaf and first.student_logits.requires_grad
-    assert first.student_logits.shape == first.teacher_logits.shape == shape
-    assert first.teacher_logits.softmax(1).amax(1).median() > 20 / case.classes
+    assert first.student_logits.shape == first.other_logits.shape == shape
+    assert first.other_logits.softmax(1).amax(1).median() > 20 / case.classes
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_providers_agree_with_float64(loss, dtype: str) -> None:  # type: ignore[no-untyped-def]
-    inputs = cases.make_inputs(cases.Case(6, 11, dtype))
+    case = cases.Case(6, 11, dtype)
+    judge = agreement.Judge(loss, cases.make_inputs(case, trains_other=loss.trains_other))
     for provider in loss.providers:
         if provider.same_loss and provider.name != "compile":  # compiling takes seconds; the benchmark verifies it
-            found = measure.errors(loss, provider.build(), inputs)
-            assert found.within(measure.TOLERANCE[dtype]), provider.name
+            found = judge.errors(provider, provider.build())
+            assert found.within(agreement.tolerance(case)), provider.name
 
 
 def test_the_form_that_is_compiled_agrees_with_float64() -> None:
@@ -96,17 +97,20 @@ def test_the_form_that_is_compiled_agrees_with_float64() -> None:
         values = []
         for form in (nkd.published, nkd.mask_free):
             student = inputs.student_logits.detach().clone().requires_grad_()
-            value = form(student, inputs.teacher_logits, inputs.target, temperature=temperature)
+            value = form(student, inputs.other_logits, inputs.target, temperature=temperature)
             value.backward()
             values.append((value.detach(), student.grad))
         torch.testing.assert_close(*values, rtol=1e-12, atol=1e-12)
 
 
-def test_errors_are_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs, function = cases.make_inputs(TINY), NKD.provider("published").build()
-    whole = measure.errors(NKD, function, inputs)
-    monkeypatch.setattr(measure, "CHUNK_ELEMENTS", 2 * TINY.classes)
-    chunked = measure.errors(NKD, function, inputs)
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_errors_are_the_same_in_chunks(loss, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    inputs, provider = cases.make_inputs(TINY, trains_other=loss.trains_other), loss.provider("published")
+    whole = agreement.Judge(loss, inputs).errors(provider, provider.build())
+    monkeypatch.setattr(agreement, "CHUNK_ELEMENTS", 2 * TINY.classes)
+    judge = agreement.Judge(loss, inputs)
+    assert len(judge.parts) == 3
+    chunked = judge.errors(provider, provider.build())
     assert chunked.gradient == pytest.approx(whole.gradient, rel=1e-6)
     assert chunked.loss == pytest.approx(whole.loss, abs=1e-12)
 
@@ -139,8 +143,8 @@ def test_a_wrong_provider_fails_the_run_and_is_not_timed() -> None:
         Provider("nan", "", lambda: nan),
         Provider("absent", "", lambda: broken, lambda device: f"needs another device than {device}"),
     ]
-    outcome = runner.run(NKD, [TINY], providers, OPTIONS, silent)
-    entries = {entry["name"]: entry for entry in outcome["cases"][0]["providers"]}
+    outcome = runner.run({NKD: providers}, [TINY], OPTIONS, silent)
+    entries = {entry["name"]: entry for entry in outcome["losses"][0]["cases"][0]["providers"]}
     status = {name: entry["status"] for name, entry in entries.items()}
     assert status == {"doubled": "wrong", "broken": "failed", "nan": "wrong", "absent": "unavailable"}
     assert entries["broken"]["reason"] == "RuntimeError: no such kernel in <path>"
@@ -155,7 +159,7 @@ def test_result_is_complete_and_names_no_place(result: dict[str, Any], tmp_path:
     assert cli.load(path) == json.loads(json.dumps(result))
     text = path.read_text()
     assert platform.node() not in text and str(Path.home()) + "/" not in text and str(ROOT) not in text
-    for case in result["cases"]:
+    for case in result["losses"][0]["cases"]:
         for entry in case["providers"]:
             assert entry["status"] == "ok" or entry["reason"], entry
             if entry["status"] == "ok":
@@ -182,7 +186,7 @@ def test_tables(result: dict[str, Any]) -> None:
 def test_a_busy_machine_and_unsteady_times_are_told(result: dict[str, Any]) -> None:
     doubtful = json.loads(json.dumps(result))
     doubtful["machine"].update(load_average_before=3.3, cores=2, threads=2)
-    doubtful["cases"][0]["providers"][0]["milliseconds"]["both"].update(q20=1.0, median=2.0, q80=3.0)
+    doubtful["losses"][0]["cases"][0]["providers"][0]["milliseconds"]["both"].update(q20=1.0, median=2.0, q80=3.0)
     doubtful["warnings"] = runner._warnings(doubtful)
     block = report.markdown(doubtful)
     assert "load average was 3.3" in block and "published at 6×11 float32 was unsteady: 1 to 3 ms" in block
@@ -243,6 +247,8 @@ def test_plot(result: dict[str, Any], tmp_path: Path) -> None:
         (["--threads", "0"], "expected a number above 0, got '0'"),
         (["--seconds", "soon"], "expected a number above 0, got 'soon'"),
         (["--loss", "mse"], "invalid choice: 'mse'"),
+        (["soft-labels", "--photos", "moon,mars"], "got 'mars'"),
+        (["soft-labels", "--top", "1000"], "1 to 999 classes"),
         (["--output", __file__], "expected a folder"),
         (["table", "missing.json"], "cannot read missing.json"),
         (["plot", str(cases.LOGITS_FILE)], "expected a JSON file"),
@@ -256,9 +262,12 @@ def test_bad_arguments_are_refused(argv: list[str], message: str, capsys: pytest
 
 
 def test_command_line_from_start_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["--cases", "6x11", "--providers", "published,fused_kd", "--seconds", "0.02", "--quick", "--no-plot"]
-    assert cli.main([*argv, "--device", "cpu", "--output", str(tmp_path)]) == 0
+    argv = ["--loss", "nkd", "--cases", "6x11", "--providers", "published,fused_kd", "--seconds", "0.02"]
+    assert cli.main([*argv, "--quick", "--no-plot", "--device", "cpu", "--output", str(tmp_path)]) == 0
     (path,) = tmp_path.iterdir()
-    assert [entry["name"] for entry in cli.load(path)["cases"][0]["providers"]] == ["published", "fused_kd"]
+    assert [entry["name"] for entry in cli.load(path)["losses"][0]["cases"][0]["providers"]] == [
+        "published",
+        "fused_kd",
+    ]
     captured = capsys.readouterr()
     assert "6×11 float32 on cpu" in captured.out and "verifying fused_kd" in captured.err

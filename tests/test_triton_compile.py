@@ -1,7 +1,7 @@
 """Every Triton kernel that dispatch can choose, compiled ahead of time: no spills, shared memory, width of loads.
 
-In a process of its own, since this one may have imported the kernels for Triton's interpreter. That process is this file,
-run as a script: it prints one JSON line per kernel and capability.
+In a process of its own, since this one may have imported the kernels for Triton's interpreter. That process is this
+file, run as a script: it prints one JSON line per kernel and capability.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 
 import pytest
@@ -87,7 +86,7 @@ def test_selection():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", (80, 90, 100))
+@pytest.mark.parametrize("capability", [80, 90, 100])
 def test_matrix(capability):
     check(compile_in_subprocess("full", (capability,)))
 

@@ -8,7 +8,7 @@
 // A class whose student logit is -inf takes a rank but no Zipf mass: the rest is renormalised and the loss stays
 // finite.
 #include "rank.h"
-#include "rows.h"
+#include "targets.h"
 
 namespace fused_kd {
 namespace FKD_ISA {
@@ -17,13 +17,6 @@ namespace {
 struct BlockStats {
     double s_max, w_max, s_sum, w_sum, w_linear;
     double v_sum, v_cross, v_blocked, v_weak;
-};
-
-// The targets of a row, ascending, and their label values.
-struct Targets {
-    int count;
-    Without<2> at;
-    double label[2];
 };
 
 // A row each of exponentials, where no gradient's row can hold them, of keys and later Zipf weights, and the sort's
@@ -48,49 +41,6 @@ struct Scratch {
         order = base + floats + blocks_bytes;
     }
 };
-
-// Of probabilities: the at most two largest entries that exceed the row's smallest, the lower index first on ties.
-template <class A>
-FKD_NOINLINE Targets targets_of(const Matrix& target, int64_t row, int64_t classes, A* staging) {
-    if (target.dtype == kInt64) {
-        const int64_t y = *reinterpret_cast<const int64_t*>(element(target, row, 0));
-        return {1, {{y, -1}}, {1, 0}};
-    }
-    double smallest = INFINITY;
-    for (int64_t j = 0; j < classes; j += kBlock<A>) {
-        const int64_t n = block_length<A>(classes, j);
-        const A* v = read(target, row, j, n, staging);
-        Vec<A> low = splat<A>(-INFINITY);
-        const Vec<A> lowest = low;
-        for_lanes<A>(n, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
-            low = max_of(keep(lanes, -load(v + i, lanes), lowest), low);
-        });
-        const double block_low = -double(max_lanes<A>(low));
-        if (block_low < smallest) smallest = block_low;
-    }
-    Targets found = {0, {{-1, -1}}, {0, 0}};
-    for (int k = 0; k < 2; ++k) {
-        const int64_t y = argmax(target, row, classes, staging, k ? found.at.at[0] : -1);
-        if (y < 0) break;
-        const double label = *read(target, row, y, 1, staging);
-        if (!(label > smallest)) break;
-        found.at.at[k] = y;
-        found.label[k] = label;
-        found.count = k + 1;
-    }
-    return found;
-}
-
-FKD_INLINE void ascending(Targets& targets) {
-    if (targets.count == 2 && targets.at.at[0] > targets.at.at[1]) {
-        const int64_t y = targets.at.at[0];
-        const double label = targets.label[0];
-        targets.at.at[0] = targets.at.at[1];
-        targets.label[0] = targets.label[1];
-        targets.at.at[1] = y;
-        targets.label[1] = label;
-    }
-}
 
 template <class A>
 FKD_NOINLINE void block_stats(const A* s, const A* w, const A* v, int64_t n, const Without<2>& y, A* e_s, A* e_w,
@@ -352,63 +302,10 @@ void uskd_typed(const UskdArgs& args) {
     }
 }
 
-// The small pass before: the targets' probabilities, whose batch means every row needs.
-template <class A>
-void target_probs_typed(const TargetProbsArgs& args) {
-    const int threads = useful_threads(args.threads, args.rows, args.classes);
-    (void)threads;
-#pragma omp parallel num_threads(threads)
-    {
-        const Scratch<A> scratch(args.classes);
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < args.rows; ++row) {
-            double* const values = args.values + 2 * row;
-            values[0] = values[1] = 0;
-            Targets targets = targets_of<A>(args.target, row, args.classes, scratch.probs);
-            if (args.target.dtype == kInt64 && targets.at.at[0] == args.ignore_index) continue;
-            const bool swapped = targets.count == 2 && targets.at.at[0] > targets.at.at[1];
-            ascending(targets);
-            double max = -INFINITY, sum = 0;
-            for (int64_t j = 0; j < args.classes; j += kBlock<A>) {
-                const int64_t n = block_length<A>(args.classes, j);
-                const A* s = read(args.student, row, j, n, scratch.student);
-                A largest, unused;
-                block_max<A>(s, s, n, targets.at.from(j), largest, unused);
-                const Shift<A, true> shift(largest);
-                const Vec<A> zero = {};
-                Vec<A> part = zero;
-                for_lanes<A>(n, targets.at.from(j), [&](auto lanes, int64_t l) __attribute__((always_inline)) {
-                    const Vec<A> sj = load(s + l, lanes);
-                    part += keep(lanes, sj == -A(INFINITY) ? zero : exp2_nonpositive<A>(shift(sj)), zero);
-                });
-                const double block_sum = sum_lanes<A>(part);
-                if (block_sum == 0) continue;
-                if (shift.origin > max) {
-                    sum *= max == -INFINITY ? 0 : exp(max - shift.origin);
-                    max = shift.origin;
-                }
-                sum += block_sum * exp(shift.origin - max);
-            }
-            double logits[2] = {-INFINITY, -INFINITY};
-            for (int k = 0; k < targets.count; ++k)
-                logits[k] = *read(args.student, row, targets.at.at[k], 1, scratch.student);
-            const SplitSoftmax<double, 2> p = split_softmax<double, 2>(logits, finite_or_zero(max), sum);
-            for (int k = 0; k < targets.count; ++k) {
-                const double value = args.square ? p.p[k] * p.p[k] : p.p[k];
-                values[swapped ? 1 - k : k] = value;
-            }
-        }
-    }
-}
-
 } // namespace
 
 void uskd(const UskdArgs& args) {
     args.accumulate == kFloat64 ? uskd_typed<double>(args) : uskd_typed<float>(args);
-}
-
-void target_probs(const TargetProbsArgs& args) {
-    args.accumulate == kFloat64 ? target_probs_typed<double>(args) : target_probs_typed<float>(args);
 }
 
 } // namespace FKD_ISA

@@ -1,7 +1,8 @@
 """Which implementation runs, and why the others do not.
 
 A backend is a module with ``unavailable(device_type) -> str | None`` (the reason why it cannot run tensors of such a
-device, or None) and one function per op of :mod:`fused_kd.ops`. The reference needs no module: it is ordinary autograd.
+device, or None), ``LOSSES`` (the names of those it has kernels for) and one function per op of :mod:`fused_kd.ops`. The
+reference needs no module: it is ordinary autograd.
 """
 
 from __future__ import annotations
@@ -14,38 +15,44 @@ from torch import Tensor
 
 from fused_kd.backends import native, triton
 
-__all__ = ["BACKENDS", "Explanation", "choose", "explain", "get", "unavailable"]
+__all__ = ["BACKENDS", "LOSSES", "Explanation", "choose", "explain", "get", "unavailable"]
 
 _MODULES: dict[str, ModuleType] = {"native": native, "triton": triton}
 #: In the order of preference of ``"auto"``.
 BACKENDS = ("native", "triton", "reference")
+LOSSES = ("nkd", "uskd")
 
 
 def get(name: str) -> ModuleType:
     return _MODULES[name]
 
 
-def unavailable(name: str, device_type: str) -> str | None:
-    """Why this backend cannot run tensors of such a device; None if it can."""
-    return None if name == "reference" else _MODULES[name].unavailable(device_type)
+def unavailable(name: str, device_type: str, loss: str = "nkd") -> str | None:
+    """Why this backend cannot run a loss of tensors of such a device; None if it can."""
+    if name == "reference":
+        return None
+    reason: str | None = _MODULES[name].unavailable(device_type)
+    if reason is None and loss not in getattr(_MODULES[name], "LOSSES", ("nkd",)):
+        return f"has no {loss.upper()} kernels"
+    return reason
 
 
-_chosen: dict[tuple[str, str], str] = {}
+_chosen: dict[tuple[str, str, str], str] = {}
 
 
-def _choose(backend: str, device_type: str) -> str:
+def _choose(backend: str, device_type: str, loss: str) -> str:
     if backend == "auto":
         # Under its interpreter Triton runs on the CPU too, a thousand times slower: never a choice of its own.
         order = ("triton", "reference") if device_type == "cuda" else ("native", "reference")
-        choice = next(name for name in order if unavailable(name, device_type) is None)
+        choice = next(name for name in order if unavailable(name, device_type, loss) is None)
     elif backend in BACKENDS:
-        reason = unavailable(backend, device_type)
+        reason = unavailable(backend, device_type, loss)
         if reason is not None:
             raise RuntimeError(f"backend {backend!r} cannot run {device_type} tensors here: {reason}")
         choice = backend
     else:
         raise ValueError(f"backend: expected 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
-    _chosen[backend, device_type] = choice
+    _chosen[backend, device_type, loss] = choice
     return choice
 
 
@@ -53,46 +60,54 @@ def _choose(backend: str, device_type: str) -> str:
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def choose(backend: str, device_type: str) -> str:
+def choose(backend: str, device_type: str, loss: str = "nkd") -> str:
     """The backend that serves a call: the one named, if it can, or for ``"auto"`` the best that can.
 
     Raises:
         ValueError: no backend has that name.
-        RuntimeError: the one named cannot run tensors of such a device here, with the reason.
+        RuntimeError: the one named cannot run this loss of tensors of such a device here, with the reason.
     """
     if torch.compiler.is_compiling():
-        return _choose(backend, device_type)
-    return _chosen.get((backend, device_type)) or _choose(backend, device_type)
+        return _choose(backend, device_type, loss)
+    return _chosen.get((backend, device_type, loss)) or _choose(backend, device_type, loss)
 
 
 class Explanation(NamedTuple):
-    """What ``backend="auto"`` takes for a tensor, and why each other backend was not taken."""
+    """What ``backend="auto"`` takes for a loss of a tensor, and why each other backend was not taken."""
 
     device_type: str
     chosen: str
     reasons: dict[str, str]
+    loss: str = "nkd"
 
     def __str__(self) -> str:
-        lines = [f"{self.device_type} tensors: auto takes {self.chosen!r}"]
+        return self.text(f"{self.loss.upper()} of {self.device_type} tensors")
+
+    def text(self, subject: str) -> str:
+        """As ``str``, with a subject of your own."""
+        lines = [f"{subject}: auto takes {self.chosen!r}"]
         lines += [f"  {name:<10} {reason}" for name, reason in self.reasons.items()]
         return "\n".join(lines)
 
 
-def explain(student_logits: Tensor | torch.device | str = "cpu") -> Explanation:
-    """The backend that ``backend="auto"`` takes for such a tensor (or device), and why each other was not taken.
+def explain(student_logits: Tensor | torch.device | str = "cpu", loss: str = "nkd") -> Explanation:
+    """The backend that ``backend="auto"`` takes for a loss, ``"nkd"`` or ``"uskd"``, of such a tensor (or device), and
+    why each other was not taken.
 
     Example:
-        >>> print(fused_kd.explain(student_logits))
+        >>> print(fused_kd.explain(student_logits, loss="uskd"))
     """
+    if loss not in LOSSES:
+        raise ValueError(f"loss: expected one of {', '.join(map(repr, LOSSES))}, got {loss!r}")
     device = student_logits.device if isinstance(student_logits, Tensor) else torch.device(student_logits)
-    chosen = choose("auto", device.type)
+    chosen = choose("auto", device.type, loss)
     reasons = {}
     for name in BACKENDS:
         if name == chosen:
             reasons[name] = "chosen"
         else:
-            reasons[name] = unavailable(name, device.type) or _passed_over(name)
-    return Explanation(device.type, chosen, reasons)
+            reasons[name] = unavailable(name, device.type, loss) or _passed_over(name)
+    return Explanation(device.type, chosen, reasons, loss)
 
 
 def _passed_over(name: str) -> str:

@@ -137,6 +137,7 @@ def plan_nkd(
     divide_late = mean and student.dtype == torch.float16
     target_row, target_col = target.stride() if probabilities else (target.stride(0), 0)
     launches = []
+    arguments: tuple[Any, ...]
 
     counts, count_stride, count_items, count = target, target_row, rows, 0
     if mean and not probabilities:
@@ -150,10 +151,20 @@ def plan_nkd(
 
     row_parts = parts if per_row else torch.empty((3, rows), dtype=loss.dtype, device=student.device)
     narrow = min(t.element_size() for t in (student, teacher, target) if t.is_floating_point())
-    config = triton_config.row_config(classes, narrow, loss.dtype == torch.float64, probabilities)
     row_strides = [student.stride(0), teacher.stride(0), *([target_row] if probabilities else [])]
     unit = student.stride(1) == teacher.stride(1) == 1 and (target_col == 1 or not probabilities)
     vector = 16 // narrow if unit else 1
+    # Rows that start alike modulo a vector can be walked in vectors, from the same column on.
+    together = unit and all((stride - classes) % vector == 0 for stride in row_strides)
+    config = triton_config.row_config(
+        classes,
+        narrow,
+        wide=loss.dtype == torch.float64,
+        probabilities=probabilities,
+        unit_temperature=temperature == 1.0,
+        neighbours=unit,
+        vectors=together,
+    )
     options = {
         "ACC": acc,
         "UNIT": unit,
@@ -164,13 +175,13 @@ def plan_nkd(
         "COUNT": count if need_gradient and not divide_late else 0,
         "PER_ROW": per_row,
         "num_warps": config.warps,
+        "maxnreg": config.registers,
     }
     if isinstance(config, triton_config.OnChip):
         kernel, programs = "rows_on_chip", -(-rows // config.rows)
         options |= {"ROWS": config.rows, "BLOCK": config.block, "VEC": math.gcd(vector, classes, *row_strides)}
     else:
         kernel, programs = "rows_looped", rows
-        together = all((stride - classes) % vector == 0 for stride in row_strides)
         options |= {"LANES": config.lanes, "WIDTH": config.width, "VEC": vector if together else 1}
     # Every row of probabilities counts. Two classes leave one outside the target: its term and gradient are 0.
     known = 1.0 / rows if mean and probabilities and not divide_late else 1.0

@@ -1,8 +1,8 @@
-"""The dispatch table: how a kernel is laid out, as a pure function of class count, bytes per logit and kind of target.
+"""The dispatch table: how a kernel is laid out, as a pure function of the class count, the dtypes and the kind of call.
 
-Nothing is tuned at run time. The rows were chosen by the compiler's report (registers, spills, width of loads) for sm_80,
-sm_90 and sm_100, which the tests read again, and hold for all three, so the device's capability is no argument yet. None
-has been timed on a GPU.
+Nothing is tuned at run time. The rows were chosen by the compiler's report (registers, spills, width of loads) for
+sm_80, sm_90 and sm_100, which the tests read again, and hold for all three: the device's capability is no argument yet.
+None has been timed on a GPU.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ class OnChip(NamedTuple):
     rows: int
     block: int
     warps: int
+    registers: int
 
 
 class Looped(NamedTuple):
@@ -25,6 +26,7 @@ class Looped(NamedTuple):
     lanes: int
     width: int
     warps: int
+    registers: int
 
 
 class Flat(NamedTuple):
@@ -34,30 +36,53 @@ class Flat(NamedTuple):
     warps: int
 
 
-#: (largest tile of classes x rows, warps). A thread holds 8 logits of each input up to the last row: one 16-byte load of
-#: half precision, two of float32, and registers for two programs per multiprocessor or more.
+#: (largest tile of classes x rows, warps, registers of a thread for one row, T = 1 and index targets). A thread holds 8
+#: logits of each input up to the last row: one 16-byte load of half precision, two of float32. The compiler left alone
+#: aims at round occupancies and spills a few words to get there; these are the least that no dtype spills at.
 ON_CHIP = (
-    (1024, 4),  # smaller rows share a program, so that 100 classes fill the warps that 1000 do
-    (2048, 8),
-    (4096, 16),
-    # 16 logits a thread, 104 to 128 registers, one program per multiprocessor: the last size that no variant spills at.
-    # 16384 fits for T = 1 and index targets only, and would leave one program alone with its latency.
-    (8192, 16),
+    (1024, 4, 64),  # smaller rows share a program, so that 100 classes fill the warps that 1000 do
+    (2048, 8, 72),
+    (4096, 16, 64),  # two programs per multiprocessor
+    # 16 logits a thread, one program per multiprocessor. The last size that does not spill; 16384 fits for T = 1 only,
+    # and would leave one program alone with its latency.
+    (8192, 16, 128),
 )
-#: float64 takes twice the registers, and its exp2 some forty more: 4 logits a thread.
-ON_CHIP_WIDE = ((512, 4), (1024, 8), (2048, 16))
+#: Probabilities are a third tile to hold: at 8192 classes and T other than 1 they spill on sm_100.
+ON_CHIP_PROBABILITIES = ON_CHIP[:-1]
+#: float64 takes twice the registers, and its exp2 some forty more: 4 logits a thread, and all the registers there are.
+ON_CHIP_WIDE = ((512, 4, 255), (1024, 8, 255), (2048, 16, 128))
+#: More rows than this in a program of tiny rows cost registers for their coefficients and spill.
+ON_CHIP_ROWS = 16
 
-#: Threads of a looped program: 16 warps at no more than 64 registers (index targets) put two rows on a multiprocessor.
-LOOPED_WARPS = 16
-#: Beyond this, two half-precision rows (student and teacher) on each of 132 multiprocessors, twice, outgrow 50 MB of L2,
-#: and the second walk would go to memory for most of them: 32 warps leave one row per multiprocessor. Index targets only:
-#: probabilities want more than the 64 registers that 32 warps leave a thread. float32 rows stay with 16 warps, because
-#: the compiler spills them at 32.
+#: The same for the other calls, by (T = 1, probabilities), where a program holds one row and where it holds several.
+ON_CHIP_REGISTERS = {
+    (True, False): (64, 96),
+    (False, False): (80, 112),
+    (True, True): (96, 112),
+    (False, True): (112, 128),
+}
+
+#: Warps of a looped program: 16 at no more than 64 registers put two rows on a multiprocessor.
+LOOPED_WARPS, LOOPED_REGISTERS = 16, 64
+#: What probabilities with T other than 1 need, and float64: one row per multiprocessor.
+LOOPED_MOST_REGISTERS = 128
+#: Beyond this many classes, two half-precision rows of 132 multiprocessors, student's and teacher's, outgrow 50 MB of
+#: L2, and the second walk would go to memory for most of them: 32 warps leave one row per multiprocessor. Index targets
+#: only: probabilities want more than the 64 registers that 32 warps leave a thread. So does float32 in some variants.
 LOOPED_LONG, LOOPED_LONG_WARPS = 49152, 32
 
 
 @lru_cache(maxsize=1024)
-def row_config(classes: int, narrow: int, wide: bool, probabilities: bool) -> OnChip | Looped:
+def row_config(
+    classes: int,
+    narrow: int,
+    *,
+    wide: bool,
+    probabilities: bool,
+    unit_temperature: bool,
+    neighbours: bool,
+    vectors: bool,
+) -> OnChip | Looped:
     """Layout of the row kernels.
 
     Args:
@@ -65,15 +90,27 @@ def row_config(classes: int, narrow: int, wide: bool, probabilities: bool) -> On
         narrow: Bytes of the narrowest logit or probability, whose vectors of 16 bytes set the looped tile's width.
         wide: Arithmetic is in float64.
         probabilities: The target holds probabilities, which are one more tile to keep.
+        unit_temperature: The temperature is 1, which saves an exponential of each student logit.
+        neighbours: Every column stride is 1. Other strides need a pointer for each logit.
+        vectors: In the looped kernel, rows start alike and can be walked in full vectors of every tensor.
     """
-    table = ON_CHIP_WIDE if wide else ON_CHIP
     block = max(16, 1 << (classes - 1).bit_length())
-    for tile, warps in table:
+    for tile, warps, registers in ON_CHIP_WIDE if wide else ON_CHIP_PROBABILITIES if probabilities else ON_CHIP:
         if block <= tile:
-            return OnChip(max(1, tile // block), block, warps)
+            rows = min(ON_CHIP_ROWS, max(1, tile // block))
+            if not neighbours:
+                registers = min(255, 2048 // warps)  # all there are
+            elif not wide and (rows > 1 or probabilities or not unit_temperature):
+                registers = ON_CHIP_REGISTERS[unit_temperature, probabilities][rows > 1] if tile <= 2048 else 128
+            return OnChip(rows, block, warps, registers)
+    if not vectors:
+        # Single loads, each with a pointer where columns are strided: 4 a thread, or they spill; in float64, 8 warps.
+        warps = max(1, LOOPED_WARPS // 2) if wide else LOOPED_WARPS
+        return Looped(32 * warps, min(4, 16 // narrow), warps, min(255, 2048 // warps))
     long = classes > LOOPED_LONG and narrow == 2 and not wide and not probabilities
     warps = LOOPED_LONG_WARPS if long else LOOPED_WARPS
-    return Looped(32 * warps, 16 // narrow, warps)
+    most = wide or (probabilities and not unit_temperature)
+    return Looped(32 * warps, 16 // narrow, warps, LOOPED_MOST_REGISTERS if most else LOOPED_REGISTERS)
 
 
 @lru_cache(maxsize=1024)

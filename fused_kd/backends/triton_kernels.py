@@ -1,3 +1,5 @@
+# mypy: ignore-errors
+# Triton compiles these functions; to a type checker they are not Python.
 """The NKD kernels: rows held on chip, and rows walked twice. :mod:`triton_rows` has the formulas and the conventions.
 
 Meaning of the constexpr arguments that both kernels take:
@@ -58,12 +60,13 @@ def _at(base, cols, stride, UNIT: tl.constexpr):
 
 
 @triton.jit
-def _store_parts(parts, loss, rows, row, inside, target, non_target, ce, PER_ROW: tl.constexpr):
+def _store_parts(parts, loss, norm, norm_value, rows, row, inside, target, non_target, ce, PER_ROW: tl.constexpr):
     tl.store(parts + row, target, mask=inside)
     tl.store(parts + rows + row, non_target, mask=inside)
     tl.store(parts + 2 * rows + row, ce, mask=inside)
     if PER_ROW:
         tl.store(loss + row, target + non_target + ce, mask=inside)
+        tl.store(norm + row, tl.full(row.shape, norm_value, loss.dtype.element_ty), mask=row == 0)
 
 
 @triton.jit
@@ -158,10 +161,7 @@ def rows_on_chip(
     part_y = tl.where(counted, part_y * valid, 0.0)
     part_rest = tl.where(counted, part_rest * valid, 0.0)
     part_ce = tl.where(counted, part_ce * valid, 0.0)
-    _store_parts(parts, loss, rows, row, inside, part_y, part_rest, part_ce, PER_ROW)
-    if PER_ROW:
-        if tl.program_id(0) == 0:
-            tl.store(norm, tl.full((), norm_value, ACC))
+    _store_parts(parts, loss, norm, norm_value, rows, row, inside, part_y, part_rest, part_ce, PER_ROW)
     if GRAD:
         by = valid * _gradient_scale(counts, target_row, count_items, ignore_index, scale, ACC, COUNT)
         coefficients = (a * by, b * by, c * by, ce_weight * by, at_target * by)
@@ -287,7 +287,7 @@ def rows_looped(
         best, y = tl.full([LANES], _NEG_INF, ACC), tl.full([LANES], 2147483647, tl.int32)
         v_head = _load_tile(target_head, at_head, target_col, in_head, True, UNIT, ACC)
         best, y = _largest(best, y, v_head, at_head)
-        for i in range(0, body):
+        for i in range(body):
             v = _load_tile(target_head, i * BLOCK + lane, target_col, lane >= 0, False, UNIT, ACC)
             best, y = _largest(best, y, v, i * BLOCK + lane)
         for start in range(body * BLOCK, end, BLOCK):
@@ -315,7 +315,7 @@ def rows_looped(
     s_head, t_head, v_head = _load_tiles(bases, strides, at_head, in_head, True, UNIT, PROB, ACC)
     is_target = at_head == y[:, None]
     stats = _accumulate_others(stats, s_head, t_head, v_head, is_target, k, k_T, UNIT_T, PROB)
-    for i in range(0, body):
+    for i in range(body):
         s, t, v = _load_tiles(bases, strides, i * BLOCK + lane, lane >= 0, False, UNIT, PROB, ACC)
         stats = _accumulate_others(stats, s, t, v, width == (y_lane - i * BLOCK)[:, None], k, k_T, UNIT_T, PROB)
     for start in range(body * BLOCK, end, BLOCK):
@@ -333,10 +333,7 @@ def rows_looped(
     part_y = tl.where(counted, part_y * valid, 0.0)
     part_rest = tl.where(counted, part_rest * valid, 0.0)
     part_ce = tl.where(counted, part_ce * valid, 0.0)
-    _store_parts(parts, loss, rows, one_row, inside, part_y, part_rest, part_ce, PER_ROW)
-    if PER_ROW:
-        if row == 0:
-            tl.store(norm, tl.full((), norm_value, ACC))
+    _store_parts(parts, loss, norm, norm_value, rows, one_row, inside, part_y, part_rest, part_ce, PER_ROW)
     if GRAD:
         by = valid * _gradient_scale(counts, target_row, count_items, ignore_index, scale, ACC, COUNT)
         coefficients = (a * by, b * by, c * by, ce_weight * by, at_target * by)
@@ -346,7 +343,7 @@ def rows_looped(
             s, t, v = _load_tiles(bases, strides, start + lane, start + lane < end, True, UNIT, PROB, ACC)
             g = combine(s, t, v, width == (y_lane - start)[:, None], merged, coefficients, k, k_T, UNIT_T, PROB)
             tl.store(gradient_head + (start + lane), g.to(dtype), mask=start + lane < end)
-        for i in range(0, body):
+        for i in range(body):
             start = (body - 1 - i) * BLOCK
             s, t, v = _load_tiles(bases, strides, start + lane, lane >= 0, False, UNIT, PROB, ACC)
             g = combine(s, t, v, width == (y_lane - start)[:, None], merged, coefficients, k, k_T, UNIT_T, PROB)

@@ -1,3 +1,5 @@
+# mypy: ignore-errors
+# Triton compiles these functions; to a type checker they are not Python.
 """The small Triton kernels around the row kernels: counting rows, reducing their parts, scaling the stored gradient.
 
 Every sum is taken in an order that the shapes alone decide, without atomics: same input, same bits.
@@ -97,9 +99,9 @@ def scale_rows(
 ):
     """out = gradient * grad_output * norm, by a fixed number of programs that share tiles of BLOCK neighbours.
 
-    A row's first tile starts at the multiple of VEC elements at or before the row, so that the tiles inside it are whole
-    vectors wherever the row starts. In place, a factor of 1 leaves its tile untouched: that is how a mean's gradient
-    costs no second pass.
+    A row's first tile starts at the multiple of VEC elements at or before the row, so that the tiles inside it are
+    whole vectors wherever the row starts. In place, a factor of 1 leaves its tile untouched: that is how a mean's
+    gradient costs no second pass.
     """
     tiles = (width + (VEC - 1) + (BLOCK - 1)) // BLOCK
     multiplier = tl.load(norm).to(ACC)

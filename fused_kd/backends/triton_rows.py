@@ -1,3 +1,5 @@
+# mypy: ignore-errors
+# Triton compiles these functions; to a type checker they are not Python.
 """Triton kernels of the row losses: statistics of a row, then coefficients, then one combine pass.
 
 A row's gradient is, outside the target class y, a combination of three exponentials with per-row coefficients,
@@ -10,9 +12,9 @@ anything by cancellation. Another loss of the family is another coefficients fun
 
 Exponents are in base 2: ``k`` is log2(e) and ``k_T`` is log2(e) / T.
 
-Two kernels share these functions. ``rows_on_chip`` holds its rows in registers: each input is read once. ``rows_looped``
-gives a row to one program, which walks it twice; its first walk keeps statistics per lane, each lane with the maximum of
-what it has seen (online softmax), and merges the lanes once at the end.
+Two kernels share these functions. ``rows_on_chip`` holds its rows in registers: each input is read once.
+``rows_looped`` gives a row to one program, which walks it twice; its first walk keeps statistics per lane, each lane
+with the maximum of what it has seen (online softmax), and merges the lanes once at the end.
 
 Conventions: a statistics tuple is (m_s, z_s, z_sT, m_t, z_t, z_tT, dot, v_sum, v_dot), where z are sums of exponentials
 relative to the maximum, dot = sum f_j u_j with f_j = exp((t_j - m_t)/T) and u_j = (s_j - m_s) k_T, and v are class
@@ -141,9 +143,7 @@ def _join_target(x_y, m, z, k):
 
 
 @triton.jit
-def nkd_coefficients(
-    stats, s_y, t_y, v_y, gamma, temperature, ce_weight, k, UNIT_T: tl.constexpr, PROB: tl.constexpr
-):
+def nkd_coefficients(stats, s_y, t_y, v_y, gamma, temperature, ce_weight, k, UNIT_T: tl.constexpr, PROB: tl.constexpr):
     """NKD's parts (target, non_target, ce) and its gradient's (a, b, c, value at y), of rows that count and are valid.
 
     With V the CE target (one-hot, or the probabilities), a = (q_y + ce_weight sum V) / Z, b = gamma T / Z_hat and
@@ -178,7 +178,7 @@ def nkd_coefficients(
 
 @triton.jit
 def combine(s, t, v, is_target, stats, coefficients, k, k_T, UNIT_T: tl.constexpr, PROB: tl.constexpr):
-    """The gradient of tiles of logits from the row's statistics and coefficients (a, b, c, weight of -v, value at y)."""
+    """The gradient of tiles from the row's statistics and coefficients (a, b, c, the weight of -v, the value at y)."""
     a, b, c, v_weight, at_target = coefficients
     d_s = s - _zero_if_empty(stats[0])[:, None]
     d_t = t - _zero_if_empty(stats[3])[:, None]
@@ -196,7 +196,7 @@ def combine(s, t, v, is_target, stats, coefficients, k, k_T, UNIT_T: tl.constexp
 
 @triton.jit
 def count_rows(source, stride, items, ignore_index, PARTIAL: tl.constexpr, BLOCK: tl.constexpr):
-    """How many rows count: targets other than ignore_index, or the sum of partial counts. Integers: any order is exact."""
+    """How many rows count: targets other than ignore_index, or the sum of partial counts."""
     total = tl.zeros([BLOCK], tl.int32)
     for start in range(0, items, BLOCK):
         index = start + tl.arange(0, BLOCK)

@@ -1,0 +1,145 @@
+"""Whether a provider computes the loss: its values and gradients against the float64 reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Case, Inputs
+from benchmarks.providers import Loss, LossFunction, Provider
+from benchmarks.uskd import Swaps
+
+# Far above rounding in each dtype, far below what a wrong formula gives.
+TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2, "float16": 2e-2}
+# PyTorch adds up a row in float32 one vector after the other; from so many classes on, rounding grows with them.
+LONG_ROW = 2**15
+CHUNK_ELEMENTS = 2**25  # of the float64 reference at a time, so that a billion logits fit
+
+_T = TypeVar("_T")
+
+
+def tolerance(case: Case) -> float:
+    longer = max(1.0, case.classes / LONG_ROW) if case.dtype == "float32" else 1.0
+    return TOLERANCE[case.dtype] * longer
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Largest errors against float64, relative to the loss and to the largest entry of the gradient.
+
+    Of a loss that ranks, what exchanged ranks of near-equal keys explain is no error, and the entries beside the
+    targets, where the ranks are, are taken relative to the largest of their own: a target's is many times that. With
+    two gradients the larger error is given.
+    """
+
+    loss: float
+    gradient: float
+
+    def within(self, tolerance: float) -> bool:
+        return self.loss <= tolerance and self.gradient <= tolerance  # NaN is not
+
+
+def run_once(function: LossFunction, inputs: Inputs, grad_output: float = 1.0) -> Tensor:
+    """One forward and backward pass; the gradients are left in the inputs."""
+    inputs.drop_gradients()
+    value = function(*inputs[:3])
+    value.backward(torch.full_like(value, grad_output))  # type: ignore[no-untyped-call]
+    return value.detach()
+
+
+class _Exact(NamedTuple):
+    """What some of the rows contribute to the mean over all rows."""
+
+    loss: Tensor
+    gradients: list[Tensor]
+
+
+class _Largest:
+    """The largest deviation in each group of entries, relative to the group's largest exact entry."""
+
+    def __init__(self) -> None:
+        self.groups: dict[str, tuple[float, float]] = {}
+
+    def add(self, group: str, deviation: Tensor, exact: Tensor) -> None:
+        before = self.groups.get(group, (0.0, 0.0))
+        # numpy's maximum keeps a NaN, Python's may lose it.
+        self.groups[group] = (
+            float(np.maximum(before[0], float(deviation.abs().max()))),
+            float(np.maximum(before[1], float(exact.abs().max()))),
+        )
+
+    def relative(self) -> float:
+        return float(np.max([np.divide(deviation, exact) for deviation, exact in self.groups.values()]))
+
+
+class Judge:
+    """Compares loss and gradients (mean over the rows) with the float64 reference of the same, rounded inputs.
+
+    The reference goes through the rows in parts, for memory; of inputs that are one part it is kept for the next
+    provider.
+    """
+
+    def __init__(self, loss: Loss, inputs: Inputs) -> None:
+        self.loss, self.inputs = loss, inputs
+        self.rows, classes = inputs.student_logits.shape
+        step = max(1, CHUNK_ELEMENTS // classes)
+        self.parts = [slice(start, start + step) for start in range(0, self.rows, step)]
+        self._kept: dict[object, object] = {}
+        self.batch_sums: Tensor | None = None
+        if loss.batch_sums is not None:
+            student, target = inputs.student_logits.detach(), inputs.target
+            sums = [loss.batch_sums(student[part].double(), target[part]) for part in self.parts]
+            self.batch_sums = torch.stack(sums).sum(0)
+
+    def errors(self, provider: Provider, function: LossFunction) -> Errors:
+        student = self.inputs.student_logits
+        # As a GradScaler does: float16 has no digits left for a gradient that is divided by the number of rows.
+        scale = 2.0 ** math.ceil(math.log2(self.rows)) if student.dtype == torch.float16 else 1.0
+        value = run_once(function, self.inputs, scale)
+        gradients = [logits.grad for logits in self.inputs.trained()]
+        self.inputs.drop_gradients()
+        expected = torch.zeros((), dtype=torch.float64, device=student.device)
+        largest = _Largest()
+        for part in self.parts:
+            exact = self._once(("exact", part.start), lambda part=part: self._exact(part))  # type: ignore[misc]
+            expected += exact.loss
+            for name, gradient, right in zip(("student", "other"), gradients, exact.gradients, strict=False):
+                if gradient is None:
+                    raise RuntimeError(f"the provider left no gradient on the {name} logits")
+                deviation = gradient[part].double() / scale - right
+                if name == "other" or self.loss.swaps is None:
+                    largest.add(name, deviation, right)
+                    continue
+                key = ("swaps", part.start, provider.as_published)
+                swaps: Swaps = self._once(key, lambda part=part: self._swaps(part, provider.as_published))  # type: ignore[misc]
+                explained = deviation.clamp(swaps.below / self.rows, swaps.above / self.rows)
+                expected += (explained * swaps.loss_per_gradient).sum()
+                deviation -= explained
+                largest.add("student", deviation.masked_fill(~swaps.is_target, 0.0), right)
+                beside = swaps.is_target
+                largest.add("beside targets", deviation.masked_fill(beside, 0.0), right.masked_fill(beside, 0.0))
+        return Errors(float((value.double() - expected).abs() / expected.abs()), largest.relative())
+
+    def _once(self, key: object, make: Callable[[], _T]) -> _T:
+        if len(self.parts) > 1:
+            return make()
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]  # type: ignore[return-value]
+
+    def _exact(self, part: slice) -> _Exact:
+        pair = [logits.detach()[part].double().requires_grad_(logits.requires_grad) for logits in self.inputs[:2]]
+        loss = self.loss.reference_sum(pair[0], pair[1], self.inputs.target[part], self.batch_sums) / self.rows
+        loss.backward()  # type: ignore[no-untyped-call]
+        return _Exact(loss.detach(), [logits.grad for logits in pair if logits.grad is not None])
+
+    def _swaps(self, part: slice, as_published: bool) -> Swaps:
+        assert self.loss.swaps is not None
+        student, other = (logits.detach()[part] for logits in self.inputs[:2])
+        return self.loss.swaps(student.double(), other.double(), self.inputs.target[part], student.dtype, as_published)

@@ -1,0 +1,60 @@
+// The target classes of a row. Included by sources compiled once per instruction set, like simd.h.
+#pragma once
+
+#include "rows.h"
+
+namespace fused_kd {
+namespace FKD_ISA {
+
+// The targets of a row and their label values; as found, the largest label first.
+struct Targets {
+    int count;
+    Without<2> at;
+    double label[2];
+};
+
+// Of probabilities: the at most two largest entries that exceed the row's smallest, the lower index first on ties.
+template <class A>
+FKD_NOINLINE Targets targets_of(const Matrix& target, int64_t row, int64_t classes, A* staging) {
+    if (target.dtype == kInt64) {
+        const int64_t y = *reinterpret_cast<const int64_t*>(element(target, row, 0));
+        return {1, {{y, -1}}, {1, 0}};
+    }
+    double smallest = INFINITY;
+    for (int64_t j = 0; j < classes; j += kBlock<A>) {
+        const int64_t n = block_length<A>(classes, j);
+        const A* v = read(target, row, j, n, staging);
+        Vec<A> low = splat<A>(-INFINITY);
+        const Vec<A> lowest = low;
+        for_lanes<A>(n, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
+            low = max_of(keep(lanes, -load(v + i, lanes), lowest), low);
+        });
+        const double block_low = -double(max_lanes<A>(low));
+        if (block_low < smallest) smallest = block_low;
+    }
+    Targets found = {0, {{-1, -1}}, {0, 0}};
+    for (int k = 0; k < 2; ++k) {
+        const int64_t y = argmax(target, row, classes, staging, k ? found.at.at[0] : -1);
+        if (y < 0) break;
+        const double label = *read(target, row, y, 1, staging);
+        if (!(label > smallest)) break;
+        found.at.at[k] = y;
+        found.label[k] = label;
+        found.count = k + 1;
+    }
+    return found;
+}
+
+FKD_INLINE void ascending(Targets& targets) {
+    if (targets.count == 2 && targets.at.at[0] > targets.at.at[1]) {
+        const int64_t y = targets.at.at[0];
+        const double label = targets.label[0];
+        targets.at.at[0] = targets.at.at[1];
+        targets.label[0] = targets.label[1];
+        targets.at.at[1] = y;
+        targets.label[1] = label;
+    }
+}
+
+} // namespace FKD_ISA
+} // namespace fused_kd

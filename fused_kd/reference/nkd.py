@@ -1,0 +1,67 @@
+"""Normalized knowledge distillation."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_kd.reference.rows import (
+    accumulation_dtype,
+    combine,
+    counted_logits,
+    cross_entropy,
+    drop_impossible,
+    find_labels,
+    masked_softmax,
+    times_log,
+)
+
+
+class LossParts(NamedTuple):
+    """The weighted, detached parts of a loss. They sum to the loss and have its shape."""
+
+    target: Tensor
+    non_target: Tensor
+    ce: Tensor
+
+
+def nkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    *,
+    gamma: float = 1.5,
+    temperature: float = 1.0,
+    ce_weight: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> tuple[Tensor, LossParts]:
+    """NKD (paper Eq. 4 and 5) of logits ``(N, C)`` with targets ``(N,)`` or probabilities ``(N, C)``.
+
+    Returns the loss and its parts. :func:`fused_kd.nkd_loss` documents arguments and semantics.
+    """
+    dtype = accumulation_dtype(student_logits, teacher_logits)
+    num_classes = student_logits.shape[1]
+    labels = find_labels(target, num_classes, ignore_index, dtype, most=1)
+    counted = labels.counted
+    student = counted_logits(drop_impossible(student_logits.to(dtype)), counted)
+    teacher = counted_logits(teacher_logits.detach().to(dtype), counted)
+
+    log_p = student.log_softmax(dim=1)
+    q_target = teacher.softmax(dim=1).gather(1, labels.columns).squeeze(1)
+    log_p_target = log_p.gather(1, labels.columns).squeeze(1)
+    target_part = -times_log(q_target, log_p_target)
+
+    if num_classes == 2:
+        # One class is left: its softmax is 1 and its logarithm 0. A difference of rounded logarithms would not be.
+        non_target_part = torch.zeros_like(target_part)
+    else:
+        log_p_hat = masked_softmax(student / temperature, labels.is_target, log=True)
+        q_hat = masked_softmax(teacher / temperature, labels.is_target, log=False)
+        non_target_part = -gamma * temperature**2 * times_log(q_hat, log_p_hat).sum(dim=1)
+
+    ce_part = cross_entropy(log_p, labels, ce_weight)
+    loss, parts = combine([target_part, non_target_part, ce_part], labels.valid, counted, reduction)
+    return loss, LossParts(*parts)
