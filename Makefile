@@ -29,7 +29,7 @@ $(VENV)/ready: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) --upgrade pip
 	$(INSTALL) torch
-	$(INSTALL) --editable '.[bench,test,triton,lint]'
+	PYTHONWARNINGS=ignore $(INSTALL) --editable '.[bench,test,triton,lint]'
 	touch $@
 
 clean:

@@ -1,6 +1,6 @@
 """The benchmark's cases for pytest-benchmark: forward + backward of each provider, and the rankings alone.
 
-    pytest benchmarks/bench_losses.py --benchmark-only --benchmark-group-by=param:loss,param:case
+    pytest benchmarks/bench_losses.py --benchmark-enable --benchmark-group-by=param:loss,param:case
 
 The figures of the README come from `python -m benchmarks`, which takes the providers in turn; here they run one after
 another, so a disturbance of the machine can favour one of them. This is for comparing commits:
@@ -50,7 +50,7 @@ def test_forward_backward(benchmark, loss: Loss, case: Case, provider: Provider)
     function = provider.build()
     if provider.same_loss:
         found = agreement.Judge(loss, inputs).errors(provider, function)
-        assert found.within(agreement.tolerance(case)), found
+        assert found.within(agreement.tolerance(case, provider)), found
     samples = measure.Samples()
     call = measure.timer(case.device)
     for _ in range(10):

@@ -198,9 +198,9 @@ def _prepare(judge: agreement.Judge, case: Case, provider: Provider) -> tuple[di
         if provider.same_loss:
             errors = judge.errors(provider, function)
             entry["relative_errors"] = asdict(errors)
-            tolerance = agreement.tolerance(case)
+            tolerance = agreement.tolerance(case, provider)
             if not errors.within(tolerance):
-                reason = f"off from float64 by {errors.loss:.1e} (loss), {errors.gradient:.1e} (gradient)"
+                reason = f"off from float64 by {errors.loss:.1e} (loss), {errors.beyond_rounding:.1e} (gradient)"
                 return entry | {"status": "wrong", "reason": f"{reason}, allowed {tolerance:.0e}"}, None
         entry["memory"] = asdict(measure.memory(function, inputs))
     except Exception as error:  # whatever a provider raises is a line of the report, not the end of the run

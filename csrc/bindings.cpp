@@ -128,8 +128,11 @@ void run_scale_gradient(const std::string& instruction_set, uintptr_t gradient, 
 
 } // namespace
 
+void bind_cuda(py::module_& m); // bindings_cuda.cpp
+
 PYBIND11_MODULE(_native, m) {
-    m.doc() = "CPU kernels of fused_kd.";
+    m.doc() = "CPU and CUDA kernels of fused_kd.";
+    bind_cuda(m);
     m.def("instruction_sets", [] {
         py::list names;
         for (const Kernels* kernels : runnable_kernels())

@@ -107,7 +107,7 @@ FKD_HD NkdRow<R> nkd_row(const NkdStats<R>& x, const NkdParams& params) {
     const SplitSoftmax<R, 1> p = split_softmax<R, 1>({x.s_target}, x.s_max, x.s_sum);
     const SplitSoftmax<R, 1> q = split_softmax<R, 1>({x.t_target}, x.t_max, x.t_sum);
     NkdRow<R> out;
-    out.target = -weighted(q.p[0], p.log_p[0]);
+    out.target = -weighted(q.p[0], p.log_p[0]) + R(0) * x.v_sum; // a NaN among the labels reaches the loss
     out.a = (q.p[0] + ce_weight * x.v_sum) * p.p_scale;
 
     const bool teacher_has_rest = x.t_sum_t != R(0); // NaN counts, so that it spreads

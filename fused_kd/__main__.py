@@ -17,7 +17,6 @@ import fused_kd
 from fused_kd import backends, check
 from fused_kd.backends import native
 
-
 _NUMBERS = ("cases", "loss", "allowed", "gradient")
 
 

@@ -18,7 +18,7 @@ from fused_kd import backends, reference
 
 __all__ = ["Case", "Outcome", "cases", "compare"]
 
-#: The exponential is within 2 ulp, a sum of a hundred terms a lane about as much; float64 sums are compared with float64.
+#: The exponential is within 2 ulp, a sum of a hundred terms a lane about as much; float64 is compared with float64.
 _SLACK_ULPS = {torch.float32: 4, torch.float64: 64}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 OPTIONS: tuple[dict[str, float], ...] = ({}, {"temperature": 3.0, "gamma": 3.5}, {"ce_weight": 1.0})
@@ -94,8 +94,8 @@ def evaluate(
 def relative_error(value: Tensor, exact: Tensor) -> float:
     """The largest error as a share of the largest exact magnitude.
 
-    A gradient's entries are differences of terms of order 1, or 1/N for a mean. Where they cancel in every row the float64
-    reference has no digits left itself, so the magnitude counts as a tenth of that order at least.
+    A gradient's entries are differences of terms of order 1, or 1/N for a mean. Where they cancel in every row the
+    float64 reference has no digits left itself, so the magnitude counts as a tenth of that order at least.
     """
     if exact.numel() == 0:
         return 0.0
@@ -130,6 +130,9 @@ def compare_inputs(
     slack = _SLACK_ULPS[accumulate] * torch.finfo(accumulate).eps
     loss, gradient = (relative_error(a, b) for a, b in zip(ours, exact, strict=True))
     loss_budget, gradient_budget = (relative_error(a, b) + slack for a, b in zip(eager, exact, strict=True))
+    if backend == "triton" and student.device.type == "cpu" and student.dtype == torch.bfloat16:
+        # Triton's interpreter cuts bfloat16 off, by up to a unit in the last place, where a GPU rounds.
+        gradient_budget = max(gradient_budget, torch.finfo(torch.bfloat16).eps + slack)
     return Outcome(loss, loss_budget, gradient, gradient_budget)
 
 

@@ -1,4 +1,4 @@
-"""Shared by the tests. Triton's kernels run under its interpreter here, which must be said before Triton is imported."""
+"""Shared by the tests. Triton's kernels run under its interpreter, which must be said before Triton is imported."""
 
 import os
 

@@ -144,7 +144,9 @@ def test_saves_one_tensor_of_the_students_size(fused):
     name, device = fused
     student, teacher, target = inputs(device, dtype=torch.float32, rows=32)
     sizes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel() * t.element_size()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: sizes.append(t.numel() * t.element_size()) or t, lambda t: t
+    ):
         loss = nkd_loss(student, teacher, target, backend=name)
     assert sum(sizes) <= student.numel() * student.element_size() + 8
     loss.backward()
@@ -188,7 +190,7 @@ def test_autocast_with_grad_scaler(fused, dtype):
 
 
 def test_float16_gradients_do_not_underflow(fused):
-    """Divided by N and stored in float16, a probability of 1e-6 over 64 rows would be 0 before GradScaler multiplies."""
+    """Divided by N and stored in float16, a probability of 1e-6 would be 0 before GradScaler multiplies."""
     name, device = fused
     student = torch.zeros(64, 100, device=device, dtype=torch.float16)
     student[:, 1:50] = -14.0

@@ -86,7 +86,7 @@ def test_providers_agree_with_float64(loss, dtype: str) -> None:  # type: ignore
     for provider in loss.providers:
         if provider.same_loss and provider.name != "compile":  # compiling takes seconds; the benchmark verifies it
             found = judge.errors(provider, provider.build())
-            assert found.within(agreement.tolerance(case)), provider.name
+            assert found.within(agreement.tolerance(case, provider)), provider.name
 
 
 def test_the_form_that_is_compiled_agrees_with_float64() -> None:

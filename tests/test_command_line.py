@@ -49,7 +49,13 @@ def test_importing_is_light():
     """No Triton, no compiler, no command-line library: importing fused_kd costs little on top of torch."""
     code = "import torch, sys; before = set(sys.modules); import fused_kd; print(*sorted(set(sys.modules) - before))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert not {name.partition(".")[0] for name in loaded} & {"triton", "rich", "matplotlib", "numpy", "torch._inductor"}
+    assert not {name.partition(".")[0] for name in loaded} & {
+        "triton",
+        "rich",
+        "matplotlib",
+        "numpy",
+        "torch._inductor",
+    }
 
 
 def test_bad_command_is_refused(capsys):

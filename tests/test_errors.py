@@ -29,7 +29,12 @@ REFUSALS = [
     ((S, T, Y), {"ce_weight": float("inf")}, ValueError, "ce_weight: expected a finite number of at least 0, got inf"),
     ((S, T, Y), {"gamma": "1.5"}, TypeError, "gamma: expected a number, got str"),
     ((S, T, Y), {"gamma": torch.tensor(1.5)}, TypeError, "gamma: expected a Python number, got a Tensor"),
-    ((S, T, Y), {"reduction": "batchmean"}, ValueError, "reduction: expected one of 'mean', 'sum', 'none', got 'batchm"),
+    (
+        (S, T, Y),
+        {"reduction": "batchmean"},
+        ValueError,
+        "reduction: expected one of 'mean', 'sum', 'none', got 'batchm",
+    ),
     ((S, T, Y), {"ignore_index": 1.5}, TypeError, "ignore_index: expected an int, got float"),
     ((S, T, Y), {"backend": "cuda"}, ValueError, "backend: expected 'auto' or one of 'native', .* got 'cuda'"),
 ]
@@ -65,7 +70,9 @@ def test_backend_that_cannot_run_is_refused_with_the_reason(monkeypatch):
     monkeypatch.setattr(backends, "_chosen", {})
     monkeypatch.setattr(backends.native, "_core", None)
     monkeypatch.setattr(backends.native, "_failure", "the C++ core was not built: no compiler")
-    with pytest.raises(RuntimeError, match="backend 'native' cannot run cpu tensors here: the C\\+\\+ core was not built"):
+    with pytest.raises(
+        RuntimeError, match="backend 'native' cannot run cpu tensors here: the C\\+\\+ core was not built"
+    ):
         nkd_loss(S, T, Y, backend="native")
     explanation = fused_kd.explain(S)
     assert explanation.chosen == "reference"

@@ -23,9 +23,7 @@ def test_nkd_matches_the_published_values(case, backend):
     student_logits = torch.tensor(case["inputs"]["student_logits"], dtype=torch.float64, device=device)
     inputs["teacher_logits"] = torch.tensor(case["inputs"]["teacher_logits"], dtype=torch.float64, device=device)
     student_logits.requires_grad_()
-    loss = fused_kd.nkd_loss(
-        student_logits, inputs["teacher_logits"], inputs["target"], backend=name, **case["params"]
-    )
+    loss = fused_kd.nkd_loss(student_logits, inputs["teacher_logits"], inputs["target"], backend=name, **case["params"])
     loss.backward()
     expected = torch.tensor(case["grads"]["student_logits"], dtype=torch.float64, device=device)
     torch.testing.assert_close(loss.item(), case["value"], rtol=1e-9, atol=1e-9)

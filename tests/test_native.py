@@ -24,7 +24,9 @@ def test_every_instruction_set_is_within_budget(native):
 def test_every_remainder_and_target_position(native, size):
     """Sizes around the vectors' and the block's length; targets at the start, the end and both sides of a vector."""
     generator = torch.Generator().manual_seed(size)
-    positions = sorted({p for p in (0, 1, 3, 4, 7, 8, 15, 16, 17, size // 2, size - 17, size - 2, size - 1) if 0 <= p < size})
+    positions = sorted(
+        {p for p in (0, 1, 3, 4, 7, 8, 15, 16, 17, size // 2, size - 17, size - 2, size - 1) if 0 <= p < size}
+    )
     rows = len(positions)
     student, teacher = (torch.randn(rows, size, generator=generator) * 3 for _ in range(2))
     for name in native.instruction_sets():

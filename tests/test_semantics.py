@@ -1,4 +1,4 @@
-"""What a user meets besides plain numbers: ignored rows, infinities, NaN, reductions, empty batches (MATH semantics)."""
+"""What a user meets besides plain numbers: ignored rows, infinities, NaN, reductions, empty batches."""
 
 import math
 
@@ -13,7 +13,7 @@ INF = float("inf")
 
 @pytest.fixture
 def rows(backend):
-    name, device = backend
+    _name, device = backend
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(6, 12, generator=generator, dtype=torch.float64).to(device)
     teacher = torch.randn(6, 12, generator=generator, dtype=torch.float64).to(device)
@@ -67,7 +67,7 @@ def test_ignored_rows_count_nowhere(backend, rows, ignore_index):
     student, teacher, target = student.clone(), teacher.clone(), target.clone()
     target[4:] = ignore_index
     student[4], teacher[5] = math.nan, INF  # not even a NaN comes through
-    loss, parts, gradient = run(backend, student, teacher, target, ce_weight=1.0, ignore_index=ignore_index)
+    loss, _parts, gradient = run(backend, student, teacher, target, ce_weight=1.0, ignore_index=ignore_index)
     torch.testing.assert_close(loss, kept)
     torch.testing.assert_close(gradient[:4], kept_gradient)
     assert torch.equal(gradient[4:], torch.zeros_like(gradient[4:]))
@@ -88,7 +88,7 @@ def test_all_rows_ignored_or_none_there(backend, rows):
 
 def test_two_classes_have_no_non_target_term(backend, rows):
     student, teacher, target = rows
-    loss, parts, gradient = run(backend, student[:, :2], teacher[:, :2], target % 2, gamma=1e6, reduction="none")
+    _loss, parts, gradient = run(backend, student[:, :2], teacher[:, :2], target % 2, gamma=1e6, reduction="none")
     assert not parts.non_target.any()
     q, p = teacher[:, :2].softmax(1), student[:, :2].softmax(1)
     column = (target % 2).unsqueeze(1)
@@ -149,7 +149,7 @@ def test_target_that_cannot_occur(backend, rows):
 
 
 def test_only_the_target_can_occur(backend, rows):
-    """No non-target class left to the student: infinite where the teacher has mass there, 0 where it has none either."""
+    """No non-target class left to the student: infinite where the teacher has mass there, else 0."""
     student, teacher, target = (x[:2].clone() for x in rows)
     alone = F.one_hot(target, 12).bool()
     student = torch.where(alone, student, -INF)
@@ -183,16 +183,39 @@ def test_nan_stays_in_its_row(backend, rows, which):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 def test_nan_with_any_payload(fused, dtype):
     """Whatever bits a NaN has, arithmetic on exponents must not turn it into a number."""
-    name, device = fused
+    _name, device = fused
     integers, exponent = (torch.int32, 0x7F800000) if dtype == torch.float32 else (torch.int64, 0x7FF << 52)
     teacher = torch.randn(4, 40, dtype=dtype, device=device)
     for payload in (1, 255, 511, 12345):
         bits = torch.tensor(exponent + payload, dtype=integers, device=device)
         for row in range(4):
             teacher[row, 5 * row + 7] = bits.view(dtype)
-        loss, _, gradient = run(fused, torch.randn_like(teacher), teacher, torch.zeros(4, dtype=torch.int64, device=device))
+        loss, _, gradient = run(
+            fused, torch.randn_like(teacher), teacher, torch.zeros(4, dtype=torch.int64, device=device)
+        )
         assert loss.isnan()
         assert gradient.isnan().all()
+
+
+@pytest.mark.parametrize("ce_weight", (0.0, 1.0))
+def test_nan_among_probabilities_makes_the_row_nan(backend, rows, ce_weight):
+    student, teacher, target = rows
+    soft = F.one_hot(target, 12).double()
+    soft[1, (target[1] + 1) % 12] = math.nan
+    loss, _, gradient = run(backend, student, teacher, soft, ce_weight=ce_weight, reduction="none")
+    assert loss.isnan().tolist() == [False, True, False, False, False, False]
+    assert gradient[1].isnan().all()
+    assert gradient[[0, 2, 3, 4, 5]].isfinite().all()
+
+
+def test_gamma_zero_switches_the_term_off_at_infinities_too(backend, rows):
+    student, teacher, target = rows
+    student = student.clone()
+    student[:, 11] = -INF
+    loss, parts, gradient = run(backend, student, teacher, target % 11, gamma=0.0)
+    assert parts.non_target == 0
+    assert loss.isfinite()
+    assert gradient.isfinite().all()
 
 
 def test_infinite_logit_is_nan(backend, rows):
@@ -204,7 +227,7 @@ def test_infinite_logit_is_nan(backend, rows):
 
 def test_huge_logits(fused):
     """-1e30 as a mask, maxima beyond the fast range reduction, gaps of 60 000 in float16."""
-    name, device = fused
+    _name, device = fused
     generator = torch.Generator().manual_seed(1)
     student, teacher = (torch.randn(5, 40, generator=generator).to(device) for _ in range(2))
     target = torch.tensor([0, 1, 2, 3, 4], device=device)
@@ -232,7 +255,7 @@ def test_probability_targets_follow_their_largest_entry(backend, rows):
     student, teacher, target = rows
     soft = 0.6 * F.one_hot(target, 12).double() + 0.4 / 12
     loss, parts, _ = run(backend, student, teacher, soft, ce_weight=1.0)
-    hard, hard_parts, _ = run(backend, student, teacher, target, ce_weight=1.0)
+    _hard, hard_parts, _ = run(backend, student, teacher, target, ce_weight=1.0)
     torch.testing.assert_close(parts.target, hard_parts.target)
     torch.testing.assert_close(parts.non_target, hard_parts.non_target)
     torch.testing.assert_close(parts.ce, F.cross_entropy(student, soft))
@@ -278,7 +301,7 @@ def test_inputs_are_never_modified(backend, rows):
 @pytest.mark.parametrize("classes", (3, 10, 1000))
 def test_target_gradient_keeps_its_digits_as_p_approaches_one(fused, classes):
     """(q_y + ce)(p_y - 1) where p_y rounds to 1: published forms return 0 or noise there."""
-    name, device = fused
+    _name, device = fused
     student = torch.zeros(1, classes, device=device)
     student[0, 1] = 25.0
     teacher = student.clone()

@@ -1,4 +1,4 @@
-"""Every Triton kernel that dispatch can choose, compiled ahead of time: no spills, shared memory, width of loads.
+"""What is launched, and every kernel that dispatch can choose compiled ahead of time: no spills, shared memory, loads.
 
 In a process of its own, since this one may have imported the kernels for Triton's interpreter. That process is this
 file, run as a script: it prints one JSON line per kernel and capability.
@@ -13,6 +13,10 @@ import sys
 from importlib.util import find_spec
 
 import pytest
+import torch
+
+from fused_kd.backends import triton as backend
+from fused_kd.backends import triton_config
 
 ROW_KERNELS = ("rows_on_chip", "rows_looped")
 
@@ -89,6 +93,51 @@ def test_selection():
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_matrix(capability):
     check(compile_in_subprocess("full", (capability,)))
+
+
+@pytest.mark.parametrize(
+    ("rows", "reduction", "dtype", "launches"),
+    [
+        (1024, "none", torch.bfloat16, ["rows_on_chip"]),
+        (1024, "mean", torch.bfloat16, ["rows_on_chip", "reduce_parts"]),
+        (8192, "sum", torch.bfloat16, ["rows_on_chip", "reduce_parts"]),
+        (8192, "mean", torch.float16, ["count_chunks", "rows_on_chip", "reduce_parts"]),
+        (8192, "mean", torch.bfloat16, ["count_chunks", "rows_on_chip", "reduce_parts"]),
+        (40000, "mean", torch.bfloat16, ["count_chunks", "rows_on_chip", "reduce_parts", "reduce_parts"]),
+    ],
+)
+def test_launches(rows, reduction, dtype, launches):
+    student = torch.empty(rows, 1000, dtype=dtype)
+    loss = torch.empty(rows if reduction == "none" else ())
+    target = torch.zeros(rows, dtype=torch.int64)
+    plan = backend.plan_nkd(
+        student, student, target, student, loss, loss, loss, 1.5, 1.0, 0.0, -100, reduction, True, 1.0
+    )
+    assert [launch.kernel for launch in plan] == launches
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("narrow", [2, 4, 8])
+def test_dispatch_table(narrow, probabilities):
+    wide = narrow == 8
+    on_chip = 2048 if wide else 4096 if probabilities else 8192
+    for classes in (2, 3, 17, 100, 1000, 1024, 1025, 4096, 4097, 8192, 8193, 21841, 49153, 128256, 262144):
+        config = triton_config.row_config(
+            classes,
+            narrow,
+            wide=wide,
+            probabilities=probabilities,
+            unit_temperature=True,
+            neighbours=True,
+            vectors=True,
+        )
+        assert config.registers * 32 * config.warps <= 65536
+        if classes <= on_chip:
+            assert classes <= config.block < max(17, 2 * classes)
+            assert config.rows * config.block <= on_chip
+        else:
+            assert config.lanes == 32 * config.warps
+            assert config.width * narrow == 16
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
-"""The C++ core on CPU tensors: hands pointers, sizes and strides to the compiled module."""
+"""The C++ core: hands pointers, sizes and strides to the compiled module.
+
+CPU tensors here; CUDA tensors in :mod:`fused_kd.backends.native_cuda`.
+"""
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +13,18 @@ import torch
 from torch import Tensor
 
 from fused_kd import _checks
+from fused_kd.backends import native_cuda
 from fused_kd.reference import accumulation_dtype
 
 _core: Any
 _failure: str | None = None
 try:  # torch is imported first, so that both share one OpenMP runtime and its threads
-    from fused_kd import _native as _core
+    _core = importlib.import_module("fused_kd._native")
 except ImportError as error:
     _core = None
     _note = Path(__file__).parent.parent / "_native_missing.txt"
-    if _note.is_file():
-        _failure = _note.read_text().strip()
-    else:
-        _failure = f"the C++ core is not in this installation ({error})"
+    _missing = f"the C++ core is not in this installation ({error})"
+    _failure = _note.read_text().strip() if _note.is_file() else _missing
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4}
 _REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
@@ -33,10 +36,12 @@ LOSSES = frozenset({"nkd", "uskd"})
 instruction_set: str = _core.instruction_sets()[0] if _core else ""
 
 
-def unavailable(device_type: str) -> str | None:
+def unavailable(device_type: str, loss: str = "nkd") -> str | None:
     if _core is None:
         return _failure
-    return None if device_type == "cpu" else f"the C++ core runs CPU tensors, not {device_type} tensors"
+    if device_type == "cuda":
+        return native_cuda.unavailable(_core, loss)
+    return None if device_type == "cpu" else f"the C++ core runs CPU and CUDA tensors, not {device_type} tensors"
 
 
 def instruction_sets() -> list[str]:
@@ -46,6 +51,11 @@ def instruction_sets() -> list[str]:
 
 def compiler() -> str:
     return str(_core.compiler) if _core else ""
+
+
+def cuda_architectures() -> str:
+    """Those that the CUDA kernels were built for, or "" where they were left out."""
+    return str(_core.cuda_architectures) if _core else ""
 
 
 def nkd(
@@ -99,6 +109,8 @@ def nkd(
 
 
 def uskd_batch_sums(student: Tensor, target: Tensor, square: bool, ignore_index: int) -> Tensor:
+    if student.is_cuda:
+        return native_cuda.uskd_batch_sums(_core, student, target, square, ignore_index)
     rows, num_classes = student.shape
     sums = torch.empty(3, dtype=torch.float64)
     bad_row = _core.uskd_batch_sums(
@@ -140,6 +152,11 @@ def uskd(
     student_scale: float,
     weak_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if student.is_cuda:
+        return native_cuda.uskd(
+            _core, student, weak, target, batch_sums, alpha, beta, mu, ce_weight, rank, square, ignore_index, reduction,
+            need_student, need_weak, student_scale, weak_scale,
+        )  # fmt: skip
     rows, num_classes = student.shape
     dtype = accumulation_dtype(student, weak)
     shape = (rows,) if reduction == "none" else ()
@@ -187,7 +204,7 @@ def uskd(
 
 
 def argsort_descending(keys: Tensor) -> Tensor:
-    """The ranking alone, of contiguous float32 rows: indices from the largest to the smallest, the lower first on ties."""
+    """The ranking alone, of contiguous float32 rows: indices from the largest to the smallest, stable."""
     order = torch.empty(keys.shape, dtype=torch.int64)
     _core.argsort_descending(keys.data_ptr(), *keys.shape, order.data_ptr(), torch.get_num_threads())
     return order
@@ -195,6 +212,9 @@ def argsort_descending(keys: Tensor) -> Tensor:
 
 def scale_gradient(gradient: Tensor, grad_output: Tensor, norm: Tensor, out: Tensor) -> None:
     """out = gradient * grad_output * norm, row by row; ``out`` may be ``gradient``."""
+    if gradient.is_cuda:
+        native_cuda.scale_gradient(_core, gradient, grad_output, norm, out)
+        return
     rows, num_classes = gradient.shape
     _core.scale_gradient(
         instruction_set,

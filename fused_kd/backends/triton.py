@@ -133,8 +133,8 @@ def plan_nkd(
     acc = _acc_types()[loss.dtype]
     probabilities = target.is_floating_point()
     per_row, mean = reduction == "none", reduction == "mean"
-    # float16 is divided by the row count in the backward op: here it might underflow.
-    divide_late = mean and student.dtype == torch.float16
+    # float16 might underflow when divided by the row count, so the power of two next to it stays for the backward op.
+    half = mean and student.dtype == torch.float16
     target_row, target_col = target.stride() if probabilities else (target.stride(0), 0)
     launches = []
     arguments: tuple[Any, ...]
@@ -142,7 +142,7 @@ def plan_nkd(
     counts, count_stride, count_items, count = target, target_row, rows, 0
     if mean and not probabilities:
         count = COUNT_TARGETS
-        if rows > (COUNT_ROWS if need_gradient and not divide_late else CHUNK):
+        if rows > (COUNT_ROWS if need_gradient else CHUNK):
             chunk = max(COUNT_ROWS, -(-rows // 1024))
             count, count_stride, count_items = COUNT_PARTIAL, 1, -(-rows // chunk)
             counts = torch.empty(count_items, dtype=torch.int32, device=student.device)
@@ -171,11 +171,12 @@ def plan_nkd(
         "UNIT_T": temperature == 1.0,
         "PROB": probabilities,
         "GRAD": need_gradient,
-        # float16 aside, only a mean over fewer rows than there are has a divisor to find.
-        "COUNT": count if need_gradient and not divide_late else 0,
+        "COUNT": count if need_gradient else 0,
+        "HALF": half,
         "PER_ROW": per_row,
         "num_warps": config.warps,
-        "maxnreg": config.registers,
+        # The power of two of a float16 mean takes a few more registers, or it spills.
+        "maxnreg": config.registers + 8 if half and config.registers else config.registers,
     }
     if isinstance(config, triton_config.OnChip):
         kernel, programs = "rows_on_chip", -(-rows // config.rows)
@@ -184,7 +185,9 @@ def plan_nkd(
         kernel, programs = "rows_looped", rows
         options |= {"LANES": config.lanes, "WIDTH": config.width, "VEC": vector if together else 1}
     # Every row of probabilities counts. Two classes leave one outside the target: its term and gradient are 0.
-    known = 1.0 / rows if mean and probabilities and not divide_late else 1.0
+    known = 1.0 / rows if mean and probabilities else 1.0
+    if half and probabilities:
+        known *= 2.0 ** (rows.bit_length() - 1)
     arguments = (
         student, teacher, target, gradient, loss, row_parts, norm, counts,
         rows, classes, *student.stride(), *teacher.stride(), target_row, target_col, count_items, ignore_index,
@@ -200,7 +203,7 @@ def plan_nkd(
             row_parts, sums, loss, norm, counts,
             rows, CHUNK, count_stride, count_items, ignore_index, 1.0 / gradient_scale,
         )  # fmt: skip
-        options = {"ACC": acc, "FINAL": final, "MEAN": mean, "COUNT": count, "DIVIDE": divide_late, "num_warps": 8}
+        options = {"ACC": acc, "FINAL": final, "MEAN": mean, "COUNT": count, "HALF": half, "num_warps": 8}
         launches.append(Launch("reduce_parts", programs, arguments, options))
         if final:
             break

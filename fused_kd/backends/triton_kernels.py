@@ -13,6 +13,7 @@ PROB     the target holds probabilities (N, C) instead of indices (N,)
 GRAD     the gradient is wanted
 COUNT    how to find the number of rows that the stored gradient is divided by: 0 not at all, 1 from the targets,
          2 from partial counts
+HALF     float16 logits: a mean's gradient is also stored times the power of two next to that number
 PER_ROW  reduction "none": the loss and norm are final here, and the parts are the op's output
 
 Hyper-parameters come as float64, which Triton would otherwise round to float32, and are never specialised on, so that
@@ -31,7 +32,9 @@ from fused_kd.backends.triton_rows import (
     empty_statistics,
     load_index,
     merge_lanes,
+    narrowed,
     nkd_coefficients,
+    power_of_two_below,
 )
 
 _NEG_INF = tl.constexpr(float("-inf"))
@@ -70,13 +73,20 @@ def _store_parts(parts, loss, norm, norm_value, rows, row, inside, target, non_t
 
 
 @triton.jit
-def _gradient_scale(counts, target_row, count_items, ignore_index, scale, ACC: tl.constexpr, COUNT: tl.constexpr):
-    """What a row's gradient is stored times: the op's power of two, over the rows that count for a mean."""
+def _gradient_scale(
+    counts, target_row, count_items, ignore_index, scale, ACC: tl.constexpr, COUNT: tl.constexpr, HALF: tl.constexpr
+):
+    """What a row's gradient is stored times: the op's power of two, over the rows that count for a mean.
+
+    HALF multiplies by the power of two next to that count, which ``norm`` undoes: a float16 would underflow.
+    """
     scale = tl.full((), scale, ACC)
     if COUNT == 0:
         return scale
-    count = count_rows(counts, target_row, count_items, ignore_index, COUNT == 2, _COUNT_BLOCK)
-    return scale / tl.maximum(count, 1).to(ACC)
+    count = tl.maximum(count_rows(counts, target_row, count_items, ignore_index, COUNT == 2, _COUNT_BLOCK), 1)
+    if HALF:
+        scale *= power_of_two_below(count).to(ACC)
+    return scale / count.to(ACC)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -113,6 +123,7 @@ def rows_on_chip(
     PROB: tl.constexpr,
     GRAD: tl.constexpr,
     COUNT: tl.constexpr,
+    HALF: tl.constexpr,
     PER_ROW: tl.constexpr,
 ):
     """ROWS whole rows per program, BLOCK >= classes: one read of each input and one write of the gradient."""
@@ -163,12 +174,12 @@ def rows_on_chip(
     part_ce = tl.where(counted, part_ce * valid, 0.0)
     _store_parts(parts, loss, norm, norm_value, rows, row, inside, part_y, part_rest, part_ce, PER_ROW)
     if GRAD:
-        by = valid * _gradient_scale(counts, target_row, count_items, ignore_index, scale, ACC, COUNT)
+        by = valid * _gradient_scale(counts, target_row, count_items, ignore_index, scale, ACC, COUNT, HALF)
         coefficients = (a * by, b * by, c * by, ce_weight * by, at_target * by)
         g = combine(s, t, v, is_target, stats, coefficients, k, k_T, UNIT_T, PROB)
         g = tl.where(counted[:, None], g, 0.0)
         pointers = gradient + (row * classes)[:, None] + cols
-        tl.store(pointers, g.to(gradient.dtype.element_ty), mask=inside[:, None] & (cols < classes))
+        tl.store(pointers, narrowed(g, gradient.dtype.element_ty), mask=inside[:, None] & (cols < classes))
 
 
 @triton.jit
@@ -247,6 +258,7 @@ def rows_looped(
     PROB: tl.constexpr,
     GRAD: tl.constexpr,
     COUNT: tl.constexpr,
+    HALF: tl.constexpr,
     PER_ROW: tl.constexpr,
 ):
     """One row per program, walked in tiles of LANES x WIDTH, WIDTH classes a lane.
@@ -335,22 +347,22 @@ def rows_looped(
     part_ce = tl.where(counted, part_ce * valid, 0.0)
     _store_parts(parts, loss, norm, norm_value, rows, one_row, inside, part_y, part_rest, part_ce, PER_ROW)
     if GRAD:
-        by = valid * _gradient_scale(counts, target_row, count_items, ignore_index, scale, ACC, COUNT)
+        by = valid * _gradient_scale(counts, target_row, count_items, ignore_index, scale, ACC, COUNT, HALF)
         coefficients = (a * by, b * by, c * by, ce_weight * by, at_target * by)
         gradient_head = gradient + (row * classes + head) // VEC * VEC
         dtype = gradient.dtype.element_ty
         for start in range(body * BLOCK, end, BLOCK):
             s, t, v = _load_tiles(bases, strides, start + lane, start + lane < end, True, UNIT, PROB, ACC)
             g = combine(s, t, v, width == (y_lane - start)[:, None], merged, coefficients, k, k_T, UNIT_T, PROB)
-            tl.store(gradient_head + (start + lane), g.to(dtype), mask=start + lane < end)
+            tl.store(gradient_head + (start + lane), narrowed(g, dtype), mask=start + lane < end)
         for i in range(body):
             start = (body - 1 - i) * BLOCK
             s, t, v = _load_tiles(bases, strides, start + lane, lane >= 0, False, UNIT, PROB, ACC)
             g = combine(s, t, v, width == (y_lane - start)[:, None], merged, coefficients, k, k_T, UNIT_T, PROB)
-            tl.store(gradient_head + (start + lane), g.to(dtype))
+            tl.store(gradient_head + (start + lane), narrowed(g, dtype))
         s_head, t_head, v_head = _load_tiles(bases, strides, at_head, in_head, True, UNIT, PROB, ACC)
         g_head = combine(s_head, t_head, v_head, is_target, merged, coefficients, k, k_T, UNIT_T, PROB)
-        tl.store(gradient_head + at_head, g_head.to(dtype), mask=in_head)
+        tl.store(gradient_head + at_head, narrowed(g_head, dtype), mask=in_head)
         if not PROB:
             for start in range(0, tl.where(read == 1, 0, classes), BLOCK):
                 column = start + lane

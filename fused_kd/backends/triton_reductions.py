@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_kd.backends.triton_rows import count_rows
+from fused_kd.backends.triton_rows import count_rows, narrowed, power_of_two_below
 
 _BLOCK = tl.constexpr(1024)
 
@@ -50,12 +50,12 @@ def reduce_parts(
     FINAL: tl.constexpr,
     MEAN: tl.constexpr,
     COUNT: tl.constexpr,
-    DIVIDE: tl.constexpr,
+    HALF: tl.constexpr,
 ):
     """Sums of chunks of the row parts (3, rows) into parts (3, programs); with FINAL, one program, the whole result.
 
-    MEAN divides by the rows that count: COUNT as for the row kernels, 0 meaning that all of them do. DIVIDE puts that
-    divisor into ``norm`` too, for a stored gradient that is not divided yet.
+    MEAN divides by the rows that count: COUNT as for the row kernels, 0 meaning that all of them do. HALF leaves
+    the power of two next to that divisor to ``norm``, for a gradient stored in float16 (see fused_kd/ops.py).
     """
     program = tl.program_id(0).to(tl.int64)
     start = program * chunk
@@ -73,8 +73,8 @@ def reduce_parts(
             target /= by
             non_target /= by
             ce /= by
-            if DIVIDE:
-                norm_here /= by
+            if HALF:
+                norm_here /= power_of_two_below(tl.maximum(count, 1)).to(ACC)
         tl.store(loss, target + non_target + ce)
         tl.store(norm, norm_here)
     programs = tl.num_programs(0)
@@ -117,8 +117,8 @@ def scale_rows(
             offsets = start + tl.arange(0, BLOCK)
             if (start >= first) & (start + BLOCK <= first + width):
                 x = tl.load(gradient + offsets).to(ACC)
-                tl.store(out + offsets, (x * factor).to(out.dtype.element_ty))
+                tl.store(out + offsets, narrowed(x * factor, out.dtype.element_ty))
             else:
                 inside = (offsets >= first) & (offsets < first + width)
                 x = tl.load(gradient + offsets, mask=inside, other=0.0).to(ACC)
-                tl.store(out + offsets, (x * factor).to(out.dtype.element_ty), mask=inside)
+                tl.store(out + offsets, narrowed(x * factor, out.dtype.element_ty), mask=inside)

@@ -210,6 +210,21 @@ def count_rows(source, stride, items, ignore_index, PARTIAL: tl.constexpr, BLOCK
 
 
 @triton.jit
+def narrowed(x, DTYPE: tl.constexpr):
+    """x in the dtype it is stored in; float64 reaches the 16-bit formats through float32, as eager PyTorch does."""
+    if x.dtype == tl.float64 and tl.float64 != DTYPE:
+        x = x.to(tl.float32)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def power_of_two_below(count):
+    """The largest power of two of at most an integer from 1 to 2^24, as float32: its exponent alone."""
+    bits = count.to(tl.float32).to(tl.int32, bitcast=True)
+    return (bits & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def load_index(target, row, inside, stride, ignore_index, classes):
     """Target class of rows, clamped into range; whether the row counts; and 1, or NaN for an index out of range."""
     index = tl.load(target + row * stride, mask=inside, other=0).to(tl.int64)

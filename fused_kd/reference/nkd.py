@@ -60,7 +60,8 @@ def nkd_loss(
     else:
         log_p_hat = masked_softmax(student / temperature, labels.is_target, log=True)
         q_hat = masked_softmax(teacher / temperature, labels.is_target, log=False)
-        non_target_part = -gamma * temperature**2 * times_log(q_hat, log_p_hat).sum(dim=1)
+        # gamma goes into the factor, so that 0 switches the term off even where a logarithm is -inf.
+        non_target_part = -times_log(gamma * temperature**2 * q_hat, log_p_hat).sum(dim=1)
 
     ce_part = cross_entropy(log_p, labels, ce_weight)
     loss, parts = combine([target_part, non_target_part, ce_part], labels.valid, counted, reduction)

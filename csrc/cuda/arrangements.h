@@ -1,0 +1,78 @@
+// Which kernel ranks a row of so many classes on a GPU, and how much memory a call needs. Plain host code, so that it
+// is built and tested where there is no CUDA.
+#pragma once
+
+#include <cstdint>
+
+namespace fused_kd {
+namespace cuda {
+
+// A block of `threads` ranks one row of up to threads * items classes in shared memory. With `keep` the logits stay in
+// registers through the sort; without, they are read again after it, from the cache: kept, they would spill.
+struct Arrangement {
+    int threads, items;
+    bool keep;
+};
+
+// FKD_ARRANGEMENT(threads, items, keep), in ascending capacity.
+#define FKD_FOR_EACH_ARRANGEMENT(FKD_ARRANGEMENT)                                                                      \
+    FKD_ARRANGEMENT(32, 4, true)                                                                                       \
+    FKD_ARRANGEMENT(64, 4, true)                                                                                       \
+    FKD_ARRANGEMENT(128, 4, true)                                                                                      \
+    FKD_ARRANGEMENT(128, 8, true)                                                                                      \
+    FKD_ARRANGEMENT(256, 8, true)                                                                                      \
+    FKD_ARRANGEMENT(512, 8, true)                                                                                      \
+    FKD_ARRANGEMENT(512, 16, false)
+
+#define FKD_ROW(threads, items, keep) {threads, items, keep},
+constexpr Arrangement kArrangements[] = {FKD_FOR_EACH_ARRANGEMENT(FKD_ROW)};
+#undef FKD_ROW
+constexpr int kArrangementCount = sizeof(kArrangements) / sizeof(kArrangements[0]);
+
+constexpr int capacity(const Arrangement& a) {
+    return a.threads * a.items;
+}
+
+// What a block may ask for on every GPU since compute capability 8.0; some have more.
+constexpr int kSharedLimit = 99 * 1024;
+
+// An upper bound of an arrangement's shared memory; cuda/uskd_in_block.cu asserts it. The sort exchanges 32-bit keys
+// with a word of padding in 32, and before that counts 16 digits per thread in 16 bits each, and scans them; a kilobyte
+// and a half holds the rest.
+constexpr int shared_bound(const Arrangement& a) {
+    const int exchange = capacity(a) * 4 + capacity(a) / 8, count = a.threads * 40;
+    return (exchange > count ? exchange : count) + 1536;
+}
+
+// The index of the arrangement for a row, or -1 where the row is sorted in global memory (cuda/uskd_sorted.cu). Double
+// precision always is: its keys have 64 bits, and it is for checking, not for speed.
+constexpr int arrangement_for(int64_t classes, bool double_precision) {
+    for (int i = 0; !double_precision && i < kArrangementCount; ++i)
+        if (classes <= capacity(kArrangements[i])) return i;
+    return -1;
+}
+
+// Rows sorted in global memory go in passes of so many classes in all, so that the sort's buffers (16 bytes a class, 24
+// in double precision) stay a few hundred megabytes however large the batch. The sort gives each row a block, so a pass
+// should fill the GPU: these are 768 rows of 21841 and 130 of 128256. Tests define fewer.
+#ifndef FKD_SORTED_AT_ONCE
+#define FKD_SORTED_AT_ONCE (1 << 24)
+#endif
+
+constexpr int64_t rows_per_pass(int64_t rows, int64_t classes) {
+    const int64_t most = FKD_SORTED_AT_ONCE / classes;
+    return most < 1 ? 1 : rows < most ? rows : most;
+}
+
+// Up to so many rows each block counts the targets that do not count itself, while its logits are on their way; beyond,
+// a launch before does.
+constexpr int64_t kRowsCountedByEach = 2048;
+
+// Threads of a block that streams a row; more would leave each too few registers.
+constexpr int kMostStreamingThreads = 512;
+constexpr int streaming_threads(int64_t classes) {
+    return classes <= 512 ? 64 : classes <= 4096 ? 256 : kMostStreamingThreads;
+}
+
+} // namespace cuda
+} // namespace fused_kd

@@ -1,0 +1,108 @@
+// USKD's small pass before: the targets' probabilities, whose batch means every row needs, and their sums.
+#include "targets.h"
+
+namespace fused_kd {
+namespace cuda {
+namespace {
+
+constexpr int kSummingThreads = 1024;
+
+template <class A>
+struct Largest {
+    A x;
+    __device__ void merge(const Largest& o) { x = fmax(x, o.x); }
+};
+
+template <class A>
+struct Sum {
+    A x;
+    __device__ void merge(const Sum& o) { x += o.x; }
+};
+
+// f(j, s) for the classes of a row that are no target.
+template <class A, class F>
+__device__ __forceinline__ void visit_student(const RowView& row, const Targets<A>& targets, int classes, F&& f) {
+    for (int base = threadIdx.x * kChunk; base < classes; base += blockDim.x * kChunk) {
+        A s[kChunk];
+        load_chunk(row, base, classes, s);
+#pragma unroll
+        for (int k = 0; k < kChunk; ++k)
+            if (base + k < classes && base + k != targets.at[0] && base + k != targets.at[1]) f(s[k]);
+    }
+}
+
+// A row a block: p_k^2, or p_k, of its targets; 0 where there is none, NaN of a row that has no value. The second visit
+// to the row finds it in the cache unless it is large.
+template <class A>
+__global__ void __launch_bounds__(kMostStreamingThreads) target_probabilities(BatchSumsCall call) {
+    __shared__ WarpResults<LargestTwo<A>> room;
+    const int64_t index = blockIdx.x;
+    double* const values = call.workspace + 2 * index;
+    const Targets<A> targets = find_targets<A>(call.target, index, call.classes, call.ignore_index, &room);
+    if (targets.standing != kCounts) { // a class index, so there is no second target
+        if (threadIdx.x == 0) {
+            values[0] = targets.standing == kIgnored ? 0.0 : double(NAN);
+            values[1] = 0.0;
+        }
+        return;
+    }
+    const RowView row = row_view(call.student, index);
+    Largest<A> largest = {-A(INFINITY)};
+    visit_student<A>(row, targets, call.classes, [&](A s) { largest.x = fmax(largest.x, s); });
+    largest = block_reduce(largest, &room);
+    const A max = largest.x == -INFINITY ? A(0) : largest.x;
+    Sum<A> sum = {A(0)};
+    visit_student<A>(row, targets, call.classes, [&](A s) { sum.x += exp(s - max); });
+    sum = block_reduce(sum, &room);
+    if (threadIdx.x != 0) return;
+    A logits[2];
+    for (int k = 0; k < 2; ++k)
+        logits[k] = k < targets.count ? load_one<A>(row, targets.at[k]) : -A(INFINITY);
+    const SplitSoftmax<A, 2> p = common::split_softmax<A, 2>(logits, max, sum.x);
+    for (int k = 0; k < 2; ++k) {
+        const double value = double(call.square ? p.p[k] * p.p[k] : p.p[k]) + double(targets.poison);
+        values[k] = k < targets.count ? value : 0.0;
+    }
+}
+
+struct Totals {
+    double p[2], rows;
+    __device__ void merge(const Totals& o) {
+        p[0] += o.p[0];
+        p[1] += o.p[1];
+        rows += o.rows;
+    }
+};
+
+// By one block, so that the order depends on the number of rows only.
+__global__ void __launch_bounds__(kSummingThreads) sum_probabilities(BatchSumsCall call) {
+    __shared__ WarpResults<Totals> room;
+    const int64_t* const indices =
+        call.target.dtype == kInt64 ? static_cast<const int64_t*>(call.target.data) : nullptr;
+    Totals totals = {{0, 0}, 0};
+    for (int64_t row = threadIdx.x; row < call.rows; row += blockDim.x) {
+        totals.p[0] += call.workspace[2 * row];
+        totals.p[1] += call.workspace[2 * row + 1];
+        totals.rows += !indices || indices[row * call.target.row_stride] != call.ignore_index;
+    }
+    totals = block_reduce(totals, &room);
+    if (threadIdx.x != 0) return;
+    call.sums[0] = totals.p[0];
+    call.sums[1] = totals.p[1];
+    call.sums[2] = totals.rows;
+}
+
+} // namespace
+
+const char* uskd_batch_sums(const Place& place, const BatchSumsCall& call) {
+    if (const char* error = said(cudaSetDevice(place.device))) return error;
+    if (call.rows > 0) {
+        const auto kernel = call.accumulate == kFloat64 ? target_probabilities<double> : target_probabilities<float>;
+        if (const char* error = launch(kernel, call.rows, streaming_threads(call.classes), 0, place.stream, call))
+            return error;
+    }
+    return launch(sum_probabilities, 1, call.rows > 128 ? kSummingThreads : 128, 0, place.stream, call);
+}
+
+} // namespace cuda
+} // namespace fused_kd

@@ -1,0 +1,27 @@
+// Keys as integers whose ascending order is the keys' descending order, as in csrc/cpu/rank.cpp.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../row_math.h"
+
+namespace fused_kd {
+namespace cuda {
+
+FKD_HD uint32_t descending_bits(float key) {
+    key += 0.0f; // -0 becomes 0
+    uint32_t bits;
+    memcpy(&bits, &key, sizeof bits);
+    return bits ^ ((bits >> 31) ? 0u : 0x7fffffffu);
+}
+
+FKD_HD uint64_t descending_bits(double key) {
+    key += 0.0;
+    uint64_t bits;
+    memcpy(&bits, &key, sizeof bits);
+    return bits ^ ((bits >> 63) ? uint64_t(0) : ~uint64_t(0) >> 1);
+}
+
+} // namespace cuda
+} // namespace fused_kd

@@ -1,0 +1,170 @@
+// Rows of logits in any dtype and stride, four classes at a time: 8 bytes of half precision, 16 of float32. Rows that
+// are not contiguous, or not aligned to that, go element by element.
+#pragma once
+
+#include "device.h"
+
+namespace fused_kd {
+namespace cuda {
+
+constexpr int kChunk = 4;
+
+__host__ __device__ constexpr int element_size(DType dtype) {
+    return dtype == kFloat64 || dtype == kInt64 ? 8 : dtype == kFloat32 ? 4 : 2;
+}
+
+__device__ __forceinline__ float bits_as_bfloat16(uint32_t bits) {
+    return __uint_as_float(bits << 16);
+}
+
+__device__ __forceinline__ float bits_as_half(uint32_t bits) {
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+}
+
+template <class A>
+__device__ __forceinline__ A load_one(const void* p, DType dtype, int64_t i) {
+    switch (dtype) {
+    case kFloat32:
+        return A(static_cast<const float*>(p)[i]);
+    case kFloat64:
+        return A(static_cast<const double*>(p)[i]);
+    case kBFloat16:
+        return A(bits_as_bfloat16(static_cast<const uint16_t*>(p)[i]));
+    default:
+        return A(bits_as_half(static_cast<const uint16_t*>(p)[i]));
+    }
+}
+
+// One row of a matrix.
+struct RowView {
+    const char* data;
+    int64_t stride; // in elements
+    DType dtype;
+    bool vectors; // a chunk of it can be one load
+};
+
+__device__ __forceinline__ bool aligned_for_chunks(const void* p, DType dtype) {
+    // float64 never is: 32 bytes are two loads, and it is not what must be fast.
+    return dtype != kFloat64 && (reinterpret_cast<uintptr_t>(p) & uintptr_t(kChunk * element_size(dtype) - 1)) == 0;
+}
+
+__device__ __forceinline__ RowView row_view(const Matrix& m, int64_t row) {
+    const char* data = static_cast<const char*>(m.data) + row * m.row_stride * element_size(m.dtype);
+    return {data, m.col_stride, m.dtype, m.col_stride == 1 && aligned_for_chunks(data, m.dtype)};
+}
+
+template <class A>
+__device__ __forceinline__ A load_one(const RowView& row, int64_t j) {
+    return load_one<A>(row.data, row.dtype, j * row.stride);
+}
+
+// A chunk as it lies in memory, so that many loads can be on their way before the first is looked at. Half precision
+// takes two words if it came as one vector, else one word an element.
+struct RawChunk {
+    uint32_t word[kChunk];
+};
+
+__device__ __forceinline__ bool whole_vector(const RowView& row, int base, int classes) {
+    return row.vectors && base + kChunk <= classes;
+}
+
+__device__ __forceinline__ RawChunk load_raw(const RowView& row, int base, int classes) {
+    RawChunk raw = {{0, 0, 0, 0}};
+    if (whole_vector(row, base, classes)) {
+        if (row.dtype == kFloat32) {
+            const uint4 v = reinterpret_cast<const uint4*>(row.data)[base / kChunk];
+            raw = {{v.x, v.y, v.z, v.w}};
+        } else {
+            const uint2 v = reinterpret_cast<const uint2*>(row.data)[base / kChunk];
+            raw.word[0] = v.x;
+            raw.word[1] = v.y;
+        }
+        return raw;
+    }
+#pragma unroll
+    for (int k = 0; k < kChunk; ++k)
+        if (base + k < classes) {
+            const int64_t i = (base + k) * row.stride;
+            raw.word[k] = row.dtype == kFloat32 ? reinterpret_cast<const uint32_t*>(row.data)[i]
+                                                : reinterpret_cast<const uint16_t*>(row.data)[i];
+        }
+    return raw;
+}
+
+// The chunk's values; 0 past the row's end.
+__device__ __forceinline__ void convert(const RawChunk& raw, const RowView& row, int base, int classes,
+                                        float (&out)[kChunk]) {
+    const bool packed = row.dtype != kFloat32 && whole_vector(row, base, classes);
+    const uint32_t words[kChunk] = {
+        packed ? raw.word[0] & 0xffffu : raw.word[0], packed ? raw.word[0] >> 16 : raw.word[1],
+        packed ? raw.word[1] & 0xffffu : raw.word[2], packed ? raw.word[1] >> 16 : raw.word[3]};
+#pragma unroll
+    for (int k = 0; k < kChunk; ++k)
+        out[k] = row.dtype == kFloat32    ? __uint_as_float(words[k])
+                 : row.dtype == kBFloat16 ? bits_as_bfloat16(words[k])
+                                          : bits_as_half(words[k]);
+}
+
+template <class A>
+__device__ __forceinline__ void load_chunk(const RowView& row, int base, int classes, A (&out)[kChunk]) {
+    if constexpr (sizeof(A) == sizeof(float)) {
+        if (row.dtype != kFloat64) return convert(load_raw(row, base, classes), row, base, classes, out);
+    }
+#pragma unroll
+    for (int k = 0; k < kChunk; ++k)
+        out[k] = base + k < classes ? load_one<A>(row, base + k) : A(0);
+}
+
+__device__ __forceinline__ uint32_t bfloat16_bits(float x) {
+    return __bfloat16_as_ushort(__float2bfloat16_rn(x));
+}
+
+__device__ __forceinline__ uint32_t half_bits(float x) {
+    return __half_as_ushort(__float2half_rn(x));
+}
+
+// One row of a contiguous gradient, for writing; null data means it is not wanted.
+struct GradientRow {
+    char* data;
+    DType dtype;
+    bool vectors;
+};
+
+__device__ __forceinline__ GradientRow gradient_row(void* gradient, DType dtype, int64_t row, int64_t classes) {
+    char* data = gradient ? static_cast<char*>(gradient) + row * classes * element_size(dtype) : nullptr;
+    return {data, dtype, aligned_for_chunks(data, dtype)};
+}
+
+template <class A>
+__device__ __forceinline__ void store_chunk(const GradientRow& row, int64_t base, int64_t classes,
+                                            const A (&x)[kChunk]) {
+    if (row.vectors && base + kChunk <= classes) {
+        if (row.dtype == kFloat32) {
+            reinterpret_cast<float4*>(row.data)[base / kChunk] =
+                make_float4(float(x[0]), float(x[1]), float(x[2]), float(x[3]));
+            return;
+        }
+        uint32_t bits[kChunk];
+#pragma unroll
+        for (int k = 0; k < kChunk; ++k)
+            bits[k] = row.dtype == kBFloat16 ? bfloat16_bits(float(x[k])) : half_bits(float(x[k]));
+        reinterpret_cast<uint2*>(row.data)[base / kChunk] =
+            make_uint2(bits[0] | bits[1] << 16, bits[2] | bits[3] << 16);
+        return;
+    }
+#pragma unroll
+    for (int k = 0; k < kChunk; ++k) {
+        const int64_t j = base + k;
+        if (j >= classes) return;
+        if (row.dtype == kFloat32)
+            reinterpret_cast<float*>(row.data)[j] = float(x[k]);
+        else if (row.dtype == kFloat64)
+            reinterpret_cast<double*>(row.data)[j] = double(x[k]);
+        else
+            reinterpret_cast<uint16_t*>(row.data)[j] =
+                uint16_t(row.dtype == kBFloat16 ? bfloat16_bits(float(x[k])) : half_bits(float(x[k])));
+    }
+}
+
+} // namespace cuda
+} // namespace fused_kd

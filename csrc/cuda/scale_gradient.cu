@@ -1,0 +1,57 @@
+// The backward pass: a stored gradient times the incoming one and what was left to divide by.
+#include "memory.h"
+
+namespace fused_kd {
+namespace cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kChunksAThread = 8;
+
+// As large a piece of a row as a block takes.
+constexpr int64_t kPiece = int64_t(kThreads) * kChunk * kChunksAThread;
+
+template <class A>
+__global__ void __launch_bounds__(kThreads) scale_rows(ScaleCall call) {
+    const unsigned pieces = unsigned((call.classes + kPiece - 1) / kPiece);
+    const int64_t row = blockIdx.x / pieces, start = int64_t(blockIdx.x % pieces) * kPiece;
+    const double grad_output =
+        load_one<double>(call.grad_output, call.grad_output_dtype, row * call.grad_output_stride);
+    const A factor = A(grad_output * load_one<double>(call.norm, call.norm_dtype, 0));
+    // What GradScaler's and accumulation's steps do not need, a plain backward() never touches.
+    if (factor == A(1) && call.out == call.gradient) return;
+    const char* const from = static_cast<const char*>(call.gradient) + row * call.classes * element_size(call.dtype);
+    const RowView in = {from, 1, call.dtype, aligned_for_chunks(from, call.dtype)};
+    const GradientRow out = gradient_row(call.out, call.dtype, row, call.classes);
+    // The piece alone, so that 32 bits index it.
+    const int64_t offset = start * element_size(call.dtype);
+    const RowView in_piece = {in.data + offset, 1, in.dtype, in.vectors};
+    const GradientRow out_piece = {out.data + offset, out.dtype, out.vectors};
+    const int length = int(call.classes - start < kPiece ? call.classes - start : kPiece);
+    for (int base = threadIdx.x * kChunk; base < length; base += kThreads * kChunk) {
+        A x[kChunk];
+        load_chunk(in_piece, base, length, x);
+#pragma unroll
+        for (int k = 0; k < kChunk; ++k)
+            x[k] *= factor;
+        store_chunk(out_piece, base, length, x);
+    }
+}
+
+} // namespace
+
+const char* scale_gradient(const Place& place, const ScaleCall& call) {
+    if (const char* error = said(cudaSetDevice(place.device))) return error;
+    if (call.rows == 0) return nullptr;
+    ScaleCall flat = call;
+    if (call.grad_output_stride == 0) { // one factor: one long row, aligned throughout
+        flat.rows = 1;
+        flat.classes = call.rows * call.classes;
+    }
+    const int64_t blocks = flat.rows * ((flat.classes + kPiece - 1) / kPiece);
+    return launch(call.dtype == kFloat64 ? scale_rows<double> : scale_rows<float>, blocks, kThreads, 0, place.stream,
+                  flat);
+}
+
+} // namespace cuda
+} // namespace fused_kd

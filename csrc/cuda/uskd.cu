@@ -1,0 +1,116 @@
+// USKD: which kernels a call takes, the number of rows that count, and the reduction of the rows' parts.
+#include "uskd_launch.h"
+
+namespace fused_kd {
+namespace cuda {
+namespace {
+
+// The workspace begins with the count, then has the parts, then what a sort in global memory needs.
+constexpr size_t kCountBytes = 256;
+
+size_t parts_bytes(int64_t rows, DType accumulate) {
+    return (size_t(rows) * 4 * size_t(element_size(accumulate)) + 255) / 256 * 256;
+}
+
+constexpr int kReducingThreads = 1024;
+
+struct DoubleSums {
+    double of[4];
+    __device__ void merge(const DoubleSums& o) {
+        for (int k = 0; k < 4; ++k)
+            of[k] += o.of[k];
+    }
+};
+
+using Room = WarpResults<DoubleSums>;
+
+__global__ void __launch_bounds__(kReducingThreads) count_rows(RowsArguments args) {
+    __shared__ Room room;
+    const UskdCall& call = args.call;
+    const int64_t counted = count_targets(call.target, call.rows, call.ignore_index, &room);
+    if (threadIdx.x == 0) *const_cast<int64_t*>(args.count) = counted;
+}
+
+// The parts of all rows, summed by one block in an order that depends on their number only, or handed through. Also the
+// norms that the backward pass divides by.
+template <class A>
+__global__ void __launch_bounds__(kReducingThreads) reduce_parts(RowsArguments args) {
+    __shared__ Room room;
+    const UskdCall& call = args.call;
+    const A* const rows = static_cast<const A*>(args.parts);
+    A *const loss = static_cast<A*>(call.loss), *const parts = static_cast<A*>(call.parts);
+    const int64_t first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, step = int64_t(gridDim.x) * blockDim.x;
+    const int64_t divisor = divisor_of(args, &room);
+    if (first == 0) {
+        *static_cast<A*>(call.norms[0]) = A(stored_norm(call.student.dtype, call.student_scale, divisor));
+        *static_cast<A*>(call.norms[1]) = A(stored_norm(call.weak.dtype, call.weak_scale, divisor));
+    }
+    DoubleSums sums = {{0, 0, 0, 0}};
+    for (int64_t row = first; row < call.rows; row += step) {
+        double total = 0;
+        for (int k = 0; k < 4; ++k) {
+            const A part = rows[4 * row + k];
+            sums.of[k] += double(part);
+            total += double(part);
+            if (call.reduction == kNone) parts[k * call.rows + row] = part;
+        }
+        if (call.reduction == kNone) loss[row] = A(total);
+    }
+    if (call.reduction == kNone) return;
+    sums = block_reduce(sums, &room);
+    if (threadIdx.x != 0) return;
+    double total = 0;
+    for (int k = 0; k < 4; ++k) {
+        parts[k] = A(sums.of[k] / double(divisor));
+        total += sums.of[k] / double(divisor);
+    }
+    *loss = A(total);
+}
+
+int reducing_blocks(const UskdCall& call) {
+    if (call.reduction != kNone || call.rows <= kReducingThreads) return 1;
+    const int64_t blocks = (call.rows + kReducingThreads - 1) / kReducingThreads;
+    return int(blocks < 1024 ? blocks : 1024);
+}
+
+} // namespace
+
+const char* uskd_workspace_bytes(int device, int64_t rows, int64_t classes, DType accumulate, int64_t& bytes) {
+    bytes = int64_t(kCountBytes + parts_bytes(rows, accumulate));
+    if (rows == 0 || arrangement_for(classes, accumulate == kFloat64) >= 0) return nullptr;
+    if (const char* error = said(cudaSetDevice(device))) return error;
+    int64_t sorting = 0;
+    const char* error = sorted_workspace_bytes(rows, int(classes), accumulate, sorting);
+    bytes += sorting;
+    return error;
+}
+
+const char* uskd(const Place& place, const UskdCall& call) {
+    if (const char* error = said(cudaSetDevice(place.device))) return error;
+    RowsArguments args = {};
+    args.call = call;
+    args.rows = call.rows;
+    char* const workspace = static_cast<char*>(call.workspace);
+    args.parts = workspace + kCountBytes;
+    args.sorting = workspace + kCountBytes + parts_bytes(call.rows, call.accumulate);
+    if (call.reduction == kMean && call.target.dtype == kInt64 && call.rows > kRowsCountedByEach) {
+        args.count = reinterpret_cast<const int64_t*>(workspace);
+        if (const char* error = launch(count_rows, 1, kReducingThreads, 0, place.stream, args)) return error;
+    }
+    if (call.rows > 0) {
+        const int arrangement = arrangement_for(call.classes, call.accumulate == kFloat64);
+        const char* error =
+            arrangement >= 0 ? rank_rows_in_block(place, args, arrangement) : rank_rows_sorted(place, args);
+        if (error) return error;
+    }
+    const auto reduce = call.accumulate == kFloat64 ? reduce_parts<double> : reduce_parts<float>;
+    return launch(reduce, reducing_blocks(call), kReducingThreads, 0, place.stream, args);
+}
+
+const char* problem() {
+    cudaFuncAttributes attributes;
+    return said(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&count_rows)));
+}
+
+} // namespace cuda
+} // namespace fused_kd

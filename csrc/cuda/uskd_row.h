@@ -1,0 +1,312 @@
+// USKD of one row by one block, in the stages that the kernels put together: statistics, rank keys, and, once the
+// classes are ranked, loss parts and both gradients. What a row is, registers or memory, is the caller's affair:
+// anything with
+//   visit(f)   calls f(base, s, w) for this thread's chunks of student and weak logits, classes base to base + 3, of
+//              which those past the row's end have any value.
+#pragma once
+
+#include "scales.h"
+#include "targets.h"
+
+namespace fused_kd {
+namespace cuda {
+
+// The arguments of every kernel that works on rows.
+struct RowsArguments {
+    UskdCall call;
+    void* parts;          // (rows, 4), of the accumulating dtype
+    const int64_t* count; // of the rows that count, or null: each block counts them
+    int64_t first, rows;  // of this launch
+    // Of rows sorted in global memory only: where their buffers lie, and a pass's.
+    void* sorting;
+    void *keys, *spare, *states;
+    uint32_t* order;
+};
+
+// What a block knows of its row, in shared memory.
+template <class A>
+struct RowState {
+    Targets<A> targets;
+    UskdStats<A> x;
+    SplitSoftmax<A, 2> p, v;
+    UskdKey<A> key;
+    bool is_nan; // a NaN or a +inf somewhere: so are the loss and the gradients
+};
+
+template <class A>
+struct BlockState {
+    RowState<A> row;
+    UskdRow<A> result;
+    A student_scale, weak_scale;
+    alignas(16) char room[sizeof(WarpResults<LargestTwo<A>>)]; // of block_reduce; no result is larger
+};
+
+template <class A>
+struct Maxima {
+    A s, w;
+    __device__ void merge(const Maxima& o) {
+        s = fmax(s, o.s);
+        w = fmax(w, o.w);
+    }
+};
+
+template <class A>
+struct Sums {
+    A s, w, w_linear;
+    __device__ void merge(const Sums& o) {
+        s += o.s;
+        w += o.w;
+        w_linear += o.w_linear;
+    }
+};
+
+template <class A>
+struct LabelSums {
+    A sum, cross, blocked, weak;
+    __device__ void merge(const LabelSums& o) {
+        sum += o.sum;
+        cross += o.cross;
+        blocked += o.blocked;
+        weak += o.weak;
+    }
+};
+
+template <class A>
+struct ZipfSums {
+    A sum, cross;
+    __device__ void merge(const ZipfSums& o) {
+        sum += o.sum;
+        cross += o.cross;
+    }
+};
+
+// A row in memory.
+template <class A>
+struct StreamedRow {
+    RowView student, weak;
+    int classes;
+
+    template <class F>
+    __device__ __forceinline__ void visit(F&& f) const {
+        for (int base = threadIdx.x * kChunk; base < classes; base += blockDim.x * kChunk) {
+            A s[kChunk], w[kChunk];
+            load_chunk(student, base, classes, s);
+            load_chunk(weak, base, classes, w);
+            f(base, s, w);
+        }
+    }
+};
+
+// f(j, s, w) for every class that is no target.
+template <class A, class Row, class F>
+__device__ __forceinline__ void visit_rest(const Row& row, const Targets<A>& targets, int classes, F&& f) {
+    const int y0 = targets.at[0], y1 = targets.at[1];
+    row.visit([&](int base, const A(&s)[kChunk], const A(&w)[kChunk]) {
+#pragma unroll
+        for (int k = 0; k < kChunk; ++k) {
+            const int j = base + k;
+            if (j < classes && j != y0 && j != y1) f(j, s[k], w[k]);
+        }
+    });
+}
+
+template <class A>
+__device__ __forceinline__ A finite_or_zero(A x) {
+    return x == -INFINITY ? A(0) : x;
+}
+
+// Fills state.row, but for the key, and waits for the block.
+template <class A, class Row>
+__device__ __forceinline__ void row_statistics(const UskdCall& call, int64_t index, const Row& row,
+                                               const Targets<A>& targets, BlockState<A>& state) {
+    Maxima<A> top = {-A(INFINITY), -A(INFINITY)};
+    visit_rest<A>(row, targets, call.classes, [&](int, A s, A w) {
+        top.s = fmax(top.s, s);
+        top.w = fmax(top.w, w);
+    });
+    top = block_reduce(top, state.room);
+    const A s_max = finite_or_zero(top.s), w_max = finite_or_zero(top.w);
+    // fmax passes over NaN; the sums do not. exp(-inf) is 0 and -inf is a sum that uskd_row asks for.
+    Sums<A> sums = {A(0), A(0), A(0)};
+    visit_rest<A>(row, targets, call.classes, [&](int, A s, A w) {
+        sums.s += exp(s - s_max);
+        sums.w += exp(w - w_max);
+        sums.w_linear += w - w_max;
+    });
+    sums = block_reduce(sums, state.room);
+    LabelSums<A> labels = {A(0), A(0), A(0), A(0)};
+    if (call.target.dtype != kInt64) {
+        const RowView view = row_view(call.target, index);
+        visit_rest<A>(row, targets, call.classes, [&](int j, A s, A w) {
+            const A label = load_one<A>(view, j);
+            const bool impossible = s == -INFINITY;
+            labels.sum += label;
+            labels.cross += impossible ? A(0) : label * (s - s_max);
+            labels.blocked += impossible ? label : A(0);
+            labels.weak += label * (w - w_max);
+        });
+        labels = block_reduce(labels, state.room);
+    }
+    if (threadIdx.x == 0) {
+        const RowView student = row_view(call.student, index), weak = row_view(call.weak, index);
+        UskdStats<A> x = {};
+        x.targets = targets.count;
+        x.s_max = s_max;
+        x.w_max = w_max;
+        x.s_sum = sums.s;
+        x.w_sum = sums.w;
+        x.w_linear = sums.w_linear;
+        x.v_sum = (labels.sum + targets.label[0]) + targets.label[1];
+        x.v_rest = labels.sum;
+        x.v_free = labels.sum - labels.blocked;
+        x.v_blocked = labels.blocked;
+        x.v_cross = labels.cross;
+        x.v_weak = labels.weak;
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            x.s_target[k] = k < targets.count ? load_one<A>(student, targets.at[k]) : -A(INFINITY);
+            x.w_target[k] = k < targets.count ? load_one<A>(weak, targets.at[k]) : -A(INFINITY);
+            x.label[k] = targets.label[k];
+        }
+        const auto p = common::split_softmax<A, 2>(x.s_target, s_max, sums.s);
+        const auto v = common::split_softmax<A, 2>(x.w_target, w_max, sums.w);
+        const double probe = double(p.rest) + double(v.rest) + double(x.v_sum) + double(targets.poison) +
+                             call.batch_sums[0] + call.batch_sums[1];
+        state.row = {targets, x, p, v, common::uskd_key(p, v, targets.count, Rank(call.rank)), probe != probe};
+    }
+    __syncthreads();
+}
+
+// key(j, s, w) of every class, targets too.
+template <class A, class Row, class F>
+__device__ __forceinline__ void row_keys(const Row& row, const RowState<A>& state, int classes, F&& put) {
+    const UskdKey<A> key = state.key;
+    const A s_max = state.x.s_max, w_max = state.x.w_max;
+    const int y0 = state.targets.at[0], y1 = state.targets.at[1];
+    row.visit([&](int base, const A(&s)[kChunk], const A(&w)[kChunk]) {
+#pragma unroll
+        for (int k = 0; k < kChunk; ++k) {
+            const int j = base + k;
+            if (j >= classes) continue;
+            // Explicit fma: equal logits must give equal keys to the bit, wherever the compiler puts the code.
+            const A student =
+                key.linear != A(0) ? fma(s[k] - s_max, key.linear, key.constant) : exp(s[k] - s_max) * key.student;
+            A value = fma(exp(w[k] - w_max), key.weak, student);
+            // A target that is not above the rest in either has the formula of the rest, so that ties are ties.
+            if ((j == y0 || j == y1) && !(s[k] <= s_max && w[k] <= w_max))
+                value = j == y0 ? key.target[0] : key.target[1];
+            put(j, value);
+        }
+    });
+}
+
+__device__ inline int64_t divisor_of(const RowsArguments& args, void* room) {
+    const UskdCall& call = args.call;
+    if (call.reduction != kMean) return 1;
+    const int64_t counted = call.target.dtype != kInt64 ? call.rows
+                            : args.count ? *args.count
+                                         : count_targets(call.target, call.rows, call.ignore_index, room);
+    return counted < 1 ? 1 : counted;
+}
+
+template <class A>
+__device__ __forceinline__ void put_parts(const RowsArguments& args, int64_t index, A target, A non_target, A weak,
+                                          A ce) {
+    A* const parts = static_cast<A*>(args.parts) + 4 * index;
+    parts[0] = target;
+    parts[1] = non_target;
+    parts[2] = weak;
+    parts[3] = ce;
+}
+
+// A row that does not count is 0, one without a value NaN.
+template <class A>
+__device__ __forceinline__ void constant_row(const RowsArguments& args, int64_t index, A value) {
+    const UskdCall& call = args.call;
+    const A values[kChunk] = {value, value, value, value};
+    const GradientRow student = gradient_row(call.student_gradient, call.student.dtype, index, call.classes);
+    const GradientRow weak = gradient_row(call.weak_gradient, call.weak.dtype, index, call.classes);
+    for (int base = threadIdx.x * kChunk; base < call.classes; base += blockDim.x * kChunk) {
+        if (student.data) store_chunk(student, base, call.classes, values);
+        if (weak.data) store_chunk(weak, base, call.classes, values);
+    }
+    if (threadIdx.x == 0) put_parts(args, index, value, value, value, value);
+}
+
+// From the Zipf weights z = 1 / rank of all classes to the loss parts and the gradients. z must be visible to the
+// block.
+template <class A, class Row>
+__device__ __forceinline__ void finish_row(const RowsArguments& args, int64_t index, const Row& row, const A* z,
+                                           int64_t divisor, BlockState<A>& state) {
+    const UskdCall& call = args.call;
+    const RowState<A>& known = state.row;
+    const int classes = call.classes;
+    const A s_max = known.x.s_max, w_max = known.x.w_max;
+    ZipfSums<A> zipf = {A(0), A(0)};
+    visit_rest<A>(row, known.targets, classes, [&](int j, A s, A) {
+        if (s == -INFINITY) return;
+        zipf.sum += z[j];
+        zipf.cross += z[j] * (s - s_max);
+    });
+    zipf = block_reduce(zipf, state.room);
+    if (threadIdx.x == 0) {
+        const double batch = call.batch_sums[2] < 1 ? 1 : call.batch_sums[2];
+        const UskdParams params = {call.alpha,
+                                   call.beta,
+                                   call.mu,
+                                   call.ce_weight,
+                                   {call.batch_sums[0] / batch, call.batch_sums[1] / batch},
+                                   double(classes),
+                                   call.square};
+        const UskdRow<A> result = common::uskd_row(known.x, params, known.p, known.v, zipf.sum, zipf.cross);
+        put_parts(args, index, result.target, result.non_target, result.weak_part, result.ce);
+        state.result = result;
+        state.student_scale = A(stored_scale(call.student.dtype, call.student_scale, divisor));
+        state.weak_scale = A(stored_scale(call.weak.dtype, call.weak_scale, divisor));
+    }
+    __syncthreads();
+
+    const GradientRow student = gradient_row(call.student_gradient, call.student.dtype, index, classes);
+    const GradientRow weak = gradient_row(call.weak_gradient, call.weak.dtype, index, classes);
+    const bool with_labels = call.target.dtype != kInt64;
+    const RowView labels = row_view(call.target, index);
+    const int y0 = known.targets.at[0], y1 = known.targets.at[1];
+    const UskdRow<A>& result = state.result;
+    const A s_scale = state.student_scale, w_scale = state.weak_scale;
+    const A s_exp = result.student * s_scale, s_zipf = result.zipf * s_scale, s_label = result.v * s_scale;
+    const A w_exp = result.weak * w_scale, w_all = result.weak_constant * w_scale, w_label = result.weak_v * w_scale;
+    row.visit([&](int base, const A(&s)[kChunk], const A(&w)[kChunk]) {
+        A label[kChunk] = {A(0), A(0), A(0), A(0)};
+        if (with_labels) load_chunk(labels, base, classes, label);
+        A out[kChunk];
+        if (student.data) {
+#pragma unroll
+            for (int k = 0; k < kChunk; ++k) {
+                const int j = base + k;
+                if (j >= classes || s[k] == -INFINITY)
+                    out[k] = A(0); // of a class that cannot occur
+                else if (j == y0 || j == y1)
+                    out[k] = (j == y0 ? result.student_target[0] : result.student_target[1]) * s_scale;
+                else
+                    out[k] = fma(exp(s[k] - s_max), s_exp, fma(z[j], s_zipf, -label[k] * s_label));
+            }
+            store_chunk(student, base, classes, out);
+        }
+        if (weak.data) {
+#pragma unroll
+            for (int k = 0; k < kChunk; ++k) {
+                const int j = base + k;
+                if (w[k] == -INFINITY)
+                    out[k] = A(0);
+                else if (j == y0 || j == y1)
+                    out[k] = (j == y0 ? result.weak_target[0] : result.weak_target[1]) * w_scale;
+                else
+                    out[k] = fma(exp(w[k] - w_max), w_exp, -fma(label[k], w_label, w_all));
+            }
+            store_chunk(weak, base, classes, out);
+        }
+    });
+}
+
+} // namespace cuda
+} // namespace fused_kd

@@ -1,0 +1,171 @@
+// USKD of rows that no block holds, and of double precision: a kernel for statistics and keys, CUB's segmented radix
+// sort in global memory, and a kernel that combines. The sort moves some hundred bytes a class, ten times what the rest
+// does, so the rest reads its rows as often as is simple: three times before it and twice after.
+#include <cub/device/device_segmented_radix_sort.cuh>
+
+#include "key_bits.h"
+#include "uskd_launch.h"
+
+namespace fused_kd {
+namespace cuda {
+namespace {
+
+template <class A>
+struct KeyBits;
+template <>
+struct KeyBits<float> {
+    using Type = uint32_t;
+};
+template <>
+struct KeyBits<double> {
+    using Type = uint64_t;
+};
+
+template <class A>
+__device__ __forceinline__ StreamedRow<A> streamed_row(const UskdCall& call, int64_t index) {
+    return {row_view(call.student, index), row_view(call.weak, index), call.classes};
+}
+
+// On a multiprocessor, which leaves a thread 64 registers, and in double precision, which needs more, 128.
+template <class A>
+constexpr int kBlocksAtOnce = sizeof(A) == sizeof(float) ? 2 : 1;
+
+// Keys and class indices of one row a block, and its state for the kernel after the sort. A row without a ranking
+// leaves the buffers as they are: they are sorted, and not read.
+template <class A>
+__global__ void __launch_bounds__(kMostStreamingThreads, kBlocksAtOnce<A>) write_keys(RowsArguments args) {
+    __shared__ BlockState<A> state;
+    const UskdCall& call = args.call;
+    const int64_t index = args.first + blockIdx.x;
+    RowState<A>& stored = static_cast<RowState<A>*>(args.states)[blockIdx.x];
+    const Targets<A> targets = find_targets<A>(call.target, index, call.classes, call.ignore_index, state.room);
+    if (targets.standing != kCounts) {
+        if (threadIdx.x == 0) stored.targets = targets;
+        return;
+    }
+    const StreamedRow<A> row = streamed_row<A>(call, index);
+    row_statistics<A>(call, index, row, targets, state);
+    if (threadIdx.x == 0) stored = state.row;
+    if (state.row.is_nan) return;
+    const int64_t start = int64_t(blockIdx.x) * call.classes;
+    auto* const keys = static_cast<typename KeyBits<A>::Type*>(args.keys) + start;
+    uint32_t* const order = args.order + start;
+    row_keys<A>(row, state.row, call.classes, [&](int j, A key) {
+        keys[j] = descending_bits(key);
+        order[j] = uint32_t(j);
+    });
+}
+
+// args.order has the classes by rank; args.spare takes the Zipf weights.
+template <class A>
+__global__ void __launch_bounds__(kMostStreamingThreads, kBlocksAtOnce<A>) combine(RowsArguments args) {
+    __shared__ BlockState<A> state;
+    const UskdCall& call = args.call;
+    const int64_t index = args.first + blockIdx.x, start = int64_t(blockIdx.x) * call.classes;
+    if (threadIdx.x == 0) state.row = static_cast<const RowState<A>*>(args.states)[blockIdx.x];
+    __syncthreads();
+    const int standing = state.row.targets.standing;
+    if (standing != kCounts) return constant_row(args, index, standing == kIgnored ? A(0) : A(NAN));
+    if (state.row.is_nan) return constant_row(args, index, A(NAN));
+    const int64_t divisor = divisor_of(args, state.room);
+    A* const zipf = static_cast<A*>(args.spare) + start;
+    const uint32_t* const order = args.order + start;
+    for (int r = threadIdx.x; r < call.classes; r += blockDim.x)
+        zipf[order[r]] = A(1) / A(r + 1);
+    __syncthreads(); // also makes the block's writes to global memory visible to it
+    finish_row<A>(args, index, streamed_row<A>(call, index), zipf, divisor, state);
+}
+
+// Where each row's classes begin, in what CUB takes for an iterator.
+struct RowStarts {
+    int classes, first;
+    __host__ __device__ int operator[](int64_t row) const { return int(first + row) * classes; }
+};
+
+template <class Key>
+cudaError_t sort_rows(void* temporary, size_t& bytes, cub::DoubleBuffer<Key>& keys, cub::DoubleBuffer<uint32_t>& order,
+                      int64_t rows, int classes, uintptr_t stream) {
+    return cub::DeviceSegmentedRadixSort::SortPairs(temporary, bytes, keys, order, int(rows * classes), int(rows),
+                                                    RowStarts{classes, 0}, RowStarts{classes, 1}, 0,
+                                                    int(8 * sizeof(Key)), reinterpret_cast<cudaStream_t>(stream));
+}
+
+// The workspace of a pass: row states, two buffers of keys, two of orders, and what CUB asks for.
+template <class A>
+struct Buffers {
+    using Key = typename KeyBits<A>::Type;
+    char *states, *keys[2], *order[2], *temporary;
+    size_t temporary_bytes, total;
+
+    const char* place(char* base, int64_t rows, int classes) {
+        cub::DoubleBuffer<Key> no_keys(nullptr, nullptr);
+        cub::DoubleBuffer<uint32_t> no_order(nullptr, nullptr);
+        temporary_bytes = 0;
+        if (const char* error = said(sort_rows<Key>(nullptr, temporary_bytes, no_keys, no_order, rows, classes, 0)))
+            return error;
+        const size_t elements = size_t(rows) * size_t(classes);
+        char* at = base;
+        states = take(at, size_t(rows) * sizeof(RowState<A>));
+        for (int i = 0; i < 2; ++i) {
+            keys[i] = take(at, elements * sizeof(Key));
+            order[i] = take(at, elements * sizeof(uint32_t));
+        }
+        temporary = take(at, temporary_bytes);
+        total = size_t(at - base);
+        return nullptr;
+    }
+
+  private:
+    static char* take(char*& at, size_t bytes) {
+        char* const here = at;
+        at += (bytes + 255) / 256 * 256;
+        return here;
+    }
+};
+
+template <class A>
+const char* rank_typed(const Place& place, RowsArguments args) {
+    using Key = typename KeyBits<A>::Type;
+    const int classes = args.call.classes;
+    const int64_t rows = args.call.rows, per_pass = rows_per_pass(rows, classes);
+    const int threads = streaming_threads(classes);
+    Buffers<A> buffers;
+    if (const char* error = buffers.place(static_cast<char*>(args.sorting), per_pass, classes)) return error;
+    args.states = buffers.states;
+    for (args.first = 0; args.first < rows; args.first += per_pass) {
+        args.rows = rows - args.first < per_pass ? rows - args.first : per_pass;
+        cub::DoubleBuffer<Key> keys(reinterpret_cast<Key*>(buffers.keys[0]), reinterpret_cast<Key*>(buffers.keys[1]));
+        cub::DoubleBuffer<uint32_t> order(reinterpret_cast<uint32_t*>(buffers.order[0]),
+                                          reinterpret_cast<uint32_t*>(buffers.order[1]));
+        args.keys = keys.Current();
+        args.order = order.Current();
+        if (const char* error = launch(write_keys<A>, args.rows, threads, 0, place.stream, args)) return error;
+        size_t bytes = buffers.temporary_bytes;
+        if (const char* error =
+                said(sort_rows<Key>(buffers.temporary, bytes, keys, order, args.rows, classes, place.stream)))
+            return error;
+        args.order = order.Current();
+        args.spare = keys.Alternate();
+        if (const char* error = launch(combine<A>, args.rows, threads, 0, place.stream, args)) return error;
+    }
+    return nullptr;
+}
+
+} // namespace
+
+const char* rank_rows_sorted(const Place& place, const RowsArguments& args) {
+    return args.call.accumulate == kFloat64 ? rank_typed<double>(place, args) : rank_typed<float>(place, args);
+}
+
+const char* sorted_workspace_bytes(int64_t rows, int classes, DType accumulate, int64_t& bytes) {
+    const int64_t per_pass = rows_per_pass(rows, classes);
+    Buffers<float> single;
+    Buffers<double> twice;
+    const bool is_double = accumulate == kFloat64;
+    const char* error = is_double ? twice.place(nullptr, per_pass, classes) : single.place(nullptr, per_pass, classes);
+    bytes = int64_t(is_double ? twice.total : single.total);
+    return error;
+}
+
+} // namespace cuda
+} // namespace fused_kd

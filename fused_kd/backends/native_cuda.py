@@ -1,0 +1,158 @@
+"""The C++ core on CUDA tensors: USKD. :mod:`fused_kd.backends.native` hands them on to here."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_kd.reference import accumulation_dtype
+
+#: NKD streams, which Triton does as well; ranking is what CUDA C++ is for.
+LOSSES = frozenset({"uskd"})
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4}
+_REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
+_RANKS = {"normalized": 0, "cls_kd": 1, "weak": 2, "final": 3, "sum": 4}
+
+
+def unavailable(core: Any, loss: str) -> str | None:
+    """Why the compiled module cannot run a loss of CUDA tensors here; None if it can."""
+    if loss not in LOSSES:
+        return f"the C++ core has no {loss.upper()} kernels for CUDA tensors"
+    if core.cuda_missing:
+        return str(core.cuda_missing)
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return _problem(core)
+
+
+@lru_cache(maxsize=1)
+def _problem(core: Any) -> str | None:
+    problem = core.cuda_problem()
+    if not problem:
+        return None
+    return f"the CUDA kernels, built for {core.cuda_architectures}, do not run on this GPU or driver: {problem}"
+
+
+def _matrix(tensor: Tensor) -> tuple[int, int, tuple[int, ...]]:
+    return tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.stride()
+
+
+def _place(device: torch.device) -> tuple[int, int]:
+    """The device and its current stream, on which PyTorch's allocator keeps order."""
+    stream = torch.cuda.current_stream(device)
+    return stream.device_index, stream.cuda_stream
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Launches go to the current device; switching costs microseconds, so only where it is another."""
+    if device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+def uskd_batch_sums(core: Any, student: Tensor, target: Tensor, square: bool, ignore_index: int) -> Tensor:
+    rows, num_classes = student.shape
+    device = student.device
+    sums = torch.empty(3, dtype=torch.float64, device=device)
+    workspace = torch.empty(2 * rows, dtype=torch.float64, device=device)
+    with _on(device):
+        core.cuda_uskd_batch_sums(
+            *_place(device),
+            _matrix(student),
+            _matrix(target),
+            sums.data_ptr(),
+            workspace.data_ptr(),
+            _DTYPES[accumulation_dtype(student)],
+            rows,
+            num_classes,
+            square,
+            ignore_index,
+        )
+    return sums
+
+
+def uskd(
+    core: Any,
+    student: Tensor,
+    weak: Tensor,
+    target: Tensor,
+    batch_sums: Tensor,
+    alpha: float,
+    beta: float,
+    mu: float,
+    ce_weight: float,
+    rank: str,
+    square: bool,
+    ignore_index: int,
+    reduction: str,
+    need_student: bool,
+    need_weak: bool,
+    student_scale: float,
+    weak_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows, num_classes = student.shape
+    device, dtype = student.device, accumulation_dtype(student, weak)
+    shape = (rows,) if reduction == "none" else ()
+    loss = torch.empty(shape, dtype=dtype, device=device)
+    parts = torch.empty((4, *shape), dtype=dtype, device=device)
+    student_gradient = torch.empty((rows, num_classes) if need_student else (0,), dtype=student.dtype, device=device)
+    weak_gradient = torch.empty((rows, num_classes) if need_weak else (0,), dtype=weak.dtype, device=device)
+    student_norm = torch.empty((), dtype=dtype, device=device)
+    weak_norm = torch.empty((), dtype=dtype, device=device)
+    with _on(device):
+        place = _place(device)
+        # Freed when this returns; the allocator gives it to nobody but later work of the same stream.
+        bytes_needed = core.cuda_uskd_workspace(place[0], rows, num_classes, _DTYPES[dtype])
+        workspace = torch.empty(bytes_needed, dtype=torch.uint8, device=device)
+        core.cuda_uskd(
+            *place,
+            _matrix(student),
+            _matrix(weak),
+            _matrix(target),
+            batch_sums.data_ptr(),
+            student_gradient.data_ptr() if need_student else 0,
+            weak_gradient.data_ptr() if need_weak else 0,
+            loss.data_ptr(),
+            parts.data_ptr(),
+            student_norm.data_ptr(),
+            weak_norm.data_ptr(),
+            workspace.data_ptr(),
+            _DTYPES[dtype],
+            rows,
+            num_classes,
+            alpha,
+            beta,
+            mu,
+            ce_weight,
+            _RANKS[rank],
+            square,
+            ignore_index,
+            _REDUCTIONS[reduction],
+            student_scale,
+            weak_scale,
+        )
+    return loss, parts, student_gradient, weak_gradient, student_norm, weak_norm
+
+
+def scale_gradient(core: Any, gradient: Tensor, grad_output: Tensor, norm: Tensor, out: Tensor) -> None:
+    rows, num_classes = gradient.shape
+    device = gradient.device
+    with _on(device):
+        core.cuda_scale_gradient(
+            *_place(device),
+            gradient.data_ptr(),
+            out.data_ptr(),
+            _DTYPES[gradient.dtype],
+            grad_output.data_ptr(),
+            _DTYPES[grad_output.dtype],
+            grad_output.stride(0) if grad_output.dim() else 0,
+            norm.data_ptr(),
+            _DTYPES[norm.dtype],
+            rows,
+            num_classes,
+        )

@@ -1,0 +1,2 @@
+#define FKD_CUDA_ARCHITECTURES "a CPU"
+#define FKD_CUDA_MISSING ""

@@ -1,0 +1,223 @@
+// As much of CUDA as csrc/cuda uses, on a CPU: a stand-in for the header of that name, so that tests run the very kernels
+// where there is no GPU. Slow, and no model of time or of memory's ordering: the threads of a block are fibers that run
+// one after another from barrier to barrier, first to last, or last to first if `backwards`; a barrier that is missing
+// shows in one of the two orders.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
+#define __shared__ static
+
+struct uint2 {
+    uint32_t x, y;
+};
+struct alignas(16) uint4 {
+    uint32_t x, y, z, w;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+inline uint2 make_uint2(uint32_t x, uint32_t y) {
+    return {x, y};
+}
+inline float4 make_float4(float x, float y, float z, float w) {
+    return {x, y, z, w};
+}
+
+struct dim3 {
+    unsigned x;
+    explicit dim3(unsigned n = 1) : x(n) {}
+};
+
+// For a float, as in CUDA; <math.h> has them for double.
+using std::exp;
+using std::fma;
+using std::fmax;
+using std::fmin;
+using std::log;
+using std::log1p;
+
+namespace emulated {
+
+constexpr int kMostThreads = 1024;
+constexpr size_t kStack = 128 * 1024, kMostShared = 99 * 1024;
+
+struct Barrier {
+    int expected = 0, arrived = 0;
+    long generation = 0;
+    void open_if_complete() {
+        if (arrived && arrived == expected) {
+            arrived = 0;
+            ++generation;
+        }
+    }
+};
+
+struct Fiber {
+    ucontext_t context;
+    bool done = true;
+    Barrier* at = nullptr; // waiting for its generation to pass
+    long generation = 0;
+    int shuffles = 0;
+};
+
+struct Block {
+    Fiber fibers[kMostThreads];
+    Barrier block, warps[kMostThreads / 32];
+    int slots[2][kMostThreads];
+    ucontext_t scheduler;
+    int current = 0;
+    alignas(16) char shared[kMostShared];
+    std::vector<char> stacks = std::vector<char>(kMostThreads * kStack);
+};
+
+inline Block the_block;
+inline bool backwards = false;
+inline long launches = 0;
+inline dim3 thread_index, block_index, block_size, grid_size;
+inline void (*body)(void*);
+inline void* body_arguments;
+
+inline void wait(Barrier& barrier) {
+    Fiber& fiber = the_block.fibers[the_block.current];
+    fiber.at = &barrier;
+    fiber.generation = barrier.generation;
+    ++barrier.arrived;
+    barrier.open_if_complete();
+    swapcontext(&fiber.context, &the_block.scheduler);
+}
+
+inline void run_fiber() {
+    body(body_arguments);
+    Fiber& fiber = the_block.fibers[the_block.current];
+    fiber.done = true;
+    // A thread that has ended is waited for no more.
+    for (Barrier* barrier : {&the_block.block, &the_block.warps[the_block.current / 32]}) {
+        --barrier->expected;
+        barrier->open_if_complete();
+    }
+}
+
+inline void run_block(int threads) {
+    Block& b = the_block;
+    b.block = Barrier();
+    b.block.expected = threads;
+    for (int w = 0; w < threads / 32; ++w) {
+        b.warps[w] = Barrier();
+        b.warps[w].expected = 32;
+    }
+    memset(b.shared, 0xa5, sizeof b.shared);
+    for (int t = 0; t < threads; ++t) {
+        Fiber& fiber = b.fibers[t];
+        fiber.done = false;
+        fiber.at = nullptr;
+        fiber.shuffles = 0;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = b.stacks.data() + size_t(t) * kStack;
+        fiber.context.uc_stack.ss_size = kStack;
+        fiber.context.uc_link = &b.scheduler;
+        makecontext(&fiber.context, run_fiber, 0);
+    }
+    for (int left = threads; left > 0;) {
+        bool moved = false;
+        for (int i = 0; i < threads; ++i) {
+            const int t = backwards ? threads - 1 - i : i;
+            Fiber& fiber = b.fibers[t];
+            if (fiber.done || (fiber.at && fiber.at->generation == fiber.generation)) continue;
+            b.current = t;
+            thread_index = dim3(unsigned(t));
+            moved = true;
+            swapcontext(&b.scheduler, &fiber.context);
+            left -= fiber.done;
+        }
+        if (!moved) {
+            fprintf(stderr, "the threads of a block wait at different barriers\n");
+            abort();
+        }
+    }
+}
+
+} // namespace emulated
+
+#define threadIdx emulated::thread_index
+#define blockIdx emulated::block_index
+#define blockDim emulated::block_size
+#define gridDim emulated::grid_size
+
+inline void __syncthreads() {
+    emulated::wait(emulated::the_block.block);
+}
+
+// Two sets of slots by turns, so that one barrier does: none can be two shuffles ahead of another.
+inline int __shfl_xor_sync(unsigned, int value, int mask) {
+    emulated::Block& b = emulated::the_block;
+    const int self = b.current;
+    int* const slots = b.slots[b.fibers[self].shuffles++ & 1];
+    slots[self] = value;
+    emulated::wait(b.warps[self / 32]);
+    return slots[self ^ mask];
+}
+
+inline float __uint_as_float(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+struct cudaFuncAttributes {};
+typedef struct Stream* cudaStream_t;
+
+inline const char* cudaGetErrorString(cudaError_t) {
+    return "invalid argument";
+}
+inline cudaError_t cudaSetDevice(int device) {
+    return device == 0 ? cudaSuccess : cudaErrorInvalidValue;
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+    return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
+    return cudaSuccess;
+}
+
+template <class Arguments>
+cudaError_t cudaLaunchKernel(void (*kernel)(Arguments), dim3 blocks, dim3 threads, void** pointers, size_t shared,
+                             cudaStream_t) {
+    using namespace emulated;
+    if (blocks.x == 0 || threads.x == 0 || threads.x > kMostThreads || threads.x % 32 || shared > kMostShared)
+        return cudaErrorInvalidValue;
+    struct Call {
+        void (*kernel)(Arguments);
+        Arguments* arguments;
+    } call = {kernel, static_cast<Arguments*>(pointers[0])};
+    body = [](void* p) {
+        const Call& c = *static_cast<Call*>(p);
+        c.kernel(*c.arguments);
+    };
+    body_arguments = &call;
+    block_size = threads;
+    grid_size = blocks;
+    ++launches;
+    for (unsigned i = 0; i < blocks.x; ++i) {
+        block_index = dim3(i);
+        run_block(int(threads.x));
+    }
+    return cudaSuccess;
+}

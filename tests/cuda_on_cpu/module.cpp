@@ -1,0 +1,12 @@
+// The Python module: what bindings_cuda.cpp has, and the order in which a block's threads run.
+#include <pybind11/pybind11.h>
+
+#include "cuda_runtime.h"
+
+void bind_cuda(pybind11::module_& m);
+
+PYBIND11_MODULE(cuda_on_cpu, m) {
+    bind_cuda(m);
+    m.def("run_backwards", [](bool backwards) { emulated::backwards = backwards; });
+    m.def("launches", [] { return emulated::launches; });
+}
