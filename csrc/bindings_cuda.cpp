@@ -16,6 +16,8 @@ using namespace fused_kd;
 
 namespace {
 
+#if defined(FKD_WITH_CUDA)
+
 // (address, dtype, strides)
 Matrix matrix(const py::tuple& m) {
     const py::tuple strides = m[2].cast<py::tuple>();
@@ -27,8 +29,6 @@ Matrix matrix(const py::tuple& m) {
 void* address(uintptr_t data) {
     return reinterpret_cast<void*>(data);
 }
-
-#if defined(FKD_WITH_CUDA)
 
 int as_int(int64_t classes) {
     if (classes > INT_MAX) throw py::value_error("expected fewer than 2^31 classes, got " + std::to_string(classes));

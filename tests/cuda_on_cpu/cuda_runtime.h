@@ -1,7 +1,7 @@
-// As much of CUDA as csrc/cuda uses, on a CPU: a stand-in for the header of that name, so that tests run the very kernels
-// where there is no GPU. Slow, and no model of time or of memory's ordering: the threads of a block are fibers that run
-// one after another from barrier to barrier, first to last, or last to first if `backwards`; a barrier that is missing
-// shows in one of the two orders.
+// As much of CUDA as csrc/cuda uses, on a CPU: a stand-in for the header of that name, so that tests run the very
+// kernels where there is no GPU. Slow, and no model of time or of memory's ordering: the threads of a block are fibers
+// that run one after another from barrier to barrier, first to last, or last to first if `backwards`; a barrier that is
+// missing shows in one of the two orders.
 #pragma once
 
 #include <ucontext.h>

@@ -1,5 +1,5 @@
-// cub::BlockRadixSort on a CPU: stable and ascending. Like CUB's it writes over its temporary storage, thread by thread, so
-// that whoever reads something there without a barrier reads nonsense.
+// cub::BlockRadixSort on a CPU: stable and ascending. Like CUB's it writes over its temporary storage, thread by
+// thread, so that whoever reads something there without a barrier reads nonsense.
 #pragma once
 
 #include <algorithm>
