@@ -212,8 +212,6 @@ FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch,
     const A* const reciprocals = static_cast<const A*>(args.reciprocals);
     for (int64_t r = 0; r < classes; ++r)
         z[order[r]] = reciprocals[r];
-    for (int k = 0; k < targets.count; ++k)
-        z[targets.at.at[k]] = 0;
 
     double zipf_sum = 0, zipf_cross = 0;
     const Vec<A> zero = {};
