@@ -162,6 +162,7 @@ def _without_cuda(reason: str) -> str:
 
 def _first_error(error: subprocess.CalledProcessError) -> str:
     lines = [line.strip() for line in error.output.splitlines() if "error" in line.lower()]
+    lines.sort(key=lambda line: "error:" not in line.lower())  # a compiler's before CMake's, which only names a file
     return lines[0] if lines else f"{error.cmd[0]} ended with status {error.returncode}"
 
 

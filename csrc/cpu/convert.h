@@ -212,5 +212,32 @@ FKD_NOINLINE void write(const A* in, int64_t n, void* out, DType dtype) {
     }
 }
 
+// n elements to memory that will not be read soon, past the caches: a store that misses them would otherwise first read
+// the line that it overwrites. The caller fences.
+template <class A>
+FKD_NOINLINE void stream(const A* in, int64_t n, A* out) {
+    int64_t j = 0;
+#if defined(__AVX512F__) || defined(__AVX2__)
+    for (; j < n && (reinterpret_cast<uintptr_t>(out + j) & uintptr_t(kBytes - 1)); ++j)
+        out[j] = in[j];
+    for (; j + kLanes<A> <= n; j += kLanes<A>) {
+#if defined(__AVX512F__)
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(out + j), _mm512_loadu_si512(in + j));
+#else
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(out + j),
+                            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + j)));
+#endif
+    }
+#endif
+    for (; j < n; ++j)
+        out[j] = in[j];
+}
+
+FKD_INLINE void fence() {
+#if defined(__AVX512F__) || defined(__AVX2__)
+    _mm_sfence();
+#endif
+}
+
 } // namespace FKD_ISA
 } // namespace fused_kd

@@ -16,6 +16,9 @@ namespace fused_kd {
 namespace FKD_ISA {
 namespace {
 
+// A gradient of so many bytes leaves the caches before anyone reads it, so it is written past them.
+constexpr int64_t kStreamed = int64_t(8) << 20;
+
 struct BlockStats {
     double s_max, t_max, s_sum, s_sum_t, t_sum, t_sum_t, cross, blocked;
     double v_sum, v_cross, v_blocked;
@@ -165,7 +168,9 @@ FKD_NOINLINE NkdRow<double> nkd_row_pass(const NkdArgs& args, const Scratch<A>& 
     const DType out_type = args.student.dtype;
     char* gradient = static_cast<char*>(args.gradient) + row * classes * element_size(out_type);
     A* const own_row = reinterpret_cast<A*>(gradient);
-    A* const e_s = wanted && out_type == dtype_of<A>() ? own_row : scratch.e_s;
+    const bool same = out_type == dtype_of<A>();
+    const bool streamed = same && args.rows * classes * int64_t(sizeof(A)) >= kStreamed;
+    A* const e_s = wanted && same && !streamed ? own_row : scratch.e_s;
 
     int64_t count = 0;
     for (int64_t j = 0; j < classes; j += kBlock<A>, ++count) {
@@ -200,12 +205,16 @@ FKD_NOINLINE NkdRow<double> nkd_row_pass(const NkdArgs& args, const Scratch<A>& 
             if (unit_t) a += b;
             const A* s = careful ? read(args.student, row, j, n, scratch.student) : nullptr;
             const A* v = with_probs ? read(args.target, row, j, n, scratch.probs) : nullptr;
-            A* out = out_type == dtype_of<A>() ? own_row + j : scratch.teacher;
+            A* out = same && !streamed ? own_row + j : scratch.teacher;
             block_combine<A, unit_t, careful, with_probs>(s, v, n, A(a * scale), A(b * scale),
                                                           A(result.c * t_scale_t * scale), A(-result.v * scale),
                                                           e_s + j, scratch.e_st + j, scratch.e_t + j, out);
-            if (out_type != dtype_of<A>()) write(out, n, gradient + j * element_size(out_type), out_type);
+            if (streamed)
+                stream(out, n, own_row + j);
+            else if (!same)
+                write(out, n, gradient + j * element_size(out_type), out_type);
         }
+        if (streamed) fence();
         const A at_target = A(result.gradient_target * scale);
         write(&at_target, 1, gradient + y * element_size(out_type), out_type);
     }

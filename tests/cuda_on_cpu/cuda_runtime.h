@@ -131,18 +131,23 @@ inline void run_block(int threads) {
         fiber.context.uc_link = &b.scheduler;
         makecontext(&fiber.context, run_fiber, 0);
     }
+    const auto at = [](int i, int n) { return backwards ? n - 1 - i : i; };
     for (int left = threads; left > 0;) {
         bool moved = false;
-        for (int i = 0; i < threads; ++i) {
-            const int t = backwards ? threads - 1 - i : i;
-            Fiber& fiber = b.fibers[t];
-            if (fiber.done || (fiber.at && fiber.at->generation == fiber.generation)) continue;
-            b.current = t;
-            thread_index = dim3(unsigned(t));
-            moved = true;
-            swapcontext(&b.scheduler, &fiber.context);
-            left -= fiber.done;
-        }
+        for (int w = 0; w < threads / 32; ++w)
+            for (bool moving = true; moving; moved |= moving) {
+                moving = false;
+                for (int lane = 0; lane < 32; ++lane) {
+                    const int t = 32 * at(w, threads / 32) + at(lane, 32);
+                    Fiber& fiber = b.fibers[t];
+                    if (fiber.done || (fiber.at && fiber.at->generation == fiber.generation)) continue;
+                    b.current = t;
+                    thread_index = dim3(unsigned(t));
+                    moving = true;
+                    swapcontext(&b.scheduler, &fiber.context);
+                    left -= fiber.done;
+                }
+            }
         if (!moved) {
             fprintf(stderr, "the threads of a block wait at different barriers\n");
             abort();

@@ -20,10 +20,9 @@ class BlockRadixSort {
     void Sort(Key (&keys)[kItems], Value (&values)[kItems]) {
         static std::pair<Key, Value> pairs[kThreads * kItems];
         const int first = int(threadIdx.x) * kItems;
-        for (int i = 0; i < kItems; ++i) {
+        for (int i = 0; i < kItems; ++i)
             pairs[first + i] = {keys[i], values[i]};
-            storage_.words[first + i] = Key(0xdeadbeef);
-        }
+        memset(&storage_, 0xa5, sizeof storage_);
         __syncthreads();
         if (threadIdx.x == 0)
             std::stable_sort(pairs, pairs + kThreads * kItems,
@@ -32,8 +31,8 @@ class BlockRadixSort {
         for (int i = 0; i < kItems; ++i) {
             keys[i] = pairs[first + i].first;
             values[i] = pairs[first + i].second;
-            storage_.words[first + i] = Key(0xdeadbeef);
         }
+        memset(&storage_, 0xa5, sizeof storage_);
     }
 
   private:
