@@ -42,7 +42,8 @@ struct HeldRow {
     __device__ static int base(int i) { return (i * kThreads + int(threadIdx.x)) * kChunk; }
 };
 
-// Index 65535 and the like never occur: 16 bits hold the classes of the largest arrangement.
+// 16 bits index the classes of every arrangement. Keys, the sort's own storage and the Zipf weights follow one another
+// in the same memory.
 template <int kThreads, int kItems>
 struct Shared {
     using Sort = cub::BlockRadixSort<uint32_t, kThreads, kItems, uint16_t>;
@@ -108,10 +109,7 @@ const char* launch_arrangement(const Place& place, const RowsArguments& args) {
     const auto kernel = rank_in_block<kThreads, kItems, kKeep>;
     constexpr size_t shared = sizeof(Shared<kThreads, kItems>);
     static_assert(shared <= size_t(shared_bound({kThreads, kItems, kKeep})), "see arrangements.h");
-    if (shared > 48 * 1024)
-        if (const char* error =
-                said(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared))))
-            return error;
+    static_assert(shared <= 48 * 1024, "more must be asked for with cudaFuncSetAttribute");
     return launch(kernel, args.rows, kThreads, shared, place.stream, args);
 }
 

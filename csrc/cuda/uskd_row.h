@@ -115,7 +115,7 @@ __device__ __forceinline__ A finite_or_zero(A x) {
     return x == -INFINITY ? A(0) : x;
 }
 
-// Fills state.row, but for the key, and waits for the block.
+// Fills state.row, and waits for the block.
 template <class A, class Row>
 __device__ __forceinline__ void row_statistics(const UskdCall& call, int64_t index, const Row& row,
                                                const Targets<A>& targets, BlockState<A>& state) {

@@ -44,8 +44,7 @@ def _matrix(tensor: Tensor) -> tuple[int, int, tuple[int, ...]]:
 
 def _place(device: torch.device) -> tuple[int, int]:
     """The device and its current stream, on which PyTorch's allocator keeps order."""
-    stream = torch.cuda.current_stream(device)
-    return stream.device_index, stream.cuda_stream
+    return device.index, torch.cuda.current_stream(device).cuda_stream
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

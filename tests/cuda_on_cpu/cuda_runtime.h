@@ -1,9 +1,10 @@
 // As much of CUDA as csrc/cuda uses, on a CPU: a stand-in for the header of that name, so that tests run the very
-// kernels where there is no GPU. Slow, and no model of time or of memory's ordering: the threads of a block are fibers
-// that run one after another from barrier to barrier, first to last, or last to first if `backwards`; a barrier that is
-// missing shows in one of the two orders.
+// kernels where there is no GPU. Slow, and no model of time or of memory's ordering: the threads of a block are fibers,
+// and each warp in turn runs as far as it can without the others, first to last, or last to first if `backwards`. A
+// barrier that is missing shows in one of the two orders.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -67,8 +68,9 @@ struct Barrier {
 };
 
 struct Fiber {
-    ucontext_t context;
-    bool done = true;
+    ucontext_t start; // begins on a stack of its own; from then on jumps, which take no system call, switch
+    jmp_buf resume;
+    bool started = false, done = true;
     Barrier* at = nullptr; // waiting for its generation to pass
     long generation = 0;
     int shuffles = 0;
@@ -78,7 +80,7 @@ struct Block {
     Fiber fibers[kMostThreads];
     Barrier block, warps[kMostThreads / 32];
     int slots[2][kMostThreads];
-    ucontext_t scheduler;
+    jmp_buf scheduler;
     int current = 0;
     alignas(16) char shared[kMostShared];
     std::vector<char> stacks = std::vector<char>(kMostThreads * kStack);
@@ -97,7 +99,7 @@ inline void wait(Barrier& barrier) {
     fiber.generation = barrier.generation;
     ++barrier.arrived;
     barrier.open_if_complete();
-    swapcontext(&fiber.context, &the_block.scheduler);
+    if (_setjmp(fiber.resume) == 0) _longjmp(the_block.scheduler, 1);
 }
 
 inline void run_fiber() {
@@ -109,6 +111,15 @@ inline void run_fiber() {
         --barrier->expected;
         barrier->open_if_complete();
     }
+    _longjmp(the_block.scheduler, 1);
+}
+
+// Until its next barrier, or its end. Not inline: it returns twice.
+__attribute__((noinline)) inline void run_on(Fiber& fiber) {
+    if (_setjmp(the_block.scheduler) != 0) return;
+    if (fiber.started) _longjmp(fiber.resume, 1);
+    fiber.started = true;
+    setcontext(&fiber.start);
 }
 
 inline void run_block(int threads) {
@@ -122,14 +133,14 @@ inline void run_block(int threads) {
     memset(b.shared, 0xa5, sizeof b.shared);
     for (int t = 0; t < threads; ++t) {
         Fiber& fiber = b.fibers[t];
-        fiber.done = false;
+        fiber.started = fiber.done = false;
         fiber.at = nullptr;
         fiber.shuffles = 0;
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = b.stacks.data() + size_t(t) * kStack;
-        fiber.context.uc_stack.ss_size = kStack;
-        fiber.context.uc_link = &b.scheduler;
-        makecontext(&fiber.context, run_fiber, 0);
+        getcontext(&fiber.start);
+        fiber.start.uc_stack.ss_sp = b.stacks.data() + size_t(t) * kStack;
+        fiber.start.uc_stack.ss_size = kStack;
+        fiber.start.uc_link = nullptr;
+        makecontext(&fiber.start, run_fiber, 0);
     }
     const auto at = [](int i, int n) { return backwards ? n - 1 - i : i; };
     for (int left = threads; left > 0;) {
@@ -144,7 +155,7 @@ inline void run_block(int threads) {
                     b.current = t;
                     thread_index = dim3(unsigned(t));
                     moving = true;
-                    swapcontext(&b.scheduler, &fiber.context);
+                    run_on(fiber);
                     left -= fiber.done;
                 }
             }
@@ -183,7 +194,6 @@ inline float __uint_as_float(uint32_t bits) {
 }
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 struct cudaFuncAttributes {};
 typedef struct Stream* cudaStream_t;
 
@@ -192,10 +202,6 @@ inline const char* cudaGetErrorString(cudaError_t) {
 }
 inline cudaError_t cudaSetDevice(int device) {
     return device == 0 ? cudaSuccess : cudaErrorInvalidValue;
-}
-template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
-    return cudaSuccess;
 }
 template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
