@@ -171,16 +171,17 @@ FKD_HD UskdKey<R> uskd_key(const SplitSoftmax<R, 2>& p, const SplitSoftmax<R, 2>
     const R by_weak = rank == kNormalized || rank == kClsKd ? R(1) / (v.rest + small) : R(rank != kFinal);
     const R by_student = rank == kNormalized ? R(1) / (p.rest + small) : R(rank == kFinal || rank == kSum);
     UskdKey<R> key = {by_weak * v.p_scale, by_student * p.p_scale, R(0), R(0), {R(0), R(0)}};
-    for (int k = 0; k < targets; ++k)
-        key.target[k] = by_weak * v.p[k] + by_student * p.p[k];
+    // A fixed number of turns here and in uskd_row, so that a GPU keeps the arrays in registers.
+    for (int k = 0; k < 2; ++k)
+        if (k < targets) key.target[k] = by_weak * v.p[k] + by_student * p.p[k];
     if (rank == kClsKd) {
         R divisor = R(1) + small;
-        for (int k = 0; k < targets; ++k)
-            divisor -= p.log_p[k];
+        for (int k = 0; k < 2; ++k)
+            if (k < targets) divisor -= p.log_p[k];
         key.linear = divisor == INFINITY ? R(0) : R(1) / divisor;
         key.constant = -key.linear * p.log_normalizer;
-        for (int k = 0; k < targets; ++k)
-            key.target[k] += weighted(key.linear, p.log_p[k]);
+        for (int k = 0; k < 2; ++k)
+            if (k < targets) key.target[k] += weighted(key.linear, p.log_p[k]);
     }
     return key;
 }
@@ -205,7 +206,8 @@ FKD_HD UskdRow<R> uskd_row(const UskdStats<R>& x, const UskdParams& params, cons
     const R uniform = R(0.1 / params.classes), kept = R(0.9); // V' = 0.9 V + 0.1 / C
     UskdRow<R> out;
     R soft[2] = {R(0), R(0)}, target = R(0), ce = R(0), weak = R(0);
-    for (int k = 0; k < x.targets; ++k) {
+    for (int k = 0; k < 2; ++k) {
+        if (k >= x.targets) continue;
         soft[k] = (params.square ? p.p[k] * p.p[k] : p.p[k]) + x.label[k] - R(params.mean[k]);
         target -= weighted(soft[k], p.log_p[k]);
         ce -= weighted(x.label[k], p.log_p[k]);

@@ -1,8 +1,8 @@
 """Which implementation runs, and why the others do not.
 
-A backend is a module with ``unavailable(device_type) -> str | None`` (the reason why it cannot run tensors of such a
-device, or None), ``LOSSES`` (the names of those it has kernels for) and one function per op of :mod:`fused_kd.ops`. The
-reference needs no module: it is ordinary autograd.
+A backend is a module with ``unavailable(device_type, loss) -> str | None`` (the reason why it cannot run a loss of tensors
+of such a device, or None) and one function per op of :mod:`fused_kd.ops`. The reference needs no module: it is ordinary
+autograd.
 """
 
 from __future__ import annotations
@@ -31,10 +31,7 @@ def unavailable(name: str, device_type: str, loss: str = "nkd") -> str | None:
     """Why this backend cannot run a loss of tensors of such a device; None if it can."""
     if name == "reference":
         return None
-    reason: str | None = _MODULES[name].unavailable(device_type)
-    if reason is None and loss not in getattr(_MODULES[name], "LOSSES", ("nkd",)):
-        return f"has no {loss.upper()} kernels"
-    return reason
+    return _MODULES[name].unavailable(device_type, loss)  # type: ignore[no-any-return]
 
 
 _chosen: dict[tuple[str, str, str], str] = {}
@@ -43,7 +40,7 @@ _chosen: dict[tuple[str, str, str], str] = {}
 def _choose(backend: str, device_type: str, loss: str) -> str:
     if backend == "auto":
         # Under its interpreter Triton runs on the CPU too, a thousand times slower: never a choice of its own.
-        order = ("triton", "reference") if device_type == "cuda" else ("native", "reference")
+        order = [name for name in BACKENDS if device_type == "cuda" or name != "triton"]
         choice = next(name for name in order if unavailable(name, device_type, loss) is None)
     elif backend in BACKENDS:
         reason = unavailable(backend, device_type, loss)
@@ -106,11 +103,13 @@ def explain(student_logits: Tensor | torch.device | str = "cpu", loss: str = "nk
         if name == chosen:
             reasons[name] = "chosen"
         else:
-            reasons[name] = unavailable(name, device.type, loss) or _passed_over(name)
+            reasons[name] = unavailable(name, device.type, loss) or _passed_over(name, device.type)
     return Explanation(device.type, chosen, reasons, loss)
 
 
-def _passed_over(name: str) -> str:
+def _passed_over(name: str, device_type: str) -> str:
     if name == "reference":
         return "can run; the fused kernels are faster and save memory"
+    if device_type == "cuda":
+        return "can run, in more launches than the kernels that were built with CUDA"
     return "can run, but only through Triton's interpreter, which is for tests"

@@ -30,13 +30,11 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 _REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 _RANKS = {"normalized": 0, "cls_kd": 1, "weak": 2, "final": 3, "sum": 4}
 
-#: What this backend has kernels for.
-LOSSES = frozenset({"nkd", "uskd"})
 #: The instruction set whose kernels run: one of ``instruction_sets()``. Tests set it to reach each build.
 instruction_set: str = _core.instruction_sets()[0] if _core else ""
 
 
-def unavailable(device_type: str, loss: str = "nkd") -> str | None:
+def unavailable(device_type: str, loss: str) -> str | None:
     if _core is None:
         return _failure
     if device_type == "cuda":

@@ -19,6 +19,8 @@ from torch import Tensor
 from fused_kd.backends import triton_config
 from fused_kd.reference import accumulation_dtype
 
+#: What this backend has kernels for.
+LOSSES = frozenset({"nkd"})
 #: Up to so many rows every program counts the targets itself, which saves a launch; they are in its cache line by line.
 COUNT_ROWS = 2048
 #: Up to so many rows one program sums the parts; beyond, chunks of as many are summed side by side first.
@@ -48,7 +50,9 @@ def _import_failure() -> str | None:
     return None
 
 
-def unavailable(device_type: str) -> str | None:
+def unavailable(device_type: str, loss: str = "nkd") -> str | None:
+    if loss not in LOSSES:
+        return f"there are no Triton kernels of {loss.upper()}"
     if device_type not in ("cuda", "cpu"):
         return f"Triton kernels run CUDA tensors, not {device_type} tensors"
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
