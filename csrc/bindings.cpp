@@ -103,9 +103,12 @@ int64_t run_uskd(const std::string& instruction_set, uintptr_t student, int stud
     return uskd(kernels, args, reinterpret_cast<const double*>(batch_sums), out);
 }
 
-void run_argsort_descending(uintptr_t keys, int64_t rows, int64_t classes, uintptr_t order, int threads) {
+void run_argsort_descending(const std::string& instruction_set, uintptr_t keys, int64_t rows, int64_t classes,
+                            uintptr_t order, int threads) {
+    const Kernels& kernels = kernels_named(instruction_set);
     py::gil_scoped_release release;
-    argsort_descending(reinterpret_cast<const float*>(keys), rows, classes, reinterpret_cast<int64_t*>(order), threads);
+    kernels.argsort_descending(
+        {reinterpret_cast<const float*>(keys), reinterpret_cast<int64_t*>(order), rows, classes, threads});
 }
 
 void run_scale_gradient(const std::string& instruction_set, uintptr_t gradient, uintptr_t out, int dtype,

@@ -94,8 +94,8 @@ def test_mixed_dtypes_and_strides(fused):
         torch.testing.assert_close(leaves[1].grad, expected[3])
 
 
-@pytest.mark.parametrize("keys", ("ties", "constant", "zeros", "negative", "crowded", "random"))
-@pytest.mark.parametrize("classes", (2, 3, 100, 1000, 4096, 4097, 21841))
+@pytest.mark.parametrize("keys", ("ties", "constant", "zeros", "negative", "crowded", "probabilities", "random"))
+@pytest.mark.parametrize("classes", (2, 3, 15, 16, 17, 64, 65, 100, 1000, 1024, 1025, 4097, 21841))
 def test_ranking_is_a_stable_descending_sort(native, classes, keys):
     generator = torch.Generator().manual_seed(classes)
     values = torch.randn(3, classes, generator=generator)
@@ -108,11 +108,15 @@ def test_ranking_is_a_stable_descending_sort(native, classes, keys):
     elif keys == "negative":
         values = -values.abs() * 1e3
         values[:, 1] = -INF
-    elif keys == "crowded":  # next to each other, but for an outlier on either side
+    elif keys == "crowded":  # a few units in the last place apart, but for an outlier on either side
         values = 1 + 1e-6 * values
         values[:, 0], values[:, 1] = 1e9, 1e-9
+    elif keys == "probabilities":
+        values = (3 * values).softmax(1)
     expected = values.sort(dim=1, descending=True, stable=True).indices
-    assert torch.equal(native.argsort_descending(values), expected)
+    for name in native.instruction_sets():
+        native.instruction_set = name
+        assert torch.equal(native.argsort_descending(values), expected), name
 
 
 def test_equal_keys_give_the_lower_class_the_higher_rank(backend):

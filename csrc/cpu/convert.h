@@ -159,8 +159,6 @@ constexpr DType dtype_of() {
     return sizeof(A) == 8 ? kFloat64 : kFloat32;
 }
 
-#define FKD_NOINLINE __attribute__((noinline))
-
 template <class A>
 FKD_NOINLINE void convert(const void* p, DType dtype, int64_t stride, int64_t n, A* out) {
     const uint16_t* half = static_cast<const uint16_t*>(p);

@@ -1,6 +1,5 @@
 // What the kernels share and is compiled once, for any processor: scratch, thread count, and the reductions.
 #include "core.h"
-#include "rank.h"
 
 #include <algorithm>
 #include <cmath>
@@ -123,6 +122,14 @@ void reduce_parts(const std::vector<double>& parts, int kinds, int64_t rows, dou
     put(loss_out, dtype, 0, loss);
 }
 
+template <class A>
+std::vector<A> reciprocals(int64_t n) {
+    std::vector<A> values(size_t(n), A(1));
+    for (int64_t r = 0; r < n; ++r)
+        values[size_t(r)] /= A(r + 1);
+    return values;
+}
+
 double divisor_of(Reduction reduction, int64_t counted) {
     return reduction == kMean ? double(std::max<int64_t>(counted, 1)) : 1.0;
 }
@@ -151,17 +158,9 @@ int64_t uskd(const Kernels& kernels, UskdArgs args, const double* batch_sums, co
         args.mean[k] = batch_sums[k] / std::max(batch_sums[2], 1.0);
     std::vector<double> parts(size_t(4 * args.rows));
     args.parts = parts.data();
-    std::vector<float> singles;
-    std::vector<double> doubles;
-    if (args.accumulate == kFloat64) {
-        for (int64_t r = 1; r <= args.classes; ++r)
-            doubles.push_back(1.0 / double(r));
-        args.reciprocals = doubles.data();
-    } else {
-        for (int64_t r = 1; r <= args.classes; ++r)
-            singles.push_back(1.0f / float(r));
-        args.reciprocals = singles.data();
-    }
+    const std::vector<float> singles = reciprocals<float>(args.accumulate == kFloat64 ? 0 : args.classes);
+    const std::vector<double> doubles = reciprocals<double>(args.accumulate == kFloat64 ? args.classes : 0);
+    args.reciprocals = singles.empty() ? static_cast<const void*>(doubles.data()) : singles.data();
     kernels.uskd(args);
     reduce_parts(parts, 4, args.rows, divisor, out.reduction, args.accumulate, out.loss, out.parts);
     return -1;
@@ -179,18 +178,6 @@ int64_t uskd_batch_sums(const Kernels& kernels, TargetProbsArgs args, double* su
             sums[k] += values[size_t(2 * row + k)];
     sums[2] = double(counted.rows);
     return -1;
-}
-
-void argsort_descending(const float* keys, int64_t rows, int64_t classes, int64_t* order, int threads) {
-    const int useful = useful_threads(threads, rows, classes);
-    (void)useful;
-#pragma omp parallel for num_threads(useful) schedule(static)
-    for (int64_t row = 0; row < rows; ++row) {
-        void* const scratch = thread_scratch(order_scratch_bytes(classes));
-        const uint32_t* const sorted = order_descending(keys + row * classes, classes, scratch);
-        for (int64_t r = 0; r < classes; ++r)
-            order[row * classes + r] = sorted[r];
-    }
 }
 
 } // namespace fused_kd

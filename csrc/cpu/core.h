@@ -24,7 +24,4 @@ int64_t uskd(const Kernels& kernels, UskdArgs args, const double* batch_sums, co
 // Over the rows that count: the sums of p_1^2 and p_2^2 (or p_1, p_2), and their number.
 int64_t uskd_batch_sums(const Kernels& kernels, TargetProbsArgs args, double* sums);
 
-// The ranking alone, for tests and benchmarks: each row's indices from the largest key to the smallest, stable.
-void argsort_descending(const float* keys, int64_t rows, int64_t classes, int64_t* order, int threads);
-
 } // namespace fused_kd

@@ -68,12 +68,20 @@ struct ScaleArgs {
     int threads;
 };
 
+struct ArgsortArgs {
+    const float* keys; // (rows, classes), contiguous, as is the order
+    int64_t* order;
+    int64_t rows, classes;
+    int threads;
+};
+
 struct Kernels {
     const char* name;
     void (*nkd)(const NkdArgs&);
     void (*target_probs)(const TargetProbsArgs&);
     void (*uskd)(const UskdArgs&);
     void (*scale_gradient)(const ScaleArgs&);
+    void (*argsort_descending)(const ArgsortArgs&);
 };
 
 // Scratch of the calling thread, at least that large, 64-byte aligned. It grows and stays: a few rows per thread.

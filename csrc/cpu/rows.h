@@ -12,6 +12,7 @@ namespace FKD_ISA {
 void nkd(const NkdArgs& args);
 void target_probs(const TargetProbsArgs& args);
 void uskd(const UskdArgs& args);
+void argsort_descending(const ArgsortArgs& args);
 
 // Fits the first-level cache with room to spare, and no lane adds up more than 128 terms before double
 // precision takes over.

@@ -12,6 +12,7 @@
 #endif
 
 #define FKD_INLINE inline __attribute__((always_inline))
+#define FKD_NOINLINE __attribute__((noinline))
 
 namespace fused_kd {
 namespace FKD_ISA {

@@ -1,7 +1,7 @@
 // USKD on rows: ranking, loss parts and both gradients in one visit to each row. Compiled once per instruction set.
 //
 // As for NKD the exponentials of a row, relative to their block's maxima, stay where the gradients will be. They give
-// the rank keys, a radix sort (rank.h) the order of the classes, and a table 1 / rank the Zipf weights, after which one
+// the rank keys, a sort (rank.h) the order of the classes, and a table 1 / rank the Zipf weights, after which one
 // pass sums them against the logits and one writes the gradients. Sorting takes most of the time, so the loops here
 // always take the exact shift and test for classes that cannot occur, and come in one form only.
 //
@@ -19,18 +19,18 @@ struct BlockStats {
     double v_sum, v_cross, v_blocked, v_weak;
 };
 
-// A row each of exponentials, where no gradient's row can hold them, of keys and later Zipf weights, and the sort's
-// words.
+// A row each of exponentials, where no gradient's row can hold them, of keys and later Zipf weights, and of indices for
+// the sort.
 template <class A>
 struct Scratch {
     A *e_s, *e_w, *keys, *student, *weak, *probs;
     BlockStats* blocks;
-    void* order;
+    uint32_t* order;
 
     explicit Scratch(int64_t classes) {
         const int64_t row = (classes + 63) / 64 * 64, blocks_bytes = (classes / kBlock<A> + 1) * sizeof(BlockStats);
-        const int64_t floats = (3 * row + 3 * kBlock<A>)*int64_t(sizeof(A));
-        char* base = static_cast<char*>(thread_scratch(size_t(floats + blocks_bytes) + order_scratch_bytes(classes)));
+        const int64_t floats = (3 * row + 3 * kBlock<A>)*int64_t(sizeof(A)), indices = row * int64_t(sizeof(uint32_t));
+        char* base = static_cast<char*>(thread_scratch(size_t(floats + blocks_bytes + indices)));
         e_s = reinterpret_cast<A*>(base);
         e_w = e_s + row;
         keys = e_w + row;
@@ -38,7 +38,7 @@ struct Scratch {
         weak = student + kBlock<A>;
         probs = weak + kBlock<A>;
         blocks = reinterpret_cast<BlockStats*>(base + floats);
-        order = base + floats + blocks_bytes;
+        order = reinterpret_cast<uint32_t*>(base + floats + blocks_bytes);
     }
 };
 
@@ -207,11 +207,10 @@ FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch,
     for (int k = 0; k < targets.count; ++k)
         z[targets.at.at[k]] = A(key.target[k]);
 
-    // Their order, and in the keys' place the Zipf weights 1 / rank.
-    const uint32_t* const order = order_descending(z, classes, scratch.order);
+    // In the keys' place the Zipf weights 1 / rank.
     const A* const reciprocals = static_cast<const A*>(args.reciprocals);
-    for (int64_t r = 0; r < classes; ++r)
-        z[order[r]] = reciprocals[r];
+    rank_descending(z, classes, scratch.order,
+                    [=](uint32_t index, int64_t rank) __attribute__((always_inline)) { z[index] = reciprocals[rank]; });
 
     double zipf_sum = 0, zipf_cross = 0;
     const Vec<A> zero = {};

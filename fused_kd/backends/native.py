@@ -204,7 +204,7 @@ def uskd(
 def argsort_descending(keys: Tensor) -> Tensor:
     """The ranking alone, of contiguous float32 rows: indices from the largest to the smallest, stable."""
     order = torch.empty(keys.shape, dtype=torch.int64)
-    _core.argsort_descending(keys.data_ptr(), *keys.shape, order.data_ptr(), torch.get_num_threads())
+    _core.argsort_descending(instruction_set, keys.data_ptr(), *keys.shape, order.data_ptr(), torch.get_num_threads())
     return order
 
 
