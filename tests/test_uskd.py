@@ -94,6 +94,27 @@ def test_mixed_dtypes_and_strides(fused):
         torch.testing.assert_close(leaves[1].grad, expected[3])
 
 
+def test_blocks_without_a_class_that_can_occur(fused):
+    """A row's maximum is that of the classes that can occur, however many neighbours cannot and however low it is."""
+    student, weak, target = make(4, 5000, spread=2.0)
+    student, weak, target = student - 300, weak - 300, target % 100
+    student[:, 100:4200] = -INF
+    ours = run(fused, student, weak, target, mu=0.0)
+    assert_same(ours, run("reference", student, weak, target, mu=0.0), 1e-10, 4)
+
+
+def test_equal_logits_rank_by_class_index_across_blocks(fused):
+    """The lower index first, exactly, however far apart equal logits lie in a row and whatever rounds on the way."""
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randint(-3, 3, (2, 9000), generator=generator).float()
+    weak, target = student / 2, torch.tensor([5, 8000])
+    order = student.sort(dim=1, descending=True, stable=True).indices
+    zipf = torch.zeros(student.shape).scatter(1, order, (1 / torch.arange(1, 9001)).expand(2, -1))
+    zipf = zipf.scatter(1, target.unsqueeze(1), 0.0)
+    labels = zipf_labels(fused, student, weak, target)
+    torch.testing.assert_close(labels, zipf / zipf.sum(1, keepdim=True), rtol=1e-3, atol=2e-7)
+
+
 @pytest.mark.parametrize("keys", ("ties", "constant", "zeros", "negative", "crowded", "probabilities", "random"))
 @pytest.mark.parametrize("classes", (2, 3, 15, 16, 17, 64, 65, 100, 1000, 1024, 1025, 4097, 21841))
 def test_ranking_is_a_stable_descending_sort(native, classes, keys):

@@ -54,7 +54,7 @@ FKD_INLINE void block_stats(const A* s, const A* t, const A* v, int64_t n, int64
     A s_largest, t_largest;
     block_max<A>(s, t, n, Without<1>{{y}}, s_largest, t_largest);
     const Vec<A> zero = {};
-    const Shift<A, careful> s_shift(s_largest), t_shift(t_largest);
+    const Shift<A, careful> s_shift(finite_or_zero(s_largest)), t_shift(finite_or_zero(t_largest));
     out.s_max = s_shift.origin;
     out.t_max = t_shift.origin;
     Vec<A> s_sum = zero, s_sum_t = zero, t_sum = zero, t_sum_t = zero, cross = zero, blocked = zero;

@@ -29,7 +29,7 @@ FKD_INLINE A finite_or_zero(A x) {
     return x == -INFINITY ? A(0) : x;
 }
 
-// Largest logits of a block, the targets left out; 0 where none can occur.
+// Largest logits of a block, the targets left out; -inf where none can occur.
 template <class A, int K>
 FKD_INLINE void block_max(const A* s, const A* t, int64_t n, const Without<K>& y, A& s_largest, A& t_largest) {
     Vec<A> s_max = splat<A>(-INFINITY), t_max = s_max;
@@ -38,8 +38,8 @@ FKD_INLINE void block_max(const A* s, const A* t, int64_t n, const Without<K>& y
         s_max = max_of(keep(lanes, load(s + j, lanes), lowest), s_max);
         t_max = max_of(keep(lanes, load(t + j, lanes), lowest), t_max);
     });
-    s_largest = finite_or_zero(max_lanes<A>(s_max));
-    t_largest = finite_or_zero(max_lanes<A>(t_max));
+    s_largest = max_lanes<A>(s_max);
+    t_largest = max_lanes<A>(t_max);
 }
 
 // The largest entry of a row, the lowest index first among equal ones; -1 where all are left out or below -inf. A NaN

@@ -1,6 +1,7 @@
 // USKD on rows: ranking, loss parts and both gradients in one visit to each row. Compiled once per instruction set.
 //
-// As for NKD the exponentials of a row, relative to their block's maxima, stay where the gradients will be. They give
+// As for NKD the exponentials of a row stay where the gradients will be, but relative to the maxima of the row, found
+// before: relative to a block's, equal logits in different blocks would get keys that differ by a rounding. They give
 // the rank keys, a sort (rank.h) the order of the classes, and a table 1 / rank the Zipf weights, after which one
 // pass sums them against the logits and one writes the gradients. Sorting takes most of the time, so the loops here
 // always take the exact shift and test for classes that cannot occur, and come in one form only.
@@ -14,42 +15,32 @@ namespace fused_kd {
 namespace FKD_ISA {
 namespace {
 
-struct BlockStats {
-    double s_max, w_max, s_sum, w_sum, w_linear;
-    double v_sum, v_cross, v_blocked, v_weak;
-};
-
 // A row each of exponentials, where no gradient's row can hold them, of keys and later Zipf weights, and of indices for
 // the sort.
 template <class A>
 struct Scratch {
     A *e_s, *e_w, *keys, *student, *weak, *probs;
-    BlockStats* blocks;
     uint32_t* order;
 
     explicit Scratch(int64_t classes) {
-        const int64_t row = (classes + 63) / 64 * 64, blocks_bytes = (classes / kBlock<A> + 1) * sizeof(BlockStats);
+        const int64_t row = (classes + 63) / 64 * 64;
         const int64_t floats = (3 * row + 3 * kBlock<A>)*int64_t(sizeof(A)), indices = row * int64_t(sizeof(uint32_t));
-        char* base = static_cast<char*>(thread_scratch(size_t(floats + blocks_bytes + indices)));
+        char* base = static_cast<char*>(thread_scratch(size_t(floats + indices)));
         e_s = reinterpret_cast<A*>(base);
         e_w = e_s + row;
         keys = e_w + row;
         student = keys + row;
         weak = student + kBlock<A>;
         probs = weak + kBlock<A>;
-        blocks = reinterpret_cast<BlockStats*>(base + floats);
-        order = reinterpret_cast<uint32_t*>(base + floats + blocks_bytes);
+        order = reinterpret_cast<uint32_t*>(base + floats);
     }
 };
 
+// Exponentials of a block, and what it adds to the row's sums.
 template <class A>
-FKD_NOINLINE void block_stats(const A* s, const A* w, const A* v, int64_t n, const Without<2>& y, A* e_s, A* e_w,
-                              BlockStats& out) {
-    A s_largest, w_largest;
-    block_max<A>(s, w, n, y, s_largest, w_largest);
-    const Shift<A, true> s_shift(s_largest), w_shift(w_largest);
-    out.s_max = s_shift.origin;
-    out.w_max = w_shift.origin;
+FKD_NOINLINE void block_sums(const A* s, const A* w, const A* v, int64_t n, const Without<2>& y, A* e_s, A* e_w,
+                             UskdStats<double>& row) {
+    const Shift<A, true> s_shift(A(row.s_max)), w_shift(A(row.w_max));
     const Vec<A> zero = {};
     Vec<A> s_sum = zero, w_sum = zero, w_linear = zero, v_sum = zero, v_cross = zero, v_blocked = zero, v_weak = zero;
     for_lanes<A>(n, y, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
@@ -73,42 +64,17 @@ FKD_NOINLINE void block_stats(const A* s, const A* w, const A* v, int64_t n, con
             v_weak += p * keep(lanes, dw, zero);
         }
     });
-    out.s_sum = sum_lanes<A>(s_sum);
-    out.w_sum = sum_lanes<A>(w_sum);
-    out.w_linear = kLn2 * sum_lanes<A>(w_linear);
-    out.v_sum = sum_lanes<A>(v_sum);
-    out.v_cross = kLn2 * sum_lanes<A>(v_cross);
-    out.v_blocked = sum_lanes<A>(v_blocked);
-    out.v_weak = kLn2 * sum_lanes<A>(v_weak);
-}
-
-// The blocks' sums, brought to the row's maxima.
-FKD_NOINLINE void merge(const BlockStats* blocks, int64_t count, int64_t block, int64_t classes, const Targets& targets,
-                        UskdStats<double>& row) {
-    row.s_max = row.w_max = -INFINITY;
-    for (int64_t i = 0; i < count; ++i) {
-        if (blocks[i].s_max > row.s_max && blocks[i].s_sum != 0) row.s_max = blocks[i].s_max;
-        if (blocks[i].w_max > row.w_max && blocks[i].w_sum != 0) row.w_max = blocks[i].w_max;
-    }
-    row.s_max = finite_or_zero(row.s_max);
-    row.w_max = finite_or_zero(row.w_max);
-    for (int64_t i = 0; i < count; ++i) {
-        const BlockStats& b = blocks[i];
-        const double ds = b.s_max - row.s_max, dw = b.w_max - row.w_max;
-        int64_t length = classes - i * block < block ? classes - i * block : block;
-        for (int k = 0; k < targets.count; ++k)
-            if (targets.at.at[k] / block == i) --length;
-        if (b.s_sum != 0) row.s_sum += (ds == 0 ? 1 : exp(ds)) * b.s_sum;
-        if (b.w_sum != 0) row.w_sum += (dw == 0 ? 1 : exp(dw)) * b.w_sum;
-        row.w_linear += b.w_linear + dw * double(length);
-        const double v_free = b.v_sum - b.v_blocked;
-        row.v_sum += b.v_sum;
-        row.v_rest += b.v_sum;
-        row.v_free += v_free;
-        row.v_blocked += b.v_blocked;
-        row.v_cross += b.v_cross + ds * v_free;
-        row.v_weak += b.v_weak + dw * b.v_sum;
-    }
+    row.s_sum += sum_lanes<A>(s_sum);
+    row.w_sum += sum_lanes<A>(w_sum);
+    row.w_linear += kLn2 * sum_lanes<A>(w_linear);
+    if (!v) return;
+    const double sum = sum_lanes<A>(v_sum), blocked = sum_lanes<A>(v_blocked);
+    row.v_sum += sum;
+    row.v_rest += sum;
+    row.v_blocked += blocked;
+    row.v_free += sum - blocked;
+    row.v_cross += kLn2 * sum_lanes<A>(v_cross);
+    row.v_weak += kLn2 * sum_lanes<A>(v_weak);
 }
 
 template <class A>
@@ -165,15 +131,25 @@ FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch,
         x.v_sum += targets.label[k];
     }
 
-    int64_t count = 0;
-    for (int64_t j = 0; j < classes; j += kBlock<A>, ++count) {
+    A s_max = -A(INFINITY), w_max = s_max;
+    for (int64_t j = 0; j < classes; j += kBlock<A>) {
+        const int64_t n = block_length<A>(classes, j);
+        const A* s = read(args.student, row, j, n, scratch.student);
+        const A* w = read(args.weak, row, j, n, scratch.weak);
+        A s_largest, w_largest;
+        block_max<A>(s, w, n, targets.at.from(j), s_largest, w_largest);
+        s_max = s_largest > s_max ? s_largest : s_max;
+        w_max = w_largest > w_max ? w_largest : w_max;
+    }
+    x.s_max = finite_or_zero(s_max);
+    x.w_max = finite_or_zero(w_max);
+    for (int64_t j = 0; j < classes; j += kBlock<A>) {
         const int64_t n = block_length<A>(classes, j);
         const A* s = read(args.student, row, j, n, scratch.student);
         const A* w = read(args.weak, row, j, n, scratch.weak);
         const A* v = with_probs ? read(args.target, row, j, n, scratch.probs) : nullptr;
-        block_stats<A>(s, w, v, n, targets.at.from(j), e_s + j, e_w + j, scratch.blocks[count]);
+        block_sums<A>(s, w, v, n, targets.at.from(j), e_s + j, e_w + j, x);
     }
-    merge(scratch.blocks, count, kBlock<A>, classes, targets, x);
     const SplitSoftmax<double, 2> p = split_softmax<double, 2>(x.s_target, x.s_max, x.s_sum);
     const SplitSoftmax<double, 2> v = split_softmax<double, 2>(x.w_target, x.w_max, x.w_sum);
 
@@ -188,10 +164,9 @@ FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch,
 
     // Keys of all classes, targets included.
     const UskdKey<double> key = uskd_key(p, v, targets.count, Rank(args.rank));
-    for (int64_t i = 0; i < count; ++i) {
-        const int64_t j = i * kBlock<A>, n = block_length<A>(classes, j);
-        const double ds = scratch.blocks[i].s_max - x.s_max, dw = scratch.blocks[i].w_max - x.w_max;
-        const A by_student = A(key.student * exp(ds)), by_weak = A(key.weak * exp(dw));
+    const A by_student = A(key.student), by_weak = A(key.weak);
+    for (int64_t j = 0; j < classes; j += kBlock<A>) {
+        const int64_t n = block_length<A>(classes, j);
         if (key.linear != 0) {
             const A* s = read(args.student, row, j, n, scratch.student);
             const A linear = A(key.linear), constant = A(key.constant - key.linear * x.s_max);
@@ -213,11 +188,11 @@ FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch,
                     [=](uint32_t index, int64_t rank) __attribute__((always_inline)) { z[index] = reciprocals[rank]; });
 
     double zipf_sum = 0, zipf_cross = 0;
+    const A origin = A(x.s_max);
     const Vec<A> zero = {};
-    for (int64_t i = 0; i < count; ++i) {
-        const int64_t j = i * kBlock<A>, n = block_length<A>(classes, j);
+    for (int64_t j = 0; j < classes; j += kBlock<A>) {
+        const int64_t n = block_length<A>(classes, j);
         const A* s = read(args.student, row, j, n, scratch.student);
-        const A origin = A(scratch.blocks[i].s_max);
         Vec<A> sum = zero, cross = zero;
         for_lanes<A>(n, targets.at.from(j), [&](auto lanes, int64_t l) __attribute__((always_inline)) {
             const Vec<A> sj = load(s + l, lanes);
@@ -227,20 +202,19 @@ FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch,
             sum += zj;
             cross += impossible ? zero : zj * keep(lanes, sj - origin, zero);
         });
-        const double block_sum = sum_lanes<A>(sum);
-        zipf_sum += block_sum;
-        zipf_cross += sum_lanes<A>(cross) + (double(origin) - x.s_max) * block_sum;
+        zipf_sum += sum_lanes<A>(sum);
+        zipf_cross += sum_lanes<A>(cross);
     }
     const UskdRow<double> result = uskd_row(x, params, p, v, zipf_sum, zipf_cross);
 
     const double s_scale = args.student_scale, w_scale = args.weak_scale;
-    for (int64_t i = 0; i < count; ++i) {
-        const int64_t j = i * kBlock<A>, n = block_length<A>(classes, j);
+    for (int64_t j = 0; j < classes; j += kBlock<A>) {
+        const int64_t n = block_length<A>(classes, j);
         const A* labels = with_probs ? read(args.target, row, j, n, scratch.probs) : nullptr;
         if (student.data) {
             const A* s = labels ? read(args.student, row, j, n, scratch.student) : nullptr;
             A* const out = student.block(j, scratch.weak);
-            const A a = A(result.student * exp(scratch.blocks[i].s_max - x.s_max) * s_scale);
+            const A a = A(result.student * s_scale);
             const A b = A(result.zipf * s_scale), c = A(result.v * s_scale);
             for_lanes<A>(n, [&](auto lanes, int64_t l) __attribute__((always_inline)) {
                 Vec<A> g = load(e_s + j + l, lanes) * a + load(z + j + l, lanes) * b;
@@ -252,7 +226,7 @@ FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch,
         if (weak.data) {
             const A* w = read(args.weak, row, j, n, scratch.weak);
             A* const out = weak.block(j, scratch.student);
-            const A a = A(result.weak * exp(scratch.blocks[i].w_max - x.w_max) * w_scale);
+            const A a = A(result.weak * w_scale);
             const A b = A(result.weak_constant * w_scale), c = A(result.weak_v * w_scale);
             for_lanes<A>(n, [&](auto lanes, int64_t l) __attribute__((always_inline)) {
                 Vec<A> g = load(e_w + j + l, lanes) * a - b;
