@@ -103,15 +103,17 @@ def test_blocks_without_a_class_that_can_occur(fused):
     assert_same(ours, run("reference", student, weak, target, mu=0.0), 1e-10, 4)
 
 
-def test_equal_logits_rank_by_class_index_across_blocks(fused):
-    """The lower index first, exactly, however far apart equal logits lie in a row and whatever rounds on the way."""
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("classes", (30, 9000))
+def test_equal_logits_rank_by_class_index(fused, classes, rank):
+    """The lower index first, exactly, targets too, however far apart equal logits lie and whatever rounds on the way."""
     generator = torch.Generator().manual_seed(0)
-    student = torch.randint(-3, 3, (2, 9000), generator=generator).float()
-    weak, target = student / 2, torch.tensor([5, 8000])
+    student = torch.randint(-3, 3, (8, classes), generator=generator).float()
+    weak, target = student / 2, torch.randint(classes, (8,), generator=generator)
     order = student.sort(dim=1, descending=True, stable=True).indices
-    zipf = torch.zeros(student.shape).scatter(1, order, (1 / torch.arange(1, 9001)).expand(2, -1))
+    zipf = torch.zeros(student.shape).scatter(1, order, (1 / torch.arange(1, classes + 1)).expand(8, -1))
     zipf = zipf.scatter(1, target.unsqueeze(1), 0.0)
-    labels = zipf_labels(fused, student, weak, target)
+    labels = zipf_labels(fused, student, weak, target, rank)
     torch.testing.assert_close(labels, zipf / zipf.sum(1, keepdim=True), rtol=1e-3, atol=2e-7)
 
 

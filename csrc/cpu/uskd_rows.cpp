@@ -77,6 +77,13 @@ FKD_NOINLINE void block_sums(const A* s, const A* w, const A* v, int64_t n, cons
     row.v_weak += kLn2 * sum_lanes<A>(v_weak);
 }
 
+// Of a target's logit, as for the others; 0 where it is above them.
+template <class A>
+FKD_INLINE A exponential(double logit, double max) {
+    const Shift<A, true> shift{A(max)};
+    return logit <= max && logit > -INFINITY ? exp2_nonpositive<A>(shift(splat(A(logit))))[0] : A(0);
+}
+
 template <class A>
 FKD_INLINE void fill(void* out, DType dtype, int64_t n, A value, A* staging) {
     for (int64_t j = 0; j < n; j += kBlock<A>) {
@@ -162,7 +169,12 @@ FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch,
         return;
     }
 
-    // Keys of all classes, targets included.
+    // Keys of all classes. A target that is not above the rest in either softmax gets the arithmetic of the rest, so
+    // that ties are ties; else it cannot tie but by rounding, and its exponentials may overflow.
+    for (int k = 0; k < targets.count; ++k) {
+        e_s[targets.at.at[k]] = exponential<A>(x.s_target[k], x.s_max);
+        e_w[targets.at.at[k]] = exponential<A>(x.w_target[k], x.w_max);
+    }
     const UskdKey<double> key = uskd_key(p, v, targets.count, Rank(args.rank));
     const A by_student = A(key.student), by_weak = A(key.weak);
     for (int64_t j = 0; j < classes; j += kBlock<A>) {
@@ -180,7 +192,7 @@ FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch,
         }
     }
     for (int k = 0; k < targets.count; ++k)
-        z[targets.at.at[k]] = A(key.target[k]);
+        if (x.s_target[k] > x.s_max || x.w_target[k] > x.w_max) z[targets.at.at[k]] = A(key.target[k]);
 
     // In the keys' place the Zipf weights 1 / rank.
     const A* const reciprocals = static_cast<const A*>(args.reciprocals);
