@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     checker.add_argument("--quick", action="store_true", help="small shapes only")
     parsed = parser.parse_args(arguments)
     # A pipe or a log reports 80 columns, and a figure cut short is of no use.
-    console = Console(width=max(Console().width, 96))
+    console = Console(width=max(Console().width, 108))
     if parsed.command == "env":
         return env(console)
     return run_check(console, parsed.device or _devices(), parsed.backend, parsed.quick)
@@ -51,12 +51,14 @@ def env(console: Console) -> int:
             "C++ core",
             f"{', '.join(native.instruction_sets())} ({native.compiler()})" if native.compiler() else "not built",
         ),
+        ("CUDA core", native.cuda_architectures() or native.unavailable("cuda", "uskd") or ""),
         ("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none that this PyTorch can use"),
     ]
     for name, value in facts:
         console.print(f"{name:<10} {value}", highlight=False, markup=False, soft_wrap=True)
     for device in _devices():
-        console.print(f"\n{backends.explain(device)}", highlight=False, markup=False, soft_wrap=True)
+        for loss in backends.LOSSES:
+            console.print(f"\n{backends.explain(device, loss)}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
@@ -70,12 +72,14 @@ def _version(package: str) -> str:
 
 
 def run_check(console: Console, devices: list[str], only: list[str] | None, quick: bool) -> int:
-    jobs: list[tuple[str, str]] = []
+    jobs: list[tuple[str, str, str]] = []
     for device in devices:
-        names = only or check.runnable(device)
-        for name in names:
-            backends.choose(name, torch.device(device).type)  # refuses with the reason
-        jobs += [(device, name) for name in names]
+        kind = torch.device(device).type
+        for name in only or [n for n in backends.BACKENDS if n != "reference"]:
+            losses = [loss for loss in backends.LOSSES if backends.unavailable(name, kind, loss) is None]
+            if only and not losses:
+                backends.choose(name, kind, backends.LOSSES[0])  # refuses with the reason
+            jobs += [(device, name, loss) for loss in losses]
     if not jobs:
         console.print("no fused backend runs here; `python -m fused_kd env` says why", highlight=False)
         return 1
@@ -85,14 +89,14 @@ def run_check(console: Console, devices: list[str], only: list[str] | None, quic
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    for column in ("device", "backend", "dtype", "cases", "loss", "allowed", "gradient", "allowed", ""):
+    for column in ("device", "backend", "", "dtype", "cases", "loss", "allowed", "gradient", "allowed", ""):
         table.add_column(column, justify="right" if column in _NUMBERS else "left", no_wrap=True)
     failures = 0
     # Triton's interpreter on a CPU takes minutes for what a GPU does at once.
-    plans = {job: [*check.cases(quick or job == ("cpu", "triton"))] for job in jobs}
+    plans = {job: [*check.cases(quick or job[:2] == ("cpu", "triton"), job[2])] for job in jobs}
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("comparing", total=sum(len(plan) for plan in plans.values()))
-        for (device, name), plan in plans.items():
+        for (device, name, loss_name), plan in plans.items():
             for dtype in check.DTYPES:
                 outcomes = []
                 for case in plan:
@@ -104,7 +108,7 @@ def run_check(console: Console, devices: list[str], only: list[str] | None, quic
                 loss = max(outcomes, key=lambda outcome: outcome.loss / outcome.loss_budget)
                 gradient = max(outcomes, key=lambda outcome: outcome.gradient / outcome.gradient_budget)
                 table.add_row(
-                    *(device, name, str(dtype).removeprefix("torch."), str(len(outcomes))),
+                    *(device, name, loss_name.upper(), str(dtype).removeprefix("torch."), str(len(outcomes))),
                     *(f"{loss.loss:.1e}", f"{loss.loss_budget:.1e}"),
                     *(f"{gradient.gradient:.1e}", f"{gradient.gradient_budget:.1e}"),
                     "ok" if not missed else f"{missed} missed",

@@ -11,7 +11,7 @@ from fused_kd import backends, check
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 #: Every fused backend that runs here, with its device.
-FUSED = [(name, device) for device in DEVICES for name in check.runnable(device)]
+FUSED = [(name, device) for device in DEVICES for name in check.runnable(device, "nkd")]
 ALL = [*FUSED, *(("reference", device) for device in DEVICES)]
 
 

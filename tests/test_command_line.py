@@ -15,23 +15,26 @@ def test_env_says_what_is_there_and_why_not(capsys, native):
     assert f"torch      {torch.__version__}" in text
     assert "auto takes 'native'" in text
     assert "avx" in text or "baseline" in text
+    assert "USKD of cpu tensors" in text
+    assert "CUDA core" in text
 
 
 def test_check_passes_and_prints_a_table(capsys, native):
     assert __main__.main(["check", "--quick", "--device", "cpu", "--backend", "native"]) == 0
     text = capsys.readouterr().out
-    assert text.count("ok") == 4
+    assert text.count("ok") == 8  # two losses in four dtypes
     assert "bfloat16" in text
+    assert "USKD" in text
 
 
 def test_check_fails_on_a_miss(capsys, native, monkeypatch):
     wrong = check.evaluate
 
-    def twice_the_gradient(backend, *arguments):
-        loss, gradient = wrong(backend, *arguments)
-        return loss, gradient * (2 if backend == "native" else 1)
+    def twice_the_last_gradient(backend, *arguments):
+        *others, gradient = wrong(backend, *arguments)
+        return *others, gradient * (2 if backend == "native" else 1)
 
-    monkeypatch.setattr(check, "evaluate", twice_the_gradient)
+    monkeypatch.setattr(check, "evaluate", twice_the_last_gradient)
     assert __main__.main(["check", "--quick", "--device", "cpu", "--backend", "native"]) == 1
     assert "missed" in capsys.readouterr().out
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from fused_kd import check
 
-BACKENDS = [*(name for name in check.runnable("cpu") if name != "triton"), "reference"]
+BACKENDS = [*(name for name in check.runnable("cpu", "nkd") if name != "triton"), "reference"]
 
 
 @st.composite

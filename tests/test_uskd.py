@@ -106,7 +106,7 @@ def test_blocks_without_a_class_that_can_occur(fused):
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("classes", (30, 9000))
 def test_equal_logits_rank_by_class_index(fused, classes, rank):
-    """The lower index first, exactly, targets too, however far apart equal logits lie and whatever rounds on the way."""
+    """The lower index first, exactly, targets too, however far apart equal logits lie and whatever rounds."""
     generator = torch.Generator().manual_seed(0)
     student = torch.randint(-3, 3, (8, classes), generator=generator).float()
     weak, target = student / 2, torch.randint(classes, (8,), generator=generator)

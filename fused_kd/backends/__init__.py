@@ -1,8 +1,8 @@
 """Which implementation runs, and why the others do not.
 
-A backend is a module with ``unavailable(device_type, loss) -> str | None`` (the reason why it cannot run a loss of tensors
-of such a device, or None) and one function per op of :mod:`fused_kd.ops`. The reference needs no module: it is ordinary
-autograd.
+A backend is a module with ``unavailable(device_type, loss) -> str | None`` (the reason why it cannot run a loss of
+tensors of such a device, or None) and one function per op of :mod:`fused_kd.ops`. The reference needs no module: it is
+ordinary autograd.
 """
 
 from __future__ import annotations
