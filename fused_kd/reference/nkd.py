@@ -8,13 +8,10 @@ import torch
 from torch import Tensor
 
 from fused_kd.reference.rows import (
-    accumulation_dtype,
     combine,
-    counted_logits,
     cross_entropy,
-    drop_impossible,
-    find_labels,
     masked_softmax,
+    teacher_rows,
     times_log,
 )
 
@@ -35,26 +32,25 @@ def nkd_loss(
     gamma: float = 1.5,
     temperature: float = 1.0,
     ce_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    logit_standardization: bool = False,
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> tuple[Tensor, LossParts]:
     """NKD (paper Eq. 4 and 5) of logits ``(N, C)`` with targets ``(N,)`` or probabilities ``(N, C)``.
 
+    ``logit_standardization`` takes the z-scores of both logits (:func:`standardize_logits`) in all but the CE.
     Returns the loss and its parts. :func:`fused_kd.nkd_loss` documents arguments and semantics.
     """
-    dtype = accumulation_dtype(student_logits, teacher_logits)
-    num_classes = student_logits.shape[1]
-    labels = find_labels(target, num_classes, ignore_index, dtype, most=1)
-    counted = labels.counted
-    student = counted_logits(drop_impossible(student_logits.to(dtype)), counted)
-    teacher = counted_logits(teacher_logits.detach().to(dtype), counted)
-
+    labels, raw_student, student, teacher = teacher_rows(
+        student_logits, teacher_logits, target, ignore_index, logit_standardization=logit_standardization
+    )
     log_p = student.log_softmax(dim=1)
     q_target = teacher.softmax(dim=1).gather(1, labels.columns).squeeze(1)
     log_p_target = log_p.gather(1, labels.columns).squeeze(1)
     target_part = -times_log(q_target, log_p_target)
 
-    if num_classes == 2:
+    if student.shape[1] == 2:
         # One class is left: its softmax is 1 and its logarithm 0. A difference of rounded logarithms would not be.
         non_target_part = torch.zeros_like(target_part)
     else:
@@ -63,6 +59,8 @@ def nkd_loss(
         # gamma goes into the factor, so that 0 switches the term off even where a logarithm is -inf.
         non_target_part = -times_log(gamma * temperature**2 * q_hat, log_p_hat).sum(dim=1)
 
-    ce_part = cross_entropy(log_p, labels, ce_weight)
-    loss, parts = combine([target_part, non_target_part, ce_part], labels.valid, counted, reduction)
+    if logit_standardization:
+        log_p = raw_student.log_softmax(dim=1)
+    ce_part = cross_entropy(log_p, labels, ce_weight, label_smoothing)
+    loss, parts = combine([target_part, non_target_part, ce_part], labels.valid, labels.counted, reduction)
     return loss, LossParts(*parts)

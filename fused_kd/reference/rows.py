@@ -72,17 +72,81 @@ def counted_logits(logits: Tensor, counted: Tensor) -> Tensor:
     return torch.where(counted.unsqueeze(1), logits, 0.0)
 
 
-def cross_entropy(log_p: Tensor, labels: Labels, weight: float) -> Tensor:
+class TeacherRows(NamedTuple):
+    """What a loss with a teacher reads: ``student`` and ``teacher`` for distillation, ``raw_student`` for its CE."""
+
+    labels: Labels
+    raw_student: Tensor
+    student: Tensor
+    teacher: Tensor
+
+
+def teacher_rows(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None,
+    ignore_index: int,
+    *,
+    logit_standardization: bool = False,
+) -> TeacherRows:
+    """Logits in the accumulation dtype, the teacher's detached. Without targets every row counts."""
+    dtype = accumulation_dtype(student_logits, teacher_logits)
+    if target is None:
+        # Any class will do, as nothing reads it; the index to ignore must only differ from it.
+        target, ignore_index = torch.zeros_like(student_logits[:, 0], dtype=torch.int64), -1
+    labels = find_labels(target, student_logits.shape[1], ignore_index, dtype, most=1)
+    raw_student = counted_logits(drop_impossible(student_logits.to(dtype)), labels.counted)
+    teacher = counted_logits(teacher_logits.detach().to(dtype), labels.counted)
+    if logit_standardization:
+        return TeacherRows(labels, raw_student, standardize_logits(raw_student), standardize_logits(teacher))
+    return TeacherRows(labels, raw_student, raw_student, teacher)
+
+
+def check_target(target: Tensor | None, ce_weight: float) -> None:
+    """A loss may do without targets as long as nothing reads them."""
+    if target is None and ce_weight != 0.0:
+        raise ValueError(f"ce_weight must be 0 where there is no target, got {ce_weight}")
+
+
+def standardize_logits(logits: Tensor) -> Tensor:
+    """The z-score of each row, (x − mean) / (deviation + 1e-7) with the unbiased deviation.
+
+    A class at -inf stays there and is left out of both. A constant row becomes 0.
+    """
+    possible = logits != NEG_INF
+    number = possible.sum(dim=1, keepdim=True)
+    mean = torch.where(possible, logits, 0.0).sum(dim=1, keepdim=True) / number.clamp(min=1)
+    centred = torch.where(possible, logits - mean, 0.0)
+    variance = centred.square().sum(dim=1, keepdim=True) / (number - 1).clamp(min=1)
+    # The square root has no derivative at 0.
+    constant = variance == 0
+    deviation = torch.where(constant, 0.0, torch.where(constant, 1.0, variance).sqrt())
+    return torch.where(possible, centred / (deviation + 1e-7), NEG_INF)
+
+
+def cross_entropy(log_p: Tensor, labels: Labels, weight: float, label_smoothing: float = 0.0) -> Tensor:
+    """weight · (−Σ_j V'_j log p_j) of each row, V' = (1 − e) V + e / C with e the label smoothing, as in PyTorch."""
     if weight == 0.0:
         return torch.zeros_like(log_p[:, 0])
+    if label_smoothing != 0.0:
+        smoothed = (1.0 - label_smoothing) * dense_labels(labels, log_p.dtype) + label_smoothing / log_p.shape[1]
+        return -weight * times_log(smoothed, log_p).sum(dim=1)
     if labels.probabilities is None:
         return -weight * log_p.gather(1, labels.columns).squeeze(1)
     return -weight * times_log(labels.probabilities, log_p).sum(dim=1)
 
 
+def divergence(q: Tensor, log_q: Tensor, log_p: Tensor, weight: float = 1.0) -> Tensor:
+    """weight · KL(q ‖ p) = weight · Σ_j q_j (log q_j − log p_j) of each row, with 0 · log 0 = 0.
+
+    The weight goes into the factor, so that 0 switches the term off even where a logarithm is -inf.
+    """
+    return (times_log(weight * q, log_q) - times_log(weight * q, log_p)).sum(dim=1)
+
+
 def combine(parts: list[Tensor], valid: Tensor, counted: Tensor, reduction: str) -> tuple[Tensor, list[Tensor]]:
     """The loss and its detached parts from per-row parts: NaN where a row has no value, 0 where it does not count."""
-    reduced = [_reduce(torch.where(counted, part * valid, 0.0), counted, reduction) for part in parts]
+    reduced = [reduce_rows(part, valid, counted, reduction) for part in parts]
     loss = reduced[0]
     for part in reduced[1:]:
         loss = loss + part
@@ -114,8 +178,9 @@ def masked_softmax(logits: Tensor, excluded: Tensor, *, log: bool) -> Tensor:
     return torch.where(excluded | empty, NEG_INF if log else 0.0, result)
 
 
-def _reduce(rows: Tensor, counted: Tensor, reduction: str) -> Tensor:
-    """Reduce per-row values; rows that do not count are already 0. The mean of no rows is 0."""
+def reduce_rows(part: Tensor, valid: Tensor, counted: Tensor, reduction: str) -> Tensor:
+    """Reduce one part of the rows; a row that does not count is 0, and so is the mean of no rows."""
+    rows = torch.where(counted, part * valid, 0.0)
     if reduction == "none":
         return rows
     if reduction == "sum":

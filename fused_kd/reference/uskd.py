@@ -43,6 +43,7 @@ def uskd_loss(
     beta: float = 0.1,
     mu: float = 0.005,
     ce_weight: float = 0.0,
+    label_smoothing: float = 0.0,
     rank: str = "normalized",
     square: bool = True,
     ignore_index: int = -100,
@@ -68,7 +69,7 @@ def uskd_loss(
     non_target_part = -times_log(beta * terms.zipf, log_p_hat).sum(dim=1)
     smoothed = 0.9 * dense_labels(labels, dtype) + 0.1 / num_classes
     weak_part = -times_log(mu * smoothed, weak.log_softmax(dim=1)).sum(dim=1)
-    ce_part = cross_entropy(log_p, labels, ce_weight)
+    ce_part = cross_entropy(log_p, labels, ce_weight, label_smoothing)
     loss, parts = combine([target_part, non_target_part, weak_part, ce_part], terms.valid, labels.counted, reduction)
     return loss, USKDParts(*parts)
 

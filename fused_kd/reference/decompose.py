@@ -1,0 +1,65 @@
+"""The parts of KD, NKD and DKD side by side, to rebuild the paper's ablations by weighting them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_kd.reference.rows import masked_softmax, reduce_rows, teacher_rows, times_log
+from fused_kd.reference.teacher import binary_divergence, non_target_divergence
+
+
+class Decomposition(NamedTuple):
+    """Unweighted parts, differentiable in the student; :func:`decompose` has their formulas."""
+
+    kd_target: Tensor
+    kd_non_target: Tensor
+    nkd_non_target: Tensor
+    dkd_binary: Tensor
+    dkd_non_target: Tensor
+    nkd_target: Tensor
+
+
+def decompose(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    *,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Decomposition:
+    """The parts of a batch, with q, p the teacher's and the student's softmax and a hat leaving the target y out:
+
+    ``kd_target``       T² (−q_y(T) log p_y(T))
+    ``kd_non_target``   T² (−Σ_{j≠y} q_j(T) log p_j(T)); with the above KD's cross entropy, KD plus T² H(q(T))
+    ``nkd_non_target``  T² (−Σ_{j≠y} q̂_j log p̂_j)
+    ``dkd_binary``      T² KL(b_t ‖ b_s), b = (p_y(T), 1 − p_y(T))
+    ``dkd_non_target``  T² KL(q̂ ‖ p̂)
+    ``nkd_target``      −q_y log p_y at T = 1
+
+    NKD = nkd_target + gamma nkd_non_target and DKD = alpha dkd_binary + beta dkd_non_target. The target of
+    probabilities is their largest entry.
+    """
+    rows = teacher_rows(student_logits, teacher_logits, target, ignore_index)
+    labels, _, student, teacher = rows
+    scale = temperature**2
+    kd = -times_log(scale * (teacher / temperature).softmax(dim=1), (student / temperature).log_softmax(dim=1))
+    nkd = -times_log(teacher.softmax(dim=1), student.log_softmax(dim=1))
+    if student.shape[1] == 2:
+        nkd_non_target = torch.zeros_like(kd[:, 0])
+    else:
+        log_p_hat = masked_softmax(student / temperature, labels.is_target, log=True)
+        q_hat = masked_softmax(teacher / temperature, labels.is_target, log=False)
+        nkd_non_target = -times_log(scale * q_hat, log_p_hat).sum(dim=1)
+    parts = Decomposition(
+        kd_target=kd.gather(1, labels.columns).squeeze(1),
+        kd_non_target=torch.where(labels.is_target, 0.0, kd).sum(dim=1),
+        nkd_non_target=nkd_non_target,
+        dkd_binary=binary_divergence(rows, 1.0, temperature),
+        dkd_non_target=non_target_divergence(rows, 1.0, temperature),
+        nkd_target=nkd.gather(1, labels.columns).squeeze(1),
+    )
+    return Decomposition(*(reduce_rows(part, labels.valid, labels.counted, reduction) for part in parts))

@@ -1,0 +1,66 @@
+"""DIST: the correlation of the student's with the teacher's probabilities, along rows and along columns."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_kd.reference.rows import check_target, combine, cross_entropy, teacher_rows
+
+
+class DISTParts(NamedTuple):
+    """The weighted, detached parts of DIST: rows (inter-class), columns (intra-class), CE. They sum to the loss."""
+
+    inter: Tensor
+    intra: Tensor
+    ce: Tensor
+
+
+def dist_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None,
+    *,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    temperature: float = 1.0,
+    ce_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    logit_standardization: bool = False,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> tuple[Tensor, DISTParts]:
+    """DIST (Huang et al.): T² (beta (1 − r of the row) + gamma (1 − mean over the classes of r of the column)).
+
+    r = Σ a b / (√Σa² √Σb² + 1e-8) with a, b the softmaxes at T less their mean along the row or the column. The second
+    term is one number for the batch, which every row that counts is given whole, so that the loss stays the mean of its
+    rows; a NaN in one row is in it too.
+    Ignored rows are in neither term. Without targets every row counts and ``ce_weight`` must be 0.
+    """
+    check_target(target, ce_weight)
+    labels, raw_student, student, teacher = teacher_rows(
+        student_logits, teacher_logits, target, ignore_index, logit_standardization=logit_standardization
+    )
+    p, q = (student / temperature).softmax(dim=1), (teacher / temperature).softmax(dim=1)
+    scale = temperature**2
+    inter = scale * beta * (1.0 - _correlation(p - p.mean(1, keepdim=True), q - q.mean(1, keepdim=True), dim=1))
+    counted = labels.counted.unsqueeze(1)
+    columns = _correlation(_centre_columns(p, counted), _centre_columns(q, counted), dim=0)
+    intra = (scale * gamma * (1.0 - columns.mean())).expand_as(inter)
+    ce_part = cross_entropy(raw_student.log_softmax(dim=1), labels, ce_weight, label_smoothing)
+    loss, parts = combine([inter, intra, ce_part], labels.valid, labels.counted, reduction)
+    return loss, DISTParts(*parts)
+
+
+def _centre_columns(p: Tensor, counted: Tensor) -> Tensor:
+    """Less the mean over the rows that count; 0 in the others."""
+    mean = torch.where(counted, p, 0.0).sum(dim=0, keepdim=True) / counted.sum().clamp(min=1)
+    return torch.where(counted, p - mean, 0.0)
+
+
+def _correlation(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    # The norm's gradient at 0, of a constant row or column, is 0 rather than NaN.
+    norms: Tensor = torch.linalg.vector_norm(a, dim=dim) * torch.linalg.vector_norm(b, dim=dim)
+    return (a * b).sum(dim=dim) / (norms + 1e-8)

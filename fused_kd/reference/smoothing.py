@@ -1,0 +1,94 @@
+"""Distillation without a teacher: the virtual teacher of Tf-KD and Zipf's label smoothing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_kd.reference.rows import (
+    NEG_INF,
+    accumulation_dtype,
+    combine,
+    counted_logits,
+    cross_entropy,
+    divergence,
+    drop_impossible,
+    find_labels,
+    masked_softmax,
+)
+from fused_kd.reference.teacher import DistillationParts
+
+
+def tf_kd_loss(
+    student_logits: Tensor,
+    target: Tensor,
+    *,
+    correct: float = 0.99,
+    temperature: float = 20.0,
+    ce_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> tuple[Tensor, DistillationParts]:
+    """Tf-KD with a virtual teacher (Yuan et al.): KL(softmax(u / T) ‖ p), u_y = correct, u_j = (1 − correct) / (C − 1).
+
+    T softens the virtual teacher only. The mean is over the rows; the published code divides by N·C. The target of
+    probabilities is their largest entry.
+    """
+    dtype, num_classes = accumulation_dtype(student_logits), student_logits.shape[1]
+    labels = find_labels(target, num_classes, ignore_index, dtype, most=1)
+    log_p = counted_logits(drop_impossible(student_logits.to(dtype)), labels.counted).log_softmax(dim=1)
+    virtual = torch.where(labels.is_target, correct, (1.0 - correct) / (num_classes - 1)).to(dtype)
+    log_q = (virtual / temperature).log_softmax(dim=1)
+    parts = [divergence(log_q.exp(), log_q, log_p), cross_entropy(log_p, labels, ce_weight, label_smoothing)]
+    loss, parts = combine(parts, labels.valid, labels.counted, reduction)
+    return loss, DistillationParts(*parts)
+
+
+def zipf_ls_loss(
+    student_logits: Tensor,
+    dense_logits: Tensor,
+    target: Tensor,
+    *,
+    weight: float = 0.1,
+    power: float = 1.0,
+    ce_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> tuple[Tensor, DistillationParts]:
+    """Zipf's label smoothing (Liang et al.): weight · KL(ẑ ‖ p̂) over the classes that are not targets.
+
+    Each of the P positions of ``dense_logits`` ``(N, P, C)`` votes for its largest class (the lower of equal ones).
+    ẑ_j ∝ rank_j^(−power), rank_j = 1 + the number of classes, targets included, with more votes than j. Probabilities
+    have one or two targets, as in USKD; and as there, a class whose student logit is -inf leaves the non-target set.
+    """
+    dtype = accumulation_dtype(student_logits)
+    labels = find_labels(target, student_logits.shape[1], ignore_index, dtype, most=2)
+    student = counted_logits(drop_impossible(student_logits.to(dtype)), labels.counted)
+    dense = dense_logits.detach()
+
+    # A vote hides a NaN of the dense logits, and leaving the target out one of the student there. A factor takes both
+    # to the whole row and its gradient.
+    broken = dense.isnan().any(dim=2).any(dim=1) | student.detach().isnan().any(dim=1)
+    student = student * torch.where(broken & labels.counted, torch.nan, labels.valid).unsqueeze(1)
+
+    zipf = _vote_ranks(dense).to(dtype).pow(-power)
+    zipf = torch.where(labels.is_target | (student.detach() == NEG_INF), 0.0, zipf)
+    total = zipf.sum(dim=1, keepdim=True)
+    zipf = zipf / torch.where(total == 0, 1.0, total)
+    log_p_hat = masked_softmax(student, labels.is_target, log=True)
+    ce_part = cross_entropy(student.log_softmax(dim=1), labels, ce_weight, label_smoothing)
+    parts = [divergence(zipf, zipf.log(), log_p_hat, weight), ce_part]
+    loss, parts = combine(parts, labels.valid, labels.counted, reduction)
+    return loss, DistillationParts(*parts)
+
+
+def _vote_ranks(dense_logits: Tensor) -> Tensor:
+    """1 + the number of classes with more votes, ``(N, C)``: equal ones share the lowest, so best, of their ranks."""
+    num_rows, _, num_classes = dense_logits.shape
+    chosen = dense_logits.argmax(dim=2)
+    votes = torch.zeros(num_rows, num_classes, dtype=torch.int64, device=chosen.device)
+    votes = votes.scatter_add(1, chosen, torch.ones_like(chosen))
+    not_more = torch.searchsorted(votes.sort(dim=1).values, votes, right=True)
+    return num_classes - not_more + 1
