@@ -19,32 +19,13 @@ from fused_kd.backends import triton_config
 pytest.importorskip("triton")
 pytestmark = [
     pytest.mark.skipif(backend.unavailable("cpu") is not None, reason=str(backend.unavailable("cpu"))),
+    pytest.mark.usefixtures("quick_interpreter"),
     pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # NumPy, of the interpreter's inf and NaN
 ]
 
 INF, NAN = math.inf, math.nan
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CLASSES = (2, 3, 10, 100, 1000, 1001)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_interpreter():
-    """The interpreter patches triton.language anew at each call of a helper inside a kernel, half of all its time here;
-    once at the kernel itself is enough. Private to Triton, so done only where its parts are as known."""
-    from triton import language
-    from triton.runtime import interpreter
-
-    patch = getattr(interpreter, "_patch_lang", None)
-    is_builtin = getattr(language.core, "is_builtin", lambda member: False)
-
-    def patch_once(function):
-        modules = [value for value in function.__globals__.values() if value is language or value is language.core]
-        return patch(function) if any(is_builtin(module.load) for module in modules) else None
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        if patch and is_builtin(language.load):
-            monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
-        yield
 
 
 @pytest.fixture(params=["on_chip", "looped"])

@@ -20,7 +20,7 @@ from fused_kd.backends import triton_config
 from fused_kd.reference import accumulation_dtype
 
 #: What this backend has kernels for.
-LOSSES = frozenset({"nkd"})
+LOSSES = frozenset({"nkd", "uskd"})
 #: Up to so many rows every program counts the targets itself, which saves a launch; they are in its cache line by line.
 COUNT_ROWS = 2048
 #: Up to so many rows one program sums the parts; beyond, chunks of as many are summed side by side first.
@@ -32,7 +32,7 @@ SCALE_PROGRAMS = 2048
 
 
 class Launch(NamedTuple):
-    """One kernel launch: ``kernel`` names a function of triton_kernels or triton_reductions."""
+    """One kernel launch: ``kernel`` names a Triton function of the kernels' modules, or one of ``HOST``."""
 
     kernel: str
     programs: int
@@ -66,23 +66,45 @@ def unavailable(device_type: str, loss: str = "nkd") -> str | None:
 @lru_cache(maxsize=1)
 def _kernels() -> dict[str, Any]:
     modules: list[ModuleType] = [
-        importlib.import_module(f"fused_kd.backends.{name}") for name in ("triton_kernels", "triton_reductions")
+        importlib.import_module(f"fused_kd.backends.{name}")
+        for name in ("triton_kernels", "triton_reductions", "triton_uskd_kernels", "triton_uskd_streamed")
     ]
-    names = ("rows_on_chip", "rows_looped", "count_chunks", "reduce_parts", "scale_rows")
+    names = (
+        "rows_on_chip", "rows_looped", "count_chunks", "reduce_parts", "scale_rows",
+        "target_probabilities", "ranked_on_chip", "write_keys", "write_zipf", "combine_ranked",
+    )  # fmt: skip
     return {name: getattr(module, name) for module in modules for name in names if hasattr(module, name)}
 
 
-def _run(launches: list[Launch], device: torch.device) -> None:
+def _sort_rows(keys: Tensor, values: Tensor, order: Tensor) -> None:
+    torch.sort(keys, dim=1, descending=True, stable=True, out=(values, order))
+
+
+#: What a plan may ask of PyTorch between its launches.
+HOST = {"sort_rows": _sort_rows}
+
+
+def __getattr__(name: str) -> Any:
+    """USKD's functions, from a module that is imported when it is first asked for one."""
+    if name in ("uskd", "uskd_batch_sums"):
+        return getattr(importlib.import_module("fused_kd.backends.triton_uskd"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def run(launches: list[Launch], device: torch.device) -> None:
     """Launch on the tensors' device, in its current stream; Triton itself would take the current device."""
     kernels = _kernels()
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
         for kernel, programs, arguments, options in launches:
-            kernels[kernel][(programs,)](*arguments, **options)
+            if kernel in HOST:
+                HOST[kernel](*arguments)
+            else:
+                kernels[kernel][(programs,)](*arguments, **options)
 
 
 @lru_cache(maxsize=1)
-def _acc_types() -> dict[torch.dtype, Any]:
+def acc_types() -> dict[torch.dtype, Any]:
     language = importlib.import_module("triton.language")
     return {torch.float32: language.float32, torch.float64: language.float64}
 
@@ -112,7 +134,7 @@ def nkd(
         student, teacher, target, gradient, loss, parts, norm,
         gamma, temperature, ce_weight, ignore_index, reduction, need_gradient, gradient_scale,
     )  # fmt: skip
-    _run(launches, device)
+    run(launches, device)
     return loss, parts, gradient, norm
 
 
@@ -134,25 +156,14 @@ def plan_nkd(
 ) -> list[Launch]:
     """The launches that fill the outputs, in order."""
     rows, classes = student.shape
-    acc = _acc_types()[loss.dtype]
+    acc = acc_types()[loss.dtype]
     probabilities = target.is_floating_point()
     per_row, mean = reduction == "none", reduction == "mean"
     # float16 might underflow when divided by the row count, so the power of two next to it stays for the backward op.
     half = mean and student.dtype == torch.float16
     target_row, target_col = target.stride() if probabilities else (target.stride(0), 0)
-    launches = []
-    arguments: tuple[Any, ...]
-
-    counts, count_stride, count_items, count = target, target_row, rows, 0
-    if mean and not probabilities:
-        count = COUNT_TARGETS
-        if rows > (COUNT_ROWS if need_gradient else CHUNK):
-            chunk = max(COUNT_ROWS, -(-rows // 1024))
-            count, count_stride, count_items = COUNT_PARTIAL, 1, -(-rows // chunk)
-            counts = torch.empty(count_items, dtype=torch.int32, device=student.device)
-            arguments = (target, counts, target_row, rows, chunk, ignore_index)
-            launches.append(Launch("count_chunks", count_items, arguments, {"num_warps": 4}))
-
+    launches: list[Launch] = []
+    counts = plan_count(launches, target, ignore_index, reduction, need_gradient)
     row_parts = parts if per_row else torch.empty((3, rows), dtype=loss.dtype, device=student.device)
     narrow = min(t.element_size() for t in (student, teacher, target) if t.is_floating_point())
     row_strides = [student.stride(0), teacher.stride(0), *([target_row] if probabilities else [])]
@@ -175,7 +186,7 @@ def plan_nkd(
         "UNIT_T": temperature == 1.0,
         "PROB": probabilities,
         "GRAD": need_gradient,
-        "COUNT": count if need_gradient else 0,
+        "COUNT": counts.how if need_gradient else 0,
         "HALF": half,
         "PER_ROW": per_row,
         "num_warps": config.warps,
@@ -193,32 +204,92 @@ def plan_nkd(
     if half and probabilities:
         known *= 2.0 ** (rows.bit_length() - 1)
     arguments = (
-        student, teacher, target, gradient, loss, row_parts, norm, counts,
-        rows, classes, *student.stride(), *teacher.stride(), target_row, target_col, count_items, ignore_index,
+        student, teacher, target, gradient, loss, row_parts, norm, counts.source,
+        rows, classes, *student.stride(), *teacher.stride(), target_row, target_col, counts.items, ignore_index,
         gamma if classes > 2 else 0.0, temperature, ce_weight, gradient_scale * known, 1.0 / gradient_scale,
     )  # fmt: skip
     launches.append(Launch(kernel, programs, arguments, options))
 
-    while not per_row:
-        programs = -(-rows // CHUNK)
-        final = programs == 1
-        sums = parts if final else torch.empty((3, programs), dtype=loss.dtype, device=student.device)
-        arguments = (
-            row_parts, sums, loss, norm, counts,
-            rows, CHUNK, count_stride, count_items, ignore_index, 1.0 / gradient_scale,
-        )  # fmt: skip
-        options = {"ACC": acc, "FINAL": final, "MEAN": mean, "COUNT": count, "HALF": half, "num_warps": 8}
-        launches.append(Launch("reduce_parts", programs, arguments, options))
-        if final:
-            break
-        row_parts, rows = sums, programs
+    if not per_row:
+        finish = (loss, (norm, norm), (1.0 / gradient_scale,) * 2, (half, half))
+        plan_reduction(launches, row_parts, parts, counts, ignore_index, reduction, finish)
     return launches
+
+
+class Counts(NamedTuple):
+    """Where kernels find the number of rows that count, and ``how``: their argument COUNT."""
+
+    source: Tensor
+    stride: int
+    items: int
+    how: int
+
+
+def plan_count(
+    launches: list[Launch], target: Tensor, ignore_index: int, reduction: str, every_row: bool = True
+) -> Counts:
+    """Where to find the number of rows that count, for which a mean over many index targets appends a launch. With
+    ``every_row`` each program of a row kernel will count, else only the one that reduces the parts."""
+    rows, stride = target.shape[0], target.stride(0)
+    if reduction != "mean" or target.is_floating_point():
+        return Counts(target, stride, rows, 0)
+    if rows <= (COUNT_ROWS if every_row else CHUNK):
+        return Counts(target, stride, rows, COUNT_TARGETS)
+    chunk = max(COUNT_ROWS, -(-rows // 1024))
+    items = -(-rows // chunk)
+    counts = torch.empty(items, dtype=torch.int32, device=target.device)
+    arguments = (target, counts, stride, rows, chunk, ignore_index)
+    launches.append(Launch("count_chunks", items, arguments, {"num_warps": 4}))
+    return Counts(counts, 1, items, COUNT_PARTIAL)
+
+
+#: The loss, and for each of two gradients (or twice for one) its norm, that norm's value, and whether it is kept in
+#: float16, where the divisor's power of two goes into the norm.
+Finish = tuple[Tensor, tuple[Tensor, Tensor], tuple[float, float], tuple[bool, bool]]
+
+
+def plan_reduction(
+    launches: list[Launch],
+    row_parts: Tensor,
+    parts: Tensor,
+    counts: Counts | None,
+    ignore_index: int,
+    reduction: str,
+    finish: Finish | None,
+) -> None:
+    """Append the launches that reduce ``row_parts`` (parts, rows) to ``parts`` (parts,) and ``finish``; without that,
+    to plain sums."""
+    width, rows = row_parts.shape
+    counts = counts or Counts(row_parts, 1, rows, 0)
+    loss, norms, norm_values, halves = finish or (parts, (parts, parts), (1.0, 1.0), (False, False))
+    while True:
+        programs = -(-rows // CHUNK)
+        last = programs == 1
+        sums = parts if last else torch.empty((width, programs), dtype=parts.dtype, device=parts.device)
+        arguments = (
+            row_parts, sums, loss, *norms, counts.source,
+            rows, CHUNK, counts.stride, counts.items, ignore_index, *norm_values,
+        )  # fmt: skip
+        options = {
+            "ACC": acc_types()[parts.dtype],
+            "PARTS": width,
+            "FINAL": last and finish is not None,
+            "MEAN": reduction == "mean",
+            "COUNT": counts.how,
+            "HALF": halves[0],
+            "OTHER_HALF": halves[1],
+            "num_warps": 8,
+        }
+        launches.append(Launch("reduce_parts", programs, arguments, options))
+        if last:
+            return
+        row_parts, rows = sums, programs
 
 
 def scale_gradient(gradient: Tensor, grad_output: Tensor, norm: Tensor, out: Tensor) -> None:
     """out = gradient * grad_output * norm, row by row; ``out`` may be ``gradient``."""
     if gradient.numel():
-        _run([plan_scale(gradient, grad_output, norm, out)], gradient.device)
+        run([plan_scale(gradient, grad_output, norm, out)], gradient.device)
 
 
 def plan_scale(gradient: Tensor, grad_output: Tensor, norm: Tensor, out: Tensor) -> Launch:
@@ -231,7 +302,7 @@ def plan_scale(gradient: Tensor, grad_output: Tensor, norm: Tensor, out: Tensor)
     vector = 16 // gradient.element_size()
     tiles = rows * -(-(width + vector - 1) // config.block)
     options = {
-        "ACC": _acc_types()[norm.dtype],
+        "ACC": acc_types()[norm.dtype],
         "BLOCK": config.block,
         "VEC": vector,
         "IN_PLACE": gradient.data_ptr() == out.data_ptr(),

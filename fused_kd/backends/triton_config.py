@@ -29,6 +29,15 @@ class Looped(NamedTuple):
     registers: int
 
 
+class Streamed(NamedTuple):
+    """``rows`` rows per program of ``warps`` warps, walked in tiles of ``block`` classes."""
+
+    rows: int
+    block: int
+    warps: int
+    registers: int
+
+
 class Flat(NamedTuple):
     """Tiles of ``block`` neighbours, each done by ``warps`` warps."""
 
@@ -119,3 +128,35 @@ def scale_config(width: int) -> Flat:
     row's first and last are masked, and so scalar where it does not start aligned."""
     block = min(2048, max(128, 1 << (width - 1).bit_length()))
     return Flat(block, max(1, block // 512))
+
+
+#: USKD, float32: (largest tile of classes x rows that is sorted on chip, warps, registers of a thread): 8 words of 64
+#: bits a thread. The sort's network grows with the square of the tile's logarithm, and so does the time that it takes to
+#: compile: seconds for the last row.
+RANKED = ((1024, 4, 128), (2048, 8, 128), (4096, 16, 128))
+#: Tiles of the kernels around PyTorch's sort, by (float64, neighbours): strided columns need a pointer for each logit.
+STREAMED = {
+    (False, True): (2048, 8, 128),
+    (False, False): (1024, 8, 128),
+    (True, True): (512, 4, 255),
+    (True, False): (512, 4, 255),
+}
+
+
+@lru_cache(maxsize=1024)
+def uskd_config(classes: int, *, wide: bool, probabilities: bool, neighbours: bool) -> OnChip | Streamed:
+    """Layout of USKD: rows sorted on chip, or streamed around a sort by PyTorch, as all of float64 are, whose keys
+    leave no room for the class in a word. For the arguments see :func:`row_config`."""
+    block = max(16, 1 << (classes - 1).bit_length())
+    for tile, warps, registers in () if wide else RANKED:
+        if block <= tile:
+            return OnChip(min(ON_CHIP_ROWS, max(1, tile // block)), block, warps, registers)
+    return streamed_config(classes, wide=wide, probabilities=probabilities, neighbours=neighbours)
+
+
+@lru_cache(maxsize=1024)
+def streamed_config(classes: int, *, wide: bool, probabilities: bool, neighbours: bool) -> Streamed:
+    """Layout of the kernels around PyTorch's sort, and of the one that makes USKD's batch sums."""
+    tile, warps, registers = STREAMED[wide, neighbours]
+    block = min(tile, max(16, 1 << (classes - 1).bit_length()))
+    return Streamed(min(ON_CHIP_ROWS, tile // block), block, warps, registers)

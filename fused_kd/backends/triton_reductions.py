@@ -29,7 +29,7 @@ def _sum_rows(values, items, ACC: tl.constexpr):
     total = tl.zeros([_BLOCK], ACC)
     for start in range(0, items, _BLOCK):
         index = start + tl.arange(0, _BLOCK)
-        total += tl.load(values + index, mask=index < items, other=0.0)
+        total += tl.load(values + index, mask=index < items, other=0.0).to(ACC)
     return tl.sum(total, 0)
 
 
@@ -39,6 +39,7 @@ def reduce_parts(
     parts,
     loss,
     norm,
+    other_norm,
     counts,
     rows: tl.int64,
     chunk: tl.int64,
@@ -46,41 +47,47 @@ def reduce_parts(
     count_items: tl.int32,
     ignore_index: tl.int64,
     norm_value: tl.float64,
+    other_norm_value: tl.float64,
     ACC: tl.constexpr,
+    PARTS: tl.constexpr,
     FINAL: tl.constexpr,
     MEAN: tl.constexpr,
     COUNT: tl.constexpr,
     HALF: tl.constexpr,
+    OTHER_HALF: tl.constexpr,
 ):
-    """Sums of chunks of the row parts (3, rows) into parts (3, programs); with FINAL, one program, the whole result.
+    """Sums of chunks of the row parts (PARTS, rows) into parts (PARTS, programs); with FINAL, one program, the whole
+    result.
 
     MEAN divides by the rows that count: COUNT as for the row kernels, 0 meaning that all of them do. HALF leaves
-    the power of two next to that divisor to ``norm``, for a gradient stored in float16 (see fused_kd/ops.py).
+    the power of two next to that divisor to ``norm``, for a gradient stored in float16 (see fused_kd/ops.py), and
+    OTHER_HALF to ``other_norm``. A loss with one gradient passes one norm twice.
     """
     program = tl.program_id(0).to(tl.int64)
+    programs = tl.num_programs(0)
     start = program * chunk
     items = tl.minimum(rows - start, chunk).to(tl.int32)
-    target = _sum_rows(row_parts + start, items, ACC)
-    non_target = _sum_rows(row_parts + rows + start, items, ACC)
-    ce = _sum_rows(row_parts + 2 * rows + start, items, ACC)
+    count = count_items
+    if FINAL and MEAN and COUNT > 0:
+        count = count_rows(counts, count_stride, count_items, ignore_index, COUNT == 2, _BLOCK)
+    count = tl.maximum(count, 1)
+    total = tl.zeros([], ACC)
+    for part in tl.static_range(PARTS):
+        value = _sum_rows(row_parts + part * rows + start, items, ACC)
+        if FINAL and MEAN:
+            value /= count.to(ACC)
+        tl.store(parts + part * programs + program, value)
+        total += value
     if FINAL:
         norm_here = tl.full((), norm_value, ACC)
-        if MEAN:
-            count = count_items
-            if COUNT > 0:
-                count = count_rows(counts, count_stride, count_items, ignore_index, COUNT == 2, _BLOCK)
-            by = tl.maximum(count, 1).to(ACC)
-            target /= by
-            non_target /= by
-            ce /= by
-            if HALF:
-                norm_here /= power_of_two_below(tl.maximum(count, 1)).to(ACC)
-        tl.store(loss, target + non_target + ce)
+        other_here = tl.full((), other_norm_value, ACC)
+        if MEAN and HALF:
+            norm_here /= power_of_two_below(count).to(ACC)
+        if MEAN and OTHER_HALF:
+            other_here /= power_of_two_below(count).to(ACC)
+        tl.store(loss, total)
         tl.store(norm, norm_here)
-    programs = tl.num_programs(0)
-    tl.store(parts + program, target)
-    tl.store(parts + programs + program, non_target)
-    tl.store(parts + 2 * programs + program, ce)
+        tl.store(other_norm, other_here)
 
 
 @triton.jit(do_not_specialize=["rows", "width", "stride"])

@@ -35,13 +35,13 @@ _LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _zero_if_empty(maximum):
+def zero_if_empty(maximum):
     """A maximum to subtract: -inf - -inf would be NaN, -inf - 0 gives the exponential 0 that is meant."""
     return tl.where(maximum == _NEG_INF, 0.0, maximum)
 
 
 @triton.jit
-def _times(weight, value):
+def times(weight, value):
     """weight * value with 0 * inf = 0, for a loss, which is +inf if anything; NaN stays."""
     return weight * tl.where(weight == 0.0, tl.where(value == _INF, 0.0, value), value)
 
@@ -56,9 +56,9 @@ def _weighted(weight, value):
 def _rescale(stats, m_s, m_t, k, k_T, UNIT_T: tl.constexpr):
     """The same statistics relative to other maxima, at least as large. No sum of anything is taken here."""
     old_s, z_s, z_sT, old_t, z_t, z_tT, dot, v_sum, v_dot = stats
-    base_s = _zero_if_empty(m_s)
+    base_s = zero_if_empty(m_s)
     down_s = old_s - base_s
-    down_t = old_t - _zero_if_empty(m_t)
+    down_t = old_t - zero_if_empty(m_t)
     # Where nothing finite was seen, dot and v_dot are 0 or -inf, and moving the origin changes neither.
     moved = tl.where(old_s == _NEG_INF, 0.0, down_s)
     factor_t = tl.exp2(down_t * k_T)
@@ -89,7 +89,7 @@ def accumulate(stats, s, t, v, k, k_T, UNIT_T: tl.constexpr, PROB: tl.constexpr)
     m_t = tl.maximum(stats[3], tl.max(t, 1))
     base_s, z_s, z_sT, z_t, z_tT, dot, v_sum, v_dot = _rescale(stats, m_s, m_t, k, k_T, UNIT_T)
     d_s = s - base_s[:, None]
-    d_t = t - _zero_if_empty(m_t)[:, None]
+    d_t = t - zero_if_empty(m_t)[:, None]
     u = d_s * k_T
     f = tl.exp2(d_t * k_T)
     z_s += tl.sum(tl.exp2(d_s * k), 1)
@@ -133,7 +133,7 @@ def _join_target(x_y, m, z, k):
     Returns p_y, 1 - p_y, the factor that turns exp(x_j - m) into p_j, log2 of the whole sum relative to m, and
     -log2 p_y. With u = (x_y - m) k and M = max(u, 0) the whole sum is 2^M (z 2^-M + 2^(u - M)).
     """
-    u = (x_y - _zero_if_empty(m)) * k
+    u = (x_y - zero_if_empty(m)) * k
     top = tl.where(m == _NEG_INF, u, tl.maximum(u, 0.0))
     outside = tl.where(m == _NEG_INF, 0.0, tl.exp2(-top))
     inside = tl.exp2(u - top)
@@ -159,10 +159,10 @@ def nkd_coefficients(stats, s_y, t_y, v_y, gamma, temperature, ce_weight, k, UNI
     asked = tl.where(hat_t == 0.0, 0.0, 1.0).to(hat_t.dtype)
     hat_s = tl.where(hat_s == 0.0, 1.0, hat_s)
     hat_t = tl.where(hat_t == 0.0, 1.0, hat_t)
-    target = _times(q_y, nll * _LN2)
+    target = times(q_y, nll * _LN2)
     non_target = _weighted(gamma * temperature * temperature, (asked * tl.log2(hat_s) - dot / hat_t) * _LN2)
     if PROB:
-        ce = _weighted(ce_weight, (_times(v_y, nll) + v_sum * log_z - v_dot) * _LN2)
+        ce = _weighted(ce_weight, (times(v_y, nll) + v_sum * log_z - v_dot) * _LN2)
         mass = v_sum + v_y
         at_target = -q_y * p_rest + ce_weight * (p_y * v_sum - v_y * p_rest)
     else:
@@ -180,8 +180,8 @@ def nkd_coefficients(stats, s_y, t_y, v_y, gamma, temperature, ce_weight, k, UNI
 def combine(s, t, v, is_target, stats, coefficients, k, k_T, UNIT_T: tl.constexpr, PROB: tl.constexpr):
     """The gradient of tiles from the row's statistics and coefficients (a, b, c, the weight of -v, the value at y)."""
     a, b, c, v_weight, at_target = coefficients
-    d_s = s - _zero_if_empty(stats[0])[:, None]
-    d_t = t - _zero_if_empty(stats[3])[:, None]
+    d_s = s - zero_if_empty(stats[0])[:, None]
+    d_t = t - zero_if_empty(stats[3])[:, None]
     if UNIT_T:
         g = (a + b)[:, None] * tl.exp2(d_s * k)
     else:
