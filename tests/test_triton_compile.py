@@ -19,13 +19,17 @@ from fused_kd.backends import triton as backend
 from fused_kd.backends import triton_config
 
 ROW_KERNELS = ("rows_on_chip", "rows_looped")
+#: What USKD's kernels may take of shared memory: what every GPU since sm_80 gives a block, the smaller ones included.
+RANKED_SHARED = 99 * 1024
 
 
 def main(selection: str, capabilities: list[int]) -> None:
     from fused_kd.backends import triton_compile
 
     seen = set()
-    for case in triton_compile.cases(full=selection == "full"):
+    loss, extent = selection.split("-")
+    cases = triton_compile.cases if loss == "nkd" else triton_compile.ranked_cases
+    for case in cases(full=extent == "full"):
         for launch in case.launches():
             # The count kernels and reductions of two cases are mostly the same.
             tensors = [getattr(argument, "dtype", None) for argument in launch.arguments]
@@ -39,8 +43,8 @@ def main(selection: str, capabilities: list[int]) -> None:
                     "case": str(case),
                     "kernel": launch.kernel,
                     "capability": capability,
-                    "limit": triton_compile.SHARED_LIMIT[capability],
-                    "element_bytes": max(case.student.itemsize, case.teacher.itemsize),
+                    "limit": triton_compile.SHARED_LIMIT[capability] if loss == "nkd" else RANKED_SHARED,
+                    "element_bytes": max(case.student.itemsize, case[1].itemsize),
                     "vector": launch.options.get("VEC", 1),
                     "warps": launch.options["num_warps"],
                     **report._asdict(),
@@ -79,7 +83,7 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is n
 
 
 def test_selection():
-    reports = compile_in_subprocess("short", (80, 90))
+    reports = compile_in_subprocess("nkd-short", (80, 90))
     assert {report["kernel"] for report in reports} == {
         *ROW_KERNELS,
         "count_chunks",
@@ -89,10 +93,24 @@ def test_selection():
     check(reports)
 
 
+def test_ranked_selection():
+    reports = compile_in_subprocess("uskd-short", (90,))
+    assert {report["kernel"] for report in reports} == {
+        "target_probabilities",
+        "ranked_on_chip",
+        "write_keys",
+        "write_zipf",
+        "combine_ranked",
+        "reduce_parts",
+    }
+    check(reports)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("loss", ["nkd", "uskd"])
 @pytest.mark.parametrize("capability", [80, 90, 100])
-def test_matrix(capability):
-    check(compile_in_subprocess("full", (capability,)))
+def test_matrix(capability, loss):
+    check(compile_in_subprocess(f"{loss}-full", (capability,)))
 
 
 @pytest.mark.parametrize(

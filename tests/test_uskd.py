@@ -58,7 +58,8 @@ def test_matches_the_published_values(case, backend):
 @pytest.mark.parametrize("rank", RANKS)
 def test_every_option_agrees_with_the_reference(fused, rank, square, kind):
     options = {"alpha": 0.8, "beta": 0.5, "mu": 0.3, "ce_weight": 0.7, "rank": rank, "square": square}
-    for classes in (2, 3, 5, 17, 100, 1000):
+    # Triton's interpreter takes a second for what the others do in milliseconds.
+    for classes in (2, 5, 600) if fused == "triton" else (2, 3, 5, 17, 100, 1000):
         student, weak, target = make(6, classes, kind)
         if classes > 5:
             student[1, 3] = -INF  # takes no Zipf mass
@@ -75,6 +76,8 @@ def test_every_option_agrees_with_the_reference(fused, rank, square, kind):
 @pytest.mark.parametrize("classes", (2, 10, 1000, 1001, 4097, 21841))
 def test_dtypes_and_shapes_agree_with_float64(fused, dtype, rows, classes):
     """Ranked by the weak logits as rounded to the dtype: their order, unlike that of a key, survives the conversion."""
+    if fused == "triton" and classes > 10:
+        rows = min(rows, 3)  # of its interpreter's time
     student, weak, target = make(rows, classes, dtype=dtype)
     options = {"ce_weight": 1.0, "mu": 0.3, "rank": "weak"}
     ours = run(fused, student, weak, target, **options)

@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fused_kd.backends import triton as backend
+from fused_kd.backends import triton_uskd
 from fused_kd.backends.triton import Launch
 from fused_kd.reference import accumulation_dtype
 
@@ -95,6 +96,52 @@ class Case(NamedTuple):
         return [*plan, backend.plan_scale(student, loss, norm, student)]
 
 
+class RankedCase(NamedTuple):
+    """A call of USKD whose kernels are compiled."""
+
+    student: torch.dtype
+    weak: torch.dtype
+    classes: int
+    rank: str = "normalized"
+    probabilities: bool = False
+    reduction: str = "mean"
+    rows: int = 1024
+    transposed: bool = False
+
+    def __str__(self) -> str:
+        dtypes = "/".join(dict.fromkeys((_TYPES[self.student], _TYPES[self.weak])))
+        target = "probabilities" if self.probabilities else "indices"
+        return f"{self.rows}x{self.classes} {dtypes} {target} {self.rank} {self.reduction}" + (
+            " transposed" if self.transposed else ""
+        )
+
+    def launches(self) -> list[Launch]:
+        """Every launch of a kernel, of the batch sums and of the forward op; the backward op is NKD's."""
+
+        def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        student = empty(self.rows, self.classes, dtype=self.student)
+        if self.transposed:
+            student = empty(self.classes, self.rows, dtype=self.student).t()
+        weak = empty(self.rows, self.classes, dtype=self.weak)
+        acc = accumulation_dtype(student, weak)
+        shape = (self.rows,) if self.reduction == "none" else ()
+        target = (
+            empty(self.rows, self.classes, dtype=self.student)
+            if self.probabilities
+            else empty(self.rows, dtype=torch.int64)
+        )
+        sums, norm = empty(3, dtype=torch.float64), empty(dtype=acc)
+        gradients = empty(*student.shape, dtype=self.student), empty(*weak.shape, dtype=self.weak)
+        plan = triton_uskd.plan_uskd(
+            student, weak, target, sums, gradients, empty(*shape, dtype=acc), empty(4, *shape, dtype=acc), (norm, norm),
+            1.0, 0.1, 0.005, 1.0, self.rank, True, -100, self.reduction, True, True, 1.0, 1.0,
+        )  # fmt: skip
+        plan = [*triton_uskd.plan_batch_sums(student, target, sums, True, -100), *plan]
+        return [launch for launch in plan if launch.kernel not in backend.HOST]
+
+
 def compile_launch(launch: Launch, capability: int) -> Report:
     """Compile a planned launch for a compute capability (90 for 9.0) as Triton would at its first call."""
     function = backend._kernels()[launch.kernel]
@@ -157,3 +204,22 @@ def cases(*, full: bool) -> Iterator[Case]:
             for temperature, probabilities in itertools.product((1.0, 3.0), (False, True)):
                 case = Case(student, teacher, classes, temperature, probabilities)
                 yield from (case, case._replace(reduction="none", rows=40000), case._replace(transposed=True))
+
+
+def ranked_cases(*, full: bool) -> Iterator[RankedCase]:
+    """The same for USKD."""
+    bf16, fp16, fp32, fp64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+    if not full:
+        yield from (RankedCase(bf16, bf16, classes) for classes in (100, 1000, 21841))
+        yield RankedCase(fp16, fp32, 4096, "cls_kd", True)
+        yield RankedCase(fp32, fp32, 21841, "sum", True, "none")
+        yield RankedCase(fp64, fp64, 2048, "cls_kd", True)
+        return
+    for student, weak in ((bf16, bf16), (fp16, fp16), (fp32, fp32), (fp64, fp64), (bf16, fp32), (fp32, fp16)):
+        for classes in (10, 100, 1000, 1001, 2048, 4096, 21841):
+            for probabilities in (False, True):
+                case = RankedCase(student, weak, classes, "normalized", probabilities)
+                yield from (case, case._replace(reduction="none", transposed=True))
+                yield case._replace(rank="cls_kd", rows=40000)
+    for rank in ("weak", "final", "sum"):
+        yield from (RankedCase(bf16, bf16, classes, rank) for classes in (1000, 21841))

@@ -131,9 +131,11 @@ def scale_config(width: int) -> Flat:
 
 
 #: USKD, float32: (largest tile of classes x rows that is sorted on chip, warps, registers of a thread): 8 words of 64
-#: bits a thread. The sort's network grows with the square of the tile's logarithm, and so does the time that it takes to
-#: compile: seconds for the last row.
+#: bits a thread. The sort's network grows with the square of the tile's logarithm, and so does the time that it takes
+#: to compile: seconds for the last row.
 RANKED = ((1024, 4, 128), (2048, 8, 128), (4096, 16, 128))
+#: Where a program sorts several rows with probabilities as targets, whose coefficients add up.
+RANKED_ROWS_REGISTERS = 168
 #: Tiles of the kernels around PyTorch's sort, by (float64, neighbours): strided columns need a pointer for each logit.
 STREAMED = {
     (False, True): (2048, 8, 128),
@@ -150,7 +152,8 @@ def uskd_config(classes: int, *, wide: bool, probabilities: bool, neighbours: bo
     block = max(16, 1 << (classes - 1).bit_length())
     for tile, warps, registers in () if wide else RANKED:
         if block <= tile:
-            return OnChip(min(ON_CHIP_ROWS, max(1, tile // block)), block, warps, registers)
+            rows = min(ON_CHIP_ROWS, max(1, tile // block))
+            return OnChip(rows, block, warps, RANKED_ROWS_REGISTERS if rows > 1 and probabilities else registers)
     return streamed_config(classes, wide=wide, probabilities=probabilities, neighbours=neighbours)
 
 

@@ -185,7 +185,8 @@ def combine_ranked(
         sums += tl.where(takes, z, 0.0)
         cross += tl.where(takes, z * (s - m_s[:, None]), 0.0)
     beta = tl.full((), beta, ACC)
-    non_target, more, by_zipf = rank_terms(tl.sum(sums, 1), tl.sum(cross, 1), z_s, targets[0], targets[1], classes, beta)
+    zipf_sum, zipf_cross = tl.sum(sums, 1), tl.sum(cross, 1)
+    non_target, more, by_zipf = rank_terms(zipf_sum, zipf_cross, z_s, targets[0], targets[1], classes, beta)
     non_target = tl.where(counted, non_target + poison, 0.0)
     tl.store(parts + rows + row, non_target, mask=inside)
     if PER_ROW:
