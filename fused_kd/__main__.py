@@ -74,12 +74,10 @@ def _version(package: str) -> str:
 def run_check(console: Console, devices: list[str], only: list[str] | None, quick: bool) -> int:
     jobs: list[tuple[str, str, str]] = []
     for device in devices:
-        kind = torch.device(device).type
-        for name in only or [n for n in backends.BACKENDS if n != "reference"]:
-            losses = [loss for loss in backends.LOSSES if backends.unavailable(name, kind, loss) is None]
-            if only and not losses:
-                backends.choose(name, kind, backends.LOSSES[0])  # refuses with the reason
-            jobs += [(device, name, loss) for loss in losses]
+        here = [(device, name, loss) for loss in backends.LOSSES for name in check.runnable(device, loss)]
+        jobs += [job for job in here if not only or job[1] in only]
+        for name in set(only or ()) - {job[1] for job in here}:
+            backends.choose(name, torch.device(device).type)  # refuses with the reason
     if not jobs:
         console.print("no fused backend runs here; `python -m fused_kd env` says why", highlight=False)
         return 1
