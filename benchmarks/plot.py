@@ -58,7 +58,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         figure, panels = plt.subplots(len(parts), figsize=size, layout="constrained", squeeze=False)
         for part, axes in zip(parts, panels[:, 0], strict=True):
             _draw(part, axes)
-        note = "\n".join(textwrap.wrap(describe_machine(result), 150))
+        note = "\n".join(textwrap.wrap(describe_machine(result), 120))
         figure.supxlabel(note, x=0.01, ha="left", fontsize=7, color=MUTED)
         figure.savefig(path, dpi=160, facecolor="white")
         plt.close(figure)
@@ -113,5 +113,5 @@ def _draw(part: dict[str, Any], axes: Axes) -> None:
     axes.legend(
         loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(bars), frameon=False, fontsize=9, borderaxespad=0.2
     )
-    title = f"{part['title']}, forward + backward: how many times as fast as the {label(BASELINE)} form"
+    title = f"{part['title']}, forward + backward: speed over the {label(BASELINE)} form"
     axes.set_title(title, x=0, ha="left", fontsize=11, fontweight="bold", pad=24)
