@@ -1,6 +1,9 @@
 // The Python module fused_kd._native. It takes addresses, sizes and strides as plain integers, so that it needs no
 // PyTorch headers and one build works with every PyTorch; fused_kd/backends/native.py is its only caller.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
 
 #include "cpu/core.h"
 
@@ -25,22 +28,27 @@ void* address(uintptr_t data) {
     return reinterpret_cast<void*>(data);
 }
 
-int64_t run_nkd(const std::string& instruction_set, uintptr_t student, int student_dtype,
-                const py::tuple& student_strides, uintptr_t teacher, int teacher_dtype,
-                const py::tuple& teacher_strides, uintptr_t target, int target_dtype, const py::tuple& target_strides,
-                uintptr_t gradient, uintptr_t loss, uintptr_t parts, uintptr_t norm, int accumulate, int64_t rows,
-                int64_t classes, double gamma, double temperature, double ce_weight, int64_t ignore_index,
-                int reduction, double gradient_scale, int threads) {
-    NkdArgs args = {};
+int64_t run_row_loss(const std::string& instruction_set, uintptr_t student, int student_dtype,
+                     const py::tuple& student_strides, uintptr_t teacher, int teacher_dtype,
+                     const py::tuple& teacher_strides, uintptr_t target, int target_dtype,
+                     const py::tuple& target_strides, uintptr_t gradient, uintptr_t loss, uintptr_t parts,
+                     uintptr_t norm, int accumulate, int64_t rows, int64_t classes, int loss_kind,
+                     const std::array<double, 5>& weights, bool standardize, int64_t ignore_index, int reduction,
+                     double gradient_scale, int threads) {
+    RowArgs args = {};
     args.student = matrix(student, student_dtype, student_strides);
     args.teacher = matrix(teacher, teacher_dtype, teacher_strides);
     args.target = matrix(target, target_dtype, target_strides);
     args.gradient = reinterpret_cast<void*>(gradient);
     args.rows = rows;
     args.classes = classes;
-    args.gamma = gamma;
-    args.temperature = temperature;
-    args.ce_weight = ce_weight;
+    args.loss = loss_kind;
+    args.first = weights[0];
+    args.second = weights[1];
+    args.temperature = weights[2];
+    args.ce_weight = weights[3];
+    args.label_smoothing = weights[4];
+    args.standardize = standardize;
     args.ignore_index = ignore_index;
     args.gradient_scale = gradient_scale;
     args.accumulate = DType(accumulate);
@@ -49,7 +57,7 @@ int64_t run_nkd(const std::string& instruction_set, uintptr_t student, int stude
         Reduction(reduction), reinterpret_cast<void*>(loss), reinterpret_cast<void*>(parts), {address(norm), nullptr}};
     const Kernels& kernels = kernels_named(instruction_set);
     py::gil_scoped_release release;
-    return nkd(kernels, args, out);
+    return row_loss(kernels, args, out);
 }
 
 int64_t run_uskd_batch_sums(const std::string& instruction_set, uintptr_t student, int student_dtype,
@@ -142,7 +150,7 @@ PYBIND11_MODULE(_native, m) {
             names.append(kernels->name);
         return names;
     });
-    m.def("nkd", &run_nkd);
+    m.def("row_loss", &run_row_loss);
     m.def("uskd_batch_sums", &run_uskd_batch_sums);
     m.def("uskd", &run_uskd);
     m.def("scale_gradient", &run_scale_gradient);

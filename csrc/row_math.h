@@ -75,67 +75,6 @@ FKD_HD R weighted(R weight, R value) {
     return (weight == R(0) && (value == INFINITY || value == -INFINITY)) ? R(0) : weight * value;
 }
 
-struct NkdParams {
-    double gamma, temperature, ce_weight;
-    bool single_non_target; // C = 2: the non-target softmax is the constant 1
-};
-
-template <class R>
-struct NkdStats {
-    R s_max, s_sum, s_sum_t, s_target;
-    R t_max, t_sum, t_sum_t, t_target;
-    R cross;   // sum over nt with s_j > -inf of exp((t_j - t_max) / T) * (s_j - s_max)
-    R blocked; // sum over nt with s_j = -inf of exp((t_j - t_max) / T)
-    // Of probability targets V only; of class indices v_target = v_sum = 1 and the rest 0.
-    R v_target, v_sum;            // V_y, and the sum of all V_j
-    R v_cross, v_free, v_blocked; // over nt: sum V_j (s_j - s_max), sum V_j where s_j > -inf, and where s_j = -inf
-};
-
-// Loss parts, already weighted, and the gradient:
-//   d/ds_j = a exp(s_j - s_max) + b exp((s_j - s_max) / T) + c exp((t_j - t_max) / T) - v V_j   for j != y
-template <class R>
-struct NkdRow {
-    R target, non_target, ce;
-    R a, b, c, v;
-    R gradient_target;
-};
-
-// MATH: d/ds_j = q_y (p_j - [j=y]) + gamma T (p^_j - q^_j)[j!=y] + ce_weight (p_j sum(V) - V_j)
-template <class R>
-FKD_HD NkdRow<R> nkd_row(const NkdStats<R>& x, const NkdParams& params) {
-    const R temperature = R(params.temperature), ce_weight = R(params.ce_weight);
-    const SplitSoftmax<R, 1> p = split_softmax<R, 1>({x.s_target}, x.s_max, x.s_sum);
-    const SplitSoftmax<R, 1> q = split_softmax<R, 1>({x.t_target}, x.t_max, x.t_sum);
-    NkdRow<R> out;
-    out.target = -weighted(q.p[0], p.log_p[0]) + R(0) * x.v_sum; // a NaN among the labels reaches the loss
-    out.a = (q.p[0] + ce_weight * x.v_sum) * p.p_scale;
-
-    const bool teacher_has_rest = x.t_sum_t != R(0); // NaN counts, so that it spreads
-    if (params.single_non_target || !teacher_has_rest) {
-        out.non_target = out.b = out.c = R(0);
-    } else {
-        // - sum q^_j log p^_j = log(sum_t) - sum q^_j (s_j - s_max) / T
-        const R weight = R(params.gamma) * temperature;
-        const R entropy = log(x.s_sum_t) - x.cross / (x.t_sum_t * temperature);
-        out.non_target = x.blocked > R(0) ? weighted(weight, R(INFINITY)) : weight * temperature * entropy;
-        out.b = x.s_sum_t == R(0) ? R(0) : weight / x.s_sum_t;
-        out.c = -weight / x.t_sum_t;
-    }
-
-    R ce = -weighted(x.v_target, p.log_p[0]);
-    if (x.v_free != R(0)) ce += x.v_free * p.log_normalizer - x.v_cross;
-    if (x.v_blocked > R(0)) ce = INFINITY;
-    out.ce = weighted(ce_weight, ce);
-    out.v = ce_weight;
-
-    // A class that cannot occur has no gradient, the target included.
-    out.gradient_target =
-        x.s_target == -INFINITY ? R(0) * out.a : ce_weight * (p.p[0] * x.v_sum - x.v_target) - q.p[0] * p.rest;
-    if (x.v_sum == x.v_target && x.v_target == R(1)) // (q_y + ce)(p_y - 1), without the subtraction
-        out.gradient_target = x.s_target == -INFINITY ? R(0) * out.a : -(q.p[0] + ce_weight) * p.rest;
-    return out;
-}
-
 enum Rank { kNormalized = 0, kClsKd = 1, kWeak = 2, kFinal = 3, kSum = 4 };
 
 struct UskdParams {

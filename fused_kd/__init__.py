@@ -3,19 +3,48 @@
 from fused_kd import reference
 from fused_kd._version import __version__
 from fused_kd.backends import explain
-from fused_kd.functional import nkd_loss, uskd_loss, uskd_soft_labels
-from fused_kd.modules import NKDLoss, USKDLoss
-from fused_kd.reference import LossParts, USKDParts
+from fused_kd.functional import (
+    decompose,
+    dist_loss,
+    dkd_loss,
+    kd_loss,
+    nkd_loss,
+    tf_kd_loss,
+    uskd_loss,
+    uskd_soft_labels,
+    wsld_loss,
+    zipf_ls_loss,
+)
+from fused_kd.modules import DISTLoss, DKDLoss, KDLoss, NKDLoss, TfKDLoss, USKDLoss, WSLDLoss, ZipfLSLoss
+from fused_kd.reference import Decomposition, DistillationParts, DISTParts, LossParts, USKDParts
+from fused_kd.registry import losses
 
 __all__ = [
+    "DISTLoss",
+    "DISTParts",
+    "DKDLoss",
+    "Decomposition",
+    "DistillationParts",
+    "KDLoss",
     "LossParts",
     "NKDLoss",
+    "TfKDLoss",
     "USKDLoss",
     "USKDParts",
+    "WSLDLoss",
+    "ZipfLSLoss",
     "__version__",
+    "decompose",
+    "dist_loss",
+    "dkd_loss",
     "explain",
+    "kd_loss",
+    "losses",
     "nkd_loss",
     "reference",
+    "tf_kd_loss",
     "uskd_loss",
     "uskd_soft_labels",
+    "wsld_loss",
+    "zipf_ls_loss",
 ]

@@ -16,6 +16,7 @@ from rich.table import Table
 import fused_kd
 from fused_kd import backends, check
 from fused_kd.backends import native
+from fused_kd.registry import LOSSES
 
 _NUMBERS = ("cases", "loss", "allowed", "gradient")
 
@@ -51,13 +52,13 @@ def env(console: Console) -> int:
             "C++ core",
             f"{', '.join(native.instruction_sets())} ({native.compiler()})" if native.compiler() else "not built",
         ),
-        ("CUDA core", native.cuda_architectures() or native.unavailable("cuda", "uskd") or ""),
+        ("CUDA core", native.cuda_architectures() or native.unavailable("cuda") or ""),
         ("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none that this PyTorch can use"),
     ]
     for name, value in facts:
         console.print(f"{name:<10} {value}", highlight=False, markup=False, soft_wrap=True)
     for device in _devices():
-        for loss in backends.LOSSES:
+        for loss in LOSSES:
             console.print(f"\n{backends.explain(device, loss)}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
@@ -74,7 +75,7 @@ def _version(package: str) -> str:
 def run_check(console: Console, devices: list[str], only: list[str] | None, quick: bool) -> int:
     jobs: list[tuple[str, str, str]] = []
     for device in devices:
-        here = [(device, name, loss) for loss in backends.LOSSES for name in check.runnable(device, loss)]
+        here = [(device, name, loss) for loss in LOSSES for name in check.runnable(device, loss)]
         jobs += [job for job in here if not only or job[1] in only]
         for name in set(only or ()) - {job[1] for job in here}:
             backends.choose(name, torch.device(device).type)  # refuses with the reason
@@ -106,7 +107,7 @@ def run_check(console: Console, devices: list[str], only: list[str] | None, quic
                 loss = max(outcomes, key=lambda outcome: outcome.loss / outcome.loss_budget)
                 gradient = max(outcomes, key=lambda outcome: outcome.gradient / outcome.gradient_budget)
                 table.add_row(
-                    *(device, name, loss_name.upper(), str(dtype).removeprefix("torch."), str(len(outcomes))),
+                    *(device, name, LOSSES[loss_name].title, str(dtype).removeprefix("torch."), str(len(outcomes))),
                     *(f"{loss.loss:.1e}", f"{loss.loss_budget:.1e}"),
                     *(f"{gradient.gradient:.1e}", f"{gradient.gradient_budget:.1e}"),
                     "ok" if not missed else f"{missed} missed",

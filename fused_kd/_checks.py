@@ -36,6 +36,14 @@ def check_scalar(name: str, value: float, *, positive: bool = False) -> float:
     return value if isinstance(value, torch.SymFloat) else float(value)
 
 
+def check_fraction(name: str, value: float) -> float:
+    """A number from 0 to below 1; returned as a float."""
+    value = check_scalar(name, value)
+    if not value < 1.0:
+        raise ValueError(f"{name}: expected a number from 0 to below 1, got {value}")
+    return value
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
@@ -136,6 +144,20 @@ def flatten(student_logits: Tensor, other_logits: Tensor, other_name: str, targe
         return Rows(student_logits, other_logits, target, shape[:-1])
     target = target.reshape(-1, num_classes) if target.is_floating_point() else target.reshape(-1)
     return Rows(student_logits.reshape(-1, num_classes), other_logits.reshape(-1, num_classes), target, shape[:-1])
+
+
+def flatten_dense(dense_logits: Tensor, student_logits: Tensor) -> Tensor:
+    """Logits of the positions ``(..., P, C)``, viewed as ``(N, P, C)``."""
+    _check_logits("dense_logits", dense_logits)
+    shape, wanted = dense_logits.shape, student_logits.shape
+    if len(shape) != len(wanted) + 1 or shape[:-2] != wanted[:-1] or shape[-1] != wanted[-1] or shape[-2] == 0:
+        expected = ", ".join(map(str, (*wanted[:-1], "P", wanted[-1])))
+        raise ValueError(f"dense_logits: expected shape ({expected}) with P at least 1, got {tuple(shape)}")
+    if dense_logits.device != student_logits.device:
+        raise ValueError(
+            f"dense_logits: expected the device of student_logits, {student_logits.device}, got {dense_logits.device}"
+        )
+    return dense_logits if len(shape) == 3 else dense_logits.reshape(-1, *shape[-2:])
 
 
 def index_error(target: int, num_classes: int, ignore_index: int) -> IndexError:

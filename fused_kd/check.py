@@ -15,13 +15,14 @@ from torch import Tensor
 
 import fused_kd
 from fused_kd import backends, reference
+from fused_kd.registry import LOSSES
 
 __all__ = ["Case", "Outcome", "cases", "compare"]
 
 #: The exponential is within 2 ulp, a sum of a hundred terms a lane about as much; float64 is compared with float64.
 _SLACK_ULPS = {torch.float32: 4, torch.float64: 64}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-#: USKD with weights that make every term count in the gradients.
+#: Such that every term counts in the gradients.
 OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "nkd": ({}, {"temperature": 3.0, "gamma": 3.5}, {"ce_weight": 1.0}),
     "uskd": (
@@ -29,6 +30,12 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
         {"beta": 1.0, "mu": 1.0, "rank": "cls_kd", "square": False},
         {"beta": 1.0, "mu": 1.0, "rank": "final", "ce_weight": 1.0},
     ),
+    "kd": ({}, {"temperature": 1.0}, {"ce_weight": 1.0}),
+    "dkd": ({}, {"temperature": 1.0, "beta": 0.5}, {"ce_weight": 1.0}),
+    "wsld": ({}, {"temperature": 1.0}, {"ce_weight": 1.0, "temperature": 3.0}),
+    "tf_kd": ({}, {"temperature": 1.0, "correct": 0.9}, {"ce_weight": 1.0}),
+    "dist": ({}, {"temperature": 4.0}, {"ce_weight": 1.0, "beta": 0.5}),
+    "zipf_ls": ({"weight": 1.0}, {"weight": 1.0, "power": 0.5}, {"weight": 1.0, "ce_weight": 1.0}),
 }
 
 
@@ -63,6 +70,8 @@ class Case(NamedTuple):
             target = 0.7 * one_hot(target, self.classes).float() + 0.3 * one_hot(second, self.classes).float()
         elif self.rows > 2:
             target[1] = -100
+        if self.loss == "zipf_ls":
+            other = torch.randn((self.rows, 4, self.classes), generator=generator)
         return student.to(device, self.dtype), other.to(device, self.dtype), target.to(device)
 
 
@@ -82,7 +91,7 @@ class Outcome(NamedTuple):
 def cases(quick: bool = False, loss: str = "nkd") -> Iterator[Case]:
     """Every dtype over regimes of the number of classes, hyper-parameters, saturated rows and probability targets."""
     # Where the weak logits underflow, classes tie in float32 that do not in float64.
-    first, saturated = OPTIONS[loss][0], 60.0 if loss == "nkd" else 12.0
+    first, saturated = OPTIONS[loss][0], 12.0 if loss == "uskd" else 60.0
     sizes = ((7, 2), (7, 10), (7, 1000)) if quick else ((7, 2), (7, 3), (77, 10), (77, 1000), (7, 1001), (7, 21841))
     for dtype in DTYPES:
         for rows, classes in sizes:
@@ -107,8 +116,8 @@ def evaluate(
     leaves = [student_logits.detach().requires_grad_()]
     if loss == "uskd":
         leaves.append(other_logits.detach().requires_grad_())
-    function = fused_kd.uskd_loss if loss == "uskd" else fused_kd.nkd_loss
-    value = function(leaves[0], leaves[-1] if loss == "uskd" else other_logits, target, backend=backend, **options)
+    others = [leaves[1]] if loss == "uskd" else [] if loss == "tf_kd" else [other_logits]
+    value = getattr(fused_kd, LOSSES[loss].function)(leaves[0], *others, target, backend=backend, **options)
     value.backward(grad_output)
     gradients = [leaf.grad for leaf in leaves]
     assert None not in gradients

@@ -1,78 +1,275 @@
-"""nn.Module twins of the functions in :mod:`fused_kd.functional`: they keep hyper-parameters, and what is trained."""
+"""nn.Module twins of the functions in :mod:`fused_kd.functional`: they keep hyper-parameters, and what is trained.
+
+Each takes the function's keyword arguments when it is made and its tensors when it is called. The attributes may be
+changed between calls, by a schedule for instance.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from fused_kd import functional
-from fused_kd.reference import LossParts, USKDParts
+from fused_kd.reference import DistillationParts, DISTParts, LossParts, USKDParts
 
 if TYPE_CHECKING:  # it is there only where PyTorch was built with torch.distributed
     from torch.distributed import ProcessGroup
 
-__all__ = ["NKDLoss", "USKDLoss"]
+__all__ = ["DISTLoss", "DKDLoss", "KDLoss", "NKDLoss", "TfKDLoss", "USKDLoss", "WSLDLoss", "ZipfLSLoss"]
 
 
-class NKDLoss(nn.Module):
+class _Criterion(nn.Module):
+    """Hyper-parameters as attributes, and a function that takes them as keywords."""
+
+    _function: ClassVar[Callable[..., Any]]
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        super().__init__()
+        self._names = tuple(name for name in options if name not in ("self", "__class__"))
+        for name in self._names:
+            setattr(self, name, options[name])
+
+    def _call(self, *tensors: Tensor | None, return_parts: bool) -> Any:
+        options = {name: getattr(self, name) for name in self._names}
+        return type(self)._function(*tensors, **options, return_parts=return_parts)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._names)
+
+
+class NKDLoss(_Criterion):
     """Normalized knowledge distillation; :func:`fused_kd.nkd_loss` documents every argument.
-
-    Args:
-        gamma: Weight of the non-target term.
-        temperature: Temperature of the non-target term.
-        ce_weight: Weight of the ordinary cross-entropy computed in the same pass.
-        ignore_index: Rows with this class index count nowhere.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``.
-
-    Shape:
-        ``student_logits`` and ``teacher_logits`` ``(..., C)``; ``target`` ``(...)`` indices or ``(..., C)``
-        probabilities; the loss is a scalar, or ``(...)`` for ``reduction="none"``.
 
     Example:
         >>> criterion = NKDLoss(gamma=1.5, temperature=1.0)
         >>> loss = criterion(student_logits, teacher_logits, target)
     """
 
+    _function = staticmethod(functional.nkd_loss)
+
     def __init__(
         self,
         gamma: float = 1.5,
         temperature: float = 1.0,
         ce_weight: float = 0.0,
+        label_smoothing: float = 0.0,
+        logit_standardization: bool = False,
         ignore_index: int = -100,
         reduction: str = "mean",
         backend: str = "auto",
     ) -> None:
-        super().__init__()
-        self.gamma = gamma
-        self.temperature = temperature
-        self.ce_weight = ce_weight
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-        self.backend = backend
+        super().__init__(locals())
 
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, return_parts: bool = False
     ) -> Tensor | tuple[Tensor, LossParts]:
-        return functional.nkd_loss(  # type: ignore[call-overload, no-any-return]
-            student_logits,
-            teacher_logits,
-            target,
-            gamma=self.gamma,
-            temperature=self.temperature,
-            ce_weight=self.ce_weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            backend=self.backend,
-            return_parts=return_parts,
+        result: Tensor | tuple[Tensor, LossParts] = self._call(
+            student_logits, teacher_logits, target, return_parts=return_parts
         )
+        return result
 
-    def extra_repr(self) -> str:
-        return (
-            f"gamma={self.gamma}, temperature={self.temperature}, ce_weight={self.ce_weight}, "
-            f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, backend={self.backend!r}"
+
+class KDLoss(_Criterion):
+    """Knowledge distillation; :func:`fused_kd.kd_loss` documents every argument.
+
+    Example:
+        >>> criterion = KDLoss(temperature=4.0)
+        >>> loss = criterion(student_logits, teacher_logits)
+    """
+
+    _function = staticmethod(functional.kd_loss)
+
+    def __init__(
+        self,
+        temperature: float = 4.0,
+        ce_weight: float = 0.0,
+        label_smoothing: float = 0.0,
+        logit_standardization: bool = False,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(locals())
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        target: Tensor | None = None,
+        *,
+        return_parts: bool = False,
+    ) -> Tensor | tuple[Tensor, DistillationParts]:
+        result: Tensor | tuple[Tensor, DistillationParts] = self._call(
+            student_logits, teacher_logits, target, return_parts=return_parts
         )
+        return result
+
+
+class DKDLoss(_Criterion):
+    """Decoupled knowledge distillation; :func:`fused_kd.dkd_loss` documents every argument.
+
+    Example:
+        >>> criterion = DKDLoss(alpha=1.0, beta=8.0)
+        >>> loss = criterion(student_logits, teacher_logits, target)
+    """
+
+    _function = staticmethod(functional.dkd_loss)
+
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        beta: float = 8.0,
+        temperature: float = 4.0,
+        ce_weight: float = 0.0,
+        label_smoothing: float = 0.0,
+        logit_standardization: bool = False,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(locals())
+
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, return_parts: bool = False
+    ) -> Tensor | tuple[Tensor, LossParts]:
+        result: Tensor | tuple[Tensor, LossParts] = self._call(
+            student_logits, teacher_logits, target, return_parts=return_parts
+        )
+        return result
+
+
+class WSLDLoss(_Criterion):
+    """Weighted soft labels; :func:`fused_kd.wsld_loss` documents every argument.
+
+    Example:
+        >>> criterion = WSLDLoss(ce_weight=1.0)
+        >>> loss = criterion(student_logits, teacher_logits, target)
+    """
+
+    _function = staticmethod(functional.wsld_loss)
+
+    def __init__(
+        self,
+        alpha: float = 2.5,
+        temperature: float = 2.0,
+        ce_weight: float = 0.0,
+        label_smoothing: float = 0.0,
+        logit_standardization: bool = False,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(locals())
+
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, return_parts: bool = False
+    ) -> Tensor | tuple[Tensor, DistillationParts]:
+        result: Tensor | tuple[Tensor, DistillationParts] = self._call(
+            student_logits, teacher_logits, target, return_parts=return_parts
+        )
+        return result
+
+
+class DISTLoss(_Criterion):
+    """DIST, by correlations along rows and columns; :func:`fused_kd.dist_loss` documents every argument.
+
+    Example:
+        >>> criterion = DISTLoss(beta=1.0, gamma=1.0)
+        >>> loss = criterion(student_logits, teacher_logits)
+    """
+
+    _function = staticmethod(functional.dist_loss)
+
+    def __init__(
+        self,
+        beta: float = 1.0,
+        gamma: float = 1.0,
+        temperature: float = 1.0,
+        ce_weight: float = 0.0,
+        label_smoothing: float = 0.0,
+        logit_standardization: bool = False,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(locals())
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        target: Tensor | None = None,
+        *,
+        return_parts: bool = False,
+    ) -> Tensor | tuple[Tensor, DISTParts]:
+        result: Tensor | tuple[Tensor, DISTParts] = self._call(
+            student_logits, teacher_logits, target, return_parts=return_parts
+        )
+        return result
+
+
+class TfKDLoss(_Criterion):
+    """Teacher-free distillation from a virtual teacher; :func:`fused_kd.tf_kd_loss` documents every argument.
+
+    Example:
+        >>> criterion = TfKDLoss(ce_weight=1.0)
+        >>> loss = criterion(student_logits, target)
+    """
+
+    _function = staticmethod(functional.tf_kd_loss)
+
+    def __init__(
+        self,
+        correct: float = 0.99,
+        temperature: float = 20.0,
+        ce_weight: float = 0.0,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(locals())
+
+    def forward(
+        self, student_logits: Tensor, target: Tensor, *, return_parts: bool = False
+    ) -> Tensor | tuple[Tensor, DistillationParts]:
+        result: Tensor | tuple[Tensor, DistillationParts] = self._call(
+            student_logits, target, return_parts=return_parts
+        )
+        return result
+
+
+class ZipfLSLoss(_Criterion):
+    """Zipf's label smoothing; :func:`fused_kd.zipf_ls_loss` documents every argument.
+
+    Example:
+        >>> criterion = ZipfLSLoss(weight=0.1, ce_weight=1.0)
+        >>> loss = criterion(student_logits, dense_logits, target)
+    """
+
+    _function = staticmethod(functional.zipf_ls_loss)
+
+    def __init__(
+        self,
+        weight: float = 0.1,
+        power: float = 1.0,
+        ce_weight: float = 0.0,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(locals())
+
+    def forward(
+        self, student_logits: Tensor, dense_logits: Tensor, target: Tensor, *, return_parts: bool = False
+    ) -> Tensor | tuple[Tensor, DistillationParts]:
+        result: Tensor | tuple[Tensor, DistillationParts] = self._call(
+            student_logits, dense_logits, target, return_parts=return_parts
+        )
+        return result
 
 
 class USKDLoss(nn.Module):

@@ -21,13 +21,14 @@ from torch import Tensor
 
 from fused_kd import backends
 from fused_kd.reference import accumulation_dtype
+from fused_kd.registry import ROW_LOSSES, Weights
 
-__all__ = ["nkd", "uskd", "uskd_batch_sums"]
+__all__ = ["row_loss", "uskd", "uskd_batch_sums"]
 
 _library: Any = torch.library.Library("fused_kd", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
-    "nkd(Tensor student_logits, Tensor teacher_logits, Tensor target, float gamma, float temperature, float ce_weight, "
-    "int ignore_index, str reduction, bool need_gradient, str backend) "
+    "row_loss(Tensor student_logits, Tensor? teacher_logits, Tensor target, str loss, float[] weights, "
+    "Tensor? traced_weights, bool standardize, int ignore_index, str reduction, bool need_gradient, str backend) "
     "-> (Tensor loss, Tensor parts, Tensor gradient, Tensor norm)"
 )
 _library.define(
@@ -48,27 +49,32 @@ def _stored_scale(dtype: torch.dtype, bound: float) -> float:
     return 2.0 ** math.floor(math.log2(2.0**15 / max(bound, 2.0**-64))) if dtype == torch.float16 else 1.0
 
 
-def _nkd(
+def _row_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | None,
     target: Tensor,
-    gamma: float,
-    temperature: float,
-    ce_weight: float,
+    loss: str,
+    weights: list[float],
+    traced_weights: Tensor | None,
+    standardize: bool,
     ignore_index: int,
     reduction: str,
     need_gradient: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    # |q_y (p - 1)| <= 1, |p^ - q^| <= 1 and |p - V| <= 1 bound the gradient's entries.
-    scale = _stored_scale(student_logits.dtype, 1.0 + gamma * temperature + ce_weight)
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = backends.get(backend).nkd(
+    if traced_weights is not None:
+        weights = traced_weights.tolist()
+    bound = ROW_LOSSES[loss].bound(*weights[:3]) + weights[3]
+    if standardize:
+        bound *= 2.0**8  # one over the deviation of a row's logits, as long as that is no smaller than a constant's
+    scale = _stored_scale(student_logits.dtype, bound)
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = backends.get(backend).row_loss(
         student_logits,
         teacher_logits,
         target,
-        gamma,
-        temperature,
-        ce_weight,
+        loss,
+        weights,
+        standardize,
         ignore_index,
         reduction,
         need_gradient,
@@ -133,7 +139,7 @@ def _scale_gradient_(gradient: Tensor, grad_output: Tensor, norm: Tensor, backen
 
 
 for _name, _function in (
-    ("nkd", _nkd),
+    ("row_loss", _row_loss),
     ("uskd_batch_sums", _uskd_batch_sums),
     ("uskd", _uskd),
     ("scale_gradient", _scale_gradient),
@@ -143,19 +149,20 @@ for _name, _function in (
         _library.impl(_name, _function, _key)
 
 
-def _nkd_fake(
+def _row_loss_fake(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | None,
     target: Tensor,
-    gamma: float,
-    temperature: float,
-    ce_weight: float,
+    loss: str,
+    weights: list[float],
+    traced_weights: Tensor | None,
+    standardize: bool,
     ignore_index: int,
     reduction: str,
     need_gradient: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = accumulation_dtype(student_logits, teacher_logits)
+    dtype = accumulation_dtype(student_logits, student_logits if teacher_logits is None else teacher_logits)
     rows = student_logits.shape[:1] if reduction == "none" else ()
     return (
         student_logits.new_empty(rows, dtype=dtype),
@@ -209,7 +216,7 @@ def _scale_gradient_inplace_fake(gradient: Tensor, grad_output: Tensor, norm: Te
 
 
 for _name, _fake in (
-    ("nkd", _nkd_fake),
+    ("row_loss", _row_loss_fake),
     ("uskd_batch_sums", _uskd_batch_sums_fake),
     ("uskd", _uskd_fake),
     ("scale_gradient", _scale_gradient_fake),
@@ -217,7 +224,7 @@ for _name, _fake in (
 ):
     torch.library.register_fake(f"fused_kd::{_name}", _fake, lib=_library)
 
-_nkd_op = torch.ops.fused_kd.nkd.default
+_row_loss_op = torch.ops.fused_kd.row_loss.default
 _uskd_batch_sums_op = torch.ops.fused_kd.uskd_batch_sums.default
 _uskd_op = torch.ops.fused_kd.uskd.default
 _scale_op = torch.ops.fused_kd.scale_gradient.default
@@ -310,13 +317,13 @@ def _refuse_functorch() -> None:
         )
 
 
-def nkd(
+def row_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | None,
     target: Tensor,
-    gamma: float,
-    temperature: float,
-    ce_weight: float,
+    loss: str,
+    weights: Weights,
+    standardize: bool,
     ignore_index: int,
     reduction: str,
     backend: str,
@@ -325,20 +332,25 @@ def nkd(
     """The loss and, if wanted, its three parts, stacked, of checked rows; differentiable in the student's logits."""
     _refuse_functorch()
     need_gradient = student_logits.requires_grad and torch.is_grad_enabled()
+    traced = None
+    if torch.compiler.is_compiling() and student_logits.device.type == "cpu":
+        # A float that an op takes is a constant of the graph; one that a tensor is multiplied with is an input.
+        traced, weights = torch.stack([torch.ones((), dtype=torch.float64) * weight for weight in weights]), ()
     further = (
         teacher_logits,
         target,
-        gamma,
-        temperature,
-        ce_weight,
+        loss,
+        weights,
+        traced,
+        standardize,
         ignore_index,
         reduction,
         need_gradient,
         backend,
     )
     if not need_gradient:
-        return _nkd_op(student_logits, *further)[:2]  # type: ignore[no-any-return]
-    result = _FusedLoss.apply(student_logits, _nkd_op, want_parts, further)  # type: ignore[no-untyped-call]
+        return _row_loss_op(student_logits, *further)[:2]  # type: ignore[no-any-return]
+    result = _FusedLoss.apply(student_logits, _row_loss_op, want_parts, further)  # type: ignore[no-untyped-call]
     return result if want_parts else (result, None)
 
 

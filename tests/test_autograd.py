@@ -45,9 +45,12 @@ def test_gradcheck(backend, temperature, reduction, soft):
 def test_opcheck(fused, dtype, reduction):
     name, device = fused
     student, teacher, target = inputs(device, dtype=dtype)
-    arguments = (student.detach(), teacher, target, 1.5, 2.0, 1.0, -100, reduction)
-    opcheck(torch.ops.fused_kd.nkd.default, (*arguments, True, name))
-    opcheck(torch.ops.fused_kd.nkd.default, (*arguments, False, name))
+    weights = [1.5, 0.0, 2.0, 1.0, 0.0]
+    traced = torch.tensor(weights, dtype=torch.float64) if device == "cpu" else None
+    for given in ((weights, None), ([], traced)) if traced is not None else ((weights, None),):
+        for need_gradient in (True, False):
+            arguments = (student.detach(), teacher, target, "nkd", *given, False, -100, reduction, need_gradient, name)
+            opcheck(torch.ops.fused_kd.row_loss.default, arguments)
     shape = (6,) if reduction == "none" else ()
     gradient = torch.randn(6, 11, device=device).to(dtype)
     norm = torch.tensor(0.25, dtype=torch.promote_types(dtype, torch.float32), device=device)
@@ -213,7 +216,7 @@ def test_module_matches_function_and_shows_its_arguments(backend):
         reduction="sum", backend=name,
     )  # fmt: skip
     assert torch.equal(criterion(student, teacher, target.clamp(min=0)), expected)
-    assert "gamma=2.0, temperature=3.0, ce_weight=0.5, ignore_index=4, reduction='sum'" in repr(criterion)
+    assert "gamma=2.0, temperature=3.0, ce_weight=0.5, label_smoothing=0.0" in repr(criterion)
     assert not criterion.state_dict()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fused_kd import backends
 from fused_kd.backends import native, native_cuda
 
 ROOT = Path(__file__).parent.parent
@@ -29,7 +30,7 @@ def build():
 @pytest.fixture
 def core():
     if native._core is None:
-        pytest.skip(native.unavailable("cpu"))
+        pytest.skip(str(native.unavailable("cpu")))
     return native._core
 
 
@@ -83,9 +84,9 @@ def test_the_module_says_what_it_has(core):
     assert bool(core.cuda_architectures) != bool(core.cuda_missing)
     if core.cuda_missing:
         assert "without CUDA" in core.cuda_missing
-        assert native_cuda.unavailable(core, "uskd") == core.cuda_missing
+        assert native_cuda.unavailable(core) == core.cuda_missing
         assert not hasattr(core, "cuda_uskd")
-    assert "NKD" in native.unavailable("cuda", "nkd")
+    assert "NKD" in backends.unavailable("native", "cuda", "nkd")
 
 
 def test_every_row_has_an_arrangement_that_holds_it(core):

@@ -136,14 +136,14 @@ double divisor_of(Reduction reduction, int64_t counted) {
 
 } // namespace
 
-int64_t nkd(const Kernels& kernels, NkdArgs args, const LossOutputs& out) {
+int64_t row_loss(const Kernels& kernels, RowArgs args, const LossOutputs& out) {
     const Counted counted = count_rows(args.target, args.rows, args.classes, args.ignore_index);
     if (counted.bad_row >= 0) return counted.bad_row;
     const double divisor = divisor_of(out.reduction, counted.rows);
     args.gradient_scale = stored_scale(args.student.dtype, args.gradient_scale, divisor, out.norms[0], args.accumulate);
     std::vector<double> parts(size_t(3 * args.rows));
     args.parts = parts.data();
-    kernels.nkd(args);
+    kernels.row_losses(args);
     reduce_parts(parts, 3, args.rows, divisor, out.reduction, args.accumulate, out.loss, out.parts);
     return -1;
 }

@@ -18,7 +18,7 @@ struct LossOutputs {
 
 // These run a loss and reduce its rows. They return -1, or the first row whose class index is out of range, nothing
 // being written then.
-int64_t nkd(const Kernels& kernels, NkdArgs args, const LossOutputs& out);
+int64_t row_loss(const Kernels& kernels, RowArgs args, const LossOutputs& out);
 int64_t uskd(const Kernels& kernels, UskdArgs args, const double* batch_sums, const LossOutputs& out);
 
 // Over the rows that count: the sums of p_1^2 and p_2^2 (or p_1, p_2), and their number.

@@ -16,15 +16,18 @@ struct Matrix {
     int64_t row_stride, col_stride;
 };
 
-struct NkdArgs {
-    Matrix student, teacher;
-    Matrix target;  // class indices (kInt64), or probabilities
-    void* gradient; // contiguous, of the student's dtype; null when it is not wanted
+struct RowArgs {
+    Matrix student, teacher; // the teacher of a loss without one is not read
+    Matrix target;           // class indices (kInt64), or probabilities
+    void* gradient;          // contiguous, of the student's dtype; null when it is not wanted
     int64_t rows, classes;
-    double gamma, temperature, ce_weight;
+    int loss;             // RowLoss of row_losses.h
+    double first, second; // the loss's own weights
+    double temperature, ce_weight, label_smoothing;
+    bool standardize;
     int64_t ignore_index;
     double gradient_scale; // multiplies every stored gradient
-    double* parts;         // (rows, 3): target, non_target, ce; 0 for rows that do not count
+    double* parts;         // (rows, 3), the last of them CE; 0 for rows that do not count
     DType accumulate;      // kFloat32 or kFloat64
     int threads;
 };
@@ -77,7 +80,7 @@ struct ArgsortArgs {
 
 struct Kernels {
     const char* name;
-    void (*nkd)(const NkdArgs&);
+    void (*row_losses)(const RowArgs&);
     void (*target_probs)(const TargetProbsArgs&);
     void (*uskd)(const UskdArgs&);
     void (*scale_gradient)(const ScaleArgs&);

@@ -9,7 +9,7 @@
 namespace fused_kd {
 namespace FKD_ISA {
 
-void nkd(const NkdArgs& args);
+void row_losses(const RowArgs& args);
 void target_probs(const TargetProbsArgs& args);
 void uskd(const UskdArgs& args);
 void argsort_descending(const ArgsortArgs& args);

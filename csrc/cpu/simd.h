@@ -186,27 +186,27 @@ FKD_INLINE Vec<A> exp2_nonpositive(Vec<A> x) {
 
 constexpr double kLog2E = 1.44269504088896340736, kLn2 = 0.693147180559945309417;
 
-// Logits x as (x - origin) * log2(e), where the origin is a maximum or, with fused multiply-add, the point next to
-// it that one fused instruction maps to 0. Sums that refer to "the maximum" refer to the origin. The exact form
-// takes any maximum and clamps a difference that overflows; the other needs |max| < kLargestShift, or the origin is
-// too far off.
+// Logits x as (x - origin) * scale * log2(e), where the origin is a maximum or, with fused multiply-add, the point next
+// to it that one fused instruction maps to 0. Sums that refer to "the maximum" refer to the origin. The exact form
+// takes any maximum and clamps a difference that overflows; the other needs |max * scale| < kLargestShift, or the
+// origin is too far off.
 constexpr double kLargestShift = 1048576.0;
 
 template <class A, bool exact>
 struct Shift {
-    A log2e, minus;
+    A by, minus;
     double origin;
 #if defined(__FMA__) || defined(__aarch64__)
     static constexpr bool fused = !exact;
 #else
     static constexpr bool fused = false;
 #endif
-    explicit FKD_INLINE Shift(A max) : log2e(A(kLog2E)), minus(fused ? -max * log2e : max) {
-        origin = fused ? -double(minus) / double(log2e) : double(max);
+    explicit FKD_INLINE Shift(A max, double scale = 1) : by(A(kLog2E * scale)), minus(fused ? -max * by : max) {
+        origin = fused ? -double(minus) / double(by) : double(max);
     }
     FKD_INLINE Vec<A> operator()(Vec<A> x) const {
-        if constexpr (fused) return x * log2e + minus;
-        const Vec<A> y = (x - minus) * log2e;
+        if constexpr (fused) return x * by + minus;
+        const Vec<A> y = (x - minus) * by;
         constexpr A lowest = sizeof(A) == 4 ? A(-3e38) : A(-1e308);
         if constexpr (exact) return y < lowest ? splat<A>(lowest) : y;
         return y;

@@ -1,7 +1,7 @@
 """Which implementation runs, and why the others do not.
 
-A backend is a module with ``unavailable(device_type, loss) -> str | None`` (the reason why it cannot run a loss of
-tensors of such a device, or None) and one function per op of :mod:`fused_kd.ops`. The reference needs no module: it is
+A backend is a module with ``unavailable(device_type) -> str | None`` (the reason why it cannot run tensors of such a
+device here, or None) and one function per op of :mod:`fused_kd.ops`. The reference needs no module: it is
 ordinary autograd.
 """
 
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from fused_kd.backends import native, triton
+from fused_kd.registry import LOSSES
 
-__all__ = ["BACKENDS", "LOSSES", "Explanation", "choose", "explain", "get", "unavailable"]
+__all__ = ["BACKENDS", "Explanation", "choose", "explain", "get", "unavailable"]
 
 _MODULES: dict[str, ModuleType] = {"native": native, "triton": triton}
 #: In the order of preference of ``"auto"``.
 BACKENDS = ("native", "triton", "reference")
-LOSSES = ("nkd", "uskd")
 
 
 def get(name: str) -> ModuleType:
@@ -31,7 +31,11 @@ def unavailable(name: str, device_type: str, loss: str = "nkd") -> str | None:
     """Why this backend cannot run a loss of tensors of such a device; None if it can."""
     if name == "reference":
         return None
-    return _MODULES[name].unavailable(device_type, loss)  # type: ignore[no-any-return]
+    # Under its interpreter Triton runs on the CPU what it runs on a GPU.
+    kind = "cuda" if name == "triton" else device_type
+    if name not in LOSSES[loss].backends.get(kind, BACKENDS):
+        return f"it has no kernel of {LOSSES[loss].title} for {device_type} tensors"
+    return _MODULES[name].unavailable(device_type)  # type: ignore[no-any-return]
 
 
 _chosen: dict[tuple[str, str, str], str] = {}
@@ -78,7 +82,7 @@ class Explanation(NamedTuple):
     loss: str = "nkd"
 
     def __str__(self) -> str:
-        return self.text(f"{self.loss.upper()} of {self.device_type} tensors")
+        return self.text(f"{LOSSES[self.loss].title} of {self.device_type} tensors")
 
     def text(self, subject: str) -> str:
         """As ``str``, with a subject of your own."""
@@ -88,8 +92,9 @@ class Explanation(NamedTuple):
 
 
 def explain(student_logits: Tensor | torch.device | str = "cpu", loss: str = "nkd") -> Explanation:
-    """The backend that ``backend="auto"`` takes for a loss, ``"nkd"`` or ``"uskd"``, of such a tensor (or device), and
-    why each other was not taken.
+    """The backend that ``backend="auto"`` takes for a loss of such a tensor (or device), and why not each other.
+
+    ``loss`` is one of the names that :func:`fused_kd.losses` has, such as ``"nkd"`` or ``"uskd"``.
 
     Example:
         >>> print(fused_kd.explain(student_logits, loss="uskd"))

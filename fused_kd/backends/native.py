@@ -15,6 +15,7 @@ from torch import Tensor
 from fused_kd import _checks
 from fused_kd.backends import native_cuda
 from fused_kd.reference import accumulation_dtype
+from fused_kd.registry import ROW_LOSSES
 
 _core: Any
 _failure: str | None = None
@@ -34,11 +35,11 @@ _RANKS = {"normalized": 0, "cls_kd": 1, "weak": 2, "final": 3, "sum": 4}
 instruction_set: str = _core.instruction_sets()[0] if _core else ""
 
 
-def unavailable(device_type: str, loss: str) -> str | None:
+def unavailable(device_type: str) -> str | None:
     if _core is None:
         return _failure
     if device_type == "cuda":
-        return native_cuda.unavailable(_core, loss)
+        return native_cuda.unavailable(_core)
     return None if device_type == "cpu" else f"the C++ core runs CPU and CUDA tensors, not {device_type} tensors"
 
 
@@ -56,33 +57,34 @@ def cuda_architectures() -> str:
     return str(_core.cuda_architectures) if _core else ""
 
 
-def nkd(
+def row_loss(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | None,
     target: Tensor,
-    gamma: float,
-    temperature: float,
-    ce_weight: float,
+    loss_name: str,
+    weights: list[float],
+    standardize: bool,
     ignore_index: int,
     reduction: str,
     need_gradient: bool,
     gradient_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, num_classes = student.shape
-    dtype = accumulation_dtype(student, teacher)
+    other = student if teacher is None else teacher  # not read where the loss has no teacher
+    dtype = accumulation_dtype(student, other)
     shape = (rows,) if reduction == "none" else ()
     loss = torch.empty(shape, dtype=dtype)
     parts = torch.empty((3, *shape), dtype=dtype)
     gradient = torch.empty((rows, num_classes) if need_gradient else (0,), dtype=student.dtype)
     norm = torch.empty((), dtype=dtype)
-    bad_row = _core.nkd(
+    bad_row = _core.row_loss(
         instruction_set,
         student.data_ptr(),
         _DTYPES[student.dtype],
         student.stride(),
-        teacher.data_ptr(),
-        _DTYPES[teacher.dtype],
-        teacher.stride(),
+        other.data_ptr(),
+        _DTYPES[other.dtype],
+        other.stride(),
         target.data_ptr(),
         _DTYPES[target.dtype],
         target.stride(),
@@ -93,9 +95,9 @@ def nkd(
         _DTYPES[dtype],
         rows,
         num_classes,
-        gamma,
-        temperature,
-        ce_weight,
+        ROW_LOSSES[loss_name].kind,
+        weights,
+        standardize,
         ignore_index,
         _REDUCTIONS[reduction],
         gradient_scale,

@@ -11,18 +11,13 @@ from torch import Tensor
 
 from fused_kd.reference import accumulation_dtype
 
-#: NKD streams, which Triton does as well; ranking is what CUDA C++ is for.
-LOSSES = frozenset({"uskd"})
-
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4}
 _REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 _RANKS = {"normalized": 0, "cls_kd": 1, "weak": 2, "final": 3, "sum": 4}
 
 
-def unavailable(core: Any, loss: str) -> str | None:
-    """Why the compiled module cannot run a loss of CUDA tensors here; None if it can."""
-    if loss not in LOSSES:
-        return f"the C++ core has no {loss.upper()} kernels for CUDA tensors"
+def unavailable(core: Any) -> str | None:
+    """Why the compiled module cannot run CUDA tensors here; None if it can."""
     if core.cuda_missing:
         return str(core.cuda_missing)
     if not torch.cuda.is_available():

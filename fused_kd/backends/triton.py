@@ -19,8 +19,6 @@ from torch import Tensor
 from fused_kd.backends import triton_config
 from fused_kd.reference import accumulation_dtype
 
-#: What this backend has kernels for.
-LOSSES = frozenset({"nkd", "uskd"})
 #: Up to so many rows every program counts the targets itself, which saves a launch; they are in its cache line by line.
 COUNT_ROWS = 2048
 #: Up to so many rows one program sums the parts; beyond, chunks of as many are summed side by side first.
@@ -50,9 +48,7 @@ def _import_failure() -> str | None:
     return None
 
 
-def unavailable(device_type: str, loss: str = "nkd") -> str | None:
-    if loss not in LOSSES:
-        return f"there are no Triton kernels of {loss.upper()}"
+def unavailable(device_type: str) -> str | None:
     if device_type not in ("cuda", "cpu"):
         return f"Triton kernels run CUDA tensors, not {device_type} tensors"
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -109,18 +105,21 @@ def acc_types() -> dict[torch.dtype, Any]:
     return {torch.float32: language.float32, torch.float64: language.float64}
 
 
-def nkd(
+def row_loss(
     student: Tensor,
     teacher: Tensor,
     target: Tensor,
-    gamma: float,
-    temperature: float,
-    ce_weight: float,
+    loss_name: str,
+    weights: list[float],
+    standardize: bool,
     ignore_index: int,
     reduction: str,
     need_gradient: bool,
     gradient_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gamma, _, temperature, ce_weight, label_smoothing = weights
+    if label_smoothing or standardize:
+        raise RuntimeError("the Triton kernels have no label_smoothing and no logit_standardization yet")
     rows, _classes = student.shape
     dtype, device = accumulation_dtype(student, teacher), student.device
     shape = (rows,) if reduction == "none" else ()

@@ -1,4 +1,4 @@
-"""One function per loss: checks the arguments, flattens them to rows, chooses a backend, restores the shape."""
+"""Universal self-knowledge distillation."""
 
 from __future__ import annotations
 
@@ -8,136 +8,11 @@ import torch
 from torch import Tensor, distributed
 
 from fused_kd import _checks, backends, ops, reference
-from fused_kd.reference import LossParts, USKDParts
+from fused_kd.functional._rows import check_targets_if_cheap
+from fused_kd.reference import USKDParts
 
 if TYPE_CHECKING:  # it is there only where PyTorch was built with torch.distributed
     from torch.distributed import ProcessGroup
-
-__all__ = ["nkd_loss", "uskd_loss", "uskd_soft_labels"]
-
-
-@overload
-def nkd_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    target: Tensor,
-    *,
-    gamma: float = ...,
-    temperature: float = ...,
-    ce_weight: float = ...,
-    ignore_index: int = ...,
-    reduction: str = ...,
-    backend: str = ...,
-    return_parts: Literal[False] = ...,
-) -> Tensor: ...
-
-
-@overload
-def nkd_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    target: Tensor,
-    *,
-    gamma: float = ...,
-    temperature: float = ...,
-    ce_weight: float = ...,
-    ignore_index: int = ...,
-    reduction: str = ...,
-    backend: str = ...,
-    return_parts: Literal[True],
-) -> tuple[Tensor, LossParts]: ...
-
-
-def nkd_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    target: Tensor,
-    *,
-    gamma: float = 1.5,
-    temperature: float = 1.0,
-    ce_weight: float = 0.0,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    backend: str = "auto",
-    return_parts: bool = False,
-) -> Tensor | tuple[Tensor, LossParts]:
-    r"""Normalized knowledge distillation (NKD), Eq. 4 and 5 of "From Knowledge Distillation to Self-Knowledge
-    Distillation: A Unified Approach with Normalized Loss and Customized Soft Labels" (arXiv:2303.13005).
-
-    With :math:`p, q` the softmax of the student's and the teacher's logits, :math:`y` the target class, and
-    :math:`\hat p, \hat q` the softmax at ``temperature`` :math:`T` over the classes other than :math:`y`:
-
-    .. math::
-        L = -q_y \log p_y - \gamma T^2 \sum_{j \ne y} \hat q_j \log \hat p_j
-            + \mathrm{ce\_weight} \cdot \mathrm{CE}(student, target)
-
-    The temperature acts on the non-target term only. It is a cross-entropy, so it is not 0 for equal logits.
-
-    Args:
-        student_logits: Unnormalised scores ``(..., C)``, C at least 2, float64, float32, float16 or bfloat16.
-        teacher_logits: The teacher's, same shape and device, any of those dtypes; must not require grad.
-        target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)`` (mixup, CutMix): NKD then
-            takes each row's largest entry, the lowest index on ties, and CE takes the probabilities.
-        gamma: Weight of the non-target term; the paper has 1.5 for ImageNet, 1 for DeiT, 3.5 for CIFAR-100.
-        temperature: T above; the paper has 1 for ImageNet, 3 for CIFAR-100.
-        ce_weight: Weight of the ordinary cross-entropy, computed in the same pass; 1 gives Eq. 5.
-        ignore_index: Rows with this class index count nowhere and get a zero gradient.
-        reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
-        backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
-        return_parts: Return ``(loss, parts)`` with the detached, weighted ``parts.target``, ``parts.non_target`` and
-            ``parts.ce``, which sum to the loss.
-
-    Shape:
-        The loss is a scalar, or has the shape of the class indices ``(...)`` for ``reduction="none"``. Its dtype is
-        float64 if any logits are, else float32. The gradient has the dtype of ``student_logits``.
-
-    Returns:
-        The loss, or the loss and its parts.
-
-    Raises:
-        TypeError: An argument has a type or dtype that is not supported.
-        ValueError: Shapes, devices or hyper-parameters do not fit, or the teacher requires grad.
-        IndexError: A class index is out of range, on the CPU. On a GPU, where checking would stall, that row is NaN.
-        RuntimeError: ``backend`` names one that cannot run here, with the reason; or the loss is differentiated twice
-            on a fused backend.
-
-    Example:
-        >>> student_logits = torch.randn(8, 1000, requires_grad=True)
-        >>> teacher_logits, target = torch.randn(8, 1000), torch.randint(1000, (8,))
-        >>> nkd_loss(student_logits, teacher_logits, target, gamma=1.5, ce_weight=1.0).backward()
-    """
-    rows = _checks.flatten(student_logits, teacher_logits, "teacher_logits", target)
-    _checks.check_teacher_detached(teacher_logits)
-    gamma = _checks.check_scalar("gamma", gamma)
-    temperature = _checks.check_scalar("temperature", temperature, positive=True)
-    ce_weight = _checks.check_scalar("ce_weight", ce_weight)
-    _checks.check_reduction(reduction)
-    _checks.check_ignore_index(ignore_index)
-    chosen = backends.choose(backend, student_logits.device.type)
-    parts: LossParts | None
-    if chosen == "reference":
-        _check_targets_if_cheap(rows.target, student_logits.shape[-1], ignore_index)
-        loss, parts = reference.nkd_loss(
-            *rows[:3],
-            gamma=gamma,
-            temperature=temperature,
-            ce_weight=ce_weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-        )
-    else:
-        loss, packed = ops.nkd(*rows[:3], gamma, temperature, ce_weight, ignore_index, reduction, chosen, return_parts)
-        parts = LossParts(packed[0], packed[1], packed[2]) if packed is not None and return_parts else None
-    if reduction == "none" and len(rows.shape) != 1:
-        loss = loss.reshape(rows.shape)
-        parts = LossParts(*(part.reshape(rows.shape) for part in parts)) if parts is not None else None
-    return (loss, parts) if parts is not None and return_parts else loss
-
-
-def _check_targets_if_cheap(target: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Fused backends check as they go; the reference reads the values first where that stalls nothing."""
-    if target.device.type == "cpu" and not target.is_floating_point() and not torch.compiler.is_compiling():
-        _checks.check_index_range(target, num_classes, ignore_index)
 
 
 @overload
@@ -282,7 +157,7 @@ def uskd_loss(
     _checks.check_reduction(reduction)
     chosen = backends.choose(backend, student_logits.device.type, "uskd")
     if chosen == "reference":
-        _check_targets_if_cheap(rows.target, student_logits.shape[-1], ignore_index)
+        check_targets_if_cheap(rows.target, student_logits.shape[-1], ignore_index)
     batch_sums = _batch_sums(rows, square, ignore_index, chosen, process_group)
     parts: USKDParts | None
     if chosen == "reference":
@@ -361,7 +236,7 @@ def uskd_soft_labels(
     rows = _checks.flatten(student_logits, weak_logits, "weak_logits", target)
     _check_soft_label_arguments(rank, square, ignore_index)
     _checks.check_process_group(process_group)
-    _check_targets_if_cheap(rows.target, student_logits.shape[-1], ignore_index)
+    check_targets_if_cheap(rows.target, student_logits.shape[-1], ignore_index)
     batch_sums = _batch_sums(rows, square, ignore_index, "reference", process_group)
     labels = reference.uskd_soft_labels(
         *rows[:3], rank=rank, square=square, ignore_index=ignore_index, batch_sums=batch_sums

@@ -1,0 +1,215 @@
+// The row losses (row_losses.h): loss parts and gradient in one visit to each row. Compiled once per instruction set.
+//
+// A row is visited in blocks that fit in the first-level cache. The first pass takes each block's maxima, exponentials
+// relative to them, and sums; the exponentials stay (in the gradient's own row where the dtypes allow it). Then the
+// blocks' sums are brought to the row's maxima in double precision, the formulas of row_losses.h give the coefficients,
+// and the second pass combines the stored exponentials. So logits are read once, no exponential is computed twice, and
+// the error of a sum grows with the block's length, not the row's.
+//
+// A class whose student logit is -inf breaks the fast sums (0 * inf), and a maximum beyond kLargestShift the fast
+// shift; such a row shows by its sums not being finite and is done again with `careful` loops that leave those classes
+// out. So is a row with NaN, which stays NaN.
+#include "../row_losses.h"
+#include "row_blocks.h"
+
+namespace fused_kd {
+namespace FKD_ISA {
+namespace {
+
+// A gradient of so many bytes leaves the caches before anyone reads it, so it is written past them.
+constexpr int64_t kStreamed = int64_t(8) << 20;
+
+// How the gradient is put together: the coefficients of a row's exponentials, and with standardization - slope * (s -
+// mean).
+struct Coefficients {
+    double soft, sharp, teacher, raw, v, constant, slope, target;
+};
+
+// Backwards through the z-scores z = f (x - mean), f = 1 / (d + 1e-7) with d the deviation of n classes:
+//   d/dx_j = f (g_j - sum(g) / n) - z_j sum(g z) / ((n - 1) d)
+// where the sum of g is 0, a softmax being indifferent to a shift, unless the student rules out what the teacher asks.
+Coefficients standardized(const RowResult& r, const RowStats& x, const RowMoments& m, const Products& w, double s_max) {
+    const double f = 1 / (m.deviation + 1e-7), origin = s_max - m.mean;
+    const bool target_possible = x.s_target != -INFINITY;
+    double sum = 0;
+    if (x.blocked > 0 || !target_possible)
+        sum = r.soft * x.s_soft + r.sharp * x.s_sharp + r.teacher * (x.t_soft - x.blocked) + r.target;
+    double with_z = r.soft * w.soft + r.sharp * w.sharp + r.teacher * w.teacher;
+    if (target_possible) with_z += r.target * (x.s_target + origin);
+    const double slope = m.deviation == 0 ? 0 : f * f * with_z / ((m.count - 1) * m.deviation);
+    const double constant = -f * sum / m.count;
+    const double at_target = f * r.target + (target_possible ? constant - slope * (x.s_target + origin) : 0);
+    return {f * r.soft, f * r.sharp, f * r.teacher, r.raw, r.v, r.constant + constant, slope, at_target + r.raw_target};
+}
+
+template <class A, bool single, bool careful, Mode mode>
+FKD_INLINE void block_combine(const A* s, const A* v, int64_t n, const Coefficients& c, A mean, const A* e_soft,
+                              const A* e_sharp, const A* e_raw, const A* e_t, A* out) {
+    const A soft = A(c.soft), sharp = A(c.sharp), teacher = A(c.teacher), raw = A(c.raw), minus_v = A(-c.v);
+    const A constant = A(c.constant), minus_slope = A(-c.slope);
+    constexpr bool general = mode == kGeneral || mode == kAlone;
+    for_lanes<A>(n, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
+        Vec<A> others = {};
+        if constexpr (mode != kAlone) others = load(e_t + j, lanes) * teacher;
+        if constexpr (general) {
+            others += constant;
+            if (v) others += load(v + j, lanes) * minus_v;
+            if (minus_slope != A(0)) others += (load(s + j, lanes) - mean) * minus_slope;
+        }
+        if constexpr (careful) { // a class that cannot occur has no gradient
+            const Vec<A> zero = {};
+            others = load(s + j, lanes) == -A(INFINITY) ? zero : others;
+        }
+        Vec<A> g = load(e_soft + j, lanes) * soft + others;
+        if constexpr (!single) g += load(e_sharp + j, lanes) * sharp;
+        if constexpr (general && !single)
+            if (raw != A(0)) g += load(e_raw + j, lanes) * raw;
+        store(out + j, g, lanes);
+    });
+}
+
+template <class A, bool single, bool careful, Mode mode>
+FKD_NOINLINE RowResult row_pass(const RowArgs& args, const RowParams& params, const Scratch<A>& scratch, int64_t row,
+                                int64_t y) {
+    constexpr bool general = mode == kGeneral || mode == kAlone;
+    const int64_t classes = args.classes;
+    const RowNeeds needs = row_needs(params);
+    const bool with_probs = general && args.target.dtype != kInt64;
+    const bool wanted = args.gradient != nullptr;
+    const DType out_type = args.student.dtype;
+    char* gradient = static_cast<char*>(args.gradient) + row * classes * element_size(out_type);
+    A* const own_row = reinterpret_cast<A*>(gradient);
+    const bool same = out_type == dtype_of<A>();
+    const bool streamed = same && args.rows * classes * int64_t(sizeof(A)) >= kStreamed;
+    A* const e_soft = wanted && same && !streamed ? own_row : scratch.e_soft;
+
+    RowMoments s_moments = {}, t_moments = {};
+    if (general && params.standardize) {
+        s_moments = row_moments<A>(args.student, row, classes, scratch.student);
+        t_moments = row_moments<A>(args.teacher, row, classes, scratch.teacher);
+    }
+    const Scales scales = scales_of(params, s_moments, t_moments);
+
+    int64_t count = 0;
+    for (int64_t j = 0; j < classes; j += kBlock<A>, ++count) {
+        const int64_t n = block_length<A>(classes, j);
+        const A* s = read(args.student, row, j, n, scratch.student);
+        const A* t = mode == kAlone ? s : read(args.teacher, row, j, n, scratch.teacher);
+        const A* v = with_probs ? read(args.target, row, j, n, scratch.probs) : nullptr;
+        // Without a gradient the exponentials are of no further use: keep overwriting the same few lines of cache.
+        const int64_t at = wanted ? j : 0;
+        block_stats<A, single, careful, mode>(
+            s, t, v, n, y - j, scales, needs, params.standardize ? &s_moments : nullptr, e_soft + at,
+            scratch.e_sharp + at, scratch.e_raw + at, scratch.e_t + at, scratch.blocks[count]);
+    }
+    double s_max, t_max;
+    Products products;
+    RowStats stats = merge(scratch.blocks, count, scales, single, general, needs.divergence, s_max, t_max, products);
+    stats.s_target = *read(args.student, row, y, 1, scratch.student) - s_max;
+    stats.t_target = mode == kAlone ? 0.0 : *read(args.teacher, row, y, 1, scratch.teacher) - t_max;
+    stats.v_target = with_probs ? double(*read(args.target, row, y, 1, scratch.probs)) : 1.0;
+    stats.v_sum += stats.v_target;
+    const RowResult result = row_loss(stats, params);
+    if (!careful && !(stats.cross - stats.cross == 0 && stats.s_soft - stats.s_soft == 0))
+        return row_pass<A, single, true, mode>(args, params, scratch, row, y);
+    if (!wanted) return result;
+
+    Coefficients c = {result.soft,
+                      result.sharp,
+                      result.teacher,
+                      result.raw,
+                      result.v,
+                      result.constant,
+                      0,
+                      result.target + result.raw_target};
+    if (general && params.standardize) c = standardized(result, stats, s_moments, products, s_max);
+    if (!needs.raw) {
+        c.sharp += c.raw;
+        c.raw = 0;
+    }
+    const double scale = args.gradient_scale;
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t j = i * kBlock<A>, n = block_length<A>(classes, j);
+        const double ds = scratch.blocks[i].s_max - s_max, dt = scratch.blocks[i].t_max - t_max;
+        Coefficients b = c;
+        b.soft *= scale * scaled_exp(ds, scales.soft_s);
+        if (single) {
+            b.soft += c.sharp * scale * scaled_exp(ds, scales.soft_s);
+        } else {
+            b.sharp *= scale * scaled_exp(ds, scales.sharp_s);
+            b.raw *= scale * scaled_exp(ds, 1);
+        }
+        b.teacher *= scale * scaled_exp(dt, scales.soft_t);
+        b.v *= scale;
+        b.constant *= scale;
+        b.slope *= scale;
+        const A* s = careful || c.slope != 0 ? read(args.student, row, j, n, scratch.student) : nullptr;
+        const A* v = with_probs ? read(args.target, row, j, n, scratch.probs) : nullptr;
+        A* out = same && !streamed ? own_row + j : scratch.teacher;
+        block_combine<A, single, careful, mode>(s, v, n, b, A(s_moments.mean), e_soft + j, scratch.e_sharp + j,
+                                                scratch.e_raw + j, scratch.e_t + j, out);
+        if (streamed)
+            stream(out, n, own_row + j);
+        else if (!same)
+            write(out, n, gradient + j * element_size(out_type), out_type);
+    }
+    if (streamed) fence();
+    const A at_target = A(c.target * scale);
+    write(&at_target, 1, gradient + y * element_size(out_type), out_type);
+    return result;
+}
+
+template <class A, bool single>
+RowResult (*pass_for(const RowArgs& args, const RowParams& params))(const RowArgs&, const RowParams&, const Scratch<A>&,
+                                                                    int64_t, int64_t) {
+    const RowNeeds needs = row_needs(params);
+    if (!needs.teacher) return row_pass<A, true, false, kAlone>;
+    if (args.target.dtype != kInt64 || needs.linear || params.standardize) return row_pass<A, single, false, kGeneral>;
+    return needs.divergence ? row_pass<A, single, false, kDivergence> : row_pass<A, single, false, kCross>;
+}
+
+template <class A>
+void row_losses_typed(const RowArgs& args) {
+    const RowParams params = {RowLoss(args.loss), args.first,           args.second,          args.temperature,
+                              args.ce_weight,     args.label_smoothing, double(args.classes), args.standardize};
+    const bool with_probs = args.target.dtype != kInt64;
+    const auto pass = one_temperature(params) ? pass_for<A, true>(args, params) : pass_for<A, false>(args, params);
+    const int threads = useful_threads(args.threads, args.rows, args.classes);
+    (void)threads;
+#pragma omp parallel num_threads(threads)
+    {
+        const Scratch<A> scratch(args.classes, row_needs(params));
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < args.rows; ++row) {
+            double* parts = args.parts + kRowParts * row;
+            int64_t y;
+            if (with_probs) {
+                y = argmax(args.target, row, args.classes, scratch.probs);
+                if (y < 0) y = 0; // every probability is NaN or -inf
+            } else {
+                y = *reinterpret_cast<const int64_t*>(element(args.target, row, 0));
+                if (y == args.ignore_index) {
+                    for (int k = 0; k < kRowParts; ++k)
+                        parts[k] = 0;
+                    if (args.gradient) {
+                        const int64_t bytes = args.classes * element_size(args.student.dtype);
+                        __builtin_memset(static_cast<char*>(args.gradient) + row * bytes, 0, size_t(bytes));
+                    }
+                    continue;
+                }
+            }
+            const RowResult result = pass(args, params, scratch, row, y);
+            for (int k = 0; k < kRowParts; ++k)
+                parts[k] = result.parts[k];
+        }
+    }
+}
+
+} // namespace
+
+void row_losses(const RowArgs& args) {
+    args.accumulate == kFloat64 ? row_losses_typed<double>(args) : row_losses_typed<float>(args);
+}
+
+} // namespace FKD_ISA
+} // namespace fused_kd

@@ -1,0 +1,106 @@
+"""What the functions share: the way of a row loss from checked arguments to the op, or to the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fused_kd import _checks, backends, ops
+from fused_kd.registry import ROW_LOSSES
+
+Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
+
+
+def row_loss(
+    name: str,
+    reference: Callable[..., tuple[Tensor, Parts]],
+    parts_type: type[Parts],
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    target: Tensor | None,
+    own: dict[str, float],
+    *,
+    temperature: float,
+    ce_weight: float,
+    label_smoothing: float,
+    logit_standardization: bool | None,
+    ignore_index: int,
+    reduction: str,
+    backend: str,
+    return_parts: bool,
+) -> Tensor | tuple[Tensor, Parts]:
+    """Run a row loss; ``own`` has its own weights, at most two, in the order of :data:`fused_kd.registry.Weights`.
+
+    A loss without a teacher has None for it and for ``logit_standardization``.
+    """
+    own = {key: _checks.check_scalar(key, value) for key, value in own.items()}
+    temperature = _checks.check_scalar("temperature", temperature, positive=True)
+    ce_weight = _checks.check_scalar("ce_weight", ce_weight)
+    label_smoothing = _checks.check_fraction("label_smoothing", label_smoothing)
+    if logit_standardization is not None:
+        _checks.check_flag("logit_standardization", logit_standardization)
+    _checks.check_reduction(reduction)
+    _checks.check_ignore_index(ignore_index)
+    if target is None:
+        target, ignore_index = no_target(student_logits, ce_weight), -1
+    if teacher_logits is None:
+        rows = _checks.flatten(student_logits, student_logits, "student_logits", target)
+    else:
+        rows = _checks.flatten(student_logits, teacher_logits, "teacher_logits", target)
+        _checks.check_teacher_detached(teacher_logits)
+    chosen = backends.choose(backend, student_logits.device.type, name)
+    logits = rows[:2] if teacher_logits is not None else rows[:1]
+    packed: Any
+    if chosen == "reference":
+        check_targets_if_cheap(rows.target, student_logits.shape[-1], ignore_index)
+        options: dict[str, Any] = {} if logit_standardization is None else {
+            "logit_standardization": logit_standardization
+        }  # fmt: skip
+        loss, packed = reference(
+            *logits,
+            rows.target,
+            **own,
+            temperature=temperature,
+            ce_weight=ce_weight,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            **options,
+        )
+    else:
+        loss, packed = ops.row_loss(
+            rows.student_logits,
+            rows.other_logits if teacher_logits is not None else None,
+            rows.target,
+            name,
+            (*(*own.values(), 0.0, 0.0)[:2], temperature, ce_weight, label_smoothing),
+            bool(logit_standardization),
+            ignore_index,
+            reduction,
+            chosen,
+            return_parts,
+        )
+        if return_parts:
+            packed = [packed[part] for part in ROW_LOSSES[name].parts]
+    if reduction == "none" and len(rows.shape) != 1:
+        loss = loss.reshape(rows.shape)
+        packed = [part.reshape(rows.shape) for part in packed] if return_parts else None
+    return (loss, parts_type(*packed)) if return_parts else loss
+
+
+def no_target(student_logits: Tensor, ce_weight: float) -> Tensor:
+    """Targets for a loss that does without: the same class for every row, which makes no difference to it."""
+    if not isinstance(student_logits, Tensor):
+        raise TypeError(f"student_logits: expected a Tensor, got {type(student_logits).__name__}")
+    if ce_weight != 0.0:
+        raise ValueError(f"target: expected one, since ce_weight is {ce_weight}; got None")
+    return torch.zeros(student_logits.shape[:-1], dtype=torch.int64, device=student_logits.device)
+
+
+def check_targets_if_cheap(target: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Fused backends check as they go; the reference reads the values first where that stalls nothing."""
+    if target.device.type == "cpu" and not target.is_floating_point() and not torch.compiler.is_compiling():
+        _checks.check_index_range(target, num_classes, ignore_index)

@@ -1,0 +1,117 @@
+"""DIST: the correlation of the student's with the teacher's probabilities, along rows and along columns."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+from torch import Tensor
+
+from fused_kd import _checks, backends, reference
+from fused_kd.functional._rows import check_targets_if_cheap, no_target
+from fused_kd.reference import DISTParts
+
+
+@overload
+def dist_loss(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = ..., *, beta: float = ...,
+    gamma: float = ..., temperature: float = ..., ce_weight: float = ..., label_smoothing: float = ...,
+    logit_standardization: bool = ..., ignore_index: int = ..., reduction: str = ..., backend: str = ...,
+    return_parts: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def dist_loss(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = ..., *, beta: float = ...,
+    gamma: float = ..., temperature: float = ..., ce_weight: float = ..., label_smoothing: float = ...,
+    logit_standardization: bool = ..., ignore_index: int = ..., reduction: str = ..., backend: str = ...,
+    return_parts: Literal[True],
+) -> tuple[Tensor, DISTParts]: ...  # fmt: skip
+
+
+def dist_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None = None,
+    *,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    temperature: float = 1.0,
+    ce_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    logit_standardization: bool = False,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str = "auto",
+    return_parts: bool = False,
+) -> Tensor | tuple[Tensor, DISTParts]:
+    r"""DIST of Huang et al., "Knowledge Distillation from A Stronger Teacher" (arXiv:2205.10536).
+
+    With :math:`p, q` the softmax of the student's and the teacher's logits at temperature T and :math:`\rho` Pearson's
+    correlation (:math:`10^{-8}` in its denominator) along a row i or a column j of the batch:
+
+    .. math::
+        L_i = T^2 \Bigl(\beta (1 - \rho(p_i, q_i)) + \gamma \bigl(1 - \tfrac{1}{C} \sum_j \rho(p^j, q^j)\bigr)\Bigr)
+            + \mathrm{ce\_weight} \cdot \mathrm{CE}(student, target)
+
+    The second term is one number for the batch, which every row that counts is given whole, so that the loss stays the
+    mean of its rows. It needs a batch: of one row it is constant.
+
+    Args:
+        student_logits: Unnormalised scores ``(..., C)``, C at least 2, float64, float32, float16 or bfloat16.
+        teacher_logits: The teacher's, same shape and device, any of those dtypes; must not require grad.
+        target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)``. They serve the
+            cross-entropy and ``ignore_index``; without them ``ce_weight`` must be 0 and every row counts.
+        beta: Weight of the correlation along rows (inter-class).
+        gamma: Weight of the correlation along columns (intra-class).
+        temperature: T above; the paper has 4 for CIFAR-100, 1 for ImageNet.
+        ce_weight: Weight of the ordinary cross-entropy.
+        label_smoothing: Of the cross-entropy's labels, as in :func:`torch.nn.functional.cross_entropy`.
+        logit_standardization: Put the z-scores of both logits, row by row, into all but the cross-entropy.
+        ignore_index: Rows with this class index are in no term and get a zero gradient.
+        reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
+        backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
+        return_parts: Return ``(loss, parts)`` with the detached, weighted ``parts.inter``, ``parts.intra`` and
+            ``parts.ce``, which sum to the loss.
+
+    Shape:
+        The loss is a scalar, or has the shape of the class indices ``(...)`` for ``reduction="none"``. Its dtype is
+        float64 if any logits are, else float32. The gradient has the dtype of ``student_logits``.
+
+    Returns:
+        The loss, or the loss and its parts.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: As :func:`nkd_loss`.
+
+    Example:
+        >>> dist_loss(student_logits, teacher_logits, beta=1.0, gamma=1.0).backward()
+    """
+    beta = _checks.check_scalar("beta", beta)
+    gamma = _checks.check_scalar("gamma", gamma)
+    temperature = _checks.check_scalar("temperature", temperature, positive=True)
+    ce_weight = _checks.check_scalar("ce_weight", ce_weight)
+    label_smoothing = _checks.check_fraction("label_smoothing", label_smoothing)
+    _checks.check_flag("logit_standardization", logit_standardization)
+    _checks.check_reduction(reduction)
+    _checks.check_ignore_index(ignore_index)
+    if target is None:
+        target, ignore_index = no_target(student_logits, ce_weight), -1
+    rows = _checks.flatten(student_logits, teacher_logits, "teacher_logits", target)
+    _checks.check_teacher_detached(teacher_logits)
+    backends.choose(backend, student_logits.device.type, "dist")
+    check_targets_if_cheap(rows.target, student_logits.shape[-1], ignore_index)
+    loss, parts = reference.dist_loss(
+        *rows[:3],
+        beta=beta,
+        gamma=gamma,
+        temperature=temperature,
+        ce_weight=ce_weight,
+        label_smoothing=label_smoothing,
+        logit_standardization=logit_standardization,
+        ignore_index=ignore_index,
+        reduction=reduction,
+    )
+    if reduction == "none" and len(rows.shape) != 1:
+        loss, parts = loss.reshape(rows.shape), DISTParts(*(part.reshape(rows.shape) for part in parts))
+    return (loss, parts) if return_parts else loss

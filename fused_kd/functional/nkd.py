@@ -1,0 +1,108 @@
+"""Normalized knowledge distillation."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+from torch import Tensor
+
+from fused_kd import reference
+from fused_kd.functional._rows import row_loss
+from fused_kd.reference import LossParts
+
+
+@overload
+def nkd_loss(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, gamma: float = ..., temperature: float = ...,
+    ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ..., ignore_index: int = ...,
+    reduction: str = ..., backend: str = ..., return_parts: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def nkd_loss(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, gamma: float = ..., temperature: float = ...,
+    ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ..., ignore_index: int = ...,
+    reduction: str = ..., backend: str = ..., return_parts: Literal[True],
+) -> tuple[Tensor, LossParts]: ...  # fmt: skip
+
+
+def nkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    *,
+    gamma: float = 1.5,
+    temperature: float = 1.0,
+    ce_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    logit_standardization: bool = False,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str = "auto",
+    return_parts: bool = False,
+) -> Tensor | tuple[Tensor, LossParts]:
+    r"""Normalized knowledge distillation (NKD), Eq. 4 and 5 of "From Knowledge Distillation to Self-Knowledge
+    Distillation: A Unified Approach with Normalized Loss and Customized Soft Labels" (arXiv:2303.13005).
+
+    With :math:`p, q` the softmax of the student's and the teacher's logits, :math:`y` the target class, and
+    :math:`\hat p, \hat q` the softmax at ``temperature`` :math:`T` over the classes other than :math:`y`:
+
+    .. math::
+        L = -q_y \log p_y - \gamma T^2 \sum_{j \ne y} \hat q_j \log \hat p_j
+            + \mathrm{ce\_weight} \cdot \mathrm{CE}(student, target)
+
+    The temperature acts on the non-target term only. It is a cross-entropy, so it is not 0 for equal logits.
+
+    Args:
+        student_logits: Unnormalised scores ``(..., C)``, C at least 2, float64, float32, float16 or bfloat16.
+        teacher_logits: The teacher's, same shape and device, any of those dtypes; must not require grad.
+        target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)`` (mixup, CutMix): NKD then
+            takes each row's largest entry, the lowest index on ties, and CE takes the probabilities.
+        gamma: Weight of the non-target term; the paper has 1.5 for ImageNet, 1 for DeiT, 3.5 for CIFAR-100.
+        temperature: T above; the paper has 1 for ImageNet, 3 for CIFAR-100.
+        ce_weight: Weight of the ordinary cross-entropy, computed in the same pass; 1 gives Eq. 5.
+        label_smoothing: Of the cross-entropy's labels, as in :func:`torch.nn.functional.cross_entropy`.
+        logit_standardization: Put the z-scores of both logits, row by row, into all but the cross-entropy.
+        ignore_index: Rows with this class index count nowhere and get a zero gradient.
+        reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
+        backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
+        return_parts: Return ``(loss, parts)`` with the detached, weighted ``parts.target``, ``parts.non_target`` and
+            ``parts.ce``, which sum to the loss.
+
+    Shape:
+        The loss is a scalar, or has the shape of the class indices ``(...)`` for ``reduction="none"``. Its dtype is
+        float64 if any logits are, else float32. The gradient has the dtype of ``student_logits``.
+
+    Returns:
+        The loss, or the loss and its parts.
+
+    Raises:
+        TypeError: An argument has a type or dtype that is not supported.
+        ValueError: Shapes, devices or hyper-parameters do not fit, or the teacher requires grad.
+        IndexError: A class index is out of range, on the CPU. On a GPU, where checking would stall, that row is NaN.
+        RuntimeError: ``backend`` names one that cannot run here, with the reason; or the loss is differentiated twice
+            on a fused backend.
+
+    Example:
+        >>> student_logits = torch.randn(8, 1000, requires_grad=True)
+        >>> teacher_logits, target = torch.randn(8, 1000), torch.randint(1000, (8,))
+        >>> nkd_loss(student_logits, teacher_logits, target, gamma=1.5, ce_weight=1.0).backward()
+    """
+    return row_loss(
+        "nkd",
+        reference.nkd_loss,
+        LossParts,
+        student_logits,
+        teacher_logits,
+        target,
+        {"gamma": gamma},
+        temperature=temperature,
+        ce_weight=ce_weight,
+        label_smoothing=label_smoothing,
+        logit_standardization=logit_standardization,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        backend=backend,
+        return_parts=return_parts,
+    )

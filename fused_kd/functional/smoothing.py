@@ -1,0 +1,196 @@
+"""Distillation without a teacher: the virtual teacher of Tf-KD and Zipf's label smoothing."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+from torch import Tensor
+
+from fused_kd import _checks, backends, reference
+from fused_kd.functional._rows import check_targets_if_cheap, row_loss
+from fused_kd.reference import DistillationParts
+
+
+@overload
+def tf_kd_loss(
+    student_logits: Tensor, target: Tensor, *, correct: float = ..., temperature: float = ..., ce_weight: float = ...,
+    label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ..., backend: str = ..., return_parts:
+    Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def tf_kd_loss(
+    student_logits: Tensor, target: Tensor, *, correct: float = ..., temperature: float = ..., ce_weight: float = ...,
+    label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ..., backend: str = ..., return_parts:
+    Literal[True],
+) -> tuple[Tensor, DistillationParts]: ...  # fmt: skip
+
+
+def tf_kd_loss(
+    student_logits: Tensor,
+    target: Tensor,
+    *,
+    correct: float = 0.99,
+    temperature: float = 20.0,
+    ce_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str = "auto",
+    return_parts: bool = False,
+) -> Tensor | tuple[Tensor, DistillationParts]:
+    r"""Teacher-free distillation from a virtual teacher (Tf-KD) of Yuan et al., "Revisiting Knowledge Distillation via
+    Label Smoothing Regularization" (arXiv:1909.11723).
+
+    The virtual teacher gives the target class ``correct`` and every other class an equal share of the rest, u, softened
+    at temperature T; :math:`p` is the student's softmax at temperature 1:
+
+    .. math::
+        L = \mathrm{KL}(\mathrm{softmax}(u / T) \| p) + \mathrm{ce\_weight} \cdot \mathrm{CE}(student, target)
+
+    Divided by the number of rows; the published code divides by N·C. Tf-KD's other form, a frozen copy of the student
+    as teacher, is :func:`kd_loss`.
+
+    Args:
+        student_logits: Unnormalised scores ``(..., C)``, C at least 2, float64, float32, float16 or bfloat16.
+        target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)`` (mixup, CutMix): the
+            virtual teacher then takes each row's largest entry, the lowest index on ties, and CE the probabilities.
+        correct: What the virtual teacher gives the target class, from 0 to below 1.
+        temperature: T above, of the virtual teacher alone.
+        ce_weight: Weight of the ordinary cross-entropy, computed in the same pass.
+        label_smoothing: Of the cross-entropy's labels, as in :func:`torch.nn.functional.cross_entropy`.
+        ignore_index: Rows with this class index count nowhere and get a zero gradient.
+        reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
+        backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
+        return_parts: Return ``(loss, parts)`` with the detached, weighted ``parts.distillation`` and
+            ``parts.ce``, which sum to the loss.
+
+    Shape:
+        The loss is a scalar, or has the shape of the class indices ``(...)`` for ``reduction="none"``. Its dtype is
+        float64 if any logits are, else float32. The gradient has the dtype of ``student_logits``.
+
+    Returns:
+        The loss, or the loss and its parts.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: As :func:`nkd_loss`.
+
+    Example:
+        >>> tf_kd_loss(student_logits, target, ce_weight=1.0).backward()
+    """
+    _checks.check_fraction("correct", correct)
+    return row_loss(
+        "tf_kd",
+        reference.tf_kd_loss,
+        DistillationParts,
+        student_logits,
+        None,
+        target,
+        {"correct": correct},
+        temperature=temperature,
+        ce_weight=ce_weight,
+        label_smoothing=label_smoothing,
+        logit_standardization=None,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        backend=backend,
+        return_parts=return_parts,
+    )
+
+
+@overload
+def zipf_ls_loss(
+    student_logits: Tensor, dense_logits: Tensor, target: Tensor, *, weight: float = ..., power: float = ...,
+    ce_weight: float = ..., label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ...,
+    backend: str = ..., return_parts: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def zipf_ls_loss(
+    student_logits: Tensor, dense_logits: Tensor, target: Tensor, *, weight: float = ..., power: float = ...,
+    ce_weight: float = ..., label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ...,
+    backend: str = ..., return_parts: Literal[True],
+) -> tuple[Tensor, DistillationParts]: ...  # fmt: skip
+
+
+def zipf_ls_loss(
+    student_logits: Tensor,
+    dense_logits: Tensor,
+    target: Tensor,
+    *,
+    weight: float = 0.1,
+    power: float = 1.0,
+    ce_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str = "auto",
+    return_parts: bool = False,
+) -> Tensor | tuple[Tensor, DistillationParts]:
+    r"""Zipf's label smoothing of Liang et al., "Efficient One Pass Self-distillation with Zipf's Label Smoothing"
+    (arXiv:2207.12980).
+
+    Each position of the network's last feature map votes for the class that the classifier, applied to it, gives most.
+    A class's rank is 1 and the number of classes with more votes. With :math:`\hat p` the student's softmax over the
+    classes that are not targets:
+
+    .. math::
+        L = \mathrm{weight} \cdot \mathrm{KL}(\hat z \| \hat p)
+            + \mathrm{ce\_weight} \cdot \mathrm{CE}(student, target), \quad \hat z_j \propto \mathrm{rank}_j^{-power}
+
+    Args:
+        student_logits: Unnormalised scores ``(..., C)``, C at least 2, float64, float32, float16 or bfloat16.
+        dense_logits: The classifier's at each of P positions, ``(..., P, C)``, any of those dtypes, same device. For a
+            feature map ``(N, C, H, W)`` of logits pass ``logits.flatten(2).transpose(1, 2)``. No gradient flows here.
+        target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)``, which have one or two
+            targets as in :func:`uskd_loss`.
+        weight: Of the divergence; the paper has 0.1.
+        power: Of the rank in Zipf's law.
+        ce_weight: Weight of the ordinary cross-entropy, computed in the same pass.
+        label_smoothing: Of the cross-entropy's labels, as in :func:`torch.nn.functional.cross_entropy`.
+        ignore_index: Rows with this class index count nowhere and get a zero gradient.
+        reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
+        backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
+        return_parts: Return ``(loss, parts)`` with the detached, weighted ``parts.distillation`` and
+            ``parts.ce``, which sum to the loss.
+
+    Shape:
+        The loss is a scalar, or has the shape of the class indices ``(...)`` for ``reduction="none"``. Its dtype is
+        float64 if the student's logits are, else float32. The gradient has the dtype of ``student_logits``.
+
+    Returns:
+        The loss, or the loss and its parts.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: As :func:`nkd_loss`.
+
+    Example:
+        >>> dense_logits = classifier(feature_map.flatten(2).transpose(1, 2))  # (N, D, H, W) to (N, H·W, C)
+        >>> zipf_ls_loss(student_logits, dense_logits, target, ce_weight=1.0).backward()
+    """
+    weight = _checks.check_scalar("weight", weight)
+    power = _checks.check_scalar("power", power)
+    ce_weight = _checks.check_scalar("ce_weight", ce_weight)
+    label_smoothing = _checks.check_fraction("label_smoothing", label_smoothing)
+    _checks.check_reduction(reduction)
+    _checks.check_ignore_index(ignore_index)
+    rows = _checks.flatten(student_logits, student_logits, "student_logits", target)
+    dense = _checks.flatten_dense(dense_logits, student_logits)
+    backends.choose(backend, student_logits.device.type, "zipf_ls")
+    check_targets_if_cheap(rows.target, student_logits.shape[-1], ignore_index)
+    loss, parts = reference.zipf_ls_loss(
+        rows.student_logits,
+        dense,
+        rows.target,
+        weight=weight,
+        power=power,
+        ce_weight=ce_weight,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+    )
+    if reduction == "none" and len(rows.shape) != 1:
+        loss, parts = loss.reshape(rows.shape), DistillationParts(*(part.reshape(rows.shape) for part in parts))
+    return (loss, parts) if return_parts else loss

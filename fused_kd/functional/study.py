@@ -1,0 +1,73 @@
+"""The parts of KD, NKD and DKD side by side, to rebuild the paper's ablations by weighting them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fused_kd import _checks, reference
+from fused_kd.functional._rows import check_targets_if_cheap
+from fused_kd.reference import Decomposition
+
+
+def decompose(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    *,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Decomposition:
+    r"""What KD, NKD and DKD are made of, as sections 5.1 and G of arXiv:2303.13005 take them apart.
+
+    For study, by the reference; with :math:`p, q` the student's and the teacher's softmax, :math:`y` the target class
+    and a hat for the softmax over the others, the parts, unweighted and differentiable in the student, are
+
+    ``kd_target``
+        :math:`-T^2 q_y(T) \log p_y(T)`
+    ``kd_non_target``
+        :math:`-T^2 \sum_{j \ne y} q_j(T) \log p_j(T)`; with the above KD's cross-entropy, KD plus :math:`T^2 H(q(T))`
+    ``nkd_non_target``
+        :math:`-T^2 \sum_{j \ne y} \hat q_j \log \hat p_j`
+    ``dkd_binary``
+        :math:`T^2 \mathrm{KL}(b_t \| b_s)`, :math:`b = (p_y(T), 1 - p_y(T))`
+    ``dkd_non_target``
+        :math:`T^2 \mathrm{KL}(\hat q \| \hat p)`
+    ``nkd_target``
+        :math:`-q_y \log p_y` at temperature 1
+
+    so that NKD = nkd_target + gamma nkd_non_target and DKD = alpha dkd_binary + beta dkd_non_target.
+
+    Args:
+        student_logits: Unnormalised scores ``(..., C)``, C at least 2, float64, float32, float16 or bfloat16.
+        teacher_logits: The teacher's, same shape and device, any of those dtypes; must not require grad.
+        target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)``, of which each row's
+            largest entry is the target, the lowest index on ties.
+        temperature: T above.
+        ignore_index: Rows with this class index count nowhere.
+        reduction: ``"mean"`` over the rows that count, ``"sum"`` or ``"none"``.
+
+    Shape:
+        Each part is a scalar, or has the shape of the class indices for ``reduction="none"``; float64 if any logits
+        are, else float32.
+
+    Returns:
+        A named tuple of the six parts.
+
+    Raises:
+        TypeError, ValueError, IndexError: As :func:`fused_kd.nkd_loss`.
+
+    Example:
+        >>> parts = fused_kd.decompose(student_logits, teacher_logits, target)
+        >>> nkd_with_binary = parts.nkd_target + 1.5 * parts.nkd_non_target + 0.5 * parts.dkd_binary
+    """
+    rows = _checks.flatten(student_logits, teacher_logits, "teacher_logits", target)
+    _checks.check_teacher_detached(teacher_logits)
+    temperature = _checks.check_scalar("temperature", temperature, positive=True)
+    _checks.check_reduction(reduction)
+    _checks.check_ignore_index(ignore_index)
+    check_targets_if_cheap(rows.target, student_logits.shape[-1], ignore_index)
+    parts = reference.decompose(*rows[:3], temperature=temperature, ignore_index=ignore_index, reduction=reduction)
+    if reduction == "none" and len(rows.shape) != 1:
+        return Decomposition(*(part.reshape(rows.shape) for part in parts))
+    return parts

@@ -1,0 +1,281 @@
+"""Distillation from a teacher's logits: KD, DKD and WSLD."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+from torch import Tensor
+
+from fused_kd import reference
+from fused_kd.functional._rows import row_loss
+from fused_kd.reference import DistillationParts, LossParts
+
+
+@overload
+def kd_loss(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = ..., *, temperature: float = ...,
+    ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ..., ignore_index: int = ...,
+    reduction: str = ..., backend: str = ..., return_parts: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def kd_loss(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = ..., *, temperature: float = ...,
+    ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ..., ignore_index: int = ...,
+    reduction: str = ..., backend: str = ..., return_parts: Literal[True],
+) -> tuple[Tensor, DistillationParts]: ...  # fmt: skip
+
+
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float = 4.0,
+    ce_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    logit_standardization: bool = False,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str = "auto",
+    return_parts: bool = False,
+) -> Tensor | tuple[Tensor, DistillationParts]:
+    r"""Knowledge distillation (KD) of Hinton et al., "Distilling the Knowledge in a Neural Network" (arXiv:1503.02531).
+
+    With :math:`p(T), q(T)` the softmax of the student's and the teacher's logits at temperature T:
+
+    .. math::
+        L = T^2 \sum_j q_j(T) \log \frac{q_j(T)}{p_j(T)} + \mathrm{ce\_weight} \cdot \mathrm{CE}(student, target)
+
+    Divided by the number of rows, where ``torch.nn.functional.kl_div(reduction="mean")`` would divide by N·C.
+
+    Args:
+        student_logits: Unnormalised scores ``(..., C)``, C at least 2, float64, float32, float16 or bfloat16.
+        teacher_logits: The teacher's, same shape and device, any of those dtypes; must not require grad.
+        target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)``. They serve the
+            cross-entropy and ``ignore_index``; without them ``ce_weight`` must be 0 and every row counts.
+        temperature: T above; 4 is common for CIFAR-100, 1 for ImageNet.
+        ce_weight: Weight of the ordinary cross-entropy, computed in the same pass.
+        label_smoothing: Of the cross-entropy's labels, as in :func:`torch.nn.functional.cross_entropy`.
+        logit_standardization: Put the z-scores of both logits, row by row, into all but the cross-entropy.
+        ignore_index: Rows with this class index count nowhere and get a zero gradient.
+        reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
+        backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
+        return_parts: Return ``(loss, parts)`` with the detached, weighted ``parts.distillation`` and
+            ``parts.ce``, which sum to the loss.
+
+    Shape:
+        The loss is a scalar, or has the shape of the class indices ``(...)`` for ``reduction="none"``. Its dtype is
+        float64 if any logits are, else float32. The gradient has the dtype of ``student_logits``.
+
+    Returns:
+        The loss, or the loss and its parts.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: As :func:`nkd_loss`.
+
+    Example:
+        >>> kd_loss(student_logits, teacher_logits, temperature=4.0).backward()
+    """
+    return row_loss(
+        "kd",
+        reference.kd_loss,
+        DistillationParts,
+        student_logits,
+        teacher_logits,
+        target,
+        {},
+        temperature=temperature,
+        ce_weight=ce_weight,
+        label_smoothing=label_smoothing,
+        logit_standardization=logit_standardization,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        backend=backend,
+        return_parts=return_parts,
+    )
+
+
+@overload
+def dkd_loss(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, alpha: float = ..., beta: float = ...,
+    temperature: float = ..., ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ...,
+    ignore_index: int = ..., reduction: str = ..., backend: str = ..., return_parts: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def dkd_loss(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, alpha: float = ..., beta: float = ...,
+    temperature: float = ..., ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ...,
+    ignore_index: int = ..., reduction: str = ..., backend: str = ..., return_parts: Literal[True],
+) -> tuple[Tensor, LossParts]: ...  # fmt: skip
+
+
+def dkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float = 4.0,
+    ce_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    logit_standardization: bool = False,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str = "auto",
+    return_parts: bool = False,
+) -> Tensor | tuple[Tensor, LossParts]:
+    r"""Decoupled knowledge distillation (DKD) of Zhao et al., "Decoupled Knowledge Distillation" (arXiv:2203.08679).
+
+    With :math:`y` the target class, :math:`b = (p_y, 1 - p_y)` of the student and of the teacher, and
+    :math:`\hat p, \hat q` the softmax over the classes other than :math:`y`, all at temperature T:
+
+    .. math::
+        L = T^2 (\alpha \mathrm{KL}(b_t \| b_s) + \beta \mathrm{KL}(\hat q \| \hat p))
+            + \mathrm{ce\_weight} \cdot \mathrm{CE}(student, target)
+
+    Without the published code's masks of −1000 and logarithms of rounded probabilities: saturated rows stay finite.
+
+    Args:
+        student_logits: Unnormalised scores ``(..., C)``, C at least 2, float64, float32, float16 or bfloat16.
+        teacher_logits: The teacher's, same shape and device, any of those dtypes; must not require grad.
+        target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)`` (mixup, CutMix): DKD then
+            takes each row's largest entry, the lowest index on ties, and CE takes the probabilities.
+        alpha: Weight of the binary term.
+        beta: Weight of the non-target term; the paper has 8 for CIFAR-100, 0.5 for ImageNet.
+        temperature: T above; the paper has 4 for CIFAR-100, 1 for ImageNet.
+        ce_weight: Weight of the ordinary cross-entropy, computed in the same pass.
+        label_smoothing: Of the cross-entropy's labels, as in :func:`torch.nn.functional.cross_entropy`.
+        logit_standardization: Put the z-scores of both logits, row by row, into all but the cross-entropy.
+        ignore_index: Rows with this class index count nowhere and get a zero gradient.
+        reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
+        backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
+        return_parts: Return ``(loss, parts)`` with the detached, weighted ``parts.target`` (the binary term),
+            ``parts.non_target`` and ``parts.ce``, which sum to the loss.
+
+    Shape:
+        The loss is a scalar, or has the shape of the class indices ``(...)`` for ``reduction="none"``. Its dtype is
+        float64 if any logits are, else float32. The gradient has the dtype of ``student_logits``.
+
+    Returns:
+        The loss, or the loss and its parts.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: As :func:`nkd_loss`.
+
+    Example:
+        >>> dkd_loss(student_logits, teacher_logits, target, alpha=1.0, beta=8.0).backward()
+    """
+    return row_loss(
+        "dkd",
+        reference.dkd_loss,
+        LossParts,
+        student_logits,
+        teacher_logits,
+        target,
+        {"alpha": alpha, "beta": beta},
+        temperature=temperature,
+        ce_weight=ce_weight,
+        label_smoothing=label_smoothing,
+        logit_standardization=logit_standardization,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        backend=backend,
+        return_parts=return_parts,
+    )
+
+
+@overload
+def wsld_loss(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, alpha: float = ..., temperature: float = ...,
+    ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ..., ignore_index: int = ...,
+    reduction: str = ..., backend: str = ..., return_parts: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def wsld_loss(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, alpha: float = ..., temperature: float = ...,
+    ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ..., ignore_index: int = ...,
+    reduction: str = ..., backend: str = ..., return_parts: Literal[True],
+) -> tuple[Tensor, DistillationParts]: ...  # fmt: skip
+
+
+def wsld_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 2.5,
+    temperature: float = 2.0,
+    ce_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    logit_standardization: bool = False,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str = "auto",
+    return_parts: bool = False,
+) -> Tensor | tuple[Tensor, DistillationParts]:
+    r"""Weighted soft labels (WSLD) of Zhou et al., "Rethinking Soft Labels for Knowledge Distillation"
+    (arXiv:2102.00650).
+
+    With :math:`p(T), q(T)` the softmax of the student's and the teacher's logits at temperature T:
+
+    .. math::
+        L = \alpha T^2 u \Bigl(-\sum_j q_j(T) \log p_j(T)\Bigr)
+            + \mathrm{ce\_weight} \cdot \mathrm{CE}(student, target),
+
+    .. math::
+        u = 1 - \exp\Bigl(-\frac{\mathrm{CE}(student, target)}{\mathrm{CE}(teacher, target) + 10^{-7}}\Bigr)
+
+    u is a constant to the gradient; its cross-entropies are at temperature 1 and without label smoothing.
+
+    Args:
+        student_logits: Unnormalised scores ``(..., C)``, C at least 2, float64, float32, float16 or bfloat16.
+        teacher_logits: The teacher's, same shape and device, any of those dtypes; must not require grad.
+        target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)`` (mixup, CutMix).
+        alpha: Weight of the distillation.
+        temperature: T above; the paper has 2.
+        ce_weight: Weight of the ordinary cross-entropy, computed in the same pass.
+        label_smoothing: Of the cross-entropy's labels, as in :func:`torch.nn.functional.cross_entropy`.
+        logit_standardization: Put the z-scores of both logits, row by row, into all but the cross-entropy.
+        ignore_index: Rows with this class index count nowhere and get a zero gradient.
+        reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
+        backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
+        return_parts: Return ``(loss, parts)`` with the detached, weighted ``parts.distillation`` and
+            ``parts.ce``, which sum to the loss.
+
+    Shape:
+        The loss is a scalar, or has the shape of the class indices ``(...)`` for ``reduction="none"``. Its dtype is
+        float64 if any logits are, else float32. The gradient has the dtype of ``student_logits``.
+
+    Returns:
+        The loss, or the loss and its parts.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: As :func:`nkd_loss`.
+
+    Example:
+        >>> wsld_loss(student_logits, teacher_logits, target, ce_weight=1.0).backward()
+    """
+    return row_loss(
+        "wsld",
+        reference.wsld_loss,
+        DistillationParts,
+        student_logits,
+        teacher_logits,
+        target,
+        {"alpha": alpha},
+        temperature=temperature,
+        ce_weight=ce_weight,
+        label_smoothing=label_smoothing,
+        logit_standardization=logit_standardization,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        backend=backend,
+        return_parts=return_parts,
+    )

@@ -1,0 +1,156 @@
+"""What there is: every loss with its formula and paper, and the row losses as the kernels know them.
+
+A row loss is one whose gradient is, row by row, a combination of a few exponentials of the logits; one op and one
+kernel serve them all, and a loss is a policy there: its number here, its function in ``csrc/row_losses.h`` and in
+``fused_kd/backends/triton_losses.py``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+#: (first, second, temperature, ce_weight, label_smoothing); the first two are the loss's own, 0 where it has none.
+Weights = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class RowLoss:
+    """How the kernels know a row loss.
+
+    ``kind`` is its number in ``csrc/row_losses.h``; ``parts`` which of the op's three parts it has; ``bound`` the
+    largest magnitude of its gradient's entries, CE left out, for weights (first, second, temperature).
+    """
+
+    kind: int
+    parts: tuple[int, ...]
+    bound: Callable[[float, float, float], float]
+
+
+# |q_y (p - 1)|, |p - q| and |p^ - q^| are at most 1.
+ROW_LOSSES = {
+    "nkd": RowLoss(0, (0, 1, 2), lambda gamma, _, temperature: 1.0 + gamma * temperature),
+    "kd": RowLoss(1, (0, 2), lambda _, __, temperature: temperature),
+    "dkd": RowLoss(2, (0, 1, 2), lambda alpha, beta, temperature: (alpha + beta) * temperature),
+    "wsld": RowLoss(3, (0, 2), lambda alpha, _, temperature: alpha * temperature),
+    "tf_kd": RowLoss(4, (0, 2), lambda _, __, ___: 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss of this package: what it is, where it comes from, and what runs it.
+
+    ``formula`` is per row, in the notation of the README; ``backends`` has, per kind of device, the backends that
+    have a kernel for it, whether or not they are installed here (:func:`fused_kd.explain` says that).
+    """
+
+    name: str
+    title: str
+    formula: str
+    paper: str
+    function: str
+    module: str
+    backends: dict[str, tuple[str, ...]]
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The default of each hyper-parameter, from the function's signature."""
+        import fused_kd
+
+        shared = ("reduction", "ignore_index", "backend", "return_parts", "process_group")
+        parameters = inspect.signature(getattr(fused_kd, self.function)).parameters.values()
+        return {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in shared}
+
+
+_ROWS = {"cpu": ("native", "reference"), "cuda": ("reference",)}
+
+LOSSES = {
+    loss.name: loss
+    for loss in (
+        Loss(
+            "nkd",
+            "NKD",
+            "−q_y log p_y − γ T² Σ_{j≠y} q̂_j log p̂_j",
+            "Yang et al. 2023, arXiv:2303.13005, Eq. 4–5",
+            "nkd_loss",
+            "NKDLoss",
+            {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
+        ),
+        Loss(
+            "uskd",
+            "USKD",
+            "−α Σ_k P_k log p_k − β Σ_{j∉Y} ẑ_j log p̂_j − μ Σ_j V'_j log v_j",
+            "Yang et al. 2023, arXiv:2303.13005, Eq. 6–13",
+            "uskd_loss",
+            "USKDLoss",
+            {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")},
+        ),
+        Loss(
+            "kd",
+            "KD",
+            "T² KL(q(T) ‖ p(T))",
+            "Hinton et al. 2015, arXiv:1503.02531",
+            "kd_loss",
+            "KDLoss",
+            _ROWS,
+        ),
+        Loss(
+            "dkd",
+            "DKD",
+            "T² (α KL(b_t ‖ b_s) + β KL(q̂ ‖ p̂))",
+            "Zhao et al. 2022, arXiv:2203.08679",
+            "dkd_loss",
+            "DKDLoss",
+            _ROWS,
+        ),
+        Loss(
+            "wsld",
+            "WSLD",
+            "α T² u (−Σ_j q_j(T) log p_j(T)), u = 1 − exp(−CE(s) / CE(t))",
+            "Zhou et al. 2021, arXiv:2102.00650",
+            "wsld_loss",
+            "WSLDLoss",
+            _ROWS,
+        ),
+        Loss(
+            "tf_kd",
+            "Tf-KD",
+            "KL(softmax(u / T) ‖ p), u_y = correct, u_j = (1 − correct) / (C − 1)",
+            "Yuan et al. 2020, arXiv:1909.11723",
+            "tf_kd_loss",
+            "TfKDLoss",
+            _ROWS,
+        ),
+        Loss(
+            "dist",
+            "DIST",
+            "T² (β (1 − ρ of the row) + γ (1 − mean over the classes of ρ of the column))",
+            "Huang et al. 2022, arXiv:2205.10536",
+            "dist_loss",
+            "DISTLoss",
+            {"cpu": ("reference",), "cuda": ("reference",)},
+        ),
+        Loss(
+            "zipf_ls",
+            "Zipf's LS",
+            "weight · KL(ẑ ‖ p̂), ẑ by the rank of each class in the votes of the positions",
+            "Liang et al. 2022, arXiv:2207.12980",
+            "zipf_ls_loss",
+            "ZipfLSLoss",
+            {"cpu": ("reference",), "cuda": ("reference",)},
+        ),
+    )
+}
+
+
+def losses() -> list[Loss]:
+    """Every loss of the package.
+
+    Example:
+        >>> for loss in fused_kd.losses():
+        ...     print(loss.title, loss.formula, loss.defaults, loss.backends["cuda"])
+    """
+    return list(LOSSES.values())
