@@ -163,10 +163,12 @@ def compare_inputs(
     slack = _SLACK_ULPS[accumulate] * torch.finfo(accumulate).eps
     errors = [relative_error(a, b) for a, b in zip(ours, exact, strict=True)]
     budgets = [relative_error(a, b) + slack for a, b in zip(eager, exact, strict=True)]
-    if loss == "uskd" and accumulate == torch.float64:
-        # The eager backward adds up the smoothed label one vector of classes after the other: against 80 bits its weak
-        # gradient is 390 ulp off at 21841 classes where the kernels' is 5. A worst case of half an ulp a step of 4.
-        budgets[2] += student.shape[1] / 8 * torch.finfo(torch.float64).eps
+    if accumulate == torch.float64 and (loss in ("uskd", "tf_kd") or options.get("label_smoothing")):
+        # Eager PyTorch adds up a smoothed label one vector of classes after the other: against 80 bits USKD's weak
+        # gradient is 390 ulp off at 21841 classes where the kernels' is 5, and Tf-KD's loss and gradient 180 and 320
+        # where the kernels' are 3 and 1. A worst case of half an ulp a step of 4.
+        more = student.shape[1] / 8 * torch.finfo(torch.float64).eps
+        budgets = [*budgets[:2], budgets[2] + more] if loss == "uskd" else [budget + more for budget in budgets]
     if backend == "triton" and student.device.type == "cpu" and student.dtype == torch.bfloat16:
         # Triton's interpreter cuts bfloat16 off, by up to a unit in the last place, where a GPU rounds.
         budgets[1:] = [max(budget, torch.finfo(torch.bfloat16).eps + slack) for budget in budgets[1:]]

@@ -60,7 +60,7 @@ class Loss:
         """The default of each hyper-parameter, from the function's signature."""
         import fused_kd
 
-        shared = ("reduction", "ignore_index", "backend", "return_parts", "process_group")
+        shared = ("target", "reduction", "ignore_index", "backend", "return_parts", "process_group")
         parameters = inspect.signature(getattr(fused_kd, self.function)).parameters.values()
         return {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in shared}
 
