@@ -65,7 +65,7 @@ class Loss:
         return {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in shared}
 
 
-_ROWS = {"cpu": ("native", "reference"), "cuda": ("reference",)}
+_ROWS = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}
 
 LOSSES = {
     loss.name: loss
@@ -77,7 +77,7 @@ LOSSES = {
             "Yang et al. 2023, arXiv:2303.13005, Eq. 4–5",
             "nkd_loss",
             "NKDLoss",
-            {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
+            _ROWS,
         ),
         Loss(
             "uskd",

@@ -128,8 +128,9 @@ def test_launches(rows, reduction, dtype, launches):
     student = torch.empty(rows, 1000, dtype=dtype)
     loss = torch.empty(rows if reduction == "none" else ())
     target = torch.zeros(rows, dtype=torch.int64)
-    plan = backend.plan_nkd(
-        student, student, target, student, loss, loss, loss, 1.5, 1.0, 0.0, -100, reduction, True, 1.0
+    weights = [1.5, 0.0, 1.0, 0.0, 0.0]
+    plan = backend.plan_row_loss(
+        student, student, target, student, loss, loss, loss, "nkd", weights, False, -100, reduction, True, 1.0
     )
     assert [launch.kernel for launch in plan] == launches
 

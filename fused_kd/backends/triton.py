@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fused_kd.backends import triton_config
 from fused_kd.reference import accumulation_dtype
+from fused_kd.registry import ROW_LOSSES
 
 #: Up to so many rows every program counts the targets itself, which saves a launch; they are in its cache line by line.
 COUNT_ROWS = 2048
@@ -107,7 +108,7 @@ def acc_types() -> dict[torch.dtype, Any]:
 
 def row_loss(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | None,
     target: Tensor,
     loss_name: str,
     weights: list[float],
@@ -117,11 +118,9 @@ def row_loss(
     need_gradient: bool,
     gradient_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gamma, _, temperature, ce_weight, label_smoothing = weights
-    if label_smoothing or standardize:
-        raise RuntimeError("the Triton kernels have no label_smoothing and no logit_standardization yet")
     rows, _classes = student.shape
-    dtype, device = accumulation_dtype(student, teacher), student.device
+    other = student if teacher is None else teacher  # not read where the loss has no teacher
+    dtype, device = accumulation_dtype(student, other), student.device
     shape = (rows,) if reduction == "none" else ()
     loss = torch.empty(shape, dtype=dtype, device=device)
     parts = torch.empty((3, *shape), dtype=dtype, device=device)
@@ -129,15 +128,31 @@ def row_loss(
     norm = torch.empty((), dtype=dtype, device=device)
     if rows == 0:
         return loss.zero_(), parts.zero_(), gradient, norm.fill_(1.0)
-    launches = plan_nkd(
-        student, teacher, target, gradient, loss, parts, norm,
-        gamma, temperature, ce_weight, ignore_index, reduction, need_gradient, gradient_scale,
+    launches = plan_row_loss(
+        student, other, target, gradient, loss, parts, norm,
+        loss_name, weights, standardize, ignore_index, reduction, need_gradient, gradient_scale,
     )  # fmt: skip
     run(launches, device)
     return loss, parts, gradient, norm
 
 
-def plan_nkd(
+def kernel_weights(loss_name: str, weights: list[float], classes: int) -> tuple[float, ...]:
+    """The weights as :mod:`triton_losses` has them."""
+    first, second, temperature, ce_weight, smoothing = weights
+    if loss_name == "tf_kd":
+        rest = classes - 1
+        gap = (first - (1.0 - first) / rest) / temperature
+        log_others = -(max(gap, 0.0) + math.log(math.exp(gap - max(gap, 0.0)) + rest * math.exp(-max(gap, 0.0))))
+        others, own = math.exp(log_others), math.exp(log_others + gap)
+        return others, own, rest * others * log_others + own * (log_others + gap), ce_weight, smoothing
+    if loss_name == "kd":
+        second = 1.0
+    if classes == 2:  # two classes leave one outside the target: its term and gradient are 0
+        first, second = (0.0 if loss_name == "nkd" else first), 0.0
+    return first, second, temperature, ce_weight, smoothing
+
+
+def plan_row_loss(
     student: Tensor,
     teacher: Tensor,
     target: Tensor,
@@ -145,9 +160,9 @@ def plan_nkd(
     loss: Tensor,
     parts: Tensor,
     norm: Tensor,
-    gamma: float,
-    temperature: float,
-    ce_weight: float,
+    loss_name: str,
+    weights: list[float],
+    standardize: bool,
     ignore_index: int,
     reduction: str,
     need_gradient: bool,
@@ -158,6 +173,15 @@ def plan_nkd(
     acc = acc_types()[loss.dtype]
     probabilities = target.is_floating_point()
     per_row, mean = reduction == "none", reduction == "mean"
+    # As row_needs and one_temperature of csrc have it.
+    _, _, temperature, ce_weight, smoothing = weights
+    sharp_distilled, ce = loss_name in ("nkd", "wsld"), ce_weight != 0.0
+    single = (
+        loss_name == "tf_kd"
+        or not (sharp_distilled or ce)
+        or (temperature == 1.0 and (not standardize or (sharp_distilled and not ce)))
+    )
+    linear = loss_name == "tf_kd" or (ce and smoothing != 0.0)
     # float16 might underflow when divided by the row count, so the power of two next to it stays for the backward op.
     half = mean and student.dtype == torch.float16
     target_row, target_col = target.stride() if probabilities else (target.stride(0), 0)
@@ -175,22 +199,27 @@ def plan_nkd(
         narrow,
         wide=loss.dtype == torch.float64,
         probabilities=probabilities,
-        unit_temperature=temperature == 1.0,
+        unit_temperature=single,
         neighbours=unit,
         vectors=together,
+        plain=loss_name == "nkd" and not standardize and not linear,
     )
     options = {
         "ACC": acc,
         "UNIT": unit,
-        "UNIT_T": temperature == 1.0,
+        "LOSS": ROW_LOSSES[loss_name].kind,
+        "SINGLE": single,
         "PROB": probabilities,
         "GRAD": need_gradient,
         "COUNT": counts.how if need_gradient else 0,
         "HALF": half,
         "PER_ROW": per_row,
+        "STD": standardize,
+        "LINEAR": linear,
+        "RAW": standardize and sharp_distilled and ce,
         "num_warps": config.warps,
         # The power of two of a float16 mean takes a few more registers, or it spills.
-        "maxnreg": config.registers + 8 if half and config.registers else config.registers,
+        "maxnreg": min(config.registers + 8 if half else config.registers, 2048 // config.warps, 255),
     }
     if isinstance(config, triton_config.OnChip):
         kernel, programs = "rows_on_chip", -(-rows // config.rows)
@@ -198,14 +227,14 @@ def plan_nkd(
     else:
         kernel, programs = "rows_looped", rows
         options |= {"LANES": config.lanes, "WIDTH": config.width, "VEC": vector if together else 1}
-    # Every row of probabilities counts. Two classes leave one outside the target: its term and gradient are 0.
+    # Every row of probabilities counts.
     known = 1.0 / rows if mean and probabilities else 1.0
     if half and probabilities:
         known *= 2.0 ** (rows.bit_length() - 1)
     arguments = (
         student, teacher, target, gradient, loss, row_parts, norm, counts.source,
         rows, classes, *student.stride(), *teacher.stride(), target_row, target_col, counts.items, ignore_index,
-        gamma if classes > 2 else 0.0, temperature, ce_weight, gradient_scale * known, 1.0 / gradient_scale,
+        *kernel_weights(loss_name, weights, classes), gradient_scale * known, 1.0 / gradient_scale,
     )  # fmt: skip
     launches.append(Launch(kernel, programs, arguments, options))
 

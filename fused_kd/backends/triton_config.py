@@ -91,6 +91,7 @@ def row_config(
     unit_temperature: bool,
     neighbours: bool,
     vectors: bool,
+    plain: bool = True,
 ) -> OnChip | Looped:
     """Layout of the row kernels.
 
@@ -99,15 +100,17 @@ def row_config(
         narrow: Bytes of the narrowest logit or probability, whose vectors of 16 bytes set the looped tile's width.
         wide: Arithmetic is in float64.
         probabilities: The target holds probabilities, which are one more tile to keep.
-        unit_temperature: The temperature is 1, which saves an exponential of each student logit.
+        unit_temperature: One exponential of each logit serves all softmaxes, as at temperature 1.
         neighbours: Every column stride is 1. Other strides need a pointer for each logit.
         vectors: In the looped kernel, rows start alike and can be walked in full vectors of every tensor.
+        plain: NKD without label smoothing and logit standardization, which the registers were chosen for. What else
+            there is gets all that its warps can have.
     """
     block = max(16, 1 << (classes - 1).bit_length())
     for tile, warps, registers in ON_CHIP_WIDE if wide else ON_CHIP_PROBABILITIES if probabilities else ON_CHIP:
         if block <= tile:
             rows = min(ON_CHIP_ROWS, max(1, tile // block))
-            if not neighbours:
+            if not neighbours or not plain:
                 registers = min(255, 2048 // warps)  # all there are
             elif not wide and (rows > 1 or probabilities or not unit_temperature):
                 registers = ON_CHIP_REGISTERS[unit_temperature, probabilities][rows > 1] if tile <= 2048 else 128
@@ -116,6 +119,8 @@ def row_config(
         # Single loads, each with a pointer where columns are strided: 4 a thread, or they spill; in float64, 8 warps.
         warps = max(1, LOOPED_WARPS // 2) if wide else LOOPED_WARPS
         return Looped(32 * warps, min(4, 16 // narrow), warps, min(255, 2048 // warps))
+    if not plain:
+        return Looped(32 * LOOPED_WARPS, 16 // narrow, LOOPED_WARPS, LOOPED_MOST_REGISTERS)
     long = classes > LOOPED_LONG and narrow == 2 and not wide and not probabilities
     warps = LOOPED_LONG_WARPS if long else LOOPED_WARPS
     most = wide or (probabilities and not unit_temperature)

@@ -1,6 +1,6 @@
 # mypy: ignore-errors
 # Triton compiles these functions; to a type checker they are not Python.
-"""The NKD kernels: rows held on chip, and rows walked twice. :mod:`triton_rows` has the formulas and the conventions.
+"""The kernels of the row losses: rows held on chip, and rows walked twice. :mod:`triton_rows` has the conventions.
 
 Meaning of the constexpr arguments that both kernels take:
 
@@ -8,13 +8,17 @@ ACC      dtype of all arithmetic: float32, or float64 when any logits are
 VEC      a power of two that divides the class count and every row stride, up to 16 bytes of the narrowest logits: it
          lets the compiler see that rows start aligned and that a vector lies in a row or outside it as a whole
 UNIT     every column stride is 1
-UNIT_T   the temperature is 1, and so exp(s) serves both softmaxes
+LOSS     which one, see :mod:`triton_losses`
+SINGLE   one exponential of each logit serves both softmaxes, the sharp and the soft one
 PROB     the target holds probabilities (N, C) instead of indices (N,)
 GRAD     the gradient is wanted
 COUNT    how to find the number of rows that the stored gradient is divided by: 0 not at all, 1 from the targets,
          2 from partial counts
 HALF     float16 logits: a mean's gradient is also stored times the power of two next to that number
 PER_ROW  reduction "none": the loss and norm are final here, and the parts are the op's output
+STD      logit standardization: every row has scales of its own
+LINEAR   the sum of the logits is wanted, for label smoothing or Tf-KD
+RAW      with STD, the CE's exponentials are none of the others
 
 Hyper-parameters come as float64, which Triton would otherwise round to float32, and are never specialised on, so that
 another temperature or gamma compiles nothing.
@@ -25,20 +29,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fused_kd.backends.triton_losses import coefficients
 from fused_kd.backends.triton_rows import (
+    LOG2E,
+    TF_KD,
     accumulate,
     combine,
     count_rows,
     empty_statistics,
     load_index,
+    make_scales,
     merge_lanes,
     narrowed,
-    nkd_coefficients,
     power_of_two_below,
+    tile_moments,
+    zero_if_empty,
 )
 
 _NEG_INF = tl.constexpr(float("-inf"))
-_LOG2E = tl.constexpr(1.4426950408889634)
 _COUNT_BLOCK = tl.constexpr(512)
 _RUNTIME = [
     "rows",
@@ -52,6 +60,17 @@ _RUNTIME = [
     "count_items",
     "ignore_index",
 ]
+
+
+@triton.jit
+def _weights(first, second, temperature, ce_weight, smoothing, ACC: tl.constexpr):
+    return (
+        tl.full((), first, ACC),
+        tl.full((), second, ACC),
+        tl.full((), temperature, ACC),
+        tl.full((), ce_weight, ACC),
+        tl.full((), smoothing, ACC),
+    )
 
 
 @triton.jit
@@ -109,9 +128,11 @@ def rows_on_chip(
     target_col: tl.int64,
     count_items: tl.int32,
     ignore_index: tl.int64,
-    gamma: tl.float64,
+    first: tl.float64,
+    second: tl.float64,
     temperature: tl.float64,
     ce_weight: tl.float64,
+    smoothing: tl.float64,
     scale: tl.float64,
     norm_value: tl.float64,
     ACC: tl.constexpr,
@@ -119,19 +140,20 @@ def rows_on_chip(
     BLOCK: tl.constexpr,
     VEC: tl.constexpr,
     UNIT: tl.constexpr,
-    UNIT_T: tl.constexpr,
+    LOSS: tl.constexpr,
+    SINGLE: tl.constexpr,
     PROB: tl.constexpr,
     GRAD: tl.constexpr,
     COUNT: tl.constexpr,
     HALF: tl.constexpr,
     PER_ROW: tl.constexpr,
+    STD: tl.constexpr,
+    LINEAR: tl.constexpr,
+    RAW: tl.constexpr,
 ):
     """ROWS whole rows per program, BLOCK >= classes: one read of each input and one write of the gradient."""
-    gamma = tl.full((), gamma, ACC)
-    temperature = tl.full((), temperature, ACC)
-    ce_weight = tl.full((), ce_weight, ACC)
-    k = tl.full((), _LOG2E, ACC)
-    k_T = k if UNIT_T else k / temperature
+    weights = _weights(first, second, temperature, ce_weight, smoothing, ACC)
+    k = tl.full((), LOG2E, ACC)
     # n // VEC * VEC is n, and tells the compiler what divides it.
     classes = classes // VEC * VEC
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -152,9 +174,18 @@ def rows_on_chip(
         mask = counted[:, None] & (cols < classes)
         v = tl.zeros([ROWS, BLOCK], ACC)
     s = tl.load(_at(student_base[:, None], cols, student_col, UNIT), mask=mask, other=_NEG_INF).to(ACC)
-    t = tl.load(_at(teacher_base[:, None], cols, teacher_col, UNIT), mask=mask, other=_NEG_INF).to(ACC)
     s_y = tl.load(_at(student_base, y, student_col, UNIT), mask=counted, other=0.0).to(ACC)
-    t_y = tl.load(_at(teacher_base, y, teacher_col, UNIT), mask=counted, other=0.0).to(ACC)
+    t = s
+    t_y = s_y
+    if LOSS != TF_KD:
+        t = tl.load(_at(teacher_base[:, None], cols, teacher_col, UNIT), mask=mask, other=_NEG_INF).to(ACC)
+        t_y = tl.load(_at(teacher_base, y, teacher_col, UNIT), mask=counted, other=0.0).to(ACC)
+    s_moments = (s_y, s_y, s_y)
+    t_moments = s_moments
+    if STD:
+        s_moments = tile_moments(s)
+        t_moments = tile_moments(t)
+    scales = make_scales(weights[2], s_moments, t_moments, k, LOSS, STD)
     is_target = cols == y[:, None]
     s = tl.where(is_target, _NEG_INF, s)
     t = tl.where(is_target, _NEG_INF, t)
@@ -163,11 +194,12 @@ def rows_on_chip(
         v = tl.where(is_target, 0.0, v)
     else:
         v_y = s_y
-    stats = accumulate(empty_statistics(ROWS, ACC), s, t, v, k, k_T, UNIT_T, PROB)
+    present = mask & (cols != y[:, None])
+    stats = accumulate(empty_statistics(ROWS, ACC), s, t, v, present, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
     if PROB:
         valid = 1.0 + 0.0 * (stats[7] + v_y)
-    part_y, part_rest, part_ce, a, b, c, at_target = nkd_coefficients(
-        stats, s_y, t_y, v_y, gamma, temperature, ce_weight, k, UNIT_T, PROB
+    part_y, part_rest, part_ce, soft, sharp, teach, raw, v_weight, constant, slope, at_target = coefficients(
+        stats, s_y, t_y, v_y, weights, scales, s_moments, classes, LOSS, SINGLE, PROB, STD, LINEAR, RAW
     )
     part_y = tl.where(counted, part_y * valid, 0.0)
     part_rest = tl.where(counted, part_rest * valid, 0.0)
@@ -175,8 +207,10 @@ def rows_on_chip(
     _store_parts(parts, loss, norm, norm_value, rows, row, inside, part_y, part_rest, part_ce, PER_ROW)
     if GRAD:
         by = valid * _gradient_scale(counts, target_row, count_items, ignore_index, scale, ACC, COUNT, HALF)
-        coefficients = (a * by, b * by, c * by, ce_weight * by, at_target * by)
-        g = combine(s, t, v, is_target, stats, coefficients, k, k_T, UNIT_T, PROB)
+        scaled = (
+            soft * by, sharp * by, teach * by, raw * by, v_weight * by, constant * by, slope * by, at_target * by,
+        )  # fmt: skip
+        g = combine(s, t, v, is_target, stats, scaled, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
         g = tl.where(counted[:, None], g, 0.0)
         pointers = gradient + (row * classes)[:, None] + cols
         tl.store(pointers, narrowed(g, gradient.dtype.element_ty), mask=inside[:, None] & (cols < classes))
@@ -192,11 +226,21 @@ def _load_tile(base, offsets, stride, mask, MASKED: tl.constexpr, UNIT: tl.const
 
 @triton.jit
 def _load_tiles(
-    bases, strides, offsets, mask, MASKED: tl.constexpr, UNIT: tl.constexpr, PROB: tl.constexpr, ACC: tl.constexpr
+    bases,
+    strides,
+    offsets,
+    mask,
+    MASKED: tl.constexpr,
+    UNIT: tl.constexpr,
+    LOSS: tl.constexpr,
+    PROB: tl.constexpr,
+    ACC: tl.constexpr,
 ):
     """Tiles of s, t and v at offsets from their bases."""
     s = _load_tile(bases[0], offsets, strides[0], mask, MASKED, UNIT, ACC)
-    t = _load_tile(bases[1], offsets, strides[1], mask, MASKED, UNIT, ACC)
+    t = s
+    if LOSS != TF_KD:
+        t = _load_tile(bases[1], offsets, strides[1], mask, MASKED, UNIT, ACC)
     v = s
     if PROB:
         v = _load_tile(bases[2], offsets, strides[2], mask, MASKED, UNIT, ACC)
@@ -206,13 +250,50 @@ def _load_tiles(
 
 
 @triton.jit
-def _accumulate_others(stats, s, t, v, is_target, k, k_T, UNIT_T: tl.constexpr, PROB: tl.constexpr):
-    """Accumulate the classes other than the target."""
+def _accumulate_others(
+    stats,
+    s,
+    t,
+    v,
+    is_target,
+    inside,
+    scales,
+    LOSS: tl.constexpr,
+    SINGLE: tl.constexpr,
+    PROB: tl.constexpr,
+    STD: tl.constexpr,
+    LINEAR: tl.constexpr,
+    RAW: tl.constexpr,
+):
+    """Accumulate the classes other than the target, of those inside the row."""
     s = tl.where(is_target, _NEG_INF, s)
     t = tl.where(is_target, _NEG_INF, t)
     if PROB:
         v = tl.where(is_target, 0.0, v)
-    return accumulate(stats, s, t, v, k, k_T, UNIT_T, PROB)
+    present = inside & (is_target == 0)
+    return accumulate(stats, s, t, v, present, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
+
+
+@triton.jit
+def _row_moments(base, stride, classes, LANES: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr):
+    """(mean, unbiased deviation, number) of the classes of a row that can occur, in two walks of their own."""
+    cols = tl.arange(0, LANES)
+    # About some logit first, so that a constant row comes out as one.
+    about = zero_if_empty(tl.load(base + 0 * stride).to(ACC)) + tl.zeros([1], ACC)
+    total = tl.zeros([LANES], ACC)
+    count = tl.zeros([LANES], ACC)
+    for start in range(0, classes, LANES):
+        x = tl.load(_at(base, start + cols, stride, UNIT), mask=start + cols < classes, other=_NEG_INF).to(ACC)
+        total += tl.where(x == _NEG_INF, 0.0, x - about)
+        count += tl.where(x == _NEG_INF, 0.0, 1.0)
+    number = tl.sum(count, 0, keep_dims=True)
+    mean = about + tl.sum(total, 0, keep_dims=True) / tl.maximum(number, 1.0)
+    square = tl.zeros([LANES], ACC)
+    for start in range(0, classes, LANES):
+        x = tl.load(_at(base, start + cols, stride, UNIT), mask=start + cols < classes, other=_NEG_INF).to(ACC)
+        centred = tl.where(x == _NEG_INF, 0.0, x - mean)
+        square += centred * centred
+    return mean, tl.sqrt(tl.sum(square, 0, keep_dims=True) / tl.maximum(number - 1.0, 1.0)), number
 
 
 @triton.jit
@@ -244,9 +325,11 @@ def rows_looped(
     target_col: tl.int64,
     count_items: tl.int32,
     ignore_index: tl.int64,
-    gamma: tl.float64,
+    first: tl.float64,
+    second: tl.float64,
     temperature: tl.float64,
     ce_weight: tl.float64,
+    smoothing: tl.float64,
     scale: tl.float64,
     norm_value: tl.float64,
     ACC: tl.constexpr,
@@ -254,12 +337,16 @@ def rows_looped(
     WIDTH: tl.constexpr,
     VEC: tl.constexpr,
     UNIT: tl.constexpr,
-    UNIT_T: tl.constexpr,
+    LOSS: tl.constexpr,
+    SINGLE: tl.constexpr,
     PROB: tl.constexpr,
     GRAD: tl.constexpr,
     COUNT: tl.constexpr,
     HALF: tl.constexpr,
     PER_ROW: tl.constexpr,
+    STD: tl.constexpr,
+    LINEAR: tl.constexpr,
+    RAW: tl.constexpr,
 ):
     """One row per program, walked in tiles of LANES x WIDTH, WIDTH classes a lane.
 
@@ -270,11 +357,8 @@ def rows_looped(
     row's end is what the cache still holds.
     """
     BLOCK: tl.constexpr = LANES * WIDTH
-    gamma = tl.full((), gamma, ACC)
-    temperature = tl.full((), temperature, ACC)
-    ce_weight = tl.full((), ce_weight, ACC)
-    k = tl.full((), _LOG2E, ACC)
-    k_T = k if UNIT_T else k / temperature
+    weights = _weights(first, second, temperature, ce_weight, smoothing, ACC)
+    k = tl.full((), LOG2E, ACC)
     row = tl.program_id(0).to(tl.int64)
     one_row = row + tl.arange(0, 1)
     inside = one_row < rows
@@ -323,24 +407,39 @@ def rows_looped(
     # In the body a lane looks for the target among its WIDTH classes; y_lane is y relative to the lane's first.
     y_lane = y - lane_start
 
+    s_moments = (v_y, v_y, v_y)
+    t_moments = s_moments
+    if STD:
+        rows_read = classes * read if not PROB else classes
+        s_moments = _row_moments(student + row * student_row, student_col, rows_read, LANES, UNIT, ACC)
+        t_moments = _row_moments(teacher + row * teacher_row, teacher_col, rows_read, LANES, UNIT, ACC)
+    scales = make_scales(weights[2], s_moments, t_moments, k, LOSS, STD)
     stats = empty_statistics(LANES, ACC)
-    s_head, t_head, v_head = _load_tiles(bases, strides, at_head, in_head, True, UNIT, PROB, ACC)
+    s_head, t_head, v_head = _load_tiles(bases, strides, at_head, in_head, True, UNIT, LOSS, PROB, ACC)
     is_target = at_head == y[:, None]
-    stats = _accumulate_others(stats, s_head, t_head, v_head, is_target, k, k_T, UNIT_T, PROB)
+    stats = _accumulate_others(
+        stats, s_head, t_head, v_head, is_target, in_head, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW
+    )
     for i in range(body):
-        s, t, v = _load_tiles(bases, strides, i * BLOCK + lane, lane >= 0, False, UNIT, PROB, ACC)
-        stats = _accumulate_others(stats, s, t, v, width == (y_lane - i * BLOCK)[:, None], k, k_T, UNIT_T, PROB)
+        s, t, v = _load_tiles(bases, strides, i * BLOCK + lane, lane >= 0, False, UNIT, LOSS, PROB, ACC)
+        here = width == (y_lane - i * BLOCK)[:, None]
+        stats = _accumulate_others(stats, s, t, v, here, lane >= 0, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
     for start in range(body * BLOCK, end, BLOCK):
-        s, t, v = _load_tiles(bases, strides, start + lane, start + lane < end, True, UNIT, PROB, ACC)
-        stats = _accumulate_others(stats, s, t, v, width == (y_lane - start)[:, None], k, k_T, UNIT_T, PROB)
-    merged = merge_lanes(stats, k, k_T, UNIT_T)
+        s, t, v = _load_tiles(bases, strides, start + lane, start + lane < end, True, UNIT, LOSS, PROB, ACC)
+        here = width == (y_lane - start)[:, None]
+        stats = _accumulate_others(
+            stats, s, t, v, here, start + lane < end, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW
+        )
+    merged = merge_lanes(stats, scales, LOSS, SINGLE)
 
     s_y = tl.load(_at(student_head, y, student_col, UNIT), mask=counted, other=0.0).to(ACC)
-    t_y = tl.load(_at(teacher_head, y, teacher_col, UNIT), mask=counted, other=0.0).to(ACC)
+    t_y = s_y
+    if LOSS != TF_KD:
+        t_y = tl.load(_at(teacher_head, y, teacher_col, UNIT), mask=counted, other=0.0).to(ACC)
     if PROB:
         valid = 1.0 + 0.0 * (merged[7] + v_y)
-    part_y, part_rest, part_ce, a, b, c, at_target = nkd_coefficients(
-        merged, s_y, t_y, v_y, gamma, temperature, ce_weight, k, UNIT_T, PROB
+    part_y, part_rest, part_ce, soft, sharp, teach, raw, v_weight, constant, slope, at_target = coefficients(
+        merged, s_y, t_y, v_y, weights, scales, s_moments, classes, LOSS, SINGLE, PROB, STD, LINEAR, RAW
     )
     part_y = tl.where(counted, part_y * valid, 0.0)
     part_rest = tl.where(counted, part_rest * valid, 0.0)
@@ -348,20 +447,26 @@ def rows_looped(
     _store_parts(parts, loss, norm, norm_value, rows, one_row, inside, part_y, part_rest, part_ce, PER_ROW)
     if GRAD:
         by = valid * _gradient_scale(counts, target_row, count_items, ignore_index, scale, ACC, COUNT, HALF)
-        coefficients = (a * by, b * by, c * by, ce_weight * by, at_target * by)
+        scaled = (
+            soft * by, sharp * by, teach * by, raw * by, v_weight * by, constant * by, slope * by, at_target * by,
+        )  # fmt: skip
         gradient_head = gradient + (row * classes + head) // VEC * VEC
         dtype = gradient.dtype.element_ty
         for start in range(body * BLOCK, end, BLOCK):
-            s, t, v = _load_tiles(bases, strides, start + lane, start + lane < end, True, UNIT, PROB, ACC)
-            g = combine(s, t, v, width == (y_lane - start)[:, None], merged, coefficients, k, k_T, UNIT_T, PROB)
+            s, t, v = _load_tiles(bases, strides, start + lane, start + lane < end, True, UNIT, LOSS, PROB, ACC)
+            here = width == (y_lane - start)[:, None]
+            g = combine(s, t, v, here, merged, scaled, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
             tl.store(gradient_head + (start + lane), narrowed(g, dtype), mask=start + lane < end)
         for i in range(body):
             start = (body - 1 - i) * BLOCK
-            s, t, v = _load_tiles(bases, strides, start + lane, lane >= 0, False, UNIT, PROB, ACC)
-            g = combine(s, t, v, width == (y_lane - start)[:, None], merged, coefficients, k, k_T, UNIT_T, PROB)
+            s, t, v = _load_tiles(bases, strides, start + lane, lane >= 0, False, UNIT, LOSS, PROB, ACC)
+            here = width == (y_lane - start)[:, None]
+            g = combine(s, t, v, here, merged, scaled, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
             tl.store(gradient_head + (start + lane), narrowed(g, dtype))
-        s_head, t_head, v_head = _load_tiles(bases, strides, at_head, in_head, True, UNIT, PROB, ACC)
-        g_head = combine(s_head, t_head, v_head, is_target, merged, coefficients, k, k_T, UNIT_T, PROB)
+        s_head, t_head, v_head = _load_tiles(bases, strides, at_head, in_head, True, UNIT, LOSS, PROB, ACC)
+        g_head = combine(
+            s_head, t_head, v_head, is_target, merged, scaled, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW
+        )
         tl.store(gradient_head + at_head, narrowed(g_head, dtype), mask=in_head)
         if not PROB:
             for start in range(0, tl.where(read == 1, 0, classes), BLOCK):

@@ -1,26 +1,27 @@
 # mypy: ignore-errors
 # Triton compiles these functions; to a type checker they are not Python.
-"""Triton kernels of the row losses: statistics of a row, then coefficients, then one combine pass.
+"""What the row kernels do with a row's logits: statistics, and the combination that is the gradient.
 
-A row's gradient is, outside the target class y, a combination of three exponentials with per-row coefficients,
+A row's gradient is, outside the target class y, a combination of exponentials with per-row coefficients,
 
-    g_j = a * exp(s_j - m_s) + b * exp((s_j - m_s) / T) + c * exp((t_j - m_t) / T),        and a value of its own at y,
+    g_j = soft e_j(soft_s) + sharp e_j(sharp_s) + teacher f_j + constant - v V_j,        and a value of its own at y,
 
-with m_s and m_t the largest logits *outside* y. The sums behind the coefficients run over the classes outside y too,
-and y joins afterwards as one more term, so neither a saturated target (s_y - m_s may be hundreds) nor p_y -> 1 costs
-anything by cancellation. Another loss of the family is another coefficients function.
+with e_j(k) = 2^((s_j - m_s) k), f_j = 2^((t_j - m_t) soft_t) and m_s, m_t the largest logits *outside* y. The sums
+behind the coefficients run over the classes outside y too, and y joins afterwards as one more term, so neither a
+saturated target (s_y - m_s may be hundreds) nor p_y -> 1 costs anything by cancellation. A loss of the family is a
+function in :mod:`triton_losses`.
 
-Exponents are in base 2: ``k`` is log2(e) and ``k_T`` is log2(e) / T.
+``scales`` are (soft_s, soft_t, sharp_s, sharp_t, mean_s): log2(e) over the temperature T, twice, and log2(e), twice, as
+scalars; with STD (logit standardization) of each row's own, since z-scores are the logits at another scale, and the
+mean that the student's row has. RAW asks for exponentials of the student at log2(e) too, for the CE.
 
-Two kernels share these functions. ``rows_on_chip`` holds its rows in registers: each input is read once.
-``rows_looped`` gives a row to one program, which walks it twice; its first walk keeps statistics per lane, each lane
-with the maximum of what it has seen (online softmax), and merges the lanes once at the end.
-
-Conventions: a statistics tuple is (m_s, z_s, z_sT, m_t, z_t, z_tT, dot, v_sum, v_dot), where z are sums of exponentials
-relative to the maximum, dot = sum f_j u_j with f_j = exp((t_j - m_t)/T) and u_j = (s_j - m_s) k_T, and v are class
-probabilities: v_sum = sum v_j, v_dot = sum v_j (s_j - m_s) k. With UNIT_T (T = 1) z_sT and z_tT are unused, without
-PROB so are v_sum and v_dot; they then stay constants that the compiler drops. A class left out of a sum, for being the
-target or past the end of the row, has the logit -inf and the probability 0.
+Conventions: a statistics tuple is (m_s, z_s, z_sharp, m_t, z_t, z_tsharp, dot, v_sum, v_dot, v_dot_t, linear, number,
+z_raw, w_soft, w_sharp, w_teacher), where z are sums of exponentials relative to the maximum; dot = sum f_j u_j with u_j
+= (s_j - m_s) soft_s, less (t_j - m_t) soft_t where a loss wants KL's logarithms; v are class
+probabilities: v_sum = sum V_j, v_dot = sum V_j (s_j - m_s), v_dot_t the same of the teacher; linear = sum (s_j - m_s)
+of ``number`` classes; w are sums of exponentials times s_j - mean_s. What a variant does not use stays a constant that
+the compiler drops. A class left out of a sum, for being the target or past the end of the row, has the logit -inf and
+the probability 0.
 """
 
 from __future__ import annotations
@@ -31,7 +32,14 @@ import triton.language as tl
 _NEG_INF = tl.constexpr(float("-inf"))
 _INF = tl.constexpr(float("inf"))
 _NAN = tl.constexpr(float("nan"))
-_LN2 = tl.constexpr(0.6931471805599453)
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
+#: The row losses, as in fused_kd/registry.py.
+NKD = tl.constexpr(0)
+KD = tl.constexpr(1)
+DKD = tl.constexpr(2)
+WSLD = tl.constexpr(3)
+TF_KD = tl.constexpr(4)
 
 
 @triton.jit
@@ -47,148 +55,213 @@ def times(weight, value):
 
 
 @triton.jit
-def _weighted(weight, value):
-    """A part times its hyper-parameter, which switches it off at 0, whatever the part is."""
-    return tl.where(weight == 0.0, 0.0, weight * value)
+def per_row(x, STD: tl.constexpr):
+    """A scale beside a tile of rows."""
+    if STD:
+        return x[:, None]
+    else:  # to Triton's compiler a return ends the branch, not the function
+        return x
 
 
 @triton.jit
-def _rescale(stats, m_s, m_t, k, k_T, UNIT_T: tl.constexpr):
+def _rescale(stats, m_s, m_t, scales, LOSS: tl.constexpr, SINGLE: tl.constexpr):
     """The same statistics relative to other maxima, at least as large. No sum of anything is taken here."""
-    old_s, z_s, z_sT, old_t, z_t, z_tT, dot, v_sum, v_dot = stats
-    base_s = zero_if_empty(m_s)
-    down_s = old_s - base_s
-    down_t = old_t - zero_if_empty(m_t)
-    # Where nothing finite was seen, dot and v_dot are 0 or -inf, and moving the origin changes neither.
-    moved = tl.where(old_s == _NEG_INF, 0.0, down_s)
-    factor_t = tl.exp2(down_t * k_T)
-    mass = z_t if UNIT_T else z_tT
-    dot = tl.where(factor_t == 0.0, 0.0, factor_t * (dot + moved * k_T * mass))
-    v_dot = v_dot + moved * k * v_sum
-    z_s = z_s * tl.exp2(down_s * k)
-    if UNIT_T:
+    (
+        old_s, z_s, z_sharp, old_t, z_t, z_tsharp, dot, v_sum, v_dot, v_dot_t, linear, number, z_raw,
+        w_soft, w_sharp, w_teacher,
+    ) = stats  # fmt: skip
+    soft_s, soft_t, sharp_s, sharp_t, _mean = scales
+    down_s = old_s - zero_if_empty(m_s)
+    # Where nothing finite was seen, the sums are 0 or -inf, and moving the origin changes neither.
+    moved_s = tl.where(old_s == _NEG_INF, 0.0, down_s)
+    factor_s = tl.exp2(down_s * soft_s)
+    z_s = z_s * factor_s
+    w_soft = w_soft * factor_s
+    if not SINGLE:
+        sharp = tl.exp2(down_s * sharp_s)
+        z_sharp = z_sharp * sharp
+        w_sharp = w_sharp * sharp
+    z_raw = z_raw * tl.exp2(down_s * LOG2E)
+    v_dot = v_dot + moved_s * v_sum
+    linear = linear + moved_s * number
+    if LOSS != TF_KD:
+        down_t = old_t - zero_if_empty(m_t)
+        moved_t = tl.where(old_t == _NEG_INF, 0.0, down_t)
+        factor_t = tl.exp2(down_t * soft_t)
+        moved = moved_s * soft_s
+        if (LOSS == KD) or (LOSS == DKD):
+            moved -= moved_t * soft_t
+        dot = tl.where(factor_t == 0.0, 0.0, factor_t * (dot + moved * z_t))
         z_t = z_t * factor_t
-    else:
-        z_sT = z_sT * tl.exp2(down_s * k_T)
-        z_t = z_t * tl.exp2(down_t * k)
-        z_tT = z_tT * factor_t
-    return base_s, z_s, z_sT, z_t, z_tT, dot, v_sum, v_dot
+        w_teacher = w_teacher * factor_t
+        if not SINGLE:
+            z_tsharp = z_tsharp * tl.exp2(down_t * sharp_t)
+        v_dot_t = v_dot_t + moved_t * v_sum
+    return z_s, z_sharp, z_t, z_tsharp, dot, v_sum, v_dot, v_dot_t, linear, number, z_raw, w_soft, w_sharp, w_teacher
 
 
 @triton.jit
 def empty_statistics(LANES: tl.constexpr, ACC: tl.constexpr):
     nothing = tl.full([LANES], _NEG_INF, ACC)
     zero = tl.zeros([LANES], ACC)
-    return nothing, zero, zero, nothing, zero, zero, zero, zero, zero
+    return (
+        nothing, zero, zero, nothing, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero,
+    )  # fmt: skip
 
 
 @triton.jit
-def accumulate(stats, s, t, v, k, k_T, UNIT_T: tl.constexpr, PROB: tl.constexpr):
-    """Add tiles (lanes, classes) to the statistics of their lanes."""
+def accumulate(
+    stats,
+    s,
+    t,
+    v,
+    present,
+    scales,
+    LOSS: tl.constexpr,
+    SINGLE: tl.constexpr,
+    PROB: tl.constexpr,
+    STD: tl.constexpr,
+    LINEAR: tl.constexpr,
+    RAW: tl.constexpr,
+):
+    """Add tiles (lanes, classes) to the statistics of their lanes; ``present`` marks the classes to be counted."""
+    TEACHER: tl.constexpr = LOSS != TF_KD
+    DIVERGENCE: tl.constexpr = (LOSS == KD) or (LOSS == DKD)
+    soft_s, soft_t, sharp_s, sharp_t, mean = scales
     m_s = tl.maximum(stats[0], tl.max(s, 1))
-    m_t = tl.maximum(stats[3], tl.max(t, 1))
-    base_s, z_s, z_sT, z_t, z_tT, dot, v_sum, v_dot = _rescale(stats, m_s, m_t, k, k_T, UNIT_T)
-    d_s = s - base_s[:, None]
-    d_t = t - zero_if_empty(m_t)[:, None]
-    u = d_s * k_T
-    f = tl.exp2(d_t * k_T)
-    z_s += tl.sum(tl.exp2(d_s * k), 1)
-    if UNIT_T:
+    m_t = tl.maximum(stats[3], tl.max(t, 1)) if TEACHER else stats[3]
+    (
+        z_s, z_sharp, z_t, z_tsharp, dot, v_sum, v_dot, v_dot_t, linear, number, z_raw, w_soft, w_sharp, w_teacher,
+    ) = _rescale(stats, m_s, m_t, scales, LOSS, SINGLE)  # fmt: skip
+    d_s = s - zero_if_empty(m_s)[:, None]
+    u = d_s * per_row(soft_s, STD)
+    e = tl.exp2(u)
+    z_s += tl.sum(e, 1)
+    if STD:
+        centred = tl.where(s == _NEG_INF, 0.0, s - mean[:, None])
+        w_soft += tl.sum(e * centred, 1)
+    if not SINGLE:
+        sharp = tl.exp2(d_s * per_row(sharp_s, STD))
+        z_sharp += tl.sum(sharp, 1)
+        if STD:
+            w_sharp += tl.sum(sharp * centred, 1)
+    if RAW:
+        z_raw += tl.sum(tl.exp2(d_s * LOG2E), 1)
+    if TEACHER:
+        d_t = t - zero_if_empty(m_t)[:, None]
+        u_t = d_t * per_row(soft_t, STD)
+        f = tl.exp2(u_t)
         z_t += tl.sum(f, 1)
-    else:
-        z_sT += tl.sum(tl.exp2(u), 1)
-        z_t += tl.sum(tl.exp2(d_t * k), 1)
-        z_tT += tl.sum(f, 1)
-    # 0 log 0 = 0: an impossible class costs only where the teacher gives it mass.
-    dot += tl.sum(f * tl.where(f == 0.0, 0.0, u), 1)
+        if DIVERGENCE:
+            u = u - u_t
+        # 0 log 0 = 0: an impossible class costs only where the teacher gives it mass.
+        dot += tl.sum(f * tl.where(f == 0.0, 0.0, u), 1)
+        if STD:
+            w_teacher += tl.sum(f * centred, 1)
+        if not SINGLE:
+            if not DIVERGENCE:
+                z_tsharp += tl.sum(tl.exp2(d_t * per_row(sharp_t, STD)), 1)
     if PROB:
         v_sum += tl.sum(v, 1)
-        v_dot += tl.sum(v * tl.where(v == 0.0, 0.0, d_s * k), 1)
-    return m_s, z_s, z_sT, m_t, z_t, z_tT, dot, v_sum, v_dot
+        v_dot += tl.sum(v * tl.where(v == 0.0, 0.0, d_s), 1)
+        if LOSS == WSLD:
+            v_dot_t += tl.sum(v * tl.where(v == 0.0, 0.0, d_t), 1)
+    if LINEAR:
+        linear += tl.sum(tl.where(present, d_s, 0.0), 1)
+        number += tl.sum(tl.where(present, 1.0, 0.0), 1)
+    return (
+        m_s, z_s, z_sharp, m_t, z_t, z_tsharp, dot, v_sum, v_dot, v_dot_t, linear, number, z_raw,
+        w_soft, w_sharp, w_teacher,
+    )  # fmt: skip
 
 
 @triton.jit
-def merge_lanes(stats, k, k_T, UNIT_T: tl.constexpr):
+def _total(x):
+    return tl.sum(x, 0, keep_dims=True)
+
+
+@triton.jit
+def merge_lanes(stats, scales, LOSS: tl.constexpr, SINGLE: tl.constexpr):
     """The statistics (1,) of a row from those of its lanes."""
     m_s = tl.max(stats[0], 0, keep_dims=True)
     m_t = tl.max(stats[3], 0, keep_dims=True)
-    _base, z_s, z_sT, z_t, z_tT, dot, v_sum, v_dot = _rescale(stats, m_s, m_t, k, k_T, UNIT_T)
+    (
+        z_s, z_sharp, z_t, z_tsharp, dot, v_sum, v_dot, v_dot_t, linear, number, z_raw, w_soft, w_sharp, w_teacher,
+    ) = _rescale(stats, m_s, m_t, scales, LOSS, SINGLE)  # fmt: skip
     return (
-        m_s,
-        tl.sum(z_s, 0, keep_dims=True),
-        tl.sum(z_sT, 0, keep_dims=True),
-        m_t,
-        tl.sum(z_t, 0, keep_dims=True),
-        tl.sum(z_tT, 0, keep_dims=True),
-        tl.sum(dot, 0, keep_dims=True),
-        tl.sum(v_sum, 0, keep_dims=True),
-        tl.sum(v_dot, 0, keep_dims=True),
-    )
+        m_s, _total(z_s), _total(z_sharp), m_t, _total(z_t), _total(z_tsharp), _total(dot), _total(v_sum),
+        _total(v_dot), _total(v_dot_t), _total(linear), _total(number), _total(z_raw),
+        _total(w_soft), _total(w_sharp), _total(w_teacher),
+    )  # fmt: skip
 
 
 @triton.jit
-def _join_target(x_y, m, z, k):
-    """Softmax at y from the sum z over the other classes, relative to their maximum m.
-
-    Returns p_y, 1 - p_y, the factor that turns exp(x_j - m) into p_j, log2 of the whole sum relative to m, and
-    -log2 p_y. With u = (x_y - m) k and M = max(u, 0) the whole sum is 2^M (z 2^-M + 2^(u - M)).
-    """
-    u = (x_y - zero_if_empty(m)) * k
-    top = tl.where(m == _NEG_INF, u, tl.maximum(u, 0.0))
-    outside = tl.where(m == _NEG_INF, 0.0, tl.exp2(-top))
-    inside = tl.exp2(u - top)
-    total = z * outside + inside
-    log_total = tl.log2(total)
-    return inside / total, z * outside / total, outside / total, log_total + top, log_total + (top - u)
+def tile_moments(x):
+    """(mean, unbiased deviation, number) of the classes that can occur, of rows held whole."""
+    possible = x != _NEG_INF
+    # About the largest first, so that a constant row comes out as one.
+    largest = zero_if_empty(tl.max(x, 1))
+    number = tl.sum(tl.where(possible, 1.0, 0.0).to(x.dtype), 1)
+    mean = largest + tl.sum(tl.where(possible, x - largest[:, None], 0.0), 1) / tl.maximum(number, 1.0)
+    centred = tl.where(possible, x - mean[:, None], 0.0)
+    return mean, tl.sqrt(tl.sum(centred * centred, 1) / tl.maximum(number - 1.0, 1.0)), number
 
 
 @triton.jit
-def nkd_coefficients(stats, s_y, t_y, v_y, gamma, temperature, ce_weight, k, UNIT_T: tl.constexpr, PROB: tl.constexpr):
-    """NKD's parts (target, non_target, ce) and its gradient's (a, b, c, value at y), of rows that count and are valid.
-
-    With V the CE target (one-hot, or the probabilities), a = (q_y + ce_weight sum V) / Z, b = gamma T / Z_hat and
-    c = -gamma T / Z_hat of the teacher; at y, -(q_y)(1 - p_y) + ce_weight (p_y sum V - V_y), in which
-    p_y sum V - V_y = p_y sum_{j != y} V_j - V_y (1 - p_y) does not cancel as p_y -> 1.
-    """
-    m_s, z_s, z_sT, m_t, z_t, z_tT, dot, v_sum, v_dot = stats
-    p_y, p_rest, p_factor, log_z, nll = _join_target(s_y, m_s, z_s, k)
-    q_y, _q_rest, _q_factor, _log_q, _nll_q = _join_target(t_y, m_t, z_t, k)
-    hat_s = z_s if UNIT_T else z_sT
-    hat_t = z_t if UNIT_T else z_tT
-    # A teacher that excludes every other class has no q_hat: nothing is asked of the student there.
-    asked = tl.where(hat_t == 0.0, 0.0, 1.0).to(hat_t.dtype)
-    hat_s = tl.where(hat_s == 0.0, 1.0, hat_s)
-    hat_t = tl.where(hat_t == 0.0, 1.0, hat_t)
-    target = times(q_y, nll * _LN2)
-    non_target = _weighted(gamma * temperature * temperature, (asked * tl.log2(hat_s) - dot / hat_t) * _LN2)
-    if PROB:
-        ce = _weighted(ce_weight, (times(v_y, nll) + v_sum * log_z - v_dot) * _LN2)
-        mass = v_sum + v_y
-        at_target = -q_y * p_rest + ce_weight * (p_y * v_sum - v_y * p_rest)
+def make_scales(temperature, s_moments, t_moments, k, LOSS: tl.constexpr, STD: tl.constexpr):
+    """The scales; of moments (mean, deviation, number) with STD."""
+    if STD:
+        sharp_s = k / (s_moments[1] + 1e-7)
+        sharp_t = k / (t_moments[1] + 1e-7)
+        soft_s = sharp_s / temperature
+        soft_t = sharp_t / temperature
+        mean = s_moments[0]
+        if (LOSS == KD) or (LOSS == DKD):  # whose sharp exponentials are the CE's
+            sharp_s = tl.zeros_like(sharp_s) + k
+            sharp_t = tl.zeros_like(sharp_t) + k
     else:
-        ce = _weighted(ce_weight, nll * _LN2)
-        mass = 1.0
-        at_target = -(q_y + ce_weight) * p_rest
-    a = (q_y + ce_weight * mass) * p_factor
-    b = gamma * temperature * asked / hat_s
-    c = -gamma * temperature / hat_t
-    at_target = tl.where(s_y == _NEG_INF, 0.0, at_target)
-    return target, non_target, ce, a, b, c, at_target
+        sharp_s = k
+        sharp_t = k
+        soft_s = k if LOSS == TF_KD else k / temperature
+        soft_t = soft_s
+        mean = k
+    return soft_s, soft_t, sharp_s, sharp_t, mean
 
 
 @triton.jit
-def combine(s, t, v, is_target, stats, coefficients, k, k_T, UNIT_T: tl.constexpr, PROB: tl.constexpr):
-    """The gradient of tiles from the row's statistics and coefficients (a, b, c, the weight of -v, the value at y)."""
-    a, b, c, v_weight, at_target = coefficients
+def combine(
+    s,
+    t,
+    v,
+    is_target,
+    stats,
+    coefficients,
+    scales,
+    LOSS: tl.constexpr,
+    SINGLE: tl.constexpr,
+    PROB: tl.constexpr,
+    STD: tl.constexpr,
+    LINEAR: tl.constexpr,
+    RAW: tl.constexpr,
+):
+    """The gradient of tiles from the row's statistics and coefficients (:func:`triton_losses.coefficients`)."""
+    soft, sharp, teacher, raw, v_weight, constant, slope, at_target = coefficients
+    soft_s, soft_t, sharp_s, _sharp_t, mean = scales
     d_s = s - zero_if_empty(stats[0])[:, None]
-    d_t = t - zero_if_empty(stats[3])[:, None]
-    if UNIT_T:
-        g = (a + b)[:, None] * tl.exp2(d_s * k)
-    else:
-        g = a[:, None] * tl.exp2(d_s * k) + b[:, None] * tl.exp2(d_s * k_T)
-    g += c[:, None] * tl.exp2(d_t * k_T)
+    g = soft[:, None] * tl.exp2(d_s * per_row(soft_s, STD))
+    if not SINGLE:
+        g += sharp[:, None] * tl.exp2(d_s * per_row(sharp_s, STD))
+    if RAW:
+        g += raw[:, None] * tl.exp2(d_s * LOG2E)
+    if LOSS != TF_KD:
+        d_t = t - zero_if_empty(stats[3])[:, None]
+        g += teacher[:, None] * tl.exp2(d_t * per_row(soft_t, STD))
     if PROB:
         g -= v_weight[:, None] * v
+    if LINEAR:
+        g += constant[:, None]
+    if STD:
+        g -= slope[:, None] * (s - mean[:, None])
     # A class that cannot occur gets no gradient, whatever the teacher says of it.
     g = tl.where(s == _NEG_INF, 0.0, g)
     return tl.where(is_target, at_target[:, None], g)
