@@ -6,12 +6,15 @@ SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: bench test lint format clean
+.PHONY: bench test kernels lint format clean
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks --quick
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
+
+kernels: $(VENV)/ready
+	$(BIN)/python -m benchmarks.kernels --full
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -32,7 +32,7 @@ def _no_fused_ranking(device: str) -> str | None:
 
     if device != "cpu":
         return "on a GPU the ranking is part of other kernels and no function of its own"
-    return native.unavailable(device, "uskd")
+    return native.unavailable(device)
 
 
 class Bench:

@@ -273,11 +273,16 @@ def _absent(part: dict[str, Any]) -> list[str]:
 
 def update_readme(path: Path, block: str) -> bool:
     """Replaces what stands between the markers; returns whether the file changed."""
+    return replace_block(path, BEGIN, END, block)
+
+
+def replace_block(path: Path, begin: str, end: str, block: str) -> bool:
+    """The same between markers of one's own."""
     text = path.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"expected one line {BEGIN} and after it one line {END} in {path.name}")
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
-    updated = f"{before}{BEGIN}\n{block}\n{END}{after}"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"expected one line {begin} and after it one line {end} in {path.name}")
+    before, _, rest = text.partition(begin)
+    after = rest.partition(end)[2]
+    updated = f"{before}{begin}\n{block}\n{end}{after}"
     path.write_text(updated, encoding="utf-8")
     return updated != text

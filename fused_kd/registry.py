@@ -8,7 +8,7 @@ kernel serve them all, and a loss is a policy there: its number here, its functi
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,7 @@ class Loss:
     paper: str
     function: str
     module: str
-    backends: dict[str, tuple[str, ...]]
+    backends: Mapping[str, tuple[str, ...]]
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class Loss:
         return {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in shared}
 
 
-_ROWS = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}
+_ROWS: Mapping[str, tuple[str, ...]] = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}
 
 LOSSES = {
     loss.name: loss

@@ -2,11 +2,7 @@
 
 import importlib.util
 import math
-import os
-import re
-import shutil
 import struct
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -144,37 +140,3 @@ def test_stored_scales(core):
                 assert math.frexp(norm)[0] == 0.5
             else:
                 assert norm == 1.0
-
-
-def compile_report(source: Path, architecture: int, folder: Path) -> list[tuple[str, int, int, int, int]]:
-    """(kernel, registers, shared memory, stack, spilled bytes) of each kernel, as ptxas has them."""
-    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
-    command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-Xptxas", "-v", "-cubin", str(source)]
-    finished = subprocess.run([*command, "-o", str(folder / "out.cubin")], capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    reports = []
-    for part in finished.stderr.split("Compiling entry function '")[1:]:
-        stack, stores, loads = map(int, re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", part)[:3])
-        shared = re.search(r"(\d+) bytes smem", part)
-        registers = int(re.search(r"Used (\d+) registers", part).group(1))
-        reports.append((part.split("'")[0], registers, int(shared.group(1)) if shared else 0, stack, stores + loads))
-    return reports
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not (os.environ.get("CUDACXX") or shutil.which("nvcc")), reason="there is no nvcc")
-@pytest.mark.parametrize("architecture", (80, 90))
-def test_no_kernel_spills(core, tmp_path, architecture):
-    # The arrangements' dynamic shared memory is bounded in arrangements.h, which nvcc asserts.
-    ours = 0
-    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-        for kernel, registers, shared, stack, spilled in compile_report(source, architecture, tmp_path):
-            if "3cub" in kernel:
-                continue  # CUB's own choices for the sort in global memory
-            ours += 1
-            assert spilled == 0, f"{kernel}: {spilled} bytes spilled at {registers} registers"
-            assert stack == 0, f"{kernel}: {stack} bytes of local memory"
-            assert shared <= core.cuda_shared_limit
-            threads = re.search(r"rank_in_blockILi(\d+)E", kernel)
-            assert registers * int(threads.group(1) if threads else 512) <= 65536
-    assert ours >= len(core.cuda_arrangements()) + 10

@@ -1,7 +1,7 @@
-"""What is launched, and every kernel that dispatch can choose compiled ahead of time: no spills, shared memory, loads.
+"""What is launched, and what the compilers make of it: no spills, shared memory, width of loads.
 
-In a process of its own, since this one may have imported the kernels for Triton's interpreter. That process is this
-file, run as a script: it prints one JSON line per kernel and capability.
+The compiling is done by `python -m benchmarks.kernels` in a process of its own, since this one may have imported the
+kernels for Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,84 +19,42 @@ import torch
 from fused_kd.backends import triton as backend
 from fused_kd.backends import triton_config
 
-ROW_KERNELS = ("rows_on_chip", "rows_looped")
-#: What USKD's kernels may take of shared memory: what every GPU since sm_80 gives a block, the smaller ones included.
-RANKED_SHARED = 99 * 1024
+pytest.importorskip("rich")
+from benchmarks import kernels
+
+ROOT = Path(__file__).parent.parent
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+needs_nvcc = pytest.mark.skipif(kernels.nvcc() is None or find_spec("triton") is None, reason="there is no nvcc")
 
 
-def main(selection: str, capabilities: list[int]) -> None:
-    from fused_kd.backends import triton_compile
-
-    seen = set()
-    loss, extent = selection.split("-")
-    cases = triton_compile.cases if loss == "nkd" else triton_compile.ranked_cases
-    for case in cases(full=extent == "full"):
-        for launch in case.launches():
-            # The count kernels and reductions of two cases are mostly the same.
-            tensors = [getattr(argument, "dtype", None) for argument in launch.arguments]
-            key = (launch.kernel, str(launch.options), str(tensors))
-            if key in seen:
-                continue
-            seen.add(key)
-            for capability in capabilities:
-                report = triton_compile.compile_launch(launch, capability)
-                line = {
-                    "case": str(case),
-                    "kernel": launch.kernel,
-                    "capability": capability,
-                    "limit": triton_compile.SHARED_LIMIT[capability] if loss == "nkd" else RANKED_SHARED,
-                    "element_bytes": max(case.student.itemsize, case[1].itemsize),
-                    "vector": launch.options.get("VEC", 1),
-                    "warps": launch.options["num_warps"],
-                    **report._asdict(),
-                }
-                print(json.dumps(line), flush=True)
-
-
-def compile_in_subprocess(selection, capabilities):
+def compile_kernels(folder, *arguments):
+    """The rows of a run that breaks no rule."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, selection, ",".join(map(str, capabilities))]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "benchmarks.kernels", *arguments, "--json", str(folder / "kernels.json")]
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
-    return [json.loads(line) for line in result.stdout.splitlines()]
+    assert "0 problems" in result.stdout
+    return json.loads((folder / "kernels.json").read_text())
 
 
-def check(reports):
-    failures = []
-    for report in reports:
-        name = f"{report['kernel']} of {report['case']}, sm_{report['capability']}"
-        if report["stack"]:
-            failures.append(f"{name}: spills, {report['stack']} bytes of stack at {report['registers']} registers")
-        if report["shared"] > report["limit"]:
-            failures.append(f"{name}: {report['shared']} bytes of shared memory, {report['limit']} at most")
-        if report["registers"] * 32 * report["warps"] > 65536:
-            failures.append(f"{name}: {report['registers']} registers in {report['warps']} warps cannot launch")
-        # Tile loads and stores are one vector each; the few other loads are of targets, counts and the logits at y.
-        loads, stores, vector = report["loads"], report["stores"], 2 * report["vector"]
-        if report["kernel"] in ROW_KERNELS and report["element_bytes"] == 2 and vector >= 8:
-            narrow = loads.get("2", 0) if report["kernel"] == "rows_on_chip" else 0
-            if loads.get(str(vector), 0) < 2 or not stores.get(str(vector)) or narrow > loads[str(vector)]:
-                failures.append(f"{name}: expected rows in vectors of {vector} bytes, got {loads} and {stores}")
-    assert not failures, "\n".join(failures)
+@needs_triton
+def test_selection(tmp_path):
+    rows = compile_kernels(tmp_path, "--loss", "nkd", "--arch", "80,90", "--no-cuda")
+    names = {row["kernel"] for row in rows}
+    assert names == {"rows_on_chip", "rows_looped", "count_chunks", "reduce_parts", "scale_rows"}
+    assert {row["capability"] for row in rows} == {80, 90}
 
 
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@needs_triton
+def test_selection_of_further_losses(tmp_path):
+    rows = compile_kernels(tmp_path, "--loss", "rows", "--arch", "90", "--no-cuda")
+    assert {"rows_on_chip", "rows_looped"} <= {row["kernel"] for row in rows}
 
 
-def test_selection():
-    reports = compile_in_subprocess("nkd-short", (80, 90))
-    assert {report["kernel"] for report in reports} == {
-        *ROW_KERNELS,
-        "count_chunks",
-        "reduce_parts",
-        "scale_rows",
-    }
-    check(reports)
-
-
-def test_ranked_selection():
-    reports = compile_in_subprocess("uskd-short", (90,))
-    assert {report["kernel"] for report in reports} == {
+@needs_triton
+def test_ranked_selection(tmp_path):
+    rows = compile_kernels(tmp_path, "--loss", "uskd", "--arch", "90", "--no-cuda")
+    assert {row["kernel"] for row in rows} == {
         "target_probabilities",
         "ranked_on_chip",
         "write_keys",
@@ -103,14 +62,68 @@ def test_ranked_selection():
         "combine_ranked",
         "reduce_parts",
     }
-    check(reports)
 
 
+@needs_nvcc
+def test_cuda_selection(tmp_path):
+    rows = compile_kernels(tmp_path, "--loss", "none", "--arch", "90", "--sources", "batch_sums.cu,scale_gradient.cu")
+    assert {row["case"] for row in rows} == {"batch_sums.cu", "scale_gradient.cu"}
+    assert all(row["registers"] > 0 for row in rows)
+
+
+@needs_nvcc
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["nkd", "uskd"])
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_matrix(capability, loss):
-    check(compile_in_subprocess(f"{loss}-full", (capability,)))
+def test_every_kernel(tmp_path):
+    assert len(compile_kernels(tmp_path, "--full")) > 1000
+
+
+GOOD = {
+    "kernel": "rows_on_chip", "case": "1024x1000 bf16", "capability": 90, "registers": 64, "threads": 128,
+    "shared": 512, "shared_limit": 227 * 1024, "stack": 0, "local": 0, "spilled": 0,
+    "loads": {2: 2, 8: 5, 16: 2}, "stores": {16: 1},
+    "vector": 16, "element_bytes": 2, "inputs": 2, "library": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"stack": 8}, "spills: 8 bytes of stack"),
+        ({"local": 3}, "3 instructions on local memory"),
+        ({"spilled": 24}, "24 bytes spilled at 64 registers"),
+        ({"shared": 228 * 1024}, "233472 bytes of shared memory, 232448 at most"),
+        ({"shared": 164 * 1024, "capability": 80}, "167936 bytes of shared memory, 166912 at most"),
+        ({"shared": 100 * 1024, "shared_limit": 99 * 1024}, "102400 bytes of shared memory, 101376 at most"),
+        ({"registers": 129, "threads": 512}, "129 registers in 512 threads cannot launch"),
+        ({"loads": {2: 18}}, "expected rows in vectors of 16 bytes"),
+        ({"loads": {2: 4, 16: 2}}, "expected rows in vectors of 16 bytes"),
+        ({"stores": {2: 8}}, "expected rows in vectors of 16 bytes"),
+    ],
+)
+def test_rules(change, complaint):
+    assert kernels.problems(GOOD) == []
+    (found,) = kernels.problems({**GOOD, **change})
+    assert complaint in found
+    assert kernels.problems({**GOOD, **change, "library": True}) == []
+
+
+def test_rules_of_odd_rows_and_wide_logits():
+    assert kernels.problems({**GOOD, "vector": 2, "loads": {2: 18}, "stores": {2: 8}}) == []
+    assert kernels.problems({**GOOD, "element_bytes": 4, "loads": {4: 18}, "stores": {4: 8}}) == []
+
+
+def test_command_line_refuses(monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for arguments in (["--arch", "Hopper"], ["--loss", "none", "--sources", "missing.cu"]):
+        if arguments[0] == "--loss" and kernels.nvcc() is None:
+            continue
+        with pytest.raises(SystemExit) as caught:
+            kernels.main(arguments)
+        assert caught.value.code == 2
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit):
+        kernels.main([])
+    assert "TRITON_INTERPRET=1 is set" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -157,7 +170,3 @@ def test_dispatch_table(narrow, probabilities):
         else:
             assert config.lanes == 32 * config.warps
             assert config.width * narrow == 16
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], [int(capability) for capability in sys.argv[2].split(",")])

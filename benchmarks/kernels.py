@@ -1,0 +1,278 @@
+"""What the compilers make of the kernels, without a GPU: `python -m benchmarks.kernels`.
+
+Every Triton kernel that dispatch can choose is compiled ahead of time, and every CUDA source by nvcc, for GPUs that
+need not be there; registers, shared memory, spills and the width of loads are read out of the machine code, and held
+against rules that a kernel in use must keep (:func:`problems`, which the tests share).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from benchmarks import kernel_cases
+from benchmarks.report import replace_block
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- kernels:begin -->", "<!-- kernels:end -->"
+#: Shared memory that a block can have, in bytes, by compute capability.
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+#: What ranking on chip may take: what every GPU since sm_80 gives a block, the smaller ones included.
+RANKED_SHARED = 99 * 1024
+REGISTERS = 65536  # of a multiprocessor
+ROW_KERNELS = ("rows_on_chip", "rows_looped")
+
+Row = dict[str, Any]
+
+
+def problems(row: Row) -> list[str]:
+    """Which rules a compiled kernel breaks."""
+    name = f"{row['kernel']} of {row['case']}, sm_{row['capability']}"
+    if row["library"]:
+        return []  # CUB's own choices for sorting in global memory, which spill some bytes
+    found = []
+    if row["stack"] or row["local"] or row["spilled"]:
+        found.append(
+            f"{name}: spills: {row['stack']} bytes of stack, {row['local']} instructions on local memory, "
+            f"{row['spilled']} bytes spilled at {row['registers']} registers"
+        )
+    limit = min(SHARED_LIMIT.get(row["capability"], RANKED_SHARED), row["shared_limit"])
+    if row["shared"] > limit:
+        found.append(f"{name}: {row['shared']} bytes of shared memory, {limit} at most")
+    if row["registers"] * row["threads"] > REGISTERS:
+        found.append(f"{name}: {row['registers']} registers in {row['threads']} threads cannot launch")
+    # Tile loads and stores are one vector each; the few other loads are of targets, counts and the logits at y. Rows of
+    # an odd length have no vectors on chip, so what is asked of them is what the plan says can be had.
+    loads, stores, vector = row["loads"], row["stores"], row["vector"]
+    if row["kernel"] in ROW_KERNELS and row["element_bytes"] == 2 and vector >= 8:
+        narrow = loads.get(2, 0) if row["kernel"] == "rows_on_chip" else 0
+        if loads.get(vector, 0) < row["inputs"] or not stores.get(vector) or narrow > loads[vector]:
+            found.append(f"{name}: expected rows in vectors of {vector} bytes, got {loads} and {stores}")
+    return found
+
+
+def compile_triton(case: kernel_cases.Call, index: int, capability: int, loss: str) -> Row:
+    """One launch of a call; run in processes of its own."""
+    from fused_kd.backends.triton_compile import compile_launch
+
+    launch = case.launches()[index]
+    report = compile_launch(launch, capability)
+    return {
+        "source": "triton",
+        "loss": loss,
+        "case": str(case),
+        "kernel": launch.kernel,
+        "capability": capability,
+        "registers": report.registers,
+        "threads": 32 * launch.options["num_warps"],
+        "shared": report.shared,
+        "shared_limit": RANKED_SHARED if loss == "uskd" else SHARED_LIMIT[capability],
+        "stack": report.stack,
+        "local": report.local,
+        "spilled": 0,
+        "loads": report.loads,
+        "stores": report.stores,
+        "vector": 2 * launch.options.get("VEC", 1),
+        "element_bytes": case.element_bytes,
+        "inputs": 1 if launch.options.get("LOSS") == 4 else 2,  # Tf-KD reads the student's logits alone
+        "seconds": report.seconds,
+        "library": False,
+    }
+
+
+def nvcc() -> str | None:
+    return os.environ.get("CUDACXX") or shutil.which("nvcc")
+
+
+def compile_cuda(source: Path, capability: int) -> list[Row]:
+    """Every kernel of a CUDA source."""
+    from fused_kd.backends.triton_compile import read_cubin
+
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "out.cubin"
+        command = [str(nvcc()), "-std=c++17", "-O3", f"-arch=sm_{capability}", "-Xptxas", "-v", "-cubin", str(source)]
+        start = time.perf_counter()
+        finished = subprocess.run([*command, "-o", str(cubin)], capture_output=True, text=True, check=False)
+        seconds = time.perf_counter() - start
+        if finished.returncode:
+            raise RuntimeError(f"nvcc: {source.name} for sm_{capability}: {finished.stderr[-2000:]}")
+        kernels = read_cubin(cubin)
+    spilled = {}
+    for part in finished.stderr.split("Compiling entry function '")[1:]:
+        counts = re.findall(r"(\d+) bytes spill (?:stores|loads)", part)[:2]
+        spilled[part.split("'")[0]] = sum(map(int, counts))
+    rows = []
+    for name, code in kernels.items():
+        if "EmptyKernel" in name:
+            continue
+        threads = re.search(r"rank_in_blockILi(\d+)E", name)
+        rows.append(
+            {
+                "source": "cuda",
+                "loss": "uskd",
+                "case": source.name,
+                "kernel": _readable(name),
+                "capability": capability,
+                "registers": code.registers,
+                "threads": int(threads[1]) if threads else code.threads,
+                "shared": code.shared,
+                "shared_limit": 48 * 1024,  # what is static; arrangements.h bounds what is not
+                "stack": code.stack,
+                "local": code.local,
+                "spilled": spilled.get(name, 0),
+                "loads": code.loads,
+                "stores": code.stores,
+                "vector": 0,
+                "element_bytes": 0,
+                "inputs": 0,
+                "seconds": seconds,
+                "library": "3cub" in name,
+            }
+        )
+    return rows
+
+
+def _readable(name: str) -> str:
+    """The function of a mangled name, and its numbers."""
+    if "3cub" in name:
+        return "CUB's segmented sort"
+    own = re.findall(r"(?<=\d)([a-z]+(?:_[a-z]+)*)(?=I|E|P)", name)
+    function = next((word for word in own if word not in ("fused_kd", "common")), name)
+    numbers = re.findall(r"Li(\d+)E", name)
+    return function + (f"<{','.join(numbers)}>" if numbers else "")
+
+
+def jobs_of(
+    losses: Sequence[str], full: bool, capabilities: Sequence[int]
+) -> list[tuple[Callable[..., Any], tuple[Any, ...]]]:
+    found: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+    for loss in losses:
+        for case, index, _ in kernel_cases.distinct(loss, full):
+            found += [(compile_triton, (case, index, capability, loss)) for capability in capabilities]
+    return found
+
+
+def compile_all(
+    tasks: list[tuple[Callable[..., Any], tuple[Any, ...]]], workers: int, console: Console
+) -> Iterator[Row]:
+    """The rows of all tasks, in the tasks' order."""
+    columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    results: list[Any] = [None] * len(tasks)
+    # Fresh processes, since forking one whose threads have started is unsafe.
+    context = multiprocessing.get_context("spawn")
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("", total=len(tasks))
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            futures = {pool.submit(function, *arguments): i for i, (function, arguments) in enumerate(tasks)}
+            for future in as_completed(futures):
+                results[futures[future]] = future.result()
+                progress.advance(bar)
+    for result in results:
+        yield from result if isinstance(result, list) else [result]
+
+
+COLUMNS = ("kernel", "call", "sm", "threads", "regs", "shared", "local", "load", "store", "time")
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """A row as text: bytes of shared memory, instructions on local memory, widest access in bytes, seconds."""
+    return (
+        *(row["kernel"], row["case"], str(row["capability"]), str(row["threads"] or "–"), str(row["registers"])),
+        *(str(row["shared"]), str(row["local"] or "none"), _widest(row["loads"]), _widest(row["stores"])),
+        f"{row['seconds']:.1f} s",
+    )
+
+
+def _widest(counts: dict[int, int]) -> str:
+    return f"{max(counts)} B" if counts else "–"
+
+
+def markdown(rows: list[Row]) -> str:
+    lines = ["| " + " | ".join(COLUMNS) + " |", "| --- | --- |" + " ---: |" * (len(COLUMNS) - 2)]
+    lines += ["| " + " | ".join(cells(row)).replace("<", "&lt;") + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def print_table(rows: list[Row], console: Console) -> None:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in COLUMNS:
+        text = column in ("kernel", "call")
+        # Only the call's description may wrap; figures cut short are of no use.
+        width = {"kernel": 22, "call": 32}.get(column, max(len(column), 6))
+        table.add_column(column, justify="left" if text else "right", no_wrap=column != "call", width=width)
+    for row in rows:
+        table.add_row(*cells(row), style="red" if problems(row) else None)
+    console.print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels",
+        description="Compiles the kernels for GPUs that need not be there, and shows what the compiler made of them.",
+    )
+    parser.add_argument("--full", action="store_true", help="every configuration that dispatch can choose; minutes")
+    parser.add_argument(
+        "--loss", choices=[*kernel_cases.CASES, "all", "none"], default="all", help="of Triton's kernels"
+    )
+    parser.add_argument("--arch", default="80,90,100", metavar="80,90,100", help="compute capabilities")
+    parser.add_argument("--no-cuda", action="store_true", help="leave the CUDA sources out")
+    parser.add_argument("--sources", metavar="NAME,...", help="of csrc/cuda; default: all")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, default: %(default)s")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
+    parser.add_argument("--update", type=Path, metavar="FILE.md", help=f"write a table between {BEGIN} and {END}")
+    args = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 is set: under its interpreter Triton compiles nothing")
+    try:
+        capabilities = [int(text) for text in args.arch.split(",")]
+    except ValueError:
+        parser.error(f"--arch: expected numbers such as 90, got {args.arch!r}")
+    losses = list(kernel_cases.CASES) if args.loss == "all" else [] if args.loss == "none" else [args.loss]
+    tasks = jobs_of(losses, args.full, capabilities)
+    errors = Console(stderr=True)
+    if not args.no_cuda:
+        if nvcc() is None:
+            errors.print("no nvcc: the CUDA sources are left out", highlight=False)
+        else:
+            sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+            wanted = args.sources.split(",") if args.sources else [source.name for source in sources]
+            for name in wanted:
+                if name not in [source.name for source in sources]:
+                    parser.error(f"--sources: expected names among those in csrc/cuda, got {name!r}")
+            cuda = [source for source in sources if source.name in wanted]
+            tasks += [(compile_cuda, (source, capability)) for source in cuda for capability in capabilities]
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder  # so that times are those of a first call
+        rows = list(compile_all(tasks, args.jobs, errors))
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=120)
+    print_table(rows, console)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if args.update:
+        replace_block(args.update, BEGIN, END, markdown(rows))
+    broken = [problem for row in rows for problem in problems(row)]
+    for problem in broken:
+        print(f"error: {problem}", file=sys.stderr)
+    console.print(f"{len(rows)} kernels, {len(broken)} problems")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
