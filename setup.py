@@ -10,6 +10,7 @@ visible. Where not, or where nvcc fails, the core is built without them and keep
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import re
 import shutil
@@ -97,6 +98,20 @@ def cuda_options() -> list[str]:
     return [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DFKD_CUDA_ARCHITECTURES={';'.join(architectures)}"]
 
 
+def pybind11_option() -> str:
+    """Where CMake finds pybind11, of which a build without isolation may have no more than the headers in PyTorch."""
+    try:
+        import pybind11
+    except ImportError:
+        torch = importlib.util.find_spec("torch")
+        for folder in (torch.submodule_search_locations if torch else None) or ():
+            include = Path(folder) / "include"
+            if (include / "pybind11").is_dir():
+                return f"-DFKD_PYBIND11_INCLUDE={include}"
+        raise
+    return f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"
+
+
 class BuildCore(build_ext):  # type: ignore[misc]
     def run(self) -> None:
         self.failure: str | None = None
@@ -133,17 +148,16 @@ class BuildCore(build_ext):  # type: ignore[misc]
             self._configure_and_build(Path(folder), output, options)
 
     def _configure_and_build(self, folder: Path, output: Path, options: Sequence[str]) -> None:
-        import pybind11
-
         configure = [
             "cmake",
-            *("-S", str(ROOT / "csrc"), "-B", str(folder), "-G", "Ninja"),
+            *("-S", str(ROOT / "csrc"), "-B", str(folder)),
+            *(("-G", "Ninja") if shutil.which("ninja") else ()),
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            pybind11_option(),
             *options,
         ]
-        for command in (configure, ["cmake", "--build", str(folder)]):
+        for command in (configure, ["cmake", "--build", str(folder), "--parallel"]):
             finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
             if self.verbose or finished.returncode:
                 print(finished.stdout)

@@ -215,7 +215,7 @@ def print_table(rows: list[Row], console: Console) -> None:
     for column in COLUMNS:
         text = column in ("kernel", "call")
         # Only the call's description may wrap; figures cut short are of no use.
-        width = {"kernel": 22, "call": 32}.get(column, max(len(column), 6))
+        width = {"kernel": 22, "call": 32}.get(column, 7)
         table.add_column(column, justify="left" if text else "right", no_wrap=column != "call", width=width)
     for row in rows:
         table.add_row(*cells(row), style="red" if problems(row) else None)
@@ -261,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder  # so that times are those of a first call
         rows = list(compile_all(tasks, args.jobs, errors))
-    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=120)
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=140)
     print_table(rows, console)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import subprocess
 import sys
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported, at the first call
 
 import pytest
 import torch
