@@ -1,4 +1,5 @@
-"""``python -m fused_kd env`` says what is there and why the rest is not; ``check`` compares backends with float64."""
+"""``python -m fused_kd env`` says what is there and why the rest is not, ``check`` compares backends with float64,
+``losses`` lists what there is."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import argparse
 import platform
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from rich import box
@@ -14,7 +16,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import fused_kd
-from fused_kd import backends, check
+from fused_kd import backends, check, registry
 from fused_kd.backends import native
 from fused_kd.registry import LOSSES
 
@@ -29,12 +31,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     checker.add_argument("--device", action="append", help="cpu, cuda, cuda:1, ...; default: every kind that is here")
     checker.add_argument("--backend", action="append", choices=[n for n in backends.BACKENDS if n != "reference"])
     checker.add_argument("--quick", action="store_true", help="small shapes only")
+    lister = commands.add_parser("losses", help="every loss as a Markdown page")
+    lister.add_argument("--write", action="store_true", help="into README.md and docs/losses.md of the current folder")
     parsed = parser.parse_args(arguments)
+    if parsed.command == "losses":
+        return list_losses(parsed.write)
     # A pipe or a log reports 80 columns, and a figure cut short is of no use.
     console = Console(width=max(Console().width, 108))
     if parsed.command == "env":
         return env(console)
     return run_check(console, parsed.device or _devices(), parsed.backend, parsed.quick)
+
+
+def list_losses(write: bool) -> int:
+    if not write:
+        print(registry.markdown_page(), end="")
+        return 0
+    readme = Path("README.md")
+    before, begin, rest = readme.read_text(encoding="utf-8").partition("<!-- losses:begin -->")
+    _, end, after = rest.partition("<!-- losses:end -->")
+    readme.write_text(f"{before}{begin}\n{registry.markdown_table()}\n{end}{after}", encoding="utf-8")
+    Path("docs/losses.md").write_text(registry.markdown_page(), encoding="utf-8")
+    return 0
 
 
 def _devices() -> list[str]:

@@ -146,6 +146,32 @@ LOSSES = {
 }
 
 
+def markdown_table() -> str:
+    """The losses as a Markdown table: README.md and docs/losses.md have it, and a test keeps them in step."""
+    lines = ["| loss | function, module | per row | fused on the CPU | on CUDA | paper |", "|---|---|---|---|---|---|"]
+    for loss in LOSSES.values():
+        fused = [", ".join(name for name in names if name != "reference") for names in loss.backends.values()]
+        cells = (loss.title, f"`{loss.function}`, `{loss.module}`", loss.formula, *(text or "no" for text in fused))
+        lines.append("| " + " | ".join((*cells, loss.paper)) + " |")
+    return "\n".join(lines)
+
+
+def markdown_page() -> str:
+    """docs/losses.md: the table, and every loss with its defaults."""
+    text = f"# The losses\n\n{NOTATION}\n\n{markdown_table()}\n\n## Defaults\n\n"
+    for loss in LOSSES.values():
+        options = ", ".join(f"{name}={value!r}" for name, value in loss.defaults.items())
+        text += f"- `{loss.function}({options})`\n"
+    return text + f"\n{SHARED}\n"
+
+
+NOTATION = """`p`, `q` and `v` are the softmax of the student's, the teacher's and the weak logits, `y` is the target class
+and `Y` the targets of a mixed label; a hat is the softmax over the other classes, at temperature T. Every loss adds
+`ce_weight` times the ordinary cross-entropy in the same pass. Generated from `fused_kd/registry.py`."""
+SHARED = """All of them also take `ignore_index=-100`, `reduction="mean"`, `backend="auto"` and `return_parts=False`.
+`fused_kd.decompose` gives the parts of KD, NKD and DKD side by side, for ablations."""
+
+
 def losses() -> list[Loss]:
     """Every loss of the package.
 

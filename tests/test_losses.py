@@ -13,7 +13,7 @@ import torch._dynamo.testing
 from torch.library import opcheck
 
 import fused_kd
-from fused_kd import backends, check
+from fused_kd import backends, check, registry
 from fused_kd.backends import triton_config
 from fused_kd.registry import LOSSES, ROW_LOSSES
 
@@ -377,6 +377,16 @@ def test_registry():
         for device, names in loss.backends.items():
             assert device in ("cpu", "cuda") and names[-1] == "reference"
     assert set(ROW_LOSSES) < set(LOSSES)
+
+
+def test_documents_are_in_step():
+    """To write them anew: python -m fused_kd losses --write."""
+    root = Path(__file__).parent.parent
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    assert f"<!-- losses:begin -->\n{registry.markdown_table()}\n<!-- losses:end -->" in readme
+    assert (root / "docs" / "losses.md").read_text(encoding="utf-8") == registry.markdown_page()
+    for loss in LOSSES.values():
+        assert loss.formula in readme
 
 
 def test_decompose():

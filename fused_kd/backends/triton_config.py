@@ -107,7 +107,12 @@ def row_config(
             there is gets all that its warps can have.
     """
     block = max(16, 1 << (classes - 1).bit_length())
-    for tile, warps, registers in ON_CHIP_WIDE if wide else ON_CHIP_PROBABILITIES if probabilities else ON_CHIP:
+    tiles: tuple[tuple[int, int, int], ...] = ON_CHIP_PROBABILITIES if probabilities else ON_CHIP
+    if wide:
+        tiles = ON_CHIP_WIDE
+    if not plain and not wide:
+        tiles = tiles[:-1]  # of the last, KD spills with indices, and z-scores with probabilities
+    for tile, warps, registers in tiles:
         if block <= tile:
             rows = min(ON_CHIP_ROWS, max(1, tile // block))
             if not neighbours or not plain:
@@ -120,7 +125,8 @@ def row_config(
         warps = max(1, LOOPED_WARPS // 2) if wide else LOOPED_WARPS
         return Looped(32 * warps, min(4, 16 // narrow), warps, min(255, 2048 // warps))
     if not plain:
-        return Looped(32 * LOOPED_WARPS, 16 // narrow, LOOPED_WARPS, LOOPED_MOST_REGISTERS)
+        warps = max(1, LOOPED_WARPS // 2) if wide else LOOPED_WARPS  # float64 of WSLD takes over 128 registers
+        return Looped(32 * warps, 16 // narrow, warps, min(255, 2048 // warps))
     long = classes > LOOPED_LONG and narrow == 2 and not wide and not probabilities
     warps = LOOPED_LONG_WARPS if long else LOOPED_WARPS
     most = wide or (probabilities and not unit_temperature)
