@@ -165,8 +165,8 @@ def markdown_page() -> str:
     return text + f"\n{SHARED}\n"
 
 
-NOTATION = """`p`, `q` and `v` are the softmax of the student's, the teacher's and the weak logits, `y` is the target class
-and `Y` the targets of a mixed label; a hat is the softmax over the other classes, at temperature T. Every loss adds
+NOTATION = """`p`, `q` and `v` are the softmax of the student's, the teacher's and the weak logits, `y` is the target
+class and `Y` the targets of a mixed label; a hat is the softmax over the others, at temperature T. Every loss adds
 `ce_weight` times the ordinary cross-entropy in the same pass. Generated from `fused_kd/registry.py`."""
 SHARED = """All of them also take `ignore_index=-100`, `reduction="mean"`, `backend="auto"` and `return_parts=False`.
 `fused_kd.decompose` gives the parts of KD, NKD and DKD side by side, for ablations."""
