@@ -64,7 +64,13 @@ def unavailable(device_type: str) -> str | None:
 def _kernels() -> dict[str, Any]:
     modules: list[ModuleType] = [
         importlib.import_module(f"fused_kd.backends.{name}")
-        for name in ("triton_kernels", "triton_reductions", "triton_uskd_kernels", "triton_uskd_streamed")
+        for name in (
+            "triton_kernels",
+            "triton_looped",
+            "triton_reductions",
+            "triton_uskd_kernels",
+            "triton_uskd_streamed",
+        )
     ]
     names = (
         "rows_on_chip", "rows_looped", "count_chunks", "reduce_parts", "scale_rows",

@@ -1,0 +1,284 @@
+# mypy: ignore-errors
+# Triton compiles these functions; to a type checker they are not Python.
+"""The kernel of the row losses for rows too long to be held on chip. :mod:`triton_kernels` has its constexpr arguments,
+:mod:`triton_rows` the conventions."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fused_kd.backends.triton_kernels import RUNTIME, all_weights, at, gradient_scale, store_parts
+from fused_kd.backends.triton_losses import coefficients
+from fused_kd.backends.triton_rows import (
+    LOG2E,
+    TF_KD,
+    accumulate,
+    combine,
+    empty_statistics,
+    load_index,
+    make_scales,
+    merge_lanes,
+    narrowed,
+    zero_if_empty,
+)
+
+_NEG_INF = tl.constexpr(float("-inf"))
+
+
+@triton.jit
+def _load_tile(base, offsets, stride, mask, MASKED: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr):
+    pointers = at(base, offsets, stride, UNIT)
+    if MASKED:
+        return tl.load(pointers, mask=mask, other=_NEG_INF).to(ACC)
+    return tl.load(pointers).to(ACC)
+
+
+@triton.jit
+def _load_tiles(
+    bases,
+    strides,
+    offsets,
+    mask,
+    MASKED: tl.constexpr,
+    UNIT: tl.constexpr,
+    LOSS: tl.constexpr,
+    PROB: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Tiles of s, t and v at offsets from their bases."""
+    s = _load_tile(bases[0], offsets, strides[0], mask, MASKED, UNIT, ACC)
+    t = s
+    if LOSS != TF_KD:
+        t = _load_tile(bases[1], offsets, strides[1], mask, MASKED, UNIT, ACC)
+    v = s
+    if PROB:
+        v = _load_tile(bases[2], offsets, strides[2], mask, MASKED, UNIT, ACC)
+        if MASKED:
+            v = tl.where(mask, v, 0.0)
+    return s, t, v
+
+
+@triton.jit
+def _accumulate_others(
+    stats,
+    s,
+    t,
+    v,
+    is_target,
+    inside,
+    scales,
+    LOSS: tl.constexpr,
+    SINGLE: tl.constexpr,
+    PROB: tl.constexpr,
+    STD: tl.constexpr,
+    LINEAR: tl.constexpr,
+    RAW: tl.constexpr,
+):
+    """Accumulate the classes other than the target, of those inside the row."""
+    s = tl.where(is_target, _NEG_INF, s)
+    t = tl.where(is_target, _NEG_INF, t)
+    if PROB:
+        v = tl.where(is_target, 0.0, v)
+    present = inside & (is_target == 0)
+    return accumulate(stats, s, t, v, present, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
+
+
+@triton.jit
+def _row_moments(base, stride, classes, LANES: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr):
+    """(mean, unbiased deviation, number) of the classes of a row that can occur, in two walks of their own."""
+    cols = tl.arange(0, LANES)
+    # About some logit first, so that a constant row comes out as one.
+    about = zero_if_empty(tl.load(base + 0 * stride).to(ACC)) + tl.zeros([1], ACC)
+    total = tl.zeros([LANES], ACC)
+    count = tl.zeros([LANES], ACC)
+    for start in range(0, classes, LANES):
+        x = tl.load(at(base, start + cols, stride, UNIT), mask=start + cols < classes, other=_NEG_INF).to(ACC)
+        total += tl.where(x == _NEG_INF, 0.0, x - about)
+        count += tl.where(x == _NEG_INF, 0.0, 1.0)
+    number = tl.sum(count, 0, keep_dims=True)
+    mean = about + tl.sum(total, 0, keep_dims=True) / tl.maximum(number, 1.0)
+    square = tl.zeros([LANES], ACC)
+    for start in range(0, classes, LANES):
+        x = tl.load(at(base, start + cols, stride, UNIT), mask=start + cols < classes, other=_NEG_INF).to(ACC)
+        centred = tl.where(x == _NEG_INF, 0.0, x - mean)
+        square += centred * centred
+    return mean, tl.sqrt(tl.sum(square, 0, keep_dims=True) / tl.maximum(number - 1.0, 1.0)), number
+
+
+@triton.jit
+def _largest(best, index, v, cols):
+    """Per lane, the largest probability so far and the lowest class that has it."""
+    tile_best = tl.max(v, 1)
+    tile_index = tl.min(tl.where(v == tile_best[:, None], cols, 2147483647), 1)
+    lower = (tile_best > best) | ((tile_best == best) & (tile_index < index))
+    return tl.where(lower, tile_best, best), tl.where(lower, tile_index, index)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def rows_looped(
+    student,
+    teacher,
+    target,
+    gradient,
+    loss,
+    parts,
+    norm,
+    counts,
+    rows: tl.int64,
+    classes: tl.int32,
+    student_row: tl.int64,
+    student_col: tl.int64,
+    teacher_row: tl.int64,
+    teacher_col: tl.int64,
+    target_row: tl.int64,
+    target_col: tl.int64,
+    count_items: tl.int32,
+    ignore_index: tl.int64,
+    first: tl.float64,
+    second: tl.float64,
+    temperature: tl.float64,
+    ce_weight: tl.float64,
+    smoothing: tl.float64,
+    scale: tl.float64,
+    norm_value: tl.float64,
+    ACC: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VEC: tl.constexpr,
+    UNIT: tl.constexpr,
+    LOSS: tl.constexpr,
+    SINGLE: tl.constexpr,
+    PROB: tl.constexpr,
+    GRAD: tl.constexpr,
+    COUNT: tl.constexpr,
+    HALF: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    STD: tl.constexpr,
+    LINEAR: tl.constexpr,
+    RAW: tl.constexpr,
+):
+    """One row per program, walked in tiles of LANES x WIDTH, WIDTH classes a lane.
+
+    Rows of an odd length start anywhere, so positions count from ``head``, the first column whose address is a multiple
+    of VEC elements: the body has whole tiles, loaded in full vectors without a mask; the fewer than VEC columns before
+    it, at negative positions, and the rest of the row are masked tiles of their own. VEC here divides what the row
+    strides differ by from the class count, so that one head serves every tensor. The second walk runs backwards: the
+    row's end is what the cache still holds.
+    """
+    BLOCK: tl.constexpr = LANES * WIDTH
+    weights = all_weights(first, second, temperature, ce_weight, smoothing, ACC)
+    k = tl.full((), LOG2E, ACC)
+    row = tl.program_id(0).to(tl.int64)
+    one_row = row + tl.arange(0, 1)
+    inside = one_row < rows
+    head = (VEC - (row * classes) % VEC) % VEC
+    student_head = student + (row * student_row + head) // VEC * VEC
+    teacher_head = teacher + (row * teacher_row + head) // VEC * VEC
+    before = head.to(tl.int32)
+    end = classes - before
+    # Neighbours go to one lane where they make a vector, else to neighbouring lanes.
+    LANE_STEP: tl.constexpr = WIDTH if VEC > 1 else 1
+    WIDTH_STEP: tl.constexpr = 1 if VEC > 1 else LANES
+    lane_start = tl.arange(0, LANES) * LANE_STEP
+    width = tl.arange(0, WIDTH)[None, :] * WIDTH_STEP
+    lane = lane_start[:, None] + width
+    at_head = tl.arange(0, LANES)[:, None] - before
+    in_head = (at_head < 0) & (at_head < end)
+    strides = (student_col, teacher_col, target_col)
+    if PROB:
+        target_head = target + (row * target_row + head) // VEC * VEC
+        bases = (student_head, teacher_head, target_head)
+        body = end // BLOCK
+        best, y = tl.full([LANES], _NEG_INF, ACC), tl.full([LANES], 2147483647, tl.int32)
+        v_head = _load_tile(target_head, at_head, target_col, in_head, True, UNIT, ACC)
+        best, y = _largest(best, y, v_head, at_head)
+        for i in range(body):
+            v = _load_tile(target_head, i * BLOCK + lane, target_col, lane >= 0, False, UNIT, ACC)
+            best, y = _largest(best, y, v, i * BLOCK + lane)
+        for start in range(body * BLOCK, end, BLOCK):
+            v = _load_tile(target_head, start + lane, target_col, start + lane < end, True, UNIT, ACC)
+            best, y = _largest(best, y, v, start + lane)
+        largest = tl.max(best, 0, keep_dims=True)
+        # A row of NaN has no largest entry, and stays in range.
+        y = tl.minimum(tl.min(tl.where(best == largest, y, 2147483647), 0, keep_dims=True), end - 1)
+        counted = inside
+        v_y = tl.load(at(target_head, y, target_col, UNIT)).to(ACC)
+    else:
+        bases = (student_head, teacher_head, target)
+        y, counted, valid = load_index(target, one_row, inside, target_row, ignore_index, classes)
+        y -= before
+        v_y = tl.zeros([1], ACC)
+        # A row that does not count is not read.
+        read = tl.max(counted.to(tl.int32), 0)
+        in_head = in_head & counted[:, None]
+        end *= read
+        body = end // BLOCK
+    # In the body a lane looks for the target among its WIDTH classes; y_lane is y relative to the lane's first.
+    y_lane = y - lane_start
+
+    s_moments = (v_y, v_y, v_y)
+    t_moments = s_moments
+    if STD:
+        rows_read = classes * read if not PROB else classes
+        s_moments = _row_moments(student + row * student_row, student_col, rows_read, LANES, UNIT, ACC)
+        t_moments = _row_moments(teacher + row * teacher_row, teacher_col, rows_read, LANES, UNIT, ACC)
+    scales = make_scales(weights[2], s_moments, t_moments, k, LOSS, STD)
+    stats = empty_statistics(LANES, ACC)
+    s_head, t_head, v_head = _load_tiles(bases, strides, at_head, in_head, True, UNIT, LOSS, PROB, ACC)
+    is_target = at_head == y[:, None]
+    stats = _accumulate_others(
+        stats, s_head, t_head, v_head, is_target, in_head, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW
+    )
+    for i in range(body):
+        s, t, v = _load_tiles(bases, strides, i * BLOCK + lane, lane >= 0, False, UNIT, LOSS, PROB, ACC)
+        here = width == (y_lane - i * BLOCK)[:, None]
+        stats = _accumulate_others(stats, s, t, v, here, lane >= 0, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
+    for start in range(body * BLOCK, end, BLOCK):
+        s, t, v = _load_tiles(bases, strides, start + lane, start + lane < end, True, UNIT, LOSS, PROB, ACC)
+        here = width == (y_lane - start)[:, None]
+        stats = _accumulate_others(
+            stats, s, t, v, here, start + lane < end, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW
+        )
+    merged = merge_lanes(stats, scales, LOSS, SINGLE)
+
+    s_y = tl.load(at(student_head, y, student_col, UNIT), mask=counted, other=0.0).to(ACC)
+    t_y = s_y
+    if LOSS != TF_KD:
+        t_y = tl.load(at(teacher_head, y, teacher_col, UNIT), mask=counted, other=0.0).to(ACC)
+    if PROB:
+        valid = 1.0 + 0.0 * (merged[7] + v_y)
+    part_y, part_rest, part_ce, soft, sharp, teach, raw, v_weight, constant, slope, at_target = coefficients(
+        merged, s_y, t_y, v_y, weights, scales, s_moments, classes, LOSS, SINGLE, PROB, STD, LINEAR, RAW
+    )
+    part_y = tl.where(counted, part_y * valid, 0.0)
+    part_rest = tl.where(counted, part_rest * valid, 0.0)
+    part_ce = tl.where(counted, part_ce * valid, 0.0)
+    store_parts(parts, loss, norm, norm_value, rows, one_row, inside, part_y, part_rest, part_ce, PER_ROW)
+    if GRAD:
+        by = valid * gradient_scale(counts, target_row, count_items, ignore_index, scale, ACC, COUNT, HALF)
+        scaled = (
+            soft * by, sharp * by, teach * by, raw * by, v_weight * by, constant * by, slope * by, at_target * by,
+        )  # fmt: skip
+        gradient_head = gradient + (row * classes + head) // VEC * VEC
+        dtype = gradient.dtype.element_ty
+        for start in range(body * BLOCK, end, BLOCK):
+            s, t, v = _load_tiles(bases, strides, start + lane, start + lane < end, True, UNIT, LOSS, PROB, ACC)
+            here = width == (y_lane - start)[:, None]
+            g = combine(s, t, v, here, merged, scaled, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
+            tl.store(gradient_head + (start + lane), narrowed(g, dtype), mask=start + lane < end)
+        for i in range(body):
+            start = (body - 1 - i) * BLOCK
+            s, t, v = _load_tiles(bases, strides, start + lane, lane >= 0, False, UNIT, LOSS, PROB, ACC)
+            here = width == (y_lane - start)[:, None]
+            g = combine(s, t, v, here, merged, scaled, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
+            tl.store(gradient_head + (start + lane), narrowed(g, dtype))
+        s_head, t_head, v_head = _load_tiles(bases, strides, at_head, in_head, True, UNIT, LOSS, PROB, ACC)
+        g_head = combine(
+            s_head, t_head, v_head, is_target, merged, scaled, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW
+        )
+        tl.store(gradient_head + at_head, narrowed(g_head, dtype), mask=in_head)
+        if not PROB:
+            for start in range(0, tl.where(read == 1, 0, classes), BLOCK):
+                column = start + lane
+                tl.store(gradient + row * classes + column, tl.zeros_like(lane).to(dtype), mask=column < classes)
