@@ -6,6 +6,7 @@
 #include <array>
 
 #include "cpu/core.h"
+#include "row_math.h"
 
 namespace py = pybind11;
 using namespace fused_kd;
@@ -83,8 +84,8 @@ int64_t run_uskd(const std::string& instruction_set, uintptr_t student, int stud
                  uintptr_t target, int target_dtype, const py::tuple& target_strides, uintptr_t batch_sums,
                  uintptr_t student_gradient, uintptr_t weak_gradient, uintptr_t loss, uintptr_t parts,
                  uintptr_t student_norm, uintptr_t weak_norm, int accumulate, int64_t rows, int64_t classes,
-                 double alpha, double beta, double mu, double ce_weight, int rank, bool square, int64_t ignore_index,
-                 int reduction, double student_scale, double weak_scale, int threads) {
+                 const std::array<double, 5>& weights, int rank, bool square, int64_t ignore_index, int reduction,
+                 double student_scale, double weak_scale, int threads) {
     UskdArgs args = {};
     args.student = matrix(student, student_dtype, student_strides);
     args.weak = matrix(weak, weak_dtype, weak_strides);
@@ -93,10 +94,11 @@ int64_t run_uskd(const std::string& instruction_set, uintptr_t student, int stud
     args.weak_gradient = address(weak_gradient);
     args.rows = rows;
     args.classes = classes;
-    args.alpha = alpha;
-    args.beta = beta;
-    args.mu = mu;
-    args.ce_weight = ce_weight;
+    args.alpha = weights[0];
+    args.beta = weights[1];
+    args.mu = weights[2];
+    args.ce_weight = weights[3];
+    args.label_smoothing = weights[4];
     args.rank = rank;
     args.square = square;
     args.ignore_index = ignore_index;
@@ -109,6 +111,39 @@ int64_t run_uskd(const std::string& instruction_set, uintptr_t student, int stud
     const Kernels& kernels = kernels_named(instruction_set);
     py::gil_scoped_release release;
     return uskd(kernels, args, reinterpret_cast<const double*>(batch_sums), out);
+}
+
+int64_t run_zipf_ls(const std::string& instruction_set, uintptr_t student, int student_dtype,
+                    const py::tuple& student_strides, uintptr_t dense, int dense_dtype, const py::tuple& dense_strides,
+                    int64_t positions, uintptr_t target, int target_dtype, const py::tuple& target_strides,
+                    uintptr_t gradient, uintptr_t loss, uintptr_t parts, uintptr_t norm, int accumulate, int64_t rows,
+                    int64_t classes, const std::array<double, 4>& weights, int64_t ignore_index, int reduction,
+                    double scale, int threads) {
+    UskdArgs args = {};
+    args.student = matrix(student, student_dtype, student_strides);
+    args.weak = args.student;
+    args.target = matrix(target, target_dtype, target_strides);
+    args.student_gradient = address(gradient);
+    args.rows = rows;
+    args.classes = classes;
+    args.beta = weights[0];
+    args.power = weights[1];
+    args.ce_weight = weights[2];
+    args.label_smoothing = weights[3];
+    args.rank = common::kVotes;
+    args.ignore_index = ignore_index;
+    args.student_scale = scale;
+    args.weak_scale = 1;
+    args.accumulate = DType(accumulate);
+    args.threads = threads;
+    args.dense = {address(dense), DType(dense_dtype), dense_strides[1].cast<int64_t>(),
+                  dense_strides[2].cast<int64_t>()};
+    args.dense_stride = dense_strides[0].cast<int64_t>();
+    args.positions = positions;
+    const LossOutputs out = {Reduction(reduction), address(loss), address(parts), {address(norm), nullptr}};
+    const Kernels& kernels = kernels_named(instruction_set);
+    py::gil_scoped_release release;
+    return zipf_ls(kernels, args, out);
 }
 
 void run_argsort_descending(const std::string& instruction_set, uintptr_t keys, int64_t rows, int64_t classes,
@@ -153,6 +188,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("row_loss", &run_row_loss);
     m.def("uskd_batch_sums", &run_uskd_batch_sums);
     m.def("uskd", &run_uskd);
+    m.def("zipf_ls", &run_zipf_ls);
     m.def("scale_gradient", &run_scale_gradient);
     m.def("argsort_descending", &run_argsort_descending);
     m.attr("compiler") = FKD_COMPILER;

@@ -1,7 +1,9 @@
 // What fused_kd._native has of CUDA, and what it says where that was left out. Like bindings.cpp: addresses, sizes and
 // strides as plain integers. fused_kd/backends/native_cuda.py is the only caller.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <climits>
 #include <stdexcept>
 
@@ -48,8 +50,8 @@ int64_t uskd_workspace(int device, int64_t rows, int64_t classes, int accumulate
 void run_uskd(int device, uintptr_t stream, const py::tuple& student, const py::tuple& weak, const py::tuple& target,
               uintptr_t batch_sums, uintptr_t student_gradient, uintptr_t weak_gradient, uintptr_t loss,
               uintptr_t parts, uintptr_t student_norm, uintptr_t weak_norm, uintptr_t workspace, int accumulate,
-              int64_t rows, int64_t classes, double alpha, double beta, double mu, double ce_weight, int rank,
-              bool square, int64_t ignore_index, int reduction, double student_scale, double weak_scale) {
+              int64_t rows, int64_t classes, const std::array<double, 5>& weights, int rank, bool square,
+              int64_t ignore_index, int reduction, double student_scale, double weak_scale) {
     cuda::UskdCall call = {};
     call.student = matrix(student);
     call.weak = matrix(weak);
@@ -58,10 +60,11 @@ void run_uskd(int device, uintptr_t stream, const py::tuple& student, const py::
     call.weak_gradient = address(weak_gradient);
     call.rows = rows;
     call.classes = as_int(classes);
-    call.alpha = alpha;
-    call.beta = beta;
-    call.mu = mu;
-    call.ce_weight = ce_weight;
+    call.alpha = weights[0];
+    call.beta = weights[1];
+    call.mu = weights[2];
+    call.ce_weight = weights[3];
+    call.label_smoothing = weights[4];
     call.rank = rank;
     call.square = square;
     call.ignore_index = ignore_index;

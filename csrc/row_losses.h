@@ -12,7 +12,7 @@
 namespace fused_kd {
 namespace FKD_ISA {
 
-enum RowLoss { kNkd = 0, kKd = 1, kDkd = 2, kWsld = 3, kTfKd = 4 };
+enum RowLoss { kNkd = 0, kKd = 1, kDkd = 2, kWsld = 3, kTfKd = 4, kDist = 5 };
 constexpr int kRowParts = 3;
 
 struct RowParams {
@@ -29,6 +29,7 @@ struct RowNeeds {
     bool raw;        // the CE's exponentials, where standardization makes them others than the sharp ones
     bool divergence; // cross is the sum of q (log p - log q), not of q log p, up to constants
     bool linear;     // the sum of the student's logits
+    bool pointwise;  // a gradient that is no combination of exponentials, see PointwiseSums
 };
 
 FKD_HD RowNeeds row_needs(const RowParams& params) {
@@ -39,8 +40,20 @@ FKD_HD RowNeeds row_needs(const RowParams& params) {
     needs.raw = both && ce && params.standardize;
     needs.divergence = params.loss == kKd || params.loss == kDkd;
     needs.linear = params.loss == kTfKd || (ce && params.label_smoothing != 0);
+    needs.pointwise = params.loss == kDist;
     return needs;
 }
+
+// A pointwise loss has, with p and q the softmaxes at T over all classes, the gradient
+//   p_j (h_j - sum_k p_k h_k) / T,   h_j = c_1 f_1j + c_2 f_2j,
+// where f are functions of p_j, q_j and their logarithms, its slopes (cpu/pointwise.h), and the coefficients c come
+// from sums of three more such functions. A third slope is what the columns of the batch add to h, if they do, with c_3
+// = 1.
+struct PointwiseSums {
+    double of[3];
+    double slopes[3];     // sum p_k f_k: in a row with one p = 1 it is that f to the bit, and the gradient is 0
+    double centred[3], z; // with standardization, over j not the target: f_j - slopes, and 1, times p_j (s_j - mean)
+};
 
 // Sums over the classes that are not the target.
 struct RowStats {
@@ -56,14 +69,17 @@ struct RowStats {
     double v_target, v_sum;            // V_y, and the sum of all V_j
     double v_cross, v_free, v_blocked; // sum V_j (s_j - max), sum V_j where s_j > -inf, and where s_j = -inf
     double v_cross_t;                  // sum V_j (t_j - max)
+    PointwiseSums pointwise;           // over all classes
 };
 
 // Loss parts, already weighted, and the gradient of a class that is no target:
 //   soft e_s(T) + sharp e_s(1) + teacher e_t(T), of what is distilled, and raw e_s + constant - v V_j, of the CE
+// A pointwise loss has p_j sum_k slopes_k (f_kj - sum p f_k) instead of the first three.
 struct RowResult {
     double parts[kRowParts];
     double soft, sharp, teacher, target; // target is the distilled part's gradient at the target
     double raw, v, constant, raw_target;
+    double slopes[3];
 };
 
 typedef SplitSoftmax<double, 1> Split;
@@ -189,6 +205,26 @@ FKD_HD void tf_kd(const RowStats& x, const RowParams& params, RowResult& out) {
     out.raw_target += own > 0.5 ? rest * others - p.rest : p.p[0] - own;
 }
 
+// What Pearson's correlation ab / (|a| |b| + 1e-8) is, and its derivative: b_j by_b - a_j by_a.
+struct Correlation {
+    double value, by_b, by_a;
+};
+
+FKD_HD Correlation correlation(double ab, double aa, double bb) {
+    const double a = sqrt(aa), b = sqrt(bb), denominator = a * b + 1e-8, value = ab / denominator;
+    // A constant a has no direction to turn in.
+    return {value, 1 / denominator, a == 0 ? 0 : value * b / (a * denominator)};
+}
+
+// T^2 beta (1 - correlation of p - 1/C with q - 1/C); f_1 = q - 1/C, f_2 = p - 1/C.
+FKD_HD void dist(const RowStats& x, const RowParams& params, RowResult& out) {
+    const double weight = params.first * params.temperature;
+    const Correlation r = correlation(x.pointwise.of[0], x.pointwise.of[1], x.pointwise.of[2]);
+    out.parts[0] = weight * params.temperature * (1 - r.value);
+    out.slopes[0] = -weight * r.by_b;
+    out.slopes[1] = weight * r.by_a;
+}
+
 FKD_HD RowResult row_loss(const RowStats& x, const RowParams& params) {
     RowResult out = {};
     const double raw_scale = 1;
@@ -211,7 +247,11 @@ FKD_HD RowResult row_loss(const RowStats& x, const RowParams& params) {
     case kTfKd:
         tf_kd(x, params, out);
         break;
+    case kDist:
+        dist(x, params, out);
+        break;
     }
+    out.slopes[2] = 1;
     // A class that cannot occur has no gradient, the target included.
     if (x.s_target == -INFINITY) out.target = out.raw_target = 0 * (out.soft + out.sharp + out.raw);
     // NaN among the labels reaches loss and gradient, whatever the weights.
@@ -221,6 +261,8 @@ FKD_HD RowResult row_loss(const RowStats& x, const RowParams& params) {
     out.sharp *= valid;
     out.raw *= valid;
     out.target *= valid;
+    for (int k = 0; k < 3; ++k)
+        out.slopes[k] *= valid;
     return out;
 }
 

@@ -36,6 +36,9 @@ ROW_LOSSES = {
     "dkd": RowLoss(2, (0, 1, 2), lambda alpha, beta, temperature: (alpha + beta) * temperature),
     "wsld": RowLoss(3, (0, 2), lambda alpha, _, temperature: alpha * temperature),
     "tf_kd": RowLoss(4, (0, 2), lambda _, __, ___: 1.0),
+    # A correlation's gradient has the deviation of the probabilities in its denominator, and no bound: 2^6 is left
+    # for rows and columns that are nearly constant.
+    "dist": RowLoss(5, (0, 1, 2), lambda beta, gamma, temperature: 2.0**6 * (beta + gamma) * temperature),
 }
 
 
@@ -131,7 +134,7 @@ LOSSES = {
             "Huang et al. 2022, arXiv:2205.10536",
             "dist_loss",
             "DISTLoss",
-            {"cpu": ("reference",), "cuda": ("reference",)},
+            _ROWS,
         ),
         Loss(
             "zipf_ls",
@@ -140,7 +143,7 @@ LOSSES = {
             "Liang et al. 2022, arXiv:2207.12980",
             "zipf_ls_loss",
             "ZipfLSLoss",
-            {"cpu": ("reference",), "cuda": ("reference",)},
+            {"cpu": ("native", "reference"), "cuda": ("reference",)},
         ),
     )
 }

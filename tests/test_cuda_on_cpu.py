@@ -96,10 +96,13 @@ def core(module, monkeypatch):
     module.run_backwards(False)
 
 
-DEFAULTS = {
-    "alpha": 1.0, "beta": 0.1, "mu": 0.005, "ce_weight": 0.0, "rank": "normalized", "square": True,
-    "ignore_index": -100, "reduction": "mean",
-}  # fmt: skip
+WEIGHTS = {"alpha": 1.0, "beta": 0.1, "mu": 0.005, "ce_weight": 0.0, "label_smoothing": 0.0}
+DEFAULTS = {"rank": "normalized", "square": True, "ignore_index": -100, "reduction": "mean"}
+
+
+def arguments(**changed):
+    weights = [changed.pop(name, value) for name, value in WEIGHTS.items()]
+    return weights, *{**DEFAULTS, **changed}.values()
 
 
 def ours(core, student, weak, target, scale=1.0, **changed):
@@ -108,7 +111,7 @@ def ours(core, student, weak, target, scale=1.0, **changed):
     for_sums = student.double() if weak.dtype == torch.float64 else student
     sums = native_cuda.uskd_batch_sums(core, for_sums, target, options["square"], options["ignore_index"])
     loss, parts, *rest = native_cuda.uskd(
-        core, student, weak, target, sums, *options.values(), True, True, scale, scale
+        core, student, weak, target, sums, *arguments(**changed), True, True, scale, scale
     )  # fmt: skip
     student_gradient, weak_gradient, student_norm, weak_norm = rest
     one = torch.ones((), dtype=loss.dtype)
@@ -175,7 +178,8 @@ def test_rank_modes(core, rank, square, dtype):
     student, weak, target = inputs(5, 40, dtype)
     for reduction in ("none", "sum", "mean"):
         check(core, student, weak, target, rank=rank, square=square, mu=0.1, alpha=0.3, reduction=reduction)
-    check(core, student, weak, mixed(target, 40), rank=rank, square=square, mu=0.1, ce_weight=0.5)
+    for labels in (target, mixed(target, 40)):
+        check(core, student, weak, labels, rank=rank, square=square, mu=0.1, ce_weight=0.5, label_smoothing=0.2)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16), ids=str)
@@ -248,7 +252,7 @@ def test_target_out_of_range(core, dtype, index):
     assert sums.isnan().tolist() == [True, False, False]
     sums = torch.tensor([0.5, 0.0, 3.0], dtype=torch.float64)
     loss, _, student_gradient, weak_gradient, *_ = native_cuda.uskd(
-        core, student, weak, target, sums, *{**DEFAULTS, "reduction": "none"}.values(), True, True, 1.0, 1.0
+        core, student, weak, target, sums, *arguments(reduction="none"), True, True, 1.0, 1.0
     )  # fmt: skip
     for result in (loss.unsqueeze(1), student_gradient, weak_gradient):
         assert result.isnan().all(dim=1).tolist() == [False, True, False]
@@ -376,9 +380,9 @@ def test_same_bits_in_both_orders(core, classes, soft):
 def test_a_gradient_that_is_not_wanted(core):
     student, weak, target = inputs(3, 200)
     sums = native_cuda.uskd_batch_sums(core, student, target, True, -100)
-    both = native_cuda.uskd(core, student, weak, target, sums, *DEFAULTS.values(), True, True, 1.0, 1.0)
+    both = native_cuda.uskd(core, student, weak, target, sums, *arguments(), True, True, 1.0, 1.0)
     for wanted in ((True, False), (False, True), (False, False)):
-        some = native_cuda.uskd(core, student, weak, target, sums, *DEFAULTS.values(), *wanted, 1.0, 1.0)
+        some = native_cuda.uskd(core, student, weak, target, sums, *arguments(), *wanted, 1.0, 1.0)
         assert torch.equal(some[0], both[0])
         for gradient, full, want in zip(some[2:4], both[2:4], wanted, strict=True):
             assert torch.equal(gradient, full) if want else gradient.shape == (0,)

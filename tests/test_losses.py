@@ -300,11 +300,20 @@ def test_opcheck(loss, standardize, native):
     student, others, target = make(loss, dtype=torch.float32)
     weights = [1.0, 0.5, 2.0, 0.7, 0.1]
     teacher = others[0] if others else None
-    arguments = (student, teacher, target, loss, weights, None, standardize and bool(others), -100, "mean", True)
-    opcheck(torch.ops.fused_kd.row_loss.default, (*arguments, "native"))
+    after = (standardize and bool(others), -100, "mean", True, "native")
+    opcheck(torch.ops.fused_kd.row_loss.default, (student, teacher, target, loss, weights, *after))
+    weights = torch.tensor(weights, dtype=torch.float64)
+    opcheck(torch.ops.fused_kd.row_loss_scheduled.default, (student, teacher, target, loss, weights, *after))
 
 
-@every_loss
+def test_opcheck_of_votes(native):
+    student, (dense,), target = make("zipf_ls", dtype=torch.float32)
+    for reduction in ("mean", "none"):
+        after = ([0.1, 1.0, 0.7, 0.1], -100, reduction, True, "native")
+        opcheck(torch.ops.fused_kd.zipf_ls.default, (student, dense, target, *after))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
 def test_compiles_whole_and_only_once_more_when_weights_change(loss):
     """A float is taken for a constant until it changes once; from then on it is an input of the graph."""
     student, others, target = make(loss, dtype=torch.float32)
@@ -312,7 +321,7 @@ def test_compiles_whole_and_only_once_more_when_weights_change(loss):
         pytest.skip("the reference is ordinary PyTorch")
     counter = torch._dynamo.testing.CompileCounter()
     torch._dynamo.reset()
-    schedule = "temperature" if has(loss, "temperature") else "weight"
+    schedule = {"uskd": "beta", "zipf_ls": "weight"}.get(loss, "temperature")
 
     @torch.compile(backend=counter, fullgraph=True)
     def step(s, value, ce_weight):
@@ -366,6 +375,24 @@ def test_triton_rows_that_are_walked(loss, monkeypatch):
             if has(loss, "logit_standardization"):
                 compare(place, student, others, labels, reduction="none", **options, logit_standardization=True)
     triton_config.row_config.cache_clear()
+
+
+@pytest.mark.parametrize("classes", (2, 3, 40, 2500))
+@pytest.mark.parametrize("positions", (1, 5, 70))
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16), ids=str)
+def test_votes_of_positions_anywhere(classes, positions, dtype, native):
+    """A map of logits (N, C, H, W), whose positions lie side by side, and other layouts; few distinct values, so ties."""
+    generator = torch.Generator().manual_seed(3)
+    student, _, target = make("zipf_ls", rows=4, classes=classes, dtype=torch.float64)
+    chart = torch.randint(0, 4, (4, classes, positions), generator=generator).to(dtype)
+    chart[1] = -INF
+    chart[2, classes - 1, positions // 2] = float("nan")
+    layouts = (chart.transpose(1, 2), chart.transpose(1, 2).contiguous(), chart.repeat(2, 1, 1)[::2].transpose(1, 2))
+    for dense in (*layouts, torch.stack([chart, chart], 3)[..., 0].transpose(1, 2)):
+        for labels in (target, mixed(4, classes)):
+            place = ("zipf_ls", "native", "cpu")
+            options = {"weight": 1.0, "power": 0.7, "ce_weight": 0.5, "reduction": "none"}
+            compare(place, student, [dense], labels, **options)
 
 
 def test_registry():

@@ -35,7 +35,7 @@ def test_opcheck_and_second_backward(fused):
     opcheck(sums, (student, target, True, -100, fused))
     totals = sums(student, target, True, -100, fused)
     for reduction in ("mean", "none"):
-        options = (1.0, 0.1, 0.005, 1.0, "normalized", True, -100, reduction, True, True, fused)
+        options = ([1.0, 0.1, 0.005, 1.0, 0.1], "normalized", True, -100, reduction, True, True, fused)
         opcheck(torch.ops.fused_kd.uskd.default, (student, weak, target, totals, *options))
     leaves = student.requires_grad_(), weak.requires_grad_()
     loss = uskd_loss(*leaves, target, backend=fused) * 4.0

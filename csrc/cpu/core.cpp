@@ -1,6 +1,8 @@
 // What the kernels share and is compiled once, for any processor: scratch, thread count, and the reductions.
 #include "core.h"
 
+#include "../row_losses.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -136,6 +138,32 @@ double divisor_of(Reduction reduction, int64_t counted) {
 
 } // namespace
 
+namespace {
+
+// The columns' share of DIST, for a row kernel to add to the gradient; returns the loss that each row that counts has
+// of it. What the rows' softmaxes are, the row kernel says first.
+double dist_columns(const Kernels& kernels, RowArgs rows, std::vector<char>& columns) {
+    std::vector<SoftmaxOrigin> origins(size_t(2 * rows.rows));
+    rows.gradient = nullptr;
+    rows.origins = origins.data();
+    kernels.row_losses(rows);
+    columns.resize(size_t(4 * rows.classes) * (rows.accumulate == kFloat64 ? sizeof(double) : sizeof(float)));
+    std::vector<double> correlations(size_t(rows.classes));
+    kernels.dist_columns({rows.student, rows.teacher, origins.data(), rows.rows, rows.classes, rows.second,
+                          rows.temperature, columns.data(), correlations.data(), rows.accumulate, rows.threads});
+    double sum = 0;
+    for (double correlation : correlations)
+        sum += correlation;
+    return rows.second * rows.temperature * rows.temperature * (1 - sum / double(rows.classes));
+}
+
+bool counts(const RowArgs& args, int64_t row) {
+    return args.target.dtype != kInt64 ||
+           static_cast<const int64_t*>(args.target.data)[row * args.target.row_stride] != args.ignore_index;
+}
+
+} // namespace
+
 int64_t row_loss(const Kernels& kernels, RowArgs args, const LossOutputs& out) {
     const Counted counted = count_rows(args.target, args.rows, args.classes, args.ignore_index);
     if (counted.bad_row >= 0) return counted.bad_row;
@@ -143,7 +171,13 @@ int64_t row_loss(const Kernels& kernels, RowArgs args, const LossOutputs& out) {
     args.gradient_scale = stored_scale(args.student.dtype, args.gradient_scale, divisor, out.norms[0], args.accumulate);
     std::vector<double> parts(size_t(3 * args.rows));
     args.parts = parts.data();
-    kernels.row_losses(args);
+    std::vector<char> columns;
+    const bool coupled = args.loss == common::kDist && args.second != 0 && counted.rows > 0;
+    const double by_columns = coupled ? dist_columns(kernels, args, columns) : 0;
+    args.columns = coupled ? columns.data() : nullptr;
+    if (!coupled || args.gradient) kernels.row_losses(args);
+    for (int64_t row = 0; coupled && row < args.rows; ++row)
+        if (counts(args, row)) parts[size_t(3 * row + 1)] = by_columns;
     reduce_parts(parts, 3, args.rows, divisor, out.reduction, args.accumulate, out.loss, out.parts);
     return -1;
 }
@@ -163,6 +197,22 @@ int64_t uskd(const Kernels& kernels, UskdArgs args, const double* batch_sums, co
     args.reciprocals = singles.empty() ? static_cast<const void*>(doubles.data()) : singles.data();
     kernels.uskd(args);
     reduce_parts(parts, 4, args.rows, divisor, out.reduction, args.accumulate, out.loss, out.parts);
+    return -1;
+}
+
+int64_t zipf_ls(const Kernels& kernels, UskdArgs args, const LossOutputs& out) {
+    const Counted counted = count_rows(args.target, args.rows, args.classes, args.ignore_index);
+    if (counted.bad_row >= 0) return counted.bad_row;
+    const double divisor = divisor_of(out.reduction, counted.rows);
+    args.student_scale = stored_scale(args.student.dtype, args.student_scale, divisor, out.norms[0], args.accumulate);
+    std::vector<double> parts(size_t(4 * args.rows));
+    args.parts = parts.data();
+    kernels.uskd(args);
+    for (int64_t row = 0; row < args.rows; ++row) { // the other two are 0
+        parts[size_t(2 * row)] = parts[size_t(4 * row + 1)];
+        parts[size_t(2 * row + 1)] = parts[size_t(4 * row + 3)];
+    }
+    reduce_parts(parts, 2, args.rows, divisor, out.reduction, args.accumulate, out.loss, out.parts);
     return -1;
 }
 

@@ -16,6 +16,11 @@ struct Matrix {
     int64_t row_stride, col_stride;
 };
 
+// A row's softmax is exp((x - origin) scale) times `by`; a row that does not count has by < 0.
+struct SoftmaxOrigin {
+    double origin, scale, by;
+};
+
 struct RowArgs {
     Matrix student, teacher; // the teacher of a loss without one is not read
     Matrix target;           // class indices (kInt64), or probabilities
@@ -30,14 +35,30 @@ struct RowArgs {
     double* parts;         // (rows, 3), the last of them CE; 0 for rows that do not count
     DType accumulate;      // kFloat32 or kFloat64
     int threads;
+    SoftmaxOrigin* origins; // (rows, 2), the student's and the teacher's; null when they are not wanted
+    const void* columns;    // of a pointwise loss that the columns of the batch add to, else null: see ColumnArgs
 };
 
+// From all rows of softmaxes p and q to DIST's term of their columns: T^2 gamma (1 - mean of the C correlations).
+struct ColumnArgs {
+    Matrix student, teacher;
+    const SoftmaxOrigin* origins;
+    int64_t rows, classes;
+    double weight, temperature; // gamma
+    void* columns;              // (4, classes), of the accumulating dtype: mean p, mean q, and for a gradient that is a
+                                // mean over the counted rows, of column_j = by_q (q - mean q) + by_p (p - mean p)
+    double* correlations;       // of each column
+    DType accumulate;
+    int threads;
+};
+
+// USKD; and Zipf's label smoothing, which is its non-target term with the entropy of the labels, ranked by votes.
 struct UskdArgs {
-    Matrix student, weak;
+    Matrix student, weak;                   // the latter is not trained by votes, and not looked at
     Matrix target;                          // class indices (kInt64), or probabilities
     void *student_gradient, *weak_gradient; // contiguous, each of its logits' dtype; null when not wanted
     int64_t rows, classes;
-    double alpha, beta, mu, ce_weight;
+    double alpha, beta, mu, ce_weight, label_smoothing;
     double mean[2];
     int rank; // Rank of row_math.h
     bool square;
@@ -47,6 +68,10 @@ struct UskdArgs {
     double* parts;                    // (rows, 4): target, non_target, weak, ce; 0 for rows that do not count
     DType accumulate;
     int threads;
+    // By votes only: the logits of the positions, whose rows are a batch row's positions.
+    Matrix dense;
+    int64_t dense_stride, positions; // from batch row to batch row
+    double power;                    // of the rank
 };
 
 struct TargetProbsArgs {
@@ -81,6 +106,7 @@ struct ArgsortArgs {
 struct Kernels {
     const char* name;
     void (*row_losses)(const RowArgs&);
+    void (*dist_columns)(const ColumnArgs&);
     void (*target_probs)(const TargetProbsArgs&);
     void (*uskd)(const UskdArgs&);
     void (*scale_gradient)(const ScaleArgs&);

@@ -9,8 +9,11 @@ namespace FKD_ISA {
 namespace {
 
 // What a block's loop does. The first two serve class indices and plain logits; the general one looks at what is asked
-// of it as it goes, as the last does, which has no teacher.
-enum Mode { kCross, kDivergence, kGeneral, kAlone };
+// of it as it goes, as the others do: of losses without a teacher, and of the pointwise ones.
+enum Mode { kCross, kDivergence, kGeneral, kAlone, kPointwise };
+constexpr bool is_general(Mode mode) {
+    return mode == kGeneral || mode == kAlone || mode == kPointwise;
+}
 
 // Sums over a block's classes but the target, relative to the block's own maxima, exponents in natural units of the
 // soft scale.
@@ -25,25 +28,28 @@ struct Products {
 };
 
 // Scratch of a thread: a row of each kind of exponentials, as far as they are needed (the soft ones only where the
-// gradient's row cannot hold them), and a block of each input that is converted.
+// gradient's row cannot hold them), where columns are `coupled` the student's probabilities, a block of each input that
+// is converted, and one of the gradient.
 template <class A>
 struct Scratch {
-    A *e_soft, *e_sharp, *e_raw, *e_t;
-    A *student, *teacher, *probs;
+    A *e_soft, *e_sharp, *e_raw, *e_t, *p;
+    A *student, *teacher, *probs, *gradient;
     BlockStats* blocks;
 
-    Scratch(int64_t classes, const RowNeeds& needs) {
-        const int64_t row = (classes + 63) / 64 * 64, kinds = 2 + needs.sharp + needs.raw;
-        const size_t values = size_t(kinds * row + 3 * kBlock<A>);
+    Scratch(int64_t classes, const RowNeeds& needs, bool coupled) {
+        const int64_t row = (classes + 63) / 64 * 64, kinds = 2 + needs.sharp + needs.raw + coupled;
+        const size_t values = size_t(kinds * row + 4 * kBlock<A>);
         const size_t bytes = values * sizeof(A) + size_t(classes / kBlock<A> + 1) * sizeof(BlockStats);
         e_soft = static_cast<A*>(thread_scratch(bytes));
         e_t = e_soft + row;
         e_sharp = e_t + row * needs.sharp;
         e_raw = e_sharp + row * needs.raw;
+        p = e_raw + row * coupled;
         student = e_soft + kinds * row;
         teacher = student + kBlock<A>;
         probs = teacher + kBlock<A>;
-        blocks = reinterpret_cast<BlockStats*>(probs + kBlock<A>);
+        gradient = probs + kBlock<A>;
+        blocks = reinterpret_cast<BlockStats*>(gradient + kBlock<A>);
     }
 };
 
@@ -138,7 +144,7 @@ template <class A, bool single, bool careful, Mode mode>
 FKD_INLINE void block_stats(const A* s, const A* t, const A* v, int64_t n, int64_t y, const Scales& k,
                             const RowNeeds& needs, const RowMoments* moments, A* e_soft, A* e_sharp, A* e_raw, A* e_t,
                             BlockStats& out) {
-    constexpr bool general = mode == kGeneral || mode == kAlone, alone = mode == kAlone;
+    constexpr bool general = is_general(mode), alone = mode == kAlone;
     const bool divergence = mode == kDivergence || (mode == kGeneral && needs.divergence);
     const bool teacher_sharp = mode == kCross || (mode == kGeneral && !needs.divergence);
     A s_largest, t_largest;

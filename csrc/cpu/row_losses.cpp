@@ -10,7 +10,7 @@
 // shift; such a row shows by its sums not being finite and is done again with `careful` loops that leave those classes
 // out. So is a row with NaN, which stays NaN.
 #include "../row_losses.h"
-#include "row_blocks.h"
+#include "pointwise.h"
 
 namespace fused_kd {
 namespace FKD_ISA {
@@ -23,34 +23,57 @@ constexpr int64_t kStreamed = int64_t(8) << 20;
 // mean).
 struct Coefficients {
     double soft, sharp, teacher, raw, v, constant, slope, target;
+    double slopes[3]; // of a pointwise loss
 };
 
 // Backwards through the z-scores z = f (x - mean), f = 1 / (d + 1e-7) with d the deviation of n classes:
 //   d/dx_j = f (g_j - sum(g) / n) - z_j sum(g z) / ((n - 1) d)
 // where the sum of g is 0, a softmax being indifferent to a shift, unless the student rules out what the teacher asks.
-Coefficients standardized(const RowResult& r, const RowStats& x, const RowMoments& m, const Products& w, double s_max) {
+Coefficients standardized(const RowResult& r, const RowStats& x, const RowMoments& m, const Products& w, double s_max,
+                          bool pointwise) {
     const double f = 1 / (m.deviation + 1e-7), origin = s_max - m.mean;
     const bool target_possible = x.s_target != -INFINITY;
     double sum = 0;
-    if (x.blocked > 0 || !target_possible)
+    if (!pointwise && (x.blocked > 0 || !target_possible))
         sum = r.soft * x.s_soft + r.sharp * x.s_sharp + r.teacher * (x.t_soft - x.blocked) + r.target;
     double with_z = r.soft * w.soft + r.sharp * w.sharp + r.teacher * w.teacher;
+    for (int k = 0; pointwise && k < 3; ++k)
+        with_z += r.slopes[k] * x.pointwise.centred[k];
     if (target_possible) with_z += r.target * (x.s_target + origin);
     const double slope = m.deviation == 0 ? 0 : f * f * with_z / ((m.count - 1) * m.deviation);
     const double constant = -f * sum / m.count;
     const double at_target = f * r.target + (target_possible ? constant - slope * (x.s_target + origin) : 0);
-    return {f * r.soft, f * r.sharp, f * r.teacher, r.raw, r.v, r.constant + constant, slope, at_target + r.raw_target};
+    return {f * r.soft,
+            f * r.sharp,
+            f * r.teacher,
+            r.raw,
+            r.v,
+            r.constant + constant,
+            slope,
+            at_target + r.raw_target,
+            {f * r.slopes[0], f * r.slopes[1], f * r.slopes[2]}};
 }
 
-template <class A, bool single, bool careful, Mode mode>
+// Nothing besides the exponentials.
+struct NoMore {
+    template <class Lanes>
+    FKD_INLINE float operator()(int64_t, Lanes) const {
+        return 0;
+    }
+};
+
+template <class A, bool single, bool careful, Mode mode, class More>
 FKD_INLINE void block_combine(const A* s, const A* v, int64_t n, const Coefficients& c, A mean, const A* e_soft,
-                              const A* e_sharp, const A* e_raw, const A* e_t, A* out) {
+                              const A* e_sharp, const A* e_raw, const A* e_t, A* out, const More& more) {
     const A soft = A(c.soft), sharp = A(c.sharp), teacher = A(c.teacher), raw = A(c.raw), minus_v = A(-c.v);
     const A constant = A(c.constant), minus_slope = A(-c.slope);
-    constexpr bool general = mode == kGeneral || mode == kAlone;
+    constexpr bool general = is_general(mode);
     for_lanes<A>(n, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
         Vec<A> others = {};
-        if constexpr (mode != kAlone) others = load(e_t + j, lanes) * teacher;
+        if constexpr (mode == kPointwise)
+            others = more(j, lanes);
+        else if constexpr (mode != kAlone)
+            others = load(e_t + j, lanes) * teacher;
         if constexpr (general) {
             others += constant;
             if (v) others += load(v + j, lanes) * minus_v;
@@ -71,7 +94,7 @@ FKD_INLINE void block_combine(const A* s, const A* v, int64_t n, const Coefficie
 template <class A, bool single, bool careful, Mode mode>
 FKD_NOINLINE RowResult row_pass(const RowArgs& args, const RowParams& params, const Scratch<A>& scratch, int64_t row,
                                 int64_t y) {
-    constexpr bool general = mode == kGeneral || mode == kAlone;
+    constexpr bool general = is_general(mode), pointwise = mode == kPointwise;
     const int64_t classes = args.classes;
     const RowNeeds needs = row_needs(params);
     const bool with_probs = general && args.target.dtype != kInt64;
@@ -97,7 +120,7 @@ FKD_NOINLINE RowResult row_pass(const RowArgs& args, const RowParams& params, co
         const A* t = mode == kAlone ? s : read(args.teacher, row, j, n, scratch.teacher);
         const A* v = with_probs ? read(args.target, row, j, n, scratch.probs) : nullptr;
         // Without a gradient the exponentials are of no further use: keep overwriting the same few lines of cache.
-        const int64_t at = wanted ? j : 0;
+        const int64_t at = wanted || pointwise ? j : 0;
         block_stats<A, single, careful, mode>(
             s, t, v, n, y - j, scales, needs, params.standardize ? &s_moments : nullptr, e_soft + at,
             scratch.e_sharp + at, scratch.e_raw + at, scratch.e_t + at, scratch.blocks[count]);
@@ -109,10 +132,19 @@ FKD_NOINLINE RowResult row_pass(const RowArgs& args, const RowParams& params, co
     stats.t_target = mode == kAlone ? 0.0 : *read(args.teacher, row, y, 1, scratch.teacher) - t_max;
     stats.v_target = with_probs ? double(*read(args.target, row, y, 1, scratch.probs)) : 1.0;
     stats.v_sum += stats.v_target;
-    const RowResult result = row_loss(stats, params);
     const double shows = mode == kAlone ? stats.linear : stats.cross; // what an impossible class leaves its mark on
     if (!careful && !(shows - shows == 0 && stats.s_soft - stats.s_soft == 0))
         return row_pass<A, single, true, mode>(args, params, scratch, row, y);
+    PointwiseRow<A> probabilities;
+    if constexpr (pointwise) {
+        probabilities = pointwise_row<A>(args, params, scratch, row, y, count, e_soft, stats, s_max, t_max);
+        stats.pointwise = probabilities.sums(params.standardize ? &s_moments : nullptr);
+        for (int k = 0; args.origins && k < 2; ++k)
+            args.origins[2 * row + k] = probabilities.origins[k];
+    }
+    RowResult result = row_loss(stats, params);
+    if constexpr (pointwise)
+        if (stats.s_target != -INFINITY) result.target = probabilities.gradient_at_target(result.slopes);
     if (!wanted) return result;
 
     Coefficients c = {result.soft,
@@ -122,8 +154,9 @@ FKD_NOINLINE RowResult row_pass(const RowArgs& args, const RowParams& params, co
                       result.v,
                       result.constant,
                       0,
-                      result.target + result.raw_target};
-    if (general && params.standardize) c = standardized(result, stats, s_moments, products, s_max);
+                      result.target + result.raw_target,
+                      {result.slopes[0], result.slopes[1], result.slopes[2]}};
+    if (general && params.standardize) c = standardized(result, stats, s_moments, products, s_max, pointwise);
     if (!needs.raw) {
         c.sharp += c.raw;
         c.raw = 0;
@@ -144,11 +177,18 @@ FKD_NOINLINE RowResult row_pass(const RowArgs& args, const RowParams& params, co
         b.v *= scale;
         b.constant *= scale;
         b.slope *= scale;
-        const A* s = careful || c.slope != 0 ? read(args.student, row, j, n, scratch.student) : nullptr;
+        for (int k = 0; k < 3; ++k)
+            b.slopes[k] *= scale;
         const A* v = with_probs ? read(args.target, row, j, n, scratch.probs) : nullptr;
-        A* out = same && !streamed ? own_row + j : scratch.teacher;
-        block_combine<A, single, careful, mode>(s, v, n, b, A(s_moments.mean), e_soft + j, scratch.e_sharp + j,
-                                                scratch.e_raw + j, scratch.e_t + j, out);
+        A* out = same && !streamed ? own_row + j : scratch.gradient;
+        const auto combine = [&](const A* s, const auto& more) {
+            block_combine<A, single, careful, mode>(s, v, n, b, A(s_moments.mean), e_soft + j, scratch.e_sharp + j,
+                                                    scratch.e_raw + j, scratch.e_t + j, out, more);
+        };
+        if constexpr (pointwise)
+            probabilities.with_gradient(i, b.slopes, combine);
+        else
+            combine(careful || c.slope != 0 ? read(args.student, row, j, n, scratch.student) : nullptr, NoMore());
         if (streamed)
             stream(out, n, own_row + j);
         else if (!same)
@@ -165,6 +205,8 @@ RowResult (*pass_for(const RowArgs& args, const RowParams& params))(const RowArg
                                                                     int64_t, int64_t) {
     const RowNeeds needs = row_needs(params);
     if (!needs.teacher) return row_pass<A, true, false, kAlone>;
+    // Careful in any case: its shift is exact, so that a row that is constant comes out as one.
+    if (needs.pointwise) return row_pass<A, single, true, kPointwise>;
     if (args.target.dtype != kInt64 || needs.linear || params.standardize) return row_pass<A, single, false, kGeneral>;
     return needs.divergence ? row_pass<A, single, false, kDivergence> : row_pass<A, single, false, kCross>;
 }
@@ -179,7 +221,7 @@ void row_losses_typed(const RowArgs& args) {
     (void)threads;
 #pragma omp parallel num_threads(threads)
     {
-        const Scratch<A> scratch(args.classes, row_needs(params));
+        const Scratch<A> scratch(args.classes, row_needs(params), args.columns != nullptr);
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < args.rows; ++row) {
             double* parts = args.parts + kRowParts * row;
@@ -192,6 +234,7 @@ void row_losses_typed(const RowArgs& args) {
                 if (y == args.ignore_index) {
                     for (int k = 0; k < kRowParts; ++k)
                         parts[k] = 0;
+                    if (args.origins) args.origins[2 * row].by = -1;
                     if (args.gradient) {
                         const int64_t bytes = args.classes * element_size(args.student.dtype);
                         __builtin_memset(static_cast<char*>(args.gradient) + row * bytes, 0, size_t(bytes));

@@ -10,6 +10,7 @@ namespace fused_kd {
 namespace FKD_ISA {
 
 void row_losses(const RowArgs& args);
+void dist_columns(const ColumnArgs& args);
 void target_probs(const TargetProbsArgs& args);
 void uskd(const UskdArgs& args);
 void argsort_descending(const ArgsortArgs& args);
@@ -42,10 +43,29 @@ FKD_INLINE void block_max(const A* s, const A* t, int64_t n, const Without<K>& y
     t_largest = max_lanes<A>(t_max);
 }
 
-// The largest entry of a row, the lowest index first among equal ones; -1 where all are left out or below -inf. A NaN
-// does not matter here, since it makes its row NaN by other ways.
+// Softmax of a piece of a row, with some more digits than elsewhere, since differences are taken of it. Not inlined:
+// what is stored is rounded, and so is the same wherever it is made.
 template <class A>
-FKD_NOINLINE int64_t argmax(const Matrix& m, int64_t row, int64_t classes, A* staging, int64_t without = -1) {
+FKD_NOINLINE void softmax_piece(const A* logits, int64_t n, const SoftmaxOrigin& of, A* out) {
+    const A origin = A(of.origin);
+    const double factor = of.by * exp((double(origin) - of.origin) * of.scale);
+    const A by = A(factor), by_low = A(factor - double(by));
+    const A scale = A(kLog2E * of.scale), scale_low = A(kLog2E * of.scale - double(scale));
+    for_lanes<A>(n, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
+        const Vec<A> x = load(logits + j, lanes), zero = {}, d = x - origin;
+        Vec<A> exponent = d * scale;
+        // With fused multiply-add what the product was rounded by, without 0.
+        const Vec<A> low = (d * scale - exponent) + d * scale_low;
+        const Vec<A> e = exp2_nonpositive<A>(exponent, low);
+        store(out + j, x == -A(INFINITY) ? zero : e * by + e * by_low, lanes);
+    });
+}
+
+// The largest entry of a row, the lowest index first among equal ones; -1 where all are left out or none is above -inf.
+// A NaN is passed over; `nan`, if given, becomes true.
+template <class A>
+FKD_NOINLINE int64_t argmax(const Matrix& m, int64_t row, int64_t classes, A* staging, int64_t without = -1,
+                            bool* nan = nullptr) {
     int64_t best = -1;
     A largest = -INFINITY;
     for (int64_t j = 0; j < classes; j += kBlock<A>) {
@@ -53,9 +73,14 @@ FKD_NOINLINE int64_t argmax(const Matrix& m, int64_t row, int64_t classes, A* st
         const A* v = read(m, row, j, n, staging);
         Vec<A> top = splat<A>(-INFINITY);
         const Vec<A> lowest = top;
+        Mask<A> bad = {};
         for_lanes<A>(n, Without<1>{{without - j}}, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
-            top = max_of(keep(lanes, load(v + i, lanes), lowest), top);
+            const Vec<A> x = keep(lanes, load(v + i, lanes), lowest);
+            top = max_of(x, top);
+            if (nan) bad |= x != x;
         });
+        for (int l = 0; nan && l < kLanes<A>; ++l)
+            *nan |= bad[l] != 0;
         const A block_top = max_lanes<A>(top);
         if (!(block_top > largest)) continue;
         largest = block_top;

@@ -42,6 +42,10 @@ struct Simd<float> {
     static constexpr int kDegree = 5;
     static constexpr float kPoly[6] = {1.00000007187f,   0.693146966387f,   0.240221186757f,
                                        0.0555071394074f, 0.00967559824654f, 0.0013276394519f};
+    // One degree more, 1.9e-9, where rounding is all that may be left.
+    static constexpr int kFineDegree = 6;
+    static constexpr float kFinePoly[7] = {1.0f,         0.6931472f,    0.24022646f,   0.055503286f,
+                                           0.009618489f, 0.0013399931f, 0.00015345812f};
     // 1.5 * 2^23 + 127: adding it leaves round(x) plus the exponent's bias in the low bits.
     static constexpr float kRound = 12583039.0f;
     static constexpr int kMantissa = 23;
@@ -66,6 +70,8 @@ struct Simd<double> {
                                          1.01781979572133673e-7,
                                          7.0741242936979471e-9,
                                          4.43531463923002681e-10};
+    static constexpr int kFineDegree = kDegree;
+    static constexpr const double (&kFinePoly)[12] = kPoly;
     static constexpr double kRound = 6755399441056767.0; // 1.5 * 2^52 + 1023
     static constexpr int kMantissa = 52;
     static constexpr double kLowest = -1021.0;
@@ -168,20 +174,32 @@ FKD_INLINE V max_of(V x, V acc) {
     return x > acc ? x : acc;
 }
 
+// 2^r of |r| <= 1/2, times 2^k with k the integer in the low bits of `shifted`.
+template <class A, int degree>
+FKD_INLINE Vec<A> exp2_scaled(const A (&poly)[degree + 1], Vec<A> r, Vec<A> shifted) {
+    Vec<A> power = splat<A>(poly[degree]);
+#pragma GCC unroll 16
+    for (int i = degree - 1; i >= 0; --i)
+        power = power * r + poly[i];
+    return power * (Vec<A>)((Mask<A>)shifted << Simd<A>::kMantissa);
+}
+
 // 2^x for x up to about 1, within about 2 ulp; exactly 0 at -inf and below the range; NaN stays NaN, since it is
 // multiplied. Base 2, because then the reduction to |r| <= 1/2 is exact and scaling by log2(e) merges with
 // subtracting a maximum (see Shift).
 template <class A>
 FKD_INLINE Vec<A> exp2_nonpositive(Vec<A> x) {
     typedef Simd<A> S;
-    const Vec<A> shifted = x + S::kRound;
-    const Vec<A> r = x - (shifted - S::kRound);
-    Vec<A> power = splat<A>(S::kPoly[S::kDegree]);
-#pragma GCC unroll 16
-    for (int i = S::kDegree - 1; i >= 0; --i)
-        power = power * r + S::kPoly[i];
-    const Vec<A> two_to_k = (Vec<A>)((Mask<A>)shifted << S::kMantissa);
-    return x < S::kLowest ? Vec<A>{} : power * two_to_k;
+    const Vec<A> shifted = x + S::kRound, r = x - (shifted - S::kRound);
+    return x < S::kLowest ? Vec<A>{} : exp2_scaled<A, S::kDegree>(S::kPoly, r, shifted);
+}
+
+// Of x + low, where x is a rounded number and low what it was rounded by, within about an ulp; not for -inf.
+template <class A>
+FKD_INLINE Vec<A> exp2_nonpositive(Vec<A> x, Vec<A> low) {
+    typedef Simd<A> S;
+    const Vec<A> shifted = x + S::kRound, r = x - (shifted - S::kRound) + low;
+    return x < S::kLowest ? Vec<A>{} : exp2_scaled<A, S::kFineDegree>(S::kFinePoly, r, shifted);
 }
 
 constexpr double kLog2E = 1.44269504088896340736, kLn2 = 0.693147180559945309417;

@@ -1,4 +1,5 @@
-// USKD on rows: ranking, loss parts and both gradients in one visit to each row. Compiled once per instruction set.
+// USKD on rows: ranking, loss parts and both gradients in one visit to each row; and Zipf's label smoothing, which
+// ranks by votes (votes.h). Compiled once per instruction set.
 //
 // As for NKD the exponentials of a row stay where the gradients will be, but relative to the maxima of the row, found
 // before: relative to a block's, equal logits in different blocks would get keys that differ by a rounding. They give
@@ -10,6 +11,7 @@
 // finite.
 #include "rank.h"
 #include "targets.h"
+#include "votes.h"
 
 namespace fused_kd {
 namespace FKD_ISA {
@@ -21,10 +23,12 @@ template <class A>
 struct Scratch {
     A *e_s, *e_w, *keys, *student, *weak, *probs;
     uint32_t* order;
+    VoteScratch votes;
 
-    explicit Scratch(int64_t classes) {
-        const int64_t row = (classes + 63) / 64 * 64;
-        const int64_t floats = (3 * row + 3 * kBlock<A>)*int64_t(sizeof(A)), indices = row * int64_t(sizeof(uint32_t));
+    Scratch(int64_t classes, int64_t positions) {
+        const int64_t row = (classes + 63) / 64 * 64, more = positions ? row + positions + 1 : 0;
+        const int64_t floats = (3 * row + 3 * kBlock<A>)*int64_t(sizeof(A));
+        const int64_t indices = (row + more) * int64_t(sizeof(uint32_t));
         char* base = static_cast<char*>(thread_scratch(size_t(floats + indices)));
         e_s = reinterpret_cast<A*>(base);
         e_w = e_s + row;
@@ -33,16 +37,18 @@ struct Scratch {
         weak = student + kBlock<A>;
         probs = weak + kBlock<A>;
         order = reinterpret_cast<uint32_t*>(base + floats);
+        votes = {order + row, order, order + 2 * row};
     }
 };
 
 // Exponentials of a block, and what it adds to the row's sums.
 template <class A>
-FKD_NOINLINE void block_sums(const A* s, const A* w, const A* v, int64_t n, const Without<2>& y, A* e_s, A* e_w,
-                             UskdStats<double>& row) {
+FKD_NOINLINE void block_sums(const A* s, const A* w, const A* v, int64_t n, const Without<2>& y, bool linear, A* e_s,
+                             A* e_w, UskdStats<double>& row) {
     const Shift<A, true> s_shift(A(row.s_max)), w_shift(A(row.w_max));
     const Vec<A> zero = {};
-    Vec<A> s_sum = zero, w_sum = zero, w_linear = zero, v_sum = zero, v_cross = zero, v_blocked = zero, v_weak = zero;
+    Vec<A> s_sum = zero, w_sum = zero, w_linear = zero, s_linear = zero, v_sum = zero, v_cross = zero, v_blocked = zero,
+           v_weak = zero;
     for_lanes<A>(n, y, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
         __builtin_prefetch(s + j + kBlock<A>);
         __builtin_prefetch(w + j + kBlock<A>);
@@ -55,6 +61,7 @@ FKD_NOINLINE void block_sums(const A* s, const A* w, const A* v, int64_t n, cons
         s_sum += es;
         w_sum += ew;
         w_linear += keep(lanes, wj == -A(INFINITY) ? wj : dw, zero);
+        if (linear) s_linear += keep(lanes, sj == -A(INFINITY) ? sj : ds, zero);
         if (v) {
             const Vec<A> p = keep(lanes, load(v + j, lanes), zero);
             const Mask<A> impossible = sj == -A(INFINITY);
@@ -67,6 +74,7 @@ FKD_NOINLINE void block_sums(const A* s, const A* w, const A* v, int64_t n, cons
     row.s_sum += sum_lanes<A>(s_sum);
     row.w_sum += sum_lanes<A>(w_sum);
     row.w_linear += kLn2 * sum_lanes<A>(w_linear);
+    row.s_linear += kLn2 * sum_lanes<A>(s_linear);
     if (!v) return;
     const double sum = sum_lanes<A>(v_sum), blocked = sum_lanes<A>(v_blocked);
     row.v_sum += sum;
@@ -75,6 +83,13 @@ FKD_NOINLINE void block_sums(const A* s, const A* w, const A* v, int64_t n, cons
     row.v_free += sum - blocked;
     row.v_cross += kLn2 * sum_lanes<A>(v_cross);
     row.v_weak += kLn2 * sum_lanes<A>(v_weak);
+}
+
+// The positions' logits of a batch row.
+inline Matrix positions_of(const UskdArgs& args, int64_t row) {
+    Matrix m = args.dense;
+    m.data = static_cast<const char*>(m.data) + row * args.dense_stride * element_size(m.dtype);
+    return m;
 }
 
 // Of a target's logit, as for the others; 0 where it is above them.
@@ -111,6 +126,44 @@ struct GradientRow {
     }
 };
 
+// The Zipf weights 1 / rank of all classes, targets too, in the order of their keys; e_s and e_w are the exponentials.
+template <class A>
+FKD_NOINLINE void weights_by_keys(const UskdArgs& args, const Scratch<A>& scratch, int64_t row, const Targets& targets,
+                                  const UskdStats<double>& x, const SplitSoftmax<double, 2>& p,
+                                  const SplitSoftmax<double, 2>& v, A* e_s, A* e_w) {
+    const int64_t classes = args.classes;
+    A* const z = scratch.keys;
+    // A target that is not above the rest in either softmax gets the arithmetic of the rest, so
+    // that ties are ties; else it cannot tie but by rounding, and its exponentials may overflow.
+    for (int k = 0; k < targets.count; ++k) {
+        e_s[targets.at.at[k]] = exponential<A>(x.s_target[k], x.s_max);
+        e_w[targets.at.at[k]] = exponential<A>(x.w_target[k], x.w_max);
+    }
+    const UskdKey<double> key = uskd_key(p, v, targets.count, Rank(args.rank));
+    const A by_student = A(key.student), by_weak = A(key.weak);
+    for (int64_t j = 0; j < classes; j += kBlock<A>) {
+        const int64_t n = block_length<A>(classes, j);
+        if (key.linear != 0) {
+            const A* s = read(args.student, row, j, n, scratch.student);
+            const A linear = A(key.linear), constant = A(key.constant - key.linear * x.s_max);
+            for_lanes<A>(n, [&](auto lanes, int64_t l) __attribute__((always_inline)) {
+                store(z + j + l, load(e_w + j + l, lanes) * by_weak + (load(s + l, lanes) * linear + constant), lanes);
+            });
+        } else {
+            for_lanes<A>(n, [&](auto lanes, int64_t l) __attribute__((always_inline)) {
+                store(z + j + l, load(e_w + j + l, lanes) * by_weak + load(e_s + j + l, lanes) * by_student, lanes);
+            });
+        }
+    }
+    for (int k = 0; k < targets.count; ++k)
+        if (x.s_target[k] > x.s_max || x.w_target[k] > x.w_max) z[targets.at.at[k]] = A(key.target[k]);
+
+    // In the keys' place the Zipf weights 1 / rank.
+    const A* const reciprocals = static_cast<const A*>(args.reciprocals);
+    rank_descending(z, classes, scratch.order,
+                    [=](uint32_t index, int64_t rank) __attribute__((always_inline)) { z[index] = reciprocals[rank]; });
+}
+
 template <class A>
 FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch, int64_t row, Targets targets) {
     const int64_t classes = args.classes;
@@ -121,8 +174,10 @@ FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch,
     double* const parts = args.parts + 4 * row;
 
     UskdStats<double> x = {};
-    UskdParams params = {args.alpha,      args.beta,  args.mu, args.ce_weight, {args.mean[0], args.mean[1]},
-                         double(classes), args.square};
+    UskdParams params = {
+        args.alpha,      args.beta,  args.mu, args.ce_weight, args.label_smoothing, {args.mean[0], args.mean[1]},
+        double(classes), args.square};
+    const bool smoothed = args.ce_weight != 0 && args.label_smoothing != 0;
     // The batch means are of the largest label's column and the second's; the loops want ascending positions.
     if (targets.count == 2 && targets.at.at[0] > targets.at.at[1]) {
         params.mean[0] = args.mean[1];
@@ -155,12 +210,16 @@ FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch,
         const A* s = read(args.student, row, j, n, scratch.student);
         const A* w = read(args.weak, row, j, n, scratch.weak);
         const A* v = with_probs ? read(args.target, row, j, n, scratch.probs) : nullptr;
-        block_sums<A>(s, w, v, n, targets.at.from(j), e_s + j, e_w + j, x);
+        block_sums<A>(s, w, v, n, targets.at.from(j), smoothed, e_s + j, e_w + j, x);
     }
     const SplitSoftmax<double, 2> p = split_softmax<double, 2>(x.s_target, x.s_max, x.s_sum);
     const SplitSoftmax<double, 2> v = split_softmax<double, 2>(x.w_target, x.w_max, x.w_sum);
 
-    const double probe = p.rest + v.rest + x.v_sum + params.mean[0] + params.mean[1];
+    const bool by_votes = args.rank == kVotes;
+    const Votes votes =
+        by_votes ? count_votes<A>(positions_of(args, row), args.positions, classes, scratch.student, scratch.votes)
+                 : Votes{};
+    const double probe = p.rest + v.rest + x.v_sum + params.mean[0] + params.mean[1] + (votes.nan ? double(NAN) : 0.0);
     if (probe != probe) { // NaN: no ranking, and nothing else to say of the row
         for (int k = 0; k < 4; ++k)
             parts[k] = NAN;
@@ -169,35 +228,14 @@ FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch,
         return;
     }
 
-    // Keys of all classes. A target that is not above the rest in either softmax gets the arithmetic of the rest, so
-    // that ties are ties; else it cannot tie but by rounding, and its exponentials may overflow.
-    for (int k = 0; k < targets.count; ++k) {
-        e_s[targets.at.at[k]] = exponential<A>(x.s_target[k], x.s_max);
-        e_w[targets.at.at[k]] = exponential<A>(x.w_target[k], x.w_max);
-    }
-    const UskdKey<double> key = uskd_key(p, v, targets.count, Rank(args.rank));
-    const A by_student = A(key.student), by_weak = A(key.weak);
-    for (int64_t j = 0; j < classes; j += kBlock<A>) {
-        const int64_t n = block_length<A>(classes, j);
-        if (key.linear != 0) {
-            const A* s = read(args.student, row, j, n, scratch.student);
-            const A linear = A(key.linear), constant = A(key.constant - key.linear * x.s_max);
-            for_lanes<A>(n, [&](auto lanes, int64_t l) __attribute__((always_inline)) {
-                store(z + j + l, load(e_w + j + l, lanes) * by_weak + (load(s + l, lanes) * linear + constant), lanes);
-            });
-        } else {
-            for_lanes<A>(n, [&](auto lanes, int64_t l) __attribute__((always_inline)) {
-                store(z + j + l, load(e_w + j + l, lanes) * by_weak + load(e_s + j + l, lanes) * by_student, lanes);
-            });
-        }
-    }
-    for (int k = 0; k < targets.count; ++k)
-        if (x.s_target[k] > x.s_max || x.w_target[k] > x.w_max) z[targets.at.at[k]] = A(key.target[k]);
-
-    // In the keys' place the Zipf weights 1 / rank.
-    const A* const reciprocals = static_cast<const A*>(args.reciprocals);
-    rank_descending(z, classes, scratch.order,
-                    [=](uint32_t index, int64_t rank) __attribute__((always_inline)) { z[index] = reciprocals[rank]; });
+    double log_sum = 0; // z log z, of the classes that are no target and can occur
+    if (by_votes)
+        vote_weights<A>(votes, args.positions, classes, args.power, scratch.votes, z, [&](int64_t j, double z_log_z) {
+            const bool target = targets.at.at[0] == j || targets.at.at[1] == j;
+            if (!target && *read(args.student, row, j, 1, scratch.student) != -A(INFINITY)) log_sum += z_log_z;
+        });
+    else
+        weights_by_keys<A>(args, scratch, row, targets, x, p, v, e_s, e_w);
 
     double zipf_sum = 0, zipf_cross = 0;
     const A origin = A(x.s_max);
@@ -217,20 +255,25 @@ FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch,
         zipf_sum += sum_lanes<A>(sum);
         zipf_cross += sum_lanes<A>(cross);
     }
-    const UskdRow<double> result = uskd_row(x, params, p, v, zipf_sum, zipf_cross);
+    const double entropy = by_votes && zipf_sum != 0 ? log_sum / zipf_sum - log(zipf_sum) : 0.0;
+    const UskdRow<double> result = uskd_row(x, params, p, v, zipf_sum, zipf_cross, entropy);
 
     const double s_scale = args.student_scale, w_scale = args.weak_scale;
     for (int64_t j = 0; j < classes; j += kBlock<A>) {
         const int64_t n = block_length<A>(classes, j);
         const A* labels = with_probs ? read(args.target, row, j, n, scratch.probs) : nullptr;
         if (student.data) {
-            const A* s = labels ? read(args.student, row, j, n, scratch.student) : nullptr;
+            const A* s = labels || smoothed ? read(args.student, row, j, n, scratch.student) : nullptr;
             A* const out = student.block(j, scratch.weak);
-            const A a = A(result.student * s_scale);
-            const A b = A(result.zipf * s_scale), c = A(result.v * s_scale);
+            const A a = A(result.student * s_scale), b = A(result.zipf * s_scale);
+            const A c = A(result.v * s_scale), constant = A(result.constant * s_scale);
             for_lanes<A>(n, [&](auto lanes, int64_t l) __attribute__((always_inline)) {
                 Vec<A> g = load(e_s + j + l, lanes) * a + load(z + j + l, lanes) * b;
-                if (labels) g -= load(s + l, lanes) == -A(INFINITY) ? zero : load(labels + l, lanes) * c;
+                if (s) {
+                    Vec<A> label = zero + constant;
+                    if (labels) label += load(labels + l, lanes) * c;
+                    g -= load(s + l, lanes) == -A(INFINITY) ? zero : label;
+                }
                 store(out + l, g, lanes);
             });
             student.finish(j, n, out);
@@ -264,7 +307,7 @@ void uskd_typed(const UskdArgs& args) {
     (void)threads;
 #pragma omp parallel num_threads(threads)
     {
-        const Scratch<A> scratch(args.classes);
+        const Scratch<A> scratch(args.classes, args.positions);
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < args.rows; ++row) {
             const Targets targets = targets_of<A>(args.target, row, args.classes, scratch.probs);

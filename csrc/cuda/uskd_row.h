@@ -52,10 +52,11 @@ struct Maxima {
 
 template <class A>
 struct Sums {
-    A s, w, w_linear;
+    A s, w, s_linear, w_linear;
     __device__ void merge(const Sums& o) {
         s += o.s;
         w += o.w;
+        s_linear += o.s_linear;
         w_linear += o.w_linear;
     }
 };
@@ -127,10 +128,11 @@ __device__ __forceinline__ void row_statistics(const UskdCall& call, int64_t ind
     top = block_reduce(top, state.room);
     const A s_max = finite_or_zero(top.s), w_max = finite_or_zero(top.w);
     // fmax passes over NaN; the sums do not. exp(-inf) is 0 and -inf is a sum that uskd_row asks for.
-    Sums<A> sums = {A(0), A(0), A(0)};
+    Sums<A> sums = {A(0), A(0), A(0), A(0)};
     visit_rest<A>(row, targets, call.classes, [&](int, A s, A w) {
         sums.s += exp(s - s_max);
         sums.w += exp(w - w_max);
+        sums.s_linear += s - s_max;
         sums.w_linear += w - w_max;
     });
     sums = block_reduce(sums, state.room);
@@ -155,6 +157,7 @@ __device__ __forceinline__ void row_statistics(const UskdCall& call, int64_t ind
         x.w_max = w_max;
         x.s_sum = sums.s;
         x.w_sum = sums.w;
+        x.s_linear = sums.s_linear;
         x.w_linear = sums.w_linear;
         x.v_sum = (labels.sum + targets.label[0]) + targets.label[1];
         x.v_rest = labels.sum;
@@ -255,6 +258,7 @@ __device__ __forceinline__ void finish_row(const RowsArguments& args, int64_t in
                                    call.beta,
                                    call.mu,
                                    call.ce_weight,
+                                   call.label_smoothing,
                                    {call.batch_sums[0] / batch, call.batch_sums[1] / batch},
                                    double(classes),
                                    call.square};
@@ -274,6 +278,7 @@ __device__ __forceinline__ void finish_row(const RowsArguments& args, int64_t in
     const UskdRow<A>& result = state.result;
     const A s_scale = state.student_scale, w_scale = state.weak_scale;
     const A s_exp = result.student * s_scale, s_zipf = result.zipf * s_scale, s_label = result.v * s_scale;
+    const A s_all = result.constant * s_scale;
     const A w_exp = result.weak * w_scale, w_all = result.weak_constant * w_scale, w_label = result.weak_v * w_scale;
     row.visit([&](int base, const A(&s)[kChunk], const A(&w)[kChunk]) {
         A label[kChunk] = {A(0), A(0), A(0), A(0)};
@@ -288,7 +293,7 @@ __device__ __forceinline__ void finish_row(const RowsArguments& args, int64_t in
                 else if (j == y0 || j == y1)
                     out[k] = (j == y0 ? result.student_target[0] : result.student_target[1]) * s_scale;
                 else
-                    out[k] = fma(exp(s[k] - s_max), s_exp, fma(z[j], s_zipf, -label[k] * s_label));
+                    out[k] = fma(exp(s[k] - s_max), s_exp, fma(z[j], s_zipf, -fma(label[k], s_label, s_all)));
             }
             store_chunk(student, base, classes, out);
         }

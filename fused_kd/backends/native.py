@@ -139,10 +139,7 @@ def uskd(
     weak: Tensor,
     target: Tensor,
     batch_sums: Tensor,
-    alpha: float,
-    beta: float,
-    mu: float,
-    ce_weight: float,
+    weights: list[float],
     rank: str,
     square: bool,
     ignore_index: int,
@@ -154,8 +151,8 @@ def uskd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if student.is_cuda:
         return native_cuda.uskd(
-            _core, student, weak, target, batch_sums, alpha, beta, mu, ce_weight, rank, square, ignore_index, reduction,
-            need_student, need_weak, student_scale, weak_scale,
+            _core, student, weak, target, batch_sums, weights, rank, square, ignore_index, reduction, need_student,
+            need_weak, student_scale, weak_scale,
         )  # fmt: skip
     rows, num_classes = student.shape
     dtype = accumulation_dtype(student, weak)
@@ -186,10 +183,7 @@ def uskd(
         _DTYPES[dtype],
         rows,
         num_classes,
-        alpha,
-        beta,
-        mu,
-        ce_weight,
+        weights,
         _RANKS[rank],
         square,
         ignore_index,
@@ -201,6 +195,53 @@ def uskd(
     if bad_row >= 0:
         raise _checks.index_error(int(target[bad_row]), num_classes, ignore_index)
     return loss, parts, student_gradient, weak_gradient, student_norm, weak_norm
+
+
+def zipf_ls(
+    student: Tensor,
+    dense: Tensor,
+    target: Tensor,
+    weights: list[float],
+    ignore_index: int,
+    reduction: str,
+    need_gradient: bool,
+    gradient_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, num_classes = student.shape
+    dtype = accumulation_dtype(student)
+    shape = (rows,) if reduction == "none" else ()
+    loss = torch.empty(shape, dtype=dtype)
+    parts = torch.empty((2, *shape), dtype=dtype)
+    gradient = torch.empty((rows, num_classes) if need_gradient else (0,), dtype=student.dtype)
+    norm = torch.empty((), dtype=dtype)
+    bad_row = _core.zipf_ls(
+        instruction_set,
+        student.data_ptr(),
+        _DTYPES[student.dtype],
+        student.stride(),
+        dense.data_ptr(),
+        _DTYPES[dense.dtype],
+        dense.stride(),
+        dense.shape[1],
+        target.data_ptr(),
+        _DTYPES[target.dtype],
+        target.stride(),
+        gradient.data_ptr() if need_gradient else 0,
+        loss.data_ptr(),
+        parts.data_ptr(),
+        norm.data_ptr(),
+        _DTYPES[dtype],
+        rows,
+        num_classes,
+        weights,
+        ignore_index,
+        _REDUCTIONS[reduction],
+        gradient_scale,
+        torch.get_num_threads(),
+    )
+    if bad_row >= 0:
+        raise _checks.index_error(int(target[bad_row]), num_classes, ignore_index)
+    return loss, parts, gradient, norm
 
 
 def argsort_descending(keys: Tensor) -> Tensor:

@@ -31,10 +31,7 @@ def uskd(
     weak: Tensor,
     target: Tensor,
     batch_sums: Tensor,
-    alpha: float,
-    beta: float,
-    mu: float,
-    ce_weight: float,
+    weights: list[float],
     rank: str,
     square: bool,
     ignore_index: int,
@@ -58,7 +55,7 @@ def uskd(
         return loss.zero_(), parts.zero_(), *gradients, norms[0].fill_(1.0), norms[1].fill_(1.0)
     launches = plan_uskd(
         student, weak, target, batch_sums, gradients, loss, parts, norms,
-        alpha, beta, mu, ce_weight, rank, square, ignore_index, reduction, need_student, need_weak,
+        weights, rank, square, ignore_index, reduction, need_student, need_weak,
         student_scale, weak_scale,
     )  # fmt: skip
     run(launches, device)
@@ -125,10 +122,7 @@ def plan_uskd(
     loss: Tensor,
     parts: Tensor,
     norms: tuple[Tensor, Tensor],
-    alpha: float,
-    beta: float,
-    mu: float,
-    ce_weight: float,
+    weights: list[float],
     rank: str,
     square: bool,
     ignore_index: int,
@@ -140,6 +134,7 @@ def plan_uskd(
 ) -> list[Launch]:
     """The launches that fill the outputs, in order; a sort by PyTorch counts as one."""
     rows, classes = student.shape
+    alpha, beta, mu, ce_weight, smoothing = weights
     wide = loss.dtype == torch.float64
     per_row, mean = reduction == "none", reduction == "mean"
     probabilities = target.is_floating_point()
@@ -162,7 +157,7 @@ def plan_uskd(
         neighbours=_neighbours(target, (student, weak)),
     )
     layout = _layout(target, (student, weak), wide, config)
-    shared = {**layout, "COUNT": counts.how}
+    shared = {**layout, "LINEAR": ce_weight != 0.0 and smoothing != 0.0, "COUNT": counts.how}
     ranking = {"RANK": rank, "SQUARE": square}
     strides = (*student.stride(), *weak.stride(), *target_strides)
     # A divisor that is known has its power of two in the scale already.
@@ -184,7 +179,7 @@ def plan_uskd(
         arguments = (
             student, weak, target, batch_sums, *gradients, loss, row_parts, *norms, counts.source,
             rows, classes, *strides, counts.items, ignore_index,
-            alpha, beta, mu, ce_weight, *scales, *norm_values,
+            alpha, beta, mu, ce_weight, smoothing, *scales, *norm_values,
         )  # fmt: skip
         launches.append(Launch("ranked_on_chip", -(-rows // config.rows), arguments, options))
     else:
@@ -213,7 +208,8 @@ def plan_uskd(
             programs, here = -(-(last - first) // config.rows), slice(0, last - first)
             arguments = (
                 student, weak, target, batch_sums, gradients[1], row_parts, counts.source, keys, states, columns,
-                rows, first, last, classes, *strides, counts.items, ignore_index, alpha, mu, ce_weight, scales[1],
+                rows, first, last, classes, *strides, counts.items, ignore_index, alpha, mu, ce_weight, smoothing,
+                scales[1],
             )  # fmt: skip
             launches.append(Launch("write_keys", programs, arguments, write))
             launches.append(Launch("sort_rows", 1, (keys[here], sorted_keys[here], order[here]), {}))
@@ -224,7 +220,7 @@ def plan_uskd(
             arguments = (
                 student, target, gradients[0], loss, row_parts, *norms, counts.source, sorted_keys, states, columns,
                 rows, first, last, classes, *student.stride(), *target_strides, counts.items, ignore_index,
-                beta, ce_weight, scales[0], *norm_values,
+                beta, ce_weight, smoothing, scales[0], *norm_values,
             )  # fmt: skip
             launches.append(Launch("combine_ranked", programs, arguments, combine))
     if not per_row:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fused_kd import _checks, backends, ops
+from fused_kd import _checks, autograd, backends
 from fused_kd.registry import ROW_LOSSES
 
 Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
@@ -71,7 +71,7 @@ def row_loss(
             **options,
         )
     else:
-        loss, packed = ops.row_loss(
+        loss, packed = autograd.row_loss(
             rows.student_logits,
             rows.other_logits if teacher_logits is not None else None,
             rows.target,

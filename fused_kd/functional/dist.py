@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
+import torch
 from torch import Tensor
 
 from fused_kd import _checks, backends, reference
-from fused_kd.functional._rows import check_targets_if_cheap, no_target
+from fused_kd.functional._rows import row_loss
 from fused_kd.reference import DISTParts
 
 
@@ -87,31 +88,42 @@ def dist_loss(
     Example:
         >>> dist_loss(student_logits, teacher_logits, beta=1.0, gamma=1.0).backward()
     """
-    beta = _checks.check_scalar("beta", beta)
-    gamma = _checks.check_scalar("gamma", gamma)
-    temperature = _checks.check_scalar("temperature", temperature, positive=True)
-    ce_weight = _checks.check_scalar("ce_weight", ce_weight)
-    label_smoothing = _checks.check_fraction("label_smoothing", label_smoothing)
-    _checks.check_flag("logit_standardization", logit_standardization)
+    options: dict[str, Any] = {
+        "temperature": temperature,
+        "logit_standardization": logit_standardization,
+        "label_smoothing": label_smoothing,
+        "backend": backend,
+    }
+
+    def run(
+        labels: Tensor | None, beta: float, gamma: float, ce_weight: float, ignored: int, how: str, with_parts: bool
+    ) -> Any:
+        return row_loss(
+            "dist",
+            reference.dist_loss,
+            DISTParts,
+            student_logits,
+            teacher_logits,
+            labels,
+            {"beta": beta, "gamma": gamma},
+            ce_weight=ce_weight,
+            ignore_index=ignored,
+            reduction=how,
+            return_parts=with_parts,
+            **options,
+        )
+
     _checks.check_reduction(reduction)
-    _checks.check_ignore_index(ignore_index)
-    if target is None:
-        target, ignore_index = no_target(student_logits, ce_weight), -1
-    rows = _checks.flatten(student_logits, teacher_logits, "teacher_logits", target)
-    _checks.check_teacher_detached(teacher_logits)
-    backends.choose(backend, student_logits.device.type, "dist")
-    check_targets_if_cheap(rows.target, student_logits.shape[-1], ignore_index)
-    loss, parts = reference.dist_loss(
-        *rows[:3],
-        beta=beta,
-        gamma=gamma,
-        temperature=temperature,
-        ce_weight=ce_weight,
-        label_smoothing=label_smoothing,
-        logit_standardization=logit_standardization,
-        ignore_index=ignore_index,
-        reduction=reduction,
-    )
-    if reduction == "none" and len(rows.shape) != 1:
-        loss, parts = loss.reshape(rows.shape), DISTParts(*(part.reshape(rows.shape) for part in parts))
-    return (loss, parts) if return_parts else loss
+    coupled = reduction == "none" and _checks.check_scalar("gamma", gamma) != 0.0
+    if not coupled or backends.choose(backend, student_logits.device.type, "dist") == "reference":
+        return run(target, beta, gamma, ce_weight, ignore_index, reduction, return_parts)  # type: ignore[no-any-return]
+    # The gradient that a kernel keeps of a row is scaled by what comes in for that row. But each row's second term
+    # depends on every row, so here it is a loss of its own, of which the labels only say which rows count.
+    loss, parts = run(target, beta, 0.0, ce_weight, ignore_index, reduction, True)
+    if target is None or target.is_floating_point():
+        intra = run(None, 0.0, gamma, 0.0, ignore_index, "mean", False).expand_as(loss)
+    else:
+        counted = target.reshape(loss.shape) != ignore_index
+        intra = torch.where(counted, run(counted.long() - 1, 0.0, gamma, 0.0, -1, "mean", False), 0.0)
+    loss = loss + intra
+    return (loss, DISTParts(parts.inter, intra.detach(), parts.ce)) if return_parts else loss

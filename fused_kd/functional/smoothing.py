@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
-from fused_kd import _checks, backends, reference
+from fused_kd import _checks, autograd, backends, reference
 from fused_kd.functional._rows import check_targets_if_cheap, row_loss
 from fused_kd.reference import DistillationParts
 
@@ -178,19 +178,27 @@ def zipf_ls_loss(
     _checks.check_ignore_index(ignore_index)
     rows = _checks.flatten(student_logits, student_logits, "student_logits", target)
     dense = _checks.flatten_dense(dense_logits, student_logits)
-    backends.choose(backend, student_logits.device.type, "zipf_ls")
-    check_targets_if_cheap(rows.target, student_logits.shape[-1], ignore_index)
-    loss, parts = reference.zipf_ls_loss(
-        rows.student_logits,
-        dense,
-        rows.target,
-        weight=weight,
-        power=power,
-        ce_weight=ce_weight,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-        reduction=reduction,
-    )
+    chosen = backends.choose(backend, student_logits.device.type, "zipf_ls")
+    packed: Any
+    if chosen == "reference":
+        check_targets_if_cheap(rows.target, student_logits.shape[-1], ignore_index)
+        loss, packed = reference.zipf_ls_loss(
+            rows.student_logits,
+            dense,
+            rows.target,
+            weight=weight,
+            power=power,
+            ce_weight=ce_weight,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            reduction=reduction,
+        )
+    else:
+        weights = (weight, power, ce_weight, label_smoothing)
+        loss, packed = autograd.zipf_ls(
+            rows.student_logits, dense, rows.target, weights, ignore_index, reduction, chosen, return_parts
+        )
     if reduction == "none" and len(rows.shape) != 1:
-        loss, parts = loss.reshape(rows.shape), DistillationParts(*(part.reshape(rows.shape) for part in parts))
-    return (loss, parts) if return_parts else loss
+        loss = loss.reshape(rows.shape)
+        packed = [part.reshape(rows.shape) for part in packed] if return_parts else None
+    return (loss, DistillationParts(*packed)) if return_parts else loss

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor, distributed
 
-from fused_kd import _checks, backends, ops, reference
+from fused_kd import _checks, autograd, backends, reference
 from fused_kd.functional._rows import check_targets_if_cheap
 from fused_kd.reference import USKDParts
 
@@ -25,6 +25,7 @@ def uskd_loss(
     beta: float = ...,
     mu: float = ...,
     ce_weight: float = ...,
+    label_smoothing: float = ...,
     rank: str = ...,
     square: bool = ...,
     process_group: ProcessGroup | None = ...,
@@ -45,6 +46,7 @@ def uskd_loss(
     beta: float = ...,
     mu: float = ...,
     ce_weight: float = ...,
+    label_smoothing: float = ...,
     rank: str = ...,
     square: bool = ...,
     process_group: ProcessGroup | None = ...,
@@ -64,6 +66,7 @@ def uskd_loss(
     beta: float = 0.1,
     mu: float = 0.005,
     ce_weight: float = 0.0,
+    label_smoothing: float = 0.0,
     rank: str = "normalized",
     square: bool = True,
     process_group: ProcessGroup | None = None,
@@ -107,6 +110,8 @@ def uskd_loss(
         beta: Weight of the non-target term; the paper has 0.1.
         mu: Weight of the weak supervision; the paper has 0.005 for ImageNet, 0.1 for CIFAR-100.
         ce_weight: Weight of the ordinary cross-entropy, computed in the same pass; 1 gives Eq. 13.
+        label_smoothing: Of the cross-entropy's labels, as in :func:`torch.nn.functional.cross_entropy`. The labels of
+            the weak supervision have the paper's own smoothing.
         rank: The key that ranks the classes: ``"normalized"``, R above; ``"weak"``, v; ``"final"``, p; ``"sum"``,
             v + p; or ``"cls_kd"``, which has logarithms in the second fraction of R, as the published code has at its
             newest commit.
@@ -152,6 +157,7 @@ def uskd_loss(
     beta = _checks.check_scalar("beta", beta)
     mu = _checks.check_scalar("mu", mu)
     ce_weight = _checks.check_scalar("ce_weight", ce_weight)
+    label_smoothing = _checks.check_fraction("label_smoothing", label_smoothing)
     _check_soft_label_arguments(rank, square, ignore_index)
     _checks.check_process_group(process_group)
     _checks.check_reduction(reduction)
@@ -167,6 +173,7 @@ def uskd_loss(
             beta=beta,
             mu=mu,
             ce_weight=ce_weight,
+            label_smoothing=label_smoothing,
             rank=rank,
             square=square,
             ignore_index=ignore_index,
@@ -175,13 +182,10 @@ def uskd_loss(
         )
     else:
         assert batch_sums is not None
-        loss, packed = ops.uskd(
+        loss, packed = autograd.uskd(
             *rows[:3],
             batch_sums,
-            alpha,
-            beta,
-            mu,
-            ce_weight,
+            (alpha, beta, mu, ce_weight, label_smoothing),
             rank,
             square,
             ignore_index,
@@ -262,7 +266,7 @@ def _batch_sums(
     if chosen == "reference":
         sums = reference.uskd_batch_sums(student, rows.target, square=square, ignore_index=ignore_index)
     else:
-        sums = ops.uskd_batch_sums(student, rows.target, square, ignore_index, chosen)
+        sums = autograd.uskd_batch_sums(student, rows.target, square, ignore_index, chosen)
     if process_group is not None:
         distributed.all_reduce(sums, group=process_group)
     return sums

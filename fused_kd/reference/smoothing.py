@@ -72,7 +72,8 @@ def zipf_ls_loss(
     # A vote hides a NaN of the dense logits, and leaving the target out one of the student there. A factor takes both
     # to the whole row and its gradient.
     broken = dense.isnan().any(dim=2).any(dim=1) | student.detach().isnan().any(dim=1)
-    student = student * torch.where(broken & labels.counted, torch.nan, labels.valid).unsqueeze(1)
+    valid = torch.where(broken & labels.counted, torch.nan, labels.valid)
+    student = student * valid.unsqueeze(1)
 
     zipf = _vote_ranks(dense).to(dtype).pow(-power)
     zipf = torch.where(labels.is_target | (student.detach() == NEG_INF), 0.0, zipf)
@@ -81,7 +82,7 @@ def zipf_ls_loss(
     log_p_hat = masked_softmax(student, labels.is_target, log=True)
     ce_part = cross_entropy(student.log_softmax(dim=1), labels, ce_weight, label_smoothing)
     parts = [divergence(zipf, zipf.log(), log_p_hat, weight), ce_part]
-    loss, parts = combine(parts, labels.valid, labels.counted, reduction)
+    loss, parts = combine(parts, valid, labels.counted, reduction)
     return loss, DistillationParts(*parts)
 
 

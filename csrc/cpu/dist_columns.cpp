@@ -1,0 +1,77 @@
+// DIST's term of the batch's columns: the correlation of each class's probabilities, the student's with the teacher's,
+// over the rows that count, and what it adds to the gradient. Compiled once per instruction set.
+//
+// A thread has a block of columns for all rows, in the rows' order, so that the result does not depend on the number of
+// threads. The softmaxes are made anew from the logits and what is known of each row (SoftmaxOrigin). Sums are of
+// differences from the first row that counts, in double precision: of the probabilities themselves they would cancel
+// where a column hardly varies.
+#include "../row_losses.h"
+#include "rows.h"
+
+namespace fused_kd {
+namespace FKD_ISA {
+namespace {
+
+// Columns of a block: their sums fit in the first-level cache beside a piece of two rows.
+constexpr int64_t kColumns = 256;
+constexpr int kSums = 5; // of x, y, x^2, y^2, xy
+
+template <class A>
+FKD_NOINLINE void column_block(const ColumnArgs& args, int64_t start, int64_t n) {
+    alignas(64) A staging[kColumns], p[kColumns], q[kColumns], first_p[kColumns], first_q[kColumns];
+    alignas(64) double sums[kSums][kColumns];
+    int64_t counted = 0;
+    for (int64_t row = 0; row < args.rows; ++row) {
+        const SoftmaxOrigin* const of = args.origins + 2 * row;
+        if (of[0].by < 0) continue;
+        softmax_piece<A>(read(args.student, row, start, n, staging), n, of[0], p);
+        softmax_piece<A>(read(args.teacher, row, start, n, staging), n, of[1], q);
+        if (counted++ == 0) {
+            for (int64_t j = 0; j < n; ++j) {
+                first_p[j] = p[j];
+                first_q[j] = q[j];
+                for (int k = 0; k < kSums; ++k)
+                    sums[k][j] = 0 * double(p[j] + q[j]); // NaN stays
+            }
+            continue;
+        }
+        for (int64_t j = 0; j < n; ++j) {
+            const double x = double(p[j] - first_p[j]), y = double(q[j] - first_q[j]);
+            sums[0][j] += x;
+            sums[1][j] += y;
+            sums[2][j] += x * x;
+            sums[3][j] += y * y;
+            sums[4][j] += x * y;
+        }
+    }
+    if (counted == 0) return;
+    A* const out = static_cast<A*>(args.columns) + start;
+    // d/dp of -T gamma mean(correlations); times n, since every row of the mean has the whole term.
+    const double weight = -args.weight * args.temperature * double(counted) / double(args.classes);
+    for (int64_t j = 0; j < n; ++j) {
+        const double by_n = 1 / double(counted), x = sums[0][j] * by_n, y = sums[1][j] * by_n;
+        const double xx = sums[2][j] - sums[0][j] * x, yy = sums[3][j] - sums[1][j] * y;
+        const Correlation r = correlation(sums[4][j] - sums[0][j] * y, xx < 0 ? 0 : xx, yy < 0 ? 0 : yy);
+        args.correlations[start + j] = r.value;
+        out[j] = A(double(first_p[j]) + x);
+        out[args.classes + j] = A(double(first_q[j]) + y);
+        out[2 * args.classes + j] = A(weight * r.by_b);
+        out[3 * args.classes + j] = A(-weight * r.by_a);
+    }
+}
+
+} // namespace
+
+void dist_columns(const ColumnArgs& args) {
+    const int64_t blocks = (args.classes + kColumns - 1) / kColumns;
+    const int threads = useful_threads(args.threads, blocks, args.rows * kColumns);
+    (void)threads;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < blocks; ++i) {
+        const int64_t start = i * kColumns, rest = args.classes - start, n = rest < kColumns ? rest : kColumns;
+        args.accumulate == kFloat64 ? column_block<double>(args, start, n) : column_block<float>(args, start, n);
+    }
+}
+
+} // namespace FKD_ISA
+} // namespace fused_kd

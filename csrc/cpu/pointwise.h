@@ -1,0 +1,264 @@
+// Losses whose gradient is no combination of exponentials (row_losses.h): once the softmaxes of a row are known, one
+// more loop takes sums of functions of each class's probabilities, and the gradient is put together from others. Such a
+// loss is a policy here, and a function in row_losses.h. Included by row_losses.cpp alone.
+#pragma once
+
+#include "row_blocks.h"
+
+namespace fused_kd {
+namespace FKD_ISA {
+namespace {
+
+// One vector of classes: their probabilities, and logarithms, which stay finite where those underflow.
+template <class A>
+struct Probabilities {
+    Vec<A> p, q, log_p, log_q;
+};
+
+// A policy's `sums` gives the three terms of PointwiseSums.of, and its `slopes` the two of h.
+template <class A>
+struct Dist {
+    A share; // 1 / C, the mean of a row
+    explicit Dist(const RowParams& params) : share(A(1 / params.classes)) {}
+    // Centred before they are multiplied: sum p^2 - 1 / C would cancel.
+    FKD_INLINE void sums(const Probabilities<A>& x, Vec<A> (&out)[3]) const {
+        const Vec<A> a = x.p - share, b = x.q - share;
+        out[0] = a * b;
+        out[1] = a * a;
+        out[2] = b * b;
+    }
+    FKD_INLINE void slopes(const Probabilities<A>& x, Vec<A> (&out)[2]) const {
+        out[0] = x.q - share;
+        out[1] = x.p - share;
+    }
+};
+
+// Softmax of a row from the exponentials that block_stats has stored.
+template <class A>
+struct RowSoftmax {
+    double max, scale, p_scale, log_normalizer;
+
+    // Of one block: what its exponentials are multiplied with, and x (scale) + constant is the logarithm.
+    struct Block {
+        A by, max, scale, minus;
+        FKD_INLINE Vec<A> log(Vec<A> x) const { return (x - max) * scale - minus; }
+    };
+    Block block(double block_max) const {
+        const A rounded = A(max);
+        return {A(scaled_exp(block_max - max, scale) * p_scale), rounded, A(scale),
+                A(log_normalizer + (max - double(rounded)) * scale)};
+    }
+};
+
+// What the columns of a batch add to a row's h (ColumnArgs); no `mean_p` where they do not.
+template <class A>
+struct Columns {
+    const A *mean_p, *mean_q, *by_q, *by_p;
+
+    template <class Lanes>
+    FKD_INLINE Vec<A> at(int64_t j, const Probabilities<A>& x, Lanes lanes) const {
+        return load(by_q + j, lanes) * (x.q - load(mean_q + j, lanes)) +
+               load(by_p + j, lanes) * (x.p - load(mean_p + j, lanes));
+    }
+    A at(int64_t j, A p, A q) const { return by_q[j] * (q - mean_q[j]) + by_p[j] * (p - mean_p[j]); }
+};
+
+template <class A>
+Columns<A> columns_of(const void* data, int64_t classes) {
+    const A* const first = static_cast<const A*>(data);
+    if (!first) return {};
+    return {first, first + classes, first + 2 * classes, first + 3 * classes};
+}
+
+// A block of a row, and where to find the probabilities of its classes.
+template <class A>
+struct PointwiseBlock {
+    const A *s, *t, *e_s, *e_t;
+    typename RowSoftmax<A>::Block of_s, of_t;
+    int64_t start; // in the row
+
+    template <class Lanes>
+    FKD_INLINE Probabilities<A> at(int64_t j, Lanes lanes) const {
+        return {load(e_s + j, lanes) * of_s.by, load(e_t + j, lanes) * of_t.by, of_s.log(load(s + j, lanes)),
+                of_t.log(load(t + j, lanes))};
+    }
+};
+
+// The slopes of classes: the policy's two, and the columns' or 0.
+template <class A, class Policy, class Lanes>
+FKD_INLINE void slopes_of(const Policy& policy, const PointwiseBlock<A>& block, const Columns<A>& columns, int64_t j,
+                          const Probabilities<A>& x, Lanes lanes, Vec<A> (&out)[3]) {
+    Vec<A> own[2];
+    policy.slopes(x, own);
+    out[0] = own[0];
+    out[1] = own[1];
+    out[2] = columns.mean_p ? columns.at(block.start + j, x, lanes) : Vec<A>{};
+}
+
+template <class A, class Policy>
+FKD_NOINLINE void pointwise_sums(const Policy& policy, const PointwiseBlock<A>& block, int64_t n, int64_t y,
+                                 const Columns<A>& columns, const RowMoments* moments, PointwiseSums& out) {
+    const Vec<A> zero = {};
+    Vec<A> of[3] = {zero, zero, zero}, with_p[3] = {zero, zero, zero}, with_z[3] = {zero, zero, zero}, z = zero;
+    const A mean = moments ? A(moments->mean) : A(0);
+    for_lanes<A>(n, Without<1>{{y}}, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
+        const Probabilities<A> x = block.at(j, lanes);
+        const Vec<A> p = keep(lanes, x.p, zero);
+        Vec<A> terms[3], slopes[3];
+        policy.sums(x, terms);
+        slopes_of(policy, block, columns, j, x, lanes, slopes);
+        for (int k = 0; k < 3; ++k) {
+            of[k] += keep(lanes, terms[k], zero);
+            with_p[k] += p * keep(lanes, slopes[k], zero);
+        }
+        if (moments) {
+            const Vec<A> sj = load(block.s + j, lanes);
+            const Vec<A> weight = sj == -A(INFINITY) ? zero : p * (sj - mean);
+            for (int k = 0; k < 3; ++k)
+                with_z[k] += weight * keep(lanes, slopes[k], zero);
+            z += weight;
+        }
+    });
+    for (int k = 0; k < 3; ++k) {
+        out.of[k] += sum_lanes<A>(of[k]);
+        out.slopes[k] += sum_lanes<A>(with_p[k]);
+        out.centred[k] += sum_lanes<A>(with_z[k]);
+    }
+    out.z += sum_lanes<A>(z);
+}
+
+// p_j sum_k by_k (f_kj - mean_k).
+template <class A, class Policy>
+struct PointwiseGradient {
+    const Policy& policy;
+    const PointwiseBlock<A>& block;
+    const Columns<A>& columns;
+    A by[3], mean[3];
+
+    template <class Lanes>
+    FKD_INLINE Vec<A> operator()(int64_t j, Lanes lanes) const {
+        const Probabilities<A> x = block.at(j, lanes);
+        Vec<A> slopes[3];
+        slopes_of(policy, block, columns, j, x, lanes, slopes);
+        Vec<A> h = (slopes[0] - mean[0]) * by[0] + (slopes[1] - mean[1]) * by[1];
+        if (columns.mean_p) h += (slopes[2] - mean[2]) * by[2];
+        return x.p * h;
+    }
+};
+
+template <class A, class F>
+FKD_INLINE void with_policy(const RowParams& params, F f) {
+    f(Dist<A>(params));
+}
+
+// A row, once its softmaxes are known.
+template <class A>
+struct PointwiseRow {
+    const RowArgs* args;
+    const RowParams* params;
+    const Scratch<A>* scratch;
+    int64_t row, y, count; // of blocks
+    const A* e_soft;
+    Split p, q;
+    RowSoftmax<A> of_s, of_t;
+    Columns<A> columns;
+    SoftmaxOrigin origins[2];
+    double means[3], at_target[3]; // of the slopes, and the target's
+
+    PointwiseBlock<A> block(int64_t i) const {
+        const int64_t j = i * kBlock<A>, n = block_length<A>(args->classes, j);
+        PointwiseBlock<A> out = {read(args->student, row, j, n, scratch->student),
+                                 read(args->teacher, row, j, n, scratch->teacher),
+                                 (columns.mean_p ? scratch->p : e_soft) + j,
+                                 scratch->e_t + j,
+                                 of_s.block(scratch->blocks[i].s_max),
+                                 of_t.block(scratch->blocks[i].t_max),
+                                 j};
+        if (columns.mean_p) out.of_s.by = out.of_t.by = 1; // sums() has put probabilities there
+        return out;
+    }
+    Probabilities<A> target() const {
+        return {splat(A(p.p[0])), splat(A(q.p[0])), splat(A(p.log_p[0])), splat(A(q.log_p[0]))};
+    }
+    PointwiseSums sums(const RowMoments* moments) {
+        PointwiseSums out = {};
+        with_policy<A>(*params, [&](const auto& policy) {
+            for (int64_t i = 0; i < count; ++i) {
+                const int64_t j = i * kBlock<A>, n = block_length<A>(args->classes, j);
+                const PointwiseBlock<A> here = block(i);
+                if (columns.mean_p) {
+                    // To the bit what the columns' means are of: in a column that does not vary nothing may be left of
+                    // the difference, whose factor is 1e8 there.
+                    softmax_piece(here.s, n, origins[0], scratch->p + j);
+                    softmax_piece(here.t, n, origins[1], scratch->e_t + j);
+                }
+                pointwise_sums<A>(policy, here, n, y - j, columns, moments, out);
+            }
+            Vec<A> terms[3], slopes[2];
+            policy.sums(target(), terms);
+            policy.slopes(target(), slopes);
+            for (int k = 0; k < 3; ++k)
+                out.of[k] += terms[k][0];
+            at_target[0] = slopes[0][0];
+            at_target[1] = slopes[1][0];
+        });
+        at_target[2] = columns.mean_p ? columns.at(y, scratch->p[y], scratch->e_t[y]) : A(0);
+        for (int k = 0; k < 3; ++k) {
+            out.slopes[k] += p.p[0] * at_target[k];
+            means[k] = out.slopes[k];
+            out.centred[k] -= means[k] * out.z;
+        }
+        return out;
+    }
+    double gradient_at_target(const double (&by)[3]) const {
+        double h = 0;
+        for (int k = 0; k < 3; ++k)
+            h += by[k] * (at_target[k] - means[k]);
+        return p.p[0] * h;
+    }
+    // Calls combine(student's logits, PointwiseGradient) for a block.
+    template <class F>
+    void with_gradient(int64_t i, const double (&by)[3], F combine) const {
+        const PointwiseBlock<A> here = block(i);
+        with_policy<A>(*params, [&](const auto& policy) { combine(here.s, gradient(policy, here, by)); });
+    }
+    template <class Policy>
+    PointwiseGradient<A, Policy> gradient(const Policy& policy, const PointwiseBlock<A>& here,
+                                          const double (&by)[3]) const {
+        return {policy, here, columns, {A(by[0]), A(by[1]), A(by[2])}, {A(means[0]), A(means[1]), A(means[2])}};
+    }
+};
+
+inline SoftmaxOrigin origin_of(const Split& x, double target, double max, double scale, double sum, double valid) {
+    const bool led = target > 0 || sum == 0; // by the target
+    return {led ? max + target : max, scale, (led ? x.p[0] : x.p_scale) * valid};
+}
+
+template <class A>
+PointwiseRow<A> pointwise_row(const RowArgs& args, const RowParams& params, const Scratch<A>& scratch, int64_t row,
+                              int64_t y, int64_t count, const A* e_soft, const RowStats& x, double s_max,
+                              double t_max) {
+    const Split p = split_at(x.s_target, x.soft_s, x.s_soft), q = split_at(x.t_target, x.soft_t, x.t_soft);
+    // NaN among the labels is in every row's gradient, through the columns.
+    const double valid = 1 + 0 * x.v_sum;
+    return {&args,
+            &params,
+            &scratch,
+            row,
+            y,
+            count,
+            e_soft,
+            p,
+            q,
+            {s_max, x.soft_s, p.p_scale, p.log_normalizer},
+            {t_max, x.soft_t, q.p_scale, q.log_normalizer},
+            columns_of<A>(args.columns, args.classes),
+            {origin_of(p, x.s_target, s_max, x.soft_s, x.s_soft, valid),
+             origin_of(q, x.t_target, t_max, x.soft_t, x.t_soft, 1)},
+            {},
+            {}};
+}
+
+} // namespace
+} // namespace FKD_ISA
+} // namespace fused_kd

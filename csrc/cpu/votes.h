@@ -1,0 +1,97 @@
+// Zipf's label smoothing: the weights of classes by the votes of the network's positions, in the place that USKD's
+// ranks have. Each position votes for its largest class. A class's rank is 1 and the number of classes with more votes;
+// most have none and share one rank, so that only those that got some are ranked, by a histogram of the numbers of
+// votes. Included by sources compiled once per instruction set, like simd.h.
+#pragma once
+
+#include "rows.h"
+
+namespace fused_kd {
+namespace FKD_ISA {
+
+// Scratch of a thread: votes of each class, those that got some, and how many got so many.
+struct VoteScratch {
+    uint32_t *votes, *voted, *classes_with;
+};
+
+// What counting came to: the number of classes with votes, and whether there is a NaN.
+struct Votes {
+    int64_t voted;
+    bool nan;
+};
+
+FKD_INLINE void vote(const VoteScratch& scratch, int64_t index, int64_t& voted) {
+    if (scratch.votes[index]++ == 0) scratch.voted[voted++] = uint32_t(index);
+}
+
+// Positions that lie side by side, as they do in a map of logits (C, H, W): a vector has as many positions at a time.
+template <class A>
+FKD_NOINLINE bool vote_side_by_side(const Matrix& dense, int64_t positions, int64_t classes, A* staging,
+                                    const VoteScratch& scratch, int64_t& voted) {
+    typedef typename Simd<A>::Int Int;
+    bool nan = false;
+    const Matrix by_class = {dense.data, dense.dtype, dense.col_stride, 1};
+    for (int64_t start = 0; start < positions; start += kLanes<A>) {
+        const int64_t rest = positions - start, n = rest < kLanes<A> ? rest : kLanes<A>;
+        Vec<A> best = splat<A>(-INFINITY);
+        Mask<A> at = {}, bad = {};
+        for (int64_t j = 0; j < classes; ++j) {
+            const A* x = read(by_class, j, start, n, staging);
+            const Vec<A> v = load(x, SomeLanes<A>{{}, int(n)});
+            const Mask<A> larger = v > best;
+            best = larger ? v : best;
+            at = larger ? Mask<A>{} + Int(j) : at;
+            bad |= v != v;
+        }
+        for (int64_t l = 0; l < n; ++l) {
+            vote(scratch, at[l], voted);
+            nan |= bad[l] != 0;
+        }
+    }
+    return nan;
+}
+
+template <class A>
+FKD_INLINE Votes count_votes(const Matrix& dense, int64_t positions, int64_t classes, A* staging,
+                             const VoteScratch& scratch) {
+    Votes out = {0, false};
+    __builtin_memset(scratch.votes, 0, size_t(classes) * sizeof(uint32_t));
+    if (dense.row_stride == 1 && dense.col_stride != 1) {
+        out.nan = vote_side_by_side<A>(dense, positions, classes, staging, scratch, out.voted);
+        return out;
+    }
+    for (int64_t i = 0; i < positions; ++i) {
+        const int64_t index = argmax<A>(dense, i, classes, staging, -1, &out.nan);
+        vote(scratch, index < 0 ? 0 : index, out.voted); // where nothing is above -inf, the first
+    }
+    return out;
+}
+
+// Fills z with the weights of all classes, times a constant that makes those without a vote exactly 1: a sum of
+// thousands of equal numbers would be rounded the same way each time. For each class with votes calls more(class, z log
+// z).
+template <class A, class More>
+FKD_INLINE void vote_weights(const Votes& votes, int64_t positions, int64_t classes, double power,
+                             const VoteScratch& scratch, A* z, More more) {
+    uint32_t* const rank = scratch.classes_with; // first how many have so many votes
+    __builtin_memset(rank, 0, size_t(positions + 1) * sizeof(uint32_t));
+    for (int64_t i = 0; i < votes.voted; ++i)
+        ++rank[scratch.votes[scratch.voted[i]]];
+    uint32_t above = 0;
+    for (int64_t v = positions; v > 0; --v) {
+        const uint32_t here = rank[v];
+        rank[v] = above + 1;
+        above += here;
+    }
+    for (int64_t j = 0; j < classes; ++j)
+        z[j] = A(1);
+    for (int64_t i = 0; i < votes.voted; ++i) {
+        const int64_t j = scratch.voted[i];
+        const double logarithm = power * log(double(votes.voted + 1) / rank[scratch.votes[j]]), weight = exp(logarithm);
+        z[j] = A(weight);
+        more(j, weight * logarithm);
+    }
+}
+
+} // namespace FKD_ISA
+} // namespace fused_kd
