@@ -7,7 +7,7 @@ would run.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,7 +18,7 @@ from fused_kd.backends import triton_uskd
 from fused_kd.backends.triton import Launch
 from fused_kd.backends.triton_compile import TYPES
 from fused_kd.reference import accumulation_dtype
-from fused_kd.registry import ROW_LOSSES
+from fused_kd.registry import LOSSES, ROW_LOSSES
 
 
 class Call(Protocol):
@@ -36,35 +36,46 @@ def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _logits(rows: int, classes: int, dtype: torch.dtype, strided: bool) -> Tensor:
-    return _empty(classes, rows, dtype=dtype).t() if strided else _empty(rows, classes, dtype=dtype)
+def _logits(rows: int, classes: int, dtype: torch.dtype, layout: str) -> Tensor:
+    """Contiguous; "strided", whose neighbours are rows apart; or "offset", whose address no vector divides."""
+    if layout == "strided":
+        return _empty(classes, rows, dtype=dtype).t()
+    return _empty(rows * classes + 1, dtype=dtype)[int(layout == "offset") :][: rows * classes].view(rows, classes)
 
 
-def _describe(dtypes: tuple[torch.dtype, torch.dtype]) -> str:
+def _describe(dtypes: Iterable[torch.dtype]) -> str:
     return "/".join(dict.fromkeys(TYPES[dtype] for dtype in dtypes))
 
 
+def _target(rows: int, classes: int, labels: torch.dtype | None) -> Tensor:
+    return _empty(rows, dtype=torch.int64) if labels is None else _empty(rows, classes, dtype=labels)
+
+
 class Case(NamedTuple):
-    """A call of a row loss; ``student`` and ``teacher`` may differ in dtype, ``strided`` is the student."""
+    """A call of a row loss; ``labels`` is the dtype of probability targets, None for class indices, ``layout`` the
+    student's (:func:`_logits`)."""
 
     student: torch.dtype
     teacher: torch.dtype
     classes: int
     temperature: float = 1.0
-    probabilities: bool = False
+    labels: torch.dtype | None = None
     reduction: str = "mean"
     rows: int = 1024
-    strided: bool = False
+    layout: str = ""
     loss: str = "nkd"
+    ce_weight: float = 1.0
     smoothing: float = 0.0
     standardize: bool = False
+    gradient: bool = True
 
     def __str__(self) -> str:
         words = [f"{self.rows}x{self.classes}", _describe((self.student, self.teacher))]
-        words += [*([self.loss] if self.loss != "nkd" else []), *(["smoothed"] if self.smoothing else [])]
-        words += ["z-scores"] if self.standardize else []
-        words += [*(["prob"] if self.probabilities else []), f"T={self.temperature:g}", self.reduction]
-        return " ".join([*words, *(["strided"] if self.strided else [])])
+        words += [*([self.loss] if self.loss != "nkd" else []), *([] if self.ce_weight else ["no CE"])]
+        words += [*(["smoothed"] if self.smoothing else []), *(["z-scores"] if self.standardize else [])]
+        words += _prob(self.labels, self.student)
+        words += [f"T={self.temperature:g}", self.reduction, *([] if self.gradient else ["no gradient"])]
+        return " ".join([*words, *([self.layout] if self.layout else [])])
 
     @property
     def element_bytes(self) -> int:
@@ -72,40 +83,46 @@ class Case(NamedTuple):
 
     def launches(self) -> list[Launch]:
         """Every launch of the forward and of the backward op."""
-        student = _logits(self.rows, self.classes, self.student, self.strided)
+        student = _logits(self.rows, self.classes, self.student, self.layout)
         teacher = _empty(self.rows, self.classes, dtype=self.teacher)
         acc = accumulation_dtype(student, teacher)
         shape = (self.rows,) if self.reduction == "none" else ()
         loss, norm = _empty(*shape, dtype=acc), _empty(dtype=acc)
-        target = (
-            _empty(self.rows, self.classes, dtype=self.student)
-            if self.probabilities
-            else _empty(self.rows, dtype=torch.int64)
-        )
-        weights = [0.5, 1.0, self.temperature, 1.0, self.smoothing]
+        gradient = _empty(*(student.shape if self.gradient else (0,)), dtype=self.student)
+        weights = [0.5, 1.0, self.temperature, self.ce_weight, self.smoothing]
         plan = backend.plan_row_loss(
-            student, teacher, target, _empty(*student.shape, dtype=self.student), loss, _empty(3, *shape, dtype=acc),
-            norm, self.loss, weights, self.standardize, -100, self.reduction, True, 1.0,
+            student, teacher, _target(self.rows, self.classes, self.labels), gradient, loss,
+            _empty(3, *shape, dtype=acc), norm, self.loss, weights, self.standardize, -100, self.reduction,
+            self.gradient, 1.0,
         )  # fmt: skip
-        return [*plan, backend.plan_scale(student, loss, norm, student)]
+        return [*plan, *([backend.plan_scale(gradient, loss, norm, gradient)] if self.gradient else [])]
+
+
+def _prob(labels: torch.dtype | None, student: torch.dtype) -> list[str]:
+    return [] if labels is None else ["prob"] if labels == student else [f"{TYPES[labels]} prob"]
 
 
 class RankedCase(NamedTuple):
-    """A call of USKD."""
+    """A call of USKD; as :class:`Case`. ``gradient`` says of which logits it is wanted."""
 
     student: torch.dtype
     weak: torch.dtype
     classes: int
     rank: str = "normalized"
-    probabilities: bool = False
+    labels: torch.dtype | None = None
     reduction: str = "mean"
     rows: int = 1024
-    strided: bool = False
+    layout: str = ""
+    square: bool = True
+    smoothing: float = 0.0
+    gradient: tuple[bool, bool] = (True, True)
 
     def __str__(self) -> str:
-        words = [f"{self.rows}x{self.classes}", _describe((self.student, self.weak))]
-        words += [*(["prob"] if self.probabilities else []), *([self.rank] if self.rank != "normalized" else [])]
-        return " ".join([*words, self.reduction, *(["strided"] if self.strided else [])])
+        words = [f"{self.rows}x{self.classes}", _describe((self.student, self.weak)), *_prob(self.labels, self.student)]
+        words += [self.rank] if self.rank != "normalized" else []
+        words += [*([] if self.square else ["p"]), *(["smoothed"] if self.smoothing else []), self.reduction]
+        words += [] if all(self.gradient) else [f"gradient {'s' * self.gradient[0]}{'w' * self.gradient[1] or 'none'}"]
+        return " ".join([*words, *([self.layout] if self.layout else [])])
 
     @property
     def element_bytes(self) -> int:
@@ -113,94 +130,135 @@ class RankedCase(NamedTuple):
 
     def launches(self) -> list[Launch]:
         """Every launch of a kernel, of the batch sums and of the forward op; the backward op is NKD's."""
-        student = _logits(self.rows, self.classes, self.student, self.strided)
+        student = _logits(self.rows, self.classes, self.student, self.layout)
         weak = _empty(self.rows, self.classes, dtype=self.weak)
         acc = accumulation_dtype(student, weak)
         shape = (self.rows,) if self.reduction == "none" else ()
-        target = (
-            _empty(self.rows, self.classes, dtype=self.student)
-            if self.probabilities
-            else _empty(self.rows, dtype=torch.int64)
-        )
+        target = _target(self.rows, self.classes, self.labels)
         sums, norm = _empty(3, dtype=torch.float64), _empty(dtype=acc)
-        gradients = _empty(*student.shape, dtype=self.student), _empty(*weak.shape, dtype=self.weak)
+        gradients = (
+            _empty(*(student.shape if self.gradient[0] else (0,)), dtype=self.student),
+            _empty(*(weak.shape if self.gradient[1] else (0,)), dtype=self.weak),
+        )
         plan = triton_uskd.plan_uskd(
             student, weak, target, sums, gradients, _empty(*shape, dtype=acc), _empty(4, *shape, dtype=acc),
-            (norm, norm), 1.0, 0.1, 0.005, 1.0, self.rank, True, -100, self.reduction, True, True, 1.0, 1.0,
+            (norm, norm), [1.0, 0.1, 0.005, 1.0, self.smoothing], self.rank, self.square, -100, self.reduction,
+            *self.gradient, 1.0, 1.0,
         )  # fmt: skip
-        plan = [*triton_uskd.plan_batch_sums(student, target, sums, True, -100), *plan]
+        plan = [*triton_uskd.plan_batch_sums(student, target, sums, self.square, -100), *plan]
         return [launch for launch in plan if launch.kernel not in backend.HOST]
 
 
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+DTYPES = (BF16, FP16, FP32, FP64)
+#: The others are as these two to the compiler, but for a conversion.
+MIXED = ((BF16, FP32), (FP32, BF16))
+#: One class count of each row of the dispatch table, where several rows share a program and where one has its own.
+REGIMES = (100, 1000, 2048, 4096, 8192, 21841, 128256)
+
+
+def has_triton(loss: str) -> bool:
+    return "triton" in LOSSES[loss].backends["cuda"]
+
+
 def cases(full: bool) -> Iterator[Case]:
-    """Calls that reach every row of the dispatch table: a selection that covers each regime, or every combination."""
-    bf16, fp16, fp32, fp64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+    """NKD: calls that reach every row of the dispatch table; a selection that covers each regime, or every
+    configuration."""
     if not full:
-        yield from (Case(bf16, bf16, classes) for classes in (100, 1000, 2048, 4096, 8192, 21841, 128256))
-        yield from (Case(fp32, fp32, classes) for classes in (1000, 8192, 21841))
-        yield from (Case(bf16, bf16, classes, 3.0, True, "none") for classes in (1000, 4096, 21841))
-        yield Case(fp64, fp64, 2048, 3.0, True)
-        yield Case(fp64, fp64, 128256, 3.0, True)
-        yield Case(bf16, fp32, 21841, 3.0)
-        yield Case(fp16, fp16, 1000, rows=40000)
-        yield Case(bf16, bf16, 21841, 3.0, True, strided=True)
+        yield from (Case(BF16, BF16, classes) for classes in REGIMES)
+        yield from (Case(FP32, FP32, classes) for classes in (1000, 8192, 21841))
+        yield from (Case(BF16, BF16, classes, 3.0, BF16, "none") for classes in (1000, 4096, 21841))
+        yield from (Case(FP64, FP64, classes, 3.0, FP64) for classes in (2048, 128256))
+        yield Case(BF16, FP32, 21841, 3.0)
+        yield Case(FP16, FP16, 1000, rows=40000)
+        yield Case(BF16, BF16, 21841, 3.0, BF16, layout="strided")
         return
-    for student, teacher in ((bf16, bf16), (fp16, fp16), (fp32, fp32), (fp64, fp64), (bf16, fp32), (fp32, bf16)):
-        for classes in (10, 100, 256, 1000, 1001, 2048, 4096, 8192, 21841, 128256):
-            for temperature, probabilities in itertools.product((1.0, 3.0), (False, True)):
-                case = Case(student, teacher, classes, temperature, probabilities)
-                yield from (case, case._replace(reduction="none", rows=40000), case._replace(strided=True))
-                yield case._replace(rows=40000)
+    for student, teacher in (*((dtype, dtype) for dtype in DTYPES), *MIXED):
+        for classes, temperature, labels in itertools.product((10, 256, *REGIMES), (1.0, 3.0), (None, student)):
+            case = Case(student, teacher, classes, temperature, labels)
+            yield from (case, case._replace(reduction="none"))
+            if student == teacher:
+                yield from (case._replace(rows=40000), case._replace(reduction="sum"), case._replace(gradient=False))
+        for classes, temperature in itertools.product((1000, 21841), (1.0, 3.0)):
+            case = Case(student, teacher, classes, temperature)
+            for changed in (case, case._replace(labels=FP32)):
+                yield from (changed._replace(classes=1001), changed._replace(layout="strided"))
+                yield from (changed._replace(layout="offset"), changed)
 
 
 def row_cases(full: bool) -> Iterator[Case]:
     """The same for the row losses beside NKD, and for the options that they share with it."""
-    bf16, fp16, fp32, fp64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-    losses = [loss for loss in ROW_LOSSES if loss != "nkd"]
+    losses = [loss for loss in ROW_LOSSES if loss != "nkd" and has_triton(loss)]
     if not full:
-        yield from (Case(bf16, bf16, classes, 4.0, loss=loss) for loss in losses for classes in (1000, 21841))
-        yield from (Case(bf16, bf16, classes, 2.0, True, standardize=True) for classes in (1000, 21841))
-        yield Case(fp32, fp32, 8192, 2.0, loss="wsld", smoothing=0.1, standardize=True)
+        yield from (Case(BF16, BF16, classes, 4.0, loss=loss) for loss in losses for classes in (1000, 21841))
+        yield from (Case(BF16, BF16, classes, 2.0, BF16, standardize=True) for classes in (1000, 21841))
+        yield Case(FP32, FP32, 8192, 2.0, loss="wsld", smoothing=0.1, standardize=True)
         return
     for loss in (*losses, "nkd"):
-        for dtype in (bf16, fp16, fp32, fp64):
-            for classes in (100, 1000, 4096, 8192, 21841):
-                for temperature, probabilities in ((1.0, False), (4.0, False), (4.0, True)):
-                    case = Case(dtype, dtype, classes, temperature, probabilities, loss=loss)
-                    yield from (case, case._replace(smoothing=0.1))
-                    if loss != "tf_kd":
-                        yield case._replace(smoothing=0.1, standardize=True)
+        for temperature, (ce_weight, smoothing), standardize in itertools.product(
+            (1.0, 4.0), ((0.0, 0.0), (1.0, 0.0), (1.0, 0.1)), (False, True)
+        ):
+            if loss == "tf_kd" and standardize:
+                continue  # without a teacher there are no z-scores
+            given = Case(
+                BF16, BF16, 1000, temperature, loss=loss,
+                ce_weight=ce_weight, smoothing=smoothing, standardize=standardize,
+            )  # fmt: skip
+            for dtype, classes, soft in itertools.product(DTYPES, REGIMES, (False, True)):
+                labels = dtype if soft else None
+                yield given._replace(student=dtype, teacher=dtype, classes=classes, labels=labels)
+        for standardize in (False, True) if loss != "tf_kd" else (False,):
+            case = Case(BF16, BF16, 1000, 4.0, loss=loss, smoothing=0.1, standardize=standardize)
+            for classes in (1000, 21841):
+                case = case._replace(classes=classes)
+                yield from (case._replace(rows=40000), case._replace(reduction="none"), case._replace(reduction="sum"))
+                yield from (case._replace(layout=layout) for layout in ("strided", "offset"))
+                yield from (case._replace(gradient=False), case._replace(labels=FP32), case._replace(teacher=FP32))
+            yield case._replace(classes=1001)
 
 
 def ranked_cases(full: bool) -> Iterator[RankedCase]:
     """The same for USKD."""
-    bf16, fp16, fp32, fp64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
     if not full:
-        yield from (RankedCase(bf16, bf16, classes) for classes in (100, 1000, 21841))
-        yield RankedCase(fp16, fp32, 4096, "cls_kd", True)
-        yield RankedCase(fp32, fp32, 21841, "sum", True, "none")
-        yield RankedCase(fp64, fp64, 2048, "cls_kd", True)
+        yield from (RankedCase(BF16, BF16, classes) for classes in (100, 1000, 21841))
+        yield RankedCase(FP16, FP32, 4096, "cls_kd", FP16)
+        yield RankedCase(FP32, FP32, 21841, "sum", FP32, "none")
+        yield RankedCase(FP64, FP64, 2048, "cls_kd", FP64)
         return
-    for student, weak in ((bf16, bf16), (fp16, fp16), (fp32, fp32), (fp64, fp64), (bf16, fp32), (fp32, fp16)):
-        for classes in (10, 100, 1000, 1001, 2048, 4096, 21841):
-            for probabilities in (False, True):
-                case = RankedCase(student, weak, classes, "normalized", probabilities)
-                yield from (case, case._replace(reduction="none", strided=True))
-                yield case._replace(rank="cls_kd", rows=40000)
-    for rank in ("weak", "final", "sum"):
-        yield from (RankedCase(bf16, bf16, classes, rank) for classes in (1000, 21841))
+    for student, weak in (*((dtype, dtype) for dtype in DTYPES), *MIXED):
+        for classes, labels in itertools.product((10, 100, 1000, 2048, 4096, 21841), (None, student)):
+            yield RankedCase(student, weak, classes, "normalized", labels)
+            yield RankedCase(student, weak, classes, "cls_kd", labels, "none", smoothing=0.1)
+    for dtype, classes, soft in itertools.product((BF16, FP16, FP64), (1000, 21841), (False, True)):
+        case = RankedCase(dtype, dtype, classes, "normalized", dtype if soft else None)
+        yield from (case._replace(rows=40000), case._replace(reduction="sum"), case._replace(classes=1001))
+        yield from (case._replace(layout=layout) for layout in ("strided", "offset"))
+        yield from (case._replace(rank=rank) for rank in ("weak", "final", "sum"))
+        yield from (case._replace(gradient=wanted) for wanted in ((True, False), (False, True), (False, False)))
+        yield from (case._replace(square=False), case._replace(labels=FP32))
 
 
 #: What has Triton kernels, NKD and the further row losses apart, with its calls: all of them, or a selection.
 CASES: dict[str, Callable[[bool], Iterator[Call]]] = {"nkd": cases, "rows": row_cases, "uskd": ranked_cases}
 
 
-def distinct(loss: str, full: bool) -> list[tuple[Call, int, Launch]]:
-    """The kernels of a loss that differ in what the compiler sees: a call, which of its launches, and that launch. The
-    count kernels and reductions of two calls are mostly the same."""
-    found: dict[tuple[Any, ...], tuple[Call, int, Launch]] = {}
-    for case in CASES[loss](full):
-        for index, launch in enumerate(case.launches()):
-            tensors = [str(argument.dtype) for argument in launch.arguments if isinstance(argument, Tensor)]
-            found.setdefault((launch.kernel, str(launch.options), *tensors), (case, index, launch))
+class Job(NamedTuple):
+    """A kernel to compile: which launch of a call, and of which entry of CASES that is."""
+
+    loss: str
+    call: Call
+    number: int
+    launch: Launch
+
+
+def distinct(losses: Iterable[str], full: bool) -> list[Job]:
+    """The kernels of calls that differ in what the compiler sees. The count kernels and reductions of two calls are
+    mostly the same, and a hyper-parameter is an argument."""
+    found: dict[tuple[Any, ...], Job] = {}
+    for loss in losses:
+        for call in CASES[loss](full):
+            for number, launch in enumerate(call.launches()):
+                tensors = [(a.dtype, a.data_ptr() % 16) for a in launch.arguments if isinstance(a, Tensor)]
+                key = (launch.kernel, str(launch.options), *tensors)
+                found.setdefault(key, Job(loss, call, number, launch))
     return list(found.values())

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 RANKED_SHARED = 99 * 1024
 REGISTERS = 65536  # of a multiprocessor
 ROW_KERNELS = ("rows_on_chip", "rows_looped")
+RANK_KERNELS = ("target_probabilities", "ranked_on_chip", "write_keys", "combine_ranked")
+ONE_INPUT = ("target_probabilities", "combine_ranked")
 
 Row = dict[str, Any]
 
@@ -63,17 +65,25 @@ def problems(row: Row) -> list[str]:
     loads, stores, vector = row["loads"], row["stores"], row["vector"]
     if row["kernel"] in ROW_KERNELS and row["element_bytes"] == 2 and vector >= 8:
         narrow = loads.get(2, 0) if row["kernel"] == "rows_on_chip" else 0
-        if loads.get(vector, 0) < row["inputs"] or not stores.get(vector) or narrow > loads[vector]:
+        scalar_stores = row["writes"] and not stores.get(vector)
+        if loads.get(vector, 0) < row["inputs"] or scalar_stores or narrow > loads[vector]:
             found.append(f"{name}: expected rows in vectors of {vector} bytes, got {loads} and {stores}")
+    # These read their rows more than once, after the ranking in another order: one wide load of each row at least.
+    if row["kernel"] in RANK_KERNELS and row["element_bytes"] == 2 and vector >= 8:
+        wide = sum(count for width, count in loads.items() if width >= 8)
+        if wide < row["inputs"]:
+            found.append(f"{name}: expected rows in vectors of 8 bytes at least, got {loads}")
     return found
 
 
-def compile_triton(case: kernel_cases.Call, index: int, capability: int, loss: str) -> Row:
+def compile_triton(case: kernel_cases.Call, number: int, capability: int, loss: str) -> Row:
     """One launch of a call; run in processes of its own."""
     from fused_kd.backends.triton_compile import compile_launch
 
-    launch = case.launches()[index]
+    launch = case.launches()[number]
     report = compile_launch(launch, capability)
+    # A call's first tensors are its logits; VEC is of their rows, and no vector divides an address that is offset.
+    aligned = all(tensor.data_ptr() % 16 == 0 for tensor in launch.arguments[:2])
     return {
         "source": "triton",
         "loss": loss,
@@ -89,9 +99,11 @@ def compile_triton(case: kernel_cases.Call, index: int, capability: int, loss: s
         "spilled": 0,
         "loads": report.loads,
         "stores": report.stores,
-        "vector": 2 * launch.options.get("VEC", 1),
+        "vector": 2 * launch.options.get("VEC", 1) if aligned else 2,
         "element_bytes": case.element_bytes,
-        "inputs": 1 if launch.options.get("LOSS") == 4 else 2,  # Tf-KD reads the student's logits alone
+        # Tf-KD reads the student's logits alone, and so do the kernels before and after USKD's ranking.
+        "inputs": 1 if launch.options.get("LOSS") == 4 or launch.kernel in ONE_INPUT else 2,
+        "writes": launch.options.get("GRAD", True),
         "seconds": report.seconds,
         "library": False,
     }
@@ -142,6 +154,7 @@ def compile_cuda(source: Path, capability: int) -> list[Row]:
                 "vector": 0,
                 "element_bytes": 0,
                 "inputs": 0,
+                "writes": False,
                 "seconds": seconds,
                 "library": "3cub" in name,
             }
@@ -159,33 +172,47 @@ def _readable(name: str) -> str:
     return function + (f"<{','.join(numbers)}>" if numbers else "")
 
 
-def jobs_of(
-    losses: Sequence[str], full: bool, capabilities: Sequence[int]
-) -> list[tuple[Callable[..., Any], tuple[Any, ...]]]:
-    found: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
-    for loss in losses:
-        for case, index, _ in kernel_cases.distinct(loss, full):
-            found += [(compile_triton, (case, index, capability, loss)) for capability in capabilities]
-    return found
+Task = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
-def compile_all(
-    tasks: list[tuple[Callable[..., Any], tuple[Any, ...]]], workers: int, console: Console
-) -> Iterator[Row]:
-    """The rows of all tasks, in the tasks' order."""
+def tasks_of(losses: Sequence[str], full: bool, capabilities: Sequence[int]) -> list[Task]:
+    """A compilation of every distinct kernel for every GPU."""
+    jobs = kernel_cases.distinct(losses, full)
+    return [(compile_triton, (job.call, job.number, c, job.loss)) for job in jobs for c in capabilities]
+
+
+def part_of(tasks: list[Task], text: str) -> list[Task]:
+    """The K-th of N parts of about equal work, for "K/N"."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise ValueError(f"expected a part such as 1/4, got {text!r}")
+    return tasks[int(found[1]) - 1 :: int(found[2])]
+
+
+def _longest_first(task: Task) -> int:
+    """So that no process is left alone with one at the end: nvcc takes half a minute, a sort on chip some seconds."""
+    function, arguments = task
+    return 0 if function is compile_cuda else 1 if arguments[3] == "uskd" else 2
+
+
+def compile_all(tasks: list[Task], workers: int, console: Console) -> list[Row]:
+    """The rows of all tasks, in the tasks' order; tells of a problem as soon as it is found."""
     columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    results: list[Any] = [None] * len(tasks)
+    results: list[list[Row]] = [[] for _ in tasks]
     # Fresh processes, since forking one whose threads have started is unsafe.
     context = multiprocessing.get_context("spawn")
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("", total=len(tasks))
         with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            futures = {pool.submit(function, *arguments): i for i, (function, arguments) in enumerate(tasks)}
+            order = sorted(range(len(tasks)), key=lambda i: _longest_first(tasks[i]))
+            futures = {pool.submit(tasks[i][0], *tasks[i][1]): i for i in order}
             for future in as_completed(futures):
-                results[futures[future]] = future.result()
+                result = future.result()
+                results[futures[future]] = result if isinstance(result, list) else [result]
                 progress.advance(bar)
-    for result in results:
-        yield from result if isinstance(result, list) else [result]
+                for problem in (problem for row in results[futures[future]] for problem in problems(row)):
+                    console.print(f"error: {problem}", highlight=False, markup=False, soft_wrap=True)
+    return [row for rows in results for row in rows]
 
 
 COLUMNS = ("kernel", "call", "sm", "threads", "regs", "shared", "local", "load", "store", "time")
@@ -222,12 +249,45 @@ def print_table(rows: list[Row], console: Console) -> None:
     console.print(table)
 
 
+SUMMARY = ("kernel", "sm", "configurations", "regs", "shared", "local", "narrowest load", "time", "slowest")
+
+
+def summarise(rows: list[Row]) -> list[tuple[str, ...]]:
+    """A line for each kernel and GPU: the range of registers, the most shared memory, how many configurations spill,
+    the narrowest of their widest loads, seconds in all and of the slowest."""
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["kernel"], row["capability"]), []).append(row)
+    lines: list[tuple[str, ...]] = []
+    for (kernel, capability), group in sorted(groups.items()):
+        registers = [row["registers"] for row in group]
+        seconds = [row["seconds"] for row in group]
+        spills = sum(bool(row["local"] or row["stack"] or row["spilled"]) for row in group)
+        load = min((max(row["loads"]) for row in group if row["loads"]), default=0)
+        lines.append((
+            *(kernel, str(capability), str(len(group)), f"{min(registers)}–{max(registers)}"),
+            *(str(max(row["shared"] for row in group)), f"{spills} spill" if spills else "none", f"{load} B"),
+            *(f"{sum(seconds):.0f} s", f"{max(seconds):.1f} s"),
+        ))  # fmt: skip
+    return lines
+
+
+def print_summary(rows: list[Row], console: Console) -> None:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in SUMMARY:
+        table.add_column(column, justify="left" if column == "kernel" else "right", no_wrap=True)
+    for line in summarise(rows):
+        table.add_row(*line)
+    console.print(table)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.kernels",
         description="Compiles the kernels for GPUs that need not be there, and shows what the compiler made of them.",
     )
-    parser.add_argument("--full", action="store_true", help="every configuration that dispatch can choose; minutes")
+    parser.add_argument("--full", action="store_true", help="every configuration that dispatch can choose; an hour")
+    parser.add_argument("--part", metavar="K/N", default="1/1", help="the K-th of N parts, for N machines")
     parser.add_argument(
         "--loss", choices=[*kernel_cases.CASES, "all", "none"], default="all", help="of Triton's kernels"
     )
@@ -245,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError:
         parser.error(f"--arch: expected numbers such as 90, got {args.arch!r}")
     losses = list(kernel_cases.CASES) if args.loss == "all" else [] if args.loss == "none" else [args.loss]
-    tasks = jobs_of(losses, args.full, capabilities)
+    tasks = tasks_of(losses, args.full, capabilities)
     errors = Console(stderr=True)
     if not args.no_cuda:
         if nvcc() is None:
@@ -258,19 +318,22 @@ def main(argv: Sequence[str] | None = None) -> int:
                     parser.error(f"--sources: expected names among those in csrc/cuda, got {name!r}")
             cuda = [source for source in sources if source.name in wanted]
             tasks += [(compile_cuda, (source, capability)) for source in cuda for capability in capabilities]
+    try:
+        tasks = part_of(tasks, args.part)
+    except ValueError as error:
+        parser.error(f"--part: {error}")
+    start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder  # so that times are those of a first call
-        rows = list(compile_all(tasks, args.jobs, errors))
+        rows = compile_all(tasks, args.jobs, errors)
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=140)
-    print_table(rows, console)
+    (print_summary if args.full else print_table)(rows, console)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     if args.update:
         replace_block(args.update, BEGIN, END, markdown(rows))
-    broken = [problem for row in rows for problem in problems(row)]
-    for problem in broken:
-        print(f"error: {problem}", file=sys.stderr)
-    console.print(f"{len(rows)} kernels, {len(broken)} problems")
+    broken = sum(len(problems(row)) for row in rows)
+    console.print(f"{len(rows)} kernels, {broken} problems, {time.monotonic() - start:.0f} s")
     return 1 if broken else 0
 
 
