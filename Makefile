@@ -6,7 +6,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: bench test kernels gpu-check lint format clean
+.PHONY: bench test kernels gpu-check gpu-profile lint format clean
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks --quick
 
@@ -19,6 +19,10 @@ kernels: $(VENV)/ready
 # In the Python at hand, which has the PyTorch built for the GPU; no network is needed.
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check $(or $(OUT),benchmarks/results)
+
+# What the kernels move, by the GPU's counters, which mostly takes root to read.
+gpu-profile:
+	$(PYTHON) -m benchmarks.gpu_profile $(or $(OUT),benchmarks/results)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
