@@ -82,6 +82,7 @@ def test_matches_the_reference(regime, rank, kind):
         target[0], target[1] = -100, 5
     options = {"beta": 0.5, "mu": 0.3, "ce_weight": 0.7, "rank": rank}
     check(student, weak, target, reduction="none", **options)
+    check(student, weak, target, reduction="none", label_smoothing=0.2, **options)
     check(student, weak, target, square=False, **options)
 
 
@@ -146,6 +147,8 @@ def test_impossible_classes(regime):
         assert loss[[0, 3, 4]].isfinite().all()
     one_hot = F.one_hot(target, 40).float()
     check(student[:6], weak[:6], 0.9 * one_hot[:6] + 0.1 / 40, reduction="none", ce_weight=0.3)
+    smoothed = check(student[:6], weak[:6], target[:6], reduction="none", ce_weight=0.3, label_smoothing=0.1)[0]
+    assert smoothed.isinf().all()  # every class has a share of each smoothed label
     loss, _, gradient, _ = run("triton", student[6:], weak[6:], target[6:], reduction="none")
     assert loss[0].isnan()
     assert gradient[0].isnan().all()
@@ -162,7 +165,7 @@ def test_no_value_in_one_row(regime, where):
         target[2] = 2**40
     else:
         (weak if where == "weak" else student)[2, 17] = INF if where == "infinite" else NAN
-    options = (1.0, 0.1, 0.005, 1.0, "normalized", True, -100, "none", True, True, "triton")
+    options = ([1.0, 0.1, 0.005, 1.0, 0.0], "normalized", True, -100, "none", True, True, "triton")
     loss, parts, *gradients = torch.ops.fused_kd.uskd(student, weak, target, sums, *options)[:4]
     for result in (loss, parts.sum(0), *(gradient.sum(1) for gradient in gradients)):
         assert result.isnan().tolist() == [False, False, True, False]
@@ -261,7 +264,7 @@ def test_launches(rows, classes, reduction, expected):
     sums = torch.empty(3, dtype=torch.float64, device="meta")
     plan = triton_uskd.plan_uskd(
         logits, logits, target, sums, (logits, logits), loss, parts, (norm, norm),
-        1.0, 0.1, 0.005, 0.0, "normalized", True, -100, reduction, True, True, 1.0, 1.0,
+        [1.0, 0.1, 0.005, 0.0, 0.0], "normalized", True, -100, reduction, True, True, 1.0, 1.0,
     )  # fmt: skip
     assert [launch.kernel for launch in plan] == expected
     before = triton_uskd.plan_batch_sums(logits, target, sums, True, -100)

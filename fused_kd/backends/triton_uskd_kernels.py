@@ -15,6 +15,7 @@ HELD     a row fits one tile
 RANK     the key that classes are ranked by
 SQUARE   p_k^2 in the targets' labels, else p_k
 GRAD_S   the student's gradient is wanted; GRAD_W, the weak logits'
+LINEAR   the CE's labels are smoothed, for which the sum of the student's logits is wanted
 HALF_S   the student's logits are float16: as HALF in :mod:`triton_kernels`; HALF_W, the weak logits
 """
 
@@ -24,18 +25,21 @@ import triton
 import triton.language as tl
 
 from fused_kd.backends.triton_rows import count_rows, narrowed, power_of_two_below
-from fused_kd.backends.triton_uskd_rows import (
+from fused_kd.backends.triton_targets import (
+    ce_labels,
     find_targets,
-    key_factors,
-    load_targets,
     load_tile,
-    rank_keys,
-    rank_terms,
     rest_sum,
-    row_statistics,
-    row_terms,
     split_softmax,
     student_gradient,
+)
+from fused_kd.backends.triton_uskd_rows import (
+    key_factors,
+    load_targets,
+    rank_keys,
+    rank_terms,
+    row_statistics,
+    row_terms,
     target_squares,
     weak_gradient,
 )
@@ -147,21 +151,24 @@ def target_probabilities(
 
 @triton.jit
 def _terms(
-    views, targets, counted, valid, labels, batch_sums, alpha, mu, ce_weight, classes, k,
+    views, targets, counted, valid, labels, batch_sums, alpha, mu, ce_weight, smoothing, classes, k,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, HELD: tl.constexpr, UNIT: tl.constexpr, PROB: tl.constexpr,
-    RANK: tl.constexpr, SQUARE: tl.constexpr, ACC: tl.constexpr,
+    LINEAR: tl.constexpr, RANK: tl.constexpr, SQUARE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """All that rows have before they are ranked: see row_terms; the key factors; (m_s, z_s, m_w); 0, or NaN."""
     alpha = tl.full((), alpha, ACC)
     mu = tl.full((), mu, ACC)
     ce_weight = tl.full((), ce_weight, ACC)
-    stats = row_statistics(views[0], views[1], labels, targets, counted, classes, k, ROWS, BLOCK, HELD, UNIT, PROB, ACC)
+    smoothing = tl.full((), smoothing, ACC)
+    stats = row_statistics(
+        views[0], views[1], labels, targets, counted, classes, k, ROWS, BLOCK, HELD, UNIT, PROB, LINEAR, ACC
+    )
     x = load_targets(views[0], views[1], targets, counted, UNIT, ACC)
     p = split_softmax(x[0], x[1], stats[0], stats[1], k)
     v = split_softmax(x[2], x[3], stats[2], stats[3], k)
     means = _batch_means(batch_sums, ACC)
     parts, of_student, of_weak, probe = row_terms(
-        stats, x, targets, p, v, means, alpha, mu, ce_weight, classes, PROB, SQUARE, ACC
+        stats, x, targets, p, v, means, alpha, mu, ce_weight, smoothing, classes, PROB, LINEAR, SQUARE, ACC
     )
     poison = probe + 0.0 * valid
     kept = (
@@ -224,6 +231,7 @@ def ranked_on_chip(
     beta: tl.float64,
     mu: tl.float64,
     ce_weight: tl.float64,
+    smoothing: tl.float64,
     student_scale: tl.float64,
     weak_scale: tl.float64,
     student_norm_value: tl.float64,
@@ -235,6 +243,7 @@ def ranked_on_chip(
     HELD: tl.constexpr,
     UNIT: tl.constexpr,
     PROB: tl.constexpr,
+    LINEAR: tl.constexpr,
     RANK: tl.constexpr,
     SQUARE: tl.constexpr,
     GRAD_S: tl.constexpr,
@@ -259,8 +268,8 @@ def ranked_on_chip(
         (weak + row * (weak_row // VEC * VEC), weak_col),
     )
     row_parts, of_student, of_weak, factors, stats, poison = _terms(
-        views, targets, counted, valid, labels, batch_sums, alpha, mu, ce_weight, classes, k,
-        ROWS, BLOCK, HELD, UNIT, PROB, RANK, SQUARE, ACC,
+        views, targets, counted, valid, labels, batch_sums, alpha, mu, ce_weight, smoothing, classes, k,
+        ROWS, BLOCK, HELD, UNIT, PROB, LINEAR, RANK, SQUARE, ACC,
     )  # fmt: skip
     count = _row_mean(counts, target_row, count_items, ignore_index, COUNT)
     by = _scaled(weak_scale, count, ACC, HALF_W)
@@ -298,9 +307,12 @@ def ranked_on_chip(
         if PROB:
             v = load_tile(labels, cols, mask, 0.0, UNIT, ACC)
         by = _scaled(student_scale, count, ACC, HALF_S)
-        ce = (tl.full((), ce_weight, ACC) * by)[None]
-        terms = ((of_student[0] + more) * by, of_student[1] * by, of_student[2] * by, by_zipf * by, ce)
-        g = student_gradient(s, d_s, z, v, cols, targets, terms, k, PROB)
+        kept, uniform = ce_labels(tl.full((), ce_weight, ACC), tl.full((), smoothing, ACC), classes, LINEAR)
+        terms = (
+            (of_student[0] + more) * by, of_student[1] * by, of_student[2] * by, by_zipf * by,
+            (kept * by)[None], (uniform * by)[None],
+        )  # fmt: skip
+        g = student_gradient(s, d_s, z, v, cols, targets, terms, k, PROB, LINEAR)
         pointers = student_gradients + (row * classes)[:, None] + cols
         stored = inside[:, None] & in_row
         tl.store(pointers, _with_poison(g, counted, poison, student_gradients.dtype.element_ty), mask=stored)

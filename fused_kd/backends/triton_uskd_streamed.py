@@ -12,6 +12,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fused_kd.backends.triton_targets import (
+    ce_labels,
+    find_targets,
+    load_tile,
+    student_gradient,
+)
 from fused_kd.backends.triton_uskd_kernels import (
     _IGNORED,
     _LOG2E,
@@ -24,7 +30,9 @@ from fused_kd.backends.triton_uskd_kernels import (
     _terms,
     _with_poison,
 )
-from fused_kd.backends.triton_uskd_rows import find_targets, load_tile, rank_terms, student_gradient
+from fused_kd.backends.triton_uskd_rows import (
+    rank_terms,
+)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -54,6 +62,7 @@ def write_keys(
     alpha: tl.float64,
     mu: tl.float64,
     ce_weight: tl.float64,
+    smoothing: tl.float64,
     weak_scale: tl.float64,
     ACC: tl.constexpr,
     ROWS: tl.constexpr,
@@ -62,6 +71,7 @@ def write_keys(
     HELD: tl.constexpr,
     UNIT: tl.constexpr,
     PROB: tl.constexpr,
+    LINEAR: tl.constexpr,
     RANK: tl.constexpr,
     SQUARE: tl.constexpr,
     GRAD_W: tl.constexpr,
@@ -83,8 +93,8 @@ def write_keys(
         (weak + row * (weak_row // VEC * VEC), weak_col),
     )
     row_parts, of_student, of_weak, factors, stats, poison = _terms(
-        views, targets, counted, valid, labels, batch_sums, alpha, mu, ce_weight, classes, k,
-        ROWS, BLOCK, HELD, UNIT, PROB, RANK, SQUARE, ACC,
+        views, targets, counted, valid, labels, batch_sums, alpha, mu, ce_weight, smoothing, classes, k,
+        ROWS, BLOCK, HELD, UNIT, PROB, LINEAR, RANK, SQUARE, ACC,
     )  # fmt: skip
     tl.store(parts + row, row_parts[0], mask=inside)
     tl.store(parts + 2 * rows + row, row_parts[1], mask=inside)
@@ -143,6 +153,7 @@ def combine_ranked(
     ignore_index: tl.int64,
     beta: tl.float64,
     ce_weight: tl.float64,
+    smoothing: tl.float64,
     student_scale: tl.float64,
     student_norm_value: tl.float64,
     weak_norm_value: tl.float64,
@@ -153,6 +164,7 @@ def combine_ranked(
     HELD: tl.constexpr,
     UNIT: tl.constexpr,
     PROB: tl.constexpr,
+    LINEAR: tl.constexpr,
     GRAD_S: tl.constexpr,
     COUNT: tl.constexpr,
     HALF_S: tl.constexpr,
@@ -197,12 +209,14 @@ def combine_ranked(
     if GRAD_S:
         count = _row_mean(counts, target_row, count_items, ignore_index, COUNT)
         by = _scaled(student_scale, count, ACC, HALF_S)
+        kept, uniform = ce_labels(tl.full((), ce_weight, ACC), tl.full((), smoothing, ACC), classes, LINEAR)
         of_rows = (
             (tl.load(states + 2 * rows + row, mask=inside, other=0.0) + more) * by,
             tl.load(states + 3 * rows + row, mask=inside, other=0.0) * by,
             tl.load(states + 4 * rows + row, mask=inside, other=0.0) * by,
             by_zipf * by,
-            (tl.full((), ce_weight, ACC) * by)[None],
+            (kept * by)[None],
+            (uniform * by)[None],
         )
         labels = (target + row * (target_row // VEC * VEC if PROB else target_row), target_col)
         for start in range(0, BLOCK if HELD else classes, BLOCK):
@@ -213,7 +227,7 @@ def combine_ranked(
             v = s
             if PROB:
                 v = load_tile(labels, cols, mask, 0.0, UNIT, ACC)
-            g = student_gradient(s, s - m_s[:, None], z, v, cols, targets, of_rows, k, PROB)
+            g = student_gradient(s, s - m_s[:, None], z, v, cols, targets, of_rows, k, PROB, LINEAR)
             pointers = student_gradients + (row * classes)[:, None] + cols
             stored = inside[:, None] & (cols < classes)
             tl.store(pointers, _with_poison(g, counted, poison, student_gradients.dtype.element_ty), mask=stored)
