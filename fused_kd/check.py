@@ -169,7 +169,8 @@ def compare_inputs(
     if accumulate == torch.float64 and (loss in ("uskd", "tf_kd", "zipf_ls") or options.get("label_smoothing")):
         # Eager PyTorch adds up a smoothed label one vector of classes after the other: against 80 bits USKD's weak
         # gradient is 390 ulp off at 21841 classes where the kernels' is 5, and Tf-KD's loss and gradient 180 and 320
-        # where the kernels' are 3 and 1. Zipf's labels are as many equal numbers. A worst case of half an ulp a step of 4.
+        # where the kernels' are 3 and 1; Zipf's labels are as many equal numbers. A worst case of half an ulp a step of
+        # 4.
         more = student.shape[1] / 8 * torch.finfo(torch.float64).eps
         budgets = [*budgets[:2], budgets[2] + more] if loss == "uskd" else [budget + more for budget in budgets]
     if backend == "triton" and student.device.type == "cpu" and student.dtype == torch.bfloat16:

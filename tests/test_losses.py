@@ -381,7 +381,7 @@ def test_triton_rows_that_are_walked(loss, monkeypatch):
 @pytest.mark.parametrize("positions", (1, 5, 70))
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16), ids=str)
 def test_votes_of_positions_anywhere(classes, positions, dtype, native):
-    """A map of logits (N, C, H, W), whose positions lie side by side, and other layouts; few distinct values, so ties."""
+    """A map of logits (N, C, H, W), whose positions lie side by side, and other layouts; few values, so ties."""
     generator = torch.Generator().manual_seed(3)
     student, _, target = make("zipf_ls", rows=4, classes=classes, dtype=torch.float64)
     chart = torch.randint(0, 4, (4, classes, positions), generator=generator).to(dtype)

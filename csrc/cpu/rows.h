@@ -73,10 +73,12 @@ FKD_NOINLINE int64_t argmax(const Matrix& m, int64_t row, int64_t classes, A* st
         const A* v = read(m, row, j, n, staging);
         Vec<A> top = splat<A>(-INFINITY);
         const Vec<A> lowest = top;
-        Mask<A> bad = {};
+        Mask<A> bad = {}, at = {}; // where each lane's largest is, its own place in the vector left out
         for_lanes<A>(n, Without<1>{{without - j}}, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
             const Vec<A> x = keep(lanes, load(v + i, lanes), lowest);
-            top = max_of(x, top);
+            const Mask<A> larger = x > top;
+            top = larger ? x : top;
+            at = larger ? Mask<A>{} + typename Simd<A>::Int(i) : at;
             if (nan) bad |= x != x;
         });
         for (int l = 0; nan && l < kLanes<A>; ++l)
@@ -84,9 +86,9 @@ FKD_NOINLINE int64_t argmax(const Matrix& m, int64_t row, int64_t classes, A* st
         const A block_top = max_lanes<A>(top);
         if (!(block_top > largest)) continue;
         largest = block_top;
-        best = j;
-        while (v[best - j] != largest || best == without)
-            ++best;
+        best = classes;
+        for (int l = 0; l < kLanes<A>; ++l)
+            if (top[l] == largest && j + at[l] + l < best) best = j + at[l] + l;
     }
     return best;
 }

@@ -24,29 +24,38 @@ FKD_INLINE void vote(const VoteScratch& scratch, int64_t index, int64_t& voted) 
     if (scratch.votes[index]++ == 0) scratch.voted[voted++] = uint32_t(index);
 }
 
-// Positions that lie side by side, as they do in a map of logits (C, H, W): a vector has as many positions at a time.
+// Positions that lie side by side, as they do in a map of logits (C, H, W): each lane has a position, and a few vectors
+// go through the classes together, so that a line of memory is read once.
 template <class A>
 FKD_NOINLINE bool vote_side_by_side(const Matrix& dense, int64_t positions, int64_t classes, A* staging,
                                     const VoteScratch& scratch, int64_t& voted) {
-    typedef typename Simd<A>::Int Int;
+    constexpr int kTogether = 4;
+    constexpr int64_t w = kLanes<A>;
     bool nan = false;
     const Matrix by_class = {dense.data, dense.dtype, dense.col_stride, 1};
-    for (int64_t start = 0; start < positions; start += kLanes<A>) {
-        const int64_t rest = positions - start, n = rest < kLanes<A> ? rest : kLanes<A>;
-        Vec<A> best = splat<A>(-INFINITY);
-        Mask<A> at = {}, bad = {};
+    for (int64_t start = 0; start < positions; start += kTogether * w) {
+        const int64_t rest = positions - start, n = rest < kTogether * w ? rest : kTogether * w, whole = n / w;
+        const SomeLanes<A> last = {{}, int(n - whole * w)};
+        Vec<A> best[kTogether];
+        Mask<A> at[kTogether] = {}, bad = {};
+        for (int k = 0; k < kTogether; ++k)
+            best[k] = splat<A>(-INFINITY);
         for (int64_t j = 0; j < classes; ++j) {
             const A* x = read(by_class, j, start, n, staging);
-            const Vec<A> v = load(x, SomeLanes<A>{{}, int(n)});
-            const Mask<A> larger = v > best;
-            best = larger ? v : best;
-            at = larger ? Mask<A>{} + Int(j) : at;
-            bad |= v != v;
+#pragma GCC unroll 4
+            for (int k = 0; k < kTogether; ++k) {
+                if (k > whole) break;
+                const Vec<A> v = k < whole ? load(x + k * w) : load(x + k * w, last);
+                const Mask<A> larger = v > best[k];
+                best[k] = larger ? v : best[k];
+                at[k] = larger ? Mask<A>{} + typename Simd<A>::Int(j) : at[k];
+                bad |= v != v;
+            }
         }
-        for (int64_t l = 0; l < n; ++l) {
-            vote(scratch, at[l], voted);
+        for (int64_t l = 0; l < n; ++l)
+            vote(scratch, at[l / w][l % w], voted);
+        for (int l = 0; l < w; ++l)
             nan |= bad[l] != 0;
-        }
     }
     return nan;
 }

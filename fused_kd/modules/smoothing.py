@@ -1,0 +1,71 @@
+"""Losses without a teacher: Tf-KD and Zipf's label smoothing."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fused_kd import functional
+from fused_kd.modules._criterion import Criterion
+from fused_kd.reference import DistillationParts
+
+
+class TfKDLoss(Criterion):
+    """Teacher-free distillation from a virtual teacher; :func:`fused_kd.tf_kd_loss` documents every argument.
+
+    Example:
+        >>> criterion = TfKDLoss(ce_weight=1.0)
+        >>> loss = criterion(student_logits, target)
+    """
+
+    _function = staticmethod(functional.tf_kd_loss)
+
+    def __init__(
+        self,
+        correct: float = 0.99,
+        temperature: float = 20.0,
+        ce_weight: float = 0.0,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(locals())
+
+    def forward(
+        self, student_logits: Tensor, target: Tensor, *, return_parts: bool = False
+    ) -> Tensor | tuple[Tensor, DistillationParts]:
+        result: Tensor | tuple[Tensor, DistillationParts] = self._call(
+            student_logits, target, return_parts=return_parts
+        )
+        return result
+
+
+class ZipfLSLoss(Criterion):
+    """Zipf's label smoothing; :func:`fused_kd.zipf_ls_loss` documents every argument.
+
+    Example:
+        >>> criterion = ZipfLSLoss(weight=0.1, ce_weight=1.0)
+        >>> loss = criterion(student_logits, dense_logits, target)
+    """
+
+    _function = staticmethod(functional.zipf_ls_loss)
+
+    def __init__(
+        self,
+        weight: float = 0.1,
+        power: float = 1.0,
+        ce_weight: float = 0.0,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(locals())
+
+    def forward(
+        self, student_logits: Tensor, dense_logits: Tensor, target: Tensor, *, return_parts: bool = False
+    ) -> Tensor | tuple[Tensor, DistillationParts]:
+        result: Tensor | tuple[Tensor, DistillationParts] = self._call(
+            student_logits, dense_logits, target, return_parts=return_parts
+        )
+        return result

@@ -1,0 +1,133 @@
+"""USKD, with the weak classifier that it trains."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from fused_kd import functional
+from fused_kd.reference import USKDParts
+
+if TYPE_CHECKING:  # it is there only where PyTorch was built with torch.distributed
+    from torch.distributed import ProcessGroup
+
+
+class USKDLoss(nn.Module):
+    """Universal self-knowledge distillation; :func:`fused_kd.uskd_loss` documents every argument.
+
+    It owns the linear layer, ``weak_classifier``, that makes the weak logits of an earlier feature of the network: give
+    its parameters to the optimizer, and move the module to the network's device. The paper takes the feature map after
+    stage 2 of a CNN, and the class token after block L/2 of a vision transformer with L blocks; the weak term's
+    gradient flows through the layer into the network up to there. Under DistributedDataParallel wrap a module that has
+    both, or this one as well.
+
+    Args:
+        in_features: Width D of the feature: the channels of a feature map, the width of a class token.
+        num_classes: C.
+        alpha: Weight of the target term.
+        beta: Weight of the non-target term.
+        mu: Weight of the weak supervision.
+        ce_weight: Weight of the ordinary cross-entropy computed in the same pass.
+        label_smoothing: Of the cross-entropy's labels.
+        rank: The key that ranks the classes: ``"normalized"``, ``"cls_kd"``, ``"weak"``, ``"final"`` or ``"sum"``.
+        square: False puts p where the target's label has its square.
+        process_group: Take the batch mean over all processes of this group. ``torch.distributed.group.WORLD`` is None,
+            which is no group, before ``init_process_group``. A module with a group cannot be pickled or deep-copied, as
+            the group cannot; its ``state_dict`` can.
+        ignore_index: Rows with this class index count nowhere.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``.
+
+    Shape:
+        ``student_logits`` ``(N, C)``; ``feature`` ``(N, D)``, or ``(N, D, H, W)``, which is averaged over H and W;
+        ``target`` ``(N,)`` indices or ``(N, C)`` probabilities; the loss is a scalar, or ``(N,)`` for
+        ``reduction="none"``.
+
+    Example:
+        >>> criterion = USKDLoss(in_features=256, num_classes=1000)
+        >>> loss = criterion(student_logits, feature, target)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        alpha: float = 1.0,
+        beta: float = 0.1,
+        mu: float = 0.005,
+        ce_weight: float = 0.0,
+        label_smoothing: float = 0.0,
+        rank: str = "normalized",
+        square: bool = True,
+        process_group: ProcessGroup | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if in_features < 1:
+            raise ValueError(f"in_features: expected at least 1, got {in_features}")
+        if num_classes < 2:
+            raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
+        self.weak_classifier = nn.Linear(in_features, num_classes)
+        self.alpha = alpha
+        self.beta = beta
+        self.mu = mu
+        self.ce_weight = ce_weight
+        self.label_smoothing = label_smoothing
+        self.rank = rank
+        self.square = square
+        self.process_group = process_group
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.backend = backend
+
+    def forward(
+        self, student_logits: Tensor, feature: Tensor, target: Tensor, *, return_parts: bool = False
+    ) -> Tensor | tuple[Tensor, USKDParts]:
+        self._check(student_logits, feature)
+        if feature.dim() == 4:
+            feature = feature.mean(dim=(2, 3))
+        return functional.uskd_loss(  # type: ignore[call-overload, no-any-return]
+            student_logits,
+            self.weak_classifier(feature),
+            target,
+            alpha=self.alpha,
+            beta=self.beta,
+            mu=self.mu,
+            ce_weight=self.ce_weight,
+            label_smoothing=self.label_smoothing,
+            rank=self.rank,
+            square=self.square,
+            process_group=self.process_group,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            backend=self.backend,
+            return_parts=return_parts,
+        )
+
+    def _check(self, student_logits: Tensor, feature: Tensor) -> None:
+        width, num_classes = self.weak_classifier.in_features, self.weak_classifier.out_features
+        for name, tensor in (("student_logits", student_logits), ("feature", feature)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+        if student_logits.dim() != 2 or student_logits.shape[1] != num_classes:
+            raise ValueError(
+                f"student_logits: expected shape (N, {num_classes}) for num_classes={num_classes}, "
+                f"got {tuple(student_logits.shape)}"
+            )
+        if feature.dim() not in (2, 4) or feature.shape[1] != width or feature.shape[0] != student_logits.shape[0]:
+            rows = student_logits.shape[0]
+            raise ValueError(
+                f"feature: expected shape ({rows}, {width}) or ({rows}, {width}, H, W), of in_features={width} and as "
+                f"many rows as student_logits, got {tuple(feature.shape)}"
+            )
+
+    def extra_repr(self) -> str:
+        group = "" if self.process_group is None else f"process_group={self.process_group}, "
+        return (
+            f"alpha={self.alpha}, beta={self.beta}, mu={self.mu}, ce_weight={self.ce_weight}, "
+            f"label_smoothing={self.label_smoothing}, rank={self.rank!r}, square={self.square}, "
+            f"{group}ignore_index={self.ignore_index}, reduction={self.reduction!r}, backend={self.backend!r}"
+        )
