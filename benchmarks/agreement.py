@@ -12,40 +12,42 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case, Inputs
-from benchmarks.providers import Loss, LossFunction, Provider
+from benchmarks.spec import Loss, LossFunction, Provider
 from benchmarks.uskd import Swaps
 
 # Far above rounding in each dtype, far below what a wrong formula gives.
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2, "float16": 2e-2}
-# PyTorch adds up a row in float32 one vector after the other; from so many classes on, rounding grows with them.
-LONG_ROW = 2**15
 CHUNK_ELEMENTS = 2**25  # of the float64 reference at a time, so that a billion logits fit
 
 _T = TypeVar("_T")
 
 
-def tolerance(case: Case, provider: Provider) -> float:
+def tolerance(loss: Loss, case: Case, provider: Provider) -> float:
     """For a form that accumulates in float32, that of float32, as the rounding of what it stores is no error of it."""
     if case.dtype == "float64" or (provider.as_published and case.dtype != "float32"):
         return TOLERANCE[case.dtype]
-    return TOLERANCE["float32"] * max(1.0, case.classes / LONG_ROW)
+    return TOLERANCE["float32"] * max(1.0, case.classes / loss.long_row)
 
 
 @dataclass(frozen=True)
 class Errors:
     """Largest errors against float64, relative to the loss and to the largest entry of the gradient.
 
+    A loss that is a small difference of large terms, as a divergence from a teacher is, has lost digits once each term
+    is rounded, however carefully they are added up: half a unit in the last place of the dtype that a form works in,
+    for each. What that explains is no error either.
     Of a loss that ranks, what exchanged ranks of near-equal keys explain is no error, and the entries beside the
     targets, where the ranks are, are taken relative to the largest of their own: a target's is many times that. With
     two gradients the larger error is given.
     """
 
     loss: float
+    loss_beyond_rounding: float  # less what rounding each term once explains
     gradient: float
     beyond_rounding: float  # of the gradient, less what rounding each entry to the dtype of the logits explains
 
     def within(self, tolerance: float) -> bool:
-        return self.loss <= tolerance and self.beyond_rounding <= tolerance  # NaN is not
+        return self.loss_beyond_rounding <= tolerance and self.beyond_rounding <= tolerance  # NaN is not
 
 
 def run_once(function: LossFunction, inputs: Inputs, grad_output: float = 1.0) -> Tensor:
@@ -60,6 +62,7 @@ class _Exact(NamedTuple):
     """What some of the rows contribute to the mean over all rows."""
 
     loss: Tensor
+    magnitude: Tensor  # of the terms that the loss adds up, 0 where they all have one sign
     gradients: list[Tensor]
 
 
@@ -95,7 +98,9 @@ class Judge:
     def __init__(self, loss: Loss, inputs: Inputs) -> None:
         self.loss, self.inputs = loss, inputs
         self.rows, classes = inputs.student_logits.shape
-        step = max(1, CHUNK_ELEMENTS // classes)
+        step = max(1, CHUNK_ELEMENTS // (classes * max(1, loss.positions)))
+        if loss.whole_batch:
+            step = self.rows
         self.parts = [slice(start, start + step) for start in range(0, self.rows, step)]
         self._kept: dict[object, object] = {}
         self.batch_sums: Tensor | None = None
@@ -112,11 +117,13 @@ class Judge:
         gradients = [logits.grad for logits in self.inputs.trained()]
         self.inputs.drop_gradients()
         expected = torch.zeros((), dtype=torch.float64, device=student.device)
+        magnitude = torch.zeros_like(expected)
         half = student.dtype in (torch.float16, torch.bfloat16)
         largest = _Largest(student.dtype if half and not provider.as_published else None, scale)
         for part in self.parts:
             exact = self._once(("exact", part.start), lambda part=part: self._exact(part))  # type: ignore[misc]
             expected += exact.loss
+            magnitude += exact.magnitude
             for name, gradient, right in zip(("student", "other"), gradients, exact.gradients, strict=False):
                 if gradient is None:
                     raise RuntimeError(f"the provider left no gradient on the {name} logits")
@@ -132,7 +139,11 @@ class Judge:
                 largest.add("student", deviation.masked_fill(~swaps.is_target, 0.0), right)
                 beside = swaps.is_target
                 largest.add("beside targets", deviation.masked_fill(beside, 0.0), right.masked_fill(beside, 0.0))
-        return Errors(float((value.double() - expected).abs() / expected.abs()), *largest.relative())
+        works_in = student.dtype if provider.as_published else torch.promote_types(student.dtype, torch.float32)
+        deviation = (value.double() - expected).abs()
+        beyond = (deviation - torch.finfo(works_in).eps / 2 * magnitude).clamp(min=0.0)  # keeps a NaN
+        of_loss, of_loss_beyond = (float(part / expected.abs()) for part in (deviation, beyond))
+        return Errors(of_loss, of_loss_beyond, *largest.relative())
 
     def _once(self, key: object, make: Callable[[], _T]) -> _T:
         if len(self.parts) > 1:
@@ -145,7 +156,10 @@ class Judge:
         pair = [logits.detach()[part].double().requires_grad_(logits.requires_grad) for logits in self.inputs[:2]]
         loss = self.loss.reference_sum(pair[0], pair[1], self.inputs.target[part], self.batch_sums) / self.rows
         loss.backward()  # type: ignore[no-untyped-call]
-        return _Exact(loss.detach(), [logits.grad for logits in pair if logits.grad is not None])
+        magnitude = torch.zeros_like(loss)
+        if self.loss.magnitude is not None:
+            magnitude = self.loss.magnitude(pair[0].detach(), pair[1], self.inputs.target[part]) / self.rows
+        return _Exact(loss.detach(), magnitude, [logits.grad for logits in pair if logits.grad is not None])
 
     def _swaps(self, part: slice, as_published: bool) -> Swaps:
         assert self.loss.swaps is not None

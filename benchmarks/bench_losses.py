@@ -16,28 +16,43 @@ import pytest
 import torch
 
 from benchmarks import agreement, measure
-from benchmarks.cases import DEFAULT_DTYPES, DEFAULT_SHAPES, Case, Inputs, make_inputs
-from benchmarks.providers import LOSSES, OURS, Loss, Provider
+from benchmarks.cases import DEFAULT_DTYPES, Case, Inputs, make_inputs
+from benchmarks.providers import LOSSES
 from benchmarks.ranking import SORT, Bench
+from benchmarks.spec import OURS, Loss, Provider
 
 pytest.importorskip("pytest_benchmark")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CASES = [Case(*shape, dtype, DEVICE) for dtype in DEFAULT_DTYPES[DEVICE] for shape in DEFAULT_SHAPES[DEVICE]]
 SECONDS = 1.0  # of timing per test
 
 
+def _cases(loss: Loss) -> list[Case]:
+    return [Case(*shape, dtype, DEVICE) for dtype in DEFAULT_DTYPES[DEVICE] for shape in loss.shapes[DEVICE]]
+
+
 @lru_cache(maxsize=1)  # the tests are ordered by case
-def _inputs(case: Case, trains_other: bool) -> Inputs:
-    return make_inputs(case, trains_other=trains_other)
+def _inputs(case: Case, trains_other: bool, positions: int) -> Inputs:
+    return make_inputs(case, trains_other=trains_other, positions=positions)
+
+
+def _name(loss: Loss, case: Case, last: str) -> str:
+    return f"{loss.name}-{case.rows}x{case.classes}-{case.dtype}-{last}"
 
 
 def _parameters() -> Iterator[object]:
     for loss in LOSSES.values():
-        for case in CASES:
+        for case in _cases(loss):
             for provider in loss.providers:
-                name = f"{loss.name}-{case.rows}x{case.classes}-{case.dtype}-{provider.name}"
-                yield pytest.param(loss, case, provider, id=name)
+                yield pytest.param(loss, case, provider, id=_name(loss, case, provider.name))
+
+
+def _rankings() -> Iterator[object]:
+    for loss in LOSSES.values():
+        if loss.rank_keys:
+            for case in _cases(loss):
+                for name in (SORT, OURS):
+                    yield pytest.param(loss, case, name, id=_name(loss, case, name))
 
 
 @pytest.mark.parametrize(("loss", "case", "provider"), list(_parameters()))
@@ -46,11 +61,11 @@ def test_forward_backward(benchmark, loss: Loss, case: Case, provider: Provider)
     if reason:
         pytest.skip(reason)
     torch._dynamo.reset()
-    inputs = _inputs(case, loss.trains_other)
+    inputs = _inputs(case, loss.trains_other, loss.positions)
     function = provider.build()
     if provider.same_loss:
         found = agreement.Judge(loss, inputs).errors(provider, function)
-        assert found.within(agreement.tolerance(case, provider)), found
+        assert found.within(agreement.tolerance(loss, case, provider)), found
     samples = measure.Samples()
     call = measure.timer(case.device)
     for _ in range(10):
@@ -69,11 +84,9 @@ def test_forward_backward(benchmark, loss: Loss, case: Case, provider: Provider)
     inputs.drop_gradients()
 
 
-@pytest.mark.parametrize("name", [SORT, OURS])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.rows}x{case.classes}-{case.dtype}")
-@pytest.mark.parametrize("loss", [loss for loss in LOSSES.values() if loss.rank_keys], ids=lambda loss: loss.name)
+@pytest.mark.parametrize(("loss", "case", "name"), list(_rankings()))
 def test_ranking(benchmark, loss: Loss, case: Case, name: str) -> None:  # type: ignore[no-untyped-def]
-    bench = Bench(loss, _inputs(case, loss.trains_other))
+    bench = Bench(loss, _inputs(case, loss.trains_other, loss.positions))
     entry = bench.entries[name]
     if entry["status"] == "unavailable":
         pytest.skip(entry["reason"])

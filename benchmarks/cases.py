@@ -19,7 +19,8 @@ DTYPES = {
     "float16": torch.float16,
 }
 
-DEFAULT_SHAPES = {
+Shapes = tuple[tuple[int, int], ...]
+DEFAULT_SHAPES: dict[str, Shapes] = {
     "cpu": ((256, 1000), (1024, 1000), (128, 21841), (32, 128256)),
     "cuda": ((1024, 1000), (8192, 1000), (4096, 21841), (8192, 128256)),
 }
@@ -53,7 +54,8 @@ class Case:
 
 class Inputs(NamedTuple):
     student_logits: torch.Tensor  # a leaf that requires grad
-    other_logits: torch.Tensor  # the teacher's, or in self-distillation the weak ones: then a leaf that requires grad
+    # The teacher's; in self-distillation the weak ones, then a leaf that requires grad, or dense ones of each position.
+    other_logits: torch.Tensor
     target: torch.Tensor
     source: str  # where the logits come from, for the report
 
@@ -74,7 +76,7 @@ class ShippedLogits(NamedTuple):
     meta: str  # JSON: seed, networks, versions
 
 
-def parse_shapes(text: str) -> tuple[tuple[int, int], ...]:
+def parse_shapes(text: str) -> Shapes:
     """Reads "256x1000,1024x1000"; raises ValueError that names the part it could not read."""
     shapes = []
     for part in text.split(","):
@@ -110,11 +112,12 @@ def load_shipped_logits(path: Path = LOGITS_FILE) -> ShippedLogits:
         )
 
 
-def make_inputs(case: Case, seed: int = 0, trains_other: bool = False) -> Inputs:
+def make_inputs(case: Case, seed: int = 0, trains_other: bool = False, positions: int = 0) -> Inputs:
     """Seeded inputs of a case: real logits resampled for 1000 classes, generated ones otherwise.
 
     With ``trains_other`` the teacher's logits play the weak logits of self-distillation and require grad as well: they
-    are another network's opinion of the same picture, which is what ranking by two opinions is for.
+    are another network's opinion of the same picture, which is what ranking by two opinions is for. With ``positions``
+    there are dense logits ``(rows, positions, classes)`` in their place.
     """
     if case.classes == 1000:
         student, teacher, target, source = _resampled(case, seed)
@@ -123,9 +126,21 @@ def make_inputs(case: Case, seed: int = 0, trains_other: bool = False) -> Inputs
     if trains_other:
         source += ", the teacher's logits as the weak ones"
     dtype = DTYPES[case.dtype]
+    if positions:
+        teacher = _dense(student.to(case.device), positions, seed)
+        source += f", dense logits at {positions} positions of which some see the picture's object and others do not"
     student = student.to(case.device, dtype).detach().requires_grad_()
     other = teacher.to(case.device, dtype).detach().requires_grad_(trains_other)
     return Inputs(student, other, target.to(case.device), source)
+
+
+def _dense(logits: torch.Tensor, positions: int, seed: int) -> torch.Tensor:
+    """What the classifier says at each position: an average pooling of these gives about the logits themselves."""
+    generator = torch.Generator(logits.device).manual_seed(seed)
+    rows, classes = logits.shape
+    options: dict[str, Any] = {"generator": generator, "device": logits.device}
+    presence = torch.rand((rows, positions, 1), **options).mul_(2)  # of the object, 1 on average
+    return torch.randn((rows, positions, classes), **options).addcmul_(presence, logits.unsqueeze(1))
 
 
 def _resampled(case: Case, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, str]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.cases import Inputs
-from benchmarks.providers import LossFunction
+from benchmarks.spec import LossFunction
 
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**32}  # well beyond the caches
 FLUSH_BYTES = 2**28  # several times a GPU's L2

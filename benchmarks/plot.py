@@ -6,19 +6,21 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.providers import BASELINE, OURS
 from benchmarks.report import case_name, describe_machine, entry_of, label, times
+from benchmarks.spec import BASELINE, OURS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 INK, MUTED, GRID = "#1f2933", "#616e7c", "#e4e7eb"
+PANELS = 3  # of more losses than this there is one chart, overview.py's
 COLORS = {
     "published": "#9aa5b1",
     "reference": "#c3b59b",
     "compile": "#7ba3cc",
     "cross_entropy": "#d5d9de",
     "liger": "#b7a6cf",
+    "mdistiller": "#9cc3a5",
     "fused_kd": "#d1495b",
 }
 

@@ -1,58 +1,20 @@
-"""Who is measured: one registry entry per loss, one entry per provider of it.
-
-A loss is its providers, its float64 reference and its byte floor; one that ranks says how as well. Adding one means
-adding an entry to LOSSES.
-"""
+"""Who is measured: one entry per loss, one per provider of it. Adding a loss means adding an entry to LOSSES."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import nkd, uskd
-
-# (student_logits, teacher's or weak logits, target) -> scalar
-LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Provider:
-    name: str
-    summary: str
-    build: Callable[[], LossFunction]  # called once per case, so that a compiler starts afresh on each shape
-    unavailable: Callable[[str], str | None] = lambda device: None  # device -> why it cannot run there
-    same_loss: bool = True  # False: computes something else, so its values are not compared with the reference
-    as_published: bool = False  # in the dtype of the logits and with 1 - p as written, which the comparison allows for
-
-
-@dataclass(frozen=True)
-class Loss:
-    name: str
-    title: str
-    providers: tuple[Provider, ...]
-    # (float64 student, float64 other logits, target, batch sums) -> sum over these rows, which may be a part of all.
-    reference_sum: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-    floor: Callable[[int], int]  # bytes per logit -> bytes per element that forward + backward must move at the least
-    trains_other: bool = False  # the gradient of the other logits is wanted as well: they are not a teacher's
-    # What couples the rows: (student, target) of a part of the batch -> sums that are added over the parts.
-    batch_sums: Callable[[Tensor, Tensor], Tensor] | None = None
-    # Of a loss that ranks: the keys, and what exchanged ranks of near-equal keys explain.
-    rank_keys: LossFunction | None = None
-    swaps: Callable[[Tensor, Tensor, Tensor, torch.dtype, bool], uskd.Swaps] | None = None
-
-    def provider(self, name: str) -> Provider:
-        return next(provider for provider in self.providers if provider.name == name)
-
-
-BASELINE, OURS, COMPILED, YARDSTICK = "published", "fused_kd", "compile", "cross_entropy"
+from benchmarks import dist, nkd, peers, teacher, uskd, zipf_ls
+from benchmarks.cases import DEFAULT_SHAPES
+from benchmarks.spec import Loss, LossFunction, Provider
 
 
 def _no_compiler(device: str) -> str | None:
@@ -64,46 +26,52 @@ def _no_compiler(device: str) -> str | None:
     return None if importlib.util.find_spec("triton") else "torch.compile needs triton on a GPU"
 
 
-def _no_liger(device: str) -> str | None:
-    if importlib.util.find_spec("liger_kernel") is None:
-        return "liger-kernel is not installed"
-    return None if device == "cuda" else "liger-kernel's kernels need a GPU"
+def _compiled(function: LossFunction, summary: str, as_published: bool = False) -> Provider:
+    return Provider(
+        "compile",
+        summary,
+        lambda: torch.compile(function, dynamic=False, fullgraph=True),
+        _no_compiler,
+        as_published=as_published,
+    )
 
 
-def _fused_nkd() -> LossFunction:
+def _published(function: LossFunction, summary: str) -> Provider:
+    return Provider("published", summary, lambda: function, as_published=True)
+
+
+def _call(module: str | None, name: str, alone: bool, **options: Any) -> LossFunction:
+    """``name`` of fused_kd or of a module in it, without the other logits if the loss is of the student's alone."""
     import fused_kd
 
-    return lambda student_logits, teacher_logits, target: fused_kd.nkd_loss(student_logits, teacher_logits, target)
+    function: Callable[..., Any] = getattr(getattr(fused_kd, module) if module else fused_kd, name)
+
+    def call(student_logits: Tensor, other_logits: Tensor, target: Tensor) -> Tensor:
+        logits = (student_logits,) if alone else (student_logits, other_logits)
+        result = function(*logits, target, **options)
+        value: Tensor = result[0] if isinstance(result, tuple) else result
+        return value
+
+    return call
 
 
-def _fused_uskd() -> LossFunction:
-    import fused_kd
-
-    return lambda student_logits, weak_logits, target: fused_kd.uskd_loss(student_logits, weak_logits, target)
+def _fused(name: str, alone: bool = False) -> Provider:
+    return Provider("fused_kd", f"fused_kd.{name}_loss, backend auto", lambda: _call(None, f"{name}_loss", alone))
 
 
-def _reference_nkd() -> LossFunction:
-    import fused_kd
-
-    return lambda student, teacher, target: fused_kd.reference.nkd_loss(student, teacher, target)[0]
-
-
-def _reference_uskd() -> LossFunction:
-    import fused_kd
-
-    return lambda student, weak, target: fused_kd.reference.uskd_loss(student, weak, target)[0]
+def _reference(name: str, summary: str, alone: bool = False) -> Provider:
+    text = f"{summary}, fused_kd.reference.{name}_loss"
+    return Provider("reference", text, lambda: _call("reference", f"{name}_loss", alone))
 
 
-def _nkd_sum(student: Tensor, teacher: Tensor, target: Tensor, batch_sums: Tensor | None) -> Tensor:
-    import fused_kd
-
-    return fused_kd.reference.nkd_loss(student, teacher, target, reduction="sum")[0]
+def _reference_sum(name: str, alone: bool = False) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
+    return lambda student, other, target, batch_sums: _call("reference", f"{name}_loss", alone, reduction="sum")(
+        student, other, target
+    )
 
 
 def _uskd_sum(student: Tensor, weak: Tensor, target: Tensor, batch_sums: Tensor | None) -> Tensor:
-    import fused_kd
-
-    return fused_kd.reference.uskd_loss(student, weak, target, reduction="sum", batch_sums=batch_sums)[0]
+    return _call("reference", "uskd_loss", False, reduction="sum", batch_sums=batch_sums)(student, weak, target)
 
 
 def _uskd_batch_sums(student: Tensor, target: Tensor) -> Tensor:
@@ -112,43 +80,25 @@ def _uskd_batch_sums(student: Tensor, target: Tensor) -> Tensor:
     return fused_kd.reference.uskd_batch_sums(student, target)
 
 
-def _compiled(function: LossFunction) -> LossFunction:
-    return torch.compile(function, dynamic=False, fullgraph=True)
-
-
-def _cross_entropy() -> LossFunction:
-    return lambda student_logits, other_logits, target: F.cross_entropy(student_logits, target)
-
-
-def _liger() -> LossFunction:
-    kl_div = importlib.import_module("liger_kernel.transformers").LigerKLDIVLoss(reduction="batchmean")
-    # It takes log-probabilities and probabilities, so a user pays for making them.
-    return lambda student_logits, teacher_logits, target: kl_div(
-        F.log_softmax(student_logits, dim=-1), F.softmax(teacher_logits, dim=-1)
-    )
-
-
 _CROSS_ENTROPY = Provider(
-    "cross_entropy", "F.cross_entropy, a yardstick: another loss", _cross_entropy, same_loss=False
+    "cross_entropy",
+    "F.cross_entropy, a yardstick: another loss",
+    lambda: lambda student_logits, other_logits, target: F.cross_entropy(student_logits, target),
+    same_loss=False,
 )
 
 NKD = Loss(
     name="nkd",
     title="NKD loss",
     providers=(
-        Provider(
-            "published",
-            "published eager form: boolean masks pick the non-target logits",
-            lambda: nkd.published,
-            as_published=True,
-        ),
-        Provider("reference", "mask-free eager form, fused_kd.reference.nkd_loss", _reference_nkd),
-        Provider("compile", "torch.compile of a lean mask-free form", lambda: _compiled(nkd.mask_free), _no_compiler),
+        _published(nkd.published, "published eager form: boolean masks pick the non-target logits"),
+        _reference("nkd", "mask-free eager form"),
+        _compiled(nkd.mask_free, "torch.compile of a lean mask-free form"),
         _CROSS_ENTROPY,
-        Provider("liger", "liger-kernel's KL divergence, a peer: another loss", _liger, _no_liger, same_loss=False),
-        Provider("fused_kd", "fused_kd.nkd_loss, backend auto", _fused_nkd),
+        peers.LIGER_BESIDE_NKD,
+        _fused("nkd"),
     ),
-    reference_sum=_nkd_sum,
+    reference_sum=_reference_sum("nkd"),
     floor=lambda itemsize: 3 * itemsize,  # read both logits once, write the gradient once
 )
 
@@ -156,21 +106,11 @@ USKD = Loss(
     name="uskd",
     title="USKD loss",
     providers=(
-        Provider(
-            "published",
-            "published eager form: two sorts, boolean masks pick the non-target entries",
-            lambda: uskd.published,
-            as_published=True,
-        ),
-        Provider("reference", "mask-free eager form with one sort, fused_kd.reference.uskd_loss", _reference_uskd),
-        Provider(
-            "compile",
-            "torch.compile of a lean mask-free form with one sort",
-            lambda: _compiled(uskd.mask_free),
-            _no_compiler,
-        ),
+        _published(uskd.published, "published eager form: two sorts, boolean masks pick the non-target entries"),
+        _reference("uskd", "mask-free eager form with one sort"),
+        _compiled(uskd.mask_free, "torch.compile of a lean mask-free form with one sort"),
         _CROSS_ENTROPY,
-        Provider("fused_kd", "fused_kd.uskd_loss, backend auto", _fused_uskd),
+        _fused("uskd"),
     ),
     reference_sum=_uskd_sum,
     floor=lambda itemsize: 4 * itemsize,  # read both logits once, write both gradients once
@@ -180,4 +120,65 @@ USKD = Loss(
     swaps=uskd.explain_by_swaps,
 )
 
-LOSSES = {loss.name: loss for loss in (NKD, USKD)}
+
+def _further(
+    name: str, title: str, published: LossFunction, *others: Provider, alone: bool = False, **about: Any
+) -> Loss:
+    """A loss whose published form has no boolean masks, so that it is what is compiled as well."""
+    return Loss(
+        name=name,
+        title=title,
+        providers=(
+            _published(published, "published eager form"),
+            _reference(name, "eager form with every check", alone),
+            _compiled(published, "torch.compile of the published form", as_published=True),
+            _CROSS_ENTROPY,
+            *others,
+            _fused(name, alone),
+        ),
+        reference_sum=_reference_sum(name, alone),
+        # The student's and, where there are any, the other's logits are read once, the gradient is written once.
+        **{"floor": lambda itemsize: (2 if alone else 3) * itemsize, **about},
+    )
+
+
+KD = _further(
+    "kd", "KD loss", teacher.kd, peers.LIGER_KD, peers.MDISTILLER_KD, magnitude=teacher.kd_magnitude
+)  # fmt: skip
+DKD = _further("dkd", "DKD loss", teacher.dkd, peers.MDISTILLER_DKD, magnitude=teacher.dkd_magnitude)
+WSLD = _further("wsld", "WSLD loss", teacher.wsld)
+# A divergence as well, but from a nearly uniform label that no student gets close to: its value is no small difference.
+TF_KD = _further("tf_kd", "Tf-KD loss", teacher.tf_kd, alone=True)
+DIST = _further(
+    "dist",
+    "DIST loss",
+    dist.published,
+    # The gradient takes the statistics of the columns, and those take the statistics of every row: the logits, which
+    # a batch is too large for a cache to keep, are read twice.
+    floor=lambda itemsize: 5 * itemsize,
+    whole_batch=True,
+    long_row=2**14,  # twice the rounding: it divides by two of PyTorch's norms, which add up that way too
+    shapes={**DEFAULT_SHAPES, "cuda": DEFAULT_SHAPES["cuda"][:-1]},  # eager forms keep too many copies of the last
+)
+
+POSITIONS = 49  # a map of 7 by 7, what a network has before its pooling at 224 by 224 pixels
+ZIPF_LS = Loss(
+    name="zipf_ls",
+    title="Zipf's LS loss",
+    providers=(
+        _published(zipf_ls.published, "published eager form: numpy ranks the votes, boolean masks pick the others"),
+        _reference("zipf_ls", "mask-free eager form with one sort"),
+        _compiled(zipf_ls.mask_free, "torch.compile of a lean mask-free form without a sort"),
+        _CROSS_ENTROPY,
+        _fused("zipf_ls"),
+    ),
+    reference_sum=_reference_sum("zipf_ls"),
+    floor=lambda itemsize: (2 + POSITIONS) * itemsize,  # read the dense logits too
+    positions=POSITIONS,
+    # The dense logits are 49 times as large as those of the other losses.
+    shapes={"cpu": ((256, 1000), (128, 21841)), "cuda": ((1024, 1000), (8192, 1000), (256, 21841))},
+)
+
+LOSSES = {loss.name: loss for loss in (NKD, USKD, KD, DKD, WSLD, TF_KD, DIST, ZIPF_LS)}
+#: What is measured unless something else is asked for.
+HEADLINE = ("nkd", "uskd")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks import machine, measure
 from benchmarks.cases import Inputs
-from benchmarks.providers import OURS, Loss
+from benchmarks.spec import OURS, Loss
 
 SORT = "torch.sort"
 

@@ -9,8 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.providers import BASELINE, COMPILED, OURS
 from benchmarks.ranking import SORT
+from benchmarks.spec import BASELINE, COMPILED, OURS
 
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 LABELS = {
@@ -18,7 +18,8 @@ LABELS = {
     "reference": "mask-free eager",
     "compile": "torch.compile",
     "cross_entropy": "F.cross_entropy",
-    "liger": "Liger KL div",
+    "liger": "Liger",
+    "mdistiller": "mdistiller",
     "fused_kd": "fused_kd",
 }
 
@@ -196,13 +197,17 @@ def markdown(result: dict[str, Any]) -> str:
     )
     for part in parts:
         paragraphs += [f"**{part['title']}**", _space_table(part)]
-    paragraphs.append(f"Measured on {describe_machine(result)}")
-    if result["warnings"]:
-        paragraphs.append("To be doubted: " + "; ".join(result["warnings"]) + ".")
+    paragraphs += provenance(result)
     absent = list(dict.fromkeys(phrase for part in parts for phrase in _absent(part)))
     if absent:
         paragraphs.append("Not measured: " + "; ".join(absent) + ".")
     return "\n\n".join(paragraphs)
+
+
+def provenance(result: dict[str, Any]) -> list[str]:
+    """What it was measured on, and what makes it doubtful."""
+    doubts = ["To be doubted: " + "; ".join(result["warnings"]) + "."] if result["warnings"] else []
+    return [f"Measured on {describe_machine(result)}", *doubts]
 
 
 def _speed_table(part: dict[str, Any]) -> str:
@@ -211,12 +216,12 @@ def _speed_table(part: dict[str, Any]) -> str:
     header = ["N×C", *(f"**{label(OURS)}**" if name == OURS else label(name) for name in [*others, OURS])]
     rows = [header, ["---", *("---:" for _ in header[1:])]]
     rows += [[case_name(case), *(_speed_cell(case, name) for name in [*others, OURS])] for case in part["cases"]]
-    return _lines(rows)
+    return lines(rows)
 
 
 def _ranking_markdown(cases: list[dict[str, Any]]) -> str:
     rows = [["N×C", *RANKING_COLUMNS], ["---", *("---:" for _ in RANKING_COLUMNS)]]
-    return _lines(rows + [[case_name(case), *_ranking_cells(case)] for case in cases])
+    return lines(rows + [[case_name(case), *_ranking_cells(case)] for case in cases])
 
 
 def _space_table(part: dict[str, Any]) -> str:
@@ -234,10 +239,10 @@ def _space_table(part: dict[str, Any]) -> str:
         row.append(f"{ours['relative_errors']['gradient']:.0e}" if ours else "–")
         row.append(percent(ours["share_of_copy_bandwidth"]) if ours else "–")
         rows.append(row)
-    return _lines(rows)
+    return lines(rows)
 
 
-def _lines(rows: list[list[str]]) -> str:
+def lines(rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -271,13 +276,8 @@ def _absent(part: dict[str, Any]) -> list[str]:
     ]
 
 
-def update_readme(path: Path, block: str) -> bool:
-    """Replaces what stands between the markers; returns whether the file changed."""
-    return replace_block(path, BEGIN, END, block)
-
-
 def replace_block(path: Path, begin: str, end: str, block: str) -> bool:
-    """The same between markers of one's own."""
+    """Replaces what stands between the markers; returns whether the file changed."""
     text = path.read_text(encoding="utf-8")
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"expected one line {begin} and after it one line {end} in {path.name}")
