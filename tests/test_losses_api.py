@@ -1,0 +1,176 @@
+"""Every loss as a function and a module of PyTorch: shapes, errors, ops, compilation; registry and documents."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo.testing
+from loss_cases import HERE, function, make
+from torch.library import opcheck
+
+import fused_kd
+from fused_kd import backends, registry
+from fused_kd.registry import LOSSES, ROW_LOSSES
+
+pytestmark = [
+    pytest.mark.usefixtures("quick_interpreter"),
+    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # NumPy, of the interpreter's inf and NaN
+]
+here = pytest.mark.parametrize("place", HERE, ids="-".join)
+
+
+@here
+def test_shapes_and_errors(place):
+    loss, name, device = place
+    student, others, target = make(loss, rows=6, device=device)
+    if loss != "dist":
+        flat = function(loss)(student, *others, target, reduction="none", backend=name)
+        folded = [tensor.reshape(2, 3, *tensor.shape[1:]) for tensor in (student, *others, target)]
+        assert torch.equal(function(loss)(*folded, reduction="none", backend=name), flat.reshape(2, 3))
+    with pytest.raises(ValueError, match="ce_weight: expected a finite number of at least 0, got -1"):
+        function(loss)(student, *others, target, ce_weight=-1.0, backend=name)
+    with pytest.raises(ValueError, match="label_smoothing: expected a number from 0 to below 1, got 1"):
+        function(loss)(student, *others, target, label_smoothing=1.0, backend=name)
+    with pytest.raises(ValueError, match="reduction: expected one of"):
+        function(loss)(student, *others, target, reduction="batchmean", backend=name)
+    with pytest.raises(ValueError, match="target: expected"):
+        function(loss)(student, *others, target[:2], backend=name)
+    if device == "cpu" and name != "triton":
+        with pytest.raises(IndexError, match="target: expected class indices from 0 to 8"):
+            function(loss)(student, *others, target + 100, backend=name)
+    if others and loss != "zipf_ls":
+        with pytest.raises(ValueError, match="teacher_logits: expected logits that do not require grad"):
+            function(loss)(student, others[0].requires_grad_(), target, backend=name)
+
+
+@here
+def test_without_targets(place):
+    loss, name, device = place
+    if loss not in ("kd", "dist"):
+        pytest.skip("it needs targets")
+    student, others, target = make(loss, device=device)
+    torch.testing.assert_close(
+        function(loss)(student, *others, backend=name), function(loss)(student, *others, target, backend=name)
+    )
+    with pytest.raises(ValueError, match=r"target: expected one, since ce_weight is 1\.0; got None"):
+        function(loss)(student, *others, ce_weight=1.0, backend=name)
+
+
+@here
+def test_modules(place):
+    loss, name, device = place
+    student, others, target = make(loss, device=device)
+    module = getattr(fused_kd, LOSSES[loss].module)(ce_weight=0.5, reduction="sum", backend=name)
+    value, parts = module(student, *others, target, return_parts=True)
+    expected = function(loss)(student, *others, target, ce_weight=0.5, reduction="sum", backend=name)
+    assert torch.equal(value, expected)
+    torch.testing.assert_close(torch.stack(tuple(parts)).sum(), value)
+    for option, default in LOSSES[loss].defaults.items():
+        assert f"{option}={0.5 if option == 'ce_weight' else default!r}" in repr(module)
+    assert module.state_dict() == {}
+
+
+@pytest.mark.parametrize("loss", ROW_LOSSES)
+@pytest.mark.parametrize("standardize", (False, True))
+def test_opcheck(loss, standardize, native):
+    student, others, target = make(loss, dtype=torch.float32)
+    weights = [1.0, 0.5, 2.0, 0.7, 0.1]
+    teacher = others[0] if others else None
+    after = (standardize and bool(others), -100, "mean", True, "native")
+    opcheck(torch.ops.fused_kd.row_loss.default, (student, teacher, target, loss, weights, *after))
+    weights = torch.tensor(weights, dtype=torch.float64)
+    opcheck(torch.ops.fused_kd.row_loss_scheduled.default, (student, teacher, target, loss, weights, *after))
+
+
+def test_opcheck_of_votes(native):
+    student, (dense,), target = make("zipf_ls", dtype=torch.float32)
+    for reduction in ("mean", "none"):
+        after = ([0.1, 1.0, 0.7, 0.1], -100, reduction, True, "native")
+        opcheck(torch.ops.fused_kd.zipf_ls.default, (student, dense, target, *after))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_compiles_whole_and_only_once_more_when_weights_change(loss):
+    """A float is taken for a constant until it changes once; from then on it is an input of the graph."""
+    student, others, target = make(loss, dtype=torch.float32)
+    if backends.choose("auto", "cpu", loss) == "reference":
+        pytest.skip("the reference is ordinary PyTorch")
+    counter = torch._dynamo.testing.CompileCounter()
+    torch._dynamo.reset()
+    schedule = {"uskd": "beta", "zipf_ls": "weight"}.get(loss, "temperature")
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def step(s, value, ce_weight):
+        return function(loss)(s, *others, target, ce_weight=ce_weight, **{schedule: value})
+
+    for turn in range(6):
+        value, ce_weight = 1.0 + 0.5 * turn, 0.1 + 0.1 * turn
+        compiled = step(student.requires_grad_(), value, ce_weight)
+        eager = function(loss)(student, *others, target, ce_weight=ce_weight, **{schedule: value})
+        torch.testing.assert_close(compiled, eager)
+        assert counter.frame_count == min(turn + 1, 2)
+    torch._dynamo.reset()
+
+
+@here
+def test_ends_of_jensen_shannon(place):
+    loss, name, device = place
+    if loss != "js":
+        pytest.skip("it has no beta from 0 to 1")
+    student, others, target = make(loss, device=device)
+    target[2] = -100
+    forward = fused_kd.kd_loss(student, *others, target, temperature=2.0, backend=name)
+    torch.testing.assert_close(
+        function(loss)(student, *others, target, beta=0.0, temperature=2.0, backend=name), forward
+    )
+    leaf = student.clone().requires_grad_()
+    value = function(loss)(leaf, *others, target, beta=1.0, temperature=2.0, backend=name)
+    value.backward()
+    p, q = (student / 2).log_softmax(1), (others[0] / 2).log_softmax(1)
+    counted = target != -100
+    torch.testing.assert_close(value.detach(), 4 * (p.exp() * (p - q)).sum(1)[counted].mean())
+    assert not leaf.grad[2].any()
+    with pytest.raises(ValueError, match=r"beta: expected a number from 0 to 1, got 1\.5"):
+        function(loss)(student, *others, beta=1.5, backend=name)
+
+
+def test_registry():
+    for loss in fused_kd.losses():
+        assert LOSSES[loss.name] is loss
+        assert loss.defaults["ce_weight"] == 0.0
+        assert callable(getattr(fused_kd, loss.module))
+        assert loss.function in fused_kd.__all__ and loss.module in fused_kd.__all__
+        for device, names in loss.backends.items():
+            assert device in ("cpu", "cuda") and names[-1] == "reference"
+    assert set(ROW_LOSSES) < set(LOSSES)
+
+
+def test_documents_are_in_step():
+    """To write them anew: python -m fused_kd losses --write."""
+    root = Path(__file__).parent.parent
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    assert f"<!-- losses:begin -->\n{registry.markdown_table()}\n<!-- losses:end -->" in readme
+    assert (root / "docs" / "losses.md").read_text(encoding="utf-8") == registry.markdown_page()
+    for loss in LOSSES.values():
+        assert loss.formula in readme
+
+
+def test_decompose():
+    student, (teacher,), target = make("nkd")
+    target[1] = -100
+    student.requires_grad_()
+    for reduction in ("mean", "sum", "none"):
+        parts = fused_kd.decompose(student, teacher, target, temperature=2.0, reduction=reduction)
+        options = {"temperature": 2.0, "reduction": reduction}
+        torch.testing.assert_close(
+            parts.nkd_target + 1.5 * parts.nkd_non_target, fused_kd.nkd_loss(student, teacher, target, **options)
+        )
+        torch.testing.assert_close(
+            parts.dkd_binary + 8.0 * parts.dkd_non_target, fused_kd.dkd_loss(student, teacher, target, **options)
+        )
+    folded = fused_kd.decompose(
+        student.reshape(2, 3, 9), teacher.reshape(2, 3, 9), target.reshape(2, 3), temperature=2.0, reduction="none"
+    )
+    assert folded.kd_target.shape == (2, 3)
+    with pytest.raises(ValueError, match="temperature: expected a finite number above 0"):
+        fused_kd.decompose(student, teacher, target, temperature=0.0)
