@@ -195,10 +195,11 @@ def _longest_first(task: Task) -> int:
     return 0 if function is compile_cuda else 1 if arguments[3] == "uskd" else 2
 
 
-def compile_all(tasks: list[Task], workers: int, console: Console) -> list[Row]:
-    """The rows of all tasks, in the tasks' order; tells of a problem as soon as it is found."""
+def compile_all(tasks: list[Task], workers: int, console: Console) -> tuple[list[Row], int]:
+    """The rows of all tasks, in the tasks' order, and how many problems there are; tells of each when it is found."""
     columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     results: list[list[Row]] = [[] for _ in tasks]
+    broken = 0
     # Fresh processes, since forking one whose threads have started is unsafe.
     context = multiprocessing.get_context("spawn")
     with Progress(*columns, console=console, transient=True) as progress:
@@ -207,12 +208,19 @@ def compile_all(tasks: list[Task], workers: int, console: Console) -> list[Row]:
             order = sorted(range(len(tasks)), key=lambda i: _longest_first(tasks[i]))
             futures = {pool.submit(tasks[i][0], *tasks[i][1]): i for i in order}
             for future in as_completed(futures):
-                result = future.result()
-                results[futures[future]] = result if isinstance(result, list) else [result]
                 progress.advance(bar)
-                for problem in (problem for row in results[futures[future]] for problem in problems(row)):
+                task = futures[future]
+                try:
+                    result = future.result()
+                except Exception as error:  # of an hour's work, what does not compile is one line
+                    found = [f"{' '.join(map(str, tasks[task][1]))}: {type(error).__name__}: {error}"]
+                else:
+                    results[task] = result if isinstance(result, list) else [result]
+                    found = [problem for row in results[task] for problem in problems(row)]
+                broken += len(found)
+                for problem in found:
                     console.print(f"error: {problem}", highlight=False, markup=False, soft_wrap=True)
-    return [row for rows in results for row in rows]
+    return [row for rows in results for row in rows], broken
 
 
 COLUMNS = ("kernel", "call", "sm", "threads", "regs", "shared", "local", "load", "store", "time")
@@ -325,14 +333,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder  # so that times are those of a first call
-        rows = compile_all(tasks, args.jobs, errors)
+        rows, broken = compile_all(tasks, args.jobs, errors)
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=140)
     (print_summary if args.full else print_table)(rows, console)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     if args.update:
         replace_block(args.update, BEGIN, END, markdown(rows))
-    broken = sum(len(problems(row)) for row in rows)
     console.print(f"{len(rows)} kernels, {broken} problems, {time.monotonic() - start:.0f} s")
     return 1 if broken else 0
 

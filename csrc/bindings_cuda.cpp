@@ -133,6 +133,10 @@ void bind_cuda(py::module_& m) {
     m.def("cuda_arrangement_for", [](int64_t classes, bool twice) { return cuda::arrangement_for(classes, twice); });
     m.def("cuda_rows_per_pass", [](int64_t rows, int64_t classes) { return cuda::rows_per_pass(rows, classes); });
     m.def("cuda_streaming_threads", [](int64_t classes) { return cuda::streaming_threads(classes); });
+    m.def("cuda_reducing_blocks", [](int64_t rows, bool per_row) { return cuda::reducing_blocks(rows, per_row); });
+    m.def("cuda_summing_threads", [](int64_t rows) { return cuda::summing_threads(rows); });
+    m.def("cuda_parts_bytes", [](int64_t rows, int element_bytes) { return cuda::parts_bytes(rows, element_bytes); });
+    m.def("cuda_scaling_pieces", [](int64_t classes) { return cuda::scaling_pieces(classes); });
     m.def("cuda_descending_bits", [](double key, bool twice) {
         return twice ? cuda::descending_bits(key) : uint64_t(cuda::descending_bits(float(key)));
     });

@@ -117,6 +117,30 @@ def test_passes_of_a_sort_in_global_memory(core):
         assert threads in (64, 256, 512)
 
 
+def test_blocks_and_threads(core):
+    """Enough for every row and class, no more than a launch can have, and powers of two for the reductions."""
+    assert core.cuda_reducing_blocks(10**6, False) == 1, "one block sums, so that the order depends on nothing else"
+    for rows in (0, 1, 1024, 1025, 10**6, 2**31 - 1):
+        blocks = core.cuda_reducing_blocks(rows, True)
+        assert 1 <= blocks <= 1024
+        assert blocks == 1024 or blocks * 1024 >= rows, "or each block takes several"
+        threads = core.cuda_summing_threads(rows)
+        assert threads in (128, 1024) and (threads == 1024 or rows <= 128)
+    for classes in (1, 8191, 8192, 8193, 128256, 2**40):
+        pieces = core.cuda_scaling_pieces(classes)
+        assert (pieces - 1) * 8192 < classes <= pieces * 8192
+    assert core.cuda_scaling_pieces(2**40) < 2**31, "blocks of a launch"
+
+
+def test_workspace(core):
+    """Room for four parts a row, and what follows is aligned for vectors and CUB."""
+    for element in (4, 8):
+        for rows in (0, 1, 63, 64, 1000, 2**31):
+            size = core.cuda_parts_bytes(rows, element)
+            assert size % 256 == 0
+            assert 4 * element * rows <= size < 4 * element * rows + 256
+
+
 def test_keys_as_integers(core):
     """Ascending as integers is descending as keys; both zeros are one."""
     keys = [math.inf, 1e6, 2.0, math.nextafter(2.0, 0), 1.0, 1e-45, 0.0, -1e-45, -1.0, -math.inf]

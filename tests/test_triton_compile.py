@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -77,6 +78,22 @@ def test_every_kernel(tmp_path):
     assert len(compile_kernels(tmp_path, "--full")) > 1000
 
 
+@needs_triton
+def test_what_does_not_compile_is_one_line_of_many(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.kernels", "--loss", "none", "--arch", "90", "--sources"]
+    command += ["batch_sums.cu,scale_gradient.cu", "--json", str(tmp_path / "kernels.json")]
+    broken = tmp_path / "nvcc"
+    broken.write_text("#!/bin/sh\necho no such luck >&2\nexit 1\n")
+    broken.chmod(0o755)
+    environment["CUDACXX"] = str(broken)
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert ", 2 problems" in result.stdout
+    assert len(re.findall("error: .*no such luck", result.stderr)) == 2
+    assert json.loads((tmp_path / "kernels.json").read_text()) == []
+
+
 GOOD = {
     "kernel": "rows_on_chip", "case": "1024x1000 bf16", "capability": 90, "registers": 64, "threads": 128,
     "shared": 512, "shared_limit": 227 * 1024, "stack": 0, "local": 0, "spilled": 0,
@@ -107,9 +124,34 @@ def test_rules(change, complaint):
     assert kernels.problems({**GOOD, **change, "library": True}) == []
 
 
+def test_rules_of_ranked_rows():
+    """One wide load of each row: after the ranking it is read in another order."""
+    row = {**GOOD, "kernel": "ranked_on_chip", "loads": {2: 16, 8: 1, 16: 1}}
+    assert kernels.problems(row) == []
+    (found,) = kernels.problems({**row, "loads": {2: 16, 8: 1}})
+    assert "expected rows in vectors of 8 bytes at least" in found
+    assert kernels.problems({**row, "loads": {2: 16}, "vector": 2}) == []
+
+
 def test_rules_of_odd_rows_and_wide_logits():
     assert kernels.problems({**GOOD, "vector": 2, "loads": {2: 18}, "stores": {2: 8}}) == []
     assert kernels.problems({**GOOD, "element_bytes": 4, "loads": {4: 18}, "stores": {4: 8}}) == []
+    assert kernels.problems({**GOOD, "writes": False, "stores": {4: 3}}) == [], "forward only"
+
+
+def test_parts_of_the_matrix():
+    tasks = [(kernels.compile_triton, (i,)) for i in range(11)]
+    parts = [kernels.part_of(tasks, f"{part}/3") for part in (1, 2, 3)]
+    assert sorted(task for part in parts for task in part) == tasks
+    for text in ("0/3", "4/3", "1", "a/b"):
+        with pytest.raises(ValueError, match="expected a part such as 1/4"):
+            kernels.part_of(tasks, text)
+
+
+def test_summary():
+    rows = [{**GOOD, "seconds": 1.0}, {**GOOD, "registers": 80, "local": 2, "loads": {2: 1, 8: 1}, "seconds": 2.5}]
+    (line,) = kernels.summarise(rows)
+    assert line == ("rows_on_chip", "90", "2", "64–80", "512", "1 spill", "8 B", "4 s", "2.5 s")
 
 
 def test_command_line_refuses(monkeypatch, capsys):

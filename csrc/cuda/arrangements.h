@@ -1,7 +1,8 @@
-// Which kernel ranks a row of so many classes on a GPU, and how much memory a call needs. Plain host code, so that it
-// is built and tested where there is no CUDA.
+// How calls are launched on a GPU: which kernel ranks a row of so many classes, blocks and threads, and how much memory
+// a call needs. Plain host code, so that it is built and tested where there is no CUDA.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace fused_kd {
@@ -72,6 +73,37 @@ constexpr int64_t kRowsCountedByEach = 2048;
 constexpr int kMostStreamingThreads = 512;
 constexpr int streaming_threads(int64_t classes) {
     return classes <= 512 ? 64 : classes <= 4096 ? 256 : kMostStreamingThreads;
+}
+
+// In the first dimension of a grid.
+constexpr int64_t kMostBlocks = (int64_t(1) << 31) - 1;
+
+// The parts of all rows are summed by one block, in an order that their number alone decides, or handed through by as
+// many as they fill.
+constexpr int kReducingThreads = 1024;
+constexpr int kMostReducingBlocks = 1024;
+constexpr int reducing_blocks(int64_t rows, bool per_row) {
+    const int64_t blocks = (rows + kReducingThreads - 1) / kReducingThreads;
+    return !per_row || blocks < 1 ? 1 : int(blocks < kMostReducingBlocks ? blocks : kMostReducingBlocks);
+}
+
+// Of the block that sums the targets' probabilities: a batch that is small makes it wait for fewer warps.
+constexpr int summing_threads(int64_t rows) {
+    return rows > 128 ? kReducingThreads : 128;
+}
+
+// A call's workspace begins with the number of rows that count, then has four parts of each row, then what a sort in
+// global memory needs; each from a multiple of this many bytes on.
+constexpr size_t kPlace = 256;
+constexpr size_t parts_bytes(int64_t rows, int element_bytes) {
+    return (size_t(rows) * 4 * size_t(element_bytes) + kPlace - 1) / kPlace * kPlace;
+}
+
+// Scaling a gradient: as large a piece of a row as a block takes, and the blocks of all.
+constexpr int kScalingThreads = 256;
+constexpr int64_t kScalingPiece = int64_t(kScalingThreads) * 4 * 8; // eight chunks of four a thread
+constexpr int64_t scaling_pieces(int64_t classes) {
+    return (classes + kScalingPiece - 1) / kScalingPiece;
 }
 
 } // namespace cuda

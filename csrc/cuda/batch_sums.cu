@@ -5,8 +5,6 @@ namespace fused_kd {
 namespace cuda {
 namespace {
 
-constexpr int kSummingThreads = 1024;
-
 template <class A>
 struct Largest {
     A x;
@@ -75,7 +73,7 @@ struct Totals {
 };
 
 // By one block, so that the order depends on the number of rows only.
-__global__ void __launch_bounds__(kSummingThreads) sum_probabilities(BatchSumsCall call) {
+__global__ void __launch_bounds__(kReducingThreads) sum_probabilities(BatchSumsCall call) {
     __shared__ WarpResults<Totals> room;
     const int64_t* const indices =
         call.target.dtype == kInt64 ? static_cast<const int64_t*>(call.target.data) : nullptr;
@@ -101,7 +99,7 @@ const char* uskd_batch_sums(const Place& place, const BatchSumsCall& call) {
         if (const char* error = launch(kernel, call.rows, streaming_threads(call.classes), 0, place.stream, call))
             return error;
     }
-    return launch(sum_probabilities, 1, call.rows > 128 ? kSummingThreads : 128, 0, place.stream, call);
+    return launch(sum_probabilities, 1, summing_threads(call.rows), 0, place.stream, call);
 }
 
 } // namespace cuda

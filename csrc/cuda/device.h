@@ -28,6 +28,7 @@ inline const char* said(cudaError_t error) {
 template <class Arguments>
 const char* launch(void (*kernel)(Arguments), int64_t blocks, int threads, size_t shared, uintptr_t stream,
                    Arguments arguments) {
+    if (blocks > kMostBlocks) return "more rows than one launch has blocks";
     void* pointers[] = {&arguments};
     return said(cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), pointers, shared,
                                  reinterpret_cast<cudaStream_t>(stream)));

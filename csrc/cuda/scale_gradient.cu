@@ -5,16 +5,12 @@ namespace fused_kd {
 namespace cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kChunksAThread = 8;
-
-// As large a piece of a row as a block takes.
-constexpr int64_t kPiece = int64_t(kThreads) * kChunk * kChunksAThread;
+static_assert(kScalingPiece % (kScalingThreads * kChunk) == 0, "whole chunks for each thread");
 
 template <class A>
-__global__ void __launch_bounds__(kThreads) scale_rows(ScaleCall call) {
-    const unsigned pieces = unsigned((call.classes + kPiece - 1) / kPiece);
-    const int64_t row = blockIdx.x / pieces, start = int64_t(blockIdx.x % pieces) * kPiece;
+__global__ void __launch_bounds__(kScalingThreads) scale_rows(ScaleCall call) {
+    const unsigned pieces = gridDim.x / unsigned(call.rows);
+    const int64_t row = blockIdx.x / pieces, start = int64_t(blockIdx.x % pieces) * kScalingPiece;
     const double grad_output =
         load_one<double>(call.grad_output, call.grad_output_dtype, row * call.grad_output_stride);
     const A factor = A(grad_output * load_one<double>(call.norm, call.norm_dtype, 0));
@@ -27,8 +23,8 @@ __global__ void __launch_bounds__(kThreads) scale_rows(ScaleCall call) {
     const int64_t offset = start * element_size(call.dtype);
     const RowView in_piece = {in.data + offset, 1, in.dtype, in.vectors};
     const GradientRow out_piece = {out.data + offset, out.dtype, out.vectors};
-    const int length = int(call.classes - start < kPiece ? call.classes - start : kPiece);
-    for (int base = threadIdx.x * kChunk; base < length; base += kThreads * kChunk) {
+    const int length = int(call.classes - start < kScalingPiece ? call.classes - start : kScalingPiece);
+    for (int base = threadIdx.x * kChunk; base < length; base += kScalingThreads * kChunk) {
         A x[kChunk];
         load_chunk(in_piece, base, length, x);
 #pragma unroll
@@ -48,9 +44,8 @@ const char* scale_gradient(const Place& place, const ScaleCall& call) {
         flat.rows = 1;
         flat.classes = call.rows * call.classes;
     }
-    const int64_t blocks = flat.rows * ((flat.classes + kPiece - 1) / kPiece);
-    return launch(call.dtype == kFloat64 ? scale_rows<double> : scale_rows<float>, blocks, kThreads, 0, place.stream,
-                  flat);
+    return launch(call.dtype == kFloat64 ? scale_rows<double> : scale_rows<float>,
+                  flat.rows * scaling_pieces(flat.classes), kScalingThreads, 0, place.stream, flat);
 }
 
 } // namespace cuda

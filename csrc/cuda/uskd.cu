@@ -5,15 +5,6 @@ namespace fused_kd {
 namespace cuda {
 namespace {
 
-// The workspace begins with the count, then has the parts, then what a sort in global memory needs.
-constexpr size_t kCountBytes = 256;
-
-size_t parts_bytes(int64_t rows, DType accumulate) {
-    return (size_t(rows) * 4 * size_t(element_size(accumulate)) + 255) / 256 * 256;
-}
-
-constexpr int kReducingThreads = 1024;
-
 struct DoubleSums {
     double of[4];
     __device__ void merge(const DoubleSums& o) {
@@ -67,16 +58,10 @@ __global__ void __launch_bounds__(kReducingThreads) reduce_parts(RowsArguments a
     *loss = A(total);
 }
 
-int reducing_blocks(const UskdCall& call) {
-    if (call.reduction != kNone || call.rows <= kReducingThreads) return 1;
-    const int64_t blocks = (call.rows + kReducingThreads - 1) / kReducingThreads;
-    return int(blocks < 1024 ? blocks : 1024);
-}
-
 } // namespace
 
 const char* uskd_workspace_bytes(int device, int64_t rows, int64_t classes, DType accumulate, int64_t& bytes) {
-    bytes = int64_t(kCountBytes + parts_bytes(rows, accumulate));
+    bytes = int64_t(kPlace + parts_bytes(rows, element_size(accumulate)));
     if (rows == 0 || arrangement_for(classes, accumulate == kFloat64) >= 0) return nullptr;
     if (const char* error = said(cudaSetDevice(device))) return error;
     int64_t sorting = 0;
@@ -91,8 +76,8 @@ const char* uskd(const Place& place, const UskdCall& call) {
     args.call = call;
     args.rows = call.rows;
     char* const workspace = static_cast<char*>(call.workspace);
-    args.parts = workspace + kCountBytes;
-    args.sorting = workspace + kCountBytes + parts_bytes(call.rows, call.accumulate);
+    args.parts = workspace + kPlace;
+    args.sorting = workspace + kPlace + parts_bytes(call.rows, element_size(call.accumulate));
     if (call.reduction == kMean && call.target.dtype == kInt64 && call.rows > kRowsCountedByEach) {
         args.count = reinterpret_cast<const int64_t*>(workspace);
         if (const char* error = launch(count_rows, 1, kReducingThreads, 0, place.stream, args)) return error;
@@ -104,7 +89,8 @@ const char* uskd(const Place& place, const UskdCall& call) {
         if (error) return error;
     }
     const auto reduce = call.accumulate == kFloat64 ? reduce_parts<double> : reduce_parts<float>;
-    return launch(reduce, reducing_blocks(call), kReducingThreads, 0, place.stream, args);
+    const int blocks = reducing_blocks(call.rows, call.reduction == kNone);
+    return launch(reduce, blocks, kReducingThreads, 0, place.stream, args);
 }
 
 const char* problem() {

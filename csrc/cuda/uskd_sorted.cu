@@ -118,7 +118,7 @@ struct Buffers {
   private:
     static char* take(char*& at, size_t bytes) {
         char* const here = at;
-        at += (bytes + 255) / 256 * 256;
+        at += (bytes + kPlace - 1) / kPlace * kPlace;
         return here;
     }
 };
