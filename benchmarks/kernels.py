@@ -29,6 +29,7 @@ from rich.table import Table
 
 from benchmarks import kernel_cases
 from benchmarks.report import replace_block
+from fused_kd.backends.triton import Launch
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- kernels:begin -->", "<!-- kernels:end -->"
@@ -104,9 +105,19 @@ def compile_triton(case: kernel_cases.Call, number: int, capability: int, loss: 
         # Tf-KD reads the student's logits alone, and so do the kernels before and after USKD's ranking.
         "inputs": 1 if launch.options.get("LOSS") == 4 or launch.kernel in ONE_INPUT else 2,
         "writes": launch.options.get("GRAD", True),
+        "instructions": report.instructions,
+        "exponentials": report.exponentials,
+        "elements": _elements(launch),
         "seconds": report.seconds,
         "library": False,
     }
+
+
+def _elements(launch: Launch) -> int:
+    """Of a tile, for each thread."""
+    options = launch.options
+    tile = options.get("ROWS", 1) * options.get("BLOCK", options.get("LANES", 0) * options.get("WIDTH", 0))
+    return int(tile) // (32 * int(options["num_warps"]))
 
 
 def nvcc() -> str | None:
@@ -155,6 +166,9 @@ def compile_cuda(source: Path, capability: int) -> list[Row]:
                 "element_bytes": 0,
                 "inputs": 0,
                 "writes": False,
+                "instructions": code.instructions,
+                "exponentials": code.exponentials,
+                "elements": 0,
                 "seconds": seconds,
                 "library": "3cub" in name,
             }
@@ -223,14 +237,16 @@ def compile_all(tasks: list[Task], workers: int, console: Console) -> tuple[list
     return [row for rows in results for row in rows], broken
 
 
-COLUMNS = ("kernel", "call", "sm", "threads", "regs", "shared", "local", "load", "store", "time")
+COLUMNS = ("kernel", "call", "sm", "threads", "regs", "shared", "local", "load", "store", "tile", "code", "exp", "time")
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """A row as text: bytes of shared memory, instructions on local memory, widest access in bytes, seconds."""
+    """A row as text: bytes of shared memory, instructions on local memory, widest access in bytes, elements of a tile
+    for each thread, instructions in all and those that make an exponential, seconds."""
     return (
         *(row["kernel"], row["case"], str(row["capability"]), str(row["threads"] or "–"), str(row["registers"])),
         *(str(row["shared"]), str(row["local"] or "none"), _widest(row["loads"]), _widest(row["stores"])),
+        *(str(row["elements"] or "–"), str(row["instructions"]), str(row["exponentials"])),
         f"{row['seconds']:.1f} s",
     )
 
@@ -250,7 +266,7 @@ def print_table(rows: list[Row], console: Console) -> None:
     for column in COLUMNS:
         text = column in ("kernel", "call")
         # Only the call's description may wrap; figures cut short are of no use.
-        width = {"kernel": 22, "call": 32}.get(column, 7)
+        width = {"kernel": 22, "call": 34}.get(column)
         table.add_column(column, justify="left" if text else "right", no_wrap=column != "call", width=width)
     for row in rows:
         table.add_row(*cells(row), style="red" if problems(row) else None)
@@ -334,7 +350,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder  # so that times are those of a first call
         rows, broken = compile_all(tasks, args.jobs, errors)
-    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=140)
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=150)
     (print_summary if args.full else print_table)(rows, console)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

@@ -37,8 +37,9 @@ class Report(NamedTuple):
     """What the compiler made of a kernel. ``stack`` is the local memory of a thread and ``local`` the number of
     instructions on it: 0 and 0 mean that nothing spills.
 
-    ``loads`` and ``stores`` count the instructions on global memory by bytes per thread; ``seconds`` is the time that
-    the compiler took.
+    ``loads`` and ``stores`` count the instructions on global memory by bytes per thread; ``instructions`` are all, and
+    ``exponentials`` those that make one, as they stand in the code: once in a loop, however often that runs.
+    ``seconds`` is the time that the compiler took.
     """
 
     registers: int
@@ -47,6 +48,8 @@ class Report(NamedTuple):
     local: int
     loads: dict[int, int]
     stores: dict[int, int]
+    instructions: int
+    exponentials: int
     seconds: float
 
 
@@ -60,6 +63,8 @@ class MachineCode(NamedTuple):
     local: int
     loads: dict[int, int]
     stores: dict[int, int]
+    instructions: int
+    exponentials: int
 
 
 def compile_launch(launch: Launch, capability: int) -> Report:
@@ -95,7 +100,17 @@ def compile_launch(launch: Launch, capability: int) -> Report:
         (code,) = read_cubin(path).values()
     # All of Triton's shared memory is dynamic: only the launcher's metadata has it.
     shared = kernel.metadata.shared
-    return Report(code.registers, code.stack, shared, code.local, code.loads, code.stores, seconds)
+    return Report(
+        code.registers,
+        code.stack,
+        shared,
+        code.local,
+        code.loads,
+        code.stores,
+        code.instructions,
+        code.exponentials,
+        seconds,
+    )
 
 
 def cuobjdump() -> str | None:
@@ -140,6 +155,8 @@ def read_cubin(path: Path) -> dict[str, MachineCode]:
             len(re.findall(r"\b(?:LDL|STL)\b", instructions)),
             widths("LDG", instructions),
             widths("STG", instructions),
+            len(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?!NOP)", instructions)),
+            len(re.findall(r"\bMUFU\.EX2\b", instructions)),
         )
     if not kernels:
         raise RuntimeError(f"cuobjdump: found no kernel in {path.name}")
