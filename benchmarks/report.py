@@ -67,6 +67,7 @@ def print_result(result: dict[str, Any], console: Console) -> None:
     for part in result["losses"]:
         for case in part["cases"]:
             console.print(_case_table(part["title"], case))
+            console.print(_first_calls(case), style="dim", markup=False)
             _print_missing(case["providers"], console)
             console.print()
         ranked = [case for case in part["cases"] if "ranking" in case]
@@ -86,6 +87,13 @@ def _print_missing(entries: list[dict[str, Any]], console: Console) -> None:
         if entry["status"] != "ok":
             style = "yellow" if entry["status"] == "unavailable" else "bold red"
             console.print(f"{label(entry['name'])}: {entry['status']}: {entry['reason']}", style=style, markup=False)
+
+
+def _first_calls(case: dict[str, Any]) -> str:
+    """What a first call and its backward pass took: with what is compiled then, if its caches had it not."""
+    known = [entry for entry in case["providers"] if entry["status"] == "ok" and "setup_seconds" in entry]
+    times = [f"{label(entry['name'])} {significant(entry['setup_seconds'], 2)} s" for entry in known]
+    return f"first call, compilation included: {', '.join(times)}"
 
 
 def _table(title: str, first_column: str) -> Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import platform
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,7 @@ def test_tables(result: dict[str, Any]) -> None:
     text = console.export_text()
     assert "…" not in text, "a column was cut at 100 columns"
     assert "liger-kernel" in text
+    assert re.search(r"first call, compilation included: .*fused_kd\s[\d.]+\ss", text, re.DOTALL)
     block = report.markdown(result)
     tables = [line for line in block.splitlines() if line.startswith("|")]
     assert sum(line.startswith("| 6×11 float32 |") for line in tables) == 2
