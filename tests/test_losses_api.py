@@ -70,6 +70,22 @@ def test_modules(place):
     assert module.state_dict() == {}
 
 
+def test_schedules():
+    student, (teacher,), target = make("kd")
+    steps = iter((1.0, 2.0))
+    module = fused_kd.KDLoss(temperature=lambda: next(steps), ce_weight=0.5)
+    for temperature in (1.0, 2.0):
+        expected = fused_kd.kd_loss(student, teacher, target, temperature=temperature, ce_weight=0.5)
+        assert torch.equal(module(student, teacher, target), expected)
+    criterion = fused_kd.USKDLoss(5, 9, beta=lambda: 0.3).double()
+    feature = torch.randn(6, 5, dtype=torch.float64)
+    expected = fused_kd.uskd_loss(student, criterion.weak_classifier(feature), target, beta=0.3)
+    assert torch.equal(criterion(student, feature, target), expected)
+    module.temperature = "hot"
+    with pytest.raises(TypeError, match="temperature: expected a number, got str"):
+        module(student, teacher, target)
+
+
 @pytest.mark.parametrize("loss", ROW_LOSSES)
 @pytest.mark.parametrize("standardize", (False, True))
 def test_opcheck(loss, standardize, native):

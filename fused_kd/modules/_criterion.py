@@ -9,19 +9,24 @@ from torch import Tensor, nn
 
 
 class Criterion(nn.Module):
-    """Hyper-parameters as attributes, and a function that takes them as keywords."""
+    """Hyper-parameters as attributes, and a function that takes them as keywords.
+
+    One that is callable is called without arguments, each time that the loss is, for its value then.
+    """
 
     _function: ClassVar[Callable[..., Any]]
+    _further: ClassVar[tuple[str, ...]] = ()  # arguments of __init__ that the function does not take
 
     def __init__(self, options: dict[str, Any]) -> None:
         super().__init__()
-        self._names = tuple(name for name in options if name not in ("self", "__class__"))
+        self._names = tuple(name for name in options if name not in ("self", "__class__", *self._further))
         for name in self._names:
             setattr(self, name, options[name])
 
     def _call(self, *tensors: Tensor | None, return_parts: bool) -> Any:
-        options = {name: getattr(self, name) for name in self._names}
+        options = {name: value() if callable(value := getattr(self, name)) else value for name in self._names}
         return type(self)._function(*tensors, **options, return_parts=return_parts)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._names)
+        options = {name: getattr(self, name) for name in self._names}
+        return ", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None)

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from fused_kd import functional
+from fused_kd.modules._criterion import Criterion
 from fused_kd.reference import USKDParts
 
 if TYPE_CHECKING:  # it is there only where PyTorch was built with torch.distributed
     from torch.distributed import ProcessGroup
 
 
-class USKDLoss(nn.Module):
+class USKDLoss(Criterion):
     """Universal self-knowledge distillation; :func:`fused_kd.uskd_loss` documents every argument.
 
     It owns the linear layer, ``weak_classifier``, that makes the weak logits of an earlier feature of the network: give
@@ -49,6 +50,9 @@ class USKDLoss(nn.Module):
         >>> loss = criterion(student_logits, feature, target)
     """
 
+    _function = staticmethod(functional.uskd_loss)
+    _further = ("in_features", "num_classes")
+
     def __init__(
         self,
         in_features: int,
@@ -65,23 +69,12 @@ class USKDLoss(nn.Module):
         reduction: str = "mean",
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(locals())
         if in_features < 1:
             raise ValueError(f"in_features: expected at least 1, got {in_features}")
         if num_classes < 2:
             raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
         self.weak_classifier = nn.Linear(in_features, num_classes)
-        self.alpha = alpha
-        self.beta = beta
-        self.mu = mu
-        self.ce_weight = ce_weight
-        self.label_smoothing = label_smoothing
-        self.rank = rank
-        self.square = square
-        self.process_group = process_group
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-        self.backend = backend
 
     def forward(
         self, student_logits: Tensor, feature: Tensor, target: Tensor, *, return_parts: bool = False
@@ -89,23 +82,10 @@ class USKDLoss(nn.Module):
         self._check(student_logits, feature)
         if feature.dim() == 4:
             feature = feature.mean(dim=(2, 3))
-        return functional.uskd_loss(  # type: ignore[call-overload, no-any-return]
-            student_logits,
-            self.weak_classifier(feature),
-            target,
-            alpha=self.alpha,
-            beta=self.beta,
-            mu=self.mu,
-            ce_weight=self.ce_weight,
-            label_smoothing=self.label_smoothing,
-            rank=self.rank,
-            square=self.square,
-            process_group=self.process_group,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            backend=self.backend,
-            return_parts=return_parts,
+        result: Tensor | tuple[Tensor, USKDParts] = self._call(
+            student_logits, self.weak_classifier(feature), target, return_parts=return_parts
         )
+        return result
 
     def _check(self, student_logits: Tensor, feature: Tensor) -> None:
         width, num_classes = self.weak_classifier.in_features, self.weak_classifier.out_features
@@ -123,11 +103,3 @@ class USKDLoss(nn.Module):
                 f"feature: expected shape ({rows}, {width}) or ({rows}, {width}, H, W), of in_features={width} and as "
                 f"many rows as student_logits, got {tuple(feature.shape)}"
             )
-
-    def extra_repr(self) -> str:
-        group = "" if self.process_group is None else f"process_group={self.process_group}, "
-        return (
-            f"alpha={self.alpha}, beta={self.beta}, mu={self.mu}, ce_weight={self.ce_weight}, "
-            f"label_smoothing={self.label_smoothing}, rank={self.rank!r}, square={self.square}, "
-            f"{group}ignore_index={self.ignore_index}, reduction={self.reduction!r}, backend={self.backend!r}"
-        )
