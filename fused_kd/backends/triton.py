@@ -67,6 +67,7 @@ def _kernels() -> dict[str, Any]:
         for name in (
             "triton_kernels",
             "triton_looped",
+            "triton_columns",
             "triton_reductions",
             "triton_uskd_kernels",
             "triton_uskd_streamed",
@@ -74,6 +75,7 @@ def _kernels() -> dict[str, Any]:
     ]
     names = (
         "rows_on_chip", "rows_looped", "count_chunks", "reduce_parts", "scale_rows",
+        "normalize_rows", "column_moments", "finish_columns",
         "target_probabilities", "ranked_on_chip", "write_keys", "write_zipf", "combine_ranked",
     )  # fmt: skip
     return {name: getattr(module, name) for module in modules for name in names if hasattr(module, name)}
@@ -153,7 +155,12 @@ def kernel_weights(loss_name: str, weights: list[float], classes: int) -> tuple[
         return others, own, rest * others * log_others + own * (log_others + gap), ce_weight, smoothing
     if loss_name == "kd":
         second = 1.0
-    if classes == 2:  # two classes leave one outside the target: its term and gradient are 0
+    if classes == 2 and loss_name in (
+        "nkd",
+        "kd",
+        "dkd",
+        "wsld",
+    ):  # two classes leave one outside the target: its term and gradient are 0
         first, second = (0.0 if loss_name == "nkd" else first), 0.0
     return first, second, temperature, ce_weight, smoothing
 
@@ -193,6 +200,10 @@ def plan_row_loss(
     target_row, target_col = target.stride() if probabilities else (target.stride(0), 0)
     launches: list[Launch] = []
     counts = plan_count(launches, target, ignore_index, reduction, need_gradient)
+    columns: tuple[Tensor, Tensor, Tensor] | None = None
+    if loss_name == "dist" and weights[1] != 0.0:
+        plan_columns = importlib.import_module("fused_kd.backends.triton_dist").plan_columns
+        columns = plan_columns(launches, student, teacher, target, loss.dtype, weights, standardize, ignore_index)
     row_parts = parts if per_row else torch.empty((3, rows), dtype=loss.dtype, device=student.device)
     narrow = min(t.element_size() for t in (student, teacher, target) if t.is_floating_point())
     row_strides = [student.stride(0), teacher.stride(0), *([target_row] if probabilities else [])]
@@ -200,6 +211,8 @@ def plan_row_loss(
     vector = 16 // narrow if unit else 1
     # Rows that start alike modulo a vector can be walked in vectors, from the same column on.
     together = unit and all((stride - classes) % vector == 0 for stride in row_strides)
+    if columns and classes % vector:  # they start alike for every row, the logits do not
+        together = False
     config = triton_config.row_config(
         classes,
         narrow,
@@ -209,6 +222,7 @@ def plan_row_loss(
         neighbours=unit,
         vectors=together,
         plain=loss_name == "nkd" and not standardize and not linear,
+        pointwise=loss_name == "dist",
     )
     options = {
         "ACC": acc,
@@ -223,6 +237,7 @@ def plan_row_loss(
         "STD": standardize,
         "LINEAR": linear,
         "RAW": standardize and sharp_distilled and ce,
+        "COLUMNS": columns is not None,
         "num_warps": config.warps,
         # The power of two of a float16 mean takes a few more registers, or it spills.
         "maxnreg": min(config.registers + 8 if half else config.registers, 2048 // config.warps, 255),
@@ -238,8 +253,9 @@ def plan_row_loss(
     if half and probabilities:
         known *= 2.0 ** (rows.bit_length() - 1)
     arguments = (
-        student, teacher, target, gradient, loss, row_parts, norm, counts.source,
-        rows, classes, *student.stride(), *teacher.stride(), target_row, target_col, counts.items, ignore_index,
+        student, teacher, target, gradient, loss, row_parts, norm, counts.source, *(columns or (loss, loss, loss)),
+        rows, classes, *student.stride(), *teacher.stride(), target_row, target_col, counts.items,
+        columns[2].shape[0] if columns else 0, ignore_index,
         *kernel_weights(loss_name, weights, classes), gradient_scale * known, 1.0 / gradient_scale,
     )  # fmt: skip
     launches.append(Launch(kernel, programs, arguments, options))

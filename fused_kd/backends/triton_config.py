@@ -50,7 +50,7 @@ class Flat(NamedTuple):
 #: aims at round occupancies and spills a few words to get there; these are the least that no dtype spills at.
 ON_CHIP = (
     (1024, 4, 64),  # smaller rows share a program, so that 100 classes fill the warps that 1000 do
-    (2048, 8, 72),
+    (2048, 8, 80),  # sm_100 spills two words at 72, which leave no more programs to a multiprocessor
     (4096, 16, 64),  # two programs per multiprocessor
     # 16 logits a thread, one program per multiprocessor. The last size that does not spill; 16384 fits for T = 1 only,
     # and would leave one program alone with its latency.
@@ -92,6 +92,7 @@ def row_config(
     neighbours: bool,
     vectors: bool,
     plain: bool = True,
+    pointwise: bool = False,
 ) -> OnChip | Looped:
     """Layout of the row kernels.
 
@@ -105,12 +106,13 @@ def row_config(
         vectors: In the looped kernel, rows start alike and can be walked in full vectors of every tensor.
         plain: NKD without label smoothing and logit standardization, which the registers were chosen for. What else
             there is gets all that its warps can have.
+        pointwise: The loss keeps both softmaxes (:mod:`triton_pointwise`): 2048 classes in float64 spill with z-scores.
     """
     block = max(16, 1 << (classes - 1).bit_length())
     tiles: tuple[tuple[int, int, int], ...] = ON_CHIP_PROBABILITIES if probabilities else ON_CHIP
     if wide:
         tiles = ON_CHIP_WIDE
-    if not plain and not wide:
+    if pointwise if wide else not plain:
         tiles = tiles[:-1]  # of the last, KD spills with indices, and z-scores with probabilities
     for tile, warps, registers in tiles:
         if block <= tile:
@@ -139,6 +141,59 @@ def scale_config(width: int) -> Flat:
     row's first and last are masked, and so scalar where it does not start aligned."""
     block = min(2048, max(128, 1 << (width - 1).bit_length()))
     return Flat(block, max(1, block // 512))
+
+
+class Normalized(NamedTuple):
+    """``rows`` rows per program, ``lanes`` threads each, with ``width`` classes of a tile."""
+
+    rows: int
+    lanes: int
+    width: int
+    warps: int
+
+
+class Columns(NamedTuple):
+    """Tiles of ``rows`` x ``block`` classes, walked down ``chunk`` rows by a program of ``warps`` warps."""
+
+    rows: int
+    block: int
+    chunk: int
+    warps: int
+    registers: int
+
+
+#: Threads of a program that normalises rows; of one row where it is longer than this many classes, so that few long
+#: rows fill a GPU.
+NORMALIZE_LONG, NORMALIZE_WARPS, NORMALIZE_LONG_WARPS = 4096, 4, 16
+#: Programs that the columns are shared out to: 8 on each multiprocessor, whose loads hide each other's latency.
+COLUMN_PROGRAMS = 1024
+#: Classes of a tile, a line of 128 bytes in half precision, and elements of a thread of 4 warps, whose moments and
+#: probabilities take some 110 registers. In float64, or where vectors cannot be loaded and a thread has parts of more
+#: rows, half as many.
+COLUMN_BLOCK, COLUMN_ELEMENTS = 64, 8
+#: Rows of a chunk at the least: its five moments are then a sixth of what is read for them in half precision.
+COLUMN_CHUNK = 64
+#: (chunks, classes) of a tile where the chunks are merged: columns first, so that a thousand classes are 8 programs.
+FINISH_TILE = (8, 128)
+
+
+@lru_cache(maxsize=1024)
+def normalize_config(classes: int, narrow: int) -> Normalized:
+    """Layout of normalize_rows: whole warps for a row as soon as it gives each thread a vector."""
+    width = max(2, 16 // narrow)
+    warps = NORMALIZE_LONG_WARPS if classes > NORMALIZE_LONG else NORMALIZE_WARPS
+    lanes = 32 * warps if classes > NORMALIZE_LONG else min(32, 1 << (-(-classes // width) - 1).bit_length())
+    return Normalized(32 * warps // lanes, lanes, width, warps)
+
+
+@lru_cache(maxsize=1024)
+def column_config(rows: int, classes: int, *, wide: bool, vectors: bool) -> Columns:
+    """Layout of column_moments; ``vectors`` says that at least two neighbours are loaded as one."""
+    block = min(COLUMN_BLOCK, max(16, 1 << (classes - 1).bit_length()))
+    tile_rows = 128 * (COLUMN_ELEMENTS // (2 if wide or not vectors else 1)) // block
+    chunks = max(1, min(-(-rows // COLUMN_CHUNK), COLUMN_PROGRAMS // -(-classes // block)))
+    chunk = -(-rows // chunks)
+    return Columns(tile_rows, block, -(-chunk // tile_rows) * tile_rows, 4, 255)
 
 
 #: USKD, float32: (largest tile of classes x rows that is sorted on chip, warps, registers of a thread): 8 words of 64

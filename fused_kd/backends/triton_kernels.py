@@ -20,6 +20,8 @@ PER_ROW  reduction "none": the loss and norm are final here, and the parts are t
 STD      logit standardization: every row has scales of its own
 LINEAR   the sum of the logits is wanted, for label smoothing or Tf-KD
 RAW      with STD, the CE's exponentials are none of the others
+COLUMNS  DIST's column term is wanted: ``states`` has its rows' softmaxes, ``columns`` four numbers of each class, and
+         ``correlations`` what becomes its part of the loss (:mod:`triton_columns`)
 
 Hyper-parameters come as float64, which Triton would otherwise round to float32, and are never specialised on, so that
 another temperature or gamma compiles nothing.
@@ -31,8 +33,10 @@ import triton
 import triton.language as tl
 
 from fused_kd.backends.triton_losses import coefficients
+from fused_kd.backends.triton_pointwise import add_slopes, add_sums, column_part, load_columns, no_sums, softmaxes
 from fused_kd.backends.triton_rows import (
     LOG2E,
+    POINTWISE,
     TF_KD,
     accumulate,
     combine,
@@ -57,6 +61,7 @@ RUNTIME = [
     "target_row",
     "target_col",
     "count_items",
+    "correlation_items",
     "ignore_index",
 ]
 
@@ -117,6 +122,9 @@ def rows_on_chip(
     parts,
     norm,
     counts,
+    states,
+    columns,
+    correlations,
     rows: tl.int64,
     classes: tl.int32,
     student_row: tl.int64,
@@ -126,6 +134,7 @@ def rows_on_chip(
     target_row: tl.int64,
     target_col: tl.int64,
     count_items: tl.int32,
+    correlation_items: tl.int32,
     ignore_index: tl.int64,
     first: tl.float64,
     second: tl.float64,
@@ -149,6 +158,7 @@ def rows_on_chip(
     STD: tl.constexpr,
     LINEAR: tl.constexpr,
     RAW: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """ROWS whole rows per program, BLOCK >= classes: one read of each input and one write of the gradient."""
     weights = all_weights(first, second, temperature, ce_weight, smoothing, ACC)
@@ -186,6 +196,7 @@ def rows_on_chip(
         t_moments = tile_moments(t)
     scales = make_scales(weights[2], s_moments, t_moments, k, LOSS, STD)
     is_target = cols == y[:, None]
+    whole_s, whole_t = s, t
     s = tl.where(is_target, _NEG_INF, s)
     t = tl.where(is_target, _NEG_INF, t)
     if PROB:
@@ -197,8 +208,22 @@ def rows_on_chip(
     stats = accumulate(empty_statistics(ROWS, ACC), s, t, v, present, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
     if PROB:
         valid = 1.0 + 0.0 * (stats[7] + v_y)
-    part_y, part_rest, part_ce, soft, sharp, teach, raw, v_weight, constant, slope, at_target = coefficients(
-        stats, s_y, t_y, v_y, weights, scales, s_moments, classes, LOSS, SINGLE, PROB, STD, LINEAR, RAW
+    sums = stats
+    of_column = tl.zeros([1], ACC)
+    if LOSS >= POINTWISE:
+        of_rows = softmaxes(stats, s_y, t_y, states, rows, row, counted, scales, COLUMNS)
+        of_columns = load_columns(columns, cols, cols < classes, classes, True, COLUMNS)
+        # At the target its distance from the mean is read, and with COLUMNS it is a class as any other.
+        s_tile = whole_s if STD or COLUMNS else s
+        t_tile = whole_t if COLUMNS else t
+        constants = (weights[0], 1.0 / classes.to(ACC))
+        sums = add_sums(
+            no_sums(ROWS, ACC), s_tile, t_tile, of_columns, is_target, mask, stats, of_rows, constants, scales,
+            LOSS, STD, COLUMNS,
+        )  # fmt: skip
+        of_column = column_part(correlations, correlation_items, weights, classes, ACC, COLUMNS, _COUNT_BLOCK)
+    part_y, part_rest, part_ce, soft, sharp, teach, raw, v_weight, constant, slope, at_target, more = coefficients(
+        stats, sums, of_column, s_y, t_y, v_y, weights, scales, s_moments, classes, LOSS, SINGLE, PROB, STD, LINEAR, RAW
     )
     part_y = tl.where(counted, part_y * valid, 0.0)
     part_rest = tl.where(counted, part_rest * valid, 0.0)
@@ -210,6 +235,11 @@ def rows_on_chip(
             soft * by, sharp * by, teach * by, raw * by, v_weight * by, constant * by, slope * by, at_target * by,
         )  # fmt: skip
         g = combine(s, t, v, is_target, stats, scaled, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
+        if LOSS >= POINTWISE:
+            more = (more[0] * by, more[1] * by, more[2] * by, more[3] * by)
+            g = add_slopes(
+                g, s_tile, t_tile, of_columns, is_target, stats, of_rows, constants, more, scales, LOSS, STD, COLUMNS
+            )
         g = tl.where(counted[:, None], g, 0.0)
         pointers = gradient + (row * classes)[:, None] + cols
         tl.store(pointers, narrowed(g, gradient.dtype.element_ty), mask=inside[:, None] & (cols < classes))

@@ -10,8 +10,18 @@ import triton.language as tl
 
 from fused_kd.backends.triton_kernels import RUNTIME, all_weights, at, gradient_scale, store_parts
 from fused_kd.backends.triton_losses import coefficients
+from fused_kd.backends.triton_pointwise import (
+    add_slopes,
+    add_sums,
+    column_part,
+    load_columns,
+    merge_sums,
+    no_sums,
+    softmaxes,
+)
 from fused_kd.backends.triton_rows import (
     LOG2E,
+    POINTWISE,
     TF_KD,
     accumulate,
     combine,
@@ -85,6 +95,32 @@ def _accumulate_others(
 
 
 @triton.jit
+def _sum_tile(
+    sums, bases, strides, offsets, mask, is_target, columns, classes, stats, of_rows, constants, scales,
+    MASKED: tl.constexpr, UNIT: tl.constexpr, LOSS: tl.constexpr, STD: tl.constexpr, COLUMNS: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Add a tile to what a pointwise loss sums."""
+    s, t, _v = _load_tiles(bases, strides, offsets, mask, MASKED, UNIT, LOSS, False, ACC)
+    tile = load_columns(columns, offsets, mask, classes, MASKED, COLUMNS)
+    return add_sums(sums, s, t, tile, is_target, mask, stats, of_rows, constants, scales, LOSS, STD, COLUMNS)
+
+
+@triton.jit
+def _gradient_tile(
+    bases, strides, offsets, mask, is_target, columns, classes, stats, scaled, of_rows, constants, more, scales,
+    MASKED: tl.constexpr, UNIT: tl.constexpr, LOSS: tl.constexpr, SINGLE: tl.constexpr, PROB: tl.constexpr,
+    STD: tl.constexpr, LINEAR: tl.constexpr, RAW: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    s, t, v = _load_tiles(bases, strides, offsets, mask, MASKED, UNIT, LOSS, PROB, ACC)
+    g = combine(s, t, v, is_target, stats, scaled, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
+    if LOSS >= POINTWISE:
+        tile = load_columns(columns, offsets, mask, classes, MASKED, COLUMNS)
+        g = add_slopes(g, s, t, tile, is_target, stats, of_rows, constants, more, scales, LOSS, STD, COLUMNS)
+    return g
+
+
+@triton.jit
 def _row_moments(base, stride, classes, LANES: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr):
     """(mean, unbiased deviation, number) of the classes of a row that can occur, in two walks of their own."""
     cols = tl.arange(0, LANES)
@@ -125,6 +161,9 @@ def rows_looped(
     parts,
     norm,
     counts,
+    states,
+    columns,
+    correlations,
     rows: tl.int64,
     classes: tl.int32,
     student_row: tl.int64,
@@ -134,6 +173,7 @@ def rows_looped(
     target_row: tl.int64,
     target_col: tl.int64,
     count_items: tl.int32,
+    correlation_items: tl.int32,
     ignore_index: tl.int64,
     first: tl.float64,
     second: tl.float64,
@@ -157,6 +197,7 @@ def rows_looped(
     STD: tl.constexpr,
     LINEAR: tl.constexpr,
     RAW: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """One row per program, walked in tiles of LANES x WIDTH, WIDTH classes a lane.
 
@@ -248,8 +289,48 @@ def rows_looped(
         t_y = tl.load(at(teacher_head, y, teacher_col, UNIT), mask=counted, other=0.0).to(ACC)
     if PROB:
         valid = 1.0 + 0.0 * (merged[7] + v_y)
-    part_y, part_rest, part_ce, soft, sharp, teach, raw, v_weight, constant, slope, at_target = coefficients(
-        merged, s_y, t_y, v_y, weights, scales, s_moments, classes, LOSS, SINGLE, PROB, STD, LINEAR, RAW
+    sums, of_rows, constants = merged, merged, merged
+    of_column = tl.zeros([1], ACC)
+    if LOSS >= POINTWISE:
+        # With COLUMNS every row starts with a vector, or VEC is 1, so that positions are columns.
+        of_rows = softmaxes(merged, s_y, t_y, states, rows, one_row, counted, scales, COLUMNS)
+        constants = (weights[0], 1.0 / classes.to(ACC))
+        of_column = column_part(correlations, correlation_items, weights, classes, ACC, COLUMNS, BLOCK)
+        sums = no_sums(LANES, ACC)
+        sums = _sum_tile(
+            sums, bases, strides, at_head, in_head, is_target, columns, classes, merged, of_rows, constants, scales,
+            True, UNIT, LOSS, STD, COLUMNS, ACC,
+        )  # fmt: skip
+        for i in range(body):
+            here = width == (y_lane - i * BLOCK)[:, None]
+            sums = _sum_tile(
+                sums, bases, strides, i * BLOCK + lane, lane >= 0, here, columns, classes, merged, of_rows, constants,
+                scales, False, UNIT, LOSS, STD, COLUMNS, ACC,
+            )  # fmt: skip
+        for start in range(body * BLOCK, end, BLOCK):
+            here = width == (y_lane - start)[:, None]
+            sums = _sum_tile(
+                sums, bases, strides, start + lane, start + lane < end, here, columns, classes, merged, of_rows,
+                constants, scales, True, UNIT, LOSS, STD, COLUMNS, ACC,
+            )  # fmt: skip
+        sums = merge_sums(sums)
+    part_y, part_rest, part_ce, soft, sharp, teach, raw, v_weight, constant, slope, at_target, more = coefficients(
+        merged,
+        sums,
+        of_column,
+        s_y,
+        t_y,
+        v_y,
+        weights,
+        scales,
+        s_moments,
+        classes,
+        LOSS,
+        SINGLE,
+        PROB,
+        STD,
+        LINEAR,
+        RAW,
     )
     part_y = tl.where(counted, part_y * valid, 0.0)
     part_rest = tl.where(counted, part_rest * valid, 0.0)
@@ -260,23 +341,29 @@ def rows_looped(
         scaled = (
             soft * by, sharp * by, teach * by, raw * by, v_weight * by, constant * by, slope * by, at_target * by,
         )  # fmt: skip
+        if LOSS >= POINTWISE:
+            more = (more[0] * by, more[1] * by, more[2] * by, more[3] * by)
         gradient_head = gradient + (row * classes + head) // VEC * VEC
         dtype = gradient.dtype.element_ty
         for start in range(body * BLOCK, end, BLOCK):
-            s, t, v = _load_tiles(bases, strides, start + lane, start + lane < end, True, UNIT, LOSS, PROB, ACC)
             here = width == (y_lane - start)[:, None]
-            g = combine(s, t, v, here, merged, scaled, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
+            g = _gradient_tile(
+                bases, strides, start + lane, start + lane < end, here, columns, classes, merged, scaled, of_rows,
+                constants, more, scales, True, UNIT, LOSS, SINGLE, PROB, STD, LINEAR, RAW, COLUMNS, ACC,
+            )  # fmt: skip
             tl.store(gradient_head + (start + lane), narrowed(g, dtype), mask=start + lane < end)
         for i in range(body):
             start = (body - 1 - i) * BLOCK
-            s, t, v = _load_tiles(bases, strides, start + lane, lane >= 0, False, UNIT, LOSS, PROB, ACC)
             here = width == (y_lane - start)[:, None]
-            g = combine(s, t, v, here, merged, scaled, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
+            g = _gradient_tile(
+                bases, strides, start + lane, lane >= 0, here, columns, classes, merged, scaled, of_rows,
+                constants, more, scales, False, UNIT, LOSS, SINGLE, PROB, STD, LINEAR, RAW, COLUMNS, ACC,
+            )  # fmt: skip
             tl.store(gradient_head + (start + lane), narrowed(g, dtype))
-        s_head, t_head, v_head = _load_tiles(bases, strides, at_head, in_head, True, UNIT, LOSS, PROB, ACC)
-        g_head = combine(
-            s_head, t_head, v_head, is_target, merged, scaled, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW
-        )
+        g_head = _gradient_tile(
+            bases, strides, at_head, in_head, is_target, columns, classes, merged, scaled, of_rows,
+            constants, more, scales, True, UNIT, LOSS, SINGLE, PROB, STD, LINEAR, RAW, COLUMNS, ACC,
+        )  # fmt: skip
         tl.store(gradient_head + at_head, narrowed(g_head, dtype), mask=in_head)
         if not PROB:
             for start in range(0, tl.where(read == 1, 0, classes), BLOCK):

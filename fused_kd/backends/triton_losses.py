@@ -3,9 +3,10 @@
 """The row losses in Triton's language: from the statistics of a row to its parts and the coefficients of its gradient.
 
 The same formulas as in ``csrc/row_losses.h``, where each loss has its derivation; logarithms are in base 2 here.
-:mod:`triton_rows` has the statistics and the conventions. ``weights`` are (first, second, temperature, ce_weight,
-label_smoothing); Tf-KD's first three are instead what its virtual teacher gives every other class, what it gives the
-target, and its negative entropy (:func:`fused_kd.backends.triton.kernel_weights`).
+:mod:`triton_rows` has the statistics and the conventions, :mod:`triton_pointwise` the losses that are no combination of
+exponentials. ``weights`` are (first, second, temperature, ce_weight, label_smoothing); Tf-KD's first three are instead
+what its virtual teacher gives every other class, what it gives the target, and its negative entropy
+(:func:`fused_kd.backends.triton.kernel_weights`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_kd.backends.triton_rows import DKD, KD, LN2, LOG2E, NKD, WSLD, times, zero_if_empty
+from fused_kd.backends.triton_pointwise import pointwise
+from fused_kd.backends.triton_rows import DKD, KD, LN2, LOG2E, NKD, POINTWISE, TF_KD, WSLD, join_target, times
 
 _NEG_INF = tl.constexpr(float("-inf"))
 _INF = tl.constexpr(float("inf"))
@@ -23,22 +25,6 @@ _INF = tl.constexpr(float("inf"))
 def _weighted(weight, value):
     """A part times its hyper-parameter, which switches it off at 0, whatever the part is."""
     return tl.where(weight == 0.0, 0.0, weight * value)
-
-
-@triton.jit
-def _join_target(x_y, m, z, k):
-    """Softmax at y from the sum z over the other classes, relative to their maximum m.
-
-    Returns p_y, 1 - p_y, the factor that turns exp(x_j - m) into p_j, log2 of the whole sum relative to m, and
-    -log2 p_y. With u = (x_y - m) k and M = max(u, 0) the whole sum is 2^M (z 2^-M + 2^(u - M)).
-    """
-    u = (x_y - zero_if_empty(m)) * k
-    top = tl.where(m == _NEG_INF, u, tl.maximum(u, 0.0))
-    outside = tl.where(m == _NEG_INF, 0.0, tl.exp2(-top))
-    inside = tl.exp2(u - top)
-    total = z * outside + inside
-    log_total = tl.log2(total)
-    return inside / total, z * outside / total, outside / total, log_total + top, log_total + (top - u)
 
 
 @triton.jit
@@ -65,7 +51,7 @@ def _cross_entropy(stats, s_y, v_y, z, weights, classes, PROB: tl.constexpr, LIN
     p_y sum V' - V'_y is written p_y (sum of the others) - V'_y (1 - p_y), which does not cancel as p_y -> 1.
     """
     _first, _second, _temperature, ce_weight, smoothing = weights
-    p_y, p_rest, p_factor, log_z, nll = _join_target(s_y, stats[0], z, LOG2E)
+    p_y, p_rest, p_factor, log_z, nll = join_target(s_y, stats[0], z, LOG2E)
     if PROB:
         ce = times(v_y, nll) + stats[7] * log_z - stats[8] * LOG2E
         others = stats[7]
@@ -91,8 +77,8 @@ def _cross_entropy(stats, s_y, v_y, z, weights, classes, PROB: tl.constexpr, LIN
 def _nkd(stats, s_y, t_y, z_sharp, z_tsharp, weights, scales):
     gamma, _second, temperature, _ce_weight, _smoothing = weights
     z_s, z_t, dot = stats[1], stats[4], stats[6]
-    _p_y, p_rest, p_factor, _log_z, nll = _join_target(s_y, stats[0], z_sharp, scales[2])
-    q_y, _q_rest, _q_factor, _log_q, _nll_q = _join_target(t_y, stats[3], z_tsharp, scales[3])
+    _p_y, p_rest, p_factor, _log_z, nll = join_target(s_y, stats[0], z_sharp, scales[2])
+    q_y, _q_rest, _q_factor, _log_q, _nll_q = join_target(t_y, stats[3], z_tsharp, scales[3])
     # A teacher that excludes every other class has no q_hat: nothing is asked of the student there.
     asked = tl.where(z_t == 0.0, 0.0, 1.0).to(z_t.dtype)
     z_s = tl.where(z_s == 0.0, 1.0, z_s)
@@ -105,8 +91,8 @@ def _nkd(stats, s_y, t_y, z_sharp, z_tsharp, weights, scales):
 @triton.jit
 def _both_soft(stats, s_y, t_y, scales):
     """What KD, DKD and WSLD need of both softmaxes at T."""
-    p_y, p_rest, p_factor, p_log_z, p_nll = _join_target(s_y, stats[0], stats[1], scales[0])
-    q_y, q_rest, q_factor, q_log_z, q_nll = _join_target(t_y, stats[3], stats[4], scales[1])
+    p_y, p_rest, p_factor, p_log_z, p_nll = join_target(s_y, stats[0], stats[1], scales[0])
+    q_y, q_rest, q_factor, q_log_z, q_nll = join_target(t_y, stats[3], stats[4], scales[1])
     difference = tl.where((p_y > 0.5) & (q_y > 0.5), q_rest - p_rest, p_y - q_y)
     p_rest_nll = p_log_z - tl.log2(stats[1])
     q_rest_nll = q_log_z - tl.log2(stats[4])
@@ -146,8 +132,8 @@ def _decoupled(stats, s_y, t_y, weights, scales, WHOLE: tl.constexpr):
 def _wsld(stats, s_y, t_y, v_y, z_sharp, z_tsharp, weights, scales, PROB: tl.constexpr):
     alpha, _second, temperature, _ce_weight, _smoothing = weights
     z_s, z_t, dot = stats[1], stats[4], stats[6]
-    _p, s_rest, _f, s_log_z, s_ce = _join_target(s_y, stats[0], z_sharp, scales[2])
-    _q, t_rest, _qf, t_log_z, t_ce = _join_target(t_y, stats[3], z_tsharp, scales[3])
+    _p, s_rest, _f, s_log_z, s_ce = join_target(s_y, stats[0], z_sharp, scales[2])
+    _q, t_rest, _qf, t_log_z, t_ce = join_target(t_y, stats[3], z_tsharp, scales[3])
     # u is a ratio of the two, which as p_y -> 1 are nearly 1 - p_y.
     s_ce = tl.where(s_rest < 0.5, -_log2_1p(-s_rest), s_ce)
     t_ce = tl.where(t_rest < 0.5, -_log2_1p(-t_rest), t_ce)
@@ -169,6 +155,8 @@ def _wsld(stats, s_y, t_y, v_y, z_sharp, z_tsharp, weights, scales, PROB: tl.con
 @triton.jit
 def coefficients(
     stats,
+    sums,
+    column,
     s_y,
     t_y,
     v_y,
@@ -183,8 +171,8 @@ def coefficients(
     LINEAR: tl.constexpr,
     RAW: tl.constexpr,
 ):
-    """A loss's three parts, and its gradient's (soft, sharp, teacher, raw, v, constant, slope, value at y), of rows
-    that count and are valid."""
+    """A loss's three parts, and its gradient's (soft, sharp, teacher, raw, v, constant, slope, value at y) and what
+    else a pointwise loss has, from ``sums`` and its column term's part; of rows that count and are valid."""
     z_sharp = stats[1] if SINGLE else stats[2]
     z_tsharp = stats[4] if SINGLE else stats[5]
     z_ce = stats[12] if RAW else z_sharp
@@ -197,9 +185,9 @@ def coefficients(
         one, two, soft, sharp, teacher, at_y = _decoupled(stats, s_y, t_y, weights, scales, False)
     elif LOSS == WSLD:
         one, two, soft, sharp, teacher, at_y = _wsld(stats, s_y, t_y, v_y, z_sharp, z_tsharp, weights, scales, PROB)
-    else:
+    elif LOSS == TF_KD:
         others, own, entropy, _ce_weight, _smoothing = weights
-        p_y, p_rest, p_factor, log_z, nll = _join_target(s_y, stats[0], stats[1], LOG2E)
+        p_y, p_rest, p_factor, log_z, nll = join_target(s_y, stats[0], stats[1], LOG2E)
         everything = (classes - 1) * log_z - stats[10] * LOG2E
         one = entropy + own * nll * LN2 + others * everything * LN2  # neither weight is 0
         two = tl.zeros_like(one)
@@ -207,7 +195,13 @@ def coefficients(
         constant -= others
         at_y = tl.where(own > 0.5, (classes - 1) * others - p_rest, p_y - own)
         soft, sharp, teacher = tl.zeros_like(raw), tl.zeros_like(raw), tl.zeros_like(raw)
+    else:
+        soft, sharp, teacher, at_y = tl.zeros_like(raw), tl.zeros_like(raw), tl.zeros_like(raw), tl.zeros_like(raw)
     slope = tl.zeros_like(soft)
+    more, with_s = (slope,), slope
+    if LOSS >= POINTWISE:
+        one, more, with_s = pointwise(sums, weights, LOSS, STD)
+        two = tl.zeros_like(one) + column
     possible = s_y != _NEG_INF
     at_y = tl.where(possible, at_y, 0.0)
     if STD:
@@ -216,13 +210,17 @@ def coefficients(
         f = 1.0 / (deviation + 1e-7)
         w_sharp = stats[13] if SINGLE else stats[14]
         centred = tl.where(possible, s_y - mean, 0.0)
-        with_z = soft * stats[13] + sharp * w_sharp + teacher * stats[15] + at_y * centred
+        with_z = (
+            with_s if LOSS >= POINTWISE else soft * stats[13] + sharp * w_sharp + teacher * stats[15] + at_y * centred
+        )
         flat = deviation == 0.0
         slope = tl.where(flat, 0.0, f * f * with_z / (tl.maximum(number - 1.0, 1.0) * tl.where(flat, 1.0, deviation)))
         soft, sharp, teacher, at_y = soft * f, sharp * f, teacher * f, at_y * f - slope * centred
+        if LOSS >= POINTWISE:
+            more = (more[0] * f, more[1] * f, more[2] * f, more[3] * f)
     if not RAW:  # the CE's exponentials are the sharp ones
         sharp += raw
     if SINGLE:
         soft += sharp
     at_y = tl.where(possible, at_y + at_ce, 0.0)
-    return one, two, ce, soft, sharp, teacher, raw, v_weight, constant, slope, at_y
+    return one, two, ce, soft, sharp, teacher, raw, v_weight, constant, slope, at_y, more

@@ -9,7 +9,8 @@ A row's gradient is, outside the target class y, a combination of exponentials w
 with e_j(k) = 2^((s_j - m_s) k), f_j = 2^((t_j - m_t) soft_t) and m_s, m_t the largest logits *outside* y. The sums
 behind the coefficients run over the classes outside y too, and y joins afterwards as one more term, so neither a
 saturated target (s_y - m_s may be hundreds) nor p_y -> 1 costs anything by cancellation. A loss of the family is a
-function in :mod:`triton_losses`.
+function in :mod:`triton_losses`; one whose gradient is another function of both softmaxes has it in
+:mod:`triton_pointwise`, and only its CE is such a combination.
 
 ``scales`` are (soft_s, soft_t, sharp_s, sharp_t, mean_s): log2(e) over the temperature T, twice, and log2(e), twice, as
 scalars; with STD (logit standardization) of each row's own, since z-scores are the logits at another scale, and the
@@ -40,6 +41,9 @@ KD = tl.constexpr(1)
 DKD = tl.constexpr(2)
 WSLD = tl.constexpr(3)
 TF_KD = tl.constexpr(4)
+#: From here on losses that are no combination of exponentials, see :mod:`triton_pointwise`.
+DIST = tl.constexpr(5)
+POINTWISE = DIST
 
 
 @triton.jit
@@ -52,6 +56,22 @@ def zero_if_empty(maximum):
 def times(weight, value):
     """weight * value with 0 * inf = 0, for a loss, which is +inf if anything; NaN stays."""
     return weight * tl.where(weight == 0.0, tl.where(value == _INF, 0.0, value), value)
+
+
+@triton.jit
+def join_target(x_y, m, z, k):
+    """Softmax at y from the sum z over the other classes, relative to their maximum m.
+
+    Returns p_y, 1 - p_y, the factor that turns exp(x_j - m) into p_j, log2 of the whole sum relative to m, and
+    -log2 p_y. With u = (x_y - m) k and M = max(u, 0) the whole sum is 2^M (z 2^-M + 2^(u - M)).
+    """
+    u = (x_y - zero_if_empty(m)) * k
+    top = tl.where(m == _NEG_INF, u, tl.maximum(u, 0.0))
+    outside = tl.where(m == _NEG_INF, 0.0, tl.exp2(-top))
+    inside = tl.exp2(u - top)
+    total = z * outside + inside
+    log_total = tl.log2(total)
+    return inside / total, z * outside / total, outside / total, log_total + top, log_total + (top - u)
 
 
 @triton.jit
@@ -88,13 +108,14 @@ def _rescale(stats, m_s, m_t, scales, LOSS: tl.constexpr, SINGLE: tl.constexpr):
         down_t = old_t - zero_if_empty(m_t)
         moved_t = tl.where(old_t == _NEG_INF, 0.0, down_t)
         factor_t = tl.exp2(down_t * soft_t)
-        moved = moved_s * soft_s
-        if (LOSS == KD) or (LOSS == DKD):
-            moved -= moved_t * soft_t
-        dot = tl.where(factor_t == 0.0, 0.0, factor_t * (dot + moved * z_t))
+        if LOSS < POINTWISE:
+            moved = moved_s * soft_s
+            if (LOSS == KD) or (LOSS == DKD):
+                moved -= moved_t * soft_t
+            dot = tl.where(factor_t == 0.0, 0.0, factor_t * (dot + moved * z_t))
         z_t = z_t * factor_t
         w_teacher = w_teacher * factor_t
-        if not SINGLE:
+        if (not SINGLE) and (LOSS < POINTWISE):
             z_tsharp = z_tsharp * tl.exp2(down_t * sharp_t)
         v_dot_t = v_dot_t + moved_t * v_sum
     return z_s, z_sharp, z_t, z_tsharp, dot, v_sum, v_dot, v_dot_t, linear, number, z_raw, w_soft, w_sharp, w_teacher
@@ -137,13 +158,13 @@ def accumulate(
     u = d_s * per_row(soft_s, STD)
     e = tl.exp2(u)
     z_s += tl.sum(e, 1)
-    if STD:
+    if STD and (LOSS < POINTWISE):
         centred = tl.where(s == _NEG_INF, 0.0, s - mean[:, None])
         w_soft += tl.sum(e * centred, 1)
     if not SINGLE:
         sharp = tl.exp2(d_s * per_row(sharp_s, STD))
         z_sharp += tl.sum(sharp, 1)
-        if STD:
+        if STD and (LOSS < POINTWISE):
             w_sharp += tl.sum(sharp * centred, 1)
     if RAW:
         z_raw += tl.sum(tl.exp2(d_s * LOG2E), 1)
@@ -154,12 +175,13 @@ def accumulate(
         z_t += tl.sum(f, 1)
         if DIVERGENCE:
             u = u - u_t
-        # 0 log 0 = 0: an impossible class costs only where the teacher gives it mass.
-        dot += tl.sum(f * tl.where(f == 0.0, 0.0, u), 1)
-        if STD:
-            w_teacher += tl.sum(f * centred, 1)
+        if LOSS < POINTWISE:
+            # 0 log 0 = 0: an impossible class costs only where the teacher gives it mass.
+            dot += tl.sum(f * tl.where(f == 0.0, 0.0, u), 1)
+            if STD:
+                w_teacher += tl.sum(f * centred, 1)
         if not SINGLE:
-            if not DIVERGENCE:
+            if (not DIVERGENCE) and (LOSS < POINTWISE):
                 z_tsharp += tl.sum(tl.exp2(d_t * per_row(sharp_t, STD)), 1)
     if PROB:
         v_sum += tl.sum(v, 1)
@@ -216,7 +238,7 @@ def make_scales(temperature, s_moments, t_moments, k, LOSS: tl.constexpr, STD: t
         soft_s = sharp_s / temperature
         soft_t = sharp_t / temperature
         mean = s_moments[0]
-        if (LOSS == KD) or (LOSS == DKD):  # whose sharp exponentials are the CE's
+        if (LOSS == KD) or (LOSS == DKD) or (LOSS >= POINTWISE):  # whose sharp exponentials are the CE's
             sharp_s = tl.zeros_like(sharp_s) + k
             sharp_t = tl.zeros_like(sharp_t) + k
     else:
@@ -248,12 +270,15 @@ def combine(
     soft, sharp, teacher, raw, v_weight, constant, slope, at_target = coefficients
     soft_s, soft_t, sharp_s, _sharp_t, mean = scales
     d_s = s - zero_if_empty(stats[0])[:, None]
-    g = soft[:, None] * tl.exp2(d_s * per_row(soft_s, STD))
-    if not SINGLE:
-        g += sharp[:, None] * tl.exp2(d_s * per_row(sharp_s, STD))
+    if SINGLE or (LOSS < POINTWISE):
+        g = soft[:, None] * tl.exp2(d_s * per_row(soft_s, STD))
+        if not SINGLE:
+            g += sharp[:, None] * tl.exp2(d_s * per_row(sharp_s, STD))
+    else:  # the CE's alone
+        g = sharp[:, None] * tl.exp2(d_s * per_row(sharp_s, STD))
     if RAW:
         g += raw[:, None] * tl.exp2(d_s * LOG2E)
-    if LOSS != TF_KD:
+    if (LOSS != TF_KD) and (LOSS < POINTWISE):
         d_t = t - zero_if_empty(stats[3])[:, None]
         g += teacher[:, None] * tl.exp2(d_t * per_row(soft_t, STD))
     if PROB:

@@ -1,0 +1,80 @@
+"""DIST's column term by Triton: the launches before its row kernel. :mod:`fused_kd.backends.triton` imports this when
+it is asked for one."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_kd.backends import triton_config
+from fused_kd.backends.triton import Launch, acc_types
+
+
+class ColumnTerm(NamedTuple):
+    """What the row kernel reads of it (their arguments of these names)."""
+
+    states: Tensor
+    columns: Tensor
+    correlations: Tensor
+
+
+def plan_columns(
+    launches: list[Launch],
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    dtype: torch.dtype,
+    weights: list[float],
+    standardize: bool,
+    ignore_index: int,
+) -> ColumnTerm:
+    """Append what makes DIST's column term; ``dtype`` is that of the arithmetic."""
+    rows, classes = student.shape
+    _, gamma, temperature, *_ = weights
+    acc, probabilities = acc_types()[dtype], target.is_floating_point()
+    narrow = min(student.element_size(), teacher.element_size())
+    unit = student.stride(1) == teacher.stride(1) == 1
+    vector = math.gcd(16 // narrow if unit else 1, classes, student.stride(0), teacher.stride(0))
+    shared = {"ACC": acc, "VEC": vector, "UNIT": unit, "PROB": probabilities}
+    strides = (*student.stride(), *teacher.stride(), target.stride(0), ignore_index)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=student.device)
+
+    states = empty(6, rows)
+    normalize = triton_config.normalize_config(classes, narrow)
+    arguments = (student, teacher, target, states, rows, classes, *strides, temperature)
+    options = {
+        **shared,
+        "ROWS": normalize.rows,
+        "LANES": normalize.lanes,
+        "WIDTH": normalize.width,
+        "STD": standardize,
+        "num_warps": normalize.warps,
+    }
+    launches.append(Launch("normalize_rows", -(-rows // normalize.rows), arguments, options))
+
+    config = triton_config.column_config(rows, classes, wide=dtype == torch.float64, vectors=vector > 1)
+    chunks, blocks = -(-rows // config.chunk), -(-classes // config.block)
+    moments, numbers = empty(chunks, 5, classes), empty(chunks)
+    arguments = (student, teacher, target, states, moments, numbers, rows, classes, *strides, config.chunk)
+    options = {
+        **shared,
+        "ROWS": config.rows,
+        "BLOCK": config.block,
+        "num_warps": config.warps,
+        "maxnreg": config.registers,
+    }
+    launches.append(Launch("column_moments", chunks * blocks, arguments, options))
+
+    tile_chunks, tile_classes = triton_config.FINISH_TILE
+    items = -(-classes // tile_classes)
+    # Each of the four rows of columns starts at a multiple of four elements.
+    term = ColumnTerm(states, empty(4, -(-classes // 4) * 4), empty(items))
+    arguments = (moments, numbers, term.columns, term.correlations, classes, chunks, gamma, temperature)
+    options = {"ACC": acc, "BLOCK": tile_classes, "CHUNKS": tile_chunks, "num_warps": 4}
+    launches.append(Launch("finish_columns", items, arguments, options))
+    return term
