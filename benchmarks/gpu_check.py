@@ -203,20 +203,34 @@ def about(commit: str | None) -> dict[str, Any]:
 def collect(scratch: Path, folder: Path) -> dict[str, Any]:
     """What the stages left in the scratch folder; the plots go to the folder. The benchmark's results lie at the top
     as in a file of its own, so that `python -m benchmarks table` and `plot` read the JSON file as one."""
-    found: dict[str, Any] = {}
+    results = []
     for loss in ("nkd", "uskd"):
-        for path in sorted((scratch / loss).glob("*.json")):
-            result = json.loads(path.read_text(encoding="utf-8"))
-            if "losses" in found:
-                result["losses"] = found["losses"] + result["losses"]
-                result["warnings"] = found["warnings"] + result["warnings"]
-            found |= result
-        for path in sorted((scratch / loss).glob("*.png")):
+        results += [json.loads(path.read_text(encoding="utf-8")) for path in (scratch / loss).glob("*.json")]
+        for path in (scratch / loss).glob("*.png"):
             shutil.copyfile(path, folder / path.name)
+    found: dict[str, Any] = _together(results)
     for name in ("tests", "kernels"):
         path = scratch / f"{name}.json"
         found[name] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     return found
+
+
+def _together(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One result of those of several runs of the benchmark, beside the best copy that any of them measured."""
+    if not results:
+        return {}
+    best: dict[str, float] = {}
+    for result in results:
+        for device, speed in result["copy_bytes_per_second"].items():
+            best[device] = max(speed, best.get(device, 0.0))
+    for result in results:
+        for case in (case for part in result["losses"] for case in part["cases"]):
+            slower = result["copy_bytes_per_second"][case["device"]] / best[case["device"]]
+            for entry in case["providers"]:
+                if "share_of_copy_bandwidth" in entry:
+                    entry["share_of_copy_bandwidth"] *= slower
+    lists = {name: [item for result in results for item in result[name]] for name in ("losses", "warnings")}
+    return {**results[0], **lists, "copy_bytes_per_second": best}
 
 
 def summary(entries: list[dict[str, Any]], tests: dict[str, Any] | None) -> str:

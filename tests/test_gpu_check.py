@@ -151,21 +151,25 @@ def test_commands_run_without_rich(tmp_path):
     assert found.stdout == "rich\n", "this is the stand-in"
 
 
-def result_of(loss, copy, **more):
-    case = {"rows": 8, "providers": []}
-    return {"schema": 2, "losses": [{"loss": loss, "cases": [case]}], "warnings": [loss], "options": copy, **more}
+def result_of(loss, copy):
+    case = {"device": "cuda", "providers": [{"name": "fused_kd", "share_of_copy_bandwidth": 0.5}, {"name": "liger"}]}
+    parts = [{"loss": loss, "cases": [case]}]
+    return {"schema": 2, "losses": parts, "warnings": [loss], "copy_bytes_per_second": {"cuda": copy}}
 
 
 def test_one_file_has_everything(tmp_path):
     scratch, folder = tmp_path / "scratch", tmp_path / "folder"
     folder.mkdir()
-    for loss in ("nkd", "uskd"):
+    for loss, copy in (("nkd", 8.0), ("uskd", 10.0)):
         (scratch / loss).mkdir(parents=True)
-        (scratch / loss / f"{loss}-cuda.json").write_text(json.dumps(result_of(loss, {})))
+        (scratch / loss / f"{loss}-cuda.json").write_text(json.dumps(result_of(loss, copy)))
         (scratch / loss / f"{loss}-cuda.png").write_bytes(b"PNG")
     (scratch / "kernels.json").write_text("[]")
     found = gpu_check.collect(scratch, folder)
     assert [part["loss"] for part in found["losses"]] == found["warnings"] == ["nkd", "uskd"]
+    assert found["copy_bytes_per_second"] == {"cuda": 10.0}, "the best one, to which all shares relate"
+    shares = [part["cases"][0]["providers"][0]["share_of_copy_bandwidth"] for part in found["losses"]]
+    assert shares == [0.4, 0.5]
     assert found["schema"] == 2 and found["kernels"] == [] and found["tests"] is None
     assert sorted(path.name for path in folder.iterdir()) == ["nkd-cuda.png", "uskd-cuda.png"]
     assert gpu_check.collect(tmp_path / "nothing", folder) == {"tests": None, "kernels": None}
