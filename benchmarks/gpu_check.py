@@ -1,6 +1,6 @@
 """One command for a machine with a GPU: `python -m benchmarks.gpu_check FOLDER`, or `make gpu-check OUT=FOLDER`.
 
-Builds in place, compares with float64, runs the whole test suite on the GPU, the sanitizer on a small run, and the
+Builds in place, runs the whole test suite on the GPU, compares with float64, runs the sanitizer on a small run, and the
 benchmark; and writes into the folder a log, one JSON file with all that was found, and the plots. It needs Python with
 torch and triton, nvcc and CMake, and no network. What further packages are missing costs the stages that need them, and
 it says so. A stage that fails or runs out of time does not stop the next, and cannot take the time that is set aside
@@ -83,8 +83,9 @@ def stages(args: argparse.Namespace, capability: int, scratch: Path) -> list[Sta
     planned = [
         Stage("environment", (python, "-m", "fused_kd", "env"), 40, 5),
         Stage("build", (python, "-c", BUILD, device), 150, 60, lacking("setuptools")),
-        Stage("check", check, 60, 15),
         Stage("tests", (python, *tests, "--seconds", "{seconds}"), 240, 60, lacking("pytest")),
+        # After them, since it is one process, and by now most of what it calls is compiled.
+        Stage("check", check, 60, 15),
         Stage("small run", drive, 40, 15),
         *(_sanitizer(tool, drive, device) for tool in ("memcheck", "racecheck")),
     ]
