@@ -7,6 +7,7 @@ known, so that a process that runs out of time, or that an illegal access takes 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -104,7 +105,8 @@ def run(tests: Sequence[str], jobs: int, seconds: float, marks: str) -> dict[str
                 status = process.poll()
                 if status is None and late:
                     os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(0.5)
                 elif status is None:
                     continue
                 del running[process]
