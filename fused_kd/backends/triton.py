@@ -222,7 +222,6 @@ def plan_row_loss(
         neighbours=unit,
         vectors=together,
         plain=loss_name == "nkd" and not standardize and not linear,
-        pointwise=loss_name == "dist",
     )
     options = {
         "ACC": acc,
@@ -239,8 +238,8 @@ def plan_row_loss(
         "RAW": standardize and sharp_distilled and ce,
         "COLUMNS": columns is not None,
         "num_warps": config.warps,
-        # The power of two of a float16 mean takes a few more registers, or it spills.
-        "maxnreg": min(config.registers + 8 if half else config.registers, 2048 // config.warps, 255),
+        # The power of two of a float16 mean takes a few more registers, and so do partial counts, or they spill.
+        "maxnreg": min(config.registers + 8 * (half or counts.how == COUNT_PARTIAL), 2048 // config.warps, 255),
     }
     if isinstance(config, triton_config.OnChip):
         kernel, programs = "rows_on_chip", -(-rows // config.rows)

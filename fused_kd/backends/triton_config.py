@@ -73,7 +73,8 @@ ON_CHIP_REGISTERS = {
 
 #: Warps of a looped program: 16 at no more than 64 registers put two rows on a multiprocessor.
 LOOPED_WARPS, LOOPED_REGISTERS = 16, 64
-#: What probabilities with T other than 1 need, and float64: one row per multiprocessor.
+#: What probabilities need, and float64: one row per multiprocessor, as any number above 64 leaves. At T = 1 probabilities
+#: spill two words at 64, on sm_80 and sm_100.
 LOOPED_MOST_REGISTERS = 128
 #: Beyond this many classes, two half-precision rows of 132 multiprocessors, student's and teacher's, outgrow 50 MB of
 #: L2, and the second walk would go to memory for most of them: 32 warps leave one row per multiprocessor. Index targets
@@ -92,7 +93,6 @@ def row_config(
     neighbours: bool,
     vectors: bool,
     plain: bool = True,
-    pointwise: bool = False,
 ) -> OnChip | Looped:
     """Layout of the row kernels.
 
@@ -106,14 +106,14 @@ def row_config(
         vectors: In the looped kernel, rows start alike and can be walked in full vectors of every tensor.
         plain: NKD without label smoothing and logit standardization, which the registers were chosen for. What else
             there is gets all that its warps can have.
-        pointwise: The loss keeps both softmaxes (:mod:`triton_pointwise`): 2048 classes in float64 spill with z-scores.
     """
     block = max(16, 1 << (classes - 1).bit_length())
     tiles: tuple[tuple[int, int, int], ...] = ON_CHIP_PROBABILITIES if probabilities else ON_CHIP
     if wide:
         tiles = ON_CHIP_WIDE
-    if pointwise if wide else not plain:
-        tiles = tiles[:-1]  # of the last, KD spills with indices, and z-scores with probabilities
+    if not plain:
+        # Of the last, KD spills with indices, and z-scores with probabilities; in float64 KD does with either.
+        tiles = tiles[:-1]
     for tile, warps, registers in tiles:
         if block <= tile:
             rows = min(ON_CHIP_ROWS, max(1, tile // block))
@@ -123,15 +123,16 @@ def row_config(
                 registers = ON_CHIP_REGISTERS[unit_temperature, probabilities][rows > 1] if tile <= 2048 else 128
             return OnChip(rows, block, warps, registers)
     if not vectors:
-        # Single loads, each with a pointer where columns are strided: 4 a thread, or they spill; in float64, 8 warps.
+        # Single loads, each with a pointer where columns are strided: 4 a thread, or they spill; in float64, 8 warps, and
+        # 2 a thread, also beside labels that are narrower.
         warps = max(1, LOOPED_WARPS // 2) if wide else LOOPED_WARPS
-        return Looped(32 * warps, min(4, 16 // narrow), warps, min(255, 2048 // warps))
+        return Looped(32 * warps, min(2 if wide else 4, 16 // narrow), warps, min(255, 2048 // warps))
     if not plain:
         warps = max(1, LOOPED_WARPS // 2) if wide else LOOPED_WARPS  # float64 of WSLD takes over 128 registers
         return Looped(32 * warps, 16 // narrow, warps, min(255, 2048 // warps))
     long = classes > LOOPED_LONG and narrow == 2 and not wide and not probabilities
     warps = LOOPED_LONG_WARPS if long else LOOPED_WARPS
-    most = wide or (probabilities and not unit_temperature)
+    most = wide or probabilities
     return Looped(32 * warps, 16 // narrow, warps, LOOPED_MOST_REGISTERS if most else LOOPED_REGISTERS)
 
 
