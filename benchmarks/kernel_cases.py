@@ -170,7 +170,8 @@ def cases(full: bool) -> Iterator[Case]:
         yield from (Case(BF16, BF16, classes, 3.0, BF16, "none") for classes in (1000, 4096, 21841))
         yield from (Case(FP64, FP64, classes, 3.0, FP64) for classes in (2048, 128256))
         yield Case(BF16, FP32, 21841, 3.0)
-        yield Case(FP16, FP16, 1000, rows=40000)
+        yield from (Case(dtype, dtype, 1000, rows=40000) for dtype in (FP16, BF16))
+        yield Case(BF16, BF16, 21841, 1.0, BF16)
         yield Case(BF16, BF16, 21841, 3.0, BF16, layout="strided")
         return
     for student, teacher in (*((dtype, dtype) for dtype in DTYPES), *MIXED):
