@@ -59,16 +59,21 @@ ON_CHIP = (
 #: Probabilities are a third tile to hold: at 8192 classes and T other than 1 they spill on sm_100.
 ON_CHIP_PROBABILITIES = ON_CHIP[:-1]
 #: float64 takes twice the registers, and its exp2 some forty more: 4 logits a thread, and all the registers there are.
-ON_CHIP_WIDE = ((512, 4, 255), (1024, 8, 255), (2048, 16, 128))
+ON_CHIP_WIDE = (
+    (512, 4, 255),  # half the tile of float32 in as many warps
+    (1024, 8, 255),  # twice that
+    (2048, 16, 128),  # 16 warps can have no more, and NKD takes up to 126
+)
 #: More rows than this in a program of tiny rows cost registers for their coefficients and spill.
 ON_CHIP_ROWS = 16
 
-#: The same for the other calls, by (T = 1, probabilities), where a program holds one row and where it holds several.
+#: The same for the other calls, by (T = 1, probabilities), where a program holds one row and where it holds several,
+#: whose statistics and coefficients each thread has of each of them.
 ON_CHIP_REGISTERS = {
-    (True, False): (64, 96),
-    (False, False): (80, 112),
-    (True, True): (96, 112),
-    (False, True): (112, 128),
+    (True, False): (64, 96),  # the table above; here for several rows
+    (False, False): (80, 112),  # two exponentials of each logit at a time
+    (True, True): (96, 112),  # a third tile
+    (False, True): (112, 128),  # both
 }
 
 #: Warps of a looped program: 16 at no more than 64 registers put two rows on a multiprocessor.
@@ -200,15 +205,19 @@ def column_config(rows: int, classes: int, *, wide: bool, vectors: bool) -> Colu
 #: USKD, float32: (largest tile of classes x rows that is sorted on chip, warps, registers of a thread): 8 words of 64
 #: bits a thread. The sort's network grows with the square of the tile's logarithm, and so does the time that it takes
 #: to compile: seconds for the last row.
-RANKED = ((1024, 4, 128), (2048, 8, 128), (4096, 16, 128))
+RANKED = (
+    (1024, 4, 128),  # smaller rows share a program
+    (2048, 8, 128),  # 16 KB of shared memory, for the words that change warps
+    (4096, 16, 128),  # 32 KB; 16 warps can have no more registers. 8192 fits with indices, in 11 s of compiling
+)
 #: Where a program sorts several rows with probabilities as targets, whose coefficients add up.
 RANKED_ROWS_REGISTERS = 168
 #: Tiles of the kernels around PyTorch's sort, by (float64, neighbours): strided columns need a pointer for each logit.
 STREAMED = {
-    (False, True): (2048, 8, 128),
-    (False, False): (1024, 8, 128),
-    (True, True): (512, 4, 255),
-    (True, False): (512, 4, 255),
+    (False, True): (2048, 8, 128),  # 8 elements a thread, a vector of half precision; probabilities take all 128
+    (False, False): (1024, 8, 128),  # 4, each with its pointer
+    (True, True): (512, 4, 255),  # 4, in 165 registers
+    (True, False): (512, 4, 255),  # the same, pointers included
 }
 
 
