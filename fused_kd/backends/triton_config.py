@@ -62,7 +62,7 @@ ON_CHIP_PROBABILITIES = ON_CHIP[:-1]
 ON_CHIP_WIDE = (
     (512, 4, 255),  # half the tile of float32 in as many warps
     (1024, 8, 255),  # twice that
-    (2048, 16, 128),  # 16 warps can have no more, and NKD takes up to 126
+    (2048, 16, 128),  # 16 warps can have no more, and NKD takes nearly all
 )
 #: More rows than this in a program of tiny rows cost registers for their coefficients and spill.
 ON_CHIP_ROWS = 16
@@ -78,8 +78,8 @@ ON_CHIP_REGISTERS = {
 
 #: Warps of a looped program: 16 at no more than 64 registers put two rows on a multiprocessor.
 LOOPED_WARPS, LOOPED_REGISTERS = 16, 64
-#: What probabilities need, and float64: one row per multiprocessor, as any number above 64 leaves. At T = 1 probabilities
-#: spill two words at 64, on sm_80 and sm_100.
+#: What probabilities need, and float64: one row per multiprocessor, as any number above 64 leaves. At T = 1
+#: probabilities spill two words at 64, on sm_80 and sm_100.
 LOOPED_MOST_REGISTERS = 128
 #: Beyond this many classes, two half-precision rows of 132 multiprocessors, student's and teacher's, outgrow 50 MB of
 #: L2, and the second walk would go to memory for most of them: 32 warps leave one row per multiprocessor. Index targets
@@ -128,8 +128,8 @@ def row_config(
                 registers = ON_CHIP_REGISTERS[unit_temperature, probabilities][rows > 1] if tile <= 2048 else 128
             return OnChip(rows, block, warps, registers)
     if not vectors:
-        # Single loads, each with a pointer where columns are strided: 4 a thread, or they spill; in float64, 8 warps, and
-        # 2 a thread, also beside labels that are narrower.
+        # Single loads, each with a pointer where columns are strided: 4 a thread, or they spill; in float64, 8 warps,
+        # and 2 a thread, also beside labels that are narrower.
         warps = max(1, LOOPED_WARPS // 2) if wide else LOOPED_WARPS
         return Looped(32 * warps, min(2 if wide else 4, 16 // narrow), warps, min(255, 2048 // warps))
     if not plain:
