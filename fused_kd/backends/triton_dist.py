@@ -75,6 +75,7 @@ def plan_columns(
     # Each of the four rows of columns starts at a multiple of four elements.
     term = ColumnTerm(states, empty(4, -(-classes // 4) * 4), empty(items))
     arguments = (moments, numbers, term.columns, term.correlations, classes, chunks, gamma, temperature)
-    options = {"ACC": acc, "BLOCK": tile_classes, "CHUNKS": tile_chunks, "num_warps": 4}
+    # Left alone some releases of Triton spill a few words of it to reach a rounder occupancy.
+    options = {"ACC": acc, "BLOCK": tile_classes, "CHUNKS": tile_chunks, "num_warps": 4, "maxnreg": 255}
     launches.append(Launch("finish_columns", items, arguments, options))
     return term
