@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_kd.backends import triton as backend
-from fused_kd.backends import triton_uskd
+from fused_kd.backends import triton_uskd, triton_zipf
 from fused_kd.backends.triton import Launch
 from fused_kd.backends.triton_compile import TYPES
 from fused_kd.reference import accumulation_dtype
@@ -149,6 +149,50 @@ class RankedCase(NamedTuple):
         return [launch for launch in plan if launch.kernel not in backend.HOST]
 
 
+class ZipfCase(NamedTuple):
+    """A call of Zipf's label smoothing; as :class:`Case`. ``order`` says what lies side by side in the dense logits."""
+
+    student: torch.dtype
+    dense: torch.dtype
+    classes: int
+    positions: int = 49
+    order: str = "positions"
+    labels: torch.dtype | None = None
+    reduction: str = "mean"
+    rows: int = 1024
+    layout: str = ""
+    smoothing: float = 0.0
+    gradient: bool = True
+    loss: str = "zipf_ls"
+
+    def __str__(self) -> str:
+        words = [f"{self.rows}x{self.classes}", f"{self.positions} {self.order}", _describe((self.student, self.dense))]
+        words += [*_prob(self.labels, self.student), *(["smoothed"] if self.smoothing else []), self.reduction]
+        words += [] if self.gradient else ["forward"]
+        return " ".join([*words, *([self.layout] if self.layout else [])])
+
+    @property
+    def element_bytes(self) -> int:
+        return max(self.student.itemsize, self.dense.itemsize)
+
+    def launches(self) -> list[Launch]:
+        """Every launch of the forward op; the backward op is NKD's."""
+        student = _logits(self.rows, self.classes, self.student, self.layout)
+        dense = _empty(self.rows, self.positions, self.classes, dtype=self.dense)
+        if self.order == "positions":  # as a feature map has them
+            dense = _empty(self.rows, self.classes, self.positions, dtype=self.dense).transpose(1, 2)
+        elif self.order == "neither":
+            dense = _empty(self.rows, 2 * self.positions, 2 * self.classes, dtype=self.dense)[:, ::2, ::2]
+        acc = accumulation_dtype(student)
+        shape = (self.rows,) if self.reduction == "none" else ()
+        gradient = _empty(*(student.shape if self.gradient else (0,)), dtype=self.student)
+        return triton_zipf.plan_zipf_ls(
+            student, dense, _target(self.rows, self.classes, self.labels), gradient, _empty(*shape, dtype=acc),
+            _empty(2, *shape, dtype=acc), _empty(dtype=acc), [0.1, 1.0, 1.0, self.smoothing], -100, self.reduction,
+            self.gradient, 1.0,
+        )  # fmt: skip
+
+
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 DTYPES = (BF16, FP16, FP32, FP64)
 #: The others are as these two to the compiler, but for a conversion.
@@ -239,8 +283,31 @@ def ranked_cases(full: bool) -> Iterator[RankedCase]:
         yield from (case._replace(square=False), case._replace(labels=FP32))
 
 
+def zipf_cases(full: bool) -> Iterator[ZipfCase]:
+    """The same for Zipf's label smoothing."""
+    if not full:
+        yield from (ZipfCase(BF16, BF16, classes) for classes in (100, 1000, 21841))
+        yield ZipfCase(FP32, FP32, 1000, 196, labels=FP32, smoothing=0.1)
+        yield from (ZipfCase(BF16, BF16, 1000, order=order) for order in ("classes", "neither"))
+        yield ZipfCase(FP64, FP64, 100, labels=FP64)
+        return
+    for dtype, classes, soft in itertools.product(DTYPES, (10, 100, 1000, 1001, 4096, 21841), (False, True)):
+        case = ZipfCase(dtype, dtype, classes, labels=dtype if soft else None)
+        yield from (case, case._replace(smoothing=0.1, reduction="none"), case._replace(layout="strided"))
+    for dtype, classes, order in itertools.product(DTYPES, (10, 1000, 21841), ("positions", "classes", "neither")):
+        case = ZipfCase(dtype, dtype, classes, order=order)
+        yield from (case._replace(positions=positions) for positions in (1, 4, 49, 64, 196, 3136))
+        yield from (case._replace(dense=FP32), case._replace(rows=40000), case._replace(reduction="sum"))
+        yield from (case._replace(gradient=False), case._replace(layout="offset"), case._replace(labels=FP32))
+
+
 #: What has Triton kernels, NKD and the further row losses apart, with its calls: all of them, or a selection.
-CASES: dict[str, Callable[[bool], Iterator[Call]]] = {"nkd": cases, "rows": row_cases, "uskd": ranked_cases}
+CASES: dict[str, Callable[[bool], Iterator[Call]]] = {
+    "nkd": cases,
+    "rows": row_cases,
+    "uskd": ranked_cases,
+    "zipf_ls": zipf_cases,
+}
 
 
 class Job(NamedTuple):

@@ -143,7 +143,7 @@ LOSSES = {
             "Liang et al. 2022, arXiv:2207.12980",
             "zipf_ls_loss",
             "ZipfLSLoss",
-            {"cpu": ("native", "reference"), "cuda": ("reference",)},
+            _ROWS,
         ),
     )
 }

@@ -71,12 +71,14 @@ def _kernels() -> dict[str, Any]:
             "triton_reductions",
             "triton_uskd_kernels",
             "triton_uskd_streamed",
+            "triton_zipf_kernels",
         )
     ]
     names = (
         "rows_on_chip", "rows_looped", "count_chunks", "reduce_parts", "scale_rows",
         "normalize_rows", "column_moments", "finish_columns",
         "target_probabilities", "ranked_on_chip", "write_keys", "write_zipf", "combine_ranked",
+        "find_votes", "rank_votes", "zipf_rows",
     )  # fmt: skip
     return {name: getattr(module, name) for module in modules for name in names if hasattr(module, name)}
 
@@ -90,9 +92,10 @@ HOST = {"sort_rows": _sort_rows}
 
 
 def __getattr__(name: str) -> Any:
-    """USKD's functions, from a module that is imported when it is first asked for one."""
-    if name in ("uskd", "uskd_batch_sums"):
-        return getattr(importlib.import_module("fused_kd.backends.triton_uskd"), name)
+    """What other modules have, which are imported when they are first asked for it."""
+    elsewhere = {"uskd": "triton_uskd", "uskd_batch_sums": "triton_uskd", "zipf_ls": "triton_zipf"}
+    if name in elsewhere:
+        return getattr(importlib.import_module(f"fused_kd.backends.{elsewhere[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -202,6 +202,45 @@ def column_config(rows: int, classes: int, *, wide: bool, vectors: bool) -> Colu
     return Columns(tile_rows, block, -(-chunk // tile_rows) * tile_rows, 4, 255)
 
 
+class Votes(NamedTuple):
+    """Tiles of ``positions`` x ``classes`` dense logits, walked along the classes by ``warps`` warps."""
+
+    positions: int
+    classes: int
+    warps: int
+
+
+#: Logits of a tile where votes are found, 16 a thread of 8 warps: with a program for each row and 49 positions, 256
+#: rows leave two programs to a multiprocessor, which then have 16 kilobytes of half precision under way.
+VOTE_TILE = 4096
+#: Positions of a tile: a row of a tile is a line of memory where positions are neighbours, else a position is one and
+#: a few give a row several programs.
+VOTE_POSITIONS, VOTE_FEW_POSITIONS = 64, 4
+#: Votes of a tile that are compared with as many: a program of 4 warps does all of 49 at once.
+VOTES = 64
+
+
+#: Rows of a program of float64, each of which takes registers for its coefficients and its votes: 4 spill.
+ZIPF_WIDE_ROWS = 2
+
+
+@lru_cache(maxsize=1024)
+def zipf_config(classes: int, *, wide: bool, probabilities: bool, neighbours: bool) -> Streamed:
+    """Layout of zipf_rows: as USKD's kernels around a sort, but with all the registers that there are."""
+    config = streamed_config(classes, wide=wide, probabilities=probabilities, neighbours=neighbours)
+    rows = min(ZIPF_WIDE_ROWS, config.rows) if wide else config.rows
+    return config._replace(rows=rows, registers=min(255, 2048 // config.warps))
+
+
+@lru_cache(maxsize=1024)
+def vote_config(positions: int, classes: int, *, by_position: bool) -> Votes:
+    """Layout of find_votes; ``by_position`` says that positions are neighbours in memory."""
+    most = VOTE_POSITIONS if by_position else VOTE_FEW_POSITIONS
+    tile_positions = min(most, 1 << (positions - 1).bit_length())
+    tile_classes = min(VOTE_TILE // tile_positions, max(16, 1 << (classes - 1).bit_length()))
+    return Votes(tile_positions, tile_classes, max(1, tile_positions * tile_classes // 512))
+
+
 #: USKD, float32: (largest tile of classes x rows that is sorted on chip, warps, registers of a thread): 8 words of 64
 #: bits a thread. The sort's network grows with the square of the tile's logarithm, and so does the time that it takes
 #: to compile: seconds for the last row.

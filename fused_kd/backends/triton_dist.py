@@ -54,6 +54,7 @@ def plan_columns(
         "WIDTH": normalize.width,
         "STD": standardize,
         "num_warps": normalize.warps,
+        "maxnreg": min(255, 2048 // normalize.warps),
     }
     launches.append(Launch("normalize_rows", -(-rows // normalize.rows), arguments, options))
 

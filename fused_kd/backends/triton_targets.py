@@ -187,8 +187,7 @@ def cross_entropy(
         uniform = smoothing / classes.to(mass.dtype)
         rest = rest_number(targets, classes).to(mass.dtype)
         # Every class has a share of a smoothed label, so one that cannot occur makes the CE infinite.
-        all_logs = tl.where(linear == _NEG_INF, _INF, rest * p[6] - linear)
-        all_logs += tl.where(y_0 >= 0, p[0], 0.0) + tl.where(y_1 >= 0, p[1], 0.0)
+        all_logs = rest * p[6] - linear + tl.where(y_0 >= 0, p[0], 0.0) + tl.where(y_1 >= 0, p[1], 0.0)
         ce = (1.0 - smoothing) * ce + times(uniform, all_logs)
         v_rest = (1.0 - smoothing) * v_rest + rest * uniform
         label_0 = smoothed_at(y_0, label_0, 1.0 - smoothing, uniform)
