@@ -149,6 +149,7 @@ DKD = _further("dkd", "DKD loss", teacher.dkd, peers.MDISTILLER_DKD, magnitude=t
 WSLD = _further("wsld", "WSLD loss", teacher.wsld)
 # A divergence as well, but from a nearly uniform label that no student gets close to: its value is no small difference.
 TF_KD = _further("tf_kd", "Tf-KD loss", teacher.tf_kd, alone=True)
+JS = _further("js", "JS loss", teacher.js, peers.LIGER_JS, magnitude=teacher.js_magnitude)
 DIST = _further(
     "dist",
     "DIST loss",
@@ -179,6 +180,6 @@ ZIPF_LS = Loss(
     shapes={"cpu": ((256, 1000), (128, 21841)), "cuda": ((1024, 1000), (8192, 1000), (256, 21841))},
 )
 
-LOSSES = {loss.name: loss for loss in (NKD, USKD, KD, DKD, WSLD, TF_KD, DIST, ZIPF_LS)}
+LOSSES = {loss.name: loss for loss in (NKD, USKD, KD, DKD, WSLD, TF_KD, JS, DIST, ZIPF_LS)}
 #: What is measured unless something else is asked for.
 HEADLINE = ("nkd", "uskd")

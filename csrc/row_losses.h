@@ -12,7 +12,7 @@
 namespace fused_kd {
 namespace FKD_ISA {
 
-enum RowLoss { kNkd = 0, kKd = 1, kDkd = 2, kWsld = 3, kTfKd = 4, kDist = 5 };
+enum RowLoss { kNkd = 0, kKd = 1, kDkd = 2, kWsld = 3, kTfKd = 4, kDist = 5, kJs = 6 };
 constexpr int kRowParts = 3;
 
 struct RowParams {
@@ -40,7 +40,7 @@ FKD_HD RowNeeds row_needs(const RowParams& params) {
     needs.raw = both && ce && params.standardize;
     needs.divergence = params.loss == kKd || params.loss == kDkd;
     needs.linear = params.loss == kTfKd || (ce && params.label_smoothing != 0);
-    needs.pointwise = params.loss == kDist;
+    needs.pointwise = params.loss == kDist || params.loss == kJs;
     return needs;
 }
 
@@ -225,6 +225,14 @@ FKD_HD void dist(const RowStats& x, const RowParams& params, RowResult& out) {
     out.slopes[1] = weight * r.by_a;
 }
 
+// T^2 (b KL(q || m) + (1 - b) KL(p || m)), m = b q + (1 - b) p; b = 1 is T^2 KL(p || q), and b = 0 KD.
+// f_1 = log(p / m), the sums are those of p log(p / m) and, the third, of q log(q / m).
+FKD_HD void js(const RowStats& x, const RowParams& params, RowResult& out) {
+    const double T = params.temperature, b = params.first, of_p = b == 1 ? 1 : 1 - b;
+    out.parts[0] = T * T * (of_p * x.pointwise.of[0] + b * x.pointwise.of[2]);
+    out.slopes[0] = T * of_p;
+}
+
 FKD_HD RowResult row_loss(const RowStats& x, const RowParams& params) {
     RowResult out = {};
     const double raw_scale = 1;
@@ -249,6 +257,9 @@ FKD_HD RowResult row_loss(const RowStats& x, const RowParams& params) {
         break;
     case kDist:
         dist(x, params, out);
+        break;
+    case kJs:
+        js(x, params, out);
         break;
     }
     out.slopes[2] = 1;

@@ -7,6 +7,7 @@ from fused_kd.functional import (
     decompose,
     dist_loss,
     dkd_loss,
+    js_loss,
     kd_loss,
     nkd_loss,
     tf_kd_loss,
@@ -15,7 +16,7 @@ from fused_kd.functional import (
     wsld_loss,
     zipf_ls_loss,
 )
-from fused_kd.modules import DISTLoss, DKDLoss, KDLoss, NKDLoss, TfKDLoss, USKDLoss, WSLDLoss, ZipfLSLoss
+from fused_kd.modules import DISTLoss, DKDLoss, JSLoss, KDLoss, NKDLoss, TfKDLoss, USKDLoss, WSLDLoss, ZipfLSLoss
 from fused_kd.reference import Decomposition, DistillationParts, DISTParts, LossParts, USKDParts
 from fused_kd.registry import losses
 
@@ -25,6 +26,7 @@ __all__ = [
     "DKDLoss",
     "Decomposition",
     "DistillationParts",
+    "JSLoss",
     "KDLoss",
     "LossParts",
     "NKDLoss",
@@ -38,6 +40,7 @@ __all__ = [
     "dist_loss",
     "dkd_loss",
     "explain",
+    "js_loss",
     "kd_loss",
     "losses",
     "nkd_loss",

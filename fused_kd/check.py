@@ -34,6 +34,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "dkd": ({}, {"temperature": 1.0, "beta": 0.5}, {"ce_weight": 1.0}),
     "wsld": ({}, {"temperature": 1.0}, {"ce_weight": 1.0, "temperature": 3.0}),
     "tf_kd": ({}, {"temperature": 1.0, "correct": 0.9}, {"ce_weight": 1.0}),
+    "js": ({}, {"temperature": 2.0, "beta": 0.1}, {"ce_weight": 1.0, "beta": 1.0}),
     "dist": ({}, {"temperature": 4.0}, {"ce_weight": 1.0, "beta": 0.5}),
     "zipf_ls": ({"weight": 1.0}, {"weight": 1.0, "power": 0.5}, {"weight": 1.0, "ce_weight": 1.0}),
 }
@@ -161,9 +162,10 @@ def compare_inputs(
     ours = evaluate(backend, student, other, target, options, grad_output, loss)
     accumulate = reference.accumulation_dtype(student, other)
     slack = _SLACK_ULPS[accumulate] * torch.finfo(accumulate).eps
-    # DIST's are differences of terms of order T over a row's deviation; of two classes nothing but rounding is left of
-    # them, the correlation being 1 or -1, nor in a row that is saturated, where eager's is 0 by luck.
-    order = float(options.get("temperature", 1.0)) if loss == "dist" else 0.1
+    # Those of pointwise losses are differences of larger terms: of T times a slope over a row's deviation, or times the
+    # logarithm of a quotient. In DIST of two classes, whose correlation is 1 or -1, nothing but rounding is left of
+    # them, nor in a row that is saturated, where eager's is 0 by luck.
+    order = {"dist": 1.0, "js": 2.0}[loss] * options.get("temperature", 1.0) if loss in ("dist", "js") else 0.1
     errors = [relative_error(a, b, order) for a, b in zip(ours, exact, strict=True)]
     budgets = [relative_error(a, b, order) + slack for a, b in zip(eager, exact, strict=True)]
     if accumulate == torch.float64 and (loss in ("uskd", "tf_kd", "zipf_ls") or options.get("label_smoothing")):

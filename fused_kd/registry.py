@@ -39,6 +39,8 @@ ROW_LOSSES = {
     # A correlation's gradient has the deviation of the probabilities in its denominator, and no bound: 2^6 is left
     # for rows and columns that are nearly constant.
     "dist": RowLoss(5, (0, 1, 2), lambda beta, gamma, temperature: 2.0**6 * (beta + gamma) * temperature),
+    # |p (log(p / m) - the mean)|: up to log(1 / (1 - beta)), and 2^5 where that has no bound.
+    "js": RowLoss(6, (0, 2), lambda beta, _, temperature: 2.0**5 * temperature),
 }
 
 
@@ -125,6 +127,15 @@ LOSSES = {
             "Yuan et al. 2020, arXiv:1909.11723",
             "tf_kd_loss",
             "TfKDLoss",
+            _ROWS,
+        ),
+        Loss(
+            "js",
+            "Jensen–Shannon",
+            "T² (β KL(q(T) ‖ m) + (1 − β) KL(p(T) ‖ m)), m = β q(T) + (1 − β) p(T); β = 0 is KD, β = 1 reverse KD",
+            "Agarwal et al. 2023, arXiv:2306.13649",
+            "js_loss",
+            "JSLoss",
             _ROWS,
         ),
         Loss(

@@ -123,6 +123,22 @@ def test_options_together(place, reduction):
 
 
 @fused_here
+def test_rows_weighted_one_by_one(place):
+    """What comes into the backward pass of every row differs; DIST's second term belongs to all of them."""
+    loss, name, device = place
+    student, others, target = make(loss, device=device)
+    target[1] = -100
+    weights = torch.arange(1.0, 7.0, dtype=torch.float64, device=device)
+    gradients = []
+    for backend in (name, "reference"):
+        leaf = student.clone().requires_grad_()
+        rows = function(loss)(leaf, *others, target, ce_weight=0.5, reduction="none", backend=backend)
+        rows.backward(weights)
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-11)
+
+
+@fused_here
 def test_special_rows(place):
     """Classes that are impossible for either side, equal logits, NaN, infinities; each in a row of its own."""
     loss = place[0]

@@ -15,9 +15,11 @@ struct Probabilities {
     Vec<A> p, q, log_p, log_q;
 };
 
-// A policy's `sums` gives the three terms of PointwiseSums.of, and its `slopes` the two of h.
+// A policy's `sums` gives the three terms of PointwiseSums.of, and its `slopes` the two of h. Of one slope that takes
+// long to compute p f_1 is kept where the teacher's exponentials were.
 template <class A>
 struct Dist {
+    static constexpr bool kKept = false;
     A share; // 1 / C, the mean of a row
     explicit Dist(const RowParams& params) : share(A(1 / params.classes)) {}
     // Centred before they are multiplied: sum p^2 - 1 / C would cancel.
@@ -30,6 +32,41 @@ struct Dist {
     FKD_INLINE void slopes(const Probabilities<A>& x, Vec<A> (&out)[2]) const {
         out[0] = x.q - share;
         out[1] = x.p - share;
+    }
+};
+
+template <class A>
+struct Js {
+    static constexpr bool kKept = true;
+    A b, rest;
+    explicit Js(const RowParams& params) : b(A(params.first)), rest(A(1 - params.first)) {}
+    // log(p / m) and log(q / m), from the exponential of -|log q - log p|, which cannot overflow. Of what is 0 there is
+    // 0.
+    FKD_INLINE void logarithms(const Probabilities<A>& x, Vec<A>& of_p, Vec<A>& of_q) const {
+        const Vec<A> zero = {}, d = x.log_q - x.log_p;
+        of_p = -d;
+        of_q = zero;
+        if (rest != A(0)) {
+            const Mask<A> up = ~(d <= A(0)); // NaN too, which the logarithm would not keep
+            const Vec<A> e = exp2_nonpositive<A>((up ? -d : d) * A(kLog2E));
+            const Vec<A> l = log_positive<A>(up ? b + rest * e : rest + b * e);
+            of_p = up ? -l - d : -l;
+            of_q = up ? -l : d - l;
+        }
+        of_p = x.p == A(0) ? zero : of_p;
+        of_q = x.q == A(0) ? zero : of_q;
+    }
+    FKD_INLINE void sums(const Probabilities<A>& x, Vec<A> (&out)[3]) const {
+        Vec<A> of_p, of_q;
+        logarithms(x, of_p, of_q);
+        out[0] = x.p * of_p;
+        out[1] = Vec<A>{};
+        out[2] = x.q * of_q;
+    }
+    FKD_INLINE void slopes(const Probabilities<A>& x, Vec<A> (&out)[2]) const {
+        Vec<A> of_q;
+        logarithms(x, out[0], of_q);
+        out[1] = Vec<A>{};
     }
 };
 
@@ -73,7 +110,8 @@ Columns<A> columns_of(const void* data, int64_t classes) {
 // A block of a row, and where to find the probabilities of its classes.
 template <class A>
 struct PointwiseBlock {
-    const A *s, *t, *e_s, *e_t;
+    const A *s, *t, *e_s;
+    A* e_t;
     typename RowSoftmax<A>::Block of_s, of_t;
     int64_t start; // in the row
 
@@ -107,6 +145,7 @@ FKD_NOINLINE void pointwise_sums(const Policy& policy, const PointwiseBlock<A>& 
         Vec<A> terms[3], slopes[3];
         policy.sums(x, terms);
         slopes_of(policy, block, columns, j, x, lanes, slopes);
+        if constexpr (Policy::kKept) store(block.e_t + j, p * slopes[0], lanes);
         for (int k = 0; k < 3; ++k) {
             of[k] += keep(lanes, terms[k], zero);
             with_p[k] += p * keep(lanes, slopes[k], zero);
@@ -137,6 +176,8 @@ struct PointwiseGradient {
 
     template <class Lanes>
     FKD_INLINE Vec<A> operator()(int64_t j, Lanes lanes) const {
+        if constexpr (Policy::kKept)
+            return (load(block.e_t + j, lanes) - load(block.e_s + j, lanes) * block.of_s.by * mean[0]) * by[0];
         const Probabilities<A> x = block.at(j, lanes);
         Vec<A> slopes[3];
         slopes_of(policy, block, columns, j, x, lanes, slopes);
@@ -148,7 +189,7 @@ struct PointwiseGradient {
 
 template <class A, class F>
 FKD_INLINE void with_policy(const RowParams& params, F f) {
-    f(Dist<A>(params));
+    params.loss == kDist ? f(Dist<A>(params)) : f(Js<A>(params));
 }
 
 // A row, once its softmaxes are known.

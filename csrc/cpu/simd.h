@@ -202,6 +202,23 @@ FKD_INLINE Vec<A> exp2_nonpositive(Vec<A> x, Vec<A> low) {
     return x < S::kLowest ? Vec<A>{} : exp2_scaled<A, S::kFineDegree>(S::kFinePoly, r, shifted);
 }
 
+// log x of normal numbers: e ln 2 + 2 artanh(s), s = (m - 1) / (m + 1), x = 2^e m with m around 1.
+template <class A>
+FKD_INLINE Vec<A> log_positive(Vec<A> x) {
+    typedef Simd<A> S;
+    typedef typename S::Int Int;
+    constexpr Int kSqrtHalf = sizeof(A) == 4 ? Int(0x3f3504f3) : Int(0x3fe6a09e667f3bcd);
+    const Mask<A> exponent = ((Mask<A>)x - kSqrtHalf) >> S::kMantissa; // m from sqrt(1/2) to sqrt(2)
+    const Vec<A> m = (Vec<A>)((Mask<A>)x - (exponent << S::kMantissa));
+    const Vec<A> s = (m - A(1)) / (m + A(1)), square = s * s;
+    constexpr int kTerms = sizeof(A) == 4 ? 5 : 12;
+    Vec<A> series = splat<A>(A(1) / A(2 * kTerms - 1));
+#pragma GCC unroll 12
+    for (int k = kTerms - 2; k >= 0; --k)
+        series = series * square + A(1) / A(2 * k + 1);
+    return __builtin_convertvector(exponent, Vec<A>) * A(0.693147180559945309417) + (s + s) * series;
+}
+
 constexpr double kLog2E = 1.44269504088896340736, kLn2 = 0.693147180559945309417;
 
 // Logits x as (x - origin) * scale * log2(e), where the origin is a maximum or, with fused multiply-add, the point next

@@ -186,6 +186,8 @@ def plan_row_loss(
 ) -> list[Launch]:
     """The launches that fill the outputs, in order."""
     rows, classes = student.shape
+    if loss_name == "js" and weights[0] == 0.0:
+        loss_name = "kd"
     acc = acc_types()[loss.dtype]
     probabilities = target.is_floating_point()
     per_row, mean = reduction == "none", reduction == "mean"

@@ -25,7 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_kd.backends.triton_rows import DIST, join_target, per_row, zero_if_empty
+from fused_kd.backends.triton_rows import DIST, JS, LN2, join_target, per_row, zero_if_empty
 
 _NEG_INF = tl.constexpr(float("-inf"))
 
@@ -36,12 +36,19 @@ def _summed(p, q, log_p, log_q, constants, LOSS: tl.constexpr):
         a = p - constants[1]
         b = q - constants[1]
         return a * b, a * a, b * b
+    elif LOSS == JS:
+        to_p, to_q = _mixture_logs(log_p, log_q, constants[0])
+        return tl.where(p == 0.0, 0.0, -p * to_p), p, tl.where(q == 0.0, 0.0, -q * to_q)
 
 
 @triton.jit
 def _slopes(p, q, log_p, log_q, constants, LOSS: tl.constexpr):
+    """f_1 and f_2; what a loss of one slope gives for the second is not used."""
     if LOSS == DIST:
         return q - constants[1], p - constants[1]
+    elif LOSS == JS:
+        to_p, _to_q = _mixture_logs(log_p, log_q, constants[0])
+        return -to_p, p
 
 
 @triton.jit
@@ -52,7 +59,24 @@ def _terms(sums, weights, LOSS: tl.constexpr):
         weight = first * temperature * temperature
         r, c_1, c_2 = correlation_terms(sums[0], sums[1], sums[2], weight)
         part = weight * (1.0 - r)
+    elif LOSS == JS:
+        rest = tl.where(first == 1.0, 1.0, 1.0 - first)
+        weight = temperature * temperature * LN2
+        part = weight * (rest * sums[0] + tl.where(first == 1.0, 0.0, first * sums[2]))
+        c_1 = weight * rest + tl.zeros_like(part)
+        c_2 = tl.zeros_like(part)
     return part, c_1, c_2
+
+
+@triton.jit
+def _mixture_logs(log_p, log_q, beta):
+    """log(m / p) and log(m / q), m = beta q + (1 - beta) p, relative to the larger of the two, so that none underflows.
+    At beta = 1, where the loss is KL(p || q), m is q."""
+    d = log_q - log_p
+    smaller = tl.exp2(-tl.abs(d))
+    near = tl.log2(tl.where(d > 0.0, beta + (1.0 - beta) * smaller, 1.0 - beta + beta * smaller))
+    to_p = tl.where(d > 0.0, near + d, near)
+    return tl.where(beta == 1.0, d, to_p), tl.where(d > 0.0, near, near - d)
 
 
 @triton.jit
@@ -170,7 +194,8 @@ def add_sums(
     q, log_q = _softmax_tile(t, is_target, stats[3], of_rows[1], scales[1], STD, COLUMNS)
     one, two, three = _summed(p, q, log_p, log_q, constants, LOSS)
     x_1 += tl.sum(tl.where(inside, one, 0.0), 1)
-    x_2 += tl.sum(tl.where(inside, two, 0.0), 1)
+    if LOSS != JS:  # which has one slope
+        x_2 += tl.sum(tl.where(inside, two, 0.0), 1)
     x_3 += tl.sum(tl.where(inside, three, 0.0), 1)
     f_1, f_2 = _slopes(p, q, log_p, log_q, constants, LOSS)
     # Where p vanishes a logarithm is infinite, or the class cannot occur.
@@ -178,7 +203,8 @@ def add_sums(
     by_1 = tl.where(none, 0.0, p * f_1)
     by_2 = tl.where(none, 0.0, p * f_2)
     y_1 += tl.sum(by_1, 1)
-    y_2 += tl.sum(by_2, 1)
+    if LOSS != JS:
+        y_2 += tl.sum(by_2, 1)
     by_column = p
     if COLUMNS:
         by_column = tl.where(none, 0.0, p * _column_slope(columns, p, q))
@@ -187,7 +213,8 @@ def add_sums(
         centred = tl.where(none, 0.0, s - scales[4][:, None])
         w += tl.sum(tl.where(none, 0.0, p * centred), 1)
         w_1 += tl.sum(by_1 * centred, 1)
-        w_2 += tl.sum(by_2 * centred, 1)
+        if LOSS != JS:
+            w_2 += tl.sum(by_2 * centred, 1)
         if COLUMNS:
             w_column += tl.sum(by_column * centred, 1)
     return x_1, x_2, x_3, y_1, y_2, y_column, w, w_1, w_2, w_column
@@ -235,7 +262,9 @@ def add_slopes(
     p, log_p = _softmax_tile(s, is_target, stats[0], of_rows[0], scales[0], STD, COLUMNS)
     q, log_q = _softmax_tile(t, is_target, stats[3], of_rows[1], scales[1], STD, COLUMNS)
     f_1, f_2 = _slopes(p, q, log_p, log_q, constants, LOSS)
-    h = more[0][:, None] * f_1 + more[1][:, None] * f_2 + more[3][:, None]
+    h = more[0][:, None] * f_1 + more[3][:, None]
+    if LOSS != JS:
+        h += more[1][:, None] * f_2
     if COLUMNS:
         h += more[2][:, None] * _column_slope(columns, p, q)
     return g + tl.where(p == 0.0, 0.0, p * h)

@@ -43,6 +43,7 @@ WSLD = tl.constexpr(3)
 TF_KD = tl.constexpr(4)
 #: From here on losses that are no combination of exponentials, see :mod:`triton_pointwise`.
 DIST = tl.constexpr(5)
+JS = tl.constexpr(6)
 POINTWISE = DIST
 
 

@@ -1,11 +1,12 @@
 """nn.Module twins of the functions in :mod:`fused_kd.functional`: they keep hyper-parameters, and what is trained.
 
 Each takes the function's keyword arguments when it is made and its tensors when it is called. The attributes may be
-changed between calls, by a schedule for instance.
+changed between calls. Or give a callable in place of a number, for a schedule, ``KDLoss(temperature=schedule.now)``: it
+is called without arguments whenever the loss is.
 """
 
 from fused_kd.modules.smoothing import TfKDLoss, ZipfLSLoss
-from fused_kd.modules.teacher import DISTLoss, DKDLoss, KDLoss, NKDLoss, WSLDLoss
+from fused_kd.modules.teacher import DISTLoss, DKDLoss, JSLoss, KDLoss, NKDLoss, WSLDLoss
 from fused_kd.modules.uskd import USKDLoss
 
-__all__ = ["DISTLoss", "DKDLoss", "KDLoss", "NKDLoss", "TfKDLoss", "USKDLoss", "WSLDLoss", "ZipfLSLoss"]
+__all__ = ["DISTLoss", "DKDLoss", "JSLoss", "KDLoss", "NKDLoss", "TfKDLoss", "USKDLoss", "WSLDLoss", "ZipfLSLoss"]

@@ -142,6 +142,43 @@ class WSLDLoss(Criterion):
         return result
 
 
+class JSLoss(Criterion):
+    """Generalised Jensen–Shannon divergence; :func:`fused_kd.js_loss` documents every argument.
+
+    Example:
+        >>> criterion = JSLoss(beta=0.5)
+        >>> loss = criterion(student_logits, teacher_logits)
+    """
+
+    _function = staticmethod(functional.js_loss)
+
+    def __init__(
+        self,
+        beta: float = 0.5,
+        temperature: float = 1.0,
+        ce_weight: float = 0.0,
+        label_smoothing: float = 0.0,
+        logit_standardization: bool = False,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(locals())
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        target: Tensor | None = None,
+        *,
+        return_parts: bool = False,
+    ) -> Tensor | tuple[Tensor, DistillationParts]:
+        result: Tensor | tuple[Tensor, DistillationParts] = self._call(
+            student_logits, teacher_logits, target, return_parts=return_parts
+        )
+        return result
+
+
 class DISTLoss(Criterion):
     """DIST, by correlations along rows and columns; :func:`fused_kd.dist_loss` documents every argument.
 
