@@ -144,6 +144,7 @@ namespace {
 // of it. What the rows' softmaxes are, the row kernel says first.
 double dist_columns(const Kernels& kernels, RowArgs rows, std::vector<char>& columns) {
     std::vector<SoftmaxOrigin> origins(size_t(2 * rows.rows));
+    rows.only_origins = rows.gradient != nullptr; // the losses come with the gradient then
     rows.gradient = nullptr;
     rows.origins = origins.data();
     kernels.row_losses(rows);

@@ -15,35 +15,42 @@ namespace {
 // Columns of a block: their sums fit in the first-level cache beside a piece of two rows.
 constexpr int64_t kColumns = 256;
 constexpr int kSums = 5; // of x, y, x^2, y^2, xy
+// Rows whose sums are taken together before double precision takes over, which is half as wide.
+constexpr int kFew = 8;
 
 template <class A>
 FKD_NOINLINE void column_block(const ColumnArgs& args, int64_t start, int64_t n) {
     alignas(64) A staging[kColumns], p[kColumns], q[kColumns], first_p[kColumns], first_q[kColumns];
-    alignas(64) double sums[kSums][kColumns];
+    alignas(64) A few[kSums][kColumns] = {};
+    alignas(64) double sums[kSums][kColumns] = {};
     int64_t counted = 0;
+    const auto flush = [&] {
+        for (int k = 0; k < kSums; ++k)
+            for (int64_t j = 0; j < n; ++j) {
+                sums[k][j] += double(few[k][j]);
+                few[k][j] = 0;
+            }
+    };
     for (int64_t row = 0; row < args.rows; ++row) {
         const SoftmaxOrigin* const of = args.origins + 2 * row;
         if (of[0].by < 0) continue;
         softmax_piece<A>(read(args.student, row, start, n, staging), n, of[0], p);
         softmax_piece<A>(read(args.teacher, row, start, n, staging), n, of[1], q);
         if (counted++ == 0) {
-            for (int64_t j = 0; j < n; ++j) {
-                first_p[j] = p[j];
-                first_q[j] = q[j];
-                for (int k = 0; k < kSums; ++k)
-                    sums[k][j] = 0 * double(p[j] + q[j]); // NaN stays
-            }
-            continue;
+            __builtin_memcpy(first_p, p, sizeof(A) * size_t(n));
+            __builtin_memcpy(first_q, q, sizeof(A) * size_t(n));
         }
-        for (int64_t j = 0; j < n; ++j) {
-            const double x = double(p[j] - first_p[j]), y = double(q[j] - first_q[j]);
-            sums[0][j] += x;
-            sums[1][j] += y;
-            sums[2][j] += x * x;
-            sums[3][j] += y * y;
-            sums[4][j] += x * y;
-        }
+        for_lanes<A>(n, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
+            const Vec<A> x = load(p + j, lanes) - load(first_p + j, lanes);
+            const Vec<A> y = load(q + j, lanes) - load(first_q + j, lanes);
+            const Vec<A> terms[kSums] = {x, y, x * x, y * y, x * y};
+#pragma GCC unroll 5
+            for (int k = 0; k < kSums; ++k)
+                store(few[k] + j, load(few[k] + j, lanes) + terms[k], lanes);
+        });
+        if (counted % kFew == 0) flush();
     }
+    flush();
     if (counted == 0) return;
     A* const out = static_cast<A*>(args.columns) + start;
     // d/dp of -T gamma mean(correlations); times n, since every row of the mean has the whole term.

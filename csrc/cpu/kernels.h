@@ -36,6 +36,7 @@ struct RowArgs {
     DType accumulate;      // kFloat32 or kFloat64
     int threads;
     SoftmaxOrigin* origins; // (rows, 2), the student's and the teacher's; null when they are not wanted
+    bool only_origins;      // and nothing else is
     const void* columns;    // of a pointwise loss that the columns of the batch add to, else null: see ColumnArgs
 };
 

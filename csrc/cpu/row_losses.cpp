@@ -138,9 +138,10 @@ FKD_NOINLINE RowResult row_pass(const RowArgs& args, const RowParams& params, co
     PointwiseRow<A> probabilities;
     if constexpr (pointwise) {
         probabilities = pointwise_row<A>(args, params, scratch, row, y, count, e_soft, stats, s_max, t_max);
-        stats.pointwise = probabilities.sums(params.standardize ? &s_moments : nullptr);
         for (int k = 0; args.origins && k < 2; ++k)
             args.origins[2 * row + k] = probabilities.origins[k];
+        if (args.only_origins) return {};
+        stats.pointwise = probabilities.sums(params.standardize ? &s_moments : nullptr);
     }
     RowResult result = row_loss(stats, params);
     if constexpr (pointwise)

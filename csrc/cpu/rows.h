@@ -48,7 +48,7 @@ FKD_INLINE void block_max(const A* s, const A* t, int64_t n, const Without<K>& y
 template <class A>
 FKD_NOINLINE void softmax_piece(const A* logits, int64_t n, const SoftmaxOrigin& of, A* out) {
     const A origin = A(of.origin);
-    const double factor = of.by * exp((double(origin) - of.origin) * of.scale);
+    const double off = double(origin) - of.origin, factor = off == 0 ? of.by : of.by * exp(off * of.scale);
     const A by = A(factor), by_low = A(factor - double(by));
     const A scale = A(kLog2E * of.scale), scale_low = A(kLog2E * of.scale - double(scale));
     for_lanes<A>(n, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
