@@ -117,7 +117,7 @@ def row_loss(
     need_gradient = student_logits.requires_grad and torch.is_grad_enabled()
     scheduled, given = _given(weights)
     further = (teacher_logits, target, loss, given, standardize, ignore_index, reduction, need_gradient, backend)
-    return _apply_fused(_ROW_LOSS[scheduled], student_logits, further, need_gradient, want_parts)
+    return _apply_fused(_ROW_LOSS[int(scheduled)], student_logits, further, need_gradient, want_parts)
 
 
 def zipf_ls(
@@ -136,7 +136,7 @@ def zipf_ls(
     need_gradient = student_logits.requires_grad and torch.is_grad_enabled()
     scheduled, given = _given(weights)
     further = (dense_logits.detach(), target, given, ignore_index, reduction, need_gradient, backend)
-    return _apply_fused(_ZIPF_LS[scheduled], student_logits, further, need_gradient, want_parts)
+    return _apply_fused(_ZIPF_LS[int(scheduled)], student_logits, further, need_gradient, want_parts)
 
 
 def _given(weights: Weights) -> tuple[bool, Weights | Tensor]:
@@ -188,7 +188,7 @@ def uskd(
     grad = torch.is_grad_enabled()
     need_student, need_weak = grad and student_logits.requires_grad, grad and weak_logits.requires_grad
     scheduled, given = _given(weights)
-    op = _USKD[scheduled]
+    op = _USKD[int(scheduled)]
     options = (given, rank, square, ignore_index, reduction)
     further = (target, batch_sums, *options, need_student, need_weak, backend)
     if not (need_student or need_weak):
