@@ -12,6 +12,7 @@ from fused_kd.registry import Weights
 
 __all__ = ["row_loss", "uskd", "uskd_batch_sums", "zipf_ls"]
 
+# By int(whether hyper-parameters may change): PyTorch 2.11's compiler takes no bool for an index.
 _ROW_LOSS, _USKD, _ZIPF_LS = (ops.LOSS_OPS[name] for name in ("row_loss", "uskd", "zipf_ls"))
 _NO_DOUBLE_BACKWARD = (
     "fused_kd: the fused losses do not support double backward (create_graph=True); use backend='reference', which does"
