@@ -121,7 +121,9 @@ def row_config(
         tiles = tiles[:-1]
     for tile, warps, registers in tiles:
         if block <= tile:
-            rows = min(ON_CHIP_ROWS, max(1, tile // block))
+            # In float64 KD with everything else spills where a program holds as many rows as NKD's.
+            shared = tile // 2 if wide and not plain else tile
+            rows = min(ON_CHIP_ROWS, max(1, shared // block))
             if not neighbours or not plain:
                 registers = min(255, 2048 // warps)  # all there are
             elif not wide and (rows > 1 or probabilities or not unit_temperature):
