@@ -238,7 +238,9 @@ def test_every_regime(place, dtype, classes):
 def test_peak_memory(place, rows, classes):
     """Beyond the inputs and the gradients at most a hundredth of N x C x 4 bytes."""
     loss, name = place
-    if loss not in ("nkd", "kd", "dkd", "wsld", "tf_kd") and not (name == "native" or classes <= 4096):
+    if loss in ("dist", "zipf_ls"):
+        pytest.skip("moments of chunks of columns, or votes, which are more beside so few classes")
+    if loss == "uskd" and name == "triton" and classes > 4096:
         pytest.skip("ranked by PyTorch's sort, which needs its room")
     tensors = make(loss, rows=rows, classes=classes, dtype=torch.bfloat16)
     step(place, tensors)
