@@ -59,8 +59,9 @@ class Call(NamedTuple):
 CALLS = (
     *(Call("nkd", *shape, 3) for shape in ((1024, 1000), (8192, 1000), (4096, 21841), (8192, 128256))),
     *(Call("uskd", *shape, 4) for shape in ((1024, 1000), (4096, 21841))),
-    *(Call(loss, 4096, 21841, 3) for loss in ("kd", "dkd", "wsld", "dist")),
+    *(Call(loss, 4096, 21841, 3) for loss in ("kd", "dkd", "wsld", "js")),
     Call("tf_kd", 4096, 21841, 2),
+    Call("dist", 4096, 21841, 5),  # every row's softmax comes before any column's moments
     Call("zipf_ls", 512, 21841, 6),  # reads four positions a row beside the student's logits
 )
 

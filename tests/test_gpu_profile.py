@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import gpu_drive, gpu_profile
 from benchmarks.gpu_profile import METRICS, READ, SHARE, TIME, WRITTEN, Call
+from fused_kd.registry import LOSSES
 
 HEADER = (
     '"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size","Grid Size","Device",'
@@ -82,6 +83,10 @@ def test_table():
     assert first.split() == ["nkd", "100x10", "rows_looped", "2", "0.0012", "0.0006", "0.9", "44%"]
     assert second.split() == ["DeviceSegmentedRadixSortKernel", "4", "0.0015", "0.0005", "0.5", "–"]
     assert total.strip() == "in all 0.63 times the least of 0.006 MB"
+
+
+def test_every_loss_is_looked_at():
+    assert {call.loss for call in gpu_profile.CALLS} == {*LOSSES}
 
 
 def test_command():
