@@ -207,7 +207,7 @@ def test_hugging_face_language_model_with_gradient_accumulation(tmp_path):
 
 
 def test_mmengine(tmp_path):
-    needs("mmengine")
+    needs("mmengine", "cv2")
     from mmengine.model import BaseModel
     from mmengine.registry import MODELS
     from mmengine.runner import Runner
