@@ -278,6 +278,8 @@ def test_timm():
     page = run_snippet("timm")
     tiny = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2, "num_classes": CLASSES}
     student, teacher = (timm.create_model("vit_tiny_patch16_224", **tiny) for _ in range(2))
+    for model in (student, teacher):
+        nn.init.normal_(model.head.weight)  # timm's are 0, and so would be all logits
     task = page["NKDTask"](student, teacher, gamma=2.0, verbose=False).train()
     optimizer = create_optimizer_v2(task.get_trainable_module(), opt="sgd", lr=0.1)
     mixup = Mixup(mixup_alpha=0.8, num_classes=CLASSES, label_smoothing=0.1)
