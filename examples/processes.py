@@ -1,0 +1,70 @@
+"""Which process this is, of how many, and its device: one process, or those that torchrun starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed
+
+from examples.errors import RunError
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's number ``rank`` of ``world``, and its device."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """This is the process that writes."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.world > 1:
+            distributed.barrier()
+
+    def summed(self, values: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.world > 1:
+            distributed.all_reduce(values)
+        return values
+
+    def share(self, total: int) -> tuple[int, int]:
+        """Begin and end of this process's part of ``total`` rows."""
+        return total * self.rank // self.world, total * (self.rank + 1) // self.world
+
+
+@contextmanager
+def processes(device: str) -> Iterator[Processes]:
+    """Join torchrun's processes, by nccl on GPUs and gloo elsewhere, or be the only one.
+
+    Raises:
+        RunError: There is no such device.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RunError("--device cuda: PyTorch sees no CUDA device here")
+    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if cuda and local >= torch.cuda.device_count():
+        raise RunError(f"--device: {local + 1} processes on this machine, but {torch.cuda.device_count()} CUDA devices")
+    place = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(place)
+    if "WORLD_SIZE" not in os.environ:
+        yield Processes(0, 1, place)
+        return
+    distributed.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield Processes(distributed.get_rank(), distributed.get_world_size(), place)
+    finally:
+        distributed.destroy_process_group()
