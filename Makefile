@@ -40,7 +40,7 @@ $(VENV)/ready: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) --upgrade pip
 	$(INSTALL) torch
-	PYTHONWARNINGS=ignore $(INSTALL) --editable '.[bench,test,triton,lint]'
+	PYTHONWARNINGS=ignore $(INSTALL) --editable '.[bench,test,triton,lint,examples]'
 	touch $@
 
 # The frameworks of docs/integrations.md, which the benchmark does without.

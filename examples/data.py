@@ -1,0 +1,97 @@
+"""Which data a run has: the command line of the data sets.
+
+`python -m examples.data --sheet FILE` draws some images of the training set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from examples import cifar, folder, glyphs
+from examples.arrays import DataError, Dataset, cache_root
+from examples.report import Bar
+
+Load = Callable[[Path, int, Path, Bar], Dataset]
+#: Data sets on disk: (path, side of an image, cache, bar) to arrays.
+ON_DISK: dict[str, Load] = {"cifar100": cifar.load, "imagefolder": folder.load}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which data."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data", nargs="+", default=["glyphs"], metavar=("NAME", "PATH"),
+        help="glyphs: Chinese characters in the fonts that are installed; or one on disk: cifar100 PATH, imagefolder "
+        "PATH (glyphs)",
+    )  # fmt: skip
+    group.add_argument("--classes", type=int, default=1000, help="of glyphs (1000)")
+    group.add_argument("--image-size", type=int, default=32, metavar="PIXELS", help="side of an image (32)")
+    group.add_argument("--draws", type=int, default=6, help="of glyphs, of a class in a font family (6)")
+    group.add_argument("--held-out", metavar="FAMILY", help="the font family that is only tested on")
+    group.add_argument("--data-seed", type=int, default=0, help="of glyphs (0)")
+    group.add_argument("--cache", type=Path, default=cache_root(), metavar="DIR", help="for arrays (%(default)s)")
+
+
+def load(args: argparse.Namespace, bar: Bar) -> Dataset:
+    """The data set of the options, built in the cache first if it is not there.
+
+    Raises:
+        DataError: It cannot be had; one line says what was expected.
+    """
+    name, *paths = args.data
+    if args.image_size < 8:
+        raise DataError(f"--image-size: expected at least 8, got {args.image_size}")
+    if name == "glyphs":
+        if paths:
+            raise DataError(f"--data glyphs: expected no path, got {' '.join(paths)}")
+        request = glyphs.Glyphs(args.classes, args.image_size, args.draws, 2, args.data_seed, args.held_out)
+        return glyphs.load(request, args.cache, bar)
+    if name not in ON_DISK:
+        raise DataError(f"--data: expected glyphs, {' PATH, '.join(ON_DISK)} PATH, got {name!r}")
+    if len(paths) != 1:
+        raise DataError(f"--data {name}: expected one path, got {len(paths)}")
+    path = Path(paths[0])
+    if not path.exists():
+        raise DataError(f"--data {name}: {path} does not exist")
+    return ON_DISK[name](path, args.image_size, args.cache, bar)
+
+
+def sheet(dataset: Dataset, path: Path, rows: int = 12, columns: int = 24) -> None:
+    """Write images of the first classes as a picture, a row for each class."""
+    from PIL import Image
+
+    lines = []
+    for label in range(min(rows, dataset.classes)):
+        chosen = np.flatnonzero(dataset.train.labels == label)
+        images = dataset.train.images[chosen[:: max(1, len(chosen) // columns)][:columns]]
+        blank = np.zeros((columns - len(images), *images.shape[1:]), np.uint8)
+        lines.append(np.concatenate([*images, *blank], axis=-1))
+    picture = np.concatenate(lines, axis=-2).transpose(1, 2, 0)
+    Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(path)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m examples.data", description=(__doc__ or "").split("\n")[0])
+    add_arguments(parser)
+    parser.add_argument("--sheet", type=Path, metavar="FILE", help="write a picture of some training images")
+    args = parser.parse_args(arguments)
+    try:
+        dataset = load(args, Bar(Console(stderr=True)))
+    except DataError as error:
+        print(f"examples.data: {error}", file=sys.stderr)
+        return 2
+    tests = ", ".join(f"{name} {len(split):,}" for name, split in dataset.tests.items())
+    print(f"{dataset.name}: {dataset.classes} classes, {len(dataset.train):,} images; tests: {tests}; {dataset.notes}")
+    if args.sheet:
+        sheet(dataset, args.sheet)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
