@@ -1,4 +1,4 @@
-"""A tiny data set for the tests of examples/train.py, and that program on it: ``python tests/example_runs.py OPTIONS``."""
+"""A tiny data set for the tests of examples/train.py; run with options it is that program, on these data."""
 
 import os
 import signal
