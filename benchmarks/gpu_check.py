@@ -96,7 +96,7 @@ def stages(args: argparse.Namespace, capability: int, scratch: Path) -> list[Sta
         caches = {"TRITON_CACHE_DIR": str(scratch / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor")}
         planned.append(Stage(f"benchmark {loss}", command, most, least, lacking("numpy"), caches))
     table = (python, "-m", "benchmarks.kernels", "--arch", str(capability), "--json", str(scratch / "kernels.json"))
-    planned.append(Stage("kernels", table, 60, 0, lacking("triton")))
+    planned.append(Stage("kernels", table, 120, 0, lacking("triton")))
     return [stage._replace(environment={**path, **stage.environment}) for stage in planned]
 
 

@@ -238,6 +238,8 @@ def row_cases(full: bool) -> Iterator[Case]:
         yield from (Case(BF16, BF16, classes, 4.0, loss=loss) for loss in losses for classes in (1000, 21841))
         yield from (Case(BF16, BF16, classes, 2.0, BF16, standardize=True) for classes in (1000, 21841))
         yield Case(FP32, FP32, 8192, 2.0, loss="wsld", smoothing=0.1, standardize=True)
+        yield Case(BF16, BF16, 4096, labels=BF16, loss="wsld", smoothing=0.1)
+        yield Case(BF16, BF16, 4096, loss="js", smoothing=0.1, standardize=True)
         return
     for loss in (*losses, "nkd"):
         for temperature, (ce_weight, smoothing), standardize in itertools.product(

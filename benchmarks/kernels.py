@@ -32,7 +32,9 @@ from benchmarks.report import replace_block
 from fused_kd.backends.triton import Launch
 
 ROOT = Path(__file__).parent.parent
+#: Blocks of a document: a row for each kernel of the selection, a line for each function of the whole matrix.
 BEGIN, END = "<!-- kernels:begin -->", "<!-- kernels:end -->"
+FULL_BEGIN, FULL_END = "<!-- kernels-full:begin -->", "<!-- kernels-full:end -->"
 #: Shared memory that a block can have, in bytes, by compute capability.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 #: What ranking on chip may take: what every GPU since sm_80 gives a block, the smaller ones included.
@@ -61,13 +63,14 @@ def problems(row: Row) -> list[str]:
         found.append(f"{name}: {row['shared']} bytes of shared memory, {limit} at most")
     if row["registers"] * row["threads"] > REGISTERS:
         found.append(f"{name}: {row['registers']} registers in {row['threads']} threads cannot launch")
-    # Tile loads and stores are one vector each; the few other loads are of targets, counts and the logits at y. Rows of
-    # an odd length have no vectors on chip, so what is asked of them is what the plan says can be had.
+    # On chip a thread's part of each row is loaded in vectors, all of it; what else is loaded are targets, counts, the
+    # logits at y, and DIST's sums of columns. Rows of an odd length have no vectors there, so what is asked of them is
+    # what the plan says can be had. The loops of the looped kernel stand in the code once or unrolled.
     loads, stores, vector = row["loads"], row["stores"], row["vector"]
     if row["kernel"] in ROW_KERNELS and row["element_bytes"] == 2 and vector >= 8:
-        narrow = loads.get(2, 0) if row["kernel"] == "rows_on_chip" else 0
+        tile = max(1, 2 * row["elements"] // vector) if row["kernel"] == "rows_on_chip" else 1
         scalar_stores = row["writes"] and not stores.get(vector)
-        if loads.get(vector, 0) < row["inputs"] or scalar_stores or narrow > loads[vector]:
+        if loads.get(vector, 0) < row["inputs"] * tile or scalar_stores:
             found.append(f"{name}: expected rows in vectors of {vector} bytes, got {loads} and {stores}")
     # These read their rows more than once, after the ranking in another order: one wide load of each row at least.
     if row["kernel"] in RANK_KERNELS and row["element_bytes"] == 2 and vector >= 8:
@@ -255,10 +258,20 @@ def _widest(counts: dict[int, int]) -> str:
     return f"{max(counts)} B" if counts else "–"
 
 
+def _markdown(columns: Sequence[str], words: int, lines: Sequence[tuple[str, ...]]) -> str:
+    """A table whose first columns are ``words``, the others figures."""
+    head = ["| " + " | ".join(columns) + " |", "|" + " --- |" * words + " ---: |" * (len(columns) - words)]
+    return "\n".join([*head, *("| " + " | ".join(line).replace("<", "&lt;") + " |" for line in lines)])
+
+
 def markdown(rows: list[Row]) -> str:
-    lines = ["| " + " | ".join(COLUMNS) + " |", "| --- | --- |" + " ---: |" * (len(COLUMNS) - 2)]
-    lines += ["| " + " | ".join(cells(row)).replace("<", "&lt;") + " |" for row in rows]
-    return "\n".join(lines)
+    return _markdown(COLUMNS, 2, [cells(row) for row in rows])
+
+
+def markdown_summary(rows: list[Row]) -> str:
+    broken = sum(len(problems(row)) for row in rows)
+    table = _markdown(SUMMARY, 1, summarise(rows))
+    return f"{table}\n\n{len(rows)} kernels, of which {broken or 'none'} break a rule."
 
 
 def print_table(rows: list[Row], console: Console) -> None:
@@ -305,23 +318,20 @@ def print_summary(rows: list[Row], console: Console) -> None:
     console.print(table)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.kernels",
-        description="Compiles the kernels for GPUs that need not be there, and shows what the compiler made of them.",
-    )
-    parser.add_argument("--full", action="store_true", help="every configuration that dispatch can choose; an hour")
-    parser.add_argument("--part", metavar="K/N", default="1/1", help="the K-th of N parts, for N machines")
-    parser.add_argument(
-        "--loss", choices=[*kernel_cases.CASES, "all", "none"], default="all", help="of Triton's kernels"
-    )
-    parser.add_argument("--arch", default="80,90,100", metavar="80,90,100", help="compute capabilities")
-    parser.add_argument("--no-cuda", action="store_true", help="leave the CUDA sources out")
-    parser.add_argument("--sources", metavar="NAME,...", help="of csrc/cuda; default: all")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, default: %(default)s")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
-    parser.add_argument("--update", type=Path, metavar="FILE.md", help=f"write a table between {BEGIN} and {END}")
-    args = parser.parse_args(argv)
+def read_rows(path: Path, parser: argparse.ArgumentParser) -> tuple[list[Row], int]:
+    """The rows of an earlier run, and how many problems they have."""
+    try:
+        rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))
+        for row in rows:
+            for name in ("loads", "stores"):
+                row[name] = {int(width): count for width, count in row[name].items()}
+        return rows, sum(len(problems(row)) for row in rows)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        parser.error(f"--read {path}: expected what --json wrote, got {type(error).__name__}: {error}")
+
+
+def compile_rows(args: argparse.Namespace, parser: argparse.ArgumentParser) -> tuple[list[Row], int]:
+    """Compile what the arguments ask for."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: under its interpreter Triton compiles nothing")
     try:
@@ -346,16 +356,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         tasks = part_of(tasks, args.part)
     except ValueError as error:
         parser.error(f"--part: {error}")
-    start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder  # so that times are those of a first call
-        rows, broken = compile_all(tasks, args.jobs, errors)
+        return compile_all(tasks, args.jobs, errors)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels",
+        description="Compiles the kernels for GPUs that need not be there, and shows what the compiler made of them.",
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="every configuration that dispatch can choose; over an hour"
+    )
+    parser.add_argument("--part", metavar="K/N", default="1/1", help="the K-th of N parts, for N machines")
+    parser.add_argument(
+        "--loss", choices=[*kernel_cases.CASES, "all", "none"], default="all", help="of Triton's kernels"
+    )
+    parser.add_argument("--arch", default="80,90,100", metavar="80,90,100", help="compute capabilities")
+    parser.add_argument("--no-cuda", action="store_true", help="leave the CUDA sources out")
+    parser.add_argument("--sources", metavar="NAME,...", help="of csrc/cuda; default: all")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, default: %(default)s")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
+    parser.add_argument("--read", type=Path, metavar="FILE", help="show the rows that --json wrote; compile nothing")
+    parser.add_argument("--update", type=Path, metavar="FILE.md", help=f"write a table between {BEGIN} and {END}")
+    args = parser.parse_args(argv)
+    start = time.monotonic()
+    rows, broken = read_rows(args.read, parser) if args.read else compile_rows(args, parser)
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=150)
     (print_summary if args.full else print_table)(rows, console)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     if args.update:
-        replace_block(args.update, BEGIN, END, markdown(rows))
+        if args.full:
+            replace_block(args.update, FULL_BEGIN, FULL_END, markdown_summary(rows))
+        else:
+            replace_block(args.update, BEGIN, END, markdown(rows))
     console.print(f"{len(rows)} kernels, {broken} problems, {time.monotonic() - start:.0f} s")
     return 1 if broken else 0
 

@@ -98,7 +98,7 @@ GOOD = {
     "kernel": "rows_on_chip", "case": "1024x1000 bf16", "capability": 90, "registers": 64, "threads": 128,
     "shared": 512, "shared_limit": 227 * 1024, "stack": 0, "local": 0, "spilled": 0,
     "loads": {2: 2, 8: 5, 16: 2}, "stores": {16: 1},
-    "vector": 16, "element_bytes": 2, "inputs": 2, "writes": True, "library": False,
+    "vector": 16, "element_bytes": 2, "inputs": 2, "writes": True, "elements": 8, "library": False,
 }  # fmt: skip
 
 
@@ -113,7 +113,7 @@ GOOD = {
         ({"shared": 100 * 1024, "shared_limit": 99 * 1024}, "102400 bytes of shared memory, 101376 at most"),
         ({"registers": 129, "threads": 512}, "129 registers in 512 threads cannot launch"),
         ({"loads": {2: 18}}, "expected rows in vectors of 16 bytes"),
-        ({"loads": {2: 4, 16: 2}}, "expected rows in vectors of 16 bytes"),
+        ({"elements": 16}, "expected rows in vectors of 16 bytes"),  # half of the tile is
         ({"stores": {2: 8}}, "expected rows in vectors of 16 bytes"),
     ],
 )
@@ -137,6 +137,23 @@ def test_rules_of_odd_rows_and_wide_logits():
     assert kernels.problems({**GOOD, "vector": 2, "loads": {2: 18}, "stores": {2: 8}}) == []
     assert kernels.problems({**GOOD, "element_bytes": 4, "loads": {4: 18}, "stores": {4: 8}}) == []
     assert kernels.problems({**GOOD, "writes": False, "stores": {4: 3}}) == [], "forward only"
+
+
+def test_rows_of_an_earlier_run(tmp_path, capsys):
+    more = {"source": "triton", "loss": "nkd", "instructions": 9, "exponentials": 1, "seconds": 0.5}
+    path, document = tmp_path / "kernels.json", tmp_path / "kernels.md"
+    path.write_text(json.dumps([GOOD | more, GOOD | more | {"stack": 8, "registers": 72}]))
+    document.write_text(f"before\n{kernels.FULL_BEGIN}\n{kernels.FULL_END}\n{kernels.BEGIN}\n{kernels.END}\n")
+    assert kernels.main(["--read", str(path), "--full", "--update", str(document)]) == 1
+    assert "2 kernels, 1 problems" in capsys.readouterr().out
+    text = document.read_text()
+    assert "| rows_on_chip | 90 | 2 | 64–72 | 512 | 1 spill | 16 B | 1 s | 0.5 s |" in text
+    assert "2 kernels, of which 1 break a rule." in text
+    assert f"{kernels.BEGIN}\n{kernels.END}" in text, "the selection's block is another"
+    path.write_text("[{}]")
+    with pytest.raises(SystemExit, match="2"):
+        kernels.main(["--read", str(path)])
+    assert "expected what --json wrote" in capsys.readouterr().err
 
 
 def test_parts_of_the_matrix():

@@ -227,6 +227,7 @@ def plan_row_loss(
         neighbours=unit,
         vectors=together,
         plain=loss_name == "nkd" and not standardize and not linear,
+        scores=standardize,
     )
     options = {
         "ACC": acc,

@@ -98,6 +98,7 @@ def row_config(
     neighbours: bool,
     vectors: bool,
     plain: bool = True,
+    scores: bool = False,
 ) -> OnChip | Looped:
     """Layout of the row kernels.
 
@@ -111,6 +112,7 @@ def row_config(
         vectors: In the looped kernel, rows start alike and can be walked in full vectors of every tensor.
         plain: NKD without label smoothing and logit standardization, which the registers were chosen for. What else
             there is gets all that its warps can have.
+        scores: With logit standardization.
     """
     block = max(16, 1 << (classes - 1).bit_length())
     tiles: tuple[tuple[int, int, int], ...] = ON_CHIP_PROBABILITIES if probabilities else ON_CHIP
@@ -124,18 +126,22 @@ def row_config(
             # In float64 KD with everything else spills where a program holds as many rows as NKD's.
             shared = tile // 2 if wide and not plain else tile
             rows = min(ON_CHIP_ROWS, max(1, shared // block))
+            if scores and not wide:
+                # In the longest rows JS and WSLD spill two words at the 128 registers that 16 warps can have.
+                warps = min(warps, 8)
             if not neighbours or not plain:
                 registers = min(255, 2048 // warps)  # all there are
             elif not wide and (rows > 1 or probabilities or not unit_temperature):
                 registers = ON_CHIP_REGISTERS[unit_temperature, probabilities][rows > 1] if tile <= 2048 else 128
             return OnChip(rows, block, warps, registers)
     if not vectors:
-        # Single loads, each with a pointer where columns are strided: 4 a thread, or they spill; in float64, 8 warps,
-        # and 2 a thread, also beside labels that are narrower.
-        warps = max(1, LOOPED_WARPS // 2) if wide else LOOPED_WARPS
+        # Single loads, each with a pointer where columns are strided: 4 a thread, or they spill; in float64 2, also
+        # beside labels that are narrower, and 8 warps, as DIST with all its options takes over 128 registers.
+        warps = LOOPED_WARPS // 2 if wide or not plain else LOOPED_WARPS
         return Looped(32 * warps, min(2 if wide else 4, 16 // narrow), warps, min(255, 2048 // warps))
     if not plain:
-        warps = max(1, LOOPED_WARPS // 2) if wide else LOOPED_WARPS  # float64 of WSLD takes over 128 registers
+        # float64 of WSLD takes over 128 registers, and so do WSLD and JS with probabilities.
+        warps = LOOPED_WARPS // 2 if wide or probabilities else LOOPED_WARPS
         return Looped(32 * warps, 16 // narrow, warps, min(255, 2048 // warps))
     long = classes > LOOPED_LONG and narrow == 2 and not wide and not probabilities
     warps = LOOPED_LONG_WARPS if long else LOOPED_WARPS
@@ -261,17 +267,26 @@ STREAMED = {
     (True, False): (512, 4, 255),  # the same, pointers included
 }
 
+#: Of float32 with probabilities as targets and smoothed labels.
+STREAMED_SMOOTHED_REGISTERS = 168
+
 
 @lru_cache(maxsize=1024)
-def uskd_config(classes: int, *, wide: bool, probabilities: bool, neighbours: bool) -> OnChip | Streamed:
+def uskd_config(
+    classes: int, *, wide: bool, probabilities: bool, neighbours: bool, smoothed: bool = False
+) -> OnChip | Streamed:
     """Layout of USKD: rows sorted on chip, or streamed around a sort by PyTorch, as all of float64 are, whose keys
-    leave no room for the class in a word. For the arguments see :func:`row_config`."""
+    leave no room for the class in a word. For the arguments see :func:`row_config`; ``smoothed`` says that the
+    cross-entropy's labels are."""
     block = max(16, 1 << (classes - 1).bit_length())
     for tile, warps, registers in () if wide else RANKED:
         if block <= tile:
             rows = min(ON_CHIP_ROWS, max(1, tile // block))
             return OnChip(rows, block, warps, RANKED_ROWS_REGISTERS if rows > 1 and probabilities else registers)
-    return streamed_config(classes, wide=wide, probabilities=probabilities, neighbours=neighbours)
+    config = streamed_config(classes, wide=wide, probabilities=probabilities, neighbours=neighbours)
+    if smoothed and probabilities and not wide:  # they spill two words at 128, on sm_100
+        config = config._replace(registers=STREAMED_SMOOTHED_REGISTERS)
+    return config
 
 
 @lru_cache(maxsize=1024)

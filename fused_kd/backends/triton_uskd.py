@@ -150,14 +150,16 @@ def plan_uskd(
         power = 2.0 ** (rows.bit_length() - 1)
         scales = [scale / rows * (power if half else 1.0) for scale, half in zip(scales, halves, strict=True)]
     norm_values = 1.0 / student_scale, 1.0 / weak_scale
+    linear = ce_weight != 0.0 and smoothing != 0.0
     config = triton_config.uskd_config(
         classes,
         wide=wide,
         probabilities=probabilities,
         neighbours=_neighbours(target, (student, weak)),
+        smoothed=linear,
     )
     layout = _layout(target, (student, weak), wide, config)
-    shared = {**layout, "LINEAR": ce_weight != 0.0 and smoothing != 0.0, "COUNT": counts.how}
+    shared = {**layout, "LINEAR": linear, "COUNT": counts.how}
     ranking = {"RANK": rank, "SQUARE": square}
     strides = (*student.stride(), *weak.stride(), *target_strides)
     # A divisor that is known has its power of two in the scale already.
