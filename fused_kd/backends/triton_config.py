@@ -137,11 +137,11 @@ def row_config(
     if not vectors:
         # Single loads, each with a pointer where columns are strided: 4 a thread, or they spill; in float64 2, also
         # beside labels that are narrower, and 8 warps, as DIST with all its options takes over 128 registers.
-        warps = LOOPED_WARPS // 2 if wide or not plain else LOOPED_WARPS
+        warps = max(1, LOOPED_WARPS // 2) if wide or not plain else LOOPED_WARPS
         return Looped(32 * warps, min(2 if wide else 4, 16 // narrow), warps, min(255, 2048 // warps))
     if not plain:
         # float64 of WSLD takes over 128 registers, and so do WSLD and JS with probabilities.
-        warps = LOOPED_WARPS // 2 if wide or probabilities else LOOPED_WARPS
+        warps = max(1, LOOPED_WARPS // 2) if wide or probabilities else LOOPED_WARPS
         return Looped(32 * warps, 16 // narrow, warps, min(255, 2048 // warps))
     long = classes > LOOPED_LONG and narrow == 2 and not wide and not probabilities
     warps = LOOPED_LONG_WARPS if long else LOOPED_WARPS
