@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -226,36 +226,35 @@ class Timm(Network):
         except Exception as error:
             raise RunError(f"--model timm:{name}: {' '.join(str(error).split())}") from None
         self._weak: Tensor | None = None
-        self._inner(name).register_forward_hook(self._keep)
-        with torch.no_grad():
-            self.eval()
-            self.weak_width = self.features(torch.zeros(1, channels, size, size)).weak.shape[1]
-            self.train()
+        self.weak_width = 0
+        self._channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"  # Swin and its like
+        if inner := self._inner():
+            inner.register_forward_hook(self._keep)
+            with torch.no_grad():
+                self.eval()
+                self.weak_width = self.features(torch.zeros(1, channels, size, size)).weak.shape[1]
+                self.train()
 
-    def _inner(self, name: str) -> nn.Module:
+    def _inner(self) -> nn.Module | None:
         model = self.model
         if hasattr(model, "blocks") and hasattr(model, "cls_token"):
-            return model.blocks[len(model.blocks) // 2 - 1]  # type: ignore[no-any-return]
-        for attribute in ("stages", "layers", "blocks"):
-            if len(getattr(model, attribute, ())) > 1:
-                return getattr(model, attribute)[1]  # type: ignore[no-any-return]
-        if hasattr(model, "layer2"):
-            return model.layer2  # type: ignore[no-any-return]
-        raise RunError(f"--model timm:{name}: no second stage found (none of stages, layers, blocks, layer2)")
+            return cast(nn.Module, model.blocks[len(model.blocks) // 2 - 1])
+        for name in ("stages", "layers", "blocks"):
+            if len(getattr(model, name, ())) > 1:
+                return cast(nn.Module, getattr(model, name)[1])
+        return getattr(model, "layer2", getattr(model, "s2", None))
 
     def _keep(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
         self._weak = output
 
     def features(self, images: Tensor) -> Features:
         final = self.model.forward_features(self.normalise(images))
-        assert self._weak is not None
         weak, self._weak = self._weak, None
-        if weak.dim() == 4:
-            # Swin and its like have channels last
-            weak = (
-                weak.mean(dim=(2, 3)) if getattr(self.model, "output_fmt", "NCHW") == "NCHW" else weak.mean(dim=(1, 2))
-            )
-        else:
+        if weak is None:  # there is no hook
+            weak = final.new_empty(len(final), 0)
+        elif weak.dim() == 4:
+            weak = weak.mean(dim=(1, 2) if self._channels_last else (2, 3))
+        elif weak.dim() == 3:
             weak = weak[:, 0]
         return Features(weak, final)
 
@@ -265,8 +264,8 @@ class Timm(Network):
 
     def dense(self, final: Tensor) -> Tensor:
         head = self.model.get_classifier()
-        if final.dim() == 4 and isinstance(head, nn.Linear):
-            final = final.flatten(2).transpose(1, 2)
+        if final.dim() == 4:
+            final = final.flatten(1, 2) if self._channels_last else final.flatten(2).transpose(1, 2)
         elif final.dim() == 3:
             final = final[:, getattr(self.model, "num_prefix_tokens", 1) :]
         if not isinstance(head, nn.Linear) or final.shape[-1] != head.in_features:
@@ -311,6 +310,10 @@ class Student(nn.Module):
 
     def __init__(self, network: Network, classes: int, weak: bool, dense: bool) -> None:
         super().__init__()
+        if weak and not network.weak_width:
+            raise RunError(
+                "--loss uskd: this network has no second stage known here (stages, layers, blocks, layer2, s2)"
+            )
         self.network = network
         self.weak_classifier = nn.Linear(network.weak_width, classes) if weak else None
         self._dense = dense

@@ -10,7 +10,8 @@ from examples import data, methods, networks, processes
 from examples.engine import AMP
 from examples.errors import RunError
 
-#: What a resumed run may have otherwise than the run it goes on with: nothing of these changes a number.
+#: What a resumed run may have otherwise than the run it goes on with: it changes no weight, or it is a path to what is
+#: compared by its contents.
 FREE = (
     "out", "resume", "device", "data", "cache", "teacher", "cache_teacher", "checkpoint_steps", "log_steps",
     "time_loss", "tensorboard", "quiet",
@@ -108,5 +109,5 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def identity(args: argparse.Namespace) -> dict[str, object]:
-    """What must be the same when a run is resumed."""
-    return {name: value for name, value in sorted(vars(args).items()) if name not in FREE}
+    """The options that must be the same when a run is resumed."""
+    return {f"--{name.replace('_', '-')}": value for name, value in sorted(vars(args).items()) if name not in FREE}

@@ -73,6 +73,7 @@ class Run:
             _claim(args)
         where.wait()
         teacher = checkpoint.load_teacher(args.teacher, dataset) if args.teacher else None
+        self.teacher = checkpoint.weights_hash(teacher) if teacher else None
         group = distributed.group.WORLD if where.world > 1 else None
         method = methods.build(args.loss, args.set, args.backend, group)
         _check_teacher(args, method)
@@ -118,7 +119,13 @@ class Run:
         return lambda batch: cache.logits(batch.rows).to(where.device, non_blocking=True)
 
     def _identity(self) -> str:
-        return json.dumps({**options.identity(self.args), "data": self.data.fingerprint, "world": self.where.world})
+        own = {
+            "the data set": self.data.fingerprint,
+            "the number of processes": self.where.world,
+            "the teacher": self.teacher,
+            "the use of --cache-teacher": self.args.cache_teacher is not None,
+        }
+        return json.dumps({**options.identity(self.args), **own})
 
     def _restore(self) -> None:
         path = self.args.out / "last.pt"
@@ -126,12 +133,8 @@ class Run:
         there, here = json.loads(state["run"]), json.loads(self._identity())
         for name in here:
             if there.get(name) != here[name]:
-                title = {"data": "the data set", "world": "the number of processes"}.get(
-                    name, f"--{name.replace('_', '-')}"
-                )
-                raise RunError(
-                    f"--resume: {path} is of a run with other options: {title} was {there.get(name)}, is {here[name]}"
-                )
+                was, now = (str(value)[:16] for value in (there.get(name), here[name]))
+                raise RunError(f"--resume: {path} is of a run with other options: {name} was {was}, is {now}")
         try:
             self.student.load_state_dict(state["student"])
             self.trainer.optimizer.load_state_dict(state["optimizer"])
@@ -194,7 +197,7 @@ class Run:
                     row = {"step": self.step, "epoch": epoch + 1, "lr": trainer.optimizer.param_groups[0]["lr"]}
                     self._log("train", row, dict(zip(names, means, strict=True)))
                     speed = args.batch_size * (self.step - epoch * per_epoch - begin) / (time.perf_counter() - mark)
-                    shown = zip(names, means, strict=True)
+                    shown = list(zip(names, means, strict=True))[: None if self.bar.console.width >= 120 else 1]
                     text = " ".join(f"{name.removeprefix('loss_')} {mean:.3f}" for name, mean in shown)
                     text += f"  {speed:,.0f} images/s"
                 advance(1, text)

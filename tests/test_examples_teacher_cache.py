@@ -125,3 +125,12 @@ def test_unwritable_cache(tmp_path, teachers):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"--cache-teacher .* cannot be written"):
         nkd(teachers[0], tmp_path / "run", tmp_path / "file" / "cache")
+
+
+def test_another_teacher_is_not_resumed(tmp_path, teachers):
+    common = ("--loss", "kd", "--out", tmp_path / "run", "--epochs", 1, "--teacher")
+    run(*common, teachers[0])
+    with pytest.raises(RunError, match="other options: the teacher was"):
+        run(*common, teachers[1], "--resume")
+    with pytest.raises(RunError, match="other options: the use of --cache-teacher was False, is True"):
+        run(*common, teachers[0], "--resume", "--cache-teacher", tmp_path / "cache")

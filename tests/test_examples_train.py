@@ -1,6 +1,8 @@
 """Training runs on a tiny data set: every loss, what a folder gets, and what is refused."""
 
 import json
+import sys
+import types
 
 import example_runs
 import numpy as np
@@ -161,9 +163,12 @@ def test_learning_rate():
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
-def test_timm_networks_by_their_interface(monkeypatch):
-    """A stand-in for timm, which is not needed here: a CNN with stages, a transformer with blocks and a class token."""
+def stand_in(model):
+    """For timm, which is not needed here: its create_model makes this model."""
+    return types.SimpleNamespace(create_model=lambda name, **options: model(**options))
 
+
+def test_timm_network_with_stages(monkeypatch):
     class Model(torch.nn.Module):
         def __init__(self, num_classes, in_chans):
             super().__init__()
@@ -181,8 +186,7 @@ def test_timm_networks_by_their_interface(monkeypatch):
         def get_classifier(self):
             return self.fc
 
-    fake = type("timm", (), {"create_model": staticmethod(lambda name, **options: Model(**options))})
-    monkeypatch.setitem(__import__("sys").modules, "timm", fake)
+    monkeypatch.setitem(sys.modules, "timm", stand_in(Model))
     network = networks.build("timm:any", classes=5, channels=1, size=16, norm="batch", mean=(0.5,), std=(0.5,))
     outputs = networks.Student(network, 5, weak=True, dense=True)(torch.rand(3, 1, 16, 16))
     assert network.weak_width == 6
@@ -262,6 +266,33 @@ def test_unwritable_output(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert train.main([*example_runs.SMALL, "--out", str(tmp_path / "file" / "run")]) == 2
     assert "cannot be written (Not a directory)" in capsys.readouterr().err
+
+
+def test_network_without_a_known_stage_trains_without_uskd(monkeypatch):
+    class Model(torch.nn.Linear):
+        def __init__(self, num_classes, in_chans):
+            super().__init__(in_chans, num_classes)
+
+        def forward_features(self, x):
+            return x.mean((2, 3))
+
+        def forward_head(self, x):
+            return self(x)
+
+    monkeypatch.setitem(sys.modules, "timm", stand_in(Model))
+    network = networks.build("timm:any", classes=5, channels=1, size=16, norm="batch", mean=(0.5,), std=(0.5,))
+    assert networks.Student(network, 5, weak=False, dense=False)(torch.rand(3, 1, 16, 16)).logits.shape == (3, 5)
+    with pytest.raises(RunError, match="--loss uskd: this network has no second stage"):
+        networks.Student(network, 5, weak=True, dense=False)
+
+
+def test_interruption_is_one_line(tmp_path, monkeypatch, capsys):
+    def interrupted(self, batch, number):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.Trainer, "step", interrupted)
+    assert train.main([*example_runs.SMALL, "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err.splitlines()[-1].endswith("--resume goes on from the last checkpoint")
 
 
 def test_result_is_written(tmp_path, capsys):
