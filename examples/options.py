@@ -52,7 +52,13 @@ def make_parser() -> argparse.ArgumentParser:
     how = parser.add_argument_group("how")
     how.add_argument("--epochs", type=int, default=10, help="(10)")
     how.add_argument("--batch-size", type=int, default=256, help="of one update, over all processes (256)")
-    how.add_argument("--accumulate", type=int, default=1, metavar="K", help="make a process's batch in K pieces (1)")
+    how.add_argument(
+        "--accumulate",
+        type=int,
+        default=1,
+        metavar="K",
+        help="make a process's batch in K pieces, each with its own batch mean of USKD (1)",
+    )
     how.add_argument("--optimizer", choices=("sgd", "adamw"), help="(sgd; for a vit adamw)")
     how.add_argument("--lr", type=float, help="peak learning rate (sgd 0.2, adamw 0.001, times batch size / 256)")
     how.add_argument("--weight-decay", type=float, help="(sgd 0.0005, adamw 0.05)")
