@@ -95,9 +95,15 @@ def write_folder(folder: Path, manifest: dict[str, Any], fill: Callable[[Path], 
     """Make ``folder`` whole or not at all: ``fill`` writes files into a temporary one and returns more of the manifest.
 
     If another process made the folder in the meantime, that one stays.
+
+    Raises:
+        DataError: The cache cannot be written to.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise DataError(f"--cache: cannot write to {folder.parent} ({error.strerror})") from None
     try:
         temporary.chmod(0o755)
         manifest = {**manifest, **fill(temporary)}

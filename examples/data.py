@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="glyphs: Chinese characters in the fonts that are installed; or one on disk: cifar100 PATH, imagefolder "
         "PATH (glyphs)",
     )  # fmt: skip
-    group.add_argument("--classes", type=int, default=1000, help="of glyphs (1000)")
+    group.add_argument("--classes", type=int, help="how many glyphs has (1000), or the data on disk must have")
     group.add_argument("--image-size", type=int, default=32, metavar="PIXELS", help="side of an image (32)")
     group.add_argument("--draws", type=int, default=6, help="of glyphs, of a class in a font family (6)")
     group.add_argument("--held-out", metavar="FAMILY", help="the font family that is only tested on")
@@ -50,7 +50,8 @@ def load(args: argparse.Namespace, bar: Bar) -> Dataset:
     if name == "glyphs":
         if paths:
             raise DataError(f"--data glyphs: expected no path, got {' '.join(paths)}")
-        request = glyphs.Glyphs(args.classes, args.image_size, args.draws, 2, args.data_seed, args.held_out)
+        classes = 1000 if args.classes is None else args.classes
+        request = glyphs.Glyphs(classes, args.image_size, args.draws, 2, args.data_seed, args.held_out)
         return glyphs.load(request, args.cache, bar)
     if name not in ON_DISK:
         raise DataError(f"--data: expected glyphs, {' PATH, '.join(ON_DISK)} PATH, got {name!r}")
@@ -59,7 +60,10 @@ def load(args: argparse.Namespace, bar: Bar) -> Dataset:
     path = Path(paths[0])
     if not path.exists():
         raise DataError(f"--data {name}: {path} does not exist")
-    return ON_DISK[name](path, args.image_size, args.cache, bar)
+    dataset = ON_DISK[name](path, args.image_size, args.cache, bar)
+    if args.classes not in (None, dataset.classes):
+        raise DataError(f"--classes: {name} at {path} has {dataset.classes} classes, got {args.classes}")
+    return dataset
 
 
 def sheet(dataset: Dataset, path: Path, rows: int = 12, columns: int = 24) -> None:
@@ -69,7 +73,9 @@ def sheet(dataset: Dataset, path: Path, rows: int = 12, columns: int = 24) -> No
     lines = []
     for label in range(min(rows, dataset.classes)):
         chosen = np.flatnonzero(dataset.train.labels == label)
-        images = dataset.train.images[chosen[:: max(1, len(chosen) // columns)][:columns]]
+        # Evenly over a class's images, which are in the order of the font families.
+        shown = min(columns, len(chosen))
+        images = dataset.train.images[chosen[np.arange(shown) * len(chosen) // max(shown, 1)]]
         blank = np.zeros((columns - len(images), *images.shape[1:]), np.uint8)
         lines.append(np.concatenate([*images, *blank], axis=-1))
     picture = np.concatenate(lines, axis=-2).transpose(1, 2, 0)

@@ -59,6 +59,9 @@ def _files(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
     ]
     if not found:
         raise DataError(f"imagefolder: expected images ({', '.join(ENDINGS)}) in the folders of {folder}, found none")
+    empty = sorted(set(range(len(classes))) - {label for _, label in found})
+    if empty and folder.name == "train":
+        raise DataError(f"imagefolder: expected images of every class, found none in {folder / classes[empty[0]]}")
     return found
 
 

@@ -20,6 +20,8 @@ INSTALL = (
 )
 #: Endings that say how heavy a face is, or for which region it was drawn; what is left names the family.
 _STYLE = re.compile(r"\s+(Light|Regular|Medium|Bold|Black|Thin|Heavy|DemiLight|SemiBold|SC|TC|HK|JP|KR|CN|TW|MBE)$")
+#: Faces of fixed width or with bitmaps, which repeat the drawings of another.
+_REPEATS = re.compile(r"\b(Mono|Sharp)\b")
 #: The region whose forms come first: those of GB 2312.
 _REGIONS = {"SC": 0, "CN": 0, "": 1, "JP": 2, "TC": 3, "HK": 4, "TW": 5, "MBE": 6, "KR": 7}
 
@@ -80,7 +82,7 @@ def find_families(characters: list[str], at_least: int, folders: list[Path] | No
     )
     for path in dict.fromkeys(paths):
         for index, name, style, covered in _faces(path, wanted):
-            if len(covered) < at_least or re.search(r"\b(Mono|Sharp)\b", name):
+            if len(covered) < at_least:
                 continue
             family, region = _split_name(name)
             entry = (_REGIONS.get(region, 9), Face(path, index), covered)
@@ -105,17 +107,25 @@ def _split_name(name: str) -> tuple[str, str]:
 
 
 def _faces(path: Path, wanted: frozenset[int]) -> list[tuple[int, str, str, frozenset[int]]]:
-    """(index, family, style, covered) of each face of a file; none if it cannot be read."""
+    """(index, family, style, covered) of each face of a file that repeats no other; none if it cannot be read."""
     try:
         if path.suffix.lower() in (".ttc", ".otc"):
             fonts = list(TTCollection(str(path), lazy=True).fonts)
         else:
             fonts = [TTFont(str(path), lazy=True)]
         faces = []
+        parsed: dict[
+            int, frozenset[int]
+        ] = {}  # faces of a collection share tables; parsing one takes a tenth of a second
         for index, font in enumerate(fonts):
             name = font["name"].getBestFamilyName() or path.stem
             style = font["name"].getBestSubFamilyName() or "Regular"
-            faces.append((index, name, style, wanted.intersection(font.getBestCmap() or ())))
+            if _REPEATS.search(name):
+                continue
+            table = font.reader.tables["cmap"].offset
+            if table not in parsed:
+                parsed[table] = wanted.intersection(font.getBestCmap() or ())
+            faces.append((index, name, style, parsed[table]))
         return faces
     except (TTLibError, OSError, KeyError, AttributeError, AssertionError, ValueError):
         return []  # a damaged font of somebody else's is no reason to stop

@@ -49,6 +49,8 @@ def load(request: Glyphs, cache: Path, bar: Bar) -> Dataset:
     level = characters()
     if not 2 <= request.classes <= len(level):
         raise DataError(f"--classes: glyphs has 2 to {len(level)} classes, got {request.classes}")
+    if request.seed < 0:
+        raise DataError(f"--data-seed: expected at least 0, got {request.seed}")
     if request.draws < 1 or request.test_draws < 1 or request.size < 8:
         raise DataError("glyphs: expected at least one draw, one test draw and 8 pixels")
     families, held_out = choose_families(level, request.classes, request.held_out)

@@ -97,6 +97,30 @@ def test_glyphs_depend_on_the_seed_alone(installed, tmp_path):
     assert (fewer.tests["test"].images == first.tests["test"].images).all()
 
 
+def test_glyphs_of_installed_fonts(tmp_path):
+    try:
+        made = load("--classes", 50, "--draws", 1, "--cache", tmp_path / "cache")
+    except DataError as error:
+        pytest.skip(str(error))
+    assert made.notes["held_out"] not in made.notes["families"]
+    assert made.train.images.shape == (50 * len(made.notes["families"]), 1, 32, 32)
+    for split in (made.train, *made.tests.values()):
+        spread = split.images.astype(float).std((1, 2, 3))
+        assert spread.min() > 8, "every image has ink"
+    # The mean training images, blurred, tell far more characters of the held-out family than chance, which is 2 %.
+    held_out = made.tests["held-out"]
+    mean = made.train.images.mean(0, dtype=float)
+    blurred, queries = (
+        (split.images - mean)[:, 0].reshape(-1, 16, 2, 16, 2).mean((2, 4)).reshape(len(split), -1)
+        for split in (made.train, held_out)
+    )
+    centres = blurred.reshape(50, -1, 256).mean(1)
+    accuracy = (
+        (queries @ (centres / np.linalg.norm(centres, axis=1, keepdims=True)).T).argmax(1) == held_out.labels
+    ).mean()
+    assert accuracy > 0.1  # by chance, of 100 images, once in 100,000 times
+
+
 def test_a_second_load_draws_nothing(installed, tmp_path, monkeypatch):
     options = ("--classes", 10, "--image-size", 16, "--cache", tmp_path / "cache")
     first = load(*options)
@@ -147,6 +171,7 @@ def test_corrupt_cache(installed, tmp_path, harm):
     ("options", "words"),
     [
         (("--classes", 41), "two font families must cover 41 characters, none does; install Chinese fonts"),
+        (("--classes", 10, "--data-seed", -1), "--data-seed: expected at least 0, got -1"),
         (("--classes", 1), "--classes: glyphs has 2 to 3755 classes, got 1"),
         (("--classes", 10, "--held-out", "Delta"), "no font family 'Delta' covers 10 characters"),
         (("--image-size", 4), "--image-size: expected at least 8, got 4"),
@@ -168,6 +193,22 @@ def test_command_line(installed, tmp_path, capsys):
     assert Image.open(tmp_path / "sheet.png").size == (24 * 16, 10 * 16)
     assert data.main(["--classes", "41"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_sheet_shows_every_family(installed, tmp_path):
+    made = load("--classes", 10, "--image-size", 16, "--draws", 20, "--cache", tmp_path / "cache")
+    data.sheet(made, tmp_path / "sheet.png", rows=1, columns=30)
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png")).reshape(16, 30, 16).transpose(1, 0, 2)
+    of_first_class = made.train.images[:40, 0]  # 20 draws of Alpha, then 20 of Beta
+    families = [int((of_first_class == image).all((1, 2)).argmax()) // 20 for image in sheet]
+    assert families == [0] * 15 + [1] * 15
+
+
+def test_a_cache_that_cannot_be_written(installed, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="--cache: cannot write to ") as caught:
+        load("--classes", 10, "--image-size", 16, "--cache", tmp_path / "file")
+    assert str(tmp_path / "file") in str(caught.value)
 
 
 def make_cifar(folder, train=200):
@@ -201,7 +242,15 @@ class Evil:
         return print, ("called",)
 
 
-@pytest.mark.parametrize("harm", ["cut", "evil", "missing", "labels", "archive"])
+def test_cifar100_has_a_hundred_classes(tmp_path):
+    make_cifar(tmp_path / "cifar-100-python")
+    options = ("--data", "cifar100", tmp_path, "--cache", tmp_path / "cache")
+    assert load(*options, "--classes", 100).classes == 100
+    with pytest.raises(DataError, match=r"--classes: cifar100 at .* has 100 classes, got 50"):
+        load(*options, "--classes", 50)
+
+
+@pytest.mark.parametrize("harm", ["cut", "evil", "missing", "labels", "encoding", "archive", "flipped archive"])
 def test_damaged_cifar100(tmp_path, capsys, harm):
     folder = tmp_path / "cifar-100-python"
     make_cifar(folder)
@@ -214,11 +263,18 @@ def test_damaged_cifar100(tmp_path, capsys, harm):
         (folder / "test").unlink()
     elif harm == "labels":
         file.write_bytes(pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"fine_labels": [1, 100]}, protocol=2))
+    elif harm == "encoding":
+        file.write_bytes(file.read_bytes().replace(b"latin1", b"litin1"))
     else:
         path, whole = tmp_path / "cifar.tar.gz", io.BytesIO()
         with tarfile.open(fileobj=whole, mode="w:gz") as archive:
             archive.add(folder, "cifar-100-python")
-        path.write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+        content = bytearray(whole.getvalue())
+        if harm == "archive":
+            del content[len(content) // 2 :]
+        else:
+            content[-8] ^= 1  # the checksum, as a flipped pixel leaves it
+        path.write_bytes(content)
     with pytest.raises(DataError, match="cifar100: ") as caught:
         load("--data", "cifar100", path, "--cache", tmp_path / "cache")
     assert str(path) in str(caught.value)
@@ -246,7 +302,7 @@ def test_imagefolder(tmp_path):
     assert int(made.train.images[:, :, 1:-1, 1:-1].max()) == 125, "the middle of each image"
 
 
-@pytest.mark.parametrize("harm", ["image", "class", "split", "empty"])
+@pytest.mark.parametrize("harm", ["image", "class", "split", "empty", "empty class"])
 def test_damaged_imagefolder(tmp_path, harm):
     path = tmp_path / "pets"
     make_folder(path)
@@ -260,7 +316,7 @@ def test_damaged_imagefolder(tmp_path, harm):
         shutil.rmtree(path / "val")
         culprit = path
     else:
-        culprit = path / "val"
+        culprit = path / "val" if harm == "empty" else path / "train" / "dog"
         for file in culprit.rglob("*.png"):
             file.unlink()
     with pytest.raises(DataError, match="imagefolder: ") as caught:
