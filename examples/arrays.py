@@ -19,14 +19,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from examples.errors import RunError
+
 MANIFEST = "manifest.json"
 #: Files up to this size are hashed whole; of longer ones evenly spaced blocks are, so that opening stays quick.
 HASHED_WHOLE = 256 * 2**20
 BLOCK = 2**20
 
 
-class DataError(Exception):
-    """Data that cannot be used. The command line shows its one line and exits with status 2."""
+class DataError(RunError):
+    """Data that cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -97,13 +99,10 @@ def write_folder(folder: Path, manifest: dict[str, Any], fill: Callable[[Path], 
     If another process made the folder in the meantime, that one stays.
 
     Raises:
-        DataError: The cache cannot be written to.
+        OSError: It cannot be written.
     """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise DataError(f"--cache: cannot write to {folder.parent} ({error.strerror})") from None
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         temporary.chmod(0o755)
         manifest = {**manifest, **fill(temporary)}
@@ -149,8 +148,21 @@ def statistics(images: npt.NDArray[np.uint8]) -> dict[str, list[float]]:
     return {"mean": mean.tolist(), "std": np.maximum(std, 1e-3).tolist()}
 
 
-def open_dataset(folder: Path) -> Dataset:
-    """Open what was written, memory-mapped."""
+def dataset(folder: Path, manifest: dict[str, Any], fill: Callable[[Path], dict[str, Any]]) -> Dataset:
+    """Open the data set in ``folder``, made there first by :func:`write_folder` where there is none.
+
+    Raises:
+        DataError: The cache cannot be written to, or is corrupt.
+    """
+    try:
+        if not folder.exists():
+            write_folder(folder, manifest, fill)
+    except OSError as error:
+        raise DataError(f"--cache: cannot write to {folder.parent} ({error.strerror or error})") from None
+    return _open(folder)
+
+
+def _open(folder: Path) -> Dataset:
     manifest = read_manifest(folder)
     try:
         splits = {name: _open_split(folder, name) for name in manifest["splits"]}

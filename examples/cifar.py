@@ -11,16 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from examples.arrays import (
-    DataError,
-    Dataset,
-    content_hash,
-    key_of,
-    open_dataset,
-    statistics,
-    write_folder,
-    write_split,
-)
+from examples.arrays import DataError, Dataset, content_hash, dataset, key_of, statistics, write_split
 from examples.report import Bar
 
 CLASSES, SIDE = 100, 32
@@ -60,9 +51,7 @@ def load(path: Path, size: int, cache: Path, bar: Bar) -> Dataset:
             raise DataError(f"cifar100: expected the files train and test in {path}, {source.name} is missing")
     wanted = {"cifar100": [content_hash(source) for source in sources]}
     folder = cache / f"cifar100-{key_of(wanted)}"
-    if not folder.exists():
-        write_folder(folder, {"request": wanted, "notes": {}}, lambda to: _build(to, path, bar))
-    return open_dataset(folder)
+    return dataset(folder, {"request": wanted, "notes": {}}, lambda to: _build(to, path, bar))
 
 
 def _build(folder: Path, path: Path, bar: Bar) -> dict[str, Any]:

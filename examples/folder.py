@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from examples.arrays import DataError, Dataset, key_of, open_dataset, statistics, write_folder
+from examples.arrays import DataError, Dataset, dataset, key_of, statistics
 from examples.report import Bar
 
 TESTS = ("val", "test")
@@ -37,10 +37,8 @@ def load(path: Path, size: int, cache: Path, bar: Bar) -> Dataset:
     ]
     wanted = {"size": size, "files": listed}
     folder = cache / f"imagefolder-{path.resolve().name}-{key_of(wanted)}"
-    if not folder.exists():
-        manifest = {"request": key_of(wanted), "notes": {"names": classes}}
-        write_folder(folder, manifest, lambda to: _build(to, files, size, len(classes), bar))
-    return open_dataset(folder)
+    manifest = {"request": key_of(wanted), "notes": {"names": classes}}
+    return dataset(folder, manifest, lambda to: _build(to, files, size, len(classes), bar))
 
 
 def _classes(folder: Path) -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from examples.arrays import DataError, Dataset, key_of, open_dataset, statistics, write_folder, write_split
+from examples.arrays import DataError, Dataset, dataset, key_of, statistics, write_split
 from examples.fonts import Family, choose_families
 from examples.report import Bar
 
@@ -62,12 +62,8 @@ def load(request: Glyphs, cache: Path, bar: Bar) -> Dataset:
         "held_out": held_out.identity(),
     }
     folder = cache / f"glyphs-{request.classes}-{key_of(wanted)}"
-    if not folder.exists():
-        notes = {"families": names, "held_out": held_out.name}
-        write_folder(
-            folder, {"request": wanted, "notes": notes}, lambda to: _build(to, request, families, held_out, bar)
-        )
-    return open_dataset(folder)
+    manifest = {"request": wanted, "notes": {"families": names, "held_out": held_out.name}}
+    return dataset(folder, manifest, lambda to: _build(to, request, families, held_out, bar))
 
 
 def _build(folder: Path, request: Glyphs, families: list[Family], held_out: Family, bar: Bar) -> dict[str, Any]:
