@@ -28,7 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from benchmarks import kernel_cases
-from benchmarks.report import replace_block
+from benchmarks.report import lines, replace_block
 from fused_kd.backends.triton import Launch
 
 ROOT = Path(__file__).parent.parent
@@ -258,10 +258,10 @@ def _widest(counts: dict[int, int]) -> str:
     return f"{max(counts)} B" if counts else "–"
 
 
-def _markdown(columns: Sequence[str], words: int, lines: Sequence[tuple[str, ...]]) -> str:
+def _markdown(columns: Sequence[str], words: int, rows: Sequence[Sequence[str]]) -> str:
     """A table whose first columns are ``words``, the others figures."""
-    head = ["| " + " | ".join(columns) + " |", "|" + " --- |" * words + " ---: |" * (len(columns) - words)]
-    return "\n".join([*head, *("| " + " | ".join(line).replace("<", "&lt;") + " |" for line in lines)])
+    align = ["---"] * words + ["---:"] * (len(columns) - words)
+    return lines([columns, align, *([cell.replace("<", "&lt;") for cell in row] for row in rows)])
 
 
 def markdown(rows: list[Row]) -> str:

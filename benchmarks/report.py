@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +251,7 @@ def _space_table(part: dict[str, Any]) -> str:
     return lines(rows)
 
 
-def lines(rows: list[list[str]]) -> str:
+def lines(rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

@@ -34,14 +34,10 @@ class Augmentation:
 
 
 class Batch(NamedTuple):
-    """Images (N, C, H, W) in [0, 1], their target, (N,) classes or (N, C) probabilities, and their rows in the split.
-
-    ``plain`` are the classes (N,) of the images, before mixing.
-    """
+    """Images (N, C, H, W) in [0, 1], target (N,) classes or (N, C) probabilities, and their rows in the split."""
 
     images: Tensor
     target: Tensor
-    plain: Tensor
     rows: Tensor
 
 
@@ -87,7 +83,7 @@ class Batches:
         flips = draws.random(self.batch_size) < (0.5 if kind.flip else 0.0)
         images, labels = self._read(rows, shifts, flips, self.share)
         if not (kind.mixup or kind.cutmix):
-            return Batch(images, labels, labels, torch.from_numpy(rows[self.share]))
+            return Batch(images, labels, torch.from_numpy(rows[self.share]))
         # Each image's partner is one of the global batch, with that one's shift and flip.
         partner = draws.permutation(self.batch_size)
         others, other_labels = self._read(rows[partner], shifts[partner], flips[partner], self.share)
@@ -97,7 +93,7 @@ class Batches:
         else:
             mixed, weight = cut(images, others, float(draws.beta(kind.cutmix, kind.cutmix)), draws)
         one_hot, other = (F.one_hot(classes, self.classes).float() for classes in (labels, other_labels))
-        return Batch(mixed, weight * one_hot + (1 - weight) * other, labels, torch.from_numpy(rows[self.share]))
+        return Batch(mixed, weight * one_hot + (1 - weight) * other, torch.from_numpy(rows[self.share]))
 
     def _read(
         self, rows: Indices, shifts: Indices, flips: npt.NDArray[np.bool_], share: slice

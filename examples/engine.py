@@ -106,9 +106,6 @@ class Trainer:
         self.loss_seconds: list[float] = []
         self.timing_seconds = 0.0
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return autocast(self.where.device, self.args.amp)
-
     def step(self, batch: Batch, number: int) -> Tensor:
         """One update of the weights. Returns the loss and its parts, means over the global batch, on the device."""
         # What a network itself draws, such as dropout, depends on the step alone, so that a resumed run draws the same.
@@ -135,7 +132,7 @@ class Trainer:
         images = batch.images.to(device, memory_format=torch.channels_last, non_blocking=True)
         target = batch.target.to(device, non_blocking=True)
         with contextlib.nullcontext() if ddp is None or last else ddp.no_sync():
-            with self.autocast():
+            with autocast(device, self.args.amp):
                 outputs: Outputs = self.trained(images)
             teacher_logits = None if self.teach is None else self.teach(batch._replace(images=images))
             if timed:

@@ -114,9 +114,8 @@ def _faces(path: Path, wanted: frozenset[int]) -> list[tuple[int, str, str, froz
         else:
             fonts = [TTFont(str(path), lazy=True)]
         faces = []
-        parsed: dict[
-            int, frozenset[int]
-        ] = {}  # faces of a collection share tables; parsing one takes a tenth of a second
+        # Faces of a collection share tables, and parsing one takes a tenth of a second.
+        parsed: dict[int, frozenset[int]] = {}
         for index, font in enumerate(fonts):
             name = font["name"].getBestFamilyName() or path.stem
             style = font["name"].getBestSubFamilyName() or "Regular"

@@ -37,7 +37,6 @@ class Method:
 
     name: str
     other: str | None
-    options: dict[str, Any]
     call: Callable[[Outputs, Tensor | None, Tensor], Value]
 
     @property
@@ -109,7 +108,7 @@ def _cross_entropy(name: str, options: dict[str, Any]) -> Method:
         loss = F.cross_entropy(outputs.logits.float(), target, **options)
         return loss, {"ce": loss.detach()}
 
-    return Method(name, None, options, call)
+    return Method(name, None, call)
 
 
 def _of_fused_kd(name: str, options: dict[str, Any], backend: str, process_group: ProcessGroup | None) -> Method:
@@ -126,4 +125,4 @@ def _of_fused_kd(name: str, options: dict[str, Any], backend: str, process_group
         loss, parts = function(outputs.logits, target=target, **tensors, **keywords, return_parts=True)
         return loss, parts._asdict()
 
-    return Method(name, other, options, call)
+    return Method(name, other, call)

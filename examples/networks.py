@@ -6,6 +6,7 @@ all that a teacher needs.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -58,7 +59,7 @@ class Features(NamedTuple):
     final: Tensor
 
 
-class Network(nn.Module):
+class Network(nn.Module, ABC):
     """Images (N, C, H, W) in [0, 1] to logits (N, classes)."""
 
     weak_width: int
@@ -73,16 +74,17 @@ class Network(nn.Module):
     def normalise(self, images: Tensor) -> Tensor:
         return (images - self.mean) / self.std
 
+    @abstractmethod
     def features(self, images: Tensor) -> Features:
-        raise NotImplementedError
+        """What the heads see of the images."""
 
+    @abstractmethod
     def classify(self, final: Tensor) -> Tensor:
         """Logits (N, classes) of the final features."""
-        raise NotImplementedError
 
+    @abstractmethod
     def dense(self, final: Tensor) -> Tensor:
         """The head at each of P positions: logits (N, P, classes)."""
-        raise NotImplementedError
 
     def forward(self, images: Tensor) -> Tensor:
         return self.classify(self.features(images).final)

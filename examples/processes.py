@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed
 
 from examples.errors import RunError
 
+T = TypeVar("T")
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -32,6 +34,15 @@ class Processes:
         """Until all processes are here."""
         if self.world > 1:
             distributed.barrier()
+
+    def first_then_others(self, make: Callable[[], T]) -> T:
+        """What ``make`` returns; the others call it once the first process is done, and find what that wrote."""
+        if not self.first:
+            self.wait()
+        made = make()
+        if self.first:
+            self.wait()
+        return made
 
     def summed(self, values: Tensor) -> Tensor:
         """The sum over all processes, in place."""

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from examples import arrays, checkpoint, networks
+from examples import arrays
 from examples.arrays import DataError, Dataset
 from examples.batches import plain_batches
 from examples.errors import RunError
@@ -45,14 +45,14 @@ class TeacherCache:
 
 
 def open_cache(
-    folder: Path, data: Dataset, teacher: networks.Network, top_k: int, predict: Callable[[Tensor], Tensor], bar: Bar
+    folder: Path, data: Dataset, teacher: str, top_k: int, predict: Callable[[Tensor], Tensor], bar: Bar
 ) -> TeacherCache:
     """Open the cache in ``folder``, and make it first where there is none.
 
     Args:
         folder: Of the cache.
         data: Whose training split the rows are.
-        teacher: Whose logits they are.
+        teacher: Whose logits they are: :func:`examples.checkpoint.weights_hash` of it.
         top_k: How many of each row's logits are kept; 0 for all.
         predict: Images (N, C, H, W) in [0, 1] to the teacher's logits on the CPU.
         bar: Shows the progress of making it.
@@ -65,7 +65,7 @@ def open_cache(
     wanted: dict[str, Any] = {
         "what": "teacher logits",
         "data": data.fingerprint,
-        "teacher": checkpoint.weights_hash(teacher),
+        "teacher": teacher,
         "rows": len(data.train),
         "classes": data.classes,
         "top_k": top_k,

@@ -12,7 +12,6 @@ accuracy is an optimistic one), ``last.pt`` (all that ``--resume`` needs), ``ste
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import resource
@@ -33,7 +32,7 @@ from rich.table import Table as RichTable
 from torch import Tensor, distributed, nn
 
 from examples import checkpoint, data, methods, networks, options, teacher_cache
-from examples.arrays import DataError, Dataset
+from examples.arrays import Dataset
 from examples.batches import Augmentation, Batch, Batches
 from examples.engine import Mean, Trainer, check_finite, evaluate, predictor
 from examples.errors import RunError
@@ -95,27 +94,25 @@ class Run:
             dataset.train, dataset.classes, args.batch_size, augmentation, args.seed, where.rank, where.world
         )
         self.steps = args.epochs * len(self.batches)
-        teach = self._teaching(teacher) if teacher else None
+        teach = self._teaching(teacher, self.teacher) if teacher and self.teacher else None
         self.trainer = Trainer(self.student, teach, method, self.steps, where, args)
         self.step, self.best, self.seconds = 0, {"accuracy": -1.0, "epoch": 0}, 0.0
         self.interval, self.epoch_mean = Mean(), Mean()
         if args.resume and (args.out / "last.pt").exists():
             self._restore()
 
-    def _teaching(self, teacher: networks.Network) -> Callable[[Batch], Tensor]:
+    def _teaching(self, teacher: networks.Network, weights: str) -> Callable[[Batch], Tensor]:
         args, where = self.args, self.where
         networks.place(teacher, where.device)
         predict = predictor(teacher, where, args.amp, args.compile)
         if args.cache_teacher is None:
             return lambda batch: predict(batch.images)
-        open_cache = functools.partial(
-            teacher_cache.open_cache, args.cache_teacher, self.data, teacher, args.cache_top_k,
-            lambda images: predict(images).cpu(), self.bar,
+        cache = where.first_then_others(
+            lambda: teacher_cache.open_cache(
+                args.cache_teacher, self.data, weights, args.cache_top_k,
+                lambda images: predict(images).cpu(), self.bar,
+            )
         )  # fmt: skip
-        if where.first:
-            open_cache()
-        where.wait()
-        cache = open_cache()
         return lambda batch: cache.logits(batch.rows).to(where.device, non_blocking=True)
 
     def _identity(self) -> str:
@@ -320,16 +317,12 @@ def run(args: argparse.Namespace, console: Console | None = None) -> Result:
     """Train as ``args`` of :func:`examples.options.parse` say, or go on with a run, and return what it came to.
 
     Raises:
-        RunError, DataError: With one line that says what to mend.
+        RunError: With one line that says what to mend.
     """
     console = console or Console(stderr=True)
     with processes(args.device) as where:
         bar = Bar(console, quiet=args.quiet or not where.first)
-        if not where.first:
-            where.wait()  # the first process makes the arrays
-        dataset = data.load(args, bar)
-        if where.first:
-            where.wait()
+        dataset = where.first_then_others(lambda: data.load(args, bar))
         this = Run(args, where, dataset, bar)
         if where.first:
             _announce(this, console)
@@ -374,7 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         args = options.parse(arguments)
         result = run(args, console)
-    except (RunError, DataError) as error:
+    except RunError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

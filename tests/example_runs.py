@@ -1,5 +1,6 @@
 """A tiny data set for the tests of examples/train.py; run with options it is that program, on these data."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -7,12 +8,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from examples import checkpoint, data, train  # noqa: E402
+from examples import checkpoint, data, options, train  # noqa: E402
 from examples.arrays import Dataset, Split  # noqa: E402
 
 CLASSES, SIZE = 20, 16
@@ -32,6 +34,22 @@ def tiny(classes=CLASSES, train_images=128, seed=0):
 
     tests = {"test": split(40), "other": split(30)}
     return Dataset("tiny", split(train_images), tests, classes, (0.5,), (0.3,), f"tiny-{classes}-{seed}", {})
+
+
+@contextlib.contextmanager
+def here():
+    """Runs in this process are of the tiny data, and of one thread, as those in processes of their own."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(data, "load", lambda args, bar: tiny())
+        yield
+    torch.set_num_threads(threads)
+
+
+def run(*arguments):
+    """A small run in this process, to be made :func:`here`."""
+    return train.run(options.parse([*SMALL, *map(str, arguments)]))
 
 
 def command(*options, processes=1):

@@ -8,7 +8,6 @@ pytest.importorskip("safetensors")
 if not torch.distributed.is_available():
     pytest.skip("PyTorch without torch.distributed", allow_module_level=True)
 
-from examples import data, options, train
 from examples.report import read_table
 
 #: No BatchNorm, whose statistics are a process's on the CPU.
@@ -23,9 +22,8 @@ def teacher(tmp_path_factory):
 
 
 def single(out, *arguments):
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(data, "load", lambda args, bar: example_runs.tiny())
-        train.run(options.parse([*example_runs.SMALL, "--out", str(out), *map(str, arguments)]))
+    with example_runs.here():
+        example_runs.run("--out", out, *arguments)
 
 
 @pytest.mark.parametrize("loss", ["nkd", "uskd"])

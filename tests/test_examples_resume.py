@@ -7,10 +7,11 @@ import signal
 import example_runs
 import pytest
 import torch
+from example_runs import run
 
 pytest.importorskip("safetensors")
 
-from examples import checkpoint, data, options, train
+from examples import checkpoint, data, train
 from examples.errors import RunError
 from examples.report import read_table
 
@@ -32,16 +33,9 @@ RICH = (
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setattr(data, "load", lambda args, bar: example_runs.tiny())
-    yield
-    torch.set_num_threads(threads)
-
-
-def run(*arguments):
-    return train.run(options.parse([*example_runs.SMALL, *map(str, arguments)]))
+def here():
+    with example_runs.here():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -4,29 +4,26 @@ import example_runs
 import numpy as np
 import pytest
 import torch
+from example_runs import run
 
 pytest.importorskip("safetensors")
 
-from examples import checkpoint, data, options, teacher_cache, train
+from examples import checkpoint, data, teacher_cache
 from examples.batches import plain_batches
 from examples.errors import RunError
 from examples.report import read_table
 
 
 @pytest.fixture(autouse=True)
-def tiny_data(monkeypatch):
-    monkeypatch.setattr(data, "load", lambda args, bar: example_runs.tiny())
-
-
-def run(*arguments):
-    return train.run(options.parse([*example_runs.SMALL, *map(str, arguments)]))
+def here():
+    with example_runs.here():
+        yield
 
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teachers")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(data, "load", lambda args, bar: example_runs.tiny())
+    with example_runs.here():
         for seed in (0, 1):
             run("--out", folder / str(seed), "--epochs", 3, "--lr", 0.1, "--seed", seed)
     return [folder / str(seed) / "best.safetensors" for seed in (0, 1)]
@@ -38,7 +35,8 @@ def nkd(teacher, out, cache, *arguments):
 
 def opened(folder, teacher, top_k):
     tiny = example_runs.tiny()
-    return teacher_cache.open_cache(folder, tiny, checkpoint.load_teacher(teacher, tiny), top_k, None, None)
+    weights = checkpoint.weights_hash(checkpoint.load_teacher(teacher, tiny))
+    return teacher_cache.open_cache(folder, tiny, weights, top_k, None, None)
 
 
 def true_logits(teacher):

@@ -8,10 +8,11 @@ import example_runs
 import numpy as np
 import pytest
 import torch
+from example_runs import run
 
 pytest.importorskip("safetensors")
 
-from examples import batches, checkpoint, data, engine, methods, networks, options, train
+from examples import batches, checkpoint, data, engine, methods, networks, train
 from examples.arrays import DataError
 from examples.errors import RunError
 from examples.report import read_table
@@ -19,24 +20,16 @@ from fused_kd import backends
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setattr(data, "load", lambda args, bar: example_runs.tiny())
-    yield
-    torch.set_num_threads(threads)
-
-
-def run(*arguments):
-    return train.run(options.parse([*example_runs.SMALL, *map(str, arguments)]))
+def here():
+    with example_runs.here():
+        yield
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     """The best.safetensors of a run with cross-entropy."""
     folder = tmp_path_factory.mktemp("teacher")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(data, "load", lambda args, bar: example_runs.tiny())
+    with example_runs.here():
         run("--out", folder, "--epochs", 1)
     return folder / "best.safetensors"
 

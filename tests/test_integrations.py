@@ -1,46 +1,18 @@
 """The snippets of docs/integrations.md, run as they stand there: a few steps, the loss that of a direct call."""
 
 import copy
-import importlib
-import importlib.util
-import re
-from pathlib import Path
 
+import pages
 import pytest
 import torch
+from pages import needs, run_snippet
 from torch import nn
 
 from fused_kd import nkd_loss, uskd_loss
 
-PAGE = Path(__file__).parent.parent / "docs" / "integrations.md"
+PAGE = "integrations.md"
 FRAMEWORKS = ("lightning", "huggingface", "mmengine", "timm", "torchdistill")
 CLASSES = 7
-
-
-def snippets():
-    return dict(re.findall(r"<!-- (\w+) -->\n```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL))
-
-
-def run_snippet(name):
-    namespace = {"__name__": f"integrations_{name}"}
-    exec(compile(snippets()[name], f"{PAGE.name}:{name}", "exec"), namespace)
-    return namespace
-
-
-def needs(*modules):
-    """Skip unless they are installed. timm, torchdistill and transformers import torchvision if it is there, which a
-    build for another PyTorch than the one here breaks by two operators that it does not find: none of them is used."""
-    for module in modules:
-        if importlib.util.find_spec(module) is None:
-            pytest.skip(f"{module} is not installed")
-    if importlib.util.find_spec("torchvision"):
-        try:
-            importlib.import_module("torchvision")
-        except RuntimeError:
-            for operator in ("nms", "qnms"):
-                schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-                torch.library.define(f"torchvision::{operator}", schema)
-            importlib.import_module("torchvision")
 
 
 @pytest.fixture(autouse=True)
@@ -73,8 +45,8 @@ def moved(module, before):
 
 
 def test_the_page_has_every_framework_once():
-    assert tuple(snippets()) == FRAMEWORKS
-    assert PAGE.read_text().count("```python") == len(FRAMEWORKS)
+    assert tuple(pages.snippets(PAGE)) == FRAMEWORKS
+    assert (pages.DOCS / PAGE).read_text().count("```python") == len(FRAMEWORKS)
 
 
 def test_lightning(tmp_path):
@@ -84,7 +56,7 @@ def test_lightning(tmp_path):
     student, teacher = classifiers()
     data, start, teacher_start = batches(), copy_of(student), copy_of(teacher)
     in_eval = copy.deepcopy(teacher).eval()
-    module = run_snippet("lightning")["Distillation"](student, teacher)
+    module = run_snippet(PAGE, "lightning")["Distillation"](student, teacher)
     seen = []
 
     class Watch(lightning.Callback):
@@ -115,7 +87,7 @@ def hf_train(tmp_path, student, teacher, items, **options):
     """Train for an epoch; the losses that the Trainer had, batch by batch, with their inputs and what it divided by."""
     from transformers import TrainingArguments
 
-    trainer_class = run_snippet("huggingface")["DistillationTrainer"]
+    trainer_class = run_snippet(PAGE, "huggingface")["DistillationTrainer"]
     calls = []
 
     class Watched(trainer_class):
@@ -213,7 +185,7 @@ def test_mmengine(tmp_path):
     from mmengine.runner import Runner
 
     before = dict(MODELS.module_dict)
-    run_snippet("mmengine")
+    run_snippet(PAGE, "mmengine")
     student, teacher = classifiers()
     start, teacher_start = copy_of(student), copy_of(teacher)
     seen = []
@@ -275,7 +247,7 @@ def test_timm():
     from timm.optim import create_optimizer_v2
     from timm.task import ClassificationTask
 
-    page = run_snippet("timm")
+    page = run_snippet(PAGE, "timm")
     tiny = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2, "num_classes": CLASSES}
     student, teacher = (timm.create_model("vit_tiny_patch16_224", **tiny) for _ in range(2))
     for model in (student, teacher):
@@ -314,7 +286,7 @@ def test_torchdistill():
 
     config = {
         "num_epochs": 1,
-        "criterion": run_snippet("torchdistill")["criterion"],
+        "criterion": run_snippet(PAGE, "torchdistill")["criterion"],
         "teacher": {"forward_proc": "forward_batch_only", "requires_grad": False},
         "student": {"forward_proc": "forward_batch_only"},
         "optimizer": {"key": "SGD", "kwargs": {"lr": 0.1}},

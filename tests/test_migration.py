@@ -1,25 +1,20 @@
 """The snippets of docs/migration.md against the values and gradients of published code, and against torchdistill."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_integrations import needs
+from pages import needs, run_snippet
 
 import fused_kd
 
-PAGE = Path(__file__).parent.parent / "docs" / "migration.md"
 GOLDEN = json.loads((Path(__file__).parent / "data" / "published.json").read_text())["cases"]
 
 
 def page(name):
-    snippets = dict(re.findall(r"<!-- (\w+) -->\n```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL))
-    namespace = {"__name__": f"migration_{name}"}
-    exec(compile(snippets[name], f"{PAGE.name}:{name}", "exec"), namespace)
-    return namespace
+    return run_snippet("migration.md", name)
 
 
 def golden(*losses):

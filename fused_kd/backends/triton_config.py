@@ -134,14 +134,15 @@ def row_config(
             elif not wide and (rows > 1 or probabilities or not unit_temperature):
                 registers = ON_CHIP_REGISTERS[unit_temperature, probabilities][rows > 1] if tile <= 2048 else 128
             return OnChip(rows, block, warps, registers)
+    few = max(1, LOOPED_WARPS // 2)
     if not vectors:
         # Single loads, each with a pointer where columns are strided: 4 a thread, or they spill; in float64 2, also
         # beside labels that are narrower, and 8 warps, as DIST with all its options takes over 128 registers.
-        warps = max(1, LOOPED_WARPS // 2) if wide or not plain else LOOPED_WARPS
+        warps = few if wide or not plain else LOOPED_WARPS
         return Looped(32 * warps, min(2 if wide else 4, 16 // narrow), warps, min(255, 2048 // warps))
     if not plain:
         # float64 of WSLD takes over 128 registers, and so do WSLD and JS with probabilities.
-        warps = max(1, LOOPED_WARPS // 2) if wide or probabilities else LOOPED_WARPS
+        warps = few if wide or probabilities else LOOPED_WARPS
         return Looped(32 * warps, 16 // narrow, warps, min(255, 2048 // warps))
     long = classes > LOOPED_LONG and narrow == 2 and not wide and not probabilities
     warps = LOOPED_LONG_WARPS if long else LOOPED_WARPS
