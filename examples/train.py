@@ -36,7 +36,7 @@ from examples.arrays import Dataset
 from examples.batches import Augmentation, Batch, Batches
 from examples.engine import Mean, Trainer, check_finite, evaluate, predictor
 from examples.errors import RunError
-from examples.processes import Processes, processes
+from examples.processes import Processes, leave, processes
 from examples.report import Bar, Table, TensorBoard, plot_curves, read_table
 
 STATE = ("run", "step", "student", "optimizer", "scaler", "means", "best", "seconds")
@@ -382,4 +382,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -116,4 +116,4 @@ if __name__ == "__main__":
         kill_at_step(int(os.environ["KILL_AT_STEP"]))
     if "KILL_IN_SAVE" in os.environ:
         kill_in_save(int(os.environ["KILL_IN_SAVE"]))
-    sys.exit(train.main([*SMALL, *sys.argv[1:]]))
+    train.leave(train.main([*SMALL, *sys.argv[1:]]))

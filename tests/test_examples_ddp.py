@@ -1,8 +1,13 @@
 """Two processes are one process with the same global batch, to rounding."""
 
+import os
+import subprocess
+import sys
+
 import example_runs
 import pytest
 import torch
+from example_runs import ROOT
 
 pytest.importorskip("safetensors")
 if not torch.distributed.is_available():
@@ -52,3 +57,12 @@ def test_error_in_two_processes(tmp_path):
     two = example_runs.start("--out", tmp_path / "run", "--batch-size", "15", processes=2)
     assert two.returncode != 0
     assert "train.py: --batch-size 15: cannot be divided among 2 processes" in two.stderr
+
+
+@pytest.mark.parametrize("environment", [{}, {"WORLD_SIZE": "2"}])
+def test_one_of_several_processes_leaves_at_once(environment):
+    """Nothing of what the interpreter does at its end is run, and nothing that was printed is lost."""
+    program = "import atexit; from examples.processes import leave; atexit.register(print, 'end'); print('x'); leave(3)"
+    several = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"} | environment
+    result = subprocess.run([sys.executable, "-c", program], env=several, capture_output=True, text=True, cwd=ROOT)
+    assert (result.returncode, result.stdout) == (3, "x\n" if environment else "x\nend\n")
