@@ -25,6 +25,14 @@ class Call(Protocol):
     """A call whose kernels are compiled; picklable, since other processes do that."""
 
     @property
+    def rows(self) -> int:
+        """N."""
+
+    @property
+    def weighted(self) -> bool:
+        """Whether they have weights."""
+
+    @property
     def element_bytes(self) -> int:
         """Of the widest logits."""
 
@@ -51,9 +59,14 @@ def _target(rows: int, classes: int, labels: torch.dtype | None) -> Tensor:
     return _empty(rows, dtype=torch.int64) if labels is None else _empty(rows, classes, dtype=labels)
 
 
+def _factors(call: Call, kinds: int) -> Tensor | None:
+    """What weighs the rows; such calls reach a kernel with the reduction "sum" or "none"."""
+    return _empty(kinds, call.rows, dtype=torch.float64) if call.weighted else None
+
+
 class Case(NamedTuple):
     """A call of a row loss; ``labels`` is the dtype of probability targets, None for class indices, ``layout`` the
-    student's (:func:`_logits`)."""
+    student's (:func:`_logits`), and ``weighted`` says whether the rows have weights."""
 
     student: torch.dtype
     teacher: torch.dtype
@@ -68,6 +81,7 @@ class Case(NamedTuple):
     smoothing: float = 0.0
     standardize: bool = False
     gradient: bool = True
+    weighted: bool = False
 
     def __str__(self) -> str:
         words = [f"{self.rows}x{self.classes}", _describe((self.student, self.teacher))]
@@ -75,7 +89,7 @@ class Case(NamedTuple):
         words += [*(["smoothed"] if self.smoothing else []), *(["z-scores"] if self.standardize else [])]
         words += _prob(self.labels, self.student)
         words += [f"T={self.temperature:g}", self.reduction, *([] if self.gradient else ["no gradient"])]
-        return " ".join([*words, *([self.layout] if self.layout else [])])
+        return " ".join([*words, *(["weighted"] if self.weighted else []), *([self.layout] if self.layout else [])])
 
     @property
     def element_bytes(self) -> int:
@@ -89,9 +103,11 @@ class Case(NamedTuple):
         shape = (self.rows,) if self.reduction == "none" else ()
         loss, norm = _empty(*shape, dtype=acc), _empty(dtype=acc)
         gradient = _empty(*(student.shape if self.gradient else (0,)), dtype=self.student)
-        weights = [0.5, 1.0, self.temperature, self.ce_weight, self.smoothing]
+        # Weighted rows of DIST have their column term apart.
+        second = 0.0 if self.weighted and self.loss == "dist" else 1.0
+        weights = [0.5, second, self.temperature, self.ce_weight, self.smoothing]
         plan = backend.plan_row_loss(
-            student, teacher, _target(self.rows, self.classes, self.labels), gradient, loss,
+            student, teacher, _target(self.rows, self.classes, self.labels), _factors(self, 2), gradient, loss,
             _empty(3, *shape, dtype=acc), norm, self.loss, weights, self.standardize, -100, self.reduction,
             self.gradient, 1.0,
         )  # fmt: skip
@@ -116,13 +132,14 @@ class RankedCase(NamedTuple):
     square: bool = True
     smoothing: float = 0.0
     gradient: tuple[bool, bool] = (True, True)
+    weighted: bool = False
 
     def __str__(self) -> str:
         words = [f"{self.rows}x{self.classes}", _describe((self.student, self.weak)), *_prob(self.labels, self.student)]
         words += [self.rank] if self.rank != "normalized" else []
         words += [*([] if self.square else ["p"]), *(["smoothed"] if self.smoothing else []), self.reduction]
         words += [] if all(self.gradient) else [f"gradient {'s' * self.gradient[0]}{'w' * self.gradient[1] or 'none'}"]
-        return " ".join([*words, *([self.layout] if self.layout else [])])
+        return " ".join([*words, *(["weighted"] if self.weighted else []), *([self.layout] if self.layout else [])])
 
     @property
     def element_bytes(self) -> int:
@@ -141,9 +158,9 @@ class RankedCase(NamedTuple):
             _empty(*(weak.shape if self.gradient[1] else (0,)), dtype=self.weak),
         )
         plan = triton_uskd.plan_uskd(
-            student, weak, target, sums, gradients, _empty(*shape, dtype=acc), _empty(4, *shape, dtype=acc),
-            (norm, norm), [1.0, 0.1, 0.005, 1.0, self.smoothing], self.rank, self.square, -100, self.reduction,
-            *self.gradient, 1.0, 1.0,
+            student, weak, target, sums, _factors(self, 3), gradients, _empty(*shape, dtype=acc),
+            _empty(4, *shape, dtype=acc), (norm, norm), [1.0, 0.1, 0.005, 1.0, self.smoothing],
+            self.rank, self.square, -100, self.reduction, *self.gradient, 1.0, 1.0,
         )  # fmt: skip
         plan = [*triton_uskd.plan_batch_sums(student, target, sums, self.square, -100), *plan]
         return [launch for launch in plan if launch.kernel not in backend.HOST]
@@ -164,12 +181,13 @@ class ZipfCase(NamedTuple):
     smoothing: float = 0.0
     gradient: bool = True
     loss: str = "zipf_ls"
+    weighted: bool = False
 
     def __str__(self) -> str:
         words = [f"{self.rows}x{self.classes}", f"{self.positions} {self.order}", _describe((self.student, self.dense))]
         words += [*_prob(self.labels, self.student), *(["smoothed"] if self.smoothing else []), self.reduction]
         words += [] if self.gradient else ["forward"]
-        return " ".join([*words, *([self.layout] if self.layout else [])])
+        return " ".join([*words, *(["weighted"] if self.weighted else []), *([self.layout] if self.layout else [])])
 
     @property
     def element_bytes(self) -> int:
@@ -187,9 +205,9 @@ class ZipfCase(NamedTuple):
         shape = (self.rows,) if self.reduction == "none" else ()
         gradient = _empty(*(student.shape if self.gradient else (0,)), dtype=self.student)
         return triton_zipf.plan_zipf_ls(
-            student, dense, _target(self.rows, self.classes, self.labels), gradient, _empty(*shape, dtype=acc),
-            _empty(2, *shape, dtype=acc), _empty(dtype=acc), [0.1, 1.0, 1.0, self.smoothing], -100, self.reduction,
-            self.gradient, 1.0,
+            student, dense, _target(self.rows, self.classes, self.labels), _factors(self, 2), gradient,
+            _empty(*shape, dtype=acc), _empty(2, *shape, dtype=acc), _empty(dtype=acc),
+            [0.1, 1.0, 1.0, self.smoothing], -100, self.reduction, self.gradient, 1.0,
         )  # fmt: skip
 
 
@@ -240,6 +258,9 @@ def row_cases(full: bool) -> Iterator[Case]:
         yield Case(FP32, FP32, 8192, 2.0, loss="wsld", smoothing=0.1, standardize=True)
         yield Case(BF16, BF16, 4096, labels=BF16, loss="wsld", smoothing=0.1)
         yield Case(BF16, BF16, 4096, loss="js", smoothing=0.1, standardize=True)
+        weighted = Case(BF16, BF16, 1000, reduction="sum", weighted=True)
+        yield from (weighted, weighted._replace(classes=21841, temperature=3.0, labels=BF16))
+        yield weighted._replace(student=FP64, teacher=FP64, classes=2048, loss="dkd")
         return
     for loss in (*losses, "nkd"):
         for temperature, (ce_weight, smoothing), standardize in itertools.product(
@@ -262,6 +283,11 @@ def row_cases(full: bool) -> Iterator[Case]:
                 yield from (case._replace(layout=layout) for layout in ("strided", "offset"))
                 yield from (case._replace(gradient=False), case._replace(labels=FP32), case._replace(teacher=FP32))
             yield case._replace(classes=1001)
+        for dtype, classes, soft in itertools.product(DTYPES, REGIMES, (False, True)):
+            case = Case(dtype, dtype, classes, 4.0, dtype if soft else None, "sum", loss=loss, weighted=True)
+            yield case
+            if loss != "tf_kd":
+                yield case._replace(reduction="none", smoothing=0.1, standardize=True)
 
 
 def ranked_cases(full: bool) -> Iterator[RankedCase]:
@@ -271,6 +297,7 @@ def ranked_cases(full: bool) -> Iterator[RankedCase]:
         yield RankedCase(FP16, FP32, 4096, "cls_kd", FP16)
         yield RankedCase(FP32, FP32, 21841, "sum", FP32, "none")
         yield RankedCase(FP64, FP64, 2048, "cls_kd", FP64)
+        yield from (RankedCase(BF16, BF16, classes, reduction="sum", weighted=True) for classes in (1000, 21841))
         return
     for student, weak in (*((dtype, dtype) for dtype in DTYPES), *MIXED):
         for classes, labels in itertools.product((10, 100, 1000, 2048, 4096, 21841), (None, student)):
@@ -283,6 +310,9 @@ def ranked_cases(full: bool) -> Iterator[RankedCase]:
         yield from (case._replace(rank=rank) for rank in ("weak", "final", "sum"))
         yield from (case._replace(gradient=wanted) for wanted in ((True, False), (False, True), (False, False)))
         yield from (case._replace(square=False), case._replace(labels=FP32))
+    for dtype, classes, soft in itertools.product(DTYPES, (100, 1000, 2048, 4096, 21841), (False, True)):
+        case = RankedCase(dtype, dtype, classes, labels=dtype if soft else None, reduction="sum", weighted=True)
+        yield from (case, case._replace(reduction="none", smoothing=0.1))
 
 
 def zipf_cases(full: bool) -> Iterator[ZipfCase]:
@@ -292,10 +322,12 @@ def zipf_cases(full: bool) -> Iterator[ZipfCase]:
         yield ZipfCase(FP32, FP32, 1000, 196, labels=FP32, smoothing=0.1)
         yield from (ZipfCase(BF16, BF16, 1000, order=order) for order in ("classes", "neither"))
         yield ZipfCase(FP64, FP64, 100, labels=FP64)
+        yield ZipfCase(BF16, BF16, 1000, reduction="sum", weighted=True)
         return
     for dtype, classes, soft in itertools.product(DTYPES, (10, 100, 1000, 1001, 4096, 21841), (False, True)):
         case = ZipfCase(dtype, dtype, classes, labels=dtype if soft else None)
         yield from (case, case._replace(smoothing=0.1, reduction="none"), case._replace(layout="strided"))
+        yield case._replace(reduction="sum", weighted=True)
     for dtype, classes, order in itertools.product(DTYPES, (10, 1000, 21841), ("positions", "classes", "neither")):
         case = ZipfCase(dtype, dtype, classes, order=order)
         yield from (case._replace(positions=positions) for positions in (1, 4, 49, 64, 196, 3136))

@@ -32,14 +32,15 @@ void* address(uintptr_t data) {
 int64_t run_row_loss(const std::string& instruction_set, uintptr_t student, int student_dtype,
                      const py::tuple& student_strides, uintptr_t teacher, int teacher_dtype,
                      const py::tuple& teacher_strides, uintptr_t target, int target_dtype,
-                     const py::tuple& target_strides, uintptr_t gradient, uintptr_t loss, uintptr_t parts,
-                     uintptr_t norm, int accumulate, int64_t rows, int64_t classes, int loss_kind,
+                     const py::tuple& target_strides, uintptr_t factors, uintptr_t gradient, uintptr_t loss,
+                     uintptr_t parts, uintptr_t norm, int accumulate, int64_t rows, int64_t classes, int loss_kind,
                      const std::array<double, 5>& weights, bool standardize, int64_t ignore_index, int reduction,
                      double gradient_scale, int threads) {
     RowArgs args = {};
     args.student = matrix(student, student_dtype, student_strides);
     args.teacher = matrix(teacher, teacher_dtype, teacher_strides);
     args.target = matrix(target, target_dtype, target_strides);
+    args.factors = reinterpret_cast<const double*>(factors);
     args.gradient = reinterpret_cast<void*>(gradient);
     args.rows = rows;
     args.classes = classes;
@@ -82,14 +83,15 @@ int64_t run_uskd_batch_sums(const std::string& instruction_set, uintptr_t studen
 int64_t run_uskd(const std::string& instruction_set, uintptr_t student, int student_dtype,
                  const py::tuple& student_strides, uintptr_t weak, int weak_dtype, const py::tuple& weak_strides,
                  uintptr_t target, int target_dtype, const py::tuple& target_strides, uintptr_t batch_sums,
-                 uintptr_t student_gradient, uintptr_t weak_gradient, uintptr_t loss, uintptr_t parts,
-                 uintptr_t student_norm, uintptr_t weak_norm, int accumulate, int64_t rows, int64_t classes,
-                 const std::array<double, 5>& weights, int rank, bool square, int64_t ignore_index, int reduction,
-                 double student_scale, double weak_scale, int threads) {
+                 uintptr_t factors, uintptr_t student_gradient, uintptr_t weak_gradient, uintptr_t loss,
+                 uintptr_t parts, uintptr_t student_norm, uintptr_t weak_norm, int accumulate, int64_t rows,
+                 int64_t classes, const std::array<double, 5>& weights, int rank, bool square, int64_t ignore_index,
+                 int reduction, double student_scale, double weak_scale, int threads) {
     UskdArgs args = {};
     args.student = matrix(student, student_dtype, student_strides);
     args.weak = matrix(weak, weak_dtype, weak_strides);
     args.target = matrix(target, target_dtype, target_strides);
+    args.factors = reinterpret_cast<const double*>(factors);
     args.student_gradient = address(student_gradient);
     args.weak_gradient = address(weak_gradient);
     args.rows = rows;
@@ -116,13 +118,14 @@ int64_t run_uskd(const std::string& instruction_set, uintptr_t student, int stud
 int64_t run_zipf_ls(const std::string& instruction_set, uintptr_t student, int student_dtype,
                     const py::tuple& student_strides, uintptr_t dense, int dense_dtype, const py::tuple& dense_strides,
                     int64_t positions, uintptr_t target, int target_dtype, const py::tuple& target_strides,
-                    uintptr_t gradient, uintptr_t loss, uintptr_t parts, uintptr_t norm, int accumulate, int64_t rows,
-                    int64_t classes, const std::array<double, 4>& weights, int64_t ignore_index, int reduction,
-                    double scale, int threads) {
+                    uintptr_t factors, uintptr_t gradient, uintptr_t loss, uintptr_t parts, uintptr_t norm,
+                    int accumulate, int64_t rows, int64_t classes, const std::array<double, 4>& weights,
+                    int64_t ignore_index, int reduction, double scale, int threads) {
     UskdArgs args = {};
     args.student = matrix(student, student_dtype, student_strides);
     args.weak = args.student;
     args.target = matrix(target, target_dtype, target_strides);
+    args.factors = reinterpret_cast<const double*>(factors);
     args.student_gradient = address(gradient);
     args.rows = rows;
     args.classes = classes;

@@ -48,14 +48,15 @@ int64_t uskd_workspace(int device, int64_t rows, int64_t classes, int accumulate
 }
 
 void run_uskd(int device, uintptr_t stream, const py::tuple& student, const py::tuple& weak, const py::tuple& target,
-              uintptr_t batch_sums, uintptr_t student_gradient, uintptr_t weak_gradient, uintptr_t loss,
-              uintptr_t parts, uintptr_t student_norm, uintptr_t weak_norm, uintptr_t workspace, int accumulate,
-              int64_t rows, int64_t classes, const std::array<double, 5>& weights, int rank, bool square,
-              int64_t ignore_index, int reduction, double student_scale, double weak_scale) {
+              uintptr_t batch_sums, uintptr_t factors, uintptr_t student_gradient, uintptr_t weak_gradient,
+              uintptr_t loss, uintptr_t parts, uintptr_t student_norm, uintptr_t weak_norm, uintptr_t workspace,
+              int accumulate, int64_t rows, int64_t classes, const std::array<double, 5>& weights, int rank,
+              bool square, int64_t ignore_index, int reduction, double student_scale, double weak_scale) {
     cuda::UskdCall call = {};
     call.student = matrix(student);
     call.weak = matrix(weak);
     call.target = matrix(target);
+    call.factors = reinterpret_cast<const double*>(factors);
     call.student_gradient = address(student_gradient);
     call.weak_gradient = address(weak_gradient);
     call.rows = rows;

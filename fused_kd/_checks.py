@@ -160,6 +160,32 @@ def flatten_dense(dense_logits: Tensor, student_logits: Tensor) -> Tensor:
     return dense_logits if len(shape) == 3 else dense_logits.reshape(-1, *shape[-2:])
 
 
+def flatten_weight(weight: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
+    """A weight per row, of the rows' shape ``(...)``, viewed as ``(N,)``.
+
+    Raises:
+        TypeError: it is no Tensor, or not of floating point.
+        ValueError: its shape or device is another, it requires grad, or on the CPU one is negative or not finite.
+    """
+    if weight is None:
+        return None
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: expected a Tensor with one weight per row, or None, got {type(weight).__name__}")
+    if weight.dtype not in _LOGIT_DTYPES:
+        raise TypeError(f"weight: expected float64, float32, float16 or bfloat16 weights, got {weight.dtype}")
+    if weight.shape != shape:
+        raise ValueError(f"weight: expected one per row, of shape {tuple(shape)}, got {tuple(weight.shape)}")
+    if weight.device != device:
+        raise ValueError(f"weight: expected the device of student_logits, {device}, got {weight.device}")
+    if weight.requires_grad:
+        raise ValueError("weight: expected weights that do not require grad, since none flows there; detach them")
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        bad = ~((weight >= 0) & (weight < math.inf))
+        if bool(bad.any()):
+            raise ValueError(f"weight: expected finite numbers of at least 0, got {float(weight[bad][0])}")
+    return weight.reshape(-1)
+
+
 def index_error(target: int, num_classes: int, ignore_index: int) -> IndexError:
     return IndexError(
         f"target: expected class indices from 0 to {num_classes - 1}, or ignore_index {ignore_index}, got {target}"

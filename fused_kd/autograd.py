@@ -105,6 +105,7 @@ def row_loss(
     student_logits: Tensor,
     teacher_logits: Tensor | None,
     target: Tensor,
+    row_weight: Tensor | None,
     loss: str,
     weights: Weights,
     standardize: bool,
@@ -117,7 +118,8 @@ def row_loss(
     _refuse_functorch()
     need_gradient = student_logits.requires_grad and torch.is_grad_enabled()
     scheduled, given = _given(weights)
-    further = (teacher_logits, target, loss, given, standardize, ignore_index, reduction, need_gradient, backend)
+    options = (loss, given, standardize, ignore_index, reduction, need_gradient, backend)
+    further = (teacher_logits, target, row_weight, *options)
     return _apply_fused(_ROW_LOSS[int(scheduled)], student_logits, further, need_gradient, want_parts)
 
 
@@ -125,6 +127,7 @@ def zipf_ls(
     student_logits: Tensor,
     dense_logits: Tensor,
     target: Tensor,
+    row_weight: Tensor | None,
     weights: Weights,
     ignore_index: int,
     reduction: str,
@@ -136,7 +139,7 @@ def zipf_ls(
     _refuse_functorch()
     need_gradient = student_logits.requires_grad and torch.is_grad_enabled()
     scheduled, given = _given(weights)
-    further = (dense_logits.detach(), target, given, ignore_index, reduction, need_gradient, backend)
+    further = (dense_logits.detach(), target, row_weight, given, ignore_index, reduction, need_gradient, backend)
     return _apply_fused(_ZIPF_LS[int(scheduled)], student_logits, further, need_gradient, want_parts)
 
 
@@ -175,6 +178,7 @@ def uskd(
     weak_logits: Tensor,
     target: Tensor,
     batch_sums: Tensor,
+    row_weight: Tensor | None,
     weights: Weights,
     rank: str,
     square: bool,
@@ -191,7 +195,7 @@ def uskd(
     scheduled, given = _given(weights)
     op = _USKD[int(scheduled)]
     options = (given, rank, square, ignore_index, reduction)
-    further = (target, batch_sums, *options, need_student, need_weak, backend)
+    further = (target, batch_sums, row_weight, *options, need_student, need_weak, backend)
     if not (need_student or need_weak):
         return op(student_logits, weak_logits, *further)[:2]  # type: ignore[no-any-return]
     apply = _FusedPairLoss.apply

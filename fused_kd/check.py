@@ -36,7 +36,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "tf_kd": ({}, {"temperature": 1.0, "correct": 0.9}, {"ce_weight": 1.0}),
     "js": ({}, {"temperature": 2.0, "beta": 0.1}, {"ce_weight": 1.0, "beta": 1.0}),
     "dist": ({}, {"temperature": 4.0}, {"ce_weight": 1.0, "beta": 0.5}),
-    "zipf_ls": ({"weight": 1.0}, {"weight": 1.0, "power": 0.5}, {"weight": 1.0, "ce_weight": 1.0}),
+    "zipf_ls": ({"beta": 1.0}, {"beta": 1.0, "power": 0.5}, {"beta": 1.0, "ce_weight": 1.0}),
 }
 
 

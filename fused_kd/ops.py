@@ -10,6 +10,9 @@ What is stored is one tensor of the shape and dtype of the logits that want a gr
 number of rows for ``reduction="mean"``, so that an incoming 1 leaves nothing to do. Except in float16, where dividing
 would underflow just when GradScaler is about to multiply: there it is stored times a power of two that uses the upper
 end of the format's range, and ``norm`` undoes that, and divides, in float32 in the backward op.
+
+``row_weight`` (N,), where given, becomes factors (:func:`_row_factors`): a kernel multiplies a row's parts by one and
+its gradient by another, with the reduction "sum" for a mean, and takes a row whose factor is 0 for one to be ignored.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from torch import Tensor
 
 from fused_kd import backends
 from fused_kd.reference import accumulation_dtype
+from fused_kd.reference.rows import usable_weight
 from fused_kd.registry import ROW_LOSSES
 
 __all__ = ["LOSS_OPS", "scale_gradient", "scale_gradient_", "uskd_batch_sums"]
@@ -42,19 +46,19 @@ def _define_loss(name: str, before: str, after: str, gradients: str) -> None:
 
 _define_loss(
     "row_loss",
-    "Tensor student_logits, Tensor? teacher_logits, Tensor target, str loss",
+    "Tensor student_logits, Tensor? teacher_logits, Tensor target, Tensor? row_weight, str loss",
     "bool standardize, int ignore_index, str reduction, bool need_gradient",
     "Tensor gradient, Tensor norm",
 )
 _define_loss(
     "uskd",
-    "Tensor student_logits, Tensor weak_logits, Tensor target, Tensor batch_sums",
+    "Tensor student_logits, Tensor weak_logits, Tensor target, Tensor batch_sums, Tensor? row_weight",
     "str rank, bool square, int ignore_index, str reduction, bool need_student, bool need_weak",
     "Tensor student_gradient, Tensor weak_gradient, Tensor student_norm, Tensor weak_norm",
 )
 _define_loss(
     "zipf_ls",
-    "Tensor student_logits, Tensor dense_logits, Tensor target",
+    "Tensor student_logits, Tensor dense_logits, Tensor target, Tensor? row_weight",
     "int ignore_index, str reduction, bool need_gradient",
     "Tensor gradient, Tensor norm",
 )
@@ -74,10 +78,48 @@ def _numbers(weights: list[float] | Tensor) -> list[float]:
     return weights.tolist() if isinstance(weights, Tensor) else weights
 
 
+def _row_factors(
+    row_weight: Tensor | None, target: Tensor, ignore_index: int, reduction: str, dtypes: tuple[torch.dtype, ...]
+) -> tuple[Tensor | None, str, tuple[Tensor | None, ...]]:
+    """What kernels multiply rows by: float64 (1 + gradients, N), the first for the parts, then one per gradient, whose
+    ``dtypes`` are given; the reduction that is left to them; and what each gradient's norm is to be multiplied by.
+
+    A mean's factors are divided by the sum of the weights. But a gradient in float16 has factors from 0 to 1, so that
+    it neither underflows nor overflows: the largest weight, and the division, go into its norm.
+    """
+    if row_weight is None:
+        return None, reduction, (None,) * len(dtypes)
+    weight = usable_weight(row_weight, torch.float64)
+    if not target.is_floating_point():
+        weight = torch.where(target == ignore_index, 0.0, weight)
+    divided, mean = weight, reduction == "mean"
+    if mean:
+        total = weight.sum()
+        total = torch.where(total == 0, 1.0, total)
+        divided = weight / total
+    factors = [divided]
+    norms: list[Tensor | None] = []
+    for dtype in dtypes:
+        if dtype == torch.float16 and len(weight):
+            largest = weight.amax()
+            factors.append(weight / torch.where(largest == 0, 1.0, largest))
+            norms.append(largest / total if mean else largest)
+        else:
+            factors.append(divided)
+            norms.append(None)
+    return torch.stack(factors), "sum" if mean else reduction, tuple(norms)
+
+
+def _multiply(norm: Tensor, by: Tensor | None) -> None:
+    if by is not None:
+        norm.mul_(by)
+
+
 def _row_loss(
     student_logits: Tensor,
     teacher_logits: Tensor | None,
     target: Tensor,
+    row_weight: Tensor | None,
     loss: str,
     weights: list[float] | Tensor,
     standardize: bool,
@@ -91,10 +133,12 @@ def _row_loss(
     if standardize:
         bound *= 2.0**8  # one over the deviation of a row's logits, as long as that is no smaller than a constant's
     scale = _stored_scale(student_logits.dtype, bound)
+    factors, reduction, (by,) = _row_factors(row_weight, target, ignore_index, reduction, (student_logits.dtype,))
     result: tuple[Tensor, Tensor, Tensor, Tensor] = backends.get(backend).row_loss(
         student_logits,
         teacher_logits,
         target,
+        factors,
         loss,
         weights,
         standardize,
@@ -103,6 +147,7 @@ def _row_loss(
         need_gradient,
         scale,
     )
+    _multiply(result[-1], by)
     return result
 
 
@@ -116,6 +161,7 @@ def _uskd(
     weak_logits: Tensor,
     target: Tensor,
     batch_sums: Tensor,
+    row_weight: Tensor | None,
     weights: list[float] | Tensor,
     rank: str,
     square: bool,
@@ -129,11 +175,14 @@ def _uskd(
     alpha, beta, mu, ce_weight, _ = weights
     # P_k and P_1 + P_2 are from -1 to 2. At a target, p_k (P_1 + P_2) - P_k averages -P_k and the other target's P.
     student_scale = _stored_scale(student_logits.dtype, 2.0 * alpha + beta + ce_weight)
+    dtypes = (student_logits.dtype, weak_logits.dtype)
+    factors, reduction, (by_student, by_weak) = _row_factors(row_weight, target, ignore_index, reduction, dtypes)
     result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = backends.get(backend).uskd(
         student_logits,
         weak_logits,
         target,
         batch_sums,
+        factors,
         weights,
         rank,
         square,
@@ -144,6 +193,8 @@ def _uskd(
         student_scale,
         _stored_scale(weak_logits.dtype, mu),
     )
+    _multiply(result[-2], by_student)
+    _multiply(result[-1], by_weak)
     return result
 
 
@@ -151,6 +202,7 @@ def _zipf_ls(
     student_logits: Tensor,
     dense_logits: Tensor,
     target: Tensor,
+    row_weight: Tensor | None,
     weights: list[float] | Tensor,
     ignore_index: int,
     reduction: str,
@@ -159,9 +211,11 @@ def _zipf_ls(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     weights = _numbers(weights)
     scale = _stored_scale(student_logits.dtype, weights[0] + weights[2])
+    factors, reduction, (by,) = _row_factors(row_weight, target, ignore_index, reduction, (student_logits.dtype,))
     result: tuple[Tensor, Tensor, Tensor, Tensor] = backends.get(backend).zipf_ls(
-        student_logits, dense_logits, target, weights, ignore_index, reduction, need_gradient, scale
+        student_logits, dense_logits, target, factors, weights, ignore_index, reduction, need_gradient, scale
     )
+    _multiply(result[-1], by)
     return result
 
 
@@ -194,6 +248,7 @@ def _row_loss_fake(
     student_logits: Tensor,
     teacher_logits: Tensor | None,
     target: Tensor,
+    row_weight: Tensor | None,
     loss: str,
     weights: list[float] | Tensor,
     standardize: bool,
@@ -222,6 +277,7 @@ def _zipf_ls_fake(
     student_logits: Tensor,
     dense_logits: Tensor,
     target: Tensor,
+    row_weight: Tensor | None,
     weights: list[float] | Tensor,
     ignore_index: int,
     reduction: str,
@@ -242,6 +298,7 @@ def _uskd_fake(
     weak_logits: Tensor,
     target: Tensor,
     batch_sums: Tensor,
+    row_weight: Tensor | None,
     weights: list[float] | Tensor,
     rank: str,
     square: bool,

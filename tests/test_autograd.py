@@ -47,7 +47,19 @@ def test_opcheck(fused, dtype, reduction):
     student, teacher, target = inputs(device, dtype=dtype)
     weights = [1.5, 0.0, 2.0, 1.0, 0.0]
     for need_gradient in (True, False):
-        arguments = (student.detach(), teacher, target, "nkd", weights, False, -100, reduction, need_gradient, name)
+        arguments = (
+            student.detach(),
+            teacher,
+            target,
+            None,
+            "nkd",
+            weights,
+            False,
+            -100,
+            reduction,
+            need_gradient,
+            name,
+        )
         opcheck(torch.ops.fused_kd.row_loss.default, arguments)
     shape = (6,) if reduction == "none" else ()
     gradient = torch.randn(6, 11, device=device).to(dtype)

@@ -111,7 +111,7 @@ def ours(core, student, weak, target, scale=1.0, **changed):
     for_sums = student.double() if weak.dtype == torch.float64 else student
     sums = native_cuda.uskd_batch_sums(core, for_sums, target, options["square"], options["ignore_index"])
     loss, parts, *rest = native_cuda.uskd(
-        core, student, weak, target, sums, *arguments(**changed), True, True, scale, scale
+        core, student, weak, target, sums, None, *arguments(**changed), True, True, scale, scale
     )  # fmt: skip
     student_gradient, weak_gradient, student_norm, weak_norm = rest
     one = torch.ones((), dtype=loss.dtype)
@@ -252,7 +252,7 @@ def test_target_out_of_range(core, dtype, index):
     assert sums.isnan().tolist() == [True, False, False]
     sums = torch.tensor([0.5, 0.0, 3.0], dtype=torch.float64)
     loss, _, student_gradient, weak_gradient, *_ = native_cuda.uskd(
-        core, student, weak, target, sums, *arguments(reduction="none"), True, True, 1.0, 1.0
+        core, student, weak, target, sums, None, *arguments(reduction="none"), True, True, 1.0, 1.0
     )  # fmt: skip
     for result in (loss.unsqueeze(1), student_gradient, weak_gradient):
         assert result.isnan().all(dim=1).tolist() == [False, True, False]
@@ -377,12 +377,43 @@ def test_same_bits_in_both_orders(core, classes, soft):
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("classes", (12, 1000, 9000))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64), ids=str)
+def test_row_weights(core, dtype, classes):
+    """Factors of the parts and of both gradients; of 0, a row that does not count, whatever it holds."""
+    student, weak, target = inputs(5, classes, dtype)
+    sums = native_cuda.uskd_batch_sums(core, student, target, True, -100)
+    factors = torch.tensor([[0.5, 2, 0, 1, 3], [0.25, 1, 0, 2, 1], [1, 0.5, 0, 4, 2]], dtype=torch.float64)
+    options = arguments(reduction="none", ce_weight=1.0)
+
+    def run(student, weak, factors):
+        return native_cuda.uskd(core, student, weak, target, sums, factors, *options, True, True, 1.0, 1.0)
+
+    plain = run(student, weak, None)
+    spoilt = weak.clone()
+    spoilt[2] = NAN
+    loss, parts, student_gradient, weak_gradient, *norms = run(student, spoilt, factors)
+    assert [norm.item() for norm in norms] == [1.0, 1.0]
+    for result in (loss[2], parts[:, 2], student_gradient[2], weak_gradient[2]):
+        assert not result.any()
+    kept = [0, 1, 3, 4]
+    for ours, before, factor in (
+        (loss, plain[0], factors[0]),
+        (parts.t(), plain[1].t(), factors[0, :, None]),
+        (student_gradient, plain[2], factors[1, :, None]),
+        (weak_gradient, plain[3], factors[2, :, None]),
+    ):
+        wanted = factor[kept] * before[kept].double()
+        unit = TOLERANCE[before.dtype]
+        torch.testing.assert_close(ours[kept].double(), wanted, rtol=2 * unit, atol=unit * wanted.abs().max().item())
+
+
 def test_a_gradient_that_is_not_wanted(core):
     student, weak, target = inputs(3, 200)
     sums = native_cuda.uskd_batch_sums(core, student, target, True, -100)
-    both = native_cuda.uskd(core, student, weak, target, sums, *arguments(), True, True, 1.0, 1.0)
+    both = native_cuda.uskd(core, student, weak, target, sums, None, *arguments(), True, True, 1.0, 1.0)
     for wanted in ((True, False), (False, True), (False, False)):
-        some = native_cuda.uskd(core, student, weak, target, sums, *arguments(), *wanted, 1.0, 1.0)
+        some = native_cuda.uskd(core, student, weak, target, sums, None, *arguments(), *wanted, 1.0, 1.0)
         assert torch.equal(some[0], both[0])
         for gradient, full, want in zip(some[2:4], both[2:4], wanted, strict=True):
             assert torch.equal(gradient, full) if want else gradient.shape == (0,)

@@ -187,6 +187,14 @@ def test_timm_network_with_stages(monkeypatch):
     torch.testing.assert_close(outputs.dense.mean(1), outputs.logits)  # the head is linear
 
 
+@pytest.mark.parametrize("model", networks.NETWORKS)
+def test_every_network_has_what_the_losses_ask_for(model):
+    network = networks.build(model, classes=5, channels=1, size=32, norm="batch", mean=(0.5,), std=(0.5,))
+    outputs = networks.Student(network, 5, weak=True, dense=True).eval()(torch.rand(2, 1, 32, 32))
+    assert outputs.logits.shape == outputs.weak.shape == (2, 5)
+    assert outputs.dense.shape[0] == 2 and outputs.dense.shape[1] > 1 and outputs.dense.shape[2] == 5
+
+
 @pytest.mark.parametrize("model", ["cnn-tiny", "vit-tiny"])
 def test_gradient_of_the_weak_feature_ends_where_it_is_taken(model):
     network = networks.build(model, classes=5, channels=1, size=16, norm="group", mean=(0.5,), std=(0.5,))

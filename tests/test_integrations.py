@@ -11,7 +11,7 @@ from torch import nn
 from fused_kd import nkd_loss, uskd_loss
 
 PAGE = "integrations.md"
-FRAMEWORKS = ("lightning", "huggingface", "mmengine", "timm", "torchdistill")
+FRAMEWORKS = ("lightning", "huggingface", "mmengine", "detection", "timm", "torchdistill")
 CLASSES = 7
 
 
@@ -230,6 +230,20 @@ def test_mmengine(tmp_path):
         torch.testing.assert_close(loss, direct)
     assert moved(student, start)
     untouched(teacher, teacher_start)
+
+
+def test_detection():
+    student, teacher = torch.randn(2, 40, CLASSES + 1)
+    labels = torch.randint(-1, CLASSES + 1, (40,))
+    weights = torch.rand(40) * (torch.rand(40) < 0.7)
+    criterion = run_snippet(PAGE, "detection")["BoxDistillation"](gamma=2.0)
+    student.requires_grad_()
+    loss = criterion(student, teacher, labels, weights, 17.0)
+    (gradient,) = torch.autograd.grad(loss, student)
+    rows = nkd_loss(student, teacher, labels, gamma=2.0, ignore_index=-1, reduction="none")
+    by_hand = sum(weight * row for weight, row in zip(weights, rows, strict=True)) / 17.0
+    torch.testing.assert_close(loss, by_hand)
+    torch.testing.assert_close(gradient, torch.autograd.grad(by_hand, student)[0])
 
 
 def step(task, optimizer, images, target):

@@ -37,7 +37,7 @@ def test_golden(place):
         others = [inputs[key] for key in {"tf_kd": [], "zipf_ls": ["dense_logits"]}.get(loss, ["teacher_logits"])]
         params = {"correct" if key == "correct_prob" else key: value for key, value in case["params"].items()}
         if loss == "zipf_ls":
-            params["weight"] = 1.0
+            params["beta"] = 1.0
         value, _, gradient = run(loss, name, inputs["student_logits"], others, _labels(case, device), **params)
         tolerance = 1e-6 if "1e-6" in case["source"] else 1e-8
         torch.testing.assert_close(value.item(), case["value"], rtol=tolerance, atol=tolerance)

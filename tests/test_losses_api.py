@@ -93,16 +93,20 @@ def test_opcheck(loss, standardize, native):
     weights = [1.0, 0.5, 2.0, 0.7, 0.1]
     teacher = others[0] if others else None
     after = (standardize and bool(others), -100, "mean", True, "native")
-    opcheck(torch.ops.fused_kd.row_loss.default, (student, teacher, target, loss, weights, *after))
+    for row_weight in (None, torch.arange(6.0)) if loss != "dist" else (None,):
+        opcheck(torch.ops.fused_kd.row_loss.default, (student, teacher, target, row_weight, loss, weights, *after))
     weights = torch.tensor(weights, dtype=torch.float64)
-    opcheck(torch.ops.fused_kd.row_loss_scheduled.default, (student, teacher, target, loss, weights, *after))
+    opcheck(
+        torch.ops.fused_kd.row_loss_scheduled.default, (student, teacher, target, row_weight, loss, weights, *after)
+    )
 
 
 def test_opcheck_of_votes(native):
     student, (dense,), target = make("zipf_ls", dtype=torch.float32)
     for reduction in ("mean", "none"):
         after = ([0.1, 1.0, 0.7, 0.1], -100, reduction, True, "native")
-        opcheck(torch.ops.fused_kd.zipf_ls.default, (student, dense, target, *after))
+        for row_weight in (None, torch.arange(6.0)):
+            opcheck(torch.ops.fused_kd.zipf_ls.default, (student, dense, target, row_weight, *after))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -113,7 +117,7 @@ def test_compiles_whole_and_only_once_more_when_weights_change(loss):
         pytest.skip("the reference is ordinary PyTorch")
     counter = torch._dynamo.testing.CompileCounter()
     torch._dynamo.reset()
-    schedule = {"uskd": "beta", "zipf_ls": "weight"}.get(loss, "temperature")
+    schedule = {"uskd": "beta", "zipf_ls": "beta"}.get(loss, "temperature")
 
     @torch.compile(backend=counter, fullgraph=True)
     def step(s, value, ce_weight):

@@ -21,7 +21,7 @@ TEACHER = {
     "js": partial(reference.js_loss, beta=0.3, temperature=2.0),
     "dist": partial(reference.dist_loss, temperature=2.0),
 }
-ALONE = {"tf_kd": reference.tf_kd_loss, "zipf_ls": partial(reference.zipf_ls_loss, weight=1.0)}
+ALONE = {"tf_kd": reference.tf_kd_loss, "zipf_ls": partial(reference.zipf_ls_loss, beta=1.0)}
 LOSSES = {**TEACHER, **ALONE}
 every_loss = pytest.mark.parametrize("name", LOSSES)
 teacher_loss = pytest.mark.parametrize("name", TEACHER)
@@ -72,7 +72,7 @@ def test_matches_the_published_values(case):
             student, target, correct=params["correct_prob"], temperature=params["temperature"]
         )
     elif case["loss"] == "zipf_ls":
-        loss, _ = reference.zipf_ls_loss(student, inputs["dense_logits"], target, weight=1.0, **params)
+        loss, _ = reference.zipf_ls_loss(student, inputs["dense_logits"], target, beta=1.0, **params)
     else:
         loss, _ = getattr(reference, case["loss"] + "_loss")(student, teacher, target, **params)
     loss.backward()
@@ -392,7 +392,7 @@ def test_zipf_ranks_by_votes():
     # Two targets: 1 and 4 are left out.
     target = torch.tensor([[0.0, 0.6, 0.0, 0.0, 0.4, 0.0]])
     z = weights[:4] / weights[:4].sum()
-    loss, _ = reference.zipf_ls_loss(student, dense, target, weight=1.0)
+    loss, _ = reference.zipf_ls_loss(student, dense, target, beta=1.0)
     torch.testing.assert_close(loss, (z * (z * 4).log()).sum())
 
 

@@ -202,7 +202,7 @@ def test_launches(rows, reduction, dtype, launches):
     target = torch.zeros(rows, dtype=torch.int64)
     weights = [1.5, 0.0, 1.0, 0.0, 0.0]
     plan = backend.plan_row_loss(
-        student, student, target, student, loss, loss, loss, "nkd", weights, False, -100, reduction, True, 1.0
+        student, student, target, None, student, loss, loss, loss, "nkd", weights, False, -100, reduction, True, 1.0
     )
     assert [launch.kernel for launch in plan] == launches
 

@@ -166,7 +166,7 @@ def test_no_value_in_one_row(regime, where):
     else:
         (weak if where == "weak" else student)[2, 17] = INF if where == "infinite" else NAN
     options = ([1.0, 0.1, 0.005, 1.0, 0.0], "normalized", True, -100, "none", True, True, "triton")
-    loss, parts, *gradients = torch.ops.fused_kd.uskd(student, weak, target, sums, *options)[:4]
+    loss, parts, *gradients = torch.ops.fused_kd.uskd(student, weak, target, sums, None, *options)[:4]
     for result in (loss, parts.sum(0), *(gradient.sum(1) for gradient in gradients)):
         assert result.isnan().tolist() == [False, False, True, False]
     for gradient in gradients:
@@ -263,7 +263,7 @@ def test_launches(rows, classes, reduction, expected):
     parts, norm = torch.empty((4, *loss.shape), device="meta"), torch.empty((), device="meta")
     sums = torch.empty(3, dtype=torch.float64, device="meta")
     plan = triton_uskd.plan_uskd(
-        logits, logits, target, sums, (logits, logits), loss, parts, (norm, norm),
+        logits, logits, target, sums, None, (logits, logits), loss, parts, (norm, norm),
         [1.0, 0.1, 0.005, 0.0, 0.0], "normalized", True, -100, reduction, True, True, 1.0, 1.0,
     )  # fmt: skip
     assert [launch.kernel for launch in plan] == expected

@@ -78,10 +78,10 @@ def test_matches_the_reference(regime, kind, positions):
     if kind == "index":
         target[0] = -100
         target[2] = dense[2, 0].argmax()  # a target that has a vote
-    compare(student, dense, target, weight=1.0, reduction="none")
+    compare(student, dense, target, beta=1.0, reduction="none")
     compare(student, dense, target, weight=0.5, power=0.5, ce_weight=0.7, reduction="sum")
-    compare(student, dense, target, weight=1.0, power=3.0, ce_weight=0.7, label_smoothing=0.2, reduction="none")
-    compare(student, dense, target, weight=1.0, power=0.0)
+    compare(student, dense, target, beta=1.0, power=3.0, ce_weight=0.7, label_smoothing=0.2, reduction="none")
+    compare(student, dense, target, beta=1.0, power=0.0)
 
 
 LAYOUTS = {
@@ -100,9 +100,9 @@ def test_layouts_of_dense_logits(regime, layout, dtype):
     """Copies with NaN around, so that a kernel that ignores a stride is found out."""
     student, dense, target = make(3, positions=49)
     view = LAYOUTS[layout](dense.to(dtype))
-    compare(student, view, target, weight=1.0)
+    compare(student, view, target, beta=1.0)
     if "neighbours" in layout:  # whole vectors of them
-        compare(student, LAYOUTS[layout](dense.to(dtype)[:, :48]), target, weight=1.0)
+        compare(student, LAYOUTS[layout](dense.to(dtype)[:, :48]), target, beta=1.0)
 
 
 @pytest.mark.parametrize("classes", (2, 3, 10))
@@ -111,9 +111,9 @@ def test_few_classes(regime, classes, kind):
     """Every class has votes, ranks are shared, and two classes leave one, or none, to be told apart."""
     for positions in (1, 30):
         student, dense, target = make(20, classes, positions, kind)
-        compare(student, dense, target, weight=1.0, ce_weight=0.5, reduction="none")
+        compare(student, dense, target, beta=1.0, ce_weight=0.5, reduction="none")
         if classes == 2:
-            assert not any(result.any() for result in run(student, dense, target, weight=1.0))
+            assert not any(result.any() for result in run(student, dense, target, beta=1.0))
 
 
 def test_ties(regime):
@@ -126,11 +126,11 @@ def test_ties(regime):
     dense[4] = torch.where(dense[4] > 0, 0.0, -0.0)
     dense[5, :10], dense[5, 10:] = dense[5, :1], dense[5, 11:12]
     for dtype in (torch.float64, torch.float16):
-        compare(student, dense.to(dtype), target, weight=1.0, reduction="none")
+        compare(student, dense.to(dtype), target, beta=1.0, reduction="none")
     near = torch.zeros(6, 3, 45, dtype=torch.float64)  # ties in float32 only
     near[:, :, 30] = 1.0 + 2.0**-40
     near[:, :, 20] = 1.0
-    compare(student.float(), near, target, tolerance=1e-5, weight=1.0, reduction="none")
+    compare(student.float(), near, target, tolerance=1e-5, beta=1.0, reduction="none")
 
 
 def test_impossible_classes(regime):
@@ -144,12 +144,12 @@ def test_impossible_classes(regime):
     student[4, 6:] = -INF
     student[5] = -INF  # no distribution
     student[6, 3] = INF  # the target for sure, of which the divergence knows nothing
-    compare(student, dense, target, weight=1.0, reduction="none")
-    loss = compare(student[:5], dense[:5], target[:5], weight=1.0, ce_weight=0.5, reduction="none")[0]
+    compare(student, dense, target, beta=1.0, reduction="none")
+    loss = compare(student[:5], dense[:5], target[:5], beta=1.0, ce_weight=0.5, reduction="none")[0]
     assert loss.isinf().tolist() == [False, True, False, False, False]
-    compare(student[:5], dense[:5], target[:5], weight=1.0, ce_weight=0.5, label_smoothing=0.1, reduction="none")
+    compare(student[:5], dense[:5], target[:5], beta=1.0, ce_weight=0.5, label_smoothing=0.1, reduction="none")
     # Weights that underflow are none, and a row of them says nothing.
-    compare(student[:5], dense[:5], torch.full_like(target[:5], 5), weight=1.0, power=1e4, reduction="none")
+    compare(student[:5], dense[:5], torch.full_like(target[:5], 5), beta=1.0, power=1e4, reduction="none")
 
 
 @pytest.mark.parametrize("where", ("dense", "student", "target logit", "infinite", "label", "target"))
@@ -164,7 +164,7 @@ def test_no_value_in_one_row(regime, where):
     else:
         student[2, target[2] if where == "target logit" else (target[2] + 1) % 45] = INF if where == "infinite" else NAN
     for weights in ([1.0, 1.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [1.0, 1.0, 0.5, 0.1]):
-        loss, parts, gradient, _ = backend.zipf_ls(student, dense, target, weights, -100, "none", True, 1.0)
+        loss, parts, gradient, _ = backend.zipf_ls(student, dense, target, None, weights, -100, "none", True, 1.0)
         for result in (loss, *parts, gradient.sum(1)):
             assert result.isnan().tolist() == [False, False, True, False]
         assert gradient[2].isnan().all()
@@ -175,10 +175,10 @@ def test_ignored_rows_count_nowhere(regime):
     target[[1, 4]] = -100
     student[1], dense[4] = NAN, NAN
     for reduction in ("mean", "none"):
-        loss, parts, gradient = run(student, dense, target, weight=1.0, ce_weight=1.0, reduction=reduction)
+        loss, parts, gradient = run(student, dense, target, beta=1.0, ce_weight=1.0, reduction=reduction)
         kept = target != -100
         rest = run(
-            student[kept], dense[kept], target[kept], "reference", weight=1.0, ce_weight=1.0, reduction=reduction
+            student[kept], dense[kept], target[kept], "reference", beta=1.0, ce_weight=1.0, reduction=reduction
         )
         torch.testing.assert_close(loss[kept] if reduction == "none" else loss, rest[0])
         torch.testing.assert_close(gradient[kept], rest[2])
@@ -217,7 +217,7 @@ def test_counts_and_sums_in_chunks(monkeypatch):
     student, dense, target = make(201, 5, 3)
     target[::3] = -100
     for reduction in ("mean", "sum"):
-        compare(student, dense, target, weight=1.0, reduction=reduction)
+        compare(student, dense, target, beta=1.0, reduction=reduction)
 
 
 def test_without_gradient():
@@ -249,7 +249,7 @@ def test_launches(rows, reduction, expected):
     parts = torch.empty((2, *loss.shape), device="meta")
     weights = [0.1, 1.0, 1.0, 0.0]
     plan = triton_zipf.plan_zipf_ls(
-        student, dense, target, student, loss, parts, loss, weights, -100, reduction, True, 1.0
+        student, dense, target, None, student, loss, parts, loss, weights, -100, reduction, True, 1.0
     )
     assert [launch.kernel for launch in plan] == expected
     votes = next(launch for launch in plan if launch.kernel == "find_votes")

@@ -36,7 +36,8 @@ def test_opcheck_and_second_backward(fused):
     totals = sums(student, target, True, -100, fused)
     for reduction in ("mean", "none"):
         options = ([1.0, 0.1, 0.005, 1.0, 0.1], "normalized", True, -100, reduction, True, True, fused)
-        opcheck(torch.ops.fused_kd.uskd.default, (student, weak, target, totals, *options))
+        for row_weight in (None, torch.arange(6.0)):
+            opcheck(torch.ops.fused_kd.uskd.default, (student, weak, target, totals, row_weight, *options))
     leaves = student.requires_grad_(), weak.requires_grad_()
     loss = uskd_loss(*leaves, target, backend=fused) * 4.0
     first = [g.clone() for g in torch.autograd.grad(loss, leaves, retain_graph=True)]

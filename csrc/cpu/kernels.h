@@ -24,6 +24,8 @@ struct SoftmaxOrigin {
 struct RowArgs {
     Matrix student, teacher; // the teacher of a loss without one is not read
     Matrix target;           // class indices (kInt64), or probabilities
+    const double* factors;   // (2, rows): a row's parts and its gradient are multiplied by them, and 0 is a row that
+                             // does not count; null for 1
     void* gradient;          // contiguous, of the student's dtype; null when it is not wanted
     int64_t rows, classes;
     int loss;             // RowLoss of row_losses.h
@@ -57,6 +59,7 @@ struct ColumnArgs {
 struct UskdArgs {
     Matrix student, weak;                   // the latter is not trained by votes, and not looked at
     Matrix target;                          // class indices (kInt64), or probabilities
+    const double* factors;                  // (3, rows), by votes (2, rows), or null: as above
     void *student_gradient, *weak_gradient; // contiguous, each of its logits' dtype; null when not wanted
     int64_t rows, classes;
     double alpha, beta, mu, ce_weight, label_smoothing;

@@ -162,7 +162,7 @@ FKD_NOINLINE RowResult row_pass(const RowArgs& args, const RowParams& params, co
         c.sharp += c.raw;
         c.raw = 0;
     }
-    const double scale = args.gradient_scale;
+    const double scale = args.gradient_scale * (args.factors ? args.factors[args.rows + row] : 1);
     for (int64_t i = 0; i < count; ++i) {
         const int64_t j = i * kBlock<A>, n = block_length<A>(classes, j);
         const double ds = scratch.blocks[i].s_max - s_max, dt = scratch.blocks[i].t_max - t_max;
@@ -228,25 +228,29 @@ void row_losses_typed(const RowArgs& args) {
         for (int64_t row = 0; row < args.rows; ++row) {
             double* parts = args.parts + kRowParts * row;
             int64_t y;
+            bool counts = true;
             if (with_probs) {
                 y = argmax(args.target, row, args.classes, scratch.probs);
                 if (y < 0) y = 0; // every probability is NaN or -inf
             } else {
                 y = *reinterpret_cast<const int64_t*>(element(args.target, row, 0));
-                if (y == args.ignore_index) {
-                    for (int k = 0; k < kRowParts; ++k)
-                        parts[k] = 0;
-                    if (args.origins) args.origins[2 * row].by = -1;
-                    if (args.gradient) {
-                        const int64_t bytes = args.classes * element_size(args.student.dtype);
-                        __builtin_memset(static_cast<char*>(args.gradient) + row * bytes, 0, size_t(bytes));
-                    }
-                    continue;
+                counts = y != args.ignore_index;
+            }
+            if (args.factors && args.factors[row] == 0) counts = false;
+            if (!counts) {
+                for (int k = 0; k < kRowParts; ++k)
+                    parts[k] = 0;
+                if (args.origins) args.origins[2 * row].by = -1;
+                if (args.gradient) {
+                    const int64_t bytes = args.classes * element_size(args.student.dtype);
+                    __builtin_memset(static_cast<char*>(args.gradient) + row * bytes, 0, size_t(bytes));
                 }
+                continue;
             }
             const RowResult result = pass(args, params, scratch, row, y);
+            const double factor = args.factors ? args.factors[row] : 1;
             for (int k = 0; k < kRowParts; ++k)
-                parts[k] = result.parts[k];
+                parts[k] = factor * result.parts[k];
         }
     }
 }

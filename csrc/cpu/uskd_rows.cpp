@@ -258,7 +258,10 @@ FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch,
     const double entropy = by_votes && zipf_sum != 0 ? log_sum / zipf_sum - log(zipf_sum) : 0.0;
     const UskdRow<double> result = uskd_row(x, params, p, v, zipf_sum, zipf_cross, entropy);
 
-    const double s_scale = args.student_scale, w_scale = args.weak_scale;
+    const double* const factors = args.factors ? args.factors + row : nullptr;
+    const double factor = factors ? factors[0] : 1;
+    const double s_scale = args.student_scale * (factors ? factors[args.rows] : 1);
+    const double w_scale = args.weak_scale * (factors && weak.data ? factors[2 * args.rows] : 1);
     for (int64_t j = 0; j < classes; j += kBlock<A>) {
         const int64_t n = block_length<A>(classes, j);
         const A* labels = with_probs ? read(args.target, row, j, n, scratch.probs) : nullptr;
@@ -295,10 +298,10 @@ FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch,
         if (student.data) student.put(targets.at.at[k], A(result.student_target[k] * s_scale));
         if (weak.data) weak.put(targets.at.at[k], A(result.weak_target[k] * w_scale));
     }
-    parts[0] = result.target;
-    parts[1] = result.non_target;
-    parts[2] = result.weak_part;
-    parts[3] = result.ce;
+    parts[0] = factor * result.target;
+    parts[1] = factor * result.non_target;
+    parts[2] = factor * result.weak_part;
+    parts[3] = factor * result.ce;
 }
 
 template <class A>
@@ -311,7 +314,8 @@ void uskd_typed(const UskdArgs& args) {
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < args.rows; ++row) {
             const Targets targets = targets_of<A>(args.target, row, args.classes, scratch.probs);
-            if (args.target.dtype == kInt64 && targets.at.at[0] == args.ignore_index) {
+            const bool ignored = args.target.dtype == kInt64 && targets.at.at[0] == args.ignore_index;
+            if (ignored || (args.factors && args.factors[row] == 0)) {
                 for (int k = 0; k < 4; ++k)
                     args.parts[4 * row + k] = 0;
                 if (args.student_gradient)

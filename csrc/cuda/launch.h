@@ -27,6 +27,7 @@ struct UskdCall {
     Reduction reduction;
     double student_scale, weak_scale; // powers of two
     const double* batch_sums;
+    const double* factors; // (3, rows) of parts and both gradients, 0 of a row that does not count; null for 1
     DType accumulate;
     void *loss, *parts, *norms[2]; // of the accumulating dtype
     void* workspace;

@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads) rank_in_block(RowsArguments args) {
 
     HeldRow<kThreads, kItems> row;
     row.load(call, index);
-    const Targets<float> targets = find_targets<float>(call.target, index, classes, call.ignore_index, state.room);
+    const Targets<float> targets = weighted_targets<float>(call, index, state.room);
     if (targets.standing != kCounts) return constant_row(args, index, targets.standing == kIgnored ? 0.0f : NAN);
     const int64_t divisor = divisor_of(args, state.room);
     row_statistics<float>(call, index, row, targets, state);

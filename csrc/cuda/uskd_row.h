@@ -203,6 +203,14 @@ __device__ __forceinline__ void row_keys(const Row& row, const RowState<A>& stat
     });
 }
 
+// Where the row stands, a weight of 0 taken for a row to be ignored.
+template <class A>
+__device__ __forceinline__ Targets<A> weighted_targets(const UskdCall& call, int64_t index, void* room) {
+    Targets<A> targets = find_targets<A>(call.target, index, call.classes, call.ignore_index, room);
+    if (call.factors && call.factors[index] == 0) targets.standing = kIgnored;
+    return targets;
+}
+
 __device__ inline int64_t divisor_of(const RowsArguments& args, void* room) {
     const UskdCall& call = args.call;
     if (call.reduction != kMean) return 1;
@@ -263,10 +271,17 @@ __device__ __forceinline__ void finish_row(const RowsArguments& args, int64_t in
                                    double(classes),
                                    call.square};
         const UskdRow<A> result = common::uskd_row(known.x, params, known.p, known.v, zipf.sum, zipf.cross);
-        put_parts(args, index, result.target, result.non_target, result.weak_part, result.ce);
+        const double* const factors = call.factors ? call.factors + index : nullptr;
+        const A factor = factors ? A(factors[0]) : A(1);
+        put_parts(args, index, factor * result.target, factor * result.non_target, factor * result.weak_part,
+                  factor * result.ce);
         state.result = result;
         state.student_scale = A(stored_scale(call.student.dtype, call.student_scale, divisor));
         state.weak_scale = A(stored_scale(call.weak.dtype, call.weak_scale, divisor));
+        if (factors) {
+            state.student_scale *= A(factors[call.rows]);
+            state.weak_scale *= A(factors[2 * call.rows]);
+        }
     }
     __syncthreads();
 

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kMostStreamingThreads, kBlocksAtOnce<A>) write
     const UskdCall& call = args.call;
     const int64_t index = args.first + blockIdx.x;
     RowState<A>& stored = static_cast<RowState<A>*>(args.states)[blockIdx.x];
-    const Targets<A> targets = find_targets<A>(call.target, index, call.classes, call.ignore_index, state.room);
+    const Targets<A> targets = weighted_targets<A>(call, index, state.room);
     if (targets.standing != kCounts) {
         if (threadIdx.x == 0) stored.targets = targets;
         return;

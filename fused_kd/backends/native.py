@@ -61,6 +61,7 @@ def row_loss(
     student: Tensor,
     teacher: Tensor | None,
     target: Tensor,
+    factors: Tensor | None,
     loss_name: str,
     weights: list[float],
     standardize: bool,
@@ -88,6 +89,7 @@ def row_loss(
         target.data_ptr(),
         _DTYPES[target.dtype],
         target.stride(),
+        0 if factors is None else factors.data_ptr(),
         gradient.data_ptr() if need_gradient else 0,
         loss.data_ptr(),
         parts.data_ptr(),
@@ -139,6 +141,7 @@ def uskd(
     weak: Tensor,
     target: Tensor,
     batch_sums: Tensor,
+    factors: Tensor | None,
     weights: list[float],
     rank: str,
     square: bool,
@@ -151,8 +154,8 @@ def uskd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if student.is_cuda:
         return native_cuda.uskd(
-            _core, student, weak, target, batch_sums, weights, rank, square, ignore_index, reduction, need_student,
-            need_weak, student_scale, weak_scale,
+            _core, student, weak, target, batch_sums, factors, weights, rank, square, ignore_index, reduction,
+            need_student, need_weak, student_scale, weak_scale,
         )  # fmt: skip
     rows, num_classes = student.shape
     dtype = accumulation_dtype(student, weak)
@@ -174,6 +177,7 @@ def uskd(
         _DTYPES[target.dtype],
         target.stride(),
         batch_sums.data_ptr(),
+        0 if factors is None else factors.data_ptr(),
         student_gradient.data_ptr() if need_student else 0,
         weak_gradient.data_ptr() if need_weak else 0,
         loss.data_ptr(),
@@ -201,6 +205,7 @@ def zipf_ls(
     student: Tensor,
     dense: Tensor,
     target: Tensor,
+    factors: Tensor | None,
     weights: list[float],
     ignore_index: int,
     reduction: str,
@@ -226,6 +231,7 @@ def zipf_ls(
         target.data_ptr(),
         _DTYPES[target.dtype],
         target.stride(),
+        0 if factors is None else factors.data_ptr(),
         gradient.data_ptr() if need_gradient else 0,
         loss.data_ptr(),
         parts.data_ptr(),

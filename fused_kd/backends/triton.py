@@ -121,6 +121,7 @@ def row_loss(
     student: Tensor,
     teacher: Tensor | None,
     target: Tensor,
+    factors: Tensor | None,
     loss_name: str,
     weights: list[float],
     standardize: bool,
@@ -140,7 +141,7 @@ def row_loss(
     if rows == 0:
         return loss.zero_(), parts.zero_(), gradient, norm.fill_(1.0)
     launches = plan_row_loss(
-        student, other, target, gradient, loss, parts, norm,
+        student, other, target, factors, gradient, loss, parts, norm,
         loss_name, weights, standardize, ignore_index, reduction, need_gradient, gradient_scale,
     )  # fmt: skip
     run(launches, device)
@@ -172,6 +173,7 @@ def plan_row_loss(
     student: Tensor,
     teacher: Tensor,
     target: Tensor,
+    factors: Tensor | None,
     gradient: Tensor,
     loss: Tensor,
     parts: Tensor,
@@ -207,6 +209,7 @@ def plan_row_loss(
     counts = plan_count(launches, target, ignore_index, reduction, need_gradient)
     columns: tuple[Tensor, Tensor, Tensor] | None = None
     if loss_name == "dist" and weights[1] != 0.0:
+        assert factors is None  # the functional form has it as a loss of its own then
         plan_columns = importlib.import_module("fused_kd.backends.triton_dist").plan_columns
         columns = plan_columns(launches, student, teacher, target, loss.dtype, weights, standardize, ignore_index)
     row_parts = parts if per_row else torch.empty((3, rows), dtype=loss.dtype, device=student.device)
@@ -258,9 +261,9 @@ def plan_row_loss(
     if half and probabilities:
         known *= 2.0 ** (rows.bit_length() - 1)
     arguments = (
-        student, teacher, target, gradient, loss, row_parts, norm, counts.source, *(columns or (loss, loss, loss)),
-        rows, classes, *student.stride(), *teacher.stride(), target_row, target_col, counts.items,
-        columns[2].shape[0] if columns else 0, ignore_index,
+        student, teacher, target, gradient, loss, row_parts, norm, counts.source, factors,
+        *(columns or (loss, loss, loss)), rows, classes, *student.stride(), *teacher.stride(), target_row, target_col,
+        counts.items, columns[2].shape[0] if columns else 0, ignore_index,
         *kernel_weights(loss_name, weights, classes), gradient_scale * known, 1.0 / gradient_scale,
     )  # fmt: skip
     launches.append(Launch(kernel, programs, arguments, options))

@@ -76,19 +76,20 @@ def compile_launch(launch: Launch, capability: int) -> Report:
     function = backend._kernels()[launch.kernel]
     signature: dict[str, str] = {}
     attributes: dict[tuple[int], Any] = {}
-    arguments = iter(launch.arguments)
+    arguments, options = iter(launch.arguments), dict(launch.options)
     for parameter in function.params:
         if parameter.is_constexpr:
             signature[parameter.name] = "constexpr"
             continue
         argument = next(arguments)
-        if isinstance(argument, Tensor):
+        if argument is None:
+            signature[parameter.name], options[parameter.name] = "constexpr", None
+        elif isinstance(argument, Tensor):
             signature[parameter.name] = "*" + TYPES[argument.dtype]
             if argument.data_ptr() % 16 == 0:  # as the JIT specialises; meta tensors count as aligned
                 attributes[(parameter.num,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = parameter.annotation_type
-    options = dict(launch.options)
     compiler_options = {name: options.pop(name) for name in ("num_warps", "maxnreg") if name in options}
     source = ASTSource(function, signature, options, attributes)
     start = time.perf_counter()

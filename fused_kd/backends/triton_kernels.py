@@ -23,6 +23,8 @@ RAW      with STD, the CE's exponentials are none of the others
 COLUMNS  DIST's column term is wanted: ``states`` has its rows' softmaxes, ``columns`` four numbers of each class, and
          ``correlations`` what becomes its part of the loss (:mod:`triton_columns`)
 
+``factors`` is None where rows weigh the same, else (2, rows): see fused_kd/ops.py.
+
 Hyper-parameters come as float64, which Triton would otherwise round to float32, and are never specialised on, so that
 another temperature or gamma compiles nothing.
 """
@@ -42,6 +44,7 @@ from fused_kd.backends.triton_rows import (
     combine,
     count_rows,
     empty_statistics,
+    load_factor,
     load_index,
     make_scales,
     narrowed,
@@ -122,6 +125,7 @@ def rows_on_chip(
     parts,
     norm,
     counts,
+    factors,
     states,
     columns,
     correlations,
@@ -182,6 +186,10 @@ def rows_on_chip(
         y, counted, valid = load_index(target, row, inside, target_row, ignore_index, classes)
         mask = counted[:, None] & (cols < classes)
         v = tl.zeros([ROWS, BLOCK], ACC)
+    if factors is not None:
+        factor = load_factor(factors, 0, rows, row, inside, ACC)
+        counted &= factor != 0.0
+        mask &= counted[:, None]
     s = tl.load(at(student_base[:, None], cols, student_col, UNIT), mask=mask, other=_NEG_INF).to(ACC)
     s_y = tl.load(at(student_base, y, student_col, UNIT), mask=counted, other=0.0).to(ACC)
     t = s
@@ -225,12 +233,17 @@ def rows_on_chip(
     part_y, part_rest, part_ce, soft, sharp, teach, raw, v_weight, constant, slope, at_target, more = coefficients(
         stats, sums, of_column, s_y, t_y, v_y, weights, scales, s_moments, classes, LOSS, SINGLE, PROB, STD, LINEAR, RAW
     )
-    part_y = tl.where(counted, part_y * valid, 0.0)
-    part_rest = tl.where(counted, part_rest * valid, 0.0)
-    part_ce = tl.where(counted, part_ce * valid, 0.0)
+    of_loss = valid
+    of_gradient = valid
+    if factors is not None:
+        of_loss *= factor
+        of_gradient *= load_factor(factors, 1, rows, row, inside, ACC)
+    part_y = tl.where(counted, part_y * of_loss, 0.0)
+    part_rest = tl.where(counted, part_rest * of_loss, 0.0)
+    part_ce = tl.where(counted, part_ce * of_loss, 0.0)
     store_parts(parts, loss, norm, norm_value, rows, row, inside, part_y, part_rest, part_ce, PER_ROW)
     if GRAD:
-        by = valid * gradient_scale(counts, target_row, count_items, ignore_index, scale, ACC, COUNT, HALF)
+        by = of_gradient * gradient_scale(counts, target_row, count_items, ignore_index, scale, ACC, COUNT, HALF)
         scaled = (
             soft * by, sharp * by, teach * by, raw * by, v_weight * by, constant * by, slope * by, at_target * by,
         )  # fmt: skip

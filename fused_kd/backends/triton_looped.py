@@ -26,6 +26,7 @@ from fused_kd.backends.triton_rows import (
     accumulate,
     combine,
     empty_statistics,
+    load_factor,
     load_index,
     make_scales,
     merge_lanes,
@@ -161,6 +162,7 @@ def rows_looped(
     parts,
     norm,
     counts,
+    factors,
     states,
     columns,
     correlations,
@@ -245,11 +247,21 @@ def rows_looped(
         y = tl.minimum(tl.min(tl.where(best == largest, y, 2147483647), 0, keep_dims=True), end - 1)
         counted = inside
         v_y = tl.load(at(target_head, y, target_col, UNIT)).to(ACC)
+        if factors is not None:
+            factor = load_factor(factors, 0, rows, one_row, inside, ACC)
+            counted &= factor != 0.0
+            read = tl.max(counted.to(tl.int32), 0)
+            in_head = in_head & counted[:, None]
+            end *= read
+            body = end // BLOCK
     else:
         bases = (student_head, teacher_head, target)
         y, counted, valid = load_index(target, one_row, inside, target_row, ignore_index, classes)
         y -= before
         v_y = tl.zeros([1], ACC)
+        if factors is not None:
+            factor = load_factor(factors, 0, rows, one_row, inside, ACC)
+            counted &= factor != 0.0
         # A row that does not count is not read.
         read = tl.max(counted.to(tl.int32), 0)
         in_head = in_head & counted[:, None]
@@ -261,7 +273,7 @@ def rows_looped(
     s_moments = (v_y, v_y, v_y)
     t_moments = s_moments
     if STD:
-        rows_read = classes * read if not PROB else classes
+        rows_read = classes * read if (not PROB) or (factors is not None) else classes
         s_moments = _row_moments(student + row * student_row, student_col, rows_read, LANES, UNIT, ACC)
         t_moments = _row_moments(teacher + row * teacher_row, teacher_col, rows_read, LANES, UNIT, ACC)
     scales = make_scales(weights[2], s_moments, t_moments, k, LOSS, STD)
@@ -332,12 +344,17 @@ def rows_looped(
         LINEAR,
         RAW,
     )
-    part_y = tl.where(counted, part_y * valid, 0.0)
-    part_rest = tl.where(counted, part_rest * valid, 0.0)
-    part_ce = tl.where(counted, part_ce * valid, 0.0)
+    of_loss = valid
+    of_gradient = valid
+    if factors is not None:
+        of_loss *= factor
+        of_gradient *= load_factor(factors, 1, rows, one_row, inside, ACC)
+    part_y = tl.where(counted, part_y * of_loss, 0.0)
+    part_rest = tl.where(counted, part_rest * of_loss, 0.0)
+    part_ce = tl.where(counted, part_ce * of_loss, 0.0)
     store_parts(parts, loss, norm, norm_value, rows, one_row, inside, part_y, part_rest, part_ce, PER_ROW)
     if GRAD:
-        by = valid * gradient_scale(counts, target_row, count_items, ignore_index, scale, ACC, COUNT, HALF)
+        by = of_gradient * gradient_scale(counts, target_row, count_items, ignore_index, scale, ACC, COUNT, HALF)
         scaled = (
             soft * by, sharp * by, teach * by, raw * by, v_weight * by, constant * by, slope * by, at_target * by,
         )  # fmt: skip
@@ -365,7 +382,7 @@ def rows_looped(
             constants, more, scales, True, UNIT, LOSS, SINGLE, PROB, STD, LINEAR, RAW, COLUMNS, ACC,
         )  # fmt: skip
         tl.store(gradient_head + at_head, narrowed(g_head, dtype), mask=in_head)
-        if not PROB:
+        if (not PROB) or (factors is not None):
             for start in range(0, tl.where(read == 1, 0, classes), BLOCK):
                 column = start + lane
                 tl.store(gradient + row * classes + column, tl.zeros_like(lane).to(dtype), mask=column < classes)

@@ -309,6 +309,12 @@ def count_rows(source, stride, items, ignore_index, PARTIAL: tl.constexpr, BLOCK
 
 
 @triton.jit
+def load_factor(factors, which, rows, row, inside, ACC: tl.constexpr):
+    """What weighs rows: of their parts (which = 0), or of a gradient. 0 is a row that does not count."""
+    return tl.load(factors + which * rows + row, mask=inside, other=0.0).to(ACC)
+
+
+@triton.jit
 def narrowed(x, DTYPE: tl.constexpr):
     """x in the dtype it is stored in; float64 reaches the 16-bit formats through float32, as eager PyTorch does."""
     if x.dtype == tl.float64 and tl.float64 != DTYPE:

@@ -205,6 +205,15 @@ def smoothed_at(y, label, kept, uniform):
 
 
 @triton.jit
+def by_rows(x, factors):
+    """Beside rows' terms, what is the same for all of them unless they are weighted."""
+    if factors is None:
+        return x[None]
+    else:
+        return x
+
+
+@triton.jit
 def student_gradient(s, d_s, z, v, cols, targets, terms, k, PROB: tl.constexpr, LINEAR: tl.constexpr):
     """Tiles of it, from terms = (factor, at the first target, at the second, factor of z, kept, uniform)."""
     g = terms[0][:, None] * tl.exp2(d_s * k) + terms[3][:, None] * z

@@ -31,6 +31,7 @@ def uskd(
     weak: Tensor,
     target: Tensor,
     batch_sums: Tensor,
+    factors: Tensor | None,
     weights: list[float],
     rank: str,
     square: bool,
@@ -54,7 +55,7 @@ def uskd(
     if rows == 0:
         return loss.zero_(), parts.zero_(), *gradients, norms[0].fill_(1.0), norms[1].fill_(1.0)
     launches = plan_uskd(
-        student, weak, target, batch_sums, gradients, loss, parts, norms,
+        student, weak, target, batch_sums, factors, gradients, loss, parts, norms,
         weights, rank, square, ignore_index, reduction, need_student, need_weak,
         student_scale, weak_scale,
     )  # fmt: skip
@@ -118,6 +119,7 @@ def plan_uskd(
     weak: Tensor,
     target: Tensor,
     batch_sums: Tensor,
+    factors: Tensor | None,
     gradients: tuple[Tensor, Tensor],
     loss: Tensor,
     parts: Tensor,
@@ -179,7 +181,7 @@ def plan_uskd(
             "COUNT": counts.how if need_student or need_weak else 0,
         }
         arguments = (
-            student, weak, target, batch_sums, *gradients, loss, row_parts, *norms, counts.source,
+            student, weak, target, batch_sums, *gradients, loss, row_parts, *norms, counts.source, factors,
             rows, classes, *strides, counts.items, ignore_index,
             alpha, beta, mu, ce_weight, smoothing, *scales, *norm_values,
         )  # fmt: skip
@@ -209,9 +211,9 @@ def plan_uskd(
             last = min(rows, first + at_once)
             programs, here = -(-(last - first) // config.rows), slice(0, last - first)
             arguments = (
-                student, weak, target, batch_sums, gradients[1], row_parts, counts.source, keys, states, columns,
-                rows, first, last, classes, *strides, counts.items, ignore_index, alpha, mu, ce_weight, smoothing,
-                scales[1],
+                student, weak, target, batch_sums, gradients[1], row_parts, counts.source, factors, keys, states,
+                columns, rows, first, last, classes, *strides, counts.items, ignore_index, alpha, mu, ce_weight,
+                smoothing, scales[1],
             )  # fmt: skip
             launches.append(Launch("write_keys", programs, arguments, write))
             launches.append(Launch("sort_rows", 1, (keys[here], sorted_keys[here], order[here]), {}))
@@ -220,8 +222,8 @@ def plan_uskd(
             tiles = (last - first) * -(-classes // ZIPF_BLOCK)
             launches.append(Launch("write_zipf", tiles, (order, sorted_keys, classes), zipf_options))
             arguments = (
-                student, target, gradients[0], loss, row_parts, *norms, counts.source, sorted_keys, states, columns,
-                rows, first, last, classes, *student.stride(), *target_strides, counts.items, ignore_index,
+                student, target, gradients[0], loss, row_parts, *norms, counts.source, factors, sorted_keys, states,
+                columns, rows, first, last, classes, *student.stride(), *target_strides, counts.items, ignore_index,
                 beta, ce_weight, smoothing, scales[0], *norm_values,
             )  # fmt: skip
             launches.append(Launch("combine_ranked", programs, arguments, combine))

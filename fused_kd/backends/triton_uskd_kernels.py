@@ -17,6 +17,8 @@ SQUARE   p_k^2 in the targets' labels, else p_k
 GRAD_S   the student's gradient is wanted; GRAD_W, the weak logits'
 LINEAR   the CE's labels are smoothed, for which the sum of the student's logits is wanted
 HALF_S   the student's logits are float16: as HALF in :mod:`triton_kernels`; HALF_W, the weak logits
+
+``factors`` is None where rows weigh the same, else (3, rows): of parts, the student's and the weak logits' gradient.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_kd.backends.triton_rows import count_rows, narrowed, power_of_two_below
+from fused_kd.backends.triton_rows import count_rows, load_factor, narrowed, power_of_two_below
 from fused_kd.backends.triton_targets import (
+    by_rows,
     ce_labels,
     find_targets,
     load_tile,
@@ -181,7 +184,8 @@ def _terms(
 
 @triton.jit
 def _keys_and_weak_gradient(
-    views, targets, counted, labels, of_weak, factors, m_s, m_w, poison, gradient, by, row, inside, start, classes, k,
+    views, targets, counted, labels, of_weak, key, m_s, m_w, poison, gradient, by, factors, row, inside, start,
+    classes, k,
     BLOCK: tl.constexpr, UNIT: tl.constexpr, PROB: tl.constexpr, RANK: tl.constexpr, GRAD: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
@@ -194,14 +198,17 @@ def _keys_and_weak_gradient(
         v = w
         if PROB:
             v = load_tile(labels, cols, mask, 0.0, UNIT, ACC)
-        terms = (of_weak[0] * by, of_weak[1] * by, of_weak[2] * by, (of_weak[3] * by)[None], (of_weak[4] * by)[None])
+        terms = (
+            of_weak[0] * by, of_weak[1] * by, of_weak[2] * by,
+            by_rows(of_weak[3] * by, factors), by_rows(of_weak[4] * by, factors),
+        )  # fmt: skip
         g = weak_gradient(w, d_w, v, cols, targets, terms, k, PROB)
         pointers = gradient + (row * classes)[:, None] + cols
         stored = inside[:, None] & (cols < classes)
         tl.store(pointers, _with_poison(g, counted, poison, gradient.dtype.element_ty), mask=stored)
     d_s = load_tile(views[0], cols, mask, _NEG_INF, UNIT, ACC) - m_s[:, None]
     # Adding 0 makes -0 equal to 0 in its bits too.
-    return rank_keys(d_s, d_w, cols, targets, factors[0], factors[1], k, RANK) + 0.0
+    return rank_keys(d_s, d_w, cols, targets, key[0], key[1], k, RANK) + 0.0
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -217,6 +224,7 @@ def ranked_on_chip(
     student_norm,
     weak_norm,
     counts,
+    factors,
     rows: tl.int64,
     classes: tl.int32,
     student_row: tl.int64,
@@ -267,15 +275,21 @@ def ranked_on_chip(
         (student + row * (student_row // VEC * VEC), student_col),
         (weak + row * (weak_row // VEC * VEC), weak_col),
     )
-    row_parts, of_student, of_weak, factors, stats, poison = _terms(
+    if factors is not None:
+        factor = load_factor(factors, 0, rows, row, inside, ACC)
+        counted &= factor != 0.0
+    row_parts, of_student, of_weak, key_terms, stats, poison = _terms(
         views, targets, counted, valid, labels, batch_sums, alpha, mu, ce_weight, smoothing, classes, k,
         ROWS, BLOCK, HELD, UNIT, PROB, LINEAR, RANK, SQUARE, ACC,
     )  # fmt: skip
     count = _row_mean(counts, target_row, count_items, ignore_index, COUNT)
     by = _scaled(weak_scale, count, ACC, HALF_W)
+    if factors is not None:
+        row_parts = (row_parts[0] * factor, row_parts[1] * factor, row_parts[2] * factor)
+        by *= load_factor(factors, 2, rows, row, inside, ACC)
     key = _keys_and_weak_gradient(
-        views, targets, counted, labels, of_weak, factors, stats[0], stats[2], poison, weak_gradients, by, row, inside,
-        0, classes, k, BLOCK, UNIT, PROB, RANK, GRAD_W, ACC,
+        views, targets, counted, labels, of_weak, key_terms, stats[0], stats[2], poison, weak_gradients, by, factors,
+        row, inside, 0, classes, k, BLOCK, UNIT, PROB, RANK, GRAD_W, ACC,
     )  # fmt: skip
     position = tl.arange(0, BLOCK)[None, :]
     bits = key.to(tl.int32, bitcast=True)
@@ -295,6 +309,8 @@ def ranked_on_chip(
     beta = tl.full((), beta, ACC)
     non_target, more, by_zipf = rank_terms(zipf_sum, zipf_cross, stats[1], targets[0], targets[1], classes, beta)
     non_target = tl.where(counted, non_target + poison, 0.0)
+    if factors is not None:
+        non_target *= factor
     tl.store(parts + row, row_parts[0], mask=inside)
     tl.store(parts + rows + row, non_target, mask=inside)
     tl.store(parts + 2 * rows + row, row_parts[1], mask=inside)
@@ -307,10 +323,12 @@ def ranked_on_chip(
         if PROB:
             v = load_tile(labels, cols, mask, 0.0, UNIT, ACC)
         by = _scaled(student_scale, count, ACC, HALF_S)
+        if factors is not None:
+            by *= load_factor(factors, 1, rows, row, inside, ACC)
         kept, uniform = ce_labels(tl.full((), ce_weight, ACC), tl.full((), smoothing, ACC), classes, LINEAR)
         terms = (
             (of_student[0] + more) * by, of_student[1] * by, of_student[2] * by, by_zipf * by,
-            (kept * by)[None], (uniform * by)[None],
+            by_rows(kept * by, factors), by_rows(uniform * by, factors),
         )  # fmt: skip
         g = student_gradient(s, d_s, z, v, cols, targets, terms, k, PROB, LINEAR)
         pointers = student_gradients + (row * classes)[:, None] + cols

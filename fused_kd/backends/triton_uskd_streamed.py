@@ -12,7 +12,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fused_kd.backends.triton_rows import load_factor
 from fused_kd.backends.triton_targets import (
+    by_rows,
     ce_labels,
     find_targets,
     load_tile,
@@ -44,6 +46,7 @@ def write_keys(
     weak_gradients,
     parts,
     counts,
+    factors,
     keys,
     states,
     columns,
@@ -92,10 +95,15 @@ def write_keys(
         (student + row * (student_row // VEC * VEC), student_col),
         (weak + row * (weak_row // VEC * VEC), weak_col),
     )
-    row_parts, of_student, of_weak, factors, stats, poison = _terms(
+    if factors is not None:
+        factor = load_factor(factors, 0, rows, row, inside, ACC)
+        counted &= factor != 0.0
+    row_parts, of_student, of_weak, key_terms, stats, poison = _terms(
         views, targets, counted, valid, labels, batch_sums, alpha, mu, ce_weight, smoothing, classes, k,
         ROWS, BLOCK, HELD, UNIT, PROB, LINEAR, RANK, SQUARE, ACC,
     )  # fmt: skip
+    if factors is not None:
+        row_parts = (row_parts[0] * factor, row_parts[1] * factor, row_parts[2] * factor)
     tl.store(parts + row, row_parts[0], mask=inside)
     tl.store(parts + 2 * rows + row, row_parts[1], mask=inside)
     tl.store(parts + 3 * rows + row, row_parts[2], mask=inside)
@@ -108,10 +116,12 @@ def write_keys(
     tl.store(states + 4 * rows + row, of_student[2], mask=inside)
     tl.store(states + 5 * rows + row, poison, mask=inside)
     by = _scaled(weak_scale, _row_mean(counts, target_row, count_items, ignore_index, COUNT), ACC, HALF_W)
+    if factors is not None:
+        by *= load_factor(factors, 2, rows, row, inside, ACC)
     for start in range(0, BLOCK if HELD else classes, BLOCK):
         key = _keys_and_weak_gradient(
-            views, targets, counted, labels, of_weak, factors, stats[0], stats[2], poison, weak_gradients, by, row,
-            inside, start, classes, k, BLOCK, UNIT, PROB, RANK, GRAD_W, ACC,
+            views, targets, counted, labels, of_weak, key_terms, stats[0], stats[2], poison, weak_gradients, by,
+            factors, row, inside, start, classes, k, BLOCK, UNIT, PROB, RANK, GRAD_W, ACC,
         )  # fmt: skip
         cols = start + tl.arange(0, BLOCK)[None, :]
         tl.store(keys + (local_row * classes)[:, None] + cols, key, mask=inside[:, None] & (cols < classes))
@@ -138,6 +148,7 @@ def combine_ranked(
     student_norm,
     weak_norm,
     counts,
+    factors,
     zipf,
     states,
     columns,
@@ -200,6 +211,8 @@ def combine_ranked(
     zipf_sum, zipf_cross = tl.sum(sums, 1), tl.sum(cross, 1)
     non_target, more, by_zipf = rank_terms(zipf_sum, zipf_cross, z_s, targets[0], targets[1], classes, beta)
     non_target = tl.where(counted, non_target + poison, 0.0)
+    if factors is not None:
+        non_target *= load_factor(factors, 0, rows, row, inside, ACC)
     tl.store(parts + rows + row, non_target, mask=inside)
     if PER_ROW:
         total = tl.load(parts + row, mask=inside, other=0.0) + non_target
@@ -209,14 +222,16 @@ def combine_ranked(
     if GRAD_S:
         count = _row_mean(counts, target_row, count_items, ignore_index, COUNT)
         by = _scaled(student_scale, count, ACC, HALF_S)
+        if factors is not None:
+            by *= load_factor(factors, 1, rows, row, inside, ACC)
         kept, uniform = ce_labels(tl.full((), ce_weight, ACC), tl.full((), smoothing, ACC), classes, LINEAR)
         of_rows = (
             (tl.load(states + 2 * rows + row, mask=inside, other=0.0) + more) * by,
             tl.load(states + 3 * rows + row, mask=inside, other=0.0) * by,
             tl.load(states + 4 * rows + row, mask=inside, other=0.0) * by,
             by_zipf * by,
-            (kept * by)[None],
-            (uniform * by)[None],
+            by_rows(kept * by, factors),
+            by_rows(uniform * by, factors),
         )
         labels = (target + row * (target_row // VEC * VEC if PROB else target_row), target_col)
         for start in range(0, BLOCK if HELD else classes, BLOCK):

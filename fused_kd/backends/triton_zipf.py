@@ -18,6 +18,7 @@ def zipf_ls(
     student: Tensor,
     dense: Tensor,
     target: Tensor,
+    factors: Tensor | None,
     weights: list[float],
     ignore_index: int,
     reduction: str,
@@ -34,7 +35,7 @@ def zipf_ls(
     if rows == 0:
         return loss.zero_(), parts.zero_(), gradient, norm.fill_(1.0)
     launches = plan_zipf_ls(
-        student, dense, target, gradient, loss, parts, norm,
+        student, dense, target, factors, gradient, loss, parts, norm,
         weights, ignore_index, reduction, need_gradient, gradient_scale,
     )  # fmt: skip
     run(launches, device)
@@ -45,6 +46,7 @@ def plan_zipf_ls(
     student: Tensor,
     dense: Tensor,
     target: Tensor,
+    factors: Tensor | None,
     gradient: Tensor,
     loss: Tensor,
     parts: Tensor,
@@ -104,7 +106,7 @@ def plan_zipf_ls(
     }
     target_strides = target.stride() if probabilities else (target.stride(0), 0)
     arguments = (
-        student, target, votes, ranks, voted, gradient, loss, row_parts, norm, counts.source,
+        student, target, votes, ranks, voted, gradient, loss, row_parts, norm, counts.source, factors,
         rows, positions, classes, *student.stride(), *target_strides, counts.items, ignore_index,
         *weights, gradient_scale * known, 1.0 / gradient_scale,
     )  # fmt: skip

@@ -26,8 +26,9 @@ import triton
 import triton.language as tl
 
 from fused_kd.backends.triton_kernels import gradient_scale
-from fused_kd.backends.triton_rows import LN2, LOG2E, narrowed, zero_if_empty
+from fused_kd.backends.triton_rows import LN2, LOG2E, load_factor, narrowed, zero_if_empty
 from fused_kd.backends.triton_targets import (
+    by_rows,
     ce_labels,
     cross_entropy,
     find_targets,
@@ -218,6 +219,7 @@ def zipf_rows(
     parts,
     norm,
     counts,
+    factors,
     rows: tl.int64,
     positions: tl.int32,
     classes: tl.int32,
@@ -260,6 +262,9 @@ def zipf_rows(
     targets, counted, valid, labels = find_targets(
         target, row, inside, target_row, target_col, ignore_index, classes, ROWS, BLOCK, VEC, HELD, UNIT, PROB, ACC
     )
+    if factors is not None:
+        factor = load_factor(factors, 0, rows, row, inside, ACC)
+        counted &= factor != 0.0
     view = (student + row * (student_row // VEC * VEC), student_col)
     m, z, linear, number, v_rest, v_cross, v_blocked = _row_sums(
         view, labels, targets, counted, classes, k, ROWS, BLOCK, HELD, UNIT, PROB, ACC
@@ -303,6 +308,9 @@ def zipf_rows(
     divergence = (entropy - z_0 * linear - more_cross) / total + log_z_0 + tl.log2(z / total) * LN2
     divergence = tl.where(counted, weight * divergence + poison, 0.0)
     ce = tl.where(counted, ce + poison, 0.0)
+    if factors is not None:
+        divergence *= factor
+        ce *= factor
     tl.store(parts + row, divergence, mask=inside)
     tl.store(parts + rows + row, ce, mask=inside)
     if PER_ROW:
@@ -310,10 +318,12 @@ def zipf_rows(
         tl.store(norm + row * 0, tl.full(row.shape, norm_value, ACC), mask=row == 0)
     if GRAD:
         by = gradient_scale(counts, target_row, count_items, ignore_index, scale, ACC, COUNT, HALF)
+        if factors is not None:
+            by *= load_factor(factors, 1, rows, row, inside, ACC)
         kept, uniform = ce_labels(ce_weight, smoothing, classes, LINEAR)
         terms = (
-            (weight / z + ce_factor) * by, ce_0 * by, ce_1 * by, -weight / total * by, (kept * by)[None],
-            (uniform * by)[None],
+            (weight / z + ce_factor) * by, ce_0 * by, ce_1 * by, -weight / total * by, by_rows(kept * by, factors),
+            by_rows(uniform * by, factors),
         )  # fmt: skip
         out = gradient + row * classes
         for start in range(0, BLOCK if HELD else classes, BLOCK):

@@ -29,6 +29,7 @@ def row_loss(
     logit_standardization: bool | None,
     ignore_index: int,
     reduction: str,
+    weight: Tensor | None,
     backend: str,
     return_parts: bool,
 ) -> Tensor | tuple[Tensor, Parts]:
@@ -51,6 +52,7 @@ def row_loss(
     else:
         rows = _checks.flatten(student_logits, teacher_logits, "teacher_logits", target)
         _checks.check_teacher_detached(teacher_logits)
+    weight = _checks.flatten_weight(weight, rows.shape, student_logits.device)
     chosen = backends.choose(backend, student_logits.device.type, name)
     logits = rows[:2] if teacher_logits is not None else rows[:1]
     packed: Any
@@ -68,6 +70,7 @@ def row_loss(
             label_smoothing=label_smoothing,
             ignore_index=ignore_index,
             reduction=reduction,
+            weight=weight,
             **options,
         )
     else:
@@ -75,6 +78,7 @@ def row_loss(
             rows.student_logits,
             rows.other_logits if teacher_logits is not None else None,
             rows.target,
+            weight,
             name,
             (*(*own.values(), 0.0, 0.0)[:2], temperature, ce_weight, label_smoothing),
             bool(logit_standardization),

@@ -10,14 +10,15 @@ from torch import Tensor
 from fused_kd import _checks, backends, reference
 from fused_kd.functional._rows import row_loss
 from fused_kd.reference import DISTParts
+from fused_kd.reference.rows import usable_weight
 
 
 @overload
 def dist_loss(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = ..., *, beta: float = ...,
     gamma: float = ..., temperature: float = ..., ce_weight: float = ..., label_smoothing: float = ...,
-    logit_standardization: bool = ..., ignore_index: int = ..., reduction: str = ..., backend: str = ...,
-    return_parts: Literal[False] = ...,
+    logit_standardization: bool = ..., ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ...,
+    backend: str = ..., return_parts: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -25,8 +26,8 @@ def dist_loss(
 def dist_loss(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = ..., *, beta: float = ...,
     gamma: float = ..., temperature: float = ..., ce_weight: float = ..., label_smoothing: float = ...,
-    logit_standardization: bool = ..., ignore_index: int = ..., reduction: str = ..., backend: str = ...,
-    return_parts: Literal[True],
+    logit_standardization: bool = ..., ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ...,
+    backend: str = ..., return_parts: Literal[True],
 ) -> tuple[Tensor, DISTParts]: ...  # fmt: skip
 
 
@@ -43,6 +44,7 @@ def dist_loss(
     logit_standardization: bool = False,
     ignore_index: int = -100,
     reduction: str = "mean",
+    weight: Tensor | None = None,
     backend: str = "auto",
     return_parts: bool = False,
 ) -> Tensor | tuple[Tensor, DISTParts]:
@@ -71,6 +73,9 @@ def dist_loss(
         logit_standardization: Put the z-scores of both logits, row by row, into all but the cross-entropy.
         ignore_index: Rows with this class index are in no term and get a zero gradient.
         reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
+        weight: What each row weighs, ``(...)``, at least 0, floating-point, without gradient: ``"none"`` gives
+            :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
+            The correlation along columns is of all rows alike, and so a row of weight 0 has a gradient from it.
         backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
         return_parts: Return ``(loss, parts)`` with the detached, weighted ``parts.inter``, ``parts.intra`` and
             ``parts.ce``, which sum to the loss.
@@ -96,7 +101,14 @@ def dist_loss(
     }
 
     def run(
-        labels: Tensor | None, beta: float, gamma: float, ce_weight: float, ignored: int, how: str, with_parts: bool
+        labels: Tensor | None,
+        beta: float,
+        gamma: float,
+        ce_weight: float,
+        ignored: int,
+        how: str,
+        weight: Tensor | None,
+        with_parts: bool,
     ) -> Any:
         return row_loss(
             "dist",
@@ -109,21 +121,32 @@ def dist_loss(
             ce_weight=ce_weight,
             ignore_index=ignored,
             reduction=how,
+            weight=weight,
             return_parts=with_parts,
             **options,
         )
 
     _checks.check_reduction(reduction)
-    coupled = reduction == "none" and _checks.check_scalar("gamma", gamma) != 0.0
-    if not coupled or backends.choose(backend, student_logits.device.type, "dist") == "reference":
-        return run(target, beta, gamma, ce_weight, ignore_index, reduction, return_parts)  # type: ignore[no-any-return]
-    # The gradient that a kernel keeps of a row is scaled by what comes in for that row. But each row's second term
-    # depends on every row, so here it is a loss of its own, of which the labels only say which rows count.
-    loss, parts = run(target, beta, 0.0, ce_weight, ignore_index, reduction, True)
+    apart = (reduction == "none" or weight is not None) and _checks.check_scalar("gamma", gamma) != 0.0
+    if not apart or backends.choose(backend, student_logits.device.type, "dist") == "reference":
+        own = (target, beta, gamma, ce_weight, ignore_index, reduction, weight, return_parts)
+        return run(*own)  # type: ignore[no-any-return]
+    # The gradient that a kernel keeps of a row is scaled by what comes in for that row, and by its weight. But each
+    # row's second term depends on every row, so here it is a loss of its own, of which the labels only say which rows
+    # count; and of that one number each row has its weight.
+    loss, parts = run(target, beta, 0.0, ce_weight, ignore_index, reduction, weight, True)
+    shape = student_logits.shape[:-1]
+    share = student_logits.new_ones(shape, dtype=loss.dtype) if weight is None else usable_weight(weight, loss.dtype)
     if target is None or target.is_floating_point():
-        intra = run(None, 0.0, gamma, 0.0, ignore_index, "mean", False).expand_as(loss)
+        intra = run(None, 0.0, gamma, 0.0, ignore_index, "mean", None, False)
     else:
-        counted = target.reshape(loss.shape) != ignore_index
-        intra = torch.where(counted, run(counted.long() - 1, 0.0, gamma, 0.0, -1, "mean", False), 0.0)
+        counted = target.reshape(shape) != ignore_index
+        intra = run(counted.long() - 1, 0.0, gamma, 0.0, -1, "mean", None, False)
+        share = torch.where(counted, share, 0.0)
+    if reduction != "none":
+        share = share.sum()
+        share = share if reduction == "sum" else torch.where(share == 0, share, share / share)
+    # Where nothing counts or weighs, the number may have no value.
+    intra = torch.where(share == 0, 0.0, share * intra)
     loss = loss + intra
     return (loss, DISTParts(parts.inter, intra.detach(), parts.ce)) if return_parts else loss

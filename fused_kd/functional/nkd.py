@@ -15,7 +15,7 @@ from fused_kd.reference import LossParts
 def nkd_loss(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, gamma: float = ..., temperature: float = ...,
     ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ..., ignore_index: int = ...,
-    reduction: str = ..., backend: str = ..., return_parts: Literal[False] = ...,
+    reduction: str = ..., weight: Tensor | None = ..., backend: str = ..., return_parts: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -23,7 +23,7 @@ def nkd_loss(
 def nkd_loss(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, gamma: float = ..., temperature: float = ...,
     ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ..., ignore_index: int = ...,
-    reduction: str = ..., backend: str = ..., return_parts: Literal[True],
+    reduction: str = ..., weight: Tensor | None = ..., backend: str = ..., return_parts: Literal[True],
 ) -> tuple[Tensor, LossParts]: ...  # fmt: skip
 
 
@@ -39,6 +39,7 @@ def nkd_loss(
     logit_standardization: bool = False,
     ignore_index: int = -100,
     reduction: str = "mean",
+    weight: Tensor | None = None,
     backend: str = "auto",
     return_parts: bool = False,
 ) -> Tensor | tuple[Tensor, LossParts]:
@@ -66,6 +67,9 @@ def nkd_loss(
         logit_standardization: Put the z-scores of both logits, row by row, into all but the cross-entropy.
         ignore_index: Rows with this class index count nowhere and get a zero gradient.
         reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
+        weight: What each row weighs, ``(...)``, at least 0, floating-point, without gradient: ``"none"`` gives
+            :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
+            A row of weight 0 adds exactly nothing to the loss and has a zero gradient, whatever it holds.
         backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
         return_parts: Return ``(loss, parts)`` with the detached, weighted ``parts.target``, ``parts.non_target`` and
             ``parts.ce``, which sum to the loss.
@@ -103,6 +107,7 @@ def nkd_loss(
         logit_standardization=logit_standardization,
         ignore_index=ignore_index,
         reduction=reduction,
+        weight=weight,
         backend=backend,
         return_parts=return_parts,
     )

@@ -14,16 +14,16 @@ from fused_kd.reference import DistillationParts
 @overload
 def tf_kd_loss(
     student_logits: Tensor, target: Tensor, *, correct: float = ..., temperature: float = ..., ce_weight: float = ...,
-    label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ..., backend: str = ..., return_parts:
-    Literal[False] = ...,
+    label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ...,
+    backend: str = ..., return_parts: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def tf_kd_loss(
     student_logits: Tensor, target: Tensor, *, correct: float = ..., temperature: float = ..., ce_weight: float = ...,
-    label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ..., backend: str = ..., return_parts:
-    Literal[True],
+    label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ...,
+    backend: str = ..., return_parts: Literal[True],
 ) -> tuple[Tensor, DistillationParts]: ...  # fmt: skip
 
 
@@ -37,6 +37,7 @@ def tf_kd_loss(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
+    weight: Tensor | None = None,
     backend: str = "auto",
     return_parts: bool = False,
 ) -> Tensor | tuple[Tensor, DistillationParts]:
@@ -62,6 +63,9 @@ def tf_kd_loss(
         label_smoothing: Of the cross-entropy's labels, as in :func:`torch.nn.functional.cross_entropy`.
         ignore_index: Rows with this class index count nowhere and get a zero gradient.
         reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
+        weight: What each row weighs, ``(...)``, at least 0, floating-point, without gradient: ``"none"`` gives
+            :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
+            A row of weight 0 adds exactly nothing to the loss and has a zero gradient, whatever it holds.
         backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
         return_parts: Return ``(loss, parts)`` with the detached, weighted ``parts.distillation`` and
             ``parts.ce``, which sum to the loss.
@@ -94,6 +98,7 @@ def tf_kd_loss(
         logit_standardization=None,
         ignore_index=ignore_index,
         reduction=reduction,
+        weight=weight,
         backend=backend,
         return_parts=return_parts,
     )
@@ -101,7 +106,7 @@ def tf_kd_loss(
 
 @overload
 def zipf_ls_loss(
-    student_logits: Tensor, dense_logits: Tensor, target: Tensor, *, weight: float = ..., power: float = ...,
+    student_logits: Tensor, dense_logits: Tensor, target: Tensor, *, beta: float = ..., power: float = ...,
     ce_weight: float = ..., label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ...,
     backend: str = ..., return_parts: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
@@ -109,7 +114,7 @@ def zipf_ls_loss(
 
 @overload
 def zipf_ls_loss(
-    student_logits: Tensor, dense_logits: Tensor, target: Tensor, *, weight: float = ..., power: float = ...,
+    student_logits: Tensor, dense_logits: Tensor, target: Tensor, *, beta: float = ..., power: float = ...,
     ce_weight: float = ..., label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ...,
     backend: str = ..., return_parts: Literal[True],
 ) -> tuple[Tensor, DistillationParts]: ...  # fmt: skip
@@ -120,12 +125,13 @@ def zipf_ls_loss(
     dense_logits: Tensor,
     target: Tensor,
     *,
-    weight: float = 0.1,
+    beta: float = 0.1,
     power: float = 1.0,
     ce_weight: float = 0.0,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
+    weight: Tensor | None = None,
     backend: str = "auto",
     return_parts: bool = False,
 ) -> Tensor | tuple[Tensor, DistillationParts]:
@@ -137,7 +143,7 @@ def zipf_ls_loss(
     classes that are not targets:
 
     .. math::
-        L = \mathrm{weight} \cdot \mathrm{KL}(\hat z \| \hat p)
+        L = \beta \cdot \mathrm{KL}(\hat z \| \hat p)
             + \mathrm{ce\_weight} \cdot \mathrm{CE}(student, target), \quad \hat z_j \propto \mathrm{rank}_j^{-power}
 
     Args:
@@ -146,12 +152,15 @@ def zipf_ls_loss(
             feature map ``(N, C, H, W)`` of logits pass ``logits.flatten(2).transpose(1, 2)``. No gradient flows here.
         target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)``, which have one or two
             targets as in :func:`uskd_loss`.
-        weight: Of the divergence; the paper has 0.1.
+        beta: Weight of the divergence; the paper has 0.1.
         power: Of the rank in Zipf's law.
         ce_weight: Weight of the ordinary cross-entropy, computed in the same pass.
         label_smoothing: Of the cross-entropy's labels, as in :func:`torch.nn.functional.cross_entropy`.
         ignore_index: Rows with this class index count nowhere and get a zero gradient.
         reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
+        weight: What each row weighs, ``(...)``, at least 0, floating-point, without gradient: ``"none"`` gives
+            :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
+            A row of weight 0 adds exactly nothing to the loss and has a zero gradient, whatever it holds.
         backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
         return_parts: Return ``(loss, parts)`` with the detached, weighted ``parts.distillation`` and
             ``parts.ce``, which sum to the loss.
@@ -170,7 +179,7 @@ def zipf_ls_loss(
         >>> dense_logits = classifier(feature_map.flatten(2).transpose(1, 2))  # (N, D, H, W) to (N, H·W, C)
         >>> zipf_ls_loss(student_logits, dense_logits, target, ce_weight=1.0).backward()
     """
-    weight = _checks.check_scalar("weight", weight)
+    beta = _checks.check_scalar("beta", beta)
     power = _checks.check_scalar("power", power)
     ce_weight = _checks.check_scalar("ce_weight", ce_weight)
     label_smoothing = _checks.check_fraction("label_smoothing", label_smoothing)
@@ -178,6 +187,7 @@ def zipf_ls_loss(
     _checks.check_ignore_index(ignore_index)
     rows = _checks.flatten(student_logits, student_logits, "student_logits", target)
     dense = _checks.flatten_dense(dense_logits, student_logits)
+    weight = _checks.flatten_weight(weight, rows.shape, student_logits.device)
     chosen = backends.choose(backend, student_logits.device.type, "zipf_ls")
     packed: Any
     if chosen == "reference":
@@ -186,17 +196,18 @@ def zipf_ls_loss(
             rows.student_logits,
             dense,
             rows.target,
-            weight=weight,
+            beta=beta,
             power=power,
             ce_weight=ce_weight,
             label_smoothing=label_smoothing,
             ignore_index=ignore_index,
             reduction=reduction,
+            weight=weight,
         )
     else:
-        weights = (weight, power, ce_weight, label_smoothing)
+        weights = (beta, power, ce_weight, label_smoothing)
         loss, packed = autograd.zipf_ls(
-            rows.student_logits, dense, rows.target, weights, ignore_index, reduction, chosen, return_parts
+            rows.student_logits, dense, rows.target, weight, weights, ignore_index, reduction, chosen, return_parts
         )
     if reduction == "none" and len(rows.shape) != 1:
         loss = loss.reshape(rows.shape)

@@ -15,7 +15,7 @@ from fused_kd.reference import DistillationParts, LossParts
 def kd_loss(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = ..., *, temperature: float = ...,
     ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ..., ignore_index: int = ...,
-    reduction: str = ..., backend: str = ..., return_parts: Literal[False] = ...,
+    reduction: str = ..., weight: Tensor | None = ..., backend: str = ..., return_parts: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -23,7 +23,7 @@ def kd_loss(
 def kd_loss(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = ..., *, temperature: float = ...,
     ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ..., ignore_index: int = ...,
-    reduction: str = ..., backend: str = ..., return_parts: Literal[True],
+    reduction: str = ..., weight: Tensor | None = ..., backend: str = ..., return_parts: Literal[True],
 ) -> tuple[Tensor, DistillationParts]: ...  # fmt: skip
 
 
@@ -38,6 +38,7 @@ def kd_loss(
     logit_standardization: bool = False,
     ignore_index: int = -100,
     reduction: str = "mean",
+    weight: Tensor | None = None,
     backend: str = "auto",
     return_parts: bool = False,
 ) -> Tensor | tuple[Tensor, DistillationParts]:
@@ -61,6 +62,9 @@ def kd_loss(
         logit_standardization: Put the z-scores of both logits, row by row, into all but the cross-entropy.
         ignore_index: Rows with this class index count nowhere and get a zero gradient.
         reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
+        weight: What each row weighs, ``(...)``, at least 0, floating-point, without gradient: ``"none"`` gives
+            :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
+            A row of weight 0 adds exactly nothing to the loss and has a zero gradient, whatever it holds.
         backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
         return_parts: Return ``(loss, parts)`` with the detached, weighted ``parts.distillation`` and
             ``parts.ce``, which sum to the loss.
@@ -92,6 +96,7 @@ def kd_loss(
         logit_standardization=logit_standardization,
         ignore_index=ignore_index,
         reduction=reduction,
+        weight=weight,
         backend=backend,
         return_parts=return_parts,
     )
@@ -101,7 +106,8 @@ def kd_loss(
 def dkd_loss(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, alpha: float = ..., beta: float = ...,
     temperature: float = ..., ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ...,
-    ignore_index: int = ..., reduction: str = ..., backend: str = ..., return_parts: Literal[False] = ...,
+    ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ..., backend: str = ...,
+    return_parts: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -109,7 +115,8 @@ def dkd_loss(
 def dkd_loss(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, alpha: float = ..., beta: float = ...,
     temperature: float = ..., ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ...,
-    ignore_index: int = ..., reduction: str = ..., backend: str = ..., return_parts: Literal[True],
+    ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ..., backend: str = ...,
+    return_parts: Literal[True],
 ) -> tuple[Tensor, LossParts]: ...  # fmt: skip
 
 
@@ -126,6 +133,7 @@ def dkd_loss(
     logit_standardization: bool = False,
     ignore_index: int = -100,
     reduction: str = "mean",
+    weight: Tensor | None = None,
     backend: str = "auto",
     return_parts: bool = False,
 ) -> Tensor | tuple[Tensor, LossParts]:
@@ -153,6 +161,9 @@ def dkd_loss(
         logit_standardization: Put the z-scores of both logits, row by row, into all but the cross-entropy.
         ignore_index: Rows with this class index count nowhere and get a zero gradient.
         reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
+        weight: What each row weighs, ``(...)``, at least 0, floating-point, without gradient: ``"none"`` gives
+            :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
+            A row of weight 0 adds exactly nothing to the loss and has a zero gradient, whatever it holds.
         backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
         return_parts: Return ``(loss, parts)`` with the detached, weighted ``parts.target`` (the binary term),
             ``parts.non_target`` and ``parts.ce``, which sum to the loss.
@@ -184,6 +195,7 @@ def dkd_loss(
         logit_standardization=logit_standardization,
         ignore_index=ignore_index,
         reduction=reduction,
+        weight=weight,
         backend=backend,
         return_parts=return_parts,
     )
@@ -193,7 +205,7 @@ def dkd_loss(
 def wsld_loss(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, alpha: float = ..., temperature: float = ...,
     ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ..., ignore_index: int = ...,
-    reduction: str = ..., backend: str = ..., return_parts: Literal[False] = ...,
+    reduction: str = ..., weight: Tensor | None = ..., backend: str = ..., return_parts: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -201,7 +213,7 @@ def wsld_loss(
 def wsld_loss(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, alpha: float = ..., temperature: float = ...,
     ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ..., ignore_index: int = ...,
-    reduction: str = ..., backend: str = ..., return_parts: Literal[True],
+    reduction: str = ..., weight: Tensor | None = ..., backend: str = ..., return_parts: Literal[True],
 ) -> tuple[Tensor, DistillationParts]: ...  # fmt: skip
 
 
@@ -217,6 +229,7 @@ def wsld_loss(
     logit_standardization: bool = False,
     ignore_index: int = -100,
     reduction: str = "mean",
+    weight: Tensor | None = None,
     backend: str = "auto",
     return_parts: bool = False,
 ) -> Tensor | tuple[Tensor, DistillationParts]:
@@ -245,6 +258,9 @@ def wsld_loss(
         logit_standardization: Put the z-scores of both logits, row by row, into all but the cross-entropy.
         ignore_index: Rows with this class index count nowhere and get a zero gradient.
         reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
+        weight: What each row weighs, ``(...)``, at least 0, floating-point, without gradient: ``"none"`` gives
+            :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
+            A row of weight 0 adds exactly nothing to the loss and has a zero gradient, whatever it holds.
         backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
         return_parts: Return ``(loss, parts)`` with the detached, weighted ``parts.distillation`` and
             ``parts.ce``, which sum to the loss.
@@ -276,6 +292,7 @@ def wsld_loss(
         logit_standardization=logit_standardization,
         ignore_index=ignore_index,
         reduction=reduction,
+        weight=weight,
         backend=backend,
         return_parts=return_parts,
     )
@@ -285,7 +302,8 @@ def wsld_loss(
 def js_loss(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = ..., *, beta: float = ...,
     temperature: float = ..., ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ...,
-    ignore_index: int = ..., reduction: str = ..., backend: str = ..., return_parts: Literal[False] = ...,
+    ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ..., backend: str = ...,
+    return_parts: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -293,7 +311,8 @@ def js_loss(
 def js_loss(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = ..., *, beta: float = ...,
     temperature: float = ..., ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ...,
-    ignore_index: int = ..., reduction: str = ..., backend: str = ..., return_parts: Literal[True],
+    ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ..., backend: str = ...,
+    return_parts: Literal[True],
 ) -> tuple[Tensor, DistillationParts]: ...  # fmt: skip
 
 
@@ -309,6 +328,7 @@ def js_loss(
     logit_standardization: bool = False,
     ignore_index: int = -100,
     reduction: str = "mean",
+    weight: Tensor | None = None,
     backend: str = "auto",
     return_parts: bool = False,
 ) -> Tensor | tuple[Tensor, DistillationParts]:
@@ -336,6 +356,9 @@ def js_loss(
         logit_standardization: Put the z-scores of both logits, row by row, into all but the cross-entropy.
         ignore_index: Rows with this class index, such as the padding of a text, count nowhere and get a zero gradient.
         reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
+        weight: What each row weighs, ``(...)``, at least 0, floating-point, without gradient: ``"none"`` gives
+            :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
+            A row of weight 0 adds exactly nothing to the loss and has a zero gradient, whatever it holds.
         backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
         return_parts: Return ``(loss, parts)`` with the detached, weighted ``parts.distillation`` and
             ``parts.ce``, which sum to the loss.
@@ -369,6 +392,7 @@ def js_loss(
         logit_standardization=logit_standardization,
         ignore_index=ignore_index,
         reduction=reduction,
+        weight=weight,
         backend=backend,
         return_parts=return_parts,
     )

@@ -31,6 +31,7 @@ def uskd_loss(
     process_group: ProcessGroup | None = ...,
     ignore_index: int = ...,
     reduction: str = ...,
+    weight: Tensor | None = ...,
     backend: str = ...,
     return_parts: Literal[False] = ...,
 ) -> Tensor: ...
@@ -52,6 +53,7 @@ def uskd_loss(
     process_group: ProcessGroup | None = ...,
     ignore_index: int = ...,
     reduction: str = ...,
+    weight: Tensor | None = ...,
     backend: str = ...,
     return_parts: Literal[True],
 ) -> tuple[Tensor, USKDParts]: ...
@@ -72,6 +74,7 @@ def uskd_loss(
     process_group: ProcessGroup | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    weight: Tensor | None = None,
     backend: str = "auto",
     return_parts: bool = False,
 ) -> Tensor | tuple[Tensor, USKDParts]:
@@ -121,6 +124,9 @@ def uskd_loss(
             is over this batch. What ``reduction`` does stays within the process.
         ignore_index: Rows with this class index count nowhere, nor in the mean in P, and get a zero gradient.
         reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
+        weight: What each row weighs, ``(...)``, at least 0, floating-point, without gradient: ``"none"`` gives
+            :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
+            A row of weight 0 adds nothing to the loss and has zero gradients; the mean in P is of all rows alike.
         backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
         return_parts: Return ``(loss, parts)`` with the detached, weighted ``parts.target``, ``parts.non_target``,
             ``parts.weak`` and ``parts.ce``, which sum to the loss.
@@ -161,6 +167,7 @@ def uskd_loss(
     _check_soft_label_arguments(rank, square, ignore_index)
     _checks.check_process_group(process_group)
     _checks.check_reduction(reduction)
+    weight = _checks.flatten_weight(weight, rows.shape, student_logits.device)
     chosen = backends.choose(backend, student_logits.device.type, "uskd")
     if chosen == "reference":
         check_targets_if_cheap(rows.target, student_logits.shape[-1], ignore_index)
@@ -179,12 +186,14 @@ def uskd_loss(
             ignore_index=ignore_index,
             reduction=reduction,
             batch_sums=batch_sums,
+            weight=weight,
         )
     else:
         assert batch_sums is not None
         loss, packed = autograd.uskd(
             *rows[:3],
             batch_sums,
+            weight,
             (alpha, beta, mu, ce_weight, label_smoothing),
             rank,
             square,

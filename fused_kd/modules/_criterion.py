@@ -23,9 +23,9 @@ class Criterion(nn.Module):
         for name in self._names:
             setattr(self, name, options[name])
 
-    def _call(self, *tensors: Tensor | None, return_parts: bool) -> Any:
+    def _call(self, *tensors: Tensor | None, weight: Tensor | None, return_parts: bool) -> Any:
         options = {name: value() if callable(value := getattr(self, name)) else value for name in self._names}
-        return type(self)._function(*tensors, **options, return_parts=return_parts)
+        return type(self)._function(*tensors, **options, weight=weight, return_parts=return_parts)
 
     def extra_repr(self) -> str:
         options = {name: getattr(self, name) for name in self._names}

@@ -32,10 +32,10 @@ class TfKDLoss(Criterion):
         super().__init__(locals())
 
     def forward(
-        self, student_logits: Tensor, target: Tensor, *, return_parts: bool = False
+        self, student_logits: Tensor, target: Tensor, *, weight: Tensor | None = None, return_parts: bool = False
     ) -> Tensor | tuple[Tensor, DistillationParts]:
         result: Tensor | tuple[Tensor, DistillationParts] = self._call(
-            student_logits, target, return_parts=return_parts
+            student_logits, target, weight=weight, return_parts=return_parts
         )
         return result
 
@@ -44,7 +44,7 @@ class ZipfLSLoss(Criterion):
     """Zipf's label smoothing; :func:`fused_kd.zipf_ls_loss` documents every argument.
 
     Example:
-        >>> criterion = ZipfLSLoss(weight=0.1, ce_weight=1.0)
+        >>> criterion = ZipfLSLoss(beta=0.1, ce_weight=1.0)
         >>> loss = criterion(student_logits, dense_logits, target)
     """
 
@@ -52,7 +52,7 @@ class ZipfLSLoss(Criterion):
 
     def __init__(
         self,
-        weight: float = 0.1,
+        beta: float = 0.1,
         power: float = 1.0,
         ce_weight: float = 0.0,
         label_smoothing: float = 0.0,
@@ -63,9 +63,15 @@ class ZipfLSLoss(Criterion):
         super().__init__(locals())
 
     def forward(
-        self, student_logits: Tensor, dense_logits: Tensor, target: Tensor, *, return_parts: bool = False
+        self,
+        student_logits: Tensor,
+        dense_logits: Tensor,
+        target: Tensor,
+        *,
+        weight: Tensor | None = None,
+        return_parts: bool = False,
     ) -> Tensor | tuple[Tensor, DistillationParts]:
         result: Tensor | tuple[Tensor, DistillationParts] = self._call(
-            student_logits, dense_logits, target, return_parts=return_parts
+            student_logits, dense_logits, target, weight=weight, return_parts=return_parts
         )
         return result

@@ -33,10 +33,16 @@ class NKDLoss(Criterion):
         super().__init__(locals())
 
     def forward(
-        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, return_parts: bool = False
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        target: Tensor,
+        *,
+        weight: Tensor | None = None,
+        return_parts: bool = False,
     ) -> Tensor | tuple[Tensor, LossParts]:
         result: Tensor | tuple[Tensor, LossParts] = self._call(
-            student_logits, teacher_logits, target, return_parts=return_parts
+            student_logits, teacher_logits, target, weight=weight, return_parts=return_parts
         )
         return result
 
@@ -69,10 +75,11 @@ class KDLoss(Criterion):
         teacher_logits: Tensor,
         target: Tensor | None = None,
         *,
+        weight: Tensor | None = None,
         return_parts: bool = False,
     ) -> Tensor | tuple[Tensor, DistillationParts]:
         result: Tensor | tuple[Tensor, DistillationParts] = self._call(
-            student_logits, teacher_logits, target, return_parts=return_parts
+            student_logits, teacher_logits, target, weight=weight, return_parts=return_parts
         )
         return result
 
@@ -102,10 +109,16 @@ class DKDLoss(Criterion):
         super().__init__(locals())
 
     def forward(
-        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, return_parts: bool = False
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        target: Tensor,
+        *,
+        weight: Tensor | None = None,
+        return_parts: bool = False,
     ) -> Tensor | tuple[Tensor, LossParts]:
         result: Tensor | tuple[Tensor, LossParts] = self._call(
-            student_logits, teacher_logits, target, return_parts=return_parts
+            student_logits, teacher_logits, target, weight=weight, return_parts=return_parts
         )
         return result
 
@@ -134,10 +147,16 @@ class WSLDLoss(Criterion):
         super().__init__(locals())
 
     def forward(
-        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, return_parts: bool = False
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        target: Tensor,
+        *,
+        weight: Tensor | None = None,
+        return_parts: bool = False,
     ) -> Tensor | tuple[Tensor, DistillationParts]:
         result: Tensor | tuple[Tensor, DistillationParts] = self._call(
-            student_logits, teacher_logits, target, return_parts=return_parts
+            student_logits, teacher_logits, target, weight=weight, return_parts=return_parts
         )
         return result
 
@@ -171,10 +190,11 @@ class JSLoss(Criterion):
         teacher_logits: Tensor,
         target: Tensor | None = None,
         *,
+        weight: Tensor | None = None,
         return_parts: bool = False,
     ) -> Tensor | tuple[Tensor, DistillationParts]:
         result: Tensor | tuple[Tensor, DistillationParts] = self._call(
-            student_logits, teacher_logits, target, return_parts=return_parts
+            student_logits, teacher_logits, target, weight=weight, return_parts=return_parts
         )
         return result
 
@@ -209,9 +229,10 @@ class DISTLoss(Criterion):
         teacher_logits: Tensor,
         target: Tensor | None = None,
         *,
+        weight: Tensor | None = None,
         return_parts: bool = False,
     ) -> Tensor | tuple[Tensor, DISTParts]:
         result: Tensor | tuple[Tensor, DISTParts] = self._call(
-            student_logits, teacher_logits, target, return_parts=return_parts
+            student_logits, teacher_logits, target, weight=weight, return_parts=return_parts
         )
         return result

@@ -42,8 +42,8 @@ class USKDLoss(Criterion):
 
     Shape:
         ``student_logits`` ``(N, C)``; ``feature`` ``(N, D)``, or ``(N, D, H, W)``, which is averaged over H and W;
-        ``target`` ``(N,)`` indices or ``(N, C)`` probabilities; the loss is a scalar, or ``(N,)`` for
-        ``reduction="none"``.
+        ``target`` ``(N,)`` indices or ``(N, C)`` probabilities; ``weight`` ``(N,)``; the loss is a scalar, or ``(N,)``
+        for ``reduction="none"``.
 
     Example:
         >>> criterion = USKDLoss(in_features=256, num_classes=1000)
@@ -77,13 +77,19 @@ class USKDLoss(Criterion):
         self.weak_classifier = nn.Linear(in_features, num_classes)
 
     def forward(
-        self, student_logits: Tensor, feature: Tensor, target: Tensor, *, return_parts: bool = False
+        self,
+        student_logits: Tensor,
+        feature: Tensor,
+        target: Tensor,
+        *,
+        weight: Tensor | None = None,
+        return_parts: bool = False,
     ) -> Tensor | tuple[Tensor, USKDParts]:
         self._check(student_logits, feature)
         if feature.dim() == 4:
             feature = feature.mean(dim=(2, 3))
         result: Tensor | tuple[Tensor, USKDParts] = self._call(
-            student_logits, self.weak_classifier(feature), target, return_parts=return_parts
+            student_logits, self.weak_classifier(feature), target, weight=weight, return_parts=return_parts
         )
         return result
 

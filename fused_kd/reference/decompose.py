@@ -62,4 +62,4 @@ def decompose(
         dkd_non_target=non_target_divergence(rows, 1.0, temperature),
         nkd_target=nkd.gather(1, labels.columns).squeeze(1),
     )
-    return Decomposition(*(reduce_rows(part, labels.valid, labels.counted, reduction) for part in parts))
+    return Decomposition(*(reduce_rows(part, labels, reduction) for part in parts))

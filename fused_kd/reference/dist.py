@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -31,26 +32,35 @@ def dist_loss(
     logit_standardization: bool = False,
     ignore_index: int = -100,
     reduction: str = "mean",
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, DISTParts]:
     """DIST (Huang et al.): T² (beta (1 − r of the row) + gamma (1 − mean over the classes of r of the column)).
 
     r = Σ a b / (√Σa² √Σb² + 1e-8) with a, b the softmaxes at T less their mean along the row or the column. The second
     term is one number for the batch, which every row that counts is given whole, so that the loss stays the mean of its
     rows; a NaN in one row is in it too.
-    Ignored rows are in neither term. Without targets every row counts and ``ce_weight`` must be 0.
+    Ignored rows are in neither term; what a row weighs makes no difference to the second. Without targets every row
+    counts and ``ce_weight`` must be 0.
     """
     check_target(target, ce_weight)
-    labels, raw_student, student, teacher = teacher_rows(
-        student_logits, teacher_logits, target, ignore_index, logit_standardization=logit_standardization
+    rows_of = partial(
+        teacher_rows, student_logits, teacher_logits, target, ignore_index, logit_standardization=logit_standardization
     )
+    all_rows = rows_of()
+    labels, raw_student, student, teacher = all_rows if weight is None else rows_of(weight=weight)
     p, q = (student / temperature).softmax(dim=1), (teacher / temperature).softmax(dim=1)
     scale = temperature**2
     inter = scale * beta * (1.0 - _correlation(p - p.mean(1, keepdim=True), q - q.mean(1, keepdim=True), dim=1))
-    counted = labels.counted.unsqueeze(1)
-    columns = _correlation(_centre_columns(p, counted), _centre_columns(q, counted), dim=0)
-    intra = (scale * gamma * (1.0 - columns.mean())).expand_as(inter)
+    if gamma == 0.0:
+        intra = torch.zeros_like(inter)
+    else:
+        if weight is not None:
+            p, q = (all_rows.student / temperature).softmax(dim=1), (all_rows.teacher / temperature).softmax(dim=1)
+        counted = all_rows.labels.counted.unsqueeze(1)
+        columns = _correlation(_centre_columns(p, counted), _centre_columns(q, counted), dim=0)
+        intra = (scale * gamma * (1.0 - columns.mean())).expand_as(inter)
     ce_part = cross_entropy(raw_student.log_softmax(dim=1), labels, ce_weight, label_smoothing)
-    loss, parts = combine([inter, intra, ce_part], labels.valid, labels.counted, reduction)
+    loss, parts = combine([inter, intra, ce_part], labels, reduction)
     return loss, DISTParts(*parts)
 
 

@@ -36,6 +36,7 @@ def nkd_loss(
     logit_standardization: bool = False,
     ignore_index: int = -100,
     reduction: str = "mean",
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, LossParts]:
     """NKD (paper Eq. 4 and 5) of logits ``(N, C)`` with targets ``(N,)`` or probabilities ``(N, C)``.
 
@@ -43,7 +44,7 @@ def nkd_loss(
     Returns the loss and its parts. :func:`fused_kd.nkd_loss` documents arguments and semantics.
     """
     labels, raw_student, student, teacher = teacher_rows(
-        student_logits, teacher_logits, target, ignore_index, logit_standardization=logit_standardization
+        student_logits, teacher_logits, target, ignore_index, logit_standardization=logit_standardization, weight=weight
     )
     log_p = student.log_softmax(dim=1)
     q_target = teacher.softmax(dim=1).gather(1, labels.columns).squeeze(1)
@@ -62,5 +63,5 @@ def nkd_loss(
     if logit_standardization:
         log_p = raw_student.log_softmax(dim=1)
     ce_part = cross_entropy(log_p, labels, ce_weight, label_smoothing)
-    loss, parts = combine([target_part, non_target_part, ce_part], labels.valid, labels.counted, reduction)
+    loss, parts = combine([target_part, non_target_part, ce_part], labels, reduction)
     return loss, LossParts(*parts)

@@ -19,8 +19,9 @@ class Labels(NamedTuple):
     """The targets of each row.
 
     ``columns`` ``(N, K)`` are its target classes and ``values`` their labels; where not ``present``, the column is some
-    class in range and the value 0. ``counted`` is False for ignored rows. ``valid`` is NaN for a row that has no value
-    (a NaN among its probabilities, an index out of range), else 1. ``probabilities`` is None for class indices.
+    class in range and the value 0. ``counted`` is False for ignored rows and those of weight 0. ``valid`` is NaN for a
+    row that has no value (a NaN among its probabilities, an index out of range), else 1. ``probabilities`` is None for
+    class indices, and ``weight`` ``(N,)`` where every row weighs the same.
     """
 
     columns: Tensor
@@ -30,9 +31,12 @@ class Labels(NamedTuple):
     counted: Tensor
     valid: Tensor
     probabilities: Tensor | None
+    weight: Tensor | None
 
 
-def find_labels(target: Tensor, num_classes: int, ignore_index: int, dtype: torch.dtype, *, most: int) -> Labels:
+def find_labels(
+    target: Tensor, num_classes: int, ignore_index: int, dtype: torch.dtype, *, most: int, weight: Tensor | None = None
+) -> Labels:
     """Class indices give one target. Probabilities give their largest entry, or with ``most=2`` the at most two largest
     that exceed the row's smallest: a one-hot row has one. The lower index goes first on ties, as argmax has it."""
     if not target.is_floating_point():
@@ -59,7 +63,16 @@ def find_labels(target: Tensor, num_classes: int, ignore_index: int, dtype: torc
     is_target = classes == marked[:, :1]
     if most == 2 and probabilities is not None:
         is_target = is_target | (classes == marked[:, 1:])
-    return Labels(columns, values, present, is_target, counted, valid, probabilities)
+    if weight is not None:
+        weight = usable_weight(weight, dtype)
+        counted = counted & (weight != 0)
+    return Labels(columns, values, present, is_target, counted, valid, probabilities, weight)
+
+
+def usable_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A row's weight, NaN where it is negative or not finite: on a GPU, where checking would stall, it gets here."""
+    weight = weight.to(dtype)
+    return torch.where((weight >= 0) & (weight < float("inf")), weight, torch.nan)
 
 
 def dense_labels(labels: Labels, dtype: torch.dtype) -> Tensor:
@@ -88,13 +101,14 @@ def teacher_rows(
     ignore_index: int,
     *,
     logit_standardization: bool = False,
+    weight: Tensor | None = None,
 ) -> TeacherRows:
     """Logits in the accumulation dtype, the teacher's detached. Without targets every row counts."""
     dtype = accumulation_dtype(student_logits, teacher_logits)
     if target is None:
         # Any class will do, as nothing reads it; the index to ignore must only differ from it.
         target, ignore_index = torch.zeros_like(student_logits[:, 0], dtype=torch.int64), -1
-    labels = find_labels(target, student_logits.shape[1], ignore_index, dtype, most=1)
+    labels = find_labels(target, student_logits.shape[1], ignore_index, dtype, most=1, weight=weight)
     raw_student = counted_logits(drop_impossible(student_logits.to(dtype)), labels.counted)
     teacher = counted_logits(teacher_logits.detach().to(dtype), labels.counted)
     if logit_standardization:
@@ -144,9 +158,9 @@ def divergence(q: Tensor, log_q: Tensor, log_p: Tensor, weight: float = 1.0) -> 
     return (times_log(weight * q, log_q) - times_log(weight * q, log_p)).sum(dim=1)
 
 
-def combine(parts: list[Tensor], valid: Tensor, counted: Tensor, reduction: str) -> tuple[Tensor, list[Tensor]]:
+def combine(parts: list[Tensor], labels: Labels, reduction: str) -> tuple[Tensor, list[Tensor]]:
     """The loss and its detached parts from per-row parts: NaN where a row has no value, 0 where it does not count."""
-    reduced = [reduce_rows(part, valid, counted, reduction) for part in parts]
+    reduced = [reduce_rows(part, labels, reduction) for part in parts]
     loss = reduced[0]
     for part in reduced[1:]:
         loss = loss + part
@@ -178,11 +192,19 @@ def masked_softmax(logits: Tensor, excluded: Tensor, *, log: bool) -> Tensor:
     return torch.where(excluded | empty, NEG_INF if log else 0.0, result)
 
 
-def reduce_rows(part: Tensor, valid: Tensor, counted: Tensor, reduction: str) -> Tensor:
-    """Reduce one part of the rows; a row that does not count is 0, and so is the mean of no rows."""
-    rows = torch.where(counted, part * valid, 0.0)
+def reduce_rows(part: Tensor, labels: Labels, reduction: str) -> Tensor:
+    """Reduce one part of the rows; a row that does not count is 0, and so is the mean of no rows.
+
+    With weights the mean is Σ w_i l_i / Σ w_i over the rows that count.
+    """
+    rows = torch.where(labels.counted, part * labels.valid, 0.0)
+    weights = labels.counted
+    if labels.weight is not None:
+        weights = torch.where(labels.counted, labels.weight, 0.0)
+        rows = rows * weights
     if reduction == "none":
         return rows
     if reduction == "sum":
         return rows.sum()
-    return rows.sum() / counted.sum().clamp(min=1)
+    total = weights.sum()
+    return rows.sum() / torch.where(total == 0, 1, total)

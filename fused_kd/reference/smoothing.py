@@ -29,6 +29,7 @@ def tf_kd_loss(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, DistillationParts]:
     """Tf-KD with a virtual teacher (Yuan et al.): KL(softmax(u / T) ‖ p), u_y = correct, u_j = (1 − correct) / (C − 1).
 
@@ -36,13 +37,13 @@ def tf_kd_loss(
     probabilities is their largest entry.
     """
     dtype, num_classes = accumulation_dtype(student_logits), student_logits.shape[1]
-    labels = find_labels(target, num_classes, ignore_index, dtype, most=1)
+    labels = find_labels(target, num_classes, ignore_index, dtype, most=1, weight=weight)
     log_p = counted_logits(drop_impossible(student_logits.to(dtype)), labels.counted).log_softmax(dim=1)
     others = torch.full_like(log_p, (1.0 - correct) / (num_classes - 1))  # of two floats torch.where makes float32
     virtual = torch.where(labels.is_target, correct, others)
     log_q = (virtual / temperature).log_softmax(dim=1)
     parts = [divergence(log_q.exp(), log_q, log_p), cross_entropy(log_p, labels, ce_weight, label_smoothing)]
-    loss, parts = combine(parts, labels.valid, labels.counted, reduction)
+    loss, parts = combine(parts, labels, reduction)
     return loss, DistillationParts(*parts)
 
 
@@ -51,21 +52,22 @@ def zipf_ls_loss(
     dense_logits: Tensor,
     target: Tensor,
     *,
-    weight: float = 0.1,
+    beta: float = 0.1,
     power: float = 1.0,
     ce_weight: float = 0.0,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, DistillationParts]:
-    """Zipf's label smoothing (Liang et al.): weight · KL(ẑ ‖ p̂) over the classes that are not targets.
+    """Zipf's label smoothing (Liang et al.): beta · KL(ẑ ‖ p̂) over the classes that are not targets.
 
     Each of the P positions of ``dense_logits`` ``(N, P, C)`` votes for its largest class (the lower of equal ones).
     ẑ_j ∝ rank_j^(−power), rank_j = 1 + the number of classes, targets included, with more votes than j. Probabilities
     have one or two targets, as in USKD; and as there, a class whose student logit is -inf leaves the non-target set.
     """
     dtype = accumulation_dtype(student_logits)
-    labels = find_labels(target, student_logits.shape[1], ignore_index, dtype, most=2)
+    labels = find_labels(target, student_logits.shape[1], ignore_index, dtype, most=2, weight=weight)
     student = counted_logits(drop_impossible(student_logits.to(dtype)), labels.counted)
     dense = dense_logits.detach()
 
@@ -81,8 +83,8 @@ def zipf_ls_loss(
     zipf = zipf / torch.where(total == 0, 1.0, total)
     log_p_hat = masked_softmax(student, labels.is_target, log=True)
     ce_part = cross_entropy(student.log_softmax(dim=1), labels, ce_weight, label_smoothing)
-    parts = [divergence(zipf, zipf.log(), log_p_hat, weight), ce_part]
-    loss, parts = combine(parts, valid, labels.counted, reduction)
+    parts = [divergence(zipf, zipf.log(), log_p_hat, beta), ce_part]
+    loss, parts = combine(parts, labels._replace(valid=valid), reduction)
     return loss, DistillationParts(*parts)
 
 

@@ -46,11 +46,12 @@ def kd_loss(
     logit_standardization: bool = False,
     ignore_index: int = -100,
     reduction: str = "mean",
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, DistillationParts]:
     """KD (Hinton et al.): T² KL(q(T) ‖ p(T)). Without targets every row counts and ``ce_weight`` must be 0."""
     check_target(target, ce_weight)
     rows = teacher_rows(
-        student_logits, teacher_logits, target, ignore_index, logit_standardization=logit_standardization
+        student_logits, teacher_logits, target, ignore_index, logit_standardization=logit_standardization, weight=weight
     )
     log_p, log_q = _log_softmaxes(rows, temperature)
     soft_part = divergence(log_q.exp(), log_q, log_p, temperature**2)
@@ -70,20 +71,21 @@ def dkd_loss(
     logit_standardization: bool = False,
     ignore_index: int = -100,
     reduction: str = "mean",
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, LossParts]:
     """Decoupled KD (Zhao et al.): T² (alpha KL(b_t ‖ b_s) + beta KL(q̂ ‖ p̂)), b = (p_y, 1 − p_y), all at T.
 
     The target of probabilities is their largest entry.
     """
     rows = teacher_rows(
-        student_logits, teacher_logits, target, ignore_index, logit_standardization=logit_standardization
+        student_logits, teacher_logits, target, ignore_index, logit_standardization=logit_standardization, weight=weight
     )
     parts = [
         binary_divergence(rows, alpha, temperature),
         non_target_divergence(rows, beta, temperature),
         cross_entropy(rows.raw_student.log_softmax(dim=1), rows.labels, ce_weight, label_smoothing),
     ]
-    loss, parts = combine(parts, rows.labels.valid, rows.labels.counted, reduction)
+    loss, parts = combine(parts, rows.labels, reduction)
     return loss, LossParts(*parts)
 
 
@@ -99,13 +101,14 @@ def wsld_loss(
     logit_standardization: bool = False,
     ignore_index: int = -100,
     reduction: str = "mean",
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, DistillationParts]:
     """Weighted soft labels (Zhou et al.): alpha T² u (−Σ_j q_j(T) log p_j(T)), u = 1 − exp(−CE(s) / (CE(t) + 1e-7)).
 
     u is a constant; its cross entropies are at T = 1 with the target as given and without smoothing.
     """
     rows = teacher_rows(
-        student_logits, teacher_logits, target, ignore_index, logit_standardization=logit_standardization
+        student_logits, teacher_logits, target, ignore_index, logit_standardization=logit_standardization, weight=weight
     )
     student_ce = cross_entropy(rows.student.detach().log_softmax(dim=1), rows.labels, 1.0)
     teacher_ce = cross_entropy(rows.teacher.log_softmax(dim=1), rows.labels, 1.0)
@@ -129,6 +132,7 @@ def js_loss(
     logit_standardization: bool = False,
     ignore_index: int = -100,
     reduction: str = "mean",
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, DistillationParts]:
     """Generalised Jensen–Shannon: T² (b KL(q ‖ m) + (1 − b) KL(p ‖ m)), m = b q + (1 − b) p, all at T.
 
@@ -137,7 +141,7 @@ def js_loss(
     """
     check_target(target, ce_weight)
     rows = teacher_rows(
-        student_logits, teacher_logits, target, ignore_index, logit_standardization=logit_standardization
+        student_logits, teacher_logits, target, ignore_index, logit_standardization=logit_standardization, weight=weight
     )
     log_p, log_q = _log_softmaxes(rows, temperature)
     p, q = log_p.exp(), log_q.exp()
@@ -192,5 +196,5 @@ def _finish(
     rows: TeacherRows, soft_part: Tensor, ce_weight: float, label_smoothing: float, reduction: str
 ) -> tuple[Tensor, DistillationParts]:
     ce_part = cross_entropy(rows.raw_student.log_softmax(dim=1), rows.labels, ce_weight, label_smoothing)
-    loss, parts = combine([soft_part, ce_part], rows.labels.valid, rows.labels.counted, reduction)
+    loss, parts = combine([soft_part, ce_part], rows.labels, reduction)
     return loss, DistillationParts(*parts)

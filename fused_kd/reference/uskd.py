@@ -49,6 +49,7 @@ def uskd_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     batch_sums: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, USKDParts]:
     """USKD (paper Eq. 6 to 13) of logits ``(N, C)`` with targets ``(N,)`` or probabilities ``(N, C)``.
 
@@ -59,6 +60,8 @@ def uskd_loss(
     num_classes = student_logits.shape[1]
     labels = find_labels(target, num_classes, ignore_index, dtype, most=2)
     terms = _uskd_terms(student_logits, weak_logits, labels, rank, square, batch_sums)
+    # The batch mean is over all rows that are not ignored, whatever they weigh.
+    labels = find_labels(target, num_classes, ignore_index, dtype, most=2, weight=weight)
     student = counted_logits(drop_impossible(student_logits.to(dtype)), labels.counted)
     weak = counted_logits(drop_impossible(weak_logits.to(dtype)), labels.counted)
 
@@ -70,7 +73,8 @@ def uskd_loss(
     smoothed = 0.9 * dense_labels(labels, dtype) + 0.1 / num_classes
     weak_part = -times_log(mu * smoothed, weak.log_softmax(dim=1)).sum(dim=1)
     ce_part = cross_entropy(log_p, labels, ce_weight, label_smoothing)
-    loss, parts = combine([target_part, non_target_part, weak_part, ce_part], terms.valid, labels.counted, reduction)
+    parts = [target_part, non_target_part, weak_part, ce_part]
+    loss, parts = combine(parts, labels._replace(valid=terms.valid), reduction)
     return loss, USKDParts(*parts)
 
 
