@@ -23,6 +23,7 @@ def small_cases(device: str) -> Iterator[tuple[str, check.Case]]:
         for backend in check.runnable(device, loss):
             for classes in (10, 1001, 9001):
                 yield backend, check.Case(torch.bfloat16, 5, classes, {"ce_weight": 1.0}, loss=loss)
+                yield backend, check.Case(torch.bfloat16, 5, classes, {}, loss=loss, weighted=True)
             yield backend, check.Case(torch.float16, 5, 300, {"ce_weight": 1.0}, soft=True, loss=loss)
             yield backend, check.Case(torch.float64, 5, 300, {"reduction": "sum"}, loss=loss)
         for backend in check.runnable(device, loss):  # counted and reduced in chunks

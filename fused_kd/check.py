@@ -41,7 +41,8 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
 
 
 class Case(NamedTuple):
-    """One comparison. ``spread`` is the standard deviation of the logits, ``soft`` asks for probability targets.
+    """One comparison. ``spread`` is the standard deviation of the logits, ``soft`` asks for probability targets, and
+    ``weighted`` for weights of the rows, from 0 to 2.
 
     Ranks are no matter of degree: rounding may exchange classes with nearly equal keys, and a loss that ranks would
     then be compared with another one. So for USKD the student's logits come in steps of 1/8, the weak ones are their
@@ -56,6 +57,7 @@ class Case(NamedTuple):
     soft: bool = False
     seed: int = 0
     loss: str = "nkd"
+    weighted: bool = False
 
     def inputs(self, device: str) -> tuple[Tensor, Tensor, Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
@@ -100,6 +102,7 @@ def cases(quick: bool = False, loss: str = "nkd") -> Iterator[Case]:
                 yield Case(dtype, rows, classes, options, loss=loss)
             yield Case(dtype, rows, classes, {**first, "ce_weight": 1.0}, soft=True, loss=loss)
             yield Case(dtype, rows, classes, first, spread=saturated, loss=loss)
+            yield Case(dtype, rows, classes, {**first, "ce_weight": 1.0}, loss=loss, weighted=True)
         if not quick:
             yield Case(dtype, 3, 128256, first, loss=loss)
 
@@ -142,7 +145,10 @@ def relative_error(value: Tensor, exact: Tensor, order: float = 0.1) -> float:
 
 def compare(backend: str, case: Case, device: str = "cpu") -> Outcome:
     """Run one case on a backend, on the reference in the same dtype, and on the reference in float64."""
-    return compare_inputs(backend, *case.inputs(device), case.options, loss=case.loss)
+    options = case.options
+    if case.weighted:
+        options = {**options, "weight": torch.linspace(0.0, 2.0, case.rows, device=device)}
+    return compare_inputs(backend, *case.inputs(device), options, loss=case.loss)
 
 
 def compare_inputs(

@@ -84,29 +84,25 @@ def _row_factors(
     """What kernels multiply rows by: float64 (1 + gradients, N), the first for the parts, then one per gradient, whose
     ``dtypes`` are given; the reduction that is left to them; and what each gradient's norm is to be multiplied by.
 
-    A mean's factors are divided by the sum of the weights. But a gradient in float16 has factors from 0 to 1, so that
-    it neither underflows nor overflows: the largest weight, and the division, go into its norm.
+    A mean's factors are divided by the sum of the weights. A gradient in float16 has them times the power of two that
+    makes the largest one from 1/2 to 1, so that it neither underflows nor overflows; its norm takes that back.
     """
     if row_weight is None:
         return None, reduction, (None,) * len(dtypes)
     weight = usable_weight(row_weight, torch.float64)
     if not target.is_floating_point():
         weight = torch.where(target == ignore_index, 0.0, weight)
-    divided, mean = weight, reduction == "mean"
+    mean = reduction == "mean"
     if mean:
         total = weight.sum()
-        total = torch.where(total == 0, 1.0, total)
-        divided = weight / total
-    factors = [divided]
+        weight = weight / torch.where(total == 0, 1.0, total)
+    factors = [weight]
     norms: list[Tensor | None] = []
     for dtype in dtypes:
-        if dtype == torch.float16 and len(weight):
-            largest = weight.amax()
-            factors.append(weight / torch.where(largest == 0, 1.0, largest))
-            norms.append(largest / total if mean else largest)
-        else:
-            factors.append(divided)
-            norms.append(None)
+        half = dtype == torch.float16 and len(weight) > 0
+        power = torch.exp2(torch.frexp(weight.amax()).exponent.double()) if half else None
+        factors.append(weight if power is None else weight / power)
+        norms.append(power)
     return torch.stack(factors), "sum" if mean else reduction, tuple(norms)
 
 

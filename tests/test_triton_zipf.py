@@ -177,9 +177,7 @@ def test_ignored_rows_count_nowhere(regime):
     for reduction in ("mean", "none"):
         loss, parts, gradient = run(student, dense, target, beta=1.0, ce_weight=1.0, reduction=reduction)
         kept = target != -100
-        rest = run(
-            student[kept], dense[kept], target[kept], "reference", beta=1.0, ce_weight=1.0, reduction=reduction
-        )
+        rest = run(student[kept], dense[kept], target[kept], "reference", beta=1.0, ce_weight=1.0, reduction=reduction)
         torch.testing.assert_close(loss[kept] if reduction == "none" else loss, rest[0])
         torch.testing.assert_close(gradient[kept], rest[2])
         assert not gradient[~kept].any() and loss.isfinite().all() and parts.isfinite().all()

@@ -67,7 +67,7 @@ def nkd_loss(
         logit_standardization: Put the z-scores of both logits, row by row, into all but the cross-entropy.
         ignore_index: Rows with this class index count nowhere and get a zero gradient.
         reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
-        weight: What each row weighs, ``(...)``, at least 0, floating-point, without gradient: ``"none"`` gives
+        weight: What each row weighs, ``(...)``, floating-point, without gradient, at least 0: ``"none"`` gives
             :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
             A row of weight 0 adds exactly nothing to the loss and has a zero gradient, whatever it holds.
         backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
@@ -84,7 +84,8 @@ def nkd_loss(
     Raises:
         TypeError: An argument has a type or dtype that is not supported.
         ValueError: Shapes, devices or hyper-parameters do not fit, or the teacher requires grad.
-        IndexError: A class index is out of range, on the CPU. On a GPU, where checking would stall, that row is NaN.
+        IndexError: A class index is out of range, on the CPU. On a GPU, where checking would stall, that row is NaN; so
+            is there one whose weight is negative or not finite, else a ValueError.
         RuntimeError: ``backend`` names one that cannot run here, with the reason; or the loss is differentiated twice
             on a fused backend.
 

@@ -63,7 +63,7 @@ def tf_kd_loss(
         label_smoothing: Of the cross-entropy's labels, as in :func:`torch.nn.functional.cross_entropy`.
         ignore_index: Rows with this class index count nowhere and get a zero gradient.
         reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
-        weight: What each row weighs, ``(...)``, at least 0, floating-point, without gradient: ``"none"`` gives
+        weight: What each row weighs, ``(...)``, floating-point, without gradient, at least 0: ``"none"`` gives
             :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
             A row of weight 0 adds exactly nothing to the loss and has a zero gradient, whatever it holds.
         backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
@@ -158,7 +158,7 @@ def zipf_ls_loss(
         label_smoothing: Of the cross-entropy's labels, as in :func:`torch.nn.functional.cross_entropy`.
         ignore_index: Rows with this class index count nowhere and get a zero gradient.
         reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
-        weight: What each row weighs, ``(...)``, at least 0, floating-point, without gradient: ``"none"`` gives
+        weight: What each row weighs, ``(...)``, floating-point, without gradient, at least 0: ``"none"`` gives
             :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
             A row of weight 0 adds exactly nothing to the loss and has a zero gradient, whatever it holds.
         backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.

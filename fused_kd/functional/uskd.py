@@ -124,7 +124,7 @@ def uskd_loss(
             is over this batch. What ``reduction`` does stays within the process.
         ignore_index: Rows with this class index count nowhere, nor in the mean in P, and get a zero gradient.
         reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
-        weight: What each row weighs, ``(...)``, at least 0, floating-point, without gradient: ``"none"`` gives
+        weight: What each row weighs, ``(...)``, floating-point, without gradient, at least 0: ``"none"`` gives
             :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
             A row of weight 0 adds nothing to the loss and has zero gradients; the mean in P is of all rows alike.
         backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
