@@ -32,9 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--classes", type=int, help="how many glyphs has (1000), or the data on disk must have")
     group.add_argument("--image-size", type=int, default=32, metavar="PIXELS", help="side of an image (32)")
-    group.add_argument("--draws", type=int, default=6, help="of glyphs, of a class in a font family (6)")
-    group.add_argument("--held-out", metavar="FAMILY", help="the font family that is only tested on")
-    group.add_argument("--data-seed", type=int, default=0, help="of glyphs (0)")
+    group.add_argument("--draws", type=int, metavar="N", help="of glyphs, of a class in a font family (6)")
+    group.add_argument("--held-out", metavar="FAMILY", help="the font family of glyphs that is only tested on")
+    group.add_argument("--data-seed", type=int, metavar="N", help="of glyphs (0)")
     group.add_argument("--cache", type=Path, default=cache_root(), metavar="DIR", help="for arrays (%(default)s)")
 
 
@@ -50,11 +50,14 @@ def load(args: argparse.Namespace, bar: Bar) -> Dataset:
     if name == "glyphs":
         if paths:
             raise DataError(f"--data glyphs: expected no path, got {' '.join(paths)}")
-        classes = 1000 if args.classes is None else args.classes
-        request = glyphs.Glyphs(classes, args.image_size, args.draws, 2, args.data_seed, args.held_out)
+        given = {"classes": args.classes, "draws": args.draws, "seed": args.data_seed, "held_out": args.held_out}
+        request = glyphs.Glyphs(size=args.image_size, **{key: x for key, x in given.items() if x is not None})
         return glyphs.load(request, args.cache, bar)
     if name not in ON_DISK:
         raise DataError(f"--data: expected glyphs, {' PATH, '.join(ON_DISK)} PATH, got {name!r}")
+    for option in ("draws", "held_out", "data_seed"):
+        if getattr(args, option) is not None:
+            raise DataError(f"--{option.replace('_', '-')}: is of glyphs, which are drawn; --data {name} is on disk")
     if len(paths) != 1:
         raise DataError(f"--data {name}: expected one path, got {len(paths)}")
     path = Path(paths[0])

@@ -176,6 +176,11 @@ def test_corrupt_cache(installed, tmp_path, harm):
         (("--classes", 10, "--held-out", "Delta"), "no font family 'Delta' covers 10 characters"),
         (("--image-size", 4), "--image-size: expected at least 8, got 4"),
         (("--data", "imagenet"), "--data: expected glyphs, cifar100 PATH, imagefolder PATH, got 'imagenet'"),
+        (
+            ("--data", "cifar100", ".", "--draws", "3"),
+            "--draws: is of glyphs, which are drawn; --data cifar100 is on disk",
+        ),
+        (("--data", "imagefolder", ".", "--data-seed", "0"), "--data-seed: is of glyphs"),
         (("--data", "cifar100"), "--data cifar100: expected one path, got 0"),
         (("--data", "cifar100", "/none"), "--data cifar100: /none does not exist"),
     ],
