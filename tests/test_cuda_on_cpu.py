@@ -7,75 +7,17 @@ launch, and how fast they are.
 import contextlib
 import importlib.util
 import math
-import os
-import shutil
-import subprocess
-import sysconfig
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
+from cuda_core import build
 
 from fused_kd import reference
 from fused_kd.backends import native_cuda
 
-ROOT = Path(__file__).parent.parent
-STAND_INS = ROOT / "tests" / "cuda_on_cpu"
-CUDA = ROOT / "csrc" / "cuda"
 INF, NAN = float("inf"), float("nan")
-#: Rows sorted in global memory go in passes of so many classes here, so that small tests take several.
-SORTED_AT_ONCE = 20000
 #: A few units in the last place: of the accumulating dtype for the loss, of its own for a gradient.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
-
-
-def build(folder: Path) -> Path:
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if not compiler:
-        pytest.skip("there is no C++ compiler")
-    includes = [STAND_INS, CUDA, ROOT / "csrc", Path(torch.__file__).parent / "include", sysconfig.get_path("include")]
-    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
-        pytest.skip("Python's headers are not installed")
-    sources = [ROOT / "csrc" / "bindings_cuda.cpp", STAND_INS / "module.cpp"]
-    for kernels in sorted(CUDA.glob("*.cu")):
-        # The one thing that no macro can stand in for.
-        dynamic = "extern __shared__ __align__(16) char memory[];"
-        text = kernels.read_text().replace(dynamic, "char* const memory = emulated::the_block.shared;")
-        assert "extern __shared__" not in text
-        sources.append(folder / f"{kernels.stem}.cpp")
-        sources[-1].write_text(f'#line 1 "{kernels}"\n{text}')
-    # Some compilers fortify by themselves, and take a jump between two stacks for an attack.
-    flags = [
-        "-U_FORTIFY_SOURCE",
-        "-std=c++17",
-        "-O1",
-        "-fPIC",
-        "-fvisibility=hidden",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-Wno-unknown-pragmas",
-    ]
-    defines = ["-DFKD_WITH_CUDA", f"-DFKD_SORTED_AT_ONCE={SORTED_AT_ONCE}"]
-
-    def compiled(source: Path) -> Path:
-        result = folder / f"{source.stem}.o"
-        places = [argument for place in includes[:3] for argument in ("-I", str(place))]
-        places += [argument for place in includes[3:] for argument in ("-isystem", str(place))]
-        run([compiler, *flags, *defines, *places, "-c", str(source), "-o", str(result)])
-        return result
-
-    module = folder / "cuda_on_cpu.so"
-    with ThreadPoolExecutor(2) as pool:
-        objects = [str(path) for path in pool.map(compiled, sources)]
-    run([compiler, "-shared", *objects, "-o", str(module)])
-    return module
-
-
-def run(command):
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")
