@@ -30,6 +30,7 @@ from examples.errors import RunError
 from examples.fonts import INSTALL, find_families
 from examples.report import read_table
 from examples.study import page, runs
+from examples.study import results as store
 from examples.study.plan import METHODS, Setting, jobs, run_folder
 
 #: The program that measures a step, and the draws of the data set that it does so on.
@@ -175,7 +176,8 @@ def measure_cost(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         RunError: One of them failed.
     """
     setting = args.setting
-    wanted = args.cost_classes or sorted({setting.classes, most_classes()})
+    most = most_classes()
+    wanted = args.cost_classes or sorted({setting.classes, most})
     about = {"date": _now(), "machine": machine.machine(), "software": machine.software()}
     cells = [(classes, name) for classes in wanted for name in args.methods]
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -202,7 +204,7 @@ def measure_cost(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             rows.append({"method": name, **json.loads(process.stdout.splitlines()[-1])})
             console.print(f"cost of {name} at {classes} classes measured", highlight=False)
             progress.advance(task)
-    return {"about": about, "draws": {"of the task": setting.draws, "else": COST_DRAWS}, "rows": rows}
+    return {"about": about, "most_classes": most, "rows": rows}
 
 
 def _now() -> str:
@@ -216,19 +218,19 @@ def study(args: argparse.Namespace, console: Console) -> None:
         RunError: With one line that says what to mend.
     """
     path = args.page.with_suffix(".json")
-    results = page.read(path) if path.exists() else {}
+    results = store.read(path) if path.exists() else {}
     if "runs" in args.only:
         claim(args)
         todo = jobs(args.setting, args.methods, args.seeds, args.cache, args.out)
         runs.run(todo, args.jobs, args.threads, console)
     if "collect" in args.only:
         results |= collect(args, results)
-        page.write(path, results)
+        store.write(path, results)
     if "cost" in args.only:
         results["cost"] = measure_cost(args, console)
-        page.write(path, results)
+        store.write(path, results)
     if "page" in args.only:
-        written = page.make(page.read(path), args.page)
+        written = page.make(store.read(path), args.page)
         console.print(f"written: {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
 
 

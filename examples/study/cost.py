@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import sys
 import tempfile
@@ -92,6 +93,8 @@ def measure(arguments: Sequence[str], steps: int, teacher: str | None) -> dict[s
 
     ``teacher`` is the network of the teacher, where the loss wants one.
     """
+    # Of a process that has imported all, and nothing else.
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         first = options.parse([*arguments, "--out", str(folder)])
@@ -115,6 +118,7 @@ def measure(arguments: Sequence[str], steps: int, teacher: str | None) -> dict[s
             "images": len(dataset.train),
             "threads": torch.get_num_threads(),
             "steps": steps,
+            "memory_before": before,
             "seconds": {name: form.times() for name, form in forms.items()},
         }
 

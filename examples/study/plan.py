@@ -30,7 +30,7 @@ METHODS: dict[str, Method] = {
     "label-smoothing": Method("label smoothing", "label-smoothing", note="ε = 0.1"),
     "kd": Method(
         "KD", "kd", teacher=True, settings=("temperature=1",),
-        note="T = 1, cross-entropy and KL one to one: mdistiller's and cls_KD's values for ImageNet",
+        note="T = 1, cross-entropy and KL one to one, as mdistiller and cls_KD have it for ImageNet, there each halved",
     ),
     "dkd": Method(
         "DKD", "dkd", teacher=True, settings=("alpha=1", "beta=0.5", "temperature=1"),
@@ -56,10 +56,10 @@ class Setting:
     """What all runs of a study have in common. The student's epochs are the teacher's, too."""
 
     classes: int = 1000
-    draws: int = 2
+    draws: int = 1
     student: str = "cnn-small"
     teacher: str = "cnn-medium"
-    epochs: int = 24
+    epochs: int = 20
     batch_size: int = 128
 
 
@@ -75,7 +75,7 @@ class Job:
 
 
 def jobs(setting: Setting, methods: Sequence[str], seeds: Sequence[int], cache: Path, out: Path) -> list[Job]:
-    """The teacher first, then what needs none while it is trained, seed by seed."""
+    """The teacher first, then seed by seed, what needs no teacher before what waits for it."""
     common = (
         "--classes", str(setting.classes), "--draws", str(setting.draws), "--epochs", str(setting.epochs),
         "--batch-size", str(setting.batch_size), "--cache", str(cache), "--device", "cpu", "--quiet", "--resume",
@@ -85,8 +85,8 @@ def jobs(setting: Setting, methods: Sequence[str], seeds: Sequence[int], cache: 
         folder = out / "teacher"
         own: tuple[str, ...] = ("--model", setting.teacher, "--seed", str(TEACHER_SEED), "--out", str(folder))
         made.append(Job("teacher", folder, (*common, *own), setting.epochs))
-    for needs_teacher in (False, True):
-        for seed in seeds:
+    for seed in seeds:
+        for needs_teacher in (False, True):
             for name in methods:
                 method, folder = METHODS[name], run_folder(out, name, seed)
                 if method.teacher != needs_teacher:
