@@ -5,7 +5,8 @@ from examples.study.plan import METHODS
 SEEDS = (0, 1, 2)
 #: Accuracy in % of the first seed; the others are a little better, all methods alike.
 ACCURACY = {
-    "ce": 70.0, "label-smoothing": 71.0, "kd": 72.0, "dkd": 73.0, "nkd": 74.0, "tf-kd": 71.5, "zipf-ls": 71.6, "uskd": 73.0,
+    "ce": 70.0, "label-smoothing": 71.0, "kd": 72.0, "dkd": 73.0, "nkd": 74.0,
+    "tf-kd": 71.5, "zipf-ls": 71.6, "uskd": 73.0,
 }  # fmt: skip
 
 
@@ -29,7 +30,8 @@ def made_up(accuracy=ACCURACY, wobble=None, cost=True):
     about = {"date": "2026-01-02T03:04:05+00:00", "machine": machine, "software": software}
     results = {
         "setting": {
-            "classes": 1000, "draws": 1, "student": "cnn-small", "teacher": "cnn-medium", "epochs": 20, "batch_size": 128,
+            "classes": 1000, "draws": 1, "student": "cnn-small", "teacher": "cnn-medium", "epochs": 20,
+            "batch_size": 128,
         },
         "methods": list(accuracy),
         "seeds": list(SEEDS),
@@ -55,8 +57,8 @@ def made_up(accuracy=ACCURACY, wobble=None, cost=True):
                 )
                 rows.append(
                     {
-                        "method": name, "classes": classes, "batch_size": 128, "images": 7000, "threads": 2, "steps": 24,
-                        "memory_before": 400 * 2**20, "seconds": own,
+                        "method": name, "classes": classes, "batch_size": 128, "images": 7000, "threads": 2,
+                        "steps": 24, "memory_before": 400 * 2**20, "seconds": own,
                     }
                 )  # fmt: skip
         results["cost"] = {"about": about, "most_classes": 3755, "rows": rows}

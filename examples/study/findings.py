@@ -38,10 +38,11 @@ def outcome(results: dict[str, Any]) -> list[str]:
     for row in _largest(results):
         if row["method"] in ("nkd", "uskd"):
             shares = {form: times["loss"] / times["step"] for form, times in row["seconds"].items()}
+            title, classes = METHODS[row["method"]].title, row["classes"]
             parts.append(
-                f"- At {row['classes']} classes **{METHODS[row['method']].title}** takes {percent(shares['published'])} of "
-                f"a training step as published, {percent(shares['eager'])} in the mask-free eager form and "
-                f"{percent(shares['fused'])} with fused_kd."
+                f"- At {classes} classes **{title}** takes {percent(shares['published'])} of a training step as "
+                f"published, {percent(shares['eager'])} in the mask-free eager form, {percent(shares['fused'])} with "
+                "fused_kd."
             )
     return ["\n".join(parts)]
 
@@ -161,8 +162,8 @@ def cost(results: dict[str, Any], picture: str) -> list[str]:
             f"{FORMS[form]} {percent(min(values))} to {percent(max(values))}" for form, values in shares.items()
         )
         parts.append(
-            f"At {classes[-1]} classes{most} the loss's share of a step is, from the method with the least to that with the "
-            f"most: {ranges}. Label smoothing and the baseline are `F.cross_entropy` in any case."
+            f"At {classes[-1]} classes{most} the loss's share of a step is, from the method with the least to that "
+            f"with the most: {ranges}. Label smoothing and the baseline are `F.cross_entropy` in any case."
         )
     parts.append("This is the CPU. On a GPU it was not measured.")
     return parts

@@ -58,6 +58,8 @@ class _Process:
         status = self.process.poll()
         if status is None:
             return False
+        if status < 0:
+            raise RunError(f"run {self.job.name}: killed by signal {-status}; the same command goes on")
         if status or not done(self.job):
             lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
             last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing was said")
