@@ -51,7 +51,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--page", type=Path, default=Path("docs/study.md"), metavar="FILE",
         help="the page; its results are beside it as JSON, its plots as PNG (%(default)s)",
     )  # fmt: skip
-    parser.add_argument("--only", choices=STAGES, nargs="+", default=STAGES, help="these stages (%(default)s)")
+    parser.add_argument("--only", choices=STAGES, nargs="+", default=STAGES, metavar="STAGE",
+                        help=f"of {', '.join(STAGES)} (all)")  # fmt: skip
     parser.add_argument("--methods", choices=tuple(METHODS), nargs="+", default=tuple(METHODS), metavar="NAME",
                         help=f"of {', '.join(METHODS)} (all)")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2), metavar="N", help="of the students (0 1 2)")

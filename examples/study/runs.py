@@ -98,7 +98,7 @@ def run(jobs: Sequence[Job], parallel: int, threads: int, console: Console) -> N
                 names = ", ".join(process.job.name for process in running)
                 progress.update(task, completed=_epochs(jobs), description=names or "runs")
                 if running and not ended:
-                    time.sleep(0.2)
+                    time.sleep(0.5)
         finally:
             for process in running:
                 process.stop()
