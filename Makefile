@@ -17,9 +17,10 @@ test: $(VENV)/tested
 train: $(VENV)/ready
 	$(BIN)/python examples/train.py --model cnn-small --loss ce --epochs 4 --batch-size 128 --out runs/ce --resume
 
-# The paper's comparison in small: 25 training runs and what a step costs, into docs/study.md. An interrupted one goes on.
+# The paper's comparison in small: 25 training runs and what a step costs, into docs/study.md. An interrupted one
+# goes on.
 study: $(VENV)/ready
-	$(BIN)/python -m examples.study --out runs/study --page docs/study.md
+	$(BIN)/python -m examples.study --out runs/study --page docs/study.md --update README.md
 
 kernels: $(VENV)/ready
 	$(BIN)/python -m benchmarks.kernels --full

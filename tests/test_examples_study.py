@@ -14,9 +14,10 @@ pytest.importorskip("safetensors")
 pytest.importorskip("matplotlib")
 
 from examples import methods
+from examples.errors import RunError
 from examples.networks import Outputs
 from examples.study import __main__ as study
-from examples.study import cost, page, paper, plan, results, runs
+from examples.study import cost, findings, page, paper, plan, results, runs
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (
@@ -196,6 +197,24 @@ def test_the_page_in_docs_is_what_its_results_give():
     assert path.read_text(encoding="utf-8") == page.markdown(results.read(path.with_suffix(".json")), path.stem)
     pictures = {name for name in ("study-accuracy.png", "study-cost.png") if f"({name})" in path.read_text()}
     assert pictures and all((path.parent / name).is_file() for name in pictures)
+
+
+def test_the_outcome_in_the_readme_is_what_the_results_give():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = text.partition(page.BEGIN)[2].partition(page.END)[0]
+    assert block.strip() == findings.outcome(results.read(ROOT / "docs" / "study.json"))
+
+
+def test_outcome_goes_into_another_page(tmp_path):
+    path, other = tmp_path / "page.md", tmp_path / "README.md"
+    other.write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n")
+    assert page.make(made_up(), path, other)[-1] == other
+    lines = other.read_text().splitlines()
+    assert lines[0] == "before" and lines[-1] == "after" and "old" not in lines
+    assert "- At 3755 classes **USKD** takes 49% of a training step as published" in other.read_text()
+    other.write_text("no place for it")
+    with pytest.raises(RunError, match="expected one line <!-- study:begin -->"):
+        page.make(made_up(), path, other)
 
 
 def test_results_hold_no_path_of_a_machine():

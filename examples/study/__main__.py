@@ -51,6 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--page", type=Path, default=Path("docs/study.md"), metavar="FILE",
         help="the page; its results are beside it as JSON, its plots as PNG (%(default)s)",
     )  # fmt: skip
+    parser.add_argument("--update", type=Path, metavar="FILE", help="write the outcome into this page, too")
     parser.add_argument("--only", choices=STAGES, nargs="+", default=STAGES, metavar="STAGE",
                         help=f"of {', '.join(STAGES)} (all)")  # fmt: skip
     parser.add_argument("--methods", choices=tuple(METHODS), nargs="+", default=tuple(METHODS), metavar="NAME",
@@ -231,7 +232,7 @@ def study(args: argparse.Namespace, console: Console) -> None:
         results["cost"] = measure_cost(args, console)
         store.write(path, results)
     if "page" in args.only:
-        written = page.make(store.read(path), args.page)
+        written = page.make(store.read(path), args.page, args.update)
         console.print(f"written: {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
 
 

@@ -16,8 +16,8 @@ OF_FUSED_KD = ("published", "eager", "fused")
 ORDERS = (("With a teacher", paper.WITH_TEACHER), ("Without a teacher", paper.TEACHER_FREE))
 
 
-def outcome(results: dict[str, Any]) -> list[str]:
-    """The whole in some lines, for the head of the page."""
+def outcome(results: dict[str, Any]) -> str:
+    """The whole in some lines, for the head of the page and for the README."""
     first = splits(results)[0]
     found, parts = accuracies(results, first), []
     means = {name: statistics.fmean(by_seed.values()) for name, by_seed in found.items()}
@@ -44,7 +44,7 @@ def outcome(results: dict[str, Any]) -> list[str]:
                 f"published, {percent(shares['eager'])} in the mask-free eager form, {percent(shares['fused'])} with "
                 "fused_kd."
             )
-    return ["\n".join(parts)]
+    return "\n".join(parts)
 
 
 def _largest(results: dict[str, Any]) -> list[dict[str, Any]]:

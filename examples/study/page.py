@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import lines, significant
+from benchmarks.report import lines, replace_block, significant
 from examples import checkpoint
 from examples.errors import RunError
 from examples.study import findings, paper, plots
@@ -14,15 +14,23 @@ from examples.study.paper import IMAGENET
 from examples.study.plan import METHODS, TEACHER_FREE, TEACHER_SEED, WITH_TEACHER
 from examples.study.results import accuracies, cost_of, count, mean_and_deviation, signed, splits, step_of
 
+#: Where another page has the outcome.
+BEGIN, END = "<!-- study:begin -->", "<!-- study:end -->"
 
-def make(results: dict[str, Any], path: Path) -> list[Path]:
-    """Write the page and its plots; returns what was written."""
+
+def make(results: dict[str, Any], path: Path, update: Path | None = None) -> list[Path]:
+    """Write the page and its plots, and the outcome into ``update``; returns what was written."""
     if not results.get("runs"):
         raise RunError(f"{path.with_suffix('.json')}: has no runs; make them first")
     pictures = plots.draw(results, path)
     text = markdown(results, path.stem)
     checkpoint.write(path, lambda file: file.write(text.encode()))
-    return [path, *pictures.values()]
+    if update:
+        try:
+            replace_block(update, BEGIN, END, findings.outcome(results))
+        except (OSError, ValueError) as error:
+            raise RunError(f"--update {update}: {error}") from None
+    return [path, *pictures.values(), *([update] if update else [])]
 
 
 def markdown(results: dict[str, Any], stem: str) -> str:
@@ -31,7 +39,7 @@ def markdown(results: dict[str, Any], stem: str) -> str:
         "# The paper's comparison in small",
         f"<!-- `make study` writes this of {stem}.json; `python -m examples.study --only page` writes it again. -->",
         *_beginning(results),
-        *findings.outcome(results),
+        findings.outcome(results),
         *_tables(results),
         f"![Accuracy of every run]({stem}-accuracy.png)",
         "## Where the paper's order shows, and where not",
