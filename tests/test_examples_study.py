@@ -77,15 +77,19 @@ def test_what_is_missing_is_said():
 
 def test_jobs_are_of_all_methods_and_seeds_and_the_teacher_comes_first():
     made = plan.jobs(plan.Setting(), tuple(plan.METHODS), (0, 1, 2), Path("cache"), Path("out"))
-    assert len({job.name for job in made}) == len(made) == 1 + 8 * 3 and made[0].name == "teacher"
+    assert len({job.name for job in made}) == len(made) == 1 + 9 * 3 and made[0].name == "teacher"
     waiting = {job.name.rpartition("-")[0] for job in made if job.after == "teacher"}
     assert (
         waiting == {"kd", "dkd", "nkd"} == {job.name.rpartition("-")[0] for job in made if "--teacher" in job.options}
     )
+    rates = {job.name.rpartition("-")[0]: job.options[-1] for job in made if "--lr" in job.options}
+    assert rates == {plan.CONTROL: "0.2"}  # twice what train.py takes for batches of 128
     first = [job.options[: job.options.index("--model")] for job in made]
     assert len(set(first)) == 1  # the schedule and the data of all are the same
     assert set(plan.WITH_TEACHER) | set(plan.TEACHER_FREE) == set(plan.METHODS)
-    assert {name for pair in (*paper.WITH_TEACHER, *paper.TEACHER_FREE) for name in pair} == set(plan.METHODS)
+    assert {name for pair in (*paper.WITH_TEACHER, *paper.TEACHER_FREE) for name in pair} == set(plan.METHODS) - {
+        plan.CONTROL
+    }
 
 
 def compared(*differences):
@@ -136,6 +140,15 @@ def test_page_shows_the_published_figures_and_no_others():
     assert rows["NKD"].endswith("| 71.96 (+2.06) |") and rows["KD"].endswith("| 71.03 |")
     for name in ("label smoothing", "Tf-KD", "Zipf's LS"):
         assert rows[name].endswith("| not shown |")
+
+
+def test_control_says_what_larger_steps_do():
+    text = page.markdown(made_up({**ACCURACY, plan.CONTROL: 72.5}), "study")
+    assert "is +2.50 points from the baseline. Of the 7 methods" in text
+    assert "3 are better than the control, too, by the rule above: DKD, NKD, USKD." in text
+    rows = [line for line in text.splitlines() if line.startswith("| baseline, twice the rate |")]
+    assert [row.split(" | ")[4] for row in rows[:2]] == ["4.32", "4.32"]
+    assert "control" not in page.markdown(made_up(), "study")
 
 
 def test_seconds_an_epoch_are_steps_times_the_median_step():

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ from examples.fonts import INSTALL, find_families
 from examples.report import read_table
 from examples.study import page, runs
 from examples.study import results as store
-from examples.study.plan import METHODS, Setting, jobs, run_folder
+from examples.study.plan import CONTROL, METHODS, Setting, jobs, run_folder
 
 #: The program that measures a step, and the draws of the data set that it does so on.
 COST: tuple[str, ...] = (sys.executable, "-m", "examples.study.cost")
@@ -181,7 +182,7 @@ def measure_cost(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     most = most_classes()
     wanted = args.cost_classes or sorted({setting.classes, most})
     about = {"date": _now(), "machine": machine.machine(), "software": machine.software()}
-    cells = [(classes, name) for classes in wanted for name in args.methods]
+    cells = [(classes, name) for classes in wanted for name in args.methods if name != CONTROL]
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
                TextColumn("left"), TimeRemainingColumn())  # fmt: skip
     rows = []
@@ -250,4 +251,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Its runs must not go on without it: a later call would start them once more.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

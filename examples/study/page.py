@@ -56,9 +56,10 @@ def markdown(results: dict[str, Any], stem: str) -> str:
 
 def _beginning(results: dict[str, Any]) -> list[str]:
     setting, seeds = results["setting"], results["seeds"]
+    losses = len({METHODS[name].loss for name in results["methods"]})
     first = splits(results)[0]
     parts = [
-        f"{len(results['methods'])} losses train the same small network, {setting['student']}, on {setting['classes']} "
+        f"{losses} losses train the same small network, {setting['student']}, on {setting['classes']} "
         f"Chinese characters, each with {count(len(seeds), 'seed')}; the paper trains a ResNet-18 on ImageNet's 1000 "
         "classes. Accuracy is that of the last epoch in %, mean ± standard deviation over the seeds: on "
         f"{first}, further draws of the font families of the training images, and on a family that no training image "

@@ -6,16 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from examples import options
+
 
 @dataclass(frozen=True)
 class Method:
-    """One loss as the study has it. ``settings`` are given to ``--set``; what they leave out is fused_kd's default."""
+    """One loss as the study has it.
+
+    ``settings`` are given to ``--set``, what they leave out is fused_kd's default; ``rate`` times the learning rate of
+    the others is this one's.
+    """
 
     title: str
     loss: str
     teacher: bool = False
     settings: tuple[str, ...] = ()
     note: str = ""
+    rate: float = 1.0
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -23,10 +30,16 @@ class Method:
         return tuple(part for text in self.settings for part in ("--set", text))
 
 
+#: No method of the paper's.
+CONTROL = "ce-twice"
 #: By name. Hyper-parameters are those published for ImageNet with a ResNet-34 and a ResNet-18 where there are such,
 #: else the defaults of fused_kd, which are the papers' own. None is tuned here.
 METHODS: dict[str, Method] = {
     "ce": Method("baseline", "ce", note="cross-entropy"),
+    CONTROL: Method(
+        "baseline, twice the rate", "ce", rate=2.0,
+        note="a control: most losses here add a term to the whole cross-entropy, and so take larger steps",
+    ),
     "label-smoothing": Method("label smoothing", "label-smoothing", note="ε = 0.1"),
     "kd": Method(
         "KD", "kd", teacher=True, settings=("temperature=1",),
@@ -45,8 +58,8 @@ METHODS: dict[str, Method] = {
     "zipf-ls": Method("Zipf's LS", "zipf-ls", note="weight 0.1, the votes of the last map's positions"),
     "uskd": Method("USKD", "uskd", note="α = 1, β = 0.1, μ = 0.005: the paper's values for ImageNet"),
 }  # fmt: skip
-TEACHER_FREE = ("ce", "label-smoothing", "tf-kd", "zipf-ls", "uskd")
-WITH_TEACHER = ("ce", "label-smoothing", "kd", "dkd", "nkd")
+TEACHER_FREE = ("ce", CONTROL, "label-smoothing", "tf-kd", "zipf-ls", "uskd")
+WITH_TEACHER = ("ce", CONTROL, "label-smoothing", "kd", "dkd", "nkd")
 #: The teacher has a seed of its own.
 TEACHER_SEED = 100
 
@@ -93,6 +106,9 @@ def jobs(setting: Setting, methods: Sequence[str], seeds: Sequence[int], cache: 
                     continue
                 own = ("--model", setting.student, "--seed", str(seed), "--out", str(folder))
                 own += ("--loss", method.loss, *method.options)
+                if method.rate != 1:
+                    usual: float = options.parse([*common, *own]).lr
+                    own += ("--lr", str(method.rate * usual))
                 if needs_teacher:
                     own += ("--teacher", str(out / "teacher" / "best.safetensors"))
                 after = "teacher" if needs_teacher else None

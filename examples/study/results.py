@@ -10,6 +10,7 @@ from typing import Any
 
 from examples import checkpoint
 from examples.errors import RunError
+from examples.study.plan import CONTROL
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -51,7 +52,8 @@ def splits(results: dict[str, Any]) -> list[str]:
 
 
 def cost_of(results: dict[str, Any], method: str, classes: int) -> dict[str, Any] | None:
-    """The measured cost of a method's step, if there is one."""
+    """The measured cost of a method's step, if there is one. The control has the baseline's steps."""
+    method = "ce" if method == CONTROL else method
     rows = results.get("cost", {}).get("rows", ())
     return next((row for row in rows if row["method"] == method and row["classes"] == classes), None)
 
