@@ -126,8 +126,8 @@ def _remarks(results: dict[str, Any]) -> list[str]:
         ]
         names = f": {', '.join(METHODS[name].title for name in beaten)}" if beaten else ""
         parts.append(
-            "Most losses here add a term to the whole cross-entropy and so take larger steps, which may be what helps in "
-            "a short schedule. The baseline with twice the learning rate, a control that the paper does not have, is "
+            "Most losses here add a term to the whole cross-entropy and so take larger steps, which may be what helps "
+            "in a short schedule. The baseline with twice the learning rate, a control that the paper does not have, is "
             f"{signed(means[CONTROL] - means['ce'])} points from the baseline. Of the {len(better)} methods whose mean "
             f"is above the baseline's, {len(beaten)} are better than the control, too, by the rule above{names}."
         )
