@@ -146,6 +146,7 @@ def test_control_says_what_larger_steps_do():
     text = page.markdown(made_up({**ACCURACY, plan.CONTROL: 72.5}), "study")
     assert "is +2.50 points from the baseline. Of the 7 methods" in text
     assert "3 are better than the control, too, by the rule above: DKD, NKD, USKD." in text
+    assert "has 72.80 %. Of the 7 methods above the baseline 3 are better than that as well: DKD, NKD, USKD." in text
     rows = [line for line in text.splitlines() if line.startswith("| baseline, twice the rate |")]
     assert [row.split(" | ")[4] for row in rows[:2]] == ["4.32", "4.32"]
     assert "control" not in page.markdown(made_up(), "study")

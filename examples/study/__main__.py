@@ -67,6 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
     for name, text in numbers.items():
         default = getattr(usual, name.replace("-", "_"))
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (%(default)s)")
+    parser.add_argument("--lr", type=float, help="peak learning rate (train.py's own)")
     parser.add_argument("--student", default=usual.student, metavar="MODEL", help="(%(default)s)")
     parser.add_argument("--teacher", default=usual.teacher, metavar="MODEL", help="(%(default)s)")
     parser.add_argument("--cache", type=Path, default=cache_root(), metavar="DIR", help="for arrays (%(default)s)")
@@ -93,7 +94,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
         raise RunError(f"--seeds: expected different ones from 0 on, got {' '.join(map(str, args.seeds))}")
     args.methods = tuple(name for name in METHODS if name in args.methods)
-    args.setting = Setting(args.classes, args.draws, args.student, args.teacher, args.epochs, args.batch_size)
+    args.setting = Setting(args.classes, args.draws, args.student, args.teacher, args.epochs, args.batch_size, args.lr)
     return args
 
 

@@ -35,6 +35,13 @@ def outcome(results: dict[str, Any]) -> str:
             if "ce" in means
             else f"- **{title}** {METHODS[best].title} is best on {first}, {means[best]:.2f} %."
         )
+    control = _control(results)
+    if control:
+        parts.append(
+            f"- A control, the baseline with twice the learning rate, has {means[CONTROL]:.2f} %. Of the "
+            f"{len(control[0])} methods above the baseline {len(control[1])} are better than that as well"
+            f"{_named(control[1])}."
+        )
     for row in _largest(results):
         if row["method"] in ("nkd", "uskd"):
             shares = {form: times["loss"] / times["step"] for form, times in row["seconds"].items()}
@@ -93,8 +100,7 @@ def _verdict(comparison: paper.Comparison) -> str:
 def _remarks(results: dict[str, Any]) -> list[str]:
     """What the results say about reasons, and no more."""
     first = splits(results)[0]
-    accuracy = accuracies(results, first)
-    found = {name: list(by_seed.values()) for name, by_seed in accuracy.items()}
+    found = {name: list(by_seed.values()) for name, by_seed in accuracies(results, first).items()}
     means = {name: statistics.fmean(values) for name, values in found.items()}
     parts = []
     deviations = [statistics.stdev(values) for values in found.values() if len(values) > 1]
@@ -104,14 +110,15 @@ def _remarks(results: dict[str, Any]) -> list[str]:
             f"{first}; a method's standard deviation over the seeds is {min(deviations):.2f} to {max(deviations):.2f}."
         )
     baseline = [run for run in results["runs"] if run["method"] == "ce"]
-    if baseline:
-        train = statistics.fmean(run["training_loss"] for run in baseline)
-        test = statistics.fmean(run["test_loss"][first] for run in baseline)
-        parts.append(
-            f"The baseline's cross-entropy in its last epoch is {train:.2f} on the training images, shifted and while "
-            f"it is trained, and {test:.2f} on {first}. What a loss can gain by keeping a network from fitting its "
-            "training images too closely is within that difference."
-        )
+    for name in ("ce", CONTROL):
+        chosen = [run for run in results["runs"] if run["method"] == name]
+        if chosen:
+            train = statistics.fmean(run["training_loss"] for run in chosen)
+            test = statistics.fmean(run["test_loss"][first] for run in chosen)
+            parts.append(
+                f"The cross-entropy of the {METHODS[name].title} in its last epoch is {train:.2f} on the training images "
+                f"(shifted, before each update) and {test:.2f} on {first}."
+            )
     if results["teacher"] and baseline:
         gap = 100 * results["teacher"]["accuracy"][first] - means["ce"]
         (network, source), (student, _) = paper.TEACHER, paper.IMAGENET["ce"]
@@ -119,19 +126,32 @@ def _remarks(results: dict[str, Any]) -> list[str]:
             f"On {first} the teacher is {signed(gap)} points from the baseline; the ResNet-34 that teaches the paper's "
             f"ResNet-18 is {signed(network - student)} from it ({source})."
         )
-    if CONTROL in means and baseline:
-        better = [name for name in found if means[name] > means["ce"] and name not in ("ce", CONTROL)]
-        beaten = [
-            name for name in better if (c := paper.compare(name, CONTROL, accuracy)) and c.verdict == paper.AGREES
-        ]
-        names = f": {', '.join(METHODS[name].title for name in beaten)}" if beaten else ""
+    control = _control(results)
+    if control:
+        better, beaten = control
         parts.append(
-            "Most losses here add a term to the whole cross-entropy and so take larger steps, which may be what helps "
-            "in a short schedule. The baseline with twice the learning rate, a control that the paper does not have, is "
-            f"{signed(means[CONTROL] - means['ce'])} points from the baseline. Of the {len(better)} methods whose mean "
-            f"is above the baseline's, {len(beaten)} are better than the control, too, by the rule above{names}."
+            "Most losses here add a term to the whole cross-entropy and so take larger steps, which by itself may help "
+            "in a short schedule. The baseline with twice the learning rate, a control that the paper does not have, "
+            f"is {signed(means[CONTROL] - means['ce'])} points from the baseline. Of the {len(better)} methods whose "
+            f"mean is above the baseline's, {len(beaten)} are better than the control, too, by the rule above"
+            f"{_named(beaten)}. What the others gain over the baseline is no more than larger steps may give."
         )
     return [" ".join(parts)] if parts else []
+
+
+def _control(results: dict[str, Any]) -> tuple[list[str], list[str]] | None:
+    """Methods with a mean above the baseline's, and those of them that are better than the control."""
+    accuracy = accuracies(results, splits(results)[0])
+    if CONTROL not in accuracy or "ce" not in accuracy:
+        return None
+    means = {name: statistics.fmean(by_seed.values()) for name, by_seed in accuracy.items()}
+    better = [name for name in means if means[name] > means["ce"] and name not in ("ce", CONTROL)]
+    compared = {name: paper.compare(name, CONTROL, accuracy) for name in better}
+    return better, [name for name, found in compared.items() if found and found.verdict == paper.AGREES]
+
+
+def _named(methods: list[str]) -> str:
+    return f": {', '.join(METHODS[name].title for name in methods)}" if methods else ""
 
 
 def cost(results: dict[str, Any], picture: str) -> list[str]:

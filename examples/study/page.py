@@ -11,7 +11,7 @@ from examples import checkpoint
 from examples.errors import RunError
 from examples.study import findings, paper, plots
 from examples.study.paper import IMAGENET
-from examples.study.plan import METHODS, TEACHER_FREE, TEACHER_SEED, WITH_TEACHER
+from examples.study.plan import CONTROL, METHODS, TEACHER_FREE, TEACHER_SEED, WITH_TEACHER
 from examples.study.results import accuracies, cost_of, count, mean_and_deviation, signed, splits, step_of
 
 #: Where another page has the outcome.
@@ -134,7 +134,7 @@ def _accuracy_table(results: dict[str, Any], methods: Sequence[str]) -> str:
 
 def _imagenet(method: str) -> str:
     if method not in IMAGENET:
-        return "not shown"
+        return "" if method == CONTROL else "not shown"
     value, source = IMAGENET[method]
     base, base_source = IMAGENET["ce"]
     return f"{value:.2f}" + (f" ({signed(value - base)})" if method != "ce" and source == base_source else "")
@@ -146,7 +146,8 @@ def _task(results: dict[str, Any]) -> list[str]:
         [["method", "hyper-parameters"], ["---", "---"]]
         + [[METHODS[name].title, METHODS[name].note] for name in results["methods"]]
     )
-    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in setting.items())
+    given = {name.replace("_", "-"): value for name, value in setting.items() if value is not None}
+    options = " ".join(f"--{name} {value}" for name, value in given.items())
     seeds = " ".join(map(str, results["seeds"]))
     images = count(setting["draws"], "training image")
     return [

@@ -66,7 +66,7 @@ TEACHER_SEED = 100
 
 @dataclass(frozen=True)
 class Setting:
-    """What all runs of a study have in common. The student's epochs are the teacher's, too."""
+    """What all runs of a study have in common, the teacher's, too. ``lr`` is train.py's own unless it is given."""
 
     classes: int = 1000
     draws: int = 1
@@ -74,6 +74,7 @@ class Setting:
     teacher: str = "cnn-medium"
     epochs: int = 20
     batch_size: int = 128
+    lr: float | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def jobs(setting: Setting, methods: Sequence[str], seeds: Sequence[int], cache: 
     common = (
         "--classes", str(setting.classes), "--draws", str(setting.draws), "--epochs", str(setting.epochs),
         "--batch-size", str(setting.batch_size), "--cache", str(cache), "--device", "cpu", "--quiet", "--resume",
+        *(("--lr", str(setting.lr)) if setting.lr else ()),
     )  # fmt: skip
     made: list[Job] = []
     if any(METHODS[name].teacher for name in methods):
