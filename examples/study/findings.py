@@ -116,7 +116,7 @@ def _remarks(results: dict[str, Any]) -> list[str]:
             train = statistics.fmean(run["training_loss"] for run in chosen)
             test = statistics.fmean(run["test_loss"][first] for run in chosen)
             parts.append(
-                f"The cross-entropy of the {METHODS[name].title} in its last epoch is {train:.2f} on the training images "
+                f"The cross-entropy of the {METHODS[name].title} in its last epoch is {train:.2f} on training images "
                 f"(shifted, before each update) and {test:.2f} on {first}."
             )
     if results["teacher"] and baseline:
