@@ -51,10 +51,10 @@ def test_a_study_that_broke_off_goes_on_and_is_not_made_twice(tmp_path, tiny, mo
     assert found["runs"][0]["training_loss"] != found["runs"][1]["training_loss"]
     assert found["teacher"]["peak_memory"] > 2**20
     rows = {row["method"]: row for row in found["cost"]["rows"]}
-    assert set(rows["ce"]["seconds"]) == {"PyTorch"}
-    assert set(rows["nkd"]["seconds"]) == {"fused", "eager", "published"}
-    for times in (*rows["ce"]["seconds"].values(), *rows["nkd"]["seconds"].values()):
-        assert 0 < times["loss"] < times["step"]
+    assert set(rows["ce"]["forms"]) == {"PyTorch"}
+    assert set(rows["nkd"]["forms"]) == {"fused", "eager", "published"}
+    for times in (*rows["ce"]["forms"].values(), *rows["nkd"]["forms"].values()):
+        assert 0 < times["loss"] < times["step"] and times["memory"] > 16 * 20 * 4  # the logits at least
     text = (tmp_path / "page.md").read_text()
     assert "| NKD |" in text and "20 classes" in text
     assert {path.name for path in tmp_path.glob("*.png")} == {"page-accuracy.png", "page-cost.png"}
@@ -136,7 +136,11 @@ def test_page_says_where_the_order_shows_and_where_not():
 
 def test_page_shows_the_published_figures_and_no_others():
     text = page.markdown(made_up(), "study")
-    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ") and "MiB" in line}
+    rows = {
+        line.split("|")[1].strip(): line
+        for line in text.splitlines()
+        if line.startswith("| ") and " ± " in line and " MB | " in line
+    }
     assert rows["NKD"].endswith("| 71.96 (+2.06) |") and rows["KD"].endswith("| 71.03 |")
     for name in ("label smoothing", "Tf-KD", "Zipf's LS"):
         assert rows[name].endswith("| not shown |")
@@ -152,10 +156,10 @@ def test_control_says_what_larger_steps_do():
     assert "control" not in page.markdown(made_up(), "study")
 
 
-def test_seconds_an_epoch_are_steps_times_the_median_step():
+def test_seconds_an_epoch_are_steps_times_the_median_step_and_memory_is_a_steps():
     text = page.markdown(made_up(), "study")
     row = next(line for line in text.splitlines() if line.startswith("| NKD | 7"))
-    assert row.split(" | ")[4] == f"{0.08 * (7000 // 128):.2f}"
+    assert row.split(" | ")[4:6] == [f"{0.08 * (7000 // 128):.2f}", "25.0 MB"]
     without = page.markdown(made_up(cost=False), "study")
     assert "Not measured; `python -m examples.study --only cost page` does so." in without
 

@@ -74,7 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
     cores = os.cpu_count() or 1
     parser.add_argument("--jobs", type=int, default=cores, metavar="N", help="runs at a time (the cores: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of each run (%(default)s)")
-    parser.add_argument("--cost-steps", type=int, default=24, metavar="N", help="that are measured (%(default)s)")
+    parser.add_argument("--cost-steps", type=int, default=48, metavar="N", help="that are measured (%(default)s)")
     parser.add_argument(
         "--cost-classes", type=int, nargs="+", metavar="N", help="(those of the task, and as many as the fonts allow)"
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
 import statistics
 import sys
 import tempfile
@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from examples import checkpoint, data, methods, networks, options
 from examples.arrays import Dataset
@@ -38,6 +39,9 @@ from examples.train import Run
 #: Forms of a loss of fused_kd, by name: what --backend is given. "published" is the loss in the operations of its
 #: authors' release, which benchmarks/ has.
 BACKENDS = {"fused": "auto", "eager": "reference", "published": "reference"}
+# The profiler otherwise writes two lines to stderr each time it is used.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+
 #: Steps before the first one that counts.
 WARM_UP = 3
 
@@ -83,9 +87,26 @@ class _Form:
         self.count += 1
         self.steps.append(elapsed)
 
-    def times(self) -> dict[str, float]:
+    def result(self) -> dict[str, float]:
+        """Median seconds, and the memory of one more step."""
         loss = self.run.trainer.loss_seconds[WARM_UP:]
-        return {"step": statistics.median(self.steps[WARM_UP:]), "loss": statistics.median(loss)}
+        seconds = {"step": statistics.median(self.steps[WARM_UP:]), "loss": statistics.median(loss)}
+        return {**seconds, "memory": self._memory()}
+
+    def _memory(self) -> int:
+        """Bytes that a step allocates, at their peak. Weights and momentum are there before it, gradients are not."""
+        trainer, batch = self.run.trainer, next(self.batches)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            trainer.step(batch, 0)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "trace.json"
+            profiled.export_chrome_trace(str(path))
+            events = json.loads(path.read_text())["traceEvents"]
+        live = peak = 0
+        for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda event: event["ts"]):
+            live += event["args"]["Bytes"]
+            peak = max(peak, live)
+        return peak
 
 
 def measure(arguments: Sequence[str], steps: int, teacher: str | None) -> dict[str, Any]:
@@ -93,8 +114,6 @@ def measure(arguments: Sequence[str], steps: int, teacher: str | None) -> dict[s
 
     ``teacher`` is the network of the teacher, where the loss wants one.
     """
-    # Of a process that has imported all, and nothing else.
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         first = options.parse([*arguments, "--out", str(folder)])
@@ -118,8 +137,7 @@ def measure(arguments: Sequence[str], steps: int, teacher: str | None) -> dict[s
             "images": len(dataset.train),
             "threads": torch.get_num_threads(),
             "steps": steps,
-            "memory_before": before,
-            "seconds": {name: form.times() for name, form in forms.items()},
+            "forms": {name: form.result() for name, form in forms.items()},
         }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from benchmarks.report import lines, percent, significant
+from benchmarks.report import lines, percent, significant, size
 from examples.study import paper
 from examples.study.plan import CONTROL, METHODS
 from examples.study.results import accuracies, cost_of, count, signed, splits
@@ -44,7 +44,7 @@ def outcome(results: dict[str, Any]) -> str:
         )
     for row in _largest(results):
         if row["method"] in ("nkd", "uskd"):
-            shares = {form: times["loss"] / times["step"] for form, times in row["seconds"].items()}
+            shares = {form: times["loss"] / times["step"] for form, times in row["forms"].items()}
             title, classes = METHODS[row["method"]].title, row["classes"]
             parts.append(
                 f"- At {classes} classes **{title}** takes {percent(shares['published'])} of a training step as "
@@ -56,7 +56,7 @@ def outcome(results: dict[str, Any]) -> str:
 
 def _largest(results: dict[str, Any]) -> list[dict[str, Any]]:
     """What was measured of fused_kd's losses at the largest number of classes."""
-    rows = [row for row in results.get("cost", {}).get("rows", ()) if "fused" in row["seconds"]]
+    rows = [row for row in results.get("cost", {}).get("rows", ()) if "fused" in row["forms"]]
     return [row for row in rows if row["classes"] == max(row["classes"] for row in rows)]
 
 
@@ -182,13 +182,12 @@ def cost(results: dict[str, Any], picture: str) -> list[str]:
         for method in results["methods"]:
             entry = cost_of(results, method, number)
             if entry and method != CONTROL:
-                rows.append([METHODS[method].title, *_cost_cells(entry["seconds"])])
+                rows.append([METHODS[method].title, *_cost_cells(entry["forms"])])
         parts += [f"**{number} classes**", lines(rows)]
     largest = _largest(results)
     if largest:
         shares = {
-            form: [row["seconds"][form]["loss"] / row["seconds"][form]["step"] for row in largest]
-            for form in OF_FUSED_KD
+            form: [row["forms"][form]["loss"] / row["forms"][form]["step"] for row in largest] for form in OF_FUSED_KD
         }
         most = ", as many as the fonts allow," if classes[-1] == cost["most_classes"] else ""
         ranges = ", ".join(
@@ -196,10 +195,31 @@ def cost(results: dict[str, Any], picture: str) -> list[str]:
         )
         parts.append(
             f"At {classes[-1]} classes{most} the loss's share of a step is, from the method with the least to that "
-            f"with the most: {ranges}. Label smoothing and the baseline are `F.cross_entropy` in any case."
+            f"with the most: {ranges}."
         )
-    parts.append("This is the CPU. On a GPU it was not measured.")
+    parts += [
+        "The most memory that a step allocates, teacher, activations, logits and gradients together:",
+        _memory(results, classes),
+        "This is the CPU. On a GPU it was not measured.",
+    ]
     return parts
+
+
+def _memory(results: dict[str, Any], classes: list[int]) -> str:
+    rows = [
+        ["method", *(f"{number}: {' | '.join(FORMS[form] for form in OF_FUSED_KD)}" for number in classes)],
+        ["---", *["---:"] * (len(classes) * len(OF_FUSED_KD))],
+    ]
+    for method in results["methods"]:
+        entries = [cost_of(results, method, number) for number in classes]
+        if method != CONTROL and all(entries):
+            forms = [entry["forms"] for entry in entries if entry]
+            cells = [[size(int(own[form]["memory"])) if form in own else "–" for form in OF_FUSED_KD] for own in forms]
+            for own, row in zip(forms, cells, strict=True):
+                if "PyTorch" in own:
+                    row[-1] = size(int(own["PyTorch"]["memory"]))
+            rows.append([METHODS[method].title, *(" | ".join(row) for row in cells)])
+    return lines(rows)
 
 
 def _cost_cells(seconds: dict[str, Any]) -> list[str]:

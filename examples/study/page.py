@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import lines, replace_block, significant
+from benchmarks.report import lines, replace_block, significant, size
 from examples import checkpoint
 from examples.errors import RunError
 from examples.study import findings, paper, plots
 from examples.study.paper import IMAGENET
 from examples.study.plan import CONTROL, METHODS, TEACHER_FREE, TEACHER_SEED, WITH_TEACHER
-from examples.study.results import accuracies, cost_of, count, mean_and_deviation, signed, splits, step_of
+from examples.study.results import accuracies, cost_of, count, form_of, mean_and_deviation, signed, splits
 
 #: Where another page has the outcome.
 BEGIN, END = "<!-- study:begin -->", "<!-- study:end -->"
@@ -63,8 +63,8 @@ def _beginning(results: dict[str, Any]) -> list[str]:
         f"Chinese characters, each with {count(len(seeds), 'seed')}; the paper trains a ResNet-18 on ImageNet's 1000 "
         "classes. Accuracy is that of the last epoch in %, mean ± standard deviation over the seeds: on "
         f"{first}, further draws of the font families of the training images, and on a family that no training image "
-        "has. Seconds an epoch are measured apart from these runs, as [the last but one section](#what-a-step-costs) "
-        f"says; memory is the largest that the process of a run has had{_before(results)}.",
+        "has. Seconds an epoch, and memory, the most that a step allocates beside weights and momentum, are measured "
+        "apart from these runs, as [a section below](#what-a-step-costs) says.",
     ]
     missing = _missing(results)
     if missing:
@@ -93,12 +93,12 @@ def _tables(results: dict[str, Any]) -> list[str]:
         f"brackets what it is over the baseline, where one source has both. {sources}. The paper's figures for label "
         "smoothing, Tf-KD and Zipf's LS are not shown: no public source that was at hand has them."
     )
+    peaks = [run["peak_memory"] / 2**20 for run in results["runs"]]
+    text = f"The processes of the runs have had at most {min(peaks):.0f} to {max(peaks):.0f} MiB"
+    if max(peaks) < 1.02 * min(peaks):
+        text += ", whichever the method: looking through the fonts that are installed takes more than the training"
+    parts.append(f"{text}.")
     return parts
-
-
-def _before(results: dict[str, Any]) -> str:
-    row = cost_of(results, "ce", results["setting"]["classes"])
-    return f", {row['memory_before'] / 2**20:.0f} MiB of it before any data or network" if row else ""
 
 
 def _accuracy_table(results: dict[str, Any], methods: Sequence[str]) -> str:
@@ -117,15 +117,14 @@ def _accuracy_table(results: dict[str, Any], methods: Sequence[str]) -> str:
     for method in methods:
         by_split = [accuracies(results, name) for name in names]
         over = paper.compare(method, "ce", by_split[0]) if method != "ce" else None
-        runs = [run for run in results["runs"] if run["method"] == method]
         row = cost_of(results, method, results["setting"]["classes"])
         rows.append(
             [
                 METHODS[method].title,
                 *(mean_and_deviation(list(found[method].values())) for found in by_split),
                 signed(over.difference) if over else "",
-                significant(step_of(row)[0] * (row["images"] // row["batch_size"])) if row else "–",
-                f"{max(run['peak_memory'] for run in runs) / 2**20:.0f} MiB",
+                significant(form_of(row)["step"] * (row["images"] // row["batch_size"])) if row else "–",
+                size(int(form_of(row)["memory"])) if row else "–",
                 _imagenet(method),
             ]
         )

@@ -88,10 +88,10 @@ def _shares(axes: Axes, classes: int, rows: list[dict[str, Any]]) -> None:
     names = [row["method"] for row in rows]
     shown: set[str] = set()
     for y, row in enumerate(reversed(rows)):
-        forms = [name for name in FORMS if name in row["seconds"]]
+        forms = [name for name in FORMS if name in row["forms"]]
         for number, form in enumerate(forms):
             title, color = FORMS[form]
-            times = row["seconds"][form]
+            times = row["forms"][form]
             share = 100 * times["loss"] / times["step"]
             height = 0.84 / 3
             position = y + ((len(forms) - 1) / 2 - number) * height

@@ -58,10 +58,10 @@ def cost_of(results: dict[str, Any], method: str, classes: int) -> dict[str, Any
     return next((row for row in rows if row["method"] == method and row["classes"] == classes), None)
 
 
-def step_of(row: dict[str, Any]) -> tuple[float, float]:
-    """Seconds of a step and of the loss in it, as the runs had it."""
-    form = row["seconds"].get("fused") or row["seconds"]["PyTorch"]
-    return form["step"], form["loss"]
+def form_of(row: dict[str, Any]) -> dict[str, float]:
+    """Seconds and bytes of a step with the form of the loss that the runs had."""
+    form: dict[str, float] = row["forms"].get("fused") or row["forms"]["PyTorch"]
+    return form
 
 
 def mean_and_deviation(values: Sequence[float], digits: int = 2) -> str:
