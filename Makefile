@@ -6,7 +6,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: bench test train kernels gpu-check gpu-profile lint format clean
+.PHONY: bench test train study kernels gpu-check gpu-profile lint format clean
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks --quick
 
@@ -16,6 +16,11 @@ test: $(VENV)/tested
 # A small CNN on a thousand Chinese characters drawn from the fonts that are installed; a second call shows the result.
 train: $(VENV)/ready
 	$(BIN)/python examples/train.py --model cnn-small --loss ce --epochs 4 --batch-size 128 --out runs/ce --resume
+
+# The paper's comparison in small: 25 training runs and what a step costs, into docs/study.md. An interrupted one
+# goes on.
+study: $(VENV)/ready
+	$(BIN)/python -m examples.study --out runs/study --page docs/study.md --update README.md
 
 kernels: $(VENV)/ready
 	$(BIN)/python -m benchmarks.kernels --full

@@ -1,4 +1,5 @@
-"""A tiny data set for the tests of examples/train.py; run with options it is that program, on these data."""
+"""A tiny data set for the tests of examples/train.py; run with options it is that program, on these
+data, and with ``cost`` before them examples/study/cost.py."""
 
 import contextlib
 import os
@@ -112,6 +113,10 @@ def state(folder):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     data.load = lambda args, bar: tiny()
+    if sys.argv[1:2] == ["cost"]:
+        from examples.study import cost
+
+        sys.exit(cost.main(sys.argv[2:]))
     if "KILL_AT_STEP" in os.environ:
         kill_at_step(int(os.environ["KILL_AT_STEP"]))
     if "KILL_IN_SAVE" in os.environ:
