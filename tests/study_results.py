@@ -26,7 +26,13 @@ def made_up(accuracy=ACCURACY, wobble=None, cost=True):
     machine = {
         "cpu": "A CPU", "cpu_capability": "AVX2", "cores": 2, "memory_gib": 16.0, "load_average_before": 0.1,
     }  # fmt: skip
-    software = {"torch": "2.13.0", "python": "3.11.7", "fused_kd": "0.1.0", "git_commit": "0123456789abcdef"}
+    software = {
+        "torch": "2.13.0",
+        "python": "3.11.7",
+        "fused_kd": "0.1.0",
+        "git_commit": "0123456789abcdef",
+        "git_dirty": False,
+    }
     about = {"date": "2026-01-02T03:04:05+00:00", "machine": machine, "software": software}
     results = {
         "setting": {

@@ -185,7 +185,7 @@ def _measured_on(results: dict[str, Any]) -> list[str]:
 
 def _machine(about: dict[str, Any]) -> str:
     machine, software = about["machine"], about["software"]
-    commit = (software["git_commit"] or "no commit")[:10]
+    commit = (software["git_commit"] or "no commit")[:10] + (" with local changes" if software["git_dirty"] else "")
     return (
         f"{machine['cpu']} ({machine['cpu_capability']}), {count(machine['cores'], 'core')}, "
         f"{machine['memory_gib']} GiB; torch {software['torch']}, Python {software['python']}; fused_kd "
