@@ -177,7 +177,7 @@ def test_half_precision_of_large_and_small_weights(place, dtype):
         for a, b in zip(ours[2:], exact[2:], strict=True):
             assert ((a / scale - b).abs() <= 2 * unit * b.abs().max()).all()
         torch.testing.assert_close(ours[0], exact[0], rtol=1e-5, atol=1e-6)
-    # Of a sum the gradient itself is in range, though its size without the weights is not: 2^15 times 3.
+    # Of a sum small weights and a GradScaler's factor come to a gradient of ordinary size, which neither alone has.
     weight = (2.0**-14 * WEIGHT).float().to(device)
     exact = by_hand(loss, leaves, others, target, weight.double(), "sum", ce_weight=0.5)
     ours = run(

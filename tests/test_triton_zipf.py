@@ -79,7 +79,7 @@ def test_matches_the_reference(regime, kind, positions):
         target[0] = -100
         target[2] = dense[2, 0].argmax()  # a target that has a vote
     compare(student, dense, target, beta=1.0, reduction="none")
-    compare(student, dense, target, weight=0.5, power=0.5, ce_weight=0.7, reduction="sum")
+    compare(student, dense, target, beta=0.5, power=0.5, ce_weight=0.7, reduction="sum")
     compare(student, dense, target, beta=1.0, power=3.0, ce_weight=0.7, label_smoothing=0.2, reduction="none")
     compare(student, dense, target, beta=1.0, power=0.0)
 
@@ -191,7 +191,7 @@ def test_dtypes_stay_within_eagers_error(regime, dtype, kind):
     student, dense, target = make(6, 301, 49, kind, dtype)
     target = target.float() if kind == "smoothed" else target
     dense = LAYOUTS["positions are neighbours"](dense)
-    for options in ({"weight": 1.0}, {"weight": 1.0, "power": 0.7, "ce_weight": 1.0, "label_smoothing": 0.1}):
+    for options in ({"beta": 1.0}, {"beta": 1.0, "power": 0.7, "ce_weight": 1.0, "label_smoothing": 0.1}):
         outcome = check.compare_inputs("triton", student, dense, target, options, loss="zipf_ls")
         assert outcome.passed, (options, outcome)
 
