@@ -258,5 +258,5 @@ def test_votes_of_positions_anywhere(classes, positions, dtype, native):
     for dense in (*layouts, torch.stack([chart, chart], 3)[..., 0].transpose(1, 2)):
         for labels in (target, mixed(4, classes)):
             place = ("zipf_ls", "native", "cpu")
-            options = {"weight": 1.0, "power": 0.7, "ce_weight": 0.5, "reduction": "none"}
+            options = {"beta": 1.0, "power": 0.7, "ce_weight": 0.5, "reduction": "none"}
             compare(place, student, [dense], labels, **options)
