@@ -247,21 +247,15 @@ def rows_looped(
         y = tl.minimum(tl.min(tl.where(best == largest, y, 2147483647), 0, keep_dims=True), end - 1)
         counted = inside
         v_y = tl.load(at(target_head, y, target_col, UNIT)).to(ACC)
-        if factors is not None:
-            factor = load_factor(factors, 0, rows, one_row, inside, ACC)
-            counted &= factor != 0.0
-            read = tl.max(counted.to(tl.int32), 0)
-            in_head = in_head & counted[:, None]
-            end *= read
-            body = end // BLOCK
     else:
         bases = (student_head, teacher_head, target)
         y, counted, valid = load_index(target, one_row, inside, target_row, ignore_index, classes)
         y -= before
         v_y = tl.zeros([1], ACC)
-        if factors is not None:
-            factor = load_factor(factors, 0, rows, one_row, inside, ACC)
-            counted &= factor != 0.0
+    if factors is not None:
+        factor = load_factor(factors, 0, rows, one_row, inside, ACC)
+        counted &= factor != 0.0
+    if (not PROB) or (factors is not None):
         # A row that does not count is not read.
         read = tl.max(counted.to(tl.int32), 0)
         in_head = in_head & counted[:, None]
