@@ -101,9 +101,18 @@ def test_grad_output_of_any_stride(fused, dtype):
 def test_any_grad_output_costs_half_precision_one_more_rounding(fused, dtype):
     name, device = fused
     student, teacher, target = check.Case(dtype, 8, 50, {}).inputs(device)
+    options = {"reduction": "none"}
     grad_output = torch.rand(8, device=device)
-    outcome = check.compare_inputs(name, student, teacher, target, {"reduction": "none"}, grad_output)
-    assert outcome.gradient <= outcome.gradient_budget + torch.finfo(dtype).eps / 2, outcome
+    _, stored = check.evaluate(name, student, teacher, target, options, torch.ones(8, device=device))
+    _, scaled = check.evaluate(name, student, teacher, target, options, grad_output)
+    rounded = (stored.float() * grad_output[:, None]).to(dtype)
+    # Triton's interpreter cuts bfloat16 off where a GPU rounds. A float16 gradient is kept multiplied by a power of two
+    # and has digits where the one returned is subnormal: there they are a step apart.
+    cut = name == "triton" and device == "cpu" and dtype == torch.bfloat16
+    limits = torch.finfo(dtype)
+    atol = limits.smallest_normal * limits.eps if dtype == torch.float16 else 0.0
+    torch.testing.assert_close(scaled.float(), rounded.float(), rtol=limits.eps if cut else 0.0, atol=atol)
+    assert check.compare_inputs(name, student, teacher, target, options, torch.ones(8, device=device)).passed
 
 
 def test_leading_dimensions(fused):
