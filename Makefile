@@ -10,9 +10,9 @@ CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks --quick
 
-# Two processes, a file each at a time: most tests have one thread.
+# A process per core: most tests have one thread.
 test: $(VENV)/tested
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 # A small CNN on a thousand Chinese characters drawn from the fonts that are installed; a second call shows the result.
 train: $(VENV)/ready

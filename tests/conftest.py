@@ -2,12 +2,15 @@
 
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core as it is
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if not torch.cuda.is_available():  # with a GPU the kernels themselves are tested
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import numpy as np
+import interpreter
 import pytest
 
 from fused_kd import backends, check
@@ -48,37 +51,8 @@ def native():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session", autouse=True)
 def quick_interpreter():
-    """What makes Triton's interpreter slow here, replaced: it patches triton.language anew at each call of a helper
-    inside a kernel, half of all its time, where once at the kernel itself is enough; and it does the reductions inside
-    a sort element by element. Private to Triton, so done only where its parts are as known."""
-    try:
-        from triton import language
-        from triton.runtime import interpreter
-    except ImportError:
-        yield
-        return
-    patch = getattr(interpreter, "_patch_lang", None)
-    is_builtin = getattr(language.core, "is_builtin", lambda member: False)
-
-    def patch_once(function):
-        modules = [value for value in function.__globals__.values() if value is language or value is language.core]
-        return patch(function) if any(is_builtin(module.load) for module in modules) else None
-
-    reductions = getattr(interpreter, "ReduceOps", None)
-    xor = getattr(language.standard, "_xor_combine", None)
-    reduce = getattr(reductions, "apply_impl", None)
-
-    def reduce_quickly(self, values):
-        if self.combine_fn is not xor:
-            return reduce(self, values)
-        result = np.bitwise_xor.reduce(values[0].handle.data, axis=self.axis, keepdims=self.keep_dims)
-        return self.to_tensor(result, values[0].dtype)
-
     with pytest.MonkeyPatch.context() as monkeypatch:
-        if patch and is_builtin(language.load):
-            monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
-        if reduce and xor is not None:
-            monkeypatch.setattr(reductions, "apply_impl", reduce_quickly)
+        interpreter.quicken(monkeypatch)
         yield

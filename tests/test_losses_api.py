@@ -13,7 +13,6 @@ from fused_kd import backends, registry
 from fused_kd.registry import LOSSES, ROW_LOSSES
 
 pytestmark = [
-    pytest.mark.usefixtures("quick_interpreter"),
     pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # NumPy, of the interpreter's inf and NaN
 ]
 here = pytest.mark.parametrize("place", HERE, ids="-".join)

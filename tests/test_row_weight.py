@@ -14,7 +14,6 @@ from fused_kd.backends import triton_config
 from fused_kd.registry import LOSSES
 
 pytestmark = [
-    pytest.mark.usefixtures("quick_interpreter"),
     pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # NumPy, of the interpreter's inf and NaN
 ]
 INF, NAN = float("inf"), float("nan")

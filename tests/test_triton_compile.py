@@ -40,10 +40,10 @@ def compile_kernels(folder, *arguments):
 
 @needs_triton
 def test_selection(tmp_path):
-    rows = compile_kernels(tmp_path, "--loss", "nkd", "--no-cuda")
+    rows = compile_kernels(tmp_path, "--loss", "nkd", "--arch", "80", "--no-cuda")
     names = {row["kernel"] for row in rows}
     assert names == {"rows_on_chip", "rows_looped", "count_chunks", "reduce_parts", "scale_rows"}
-    assert {row["capability"] for row in rows} == {80, 90, 100}
+    assert {row["capability"] for row in rows} == {80}
 
 
 @needs_triton
@@ -54,7 +54,7 @@ def test_selection_of_further_losses(tmp_path):
 
 @needs_triton
 def test_ranked_selection(tmp_path):
-    rows = compile_kernels(tmp_path, "--loss", "uskd", "--arch", "90", "--no-cuda")
+    rows = compile_kernels(tmp_path, "--loss", "uskd", "--arch", "100", "--no-cuda")
     assert {row["kernel"] for row in rows} == {
         "target_probabilities",
         "ranked_on_chip",

@@ -19,7 +19,6 @@ from fused_kd.registry import LOSSES
 
 pytest.importorskip("triton")
 pytestmark = [
-    pytest.mark.usefixtures("quick_interpreter"),
     pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # NumPy, of the interpreter's inf and NaN
 ]
 interpreted = pytest.mark.skipif(backend.unavailable("cpu") is not None, reason=str(backend.unavailable("cpu")))

@@ -17,7 +17,6 @@ from fused_kd.backends import triton_config
 pytest.importorskip("triton")
 pytestmark = [
     pytest.mark.skipif(backend.unavailable("cpu") is not None, reason="Triton does not run here"),
-    pytest.mark.usefixtures("quick_interpreter"),
     pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # NumPy, of the interpreter's inf and NaN
 ]
 
@@ -44,7 +43,7 @@ def regime(request, monkeypatch):
         cached.cache_clear()
 
 
-def make(rows=70, classes=45, dtype=torch.float64, spread=2.0):
+def make(rows=38, classes=45, dtype=torch.float64, spread=2.0):
     generator = torch.Generator().manual_seed(0)
     student, teacher = (spread * torch.randn(2, rows, classes, generator=generator, dtype=torch.float64)).to(dtype)
     return student, teacher, torch.randint(classes, (rows,), generator=generator)
@@ -70,11 +69,11 @@ def compare(student, teacher, target, tolerance=1e-11, **options):
 @pytest.mark.parametrize("classes", (45, 64))
 def test_matches_the_reference(regime, classes):
     """Whole chunks that do not count, and columns and rows that are no whole number of tiles."""
-    student, teacher, target = make(70, classes)
+    student, teacher, target = make(46, classes)
     student[3, 5] = teacher[3, 5] = teacher[9, 7] = -INF
-    student[60, int(target[60])] = 500.0  # a saturated target
-    target[[0, 1, 17]], target[20:52] = -100, -100
-    mixed = torch.randn(70, classes, dtype=torch.float64).softmax(1)
+    student[40, int(target[40])] = 500.0  # a saturated target
+    target[[0, 1, 13]], target[15:36] = -100, -100
+    mixed = torch.randn(46, classes, dtype=torch.float64).softmax(1)
     options = {"ce_weight": 0.7, "label_smoothing": 0.1, "temperature": 3.0}
     compare(student, teacher, target, reduction="sum", **options)
     compare(student, teacher, target, **options, logit_standardization=True)
@@ -94,7 +93,7 @@ def test_dtypes_stay_within_eagers_error(regime, dtype, classes):
 
 def test_columns_that_hardly_vary(regime):
     """Deviations of a thousandth of a mean: sums of squares less the square of the sum would have no digit left."""
-    student, teacher, target = make(70, 45, torch.float32, spread=1.0)
+    student, teacher, target = make(38, 45, torch.float32, spread=1.0)
     student, teacher = student[:1] + 1e-3 * student, teacher[:1] + 1e-3 * teacher
     ours = run(student, teacher, target, beta=0.0)
     exact = run(student.double(), teacher.double(), target, backend="reference", beta=0.0)
@@ -105,28 +104,28 @@ def test_columns_that_hardly_vary(regime):
 def test_constant_columns(regime):
     """A student that says the same of every row: no correlation, and the slope that is left is the teacher's."""
     student, teacher, target = make(dtype=torch.float32)
-    target[:40] = -100
-    for rows in (torch.zeros_like(student), student[:1].expand(70, -1)):
+    target[:20] = -100
+    for rows in (torch.zeros_like(student), student[:1].expand(38, -1)):
         _, parts, gradient = run(rows, teacher, target, beta=0.0)
         assert parts[1] == 1.0
         assert gradient.isfinite().all()
-    ours = compare(student, teacher[:1].expand(70, -1), target, tolerance=1e-6, beta=0.0)
+    ours = compare(student, teacher[:1].expand(38, -1), target, tolerance=1e-6, beta=0.0)
     assert not ours[2].any()
 
 
 def test_nan_in_one_row_is_in_every_row(regime):
     student, teacher, target = make(dtype=torch.float32)
-    target[[5, 60]] = -100
-    student[5], teacher[60] = NAN, INF
+    target[[5, 30]] = -100
+    student[5], teacher[30] = NAN, INF
     loss, parts, gradient = run(student, teacher, target)
     assert loss.isfinite() and parts.isfinite().all() and gradient.isfinite().all()
     for tensor in (student, teacher):
-        kept = tensor[41, 44].clone()
-        tensor[41, 44] = NAN
+        kept = tensor[21, 44].clone()
+        tensor[21, 44] = NAN
         loss, parts, gradient = run(student, teacher, target, reduction="sum")
         assert loss.isnan() and parts[1].isnan()
         assert gradient.isnan().all(1).tolist() == (target != -100).tolist()
-        tensor[41, 44] = kept
+        tensor[21, 44] = kept
 
 
 def test_target_out_of_range_is_a_row_of_nan(regime):
@@ -167,7 +166,7 @@ def test_without_gradient():
 
 
 def test_same_input_same_bits(regime):
-    arguments = make(30, dtype=torch.float32)
+    arguments = make(20, dtype=torch.float32)
     for first, second in zip(run(*arguments), run(*arguments), strict=True):
         assert torch.equal(first, second)
 

@@ -24,7 +24,6 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
 pytestmark = [
-    pytest.mark.usefixtures("quick_interpreter"),
     pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # NumPy, of the interpreter's inf and NaN
 ]
 

@@ -14,7 +14,6 @@ from uskd_cases import FUSED, make, run
 from fused_kd import USKDLoss, uskd_loss
 
 pytestmark = [
-    pytest.mark.usefixtures("quick_interpreter"),
     pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # NumPy, of the interpreter's inf and NaN
 ]
 
