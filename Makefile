@@ -18,7 +18,7 @@ test: $(VENV)/tested
 train: $(VENV)/ready
 	$(BIN)/python examples/train.py --model cnn-small --loss ce --epochs 4 --batch-size 128 --out runs/ce --resume
 
-# The paper's comparison in small: 25 training runs and what a step costs, into docs/study.md. An interrupted one
+# The paper's comparison in small: 28 training runs and what a step costs, into docs/study.md. An interrupted one
 # goes on.
 study: $(VENV)/ready
 	$(BIN)/python -m examples.study --out runs/study --page docs/study.md --update README.md
