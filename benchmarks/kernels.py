@@ -32,9 +32,11 @@ from benchmarks.report import lines, replace_block
 from fused_kd.backends.triton import Launch
 
 ROOT = Path(__file__).parent.parent
-#: Blocks of a document: a row for each kernel of the selection, a line for each function of the whole matrix.
+#: Blocks of a document: a row for each kernel of the selection, a line for each function of the whole matrix, and of
+#: that part of it which has weights per row.
 BEGIN, END = "<!-- kernels:begin -->", "<!-- kernels:end -->"
 FULL_BEGIN, FULL_END = "<!-- kernels-full:begin -->", "<!-- kernels-full:end -->"
+WEIGHTED_BEGIN, WEIGHTED_END = "<!-- kernels-weighted:begin -->", "<!-- kernels-weighted:end -->"
 #: Shared memory that a block can have, in bytes, by compute capability.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 #: What ranking on chip may take: what every GPU since sm_80 gives a block, the smaller ones included.
@@ -192,9 +194,9 @@ def _readable(name: str) -> str:
 Task = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
-def tasks_of(losses: Sequence[str], full: bool, capabilities: Sequence[int]) -> list[Task]:
-    """A compilation of every distinct kernel for every GPU."""
-    jobs = kernel_cases.distinct(losses, full)
+def tasks_of(losses: Sequence[str], full: bool, capabilities: Sequence[int], weighted: bool = False) -> list[Task]:
+    """A compilation of every distinct kernel for every GPU; only those with weights per row, if ``weighted``."""
+    jobs = [job for job in kernel_cases.distinct(losses, full) if job.call.weighted or not weighted]
     return [(compile_triton, (job.call, job.number, c, job.loss)) for job in jobs for c in capabilities]
 
 
@@ -318,16 +320,21 @@ def print_summary(rows: list[Row], console: Console) -> None:
     console.print(table)
 
 
-def read_rows(path: Path, parser: argparse.ArgumentParser) -> tuple[list[Row], int]:
-    """The rows of an earlier run, and how many problems they have."""
-    try:
-        rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))
-        for row in rows:
-            for name in ("loads", "stores"):
-                row[name] = {int(width): count for width, count in row[name].items()}
-        return rows, sum(len(problems(row)) for row in rows)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        parser.error(f"--read {path}: expected what --json wrote, got {type(error).__name__}: {error}")
+def read_rows(paths: Sequence[Path], parser: argparse.ArgumentParser) -> tuple[list[Row], int]:
+    """The rows of earlier runs, and how many problems they have."""
+    rows: list[Row] = []
+    broken = 0
+    for path in paths:
+        try:
+            found: list[Row] = json.loads(path.read_text(encoding="utf-8"))
+            for row in found:
+                for name in ("loads", "stores"):
+                    row[name] = {int(width): count for width, count in row[name].items()}
+            broken += sum(len(problems(row)) for row in found)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            parser.error(f"--read {path}: expected what --json wrote, got {type(error).__name__}: {error}")
+        rows += found
+    return rows, broken
 
 
 def compile_rows(args: argparse.Namespace, parser: argparse.ArgumentParser) -> tuple[list[Row], int]:
@@ -339,9 +346,9 @@ def compile_rows(args: argparse.Namespace, parser: argparse.ArgumentParser) -> t
     except ValueError:
         parser.error(f"--arch: expected numbers such as 90, got {args.arch!r}")
     losses = list(kernel_cases.CASES) if args.loss == "all" else [] if args.loss == "none" else [args.loss]
-    tasks = tasks_of(losses, args.full, capabilities)
+    tasks = tasks_of(losses, args.full, capabilities, args.weighted)
     errors = Console(stderr=True)
-    if not args.no_cuda:
+    if not args.no_cuda and not args.weighted:
         if nvcc() is None:
             errors.print("no nvcc: the CUDA sources are left out", highlight=False)
         else:
@@ -369,6 +376,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--full", action="store_true", help="every configuration that dispatch can choose; over an hour"
     )
+    parser.add_argument("--weighted", action="store_true", help="Triton's kernels with weights per row alone")
     parser.add_argument("--part", metavar="K/N", default="1/1", help="the K-th of N parts, for N machines")
     parser.add_argument(
         "--loss", choices=[*kernel_cases.CASES, "all", "none"], default="all", help="of Triton's kernels"
@@ -378,8 +386,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sources", metavar="NAME,...", help="of csrc/cuda; default: all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
-    parser.add_argument("--read", type=Path, metavar="FILE", help="show the rows that --json wrote; compile nothing")
-    parser.add_argument("--update", type=Path, metavar="FILE.md", help=f"write a table between {BEGIN} and {END}")
+    parser.add_argument(
+        "--read", type=Path, nargs="+", metavar="FILE", help="show the rows that --json wrote; compile nothing"
+    )
+    parser.add_argument(
+        "--update", type=Path, metavar="FILE.md",
+        help=f"write a table between {BEGIN} and {END}, of --full kernels-full, of both --full and --weighted "
+        "kernels-weighted",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     start = time.monotonic()
     rows, broken = read_rows(args.read, parser) if args.read else compile_rows(args, parser)
@@ -389,7 +403,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     if args.update:
         if args.full:
-            replace_block(args.update, FULL_BEGIN, FULL_END, markdown_summary(rows))
+            begin, end = (WEIGHTED_BEGIN, WEIGHTED_END) if args.weighted else (FULL_BEGIN, FULL_END)
+            replace_block(args.update, begin, end, markdown_summary(rows))
         else:
             replace_block(args.update, BEGIN, END, markdown(rows))
     console.print(f"{len(rows)} kernels, {broken} problems, {time.monotonic() - start:.0f} s")

@@ -139,6 +139,12 @@ def test_rules_of_odd_rows_and_wide_logits():
     assert kernels.problems({**GOOD, "writes": False, "stores": {4: 3}}) == [], "forward only"
 
 
+def test_weighted_calls_alone():
+    tasks = kernels.tasks_of(["nkd", "uskd"], False, [90], True)
+    assert tasks and all(arguments[0].weighted for _, arguments in tasks)
+    assert len(tasks) < len(kernels.tasks_of(["nkd", "uskd"], False, [90]))
+
+
 def test_rows_of_an_earlier_run(tmp_path, capsys):
     more = {"source": "triton", "loss": "nkd", "instructions": 9, "exponentials": 1, "seconds": 0.5}
     path, document = tmp_path / "kernels.json", tmp_path / "kernels.md"
@@ -150,6 +156,10 @@ def test_rows_of_an_earlier_run(tmp_path, capsys):
     assert "| rows_on_chip | 90 | 2 | 64–72 | 512 | 1 spill | 16 B | 1 s | 0.5 s |" in text
     assert "2 kernels, of which 1 break a rule." in text
     assert f"{kernels.BEGIN}\n{kernels.END}" in text, "the selection's block is another"
+    document.write_text(f"{kernels.FULL_BEGIN}\n{kernels.FULL_END}\n{kernels.WEIGHTED_BEGIN}\n{kernels.WEIGHTED_END}\n")
+    assert kernels.main(["--read", str(path), str(path), "--full", "--weighted", "--update", str(document)]) == 1
+    assert "4 kernels, 2 problems" in capsys.readouterr().out
+    assert "| rows_on_chip | 90 | 4 |" in document.read_text().partition(kernels.WEIGHTED_BEGIN)[2]
     path.write_text("[{}]")
     with pytest.raises(SystemExit, match="2"):
         kernels.main(["--read", str(path)])
