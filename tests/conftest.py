@@ -37,6 +37,12 @@ def backend(request):
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    """Random inputs are a test's own, whichever tests the process has run before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def native():
     """The native backend's module, restored afterwards."""
