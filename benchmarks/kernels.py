@@ -2,7 +2,7 @@
 
 Every Triton kernel that dispatch can choose is compiled ahead of time, and every CUDA source by nvcc, for GPUs that
 need not be there; registers, shared memory, spills and the width of loads are read out of the machine code, and held
-against rules that a kernel in use must keep (:func:`problems`, which the tests share).
+against the rules of :mod:`benchmarks.kernel_rules`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from benchmarks import kernel_cases
+from benchmarks.kernel_rules import ONE_INPUT, RANKED_SHARED, SHARED_LIMIT, Row, problems
 from benchmarks.report import lines, replace_block
 from fused_kd.backends.triton import Launch
 
@@ -37,49 +38,6 @@ ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- kernels:begin -->", "<!-- kernels:end -->"
 FULL_BEGIN, FULL_END = "<!-- kernels-full:begin -->", "<!-- kernels-full:end -->"
 WEIGHTED_BEGIN, WEIGHTED_END = "<!-- kernels-weighted:begin -->", "<!-- kernels-weighted:end -->"
-#: Shared memory that a block can have, in bytes, by compute capability.
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-#: What ranking on chip may take: what every GPU since sm_80 gives a block, the smaller ones included.
-RANKED_SHARED = 99 * 1024
-REGISTERS = 65536  # of a multiprocessor
-ROW_KERNELS = ("rows_on_chip", "rows_looped")
-RANK_KERNELS = ("target_probabilities", "ranked_on_chip", "write_keys", "combine_ranked")
-ONE_INPUT = ("target_probabilities", "combine_ranked")
-
-Row = dict[str, Any]
-
-
-def problems(row: Row) -> list[str]:
-    """Which rules a compiled kernel breaks."""
-    name = f"{row['kernel']} of {row['case']}, sm_{row['capability']}"
-    if row["library"]:
-        return []  # CUB's own choices for sorting in global memory, which spill some bytes
-    found = []
-    if row["stack"] or row["local"] or row["spilled"]:
-        found.append(
-            f"{name}: spills: {row['stack']} bytes of stack, {row['local']} instructions on local memory, "
-            f"{row['spilled']} bytes spilled at {row['registers']} registers"
-        )
-    limit = min(SHARED_LIMIT.get(row["capability"], RANKED_SHARED), row["shared_limit"])
-    if row["shared"] > limit:
-        found.append(f"{name}: {row['shared']} bytes of shared memory, {limit} at most")
-    if row["registers"] * row["threads"] > REGISTERS:
-        found.append(f"{name}: {row['registers']} registers in {row['threads']} threads cannot launch")
-    # On chip a thread's part of each row is loaded in vectors, all of it; what else is loaded are targets, counts, the
-    # logits at y, and DIST's sums of columns. Rows of an odd length have no vectors there, so what is asked of them is
-    # what the plan says can be had. The loops of the looped kernel stand in the code once or unrolled.
-    loads, stores, vector = row["loads"], row["stores"], row["vector"]
-    if row["kernel"] in ROW_KERNELS and row["element_bytes"] == 2 and vector >= 8:
-        tile = max(1, 2 * row["elements"] // vector) if row["kernel"] == "rows_on_chip" else 1
-        scalar_stores = row["writes"] and not stores.get(vector)
-        if loads.get(vector, 0) < row["inputs"] * tile or scalar_stores:
-            found.append(f"{name}: expected rows in vectors of {vector} bytes, got {loads} and {stores}")
-    # These read their rows more than once, after the ranking in another order: one wide load of each row at least.
-    if row["kernel"] in RANK_KERNELS and row["element_bytes"] == 2 and vector >= 8:
-        wide = sum(count for width, count in loads.items() if width >= 8)
-        if wide < row["inputs"]:
-            found.append(f"{name}: expected rows in vectors of 8 bytes at least, got {loads}")
-    return found
 
 
 def compile_triton(case: kernel_cases.Call, number: int, capability: int, loss: str) -> Row:
@@ -402,9 +360,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     if args.update:
-        if args.full:
-            begin, end = (WEIGHTED_BEGIN, WEIGHTED_END) if args.weighted else (FULL_BEGIN, FULL_END)
-            replace_block(args.update, begin, end, markdown_summary(rows))
+        if args.full and args.weighted:
+            replace_block(args.update, WEIGHTED_BEGIN, WEIGHTED_END, markdown_summary(rows))
+        elif args.full:
+            replace_block(args.update, FULL_BEGIN, FULL_END, markdown_summary(rows))
         else:
             replace_block(args.update, BEGIN, END, markdown(rows))
     console.print(f"{len(rows)} kernels, {broken} problems, {time.monotonic() - start:.0f} s")

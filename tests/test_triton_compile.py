@@ -22,6 +22,7 @@ from fused_kd.backends import triton_config
 
 pytest.importorskip("rich")
 from benchmarks import kernels
+from benchmarks.kernel_rules import problems
 
 ROOT = Path(__file__).parent.parent
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
@@ -118,25 +119,25 @@ GOOD = {
     ],
 )
 def test_rules(change, complaint):
-    assert kernels.problems(GOOD) == []
-    (found,) = kernels.problems({**GOOD, **change})
+    assert problems(GOOD) == []
+    (found,) = problems({**GOOD, **change})
     assert complaint in found
-    assert kernels.problems({**GOOD, **change, "library": True}) == []
+    assert problems({**GOOD, **change, "library": True}) == []
 
 
 def test_rules_of_ranked_rows():
     """One wide load of each row: after the ranking it is read in another order."""
     row = {**GOOD, "kernel": "ranked_on_chip", "loads": {2: 16, 8: 1, 16: 1}}
-    assert kernels.problems(row) == []
-    (found,) = kernels.problems({**row, "loads": {2: 16, 8: 1}})
+    assert problems(row) == []
+    (found,) = problems({**row, "loads": {2: 16, 8: 1}})
     assert "expected rows in vectors of 8 bytes at least" in found
-    assert kernels.problems({**row, "loads": {2: 16}, "vector": 2}) == []
+    assert problems({**row, "loads": {2: 16}, "vector": 2}) == []
 
 
 def test_rules_of_odd_rows_and_wide_logits():
-    assert kernels.problems({**GOOD, "vector": 2, "loads": {2: 18}, "stores": {2: 8}}) == []
-    assert kernels.problems({**GOOD, "element_bytes": 4, "loads": {4: 18}, "stores": {4: 8}}) == []
-    assert kernels.problems({**GOOD, "writes": False, "stores": {4: 3}}) == [], "forward only"
+    assert problems({**GOOD, "vector": 2, "loads": {2: 18}, "stores": {2: 8}}) == []
+    assert problems({**GOOD, "element_bytes": 4, "loads": {4: 18}, "stores": {4: 8}}) == []
+    assert problems({**GOOD, "writes": False, "stores": {4: 3}}) == [], "forward only"
 
 
 def test_weighted_calls_alone():
