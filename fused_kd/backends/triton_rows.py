@@ -30,9 +30,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# NaN is no constant of a module here: the JIT compares these with != at every launch, and would refuse the second.
 _NEG_INF = tl.constexpr(float("-inf"))
 _INF = tl.constexpr(float("inf"))
-_NAN = tl.constexpr(float("nan"))
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 #: The row losses, as in fused_kd/registry.py.
@@ -335,4 +335,4 @@ def load_index(target, row, inside, stride, ignore_index, classes):
     index = tl.load(target + row * stride, mask=inside, other=0).to(tl.int64)
     counted = inside & (index != ignore_index)
     in_range = (index >= 0) & (index < classes)
-    return tl.where(in_range, index, 0).to(tl.int32), counted, tl.where(in_range, 1.0, _NAN)
+    return tl.where(in_range, index, 0).to(tl.int32), counted, tl.where(in_range, 1.0, float("nan"))

@@ -40,7 +40,6 @@ from fused_kd.backends.triton_targets import (
 )
 
 _NEG_INF = tl.constexpr(float("-inf"))
-_NAN = tl.constexpr(float("nan"))
 _NO_CLASS = tl.constexpr(2147483647)
 #: What a position votes for that has a NaN, and the number of voted classes of its row.
 BROKEN = tl.constexpr(-1)
@@ -279,7 +278,7 @@ def zipf_rows(
     )
     here = tl.load(voted + row, mask=counted, other=0)
     broken = (here == BROKEN) | (s_0 != s_0) | (s_1 != s_1)
-    poison = tl.where(broken, _NAN, 0.0 * (valid + z + targets[2] + targets[3] + v_rest))
+    poison = tl.where(broken, float("nan"), 0.0 * (valid + z + targets[2] + targets[3] + v_rest))
     # An infinite logit of a target has no cross-entropy, which need not be wanted.
     wanted = ce_weight != 0.0
     ce = tl.where(wanted, ce, 0.0)
