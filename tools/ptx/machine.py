@@ -1,0 +1,250 @@
+"""Runs the threads: jumps, meeting points, barriers, and the order of warps."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+
+from tools.ptx import warps
+from tools.ptx.counters import kinds_of
+from tools.ptx.instructions import compile_instruction
+from tools.ptx.instructions.common import Run, known
+from tools.ptx.instructions.floats import remember_product
+from tools.ptx.memory import SECTOR, Memory
+from tools.ptx.parse import Instruction, Module, number
+from tools.ptx.state import Options, Size, State
+from tools.ptx.types import BITS, Array, Fault, Unsupported
+
+_JUMPS = ("bra", "brx", "ret", "exit", "trap")
+#: Instructions of one batch of blocks, a straight run counted as many as it has: more is an endless loop.
+LIMIT = 50_000_000
+
+
+class Straight(NamedTuple):
+    """Instructions that run one after the other, and the jump or meeting point at their end, if there is one."""
+
+    runs: list[Run]
+    last: Instruction | None
+    length: int
+    kinds: Counter[str]
+
+
+class Result(NamedTuple):
+    """``problems``: what no GPU refuses but no program should do, such as races, and how often. ``counts``: sectors,
+    bytes, shuffles, barriers, and instructions of warps by kind."""
+
+    problems: Counter[str]
+    counts: Counter[str]
+
+
+def launch(
+    module: Module,
+    name: str,
+    memory: Memory,
+    grid: Size,
+    block: Size,
+    shared_bytes: int,
+    params: bytes,
+    options: Options | None = None,
+) -> Result:
+    """Runs a kernel. Its arrays in ``memory`` then have what it wrote.
+
+    Raises:
+        Fault: an access out of bounds or misaligned, a deadlock, a trap, more threads than the kernel is made for.
+        Unsupported: an instruction that is not known.
+    """
+    options = options or Options()
+    function = module.functions[name]
+    threads = block[0] * block[1] * block[2]
+    if threads > (function.maxntid or 1024):
+        raise Fault(f"{name}: {threads} threads in a block, made for {function.maxntid or 1024} at the most")
+    globals_at = {
+        label: memory.add(np.frombuffer(variable.value, np.uint8).copy()) for label, variable in module.globals.items()
+    }
+    widths = [BITS[i.types[-1]] // 8 for i in function.code if i.opcode in ("ld", "ldu", "st", "atom", "red")]
+    memory.load(min([*widths, 2 if any(i.opcode.endswith("matrix") for i in function.code) else 16, 16]))
+    problems: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    number_of_blocks = grid[0] * grid[1] * grid[2]
+    together = max(1, options.lanes // threads)
+    with np.errstate(all="ignore"):
+        for first in range(0, number_of_blocks, together):
+            blocks = range(first, min(first + together, number_of_blocks))
+            state = State(module, function, memory, grid, block, blocks, shared_bytes, params, globals_at, options)
+            Machine(state).run()
+            problems += state.problems
+            counts += state.counts
+    counts["threads"] = threads * number_of_blocks
+    for how, sectors in memory.touched.items():
+        counts[f"{how} bytes of memory"] = SECTOR * int(sectors.sum())
+    memory.store()
+    return Result(problems, counts)
+
+
+class Machine:
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self.code = state.function.code
+        starts = {0, *state.function.labels.values()}
+        for n, i in enumerate(self.code):
+            if i.opcode in _JUMPS:
+                starts.add(n + 1)
+            elif i.opcode in warps.TOGETHER:
+                starts |= {n, n + 1}
+        ordered = sorted(start for start in starts if start < len(self.code))
+        self.at = {start: k for k, start in enumerate(ordered)}
+        self.straights = [
+            self._compile(self.code[start:end])
+            for start, end in zip(ordered, [*ordered[1:], len(self.code)], strict=True)
+        ]
+        self.place = np.zeros(state.lanes, np.int64)  # the straight that each thread is at
+        self.done = np.zeros(state.lanes, np.bool_)
+        self.waiting = np.zeros(state.lanes, np.bool_)
+        self.visits = np.zeros(len(self.straights), np.int64)
+
+    def _compile(self, instructions: list[Instruction]) -> Straight:
+        last = instructions[-1] if instructions[-1].opcode in (*_JUMPS, *warps.TOGETHER) else None
+        if last is not None and last.opcode == "bra" and last.operands[-1] not in self.state.function.labels:
+            raise Unsupported(f"{last}: label {last.operands[-1]}, which is not there")
+        runs = []
+        self.state.products = {}
+        for i in instructions[: -1 if last else None]:
+            runs.append(compile_instruction(self.state, i))
+            if self.state.options.fuse:
+                remember_product(self.state, i)
+        return Straight(runs, last, len(instructions), kinds_of(instructions))
+
+    def run(self) -> None:
+        state, steps = self.state, 0
+        while not self.done.all():
+            runnable = self._turn(~(self.done | self.waiting))
+            at = int(self.place[runnable].min())  # those that lag behind go on, so that ways meet again
+            mask = runnable & (self.place == at)
+            straight = self.straights[at]
+            everyone = None if mask.all() else mask
+            for run in straight.runs:
+                run(everyone)
+            self.visits[at] += state.warps if everyone is None else len(np.unique(state.warp[mask]))
+            steps += straight.length
+            if steps > LIMIT:
+                raise Fault(f"no end after {LIMIT} instructions")
+            if straight.last is None:
+                self.place[mask] = at + 1
+            elif straight.last.opcode in _JUMPS:
+                self._jump(straight.last, at, mask)
+            else:
+                self._meet(straight.last, at, mask)
+            self.done |= self.place >= len(self.straights)
+        for straight, visits in zip(self.straights, self.visits, strict=True):
+            for kind, times in straight.kinds.items():
+                state.counts[kind] += times * int(visits)
+
+    def _turn(self, runnable: Array) -> Array:
+        """Of the threads that can go on, those whose turn it is."""
+        if not runnable.any():
+            at = sorted({str(self.straights[k].last) for k in self.place[self.waiting]})
+            raise Fault(f"deadlock: {int(self.waiting.sum())} threads wait at {'; '.join(at[:4])}")
+        schedule = self.state.options.schedule
+        if schedule == "together":
+            return runnable
+        if schedule not in ("forward", "backward"):
+            raise ValueError(f"schedule: expected 'together', 'forward' or 'backward', got {schedule!r}")
+        able = self.state.warp_in_block[runnable]
+        return runnable & (self.state.warp_in_block == (able.min() if schedule == "forward" else able.max()))
+
+    def _guarded(self, i: Instruction, mask: Array) -> Array:
+        if i.guard is None:
+            return mask
+        return mask & self.state.source(f"!{i.guard}" if i.negated else i.guard, "pred")()
+
+    def _jump(self, i: Instruction, at: int, mask: Array) -> None:
+        taken = self._guarded(i, mask)
+        self.place[mask & ~taken] = at + 1
+        if i.opcode in ("ret", "exit"):
+            self.done |= taken
+            if self.waiting.any():
+                self._open_barriers()
+        elif i.opcode == "bra":
+            self.place[taken] = self.at.get(self.state.function.labels[i.operands[-1]], len(self.straights))
+        elif i.opcode == "brx":
+            table = np.array(
+                [self.at[self.state.function.labels[x]] for x in self.state.function.tables[i.operands[1]]]
+            )
+            index = self.state.source(i.operands[0], "u32")()[taken]
+            if (index >= len(table)).any():
+                raise Fault(f"jump past its table: {i}")
+            self.place[taken] = table[index]
+        elif taken.any():
+            raise Fault(f"trap: {i}")
+
+    def _meet(self, i: Instruction, at: int, mask: Array) -> None:
+        taken = self._guarded(i, mask)
+        self.place[mask & ~taken] = at + 1
+        if i.opcode == "activemask":
+            warps.operate(self.state, i, taken)
+            self.place[taken] = at + 1
+            return
+        self.waiting |= taken
+        if i.opcode in ("bar", "barrier") and "warp" not in i.modifiers:
+            self._open_barriers()
+        else:
+            self._meet_in_warp(i, at)
+
+    def _meet_in_warp(self, i: Instruction, at: int) -> None:
+        """Goes on with the warps in which everyone has come whom the mask names."""
+        state = self.state
+        here = self.waiting & (self.place == at)
+        came, gone = warps.ballot(state, here), warps.ballot(state, self.done)
+        size = np.minimum(32, self.state.threads - 32 * state.warp_in_block)
+        named = warps.members(state, i) & ((1 << size) - 1)
+        if (here & (named >> state.lane_in_warp & 1 == 0)).any():
+            state.problem("a thread is not in its own mask", i)
+        if (here & (named & gone != 0)).any():
+            state.problem("the mask names threads that have ended", i)
+        ready = here & (named & ~gone & ~came == 0)
+        if not ready.any():
+            return
+        warps.operate(state, i, ready)
+        self.waiting &= ~ready
+        self.place[ready] = at + 1
+
+    def _open_barriers(self) -> None:
+        """Blocks all of whose threads wait at barriers, or have ended, go on."""
+        state = self.state
+        barriers = {
+            int(k): last
+            for k in np.unique(self.place[self.waiting])
+            if (last := self.straights[k].last) and last.opcode in ("bar", "barrier") and "warp" not in last.modifiers
+        }
+        arrived = self.waiting & np.isin(self.place, list(barriers))
+        number_here = np.bincount(state.block_here[arrived], minlength=state.blocks)
+        left = np.bincount(state.block_here[~self.done], minlength=state.blocks)
+        opened = (number_here == left) & (number_here > 0)
+        go = arrived & opened[state.block_here]
+        if not go.any():
+            return
+        for k, i in barriers.items():
+            here = go & (self.place == k)
+            if here.any():
+                self._barrier(i, here)
+        self.waiting &= ~go
+        self.place[go] += 1
+        state.epoch[opened] += 1
+        state.counts["barriers"] += int(opened.sum())
+
+    def _barrier(self, i: Instruction, here: Array) -> None:
+        known(i, "sync", "aligned", "red", "popc", "and", "or", "cta")
+        state, operands = self.state, list(i.operands)
+        if "red" in i.modifiers:
+            predicate = state.source(operands.pop(), "pred")()
+            ones = np.bincount(state.block_here[here & predicate], minlength=state.blocks)[state.block_here]
+            everyone = np.bincount(state.block_here[here], minlength=state.blocks)[state.block_here]
+            name = operands.pop(0)
+            if "popc" in i.modifiers:
+                state.target(name, "u32")(ones.astype(np.uint32), here)
+            else:
+                state.target(name, "pred")(ones == everyone if "and" in i.modifiers else ones > 0, here)
+        if len(operands) > 1 and (operands[1].startswith("%") or number(operands[1]) != state.threads):
+            raise Unsupported(f"{i}: a barrier of some of the threads")
