@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from tools.ptx.memory import LOCAL, PARAM, SECTOR, SHARED, Memory, Shadow
+from tools.ptx.memory import LOCAL, PARAM, SECTOR, SHARED, Memory, Shadow, scatter
 from tools.ptx.numerics import Approximation
 from tools.ptx.parse import Function, Instruction, Module, bits_of, number
 from tools.ptx.types import BITS, NUMPY, SIGNED, UNSIGNED, Array, Fault, Unsupported, as_type
@@ -272,6 +272,10 @@ class State:
             self.problem("shared memory is read that nobody has written", instruction)
         for text in wrong:
             self.problem(f"{space} memory: {text}", instruction)
+
+    def store(self, memory: Array, places: Array, values: Array, instruction: Instruction) -> None:
+        if not scatter(memory, places, values):
+            self.problem("threads write different values to one place", instruction)
 
     def problem(self, text: str, instruction: Instruction) -> None:
         self.problems[f"{text}: {instruction}"] += 1

@@ -8,7 +8,7 @@ import numpy as np
 
 from tools.ptx.instructions.common import known
 from tools.ptx.instructions.moves import parts
-from tools.ptx.memory import gather, scatter
+from tools.ptx.memory import gather
 from tools.ptx.parse import Instruction
 from tools.ptx.state import State
 from tools.ptx.types import Array, Fault, Unsupported
@@ -156,7 +156,7 @@ def _matrices(state: State, i: Instruction, mask: Array) -> None:
             if load:
                 words[lanes] |= gather(memory, places, 2).astype(np.uint32) << np.uint32(16 * half)
             else:
-                scatter(memory, places, (words[lanes] >> np.uint32(16 * half)).astype(np.uint16))
+                state.store(memory, places, (words[lanes] >> np.uint32(16 * half)).astype(np.uint16), i)
         if load:
             state.target(name, "b32")(words, mask)
 

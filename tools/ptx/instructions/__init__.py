@@ -40,7 +40,7 @@ def compile_instruction(state: State, i: Instruction) -> Run:
 def _compiler(i: Instruction) -> Compiler:
     if i.opcode in GENERAL:
         return GENERAL[i.opcode]
-    kind = i.types[-1] if i.types else None
+    kind = i.types[0] if i.types else None  # the result's
     if kind in ("f32", "f64", "f32x2"):
         table = floats.OPCODES
     elif kind in ("f16", "bf16", "f16x2", "bf16x2"):

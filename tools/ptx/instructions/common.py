@@ -13,8 +13,11 @@ Compiler = Callable[[State, Instruction], Run]
 ROUNDINGS = ("rn", "rz", "rm", "rp")
 
 
-def known(i: Instruction, *words: str) -> None:
-    """Refuses modifiers that are neither types nor among the words: none is passed over."""
+def known(i: Instruction, *words: str, types: int = 1) -> None:
+    """Refuses modifiers that are neither types, of which there are to be so many at the most, nor among the words: none
+    is passed over."""
+    if len(i.types) > types:
+        raise Unsupported(f"types {', '.join(i.types)}")
     for word in i.modifiers:
         if word not in words and word not in i.types:
             raise Unsupported(f"modifier .{word}")

@@ -38,7 +38,7 @@ def relation(name: str, floating: bool) -> Callable[[Array, Array], Array]:
 def _compare(state: State, i: Instruction) -> Run:
     name, *rest = i.modifiers
     join = next((word for word in rest if word in _JOIN), None)
-    known(i, name, "ftz", *_JOIN)
+    known(i, name, "ftz", *_JOIN, types=2 if i.opcode == "set" else 1)
     kind = i.types[-1]
     if name in _UNSIGNED and not is_float(kind):
         name, kind = _UNSIGNED[name], f"u{BITS[kind]}"

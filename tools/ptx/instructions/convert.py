@@ -17,7 +17,7 @@ _TO_INTEGER: dict[str, Callable[[Array], Array]] = {"rni": np.rint, "rzi": np.tr
 
 
 def _convert(state: State, i: Instruction) -> Run:
-    known(i, *ROUNDINGS, *_TO_INTEGER, "ftz", "sat")
+    known(i, *ROUNDINGS, *_TO_INTEGER, "ftz", "sat", types=2)
     to, source_type = i.types
     mode = next((word for word in i.modifiers if word in ROUNDINGS or word in _TO_INTEGER), None)
     put = state.target(i.operands[0], to)

@@ -10,7 +10,7 @@ from tools.ptx.instructions.common import ROUNDINGS, Compiler, Run, known
 from tools.ptx.numerics import directed, flush, fma32, fma64, from_bf16, odd_sum
 from tools.ptx.parse import Instruction
 from tools.ptx.state import Source, State
-from tools.ptx.types import BITS, NUMPY, Array, Unsupported
+from tools.ptx.types import NUMPY, Array, Unsupported
 
 Operation = Callable[..., Array]
 
@@ -21,10 +21,11 @@ def _fma(kind: str) -> Operation:
 
 def _plain(i: Instruction, kind: str) -> Operation:
     """Rounded to the nearest."""
-    return {
+    table: dict[str, Operation] = {
         "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "fma": _fma(kind), "mad": _fma(kind),
         "sqrt": np.sqrt, "rcp": lambda a: NUMPY[kind](1) / a,
-    }[i.opcode]  # fmt: skip
+    }  # fmt: skip
+    return table[i.opcode]
 
 
 def _rounded(i: Instruction, mode: str) -> Operation:
@@ -33,7 +34,7 @@ def _rounded(i: Instruction, mode: str) -> Operation:
     def wide(function: Operation) -> Operation:
         return lambda *values: directed(function(*(value.astype(np.float64) for value in values)), mode)
 
-    exact = {
+    exact: dict[str, Operation] = {
         "add": odd_sum, "sub": lambda a, b: odd_sum(a, -b), "mul": np.multiply,
         "fma": lambda a, b, c: odd_sum(a * b, c), "mad": lambda a, b, c: odd_sum(a * b, c),
     }  # fmt: skip
@@ -41,12 +42,12 @@ def _rounded(i: Instruction, mode: str) -> Operation:
 
 
 def _arithmetic(state: State, i: Instruction) -> Run:
-    known(i, *ROUNDINGS, "ftz", "sat", "approx", "full")
     kind = i.types[-1]
     if kind == "f32x2":
         return _pairs(state, i)
     if len(i.types) > 1:
         return _mixed(state, i)
+    known(i, *ROUNDINGS, "ftz", "sat", "approx", "full")
     mode = next((word for word in i.modifiers if word in ROUNDINGS), "rn")
     if "approx" in i.modifiers or "full" in i.modifiers:
         function = _approximate(state, i, kind)
@@ -132,7 +133,7 @@ def _pairs(state: State, i: Instruction) -> Run:
 
 def _mixed(state: State, i: Instruction) -> Run:
     """add, sub and fma whose factors, or first term, have 16 bits."""
-    known(i, "rn")
+    known(i, "rn", types=2)
     result, narrow = i.types
     if result != "f32" or narrow not in ("f16", "bf16") or i.opcode not in ("add", "sub", "fma"):
         raise Unsupported("mixed types")
@@ -149,7 +150,8 @@ def _approximate(state: State, i: Instruction, kind: str) -> Operation:
     relative, wide = state.approximation.relative, np.float64
     if kind == "f64":  # rcp and rsqrt.approx.ftz.f64 make the upper word alone
         upper = np.uint64(0xFFFFFFFF00000000)
-        function = {"rcp": lambda a: 1 / a, "rsqrt": lambda a: 1 / np.sqrt(a)}[i.opcode]
+        upper_of: dict[str, Operation] = {"rcp": lambda a: 1 / a, "rsqrt": lambda a: 1 / np.sqrt(a)}
+        function = upper_of[i.opcode]
         return lambda a: (function(a).view(np.uint64) & upper).view(np.float64)
     table: dict[str, Operation] = {
         "ex2": lambda a: relative(np.exp2(a.astype(wide)), 2.0**-22),
@@ -180,7 +182,7 @@ def _sign(state: State, i: Instruction) -> Run:
 
 
 def _extreme(state: State, i: Instruction) -> Run:
-    """A number wins over NaN, but with .NaN; -0 is below 0; the sign of one may be taken off first with .xorsign."""
+    """A number wins over NaN, but with .NaN; -0 is below 0."""
     known(i, "ftz", "NaN")
     kind = i.types[-1]
     sources = [state.source(operand, kind) for operand in i.operands[1:]]
@@ -225,13 +227,13 @@ def _test(state: State, i: Instruction) -> Run:
     known(i, *words)
     kind = i.types[-1]
     smallest = np.finfo(NUMPY[kind]).smallest_normal
-    function: Operation = {
+    tests: dict[str, Operation] = {
         "finite": np.isfinite, "infinite": np.isinf, "number": lambda a: ~np.isnan(a), "notanumber": np.isnan,
         "normal": lambda a: np.isfinite(a) & (np.abs(a) >= smallest),
-        "subnormal": lambda a: np.abs(a) < smallest,
-    }[next(word for word in i.modifiers if word in words)]  # fmt: skip
+        "subnormal": lambda a: (np.abs(a) < smallest) & (a != 0),
+    }  # fmt: skip
+    function = tests[next(word for word in i.modifiers if word in words)]
     a, put = state.source(i.operands[1], kind), state.target(i.operands[0], "pred")
-    assert BITS[kind] in (32, 64)
     return lambda mask: put(function(a()), mask)
 
 

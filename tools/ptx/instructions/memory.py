@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 import re
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from tools.ptx.instructions.common import Compiler, Run
 from tools.ptx.instructions.moves import parts
-from tools.ptx.memory import gather, scatter
+from tools.ptx.memory import gather
 from tools.ptx.parse import Instruction
 from tools.ptx.state import State
 from tools.ptx.types import BITS, NUMPY, UNSIGNED, Array, Unsupported
@@ -88,7 +91,7 @@ def _store(state: State, i: Instruction) -> Run:
         lanes = _lanes(state, mask)
         memory, places = state.access(space, address(), lanes, size * len(names), i, "store")
         for k, source in enumerate(sources):
-            scatter(memory, places + size * k, source()[lanes])
+            state.store(memory, places + size * k, source()[lanes], i)
 
     return run
 
@@ -101,15 +104,14 @@ def _store_wide(state: State, i: Instruction, names: list[str]) -> Run:
         memory, places = state.access(space, address(), lanes, 16 * len(names), i, "store")
         for k, register in enumerate(registers):
             for half in (0, 1):
-                scatter(memory, places + 16 * k + 8 * half, register[lanes, half])
+                state.store(memory, places + 16 * k + 8 * half, register[lanes, half], i)
 
     return run
 
 
 def _atomic(state: State, i: Instruction) -> Run:
     """atom and red, a thread after the other. An atomic is no race with another one."""
-    kinds = ("add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec")
-    operation = next(word for word in i.modifiers if word in kinds)
+    operation = next(word for word in i.modifiers if word in _ATOMICS)
     for word in i.modifiers:
         if word not in (operation, *i.types, *_SPACES) and not _HINTS.match(word):
             raise Unsupported(f"modifier .{word}")
@@ -127,24 +129,20 @@ def _atomic(state: State, i: Instruction) -> Run:
         arrays = [source() for source in sources]
         for lane, cell in zip(lanes, places // size, strict=True):
             old[lane] = cells[cell]
-            cells[cell] = _atomic_result(operation, cells[cell], *(array[lane] for array in arrays))
+            cells[cell] = _ATOMICS[operation](cells[cell], *(array[lane] for array in arrays))
         if put:
             put(old, mask)
 
     return run
 
 
-def _atomic_result(operation: str, old: Array, value: Array, other: Array | None = None) -> Array | int:
-    if operation == "cas":
-        return other if old == value else old  # type: ignore[return-value]
-    if operation == "inc":
-        return 0 if old >= value else old + 1
-    if operation == "dec":
-        return value if old == 0 or old > value else old - 1
-    return {
-        "add": lambda: old + value, "min": lambda: min(old, value), "max": lambda: max(old, value),
-        "and": lambda: old & value, "or": lambda: old | value, "xor": lambda: old ^ value, "exch": lambda: value,
-    }[operation]()  # fmt: skip
+_ATOMICS: dict[str, Callable[..., Any]] = {
+    "add": operator.add, "min": min, "max": max, "and": operator.and_, "or": operator.or_, "xor": operator.xor,
+    "exch": lambda old, value: value,
+    "cas": lambda old, expected, value: value if old == expected else old,
+    "inc": lambda old, limit: 0 if old >= limit else old + 1,
+    "dec": lambda old, limit: limit if old == 0 or old > limit else old - 1,
+}  # fmt: skip
 
 
 OPCODES: dict[str, Compiler] = {"ld": _load, "ldu": _load, "st": _store, "atom": _atomic, "red": _atomic}

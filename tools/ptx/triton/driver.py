@@ -72,7 +72,7 @@ class _Utils:
         return module, (module, name, shared), 0, 0, 1024
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        shared = _SHARED[session.capability] * 1024
+        shared = _SHARED[device] * 1024
         return {"max_shared_mem": shared, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 65536}
 
 
@@ -133,7 +133,7 @@ class _Driver:
         return GPUTarget("cuda", session.capability, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return session.capability  # the JIT then keeps what it compiled for each apart
 
     def get_current_stream(self, device: int) -> int:
         return 0
