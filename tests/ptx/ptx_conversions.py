@@ -33,13 +33,14 @@ def to_float(to: str, come: str, mode: str) -> Definition:
 
 
 def to_integer(to: str, come: str, mode: str, ftz: bool = False) -> Definition:
-    """Out of range gives the end of the range, NaN gives 0."""
+    """Out of range gives the end of the range; NaN gives 0, or the top bit where 64 bits are on either side."""
+    nan = 1 << (width(to) - 1) if come == "f64" or width(to) == 64 else 0
     low, high = (-1 << width(to) - 1, (1 << width(to) - 1) - 1) if to[0] == "s" else (0, (1 << width(to)) - 1)
 
     def definition(a: int) -> int:
         x = unpack(a, come, ftz)
         if x.kind == "nan":
-            return 0
+            return nan
         n = (low if x.sign else high) if x.kind == "inf" else max(low, min(whole(x, mode), high))
         return n & ((1 << width(to)) - 1)
 
@@ -96,11 +97,11 @@ def conversions() -> list[Row]:
     for narrow, wide in (("f16", "f32"), ("bf16", "f32"), ("f16", "f64"), ("bf16", "f64"), ("f32", "f64")):
         out.append(Row(f"cvt.{wide}.{narrow}", wide, narrow, between(wide, narrow)))
         modes = ("rn", "rz", "rm", "rp") if narrow != "bf16" or wide == "f64" else ("rn", "rz")
-        exact = narrow != "f32"
+        exact = narrow == "bf16"
         out += [Row(f"cvt.{m}.{narrow}.{wide}", narrow, wide, between(narrow, wide, m), exact=exact) for m in modes]
     for kind in ("f16x2", "bf16x2"):
         for mode in ("rn", "rz"):
-            out.append(Row(f"cvt.{mode}.{kind}.f32", kind, "f32 f32", two(kind[:-2], mode), exact=True))
+            out.append(Row(f"cvt.{mode}.{kind}.f32", kind, "f32 f32", two(kind[:-2], mode), exact=kind[0] == "b"))
     out.append(Row("cvt.sat.f32.f32", "f32", "f32", saturated))
     out.append(Row("cvt.ftz.f32.f32", "f32", "f32", between("f32", "f32", ftz=True)))
     for mode in ("rni", "rzi", "rmi", "rpi"):

@@ -172,6 +172,8 @@ def rows() -> list[Row]:
         out.append(Row(f"{op}{suffix}.sat.f32", "f32", ins, arithmetic(op, "f32", sat=True)))
         pairs = " ".join(["f32x2"] * count)
         out.append(Row(f"{op}.rn.f32x2", "f32x2", pairs, halves(arithmetic(op, "f32"), "f32")))
+        if not suffix:
+            out.append(Row(f"{op}.f32x2", "f32x2", pairs, halves(arithmetic(op, "f32"), "f32")))
         out.append(Row(f"{op}.rn.ftz.f32x2", "f32x2", pairs, halves(arithmetic(op, "f32", ftz=True), "f32")))
         for kind in ("f16", "bf16"):
             one, two = " ".join([kind] * count), " ".join([f"{kind}x2"] * count)

@@ -147,9 +147,12 @@ def comparisons() -> list[Row]:
         ops += ["equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"] * (kind[0] == "f")
         out += [Row(f"setp.{op}.{kind}", "pred", f"{kind} {kind}", compared(op, kind)) for op in ops]
     for kind in ("f16", "bf16"):
-        out += [
-            Row(f"setp.{o}.{kind}", "pred", f"{kind} {kind}", compared(o, kind)) for o in ("lt", "neu", "nan", "ge")
-        ]
+        for op in ("eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "geu", "num", "nan"):
+            plain = compared(op, kind)
+            out.append(Row(f"setp.{op}.{kind}", "pred", f"{kind} {kind}", plain))
+            both = lambda a, b, f=plain: [f(a & 0xFFFF, b & 0xFFFF), f(a >> 16, b >> 16)]  # noqa: E731
+            form = f"setp.{op}.{kind}x2 {{d}}|{{e}}, {{a}}, {{b}};"
+            out.append(Row(f"setp.{op}.{kind}x2", "pred pred", f"{kind}x2 {kind}x2", both, form))
     out.append(Row("setp.lt.ftz.f32", "pred", "f32 f32", compared("lt", "f32", ftz=True)))
     out.append(Row("setp.eq.ftz.f32", "pred", "f32 f32", compared("eq", "f32", ftz=True)))
     for boolean in BOOLEAN:
