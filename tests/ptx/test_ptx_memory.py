@@ -20,6 +20,11 @@ MATRIX = [
 THREADS = 64
 
 
+@pytest.fixture
+def rng():
+    return np.random.default_rng(7)
+
+
 def names() -> set[str]:
     """The loads and stores that are tested here."""
     out = {f"ld.param.{kind}" for kind in TYPES} | {"cvta.to.global.u64"}

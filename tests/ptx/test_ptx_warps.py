@@ -16,6 +16,11 @@ from tools.ptx import Unsupported
 FULL = 0xFFFFFFFF
 
 
+@pytest.fixture
+def rng():
+    return np.random.default_rng(7)
+
+
 def run(body: str, *arrays: np.ndarray, threads: int = 64, declarations: str = ""):
     """None where the interpreter refuses an instruction that the kernels have not."""
     try:
