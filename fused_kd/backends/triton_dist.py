@@ -12,7 +12,6 @@ from torch import Tensor
 from fused_kd.backends import triton_config
 from fused_kd.backends.triton import Launch, acc_types
 
-
 #: For the launches that make p and q of a row's state, each of them with code of its own for one expression. Fused with
 #: what follows it, a product would not be the number whose moments were taken, and a column that hardly varies answers
 #: to the difference with up to 1e8. The option is LLVM's (.rn on every product and sum) and ptxas's (--fmad=false).
