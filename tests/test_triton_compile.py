@@ -66,6 +66,27 @@ def test_ranked_selection(tmp_path):
     }
 
 
+@needs_triton
+def test_an_option_that_does_not_reach_the_compiler_is_an_error():
+    script = """
+import torch
+from fused_kd.backends import triton as backend
+from fused_kd.backends.triton_compile import compile_launch
+x = torch.empty(4, 8, device="meta")
+launch = backend.plan_scale(x, x[:, 0], x[0, 0], x)
+compile_launch(launch, 90)
+launch.options["num_wraps"] = 4
+try:
+    compile_launch(launch, 90)
+except ValueError as error:
+    print(error)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "scale_rows: neither an argument nor an option of the compiler: ['num_wraps']" in result.stdout, result
+
+
 @needs_nvcc
 def test_cuda_selection(tmp_path):
     rows = compile_kernels(tmp_path, "--loss", "none", "--arch", "90", "--sources", "batch_sums.cu,scale_gradient.cu")

@@ -208,10 +208,12 @@ def plan_row_loss(
     launches: list[Launch] = []
     counts = plan_count(launches, target, ignore_index, reduction, need_gradient)
     columns: tuple[Tensor, Tensor, Tensor] | None = None
+    unfused: dict[str, Any] = {}
     if loss_name == "dist" and weights[1] != 0.0:
         assert factors is None  # the functional form has it as a loss of its own then
-        plan_columns = importlib.import_module("fused_kd.backends.triton_dist").plan_columns
-        columns = plan_columns(launches, student, teacher, target, loss.dtype, weights, standardize, ignore_index)
+        dist = importlib.import_module("fused_kd.backends.triton_dist")
+        columns = dist.plan_columns(launches, student, teacher, target, loss.dtype, weights, standardize, ignore_index)
+        unfused = dist.UNFUSED
     row_parts = parts if per_row else torch.empty((3, rows), dtype=loss.dtype, device=student.device)
     narrow = min(t.element_size() for t in (student, teacher, target) if t.is_floating_point())
     row_strides = [student.stride(0), teacher.stride(0), *([target_row] if probabilities else [])]
@@ -249,6 +251,7 @@ def plan_row_loss(
         "num_warps": config.warps,
         # The power of two of a float16 mean takes a few more registers, and so do partial counts, or they spill.
         "maxnreg": min(config.registers + 8 * (half or counts.how == COUNT_PARTIAL), 2048 // config.warps, 255),
+        **unfused,
     }
     if isinstance(config, triton_config.OnChip):
         kernel, programs = "rows_on_chip", -(-rows // config.rows)

@@ -12,6 +12,11 @@ from torch import Tensor
 from fused_kd.backends import triton_config
 from fused_kd.backends.triton import Launch, acc_types
 
+#: For the launches that make p and q of a row's state, each of them with code of its own for one expression. Fused with
+#: what follows it, a product would not be the number whose moments were taken, and a column that hardly varies answers
+#: to the difference with up to 1e8. The option is LLVM's (.rn on every product and sum) and ptxas's (--fmad=false).
+UNFUSED = {"enable_fp_fusion": False}
+
 
 class ColumnTerm(NamedTuple):
     """What the row kernel reads of it (their arguments of these names)."""
@@ -68,6 +73,7 @@ def plan_columns(
         "BLOCK": config.block,
         "num_warps": config.warps,
         "maxnreg": config.registers,
+        **UNFUSED,
     }
     launches.append(Launch("column_moments", chunks * blocks, arguments, options))
 
