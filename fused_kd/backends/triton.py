@@ -39,6 +39,16 @@ class Launch(NamedTuple):
     options: dict[str, Any]
 
 
+def planned(
+    kernel: str, programs: int, arguments: tuple[Any, ...], options: dict[str, Any], *, fused: bool = True
+) -> Launch:
+    """A launch of which is said whether products and sums may be fused: Triton's default changes with its releases, and
+    with it the numbers. Not where equal inputs must give equal results to the bit, since the compiler decides anew at
+    each place; so never in float64, whose exponential has branches and is fused here and there."""
+    fused = fused and options.get("ACC") != acc_types()[torch.float64]
+    return Launch(kernel, programs, arguments, {**options, "enable_fp_fusion": fused})
+
+
 @lru_cache(maxsize=1)
 def _import_failure() -> str | None:
     try:
@@ -55,9 +65,23 @@ def unavailable(device_type: str) -> str | None:
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton kernels run CUDA tensors; CPU tensors only under its interpreter (TRITON_INTERPRET=1), for tests"
     failure = _import_failure()
-    if failure is None and device_type == "cuda" and not torch.cuda.is_available():
-        return "no CUDA device"
+    if failure is None and device_type == "cuda":
+        if not torch.cuda.is_available():
+            return "no CUDA device"
+        if torch.version.hip:
+            return "the Triton kernels are made for NVIDIA GPUs, not for ROCm"
+        return _driver_failure()
     return failure
+
+
+@lru_cache(maxsize=1)
+def _driver_failure() -> str | None:
+    """Triton builds a small library at its first launch, which takes a C compiler and the CUDA driver's library."""
+    try:
+        importlib.import_module("triton.runtime").driver.active.utils  # noqa: B018 - to ask for it is to build it
+    except Exception as error:
+        return f"Triton cannot reach the GPU: {error}"
+    return None
 
 
 @lru_cache(maxsize=1)
@@ -208,12 +232,10 @@ def plan_row_loss(
     launches: list[Launch] = []
     counts = plan_count(launches, target, ignore_index, reduction, need_gradient)
     columns: tuple[Tensor, Tensor, Tensor] | None = None
-    unfused: dict[str, Any] = {}
     if loss_name == "dist" and weights[1] != 0.0:
         assert factors is None  # the functional form has it as a loss of its own then
-        dist = importlib.import_module("fused_kd.backends.triton_dist")
-        columns = dist.plan_columns(launches, student, teacher, target, loss.dtype, weights, standardize, ignore_index)
-        unfused = dist.UNFUSED
+        plan_columns = importlib.import_module("fused_kd.backends.triton_dist").plan_columns
+        columns = plan_columns(launches, student, teacher, target, loss.dtype, weights, standardize, ignore_index)
     row_parts = parts if per_row else torch.empty((3, rows), dtype=loss.dtype, device=student.device)
     narrow = min(t.element_size() for t in (student, teacher, target) if t.is_floating_point())
     row_strides = [student.stride(0), teacher.stride(0), *([target_row] if probabilities else [])]
@@ -251,7 +273,6 @@ def plan_row_loss(
         "num_warps": config.warps,
         # The power of two of a float16 mean takes a few more registers, and so do partial counts, or they spill.
         "maxnreg": min(config.registers + 8 * (half or counts.how == COUNT_PARTIAL), 2048 // config.warps, 255),
-        **unfused,
     }
     if isinstance(config, triton_config.OnChip):
         kernel, programs = "rows_on_chip", -(-rows // config.rows)
@@ -269,7 +290,7 @@ def plan_row_loss(
         counts.items, columns[2].shape[0] if columns else 0, ignore_index,
         *kernel_weights(loss_name, weights, classes), gradient_scale * known, 1.0 / gradient_scale,
     )  # fmt: skip
-    launches.append(Launch(kernel, programs, arguments, options))
+    launches.append(planned(kernel, programs, arguments, options, fused=columns is None))
 
     if not per_row:
         finish = (loss, (norm, norm), (1.0 / gradient_scale,) * 2, (half, half))
@@ -300,7 +321,7 @@ def plan_count(
     items = -(-rows // chunk)
     counts = torch.empty(items, dtype=torch.int32, device=target.device)
     arguments = (target, counts, stride, rows, chunk, ignore_index)
-    launches.append(Launch("count_chunks", items, arguments, {"num_warps": 4}))
+    launches.append(planned("count_chunks", items, arguments, {"num_warps": 4}))
     return Counts(counts, 1, items, COUNT_PARTIAL)
 
 
@@ -341,7 +362,7 @@ def plan_reduction(
             "OTHER_HALF": halves[1],
             "num_warps": 8,
         }
-        launches.append(Launch("reduce_parts", programs, arguments, options))
+        launches.append(planned("reduce_parts", programs, arguments, options))
         if last:
             return
         row_parts, rows = sums, programs
@@ -370,4 +391,4 @@ def plan_scale(gradient: Tensor, grad_output: Tensor, norm: Tensor, out: Tensor)
         "num_warps": config.warps,
     }
     arguments = (gradient, out, grad_output, norm, rows, width, stride)
-    return Launch("scale_rows", min(tiles, SCALE_PROGRAMS), arguments, options)
+    return planned("scale_rows", min(tiles, SCALE_PROGRAMS), arguments, options)
