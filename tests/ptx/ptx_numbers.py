@@ -267,6 +267,8 @@ def columns(kinds: tuple[str, ...], count: int, seed: int) -> list[list[int]]:
             row[2] = pack(negative(product(*(unpack(v, kind) for v in row[:2]))), kind) ^ rng.choice((0, 0, 1))
         elif len(set(kinds)) == 1 and len(kinds) > 1 and kinds[0] != "pred" and rng.random() < 0.15:
             row[1] = row[0] ^ rng.choice((0, 0, 1, 1 << (width(kinds[0]) - 1)))
+        if len(kinds) > 1 and len(out[0]) < 16:  # each zero and each smallest number with each
+            row[:2] = [p[n % len(p)] for p, n in zip(pools[:2], divmod(len(out[0]), 4), strict=True)]
         for values, v in zip(out, row, strict=True):
             values.append(v)
     return out
