@@ -93,7 +93,7 @@ def test_noise(name):
     function, bound = APPROXIMATE[name]
     kinds = ["f32"] * (2 if function is None else 1)
     row = Row(name, "f32", " ".join(kinds), lambda *a: 0)
-    inputs = columns(kinds, 512, 11)
+    inputs = columns(tuple(kinds), 512, 11)
     (exact,) = apply(row, inputs, False)
     (noisy,) = apply(row, inputs, False, Options(noise=1.0))
     assert (noisy,) == tuple(apply(row, inputs, False, Options(noise=1.0)))
@@ -126,7 +126,7 @@ def test_noise_is_not_in_exact_instructions():
         ("rcp.rn.f32", "f32"),
     ):
         row = Row(name, "f32", kinds, lambda *a: 0)
-        inputs = columns(kinds.split(), 512, 12)
+        inputs = columns(tuple(kinds.split()), 512, 12)
         assert apply(row, inputs, False) == apply(row, inputs, False, Options(noise=1.0))
 
 

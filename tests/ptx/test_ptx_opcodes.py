@@ -33,7 +33,7 @@ def test_opcode(row: Row):
 @pytest.mark.parametrize("kind,dtype,name", [("f32", np.float32, "fmaf"), ("f64", np.float64, "fma")])
 def test_definitions_are_the_hosts(kind, dtype, name):
     """The definitions' own arithmetic against the processor's and the C library's."""
-    values = columns([kind] * 3, 2000, 5)
+    values = columns((kind,) * 3, 2000, 5)
     code, size = ("f", 4) if kind == "f32" else ("d", 8)
     a, b, c = (np.frombuffer(b"".join(v.to_bytes(size, "little") for v in x), dtype) for x in values)
     fused = getattr(ctypes.CDLL(ctypes.util.find_library("m")), name)

@@ -130,7 +130,7 @@ def test_reduction_of_floats(op, modifier):
         ld.global.b32 %r0, [%d0];
         redux.sync.{op}{modifier}.f32 %r0, %r0, -1;
         st.global.b32 [%d0], %r0;"""
-    given = columns(["f32"], 512, 3)[0][:64] + [0x7FC00001] * 32 + [0x3F800000, 0xBF800000, 0x7FC00001, 5] * 8
+    given = columns(("f32",), 512, 3)[0][:64] + [0x7FC00001] * 32 + [0x3F800000, 0xBF800000, 0x7FC00001, 5] * 8
     values = np.array(given, np.uint32)
     if run(body, values, threads=128) is None:
         return
