@@ -155,3 +155,23 @@ def test_no_kernel_does_what_no_program_should(gpu):
     tests/ptx. Here: that something was launched at all."""
     compare("nkd", FLOAT, 100)
     assert gpu.launches and not gpu.problems
+
+
+def test_equal_keys_in_float64(gpu):
+    """Its exponential has branches, and what a compiler fuses between them differs from element to element."""
+    generator = torch.Generator().manual_seed(21)
+    student = (torch.randn(9, 16, generator=generator, dtype=torch.float64) * 8).round() / 8
+    target = torch.randint(16, (9,), generator=generator)
+    ours = gradient_of("uskd", student, student / 2, target, beta=1.0)
+    exact = gradient_of("uskd", student, student / 2, target, beta=1.0, backend="reference")
+    for value, wanted in zip(ours, exact, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-14)
+
+
+def test_keys_of_subnormal_probabilities(gpu):
+    """The hardware's exponential flushes them to 0, where they would all be equal."""
+    weak = torch.tensor([[0.0, *(-102.0 + 2 * k for k in range(7)), -88.5]])
+    student, target = torch.zeros_like(weak), torch.tensor([0])
+    _, ours = gradient_of("uskd", student, weak, target, beta=1.0, rank="weak")
+    _, exact = gradient_of("uskd", student, weak, target, beta=1.0, rank="weak", backend="reference")
+    torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)
