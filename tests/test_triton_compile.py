@@ -45,6 +45,10 @@ def test_selection(tmp_path):
     names = {row["kernel"] for row in rows}
     assert names == {"rows_on_chip", "rows_looped", "count_chunks", "reduce_parts", "scale_rows"}
     assert {row["capability"] for row in rows} == {80}
+    # Where rows are walked in vectors, the edges alone are stored one by one.
+    walked = [row for row in rows if row["kernel"] == "rows_looped" and row["vector"] == 16 and row["writes"]]
+    assert walked
+    assert all(row["stores"].get("2", 0) <= 1 for row in walked if row["element_bytes"] == 2)
 
 
 @needs_triton
