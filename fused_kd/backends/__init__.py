@@ -1,7 +1,7 @@
 """Which implementation runs, and why the others do not.
 
-A backend is a module with ``unavailable(device) -> str | None`` (the reason why it cannot run tensors of that device,
-or None) and one function per op of :mod:`fused_kd.ops`. The reference needs no module: it is
+A backend is a module with ``unavailable(device) -> str | None`` (the reason why it cannot run tensors of a device such
+as "cpu" or "cuda:1", or None) and one function per op of :mod:`fused_kd.ops`. The reference needs no module: it is
 ordinary autograd.
 """
 
@@ -31,12 +31,12 @@ def unavailable(name: str, device: torch.device | str, loss: str = "nkd") -> str
     """Why this backend cannot run a loss of tensors of that device; None if it can."""
     if name == "reference":
         return None
-    device_type = torch.device(device).type
+    device = torch.device(device)
     # Under its interpreter Triton runs on the CPU what it runs on a GPU.
-    kind = "cuda" if name == "triton" else device_type
+    kind = "cuda" if name == "triton" else device.type
     if name not in LOSSES[loss].backends.get(kind, BACKENDS):
-        return f"it has no kernel of {LOSSES[loss].title} for {device_type} tensors"
-    return _MODULES[name].unavailable(device)  # type: ignore[no-any-return]
+        return f"it has no kernel of {LOSSES[loss].title} for {device.type} tensors"
+    return _MODULES[name].unavailable(str(device))  # type: ignore[no-any-return]
 
 
 #: By backend, device and loss. Of the device rather than its type: the next GPU may be of another kind.
