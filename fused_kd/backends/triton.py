@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_kd.backends import triton_config
+from fused_kd.backends import cuda_devices, triton_config
 from fused_kd.reference import accumulation_dtype
 from fused_kd.registry import ROW_LOSSES
 
@@ -28,6 +28,9 @@ CHUNK = 16384
 COUNT_TARGETS, COUNT_PARTIAL = 1, 2
 #: Programs that share the tiles of scale_rows: 8 to 16 on each multiprocessor, and few enough to return at once.
 SCALE_PROGRAMS = 2048
+
+#: What Triton compiles for, at least: the major number of the compute capability.
+OLDEST = 7
 
 
 class Launch(NamedTuple):
@@ -59,19 +62,26 @@ def _import_failure() -> str | None:
     return None
 
 
-def unavailable(device_type: str) -> str | None:
-    if device_type not in ("cuda", "cpu"):
-        return f"Triton kernels run CUDA tensors, not {device_type} tensors"
-    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+def unavailable(device: torch.device | str) -> str | None:
+    kind = torch.device(device).type
+    if kind not in ("cuda", "cpu"):
+        return f"Triton kernels run CUDA tensors, not {kind} tensors"
+    if kind == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton kernels run CUDA tensors; CPU tensors only under its interpreter (TRITON_INTERPRET=1), for tests"
     failure = _import_failure()
-    if failure is None and device_type == "cuda":
-        if not torch.cuda.is_available():
-            return "no CUDA device"
-        if torch.version.hip:
-            return "the Triton kernels are made for NVIDIA GPUs, not for ROCm"
-        return _driver_failure()
-    return failure
+    if failure is not None or kind == "cpu":
+        return failure
+    if torch.version.hip:
+        return "the Triton kernels are made for NVIDIA GPUs, not for ROCm"
+    device = cuda_devices.resolved(device)
+    return cuda_devices.missing(device) or _too_old(device) or _driver_failure()
+
+
+def _too_old(device: torch.device) -> str | None:
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= OLDEST:
+        return None
+    return f"Triton needs compute capability {OLDEST}.0, and {cuda_devices.named(device)} has {major}.{minor}"
 
 
 @lru_cache(maxsize=1)
