@@ -139,7 +139,7 @@ def test_few_rows_stay_within_eagers_error(regime, rows, vary):
 
 @pytest.mark.parametrize("rows", (2, 3))
 def test_few_rows_that_nearly_agree(regime, rows):
-    """Sums of squares of little more than roundings, which are not negative: no NaN, and half of the digits there are."""
+    """Sums of squares of little more than roundings, not negative: no NaN, and half of the digits there are."""
     student, teacher, target = make(rows, 300, torch.float32)
     student, teacher = student[:1] + 1e-3 * student, teacher[:1] + 1e-3 * teacher
     ours = run(student, teacher, target, beta=0.0, temperature=4.0)
