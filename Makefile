@@ -4,15 +4,24 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+TRITON_TESTS := $(addprefix tests/test_triton,.py _dist.py _looped.py _uskd.py _zipf.py)
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: bench test train study kernels gpu-check gpu-profile lint format clean
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
+
+.PHONY: bench test ptx train study kernels gpu-check gpu-profile lint format clean
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks --quick
 
-# A process per core: most tests have one thread.
+# A process per core: most tests have one thread. Compiled GPU code has processes of its own, in which Triton compiles.
 test: $(VENV)/tested
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
+	$(PYTEST)
+	$(PYTEST) -p tools.ptx.triton.plugin tests/compiled
+
+# All tests of the Triton and of the CUDA kernels on compiled code, executed by tools/ptx: an hour or so.
+ptx: $(VENV)/tested
+	$(PYTEST) -p tools.ptx.triton.plugin tests/compiled $(TRITON_TESTS)
+	$(PYTEST) -p tools.ptx.cuda.plugin tests/test_cuda_on_cpu.py
 
 # A small CNN on a thousand Chinese characters drawn from the fonts that are installed; a second call shows the result.
 train: $(VENV)/ready

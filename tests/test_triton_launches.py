@@ -11,10 +11,9 @@ from fused_kd import backends
 from fused_kd.backends import triton as backend
 
 triton = pytest.importorskip("triton")
-import triton.language as tl
-from benchmarks import kernel_cases
-
-from fused_kd.backends.triton_rows import power_of_two_below
+tl = importlib.import_module("triton.language")
+kernel_cases = importlib.import_module("benchmarks.kernel_cases")
+power_of_two_below = importlib.import_module("fused_kd.backends.triton_rows").power_of_two_below
 
 CALLS = [
     kernel_cases.Case(torch.bfloat16, torch.bfloat16, 1000),
@@ -74,6 +73,9 @@ def test_a_driver_that_cannot_be_built_is_told_and_not_chosen(monkeypatch):
     runtime = importlib.import_module("triton.runtime")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(runtime.driver, "_active", Broken())
     backend._driver_failure.cache_clear()
     try:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from ptx_numbers import Near, agrees, columns, width
+
 from tools.ptx import Memory, Module, Options, launch
 
 HEAD = ".version 8.8\n.target sm_100a\n.address_size 64\n"

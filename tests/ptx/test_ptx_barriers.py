@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from ptx_kernels import CLASSES
 from ptx_programs import pack_parameters
+
 from tools.ptx import Fault, Memory, Module, Options, launch
 
 BARRIER = re.compile(r"^\s*bar\.sync\s+0\s*;[^\n]*\n", re.MULTILINE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from ptx_programs import Program
+
 from tools.ptx import Fault, Options, Unsupported
 
 SHARED = ".shared .align 16 .b8 buffer[1024];"

@@ -8,6 +8,7 @@ import numpy as np
 import ptx_corpus
 import pytest
 from ptx_programs import HEAD, Program, pack_parameters
+
 from tools.ptx import Memory, Module, Options, Unsupported, launch
 
 TYPES = [sign + bits for bits in ("8", "16", "32", "64") for sign in "bus"] + ["f32", "f64"]

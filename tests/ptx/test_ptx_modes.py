@@ -9,6 +9,7 @@ import ptx_floats
 import pytest
 from ptx_numbers import as_float, columns
 from ptx_programs import Program, Row, apply
+
 from tools.ptx import Options
 
 SHARED = ".shared .align 16 .b8 buffer[1024];"

@@ -14,6 +14,7 @@ import ptx_integers
 import pytest
 from ptx_numbers import columns
 from ptx_programs import Row, check
+
 from tools.ptx import Unsupported
 
 ROWS = [*ptx_floats.rows(), *ptx_integers.rows(), *ptx_conversions.rows()]

@@ -11,6 +11,7 @@ import ptx_floats
 import pytest
 from ptx_numbers import agrees, columns
 from ptx_programs import Program
+
 from tools.ptx import Unsupported
 
 FULL = 0xFFFFFFFF
