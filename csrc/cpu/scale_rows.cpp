@@ -25,7 +25,7 @@ void scale_rows(const ScaleArgs& args) {
             const A* g = read(gradient, row, j, n, staging);
             const bool direct = args.dtype == dtype_of<A>();
             A* target = direct ? reinterpret_cast<A*>(out) + j : staging;
-            // In a loop of its own, since the usual one must not wait for what it compares.
+            // A loop of its own for a factor that makes NaN of 0: compilers do not vectorise the comparison.
             if (finite)
                 for (int64_t i = 0; i < n; ++i)
                     target[i] = g[i] * factor;
