@@ -128,7 +128,7 @@ class Machine:
             everyone = None if mask.all() else mask
             for run in straight.runs:
                 run(everyone)
-            self.visits[at] += state.warps if everyone is None else len(np.unique(state.warp[mask]))
+            self.visits[at] += state.warps if everyone is None else state.warps_of(mask)
             steps += straight.length
             if steps > LIMIT:
                 raise Fault(f"no end after {LIMIT} instructions")
@@ -198,16 +198,18 @@ class Machine:
         """Goes on with the warps in which everyone has come whom the mask names."""
         state = self.state
         here = self.waiting & (self.place == at)
-        came, gone = warps.ballot(state, here), warps.ballot(state, self.done)
         size = np.minimum(32, self.state.threads - 32 * state.warp_in_block)
         named = warps.members(state, i) & ((1 << size) - 1)
         if (here & (named >> state.lane_in_warp & 1 == 0)).any():
             state.problem("a thread is not in its own mask", i)
-        if (here & (named & gone != 0)).any():
-            state.problem("the mask names threads that have ended", i)
-        ready = here & (named & ~gone & ~came == 0)
-        if not ready.any():
-            return
+        ready = here
+        if not here.all():
+            came, gone = warps.ballot(state, here), warps.ballot(state, self.done)
+            if (here & (named & gone != 0)).any():
+                state.problem("the mask names threads that have ended", i)
+            ready = here & (named & ~gone & ~came == 0)
+            if not ready.any():
+                return
         warps.operate(state, i, ready)
         self.waiting &= ~ready
         self.place[ready] = at + 1

@@ -26,11 +26,8 @@ class Instruction:
     opcode: str
     modifiers: tuple[str, ...]
     operands: tuple[str, ...]
+    types: list[str]  # among the modifiers
     where: str = ""
-
-    @property
-    def types(self) -> list[str]:
-        return [word for word in self.modifiers if word in BITS]
 
     def __str__(self) -> str:
         return f"{self.text} ({self.where})" if self.where else self.text
@@ -57,13 +54,13 @@ class Function:
     maxntid: int | None = None
 
     def register_type(self, name: str) -> str | None:
-        if name in self.registers:
-            return self.registers[name]
-        found = re.fullmatch(r"(.*?)(\d+)", name)
-        if found and found[1] in self.families:
-            kind, number = self.families[found[1]]
-            return kind if int(found[2]) < number else None
-        return None
+        if name not in self.registers:
+            family = name.rstrip("0123456789")
+            kind, number = self.families.get(family, ("", 0))
+            if family == name or int(name[len(family) :]) >= number:
+                return None
+            self.registers[name] = kind
+        return self.registers[name]
 
 
 class Module:
@@ -188,7 +185,8 @@ def _instruction(statement: str, where: str) -> Instruction:
     # ".shared::cta" is one word.
     opcode, *modifiers = found[3].replace("::", "__").split(".")
     operands = split_operands(found[4]) if found[4] else ()
-    return Instruction(text, found[2], found[1] == "!", opcode, tuple(modifiers), operands, where)
+    types = [word for word in modifiers if word in BITS]
+    return Instruction(text, found[2], found[1] == "!", opcode, tuple(modifiers), operands, types, where)
 
 
 def split_operands(text: str) -> tuple[str, ...]:

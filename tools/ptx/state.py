@@ -116,6 +116,10 @@ class State:
         self.local_size = max(-(-at // 16) * 16, 16)
         self.local = np.full(self.local_size * self.lanes, 0xA5, np.uint8) if at else np.zeros(0, np.uint8)
 
+    def warps_of(self, mask: Array) -> int:
+        """How many warps have threads in a mask."""
+        return self.warps if mask.all() else int(np.count_nonzero(np.bincount(self.warp[mask])))
+
     # Operands
 
     def register(self, name: str) -> Array:

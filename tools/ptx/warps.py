@@ -82,7 +82,7 @@ def _shuffle(state: State, i: Instruction, mask: Array) -> None:
         state.problem("a shuffle reads a thread outside its mask", i)
     # A warp at the end of a block may have fewer threads than 32.
     place = np.minimum(state.all_lanes - lane + source, state.lanes - 1)
-    state.counts["shuffles"] += len(np.unique(state.warp[mask]))
+    state.counts["shuffles"] += state.warps_of(mask)
     state.target(name, "b32")(value[place], mask)
     if predicate:
         state.target(predicate, "pred")(inside, mask)
