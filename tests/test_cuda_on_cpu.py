@@ -401,6 +401,12 @@ def test_a_ruined_context_is_told_by_every_call(core):
     sorted_call(core)
 
 
+def test_more_classes_than_32_bits_index(core):
+    assert core.cuda_uskd_workspace(0, 0, 2**31 - 2049, 0) > 0
+    with pytest.raises(ValueError, match="expected at most 2147481599 classes, got 2147481600"):
+        core.cuda_uskd_workspace(0, 0, 2**31 - 2048, 0)
+
+
 def test_infinite_loss_is_the_cross_entropys(core):
     """A label at a class that the student excludes."""
     student, weak, target = inputs(2, 10)
