@@ -59,6 +59,17 @@ def _devices() -> list[str]:
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
+def _gpu_count() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _gpus() -> list[tuple[str, str]]:
+    names = [torch.cuda.get_device_name(index) for index in range(_gpu_count())]
+    if len(names) > 1:
+        return [(f"GPU {index}", name) for index, name in enumerate(names)]
+    return [("GPU", names[0] if names else "none that this PyTorch can use")]
+
+
 def env(console: Console) -> int:
     facts = [
         ("fused_kd", fused_kd.__version__),
@@ -71,11 +82,11 @@ def env(console: Console) -> int:
             f"{', '.join(native.instruction_sets())} ({native.compiler()})" if native.compiler() else "not built",
         ),
         ("CUDA core", native.cuda_architectures() or native.unavailable("cuda") or ""),
-        ("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none that this PyTorch can use"),
+        *_gpus(),
     ]
     for name, value in facts:
         console.print(f"{name:<10} {value}", highlight=False, markup=False, soft_wrap=True)
-    for device in _devices():
+    for device in ("cpu", *(f"cuda:{index}" for index in range(_gpu_count()))):
         for loss in LOSSES:
             console.print(f"\n{backends.explain(device, loss)}", highlight=False, markup=False, soft_wrap=True)
     return 0
@@ -96,7 +107,7 @@ def run_check(console: Console, devices: list[str], only: list[str] | None, quic
         here = [(device, name, loss) for loss in LOSSES for name in check.runnable(device, loss)]
         jobs += [job for job in here if not only or job[1] in only]
         for name in set(only or ()) - {job[1] for job in here}:
-            backends.choose(name, torch.device(device).type)  # refuses with the reason
+            backends.choose(name, device)  # refuses with the reason
     if not jobs:
         console.print("no fused backend runs here; `python -m fused_kd env` says why", highlight=False)
         return 1

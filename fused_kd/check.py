@@ -190,6 +190,5 @@ def compare_inputs(
 
 def runnable(device: str, loss: str) -> list[str]:
     """The fused backends that can run a loss on a device."""
-    kind = torch.device(device).type
     fused = (name for name in backends.BACKENDS if name != "reference")
-    return [name for name in fused if backends.unavailable(name, kind, loss) is None]
+    return [name for name in fused if backends.unavailable(name, device, loss) is None]

@@ -282,6 +282,26 @@ def test_scale_gradient(core, dtype):
             assert torch.equal(in_place, wanted)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_stored_zero_stays_whatever_comes_in(core, dtype):
+    accumulate = torch.promote_types(dtype, torch.float32)
+    one = torch.ones((), dtype=accumulate)
+    for classes in (3, 8, 1001, 8193):
+        gradient = torch.randn(3, classes, generator=torch.Generator().manual_seed(0)).to(dtype)
+        gradient[:, ::3] = gradient[1] = 0.0
+        gradient[2, -2] = NAN
+        zeros = gradient == 0
+        for bad in (INF, NAN):
+            each = torch.tensor([bad, bad, bad], dtype=accumulate)
+            for incoming, norm in ((each, one), (each[:1].expand(3), one), (each[0], one), (one, each[0])):
+                in_place = gradient.clone()
+                for stored, out in ((gradient, torch.empty_like(gradient)), (in_place, in_place)):
+                    native_cuda.scale_gradient(core, stored, incoming, norm, out)
+                    assert torch.equal(out == 0, zeros)
+                    assert not out[~zeros].isfinite().any()
+                    assert out[2, -2].isnan()
+
+
 def test_half_precision_conversions(core):
     """Every 16-bit pattern through the kernels' loads and stores, in vectors and one by one."""
     for dtype in (torch.bfloat16, torch.float16):

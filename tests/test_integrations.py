@@ -1,6 +1,7 @@
 """The snippets of docs/integrations.md, run as they stand there: a few steps, the loss that of a direct call."""
 
 import copy
+from types import SimpleNamespace
 
 import pages
 import pytest
@@ -178,6 +179,26 @@ def test_hugging_face_language_model_with_gradient_accumulation(tmp_path):
         torch.testing.assert_close(trained.detach(), parameter.detach() - 0.1 * parameter.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("items", (0, torch.tensor(0)), ids=("number", "tensor"))
+def test_hugging_face_without_a_label(items):
+    """All prompt and padding: the loss and its gradient are 0, not 0 / 0."""
+    needs("transformers", "accelerate")
+    trainer_class = run_snippet(PAGE, "huggingface")["DistillationTrainer"]
+    student, teacher = torch.randn(2, 2, 5, CLASSES)
+    student.requires_grad_()
+    trainer = SimpleNamespace(
+        teacher=lambda **_: SimpleNamespace(logits=teacher),
+        shift_labels=True,
+        weights={"ce_weight": 1.0},
+        args=SimpleNamespace(average_tokens_across_devices=False),
+    )
+    inputs = {"labels": torch.full((2, 5), -100)}
+    outputs = SimpleNamespace(logits=student)
+    loss = trainer_class.compute_loss(trainer, lambda **_: outputs, inputs, num_items_in_batch=items)
+    assert loss == 0
+    assert not torch.autograd.grad(loss, student)[0].any()
+
+
 def test_mmengine(tmp_path):
     needs("mmengine", "cv2")
     from mmengine.model import BaseModel
@@ -244,6 +265,10 @@ def test_detection():
     by_hand = sum(weight * row for weight, row in zip(weights, rows, strict=True)) / 17.0
     torch.testing.assert_close(loss, by_hand)
     torch.testing.assert_close(gradient, torch.autograd.grad(by_hand, student)[0])
+    for nothing in (0, 0.0, torch.tensor(0.0)):  # as detectors count, where a batch has no box
+        loss = criterion(student, teacher, torch.full_like(labels, -1), weights, nothing)
+        assert loss == 0
+        assert not torch.autograd.grad(loss, student)[0].any()
 
 
 def step(task, optimizer, images, target):

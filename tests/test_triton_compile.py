@@ -45,6 +45,10 @@ def test_selection(tmp_path):
     names = {row["kernel"] for row in rows}
     assert names == {"rows_on_chip", "rows_looped", "count_chunks", "reduce_parts", "scale_rows"}
     assert {row["capability"] for row in rows} == {80}
+    # Where rows are walked in vectors, the edges alone are stored one by one.
+    walked = [row for row in rows if row["kernel"] == "rows_looped" and row["vector"] == 16 and row["writes"]]
+    assert walked
+    assert all(row["stores"].get("2", 0) <= 1 for row in walked if row["element_bytes"] == 2)
 
 
 @needs_triton
@@ -64,6 +68,27 @@ def test_ranked_selection(tmp_path):
         "combine_ranked",
         "reduce_parts",
     }
+
+
+@needs_triton
+def test_an_option_that_does_not_reach_the_compiler_is_an_error():
+    script = """
+import torch
+from fused_kd.backends import triton as backend
+from fused_kd.backends.triton_compile import compile_launch
+x = torch.empty(4, 8, device="meta")
+launch = backend.plan_scale(x, x[:, 0], x[0, 0], x)
+compile_launch(launch, 90)
+launch.options["num_wraps"] = 4
+try:
+    compile_launch(launch, 90)
+except ValueError as error:
+    print(error)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "scale_rows: neither an argument nor an option of the compiler: ['num_wraps']" in result.stdout, result
 
 
 @needs_nvcc

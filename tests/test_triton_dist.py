@@ -113,6 +113,41 @@ def test_constant_columns(regime):
     assert not ours[2].any()
 
 
+@pytest.mark.parametrize("rows", (1, 2, 3, 8, 41))
+def test_equal_rows_have_no_gradient(regime, rows):
+    """p and q are their columns' means to the bit, or a slope of 1e8 makes something of the difference: of 41 rows too,
+    a number whose reciprocal times itself is not 1 in float32."""
+    student, teacher, target = make(rows, 45, torch.float32)
+    for rows_of_s, rows_of_t in ((student[:1], teacher[:1]), (torch.zeros(1, 45), teacher[:1])):
+        pair = (x.expand(rows, -1).contiguous() for x in (rows_of_s, rows_of_t))
+        _, parts, gradient = run(*pair, target, beta=0.0, temperature=4.0)
+        assert parts[1] == 16.0
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("rows", (3, 8))
+@pytest.mark.parametrize("vary", ("both", "student", "teacher"))
+def test_few_rows_stay_within_eagers_error(regime, rows, vary):
+    student, teacher, target = make(rows, 300, torch.float32)
+    if vary == "student":
+        teacher = teacher[:1].expand(rows, -1).contiguous()
+    elif vary == "teacher":
+        student = student[:1].expand(rows, -1).contiguous()
+    outcome = check.compare_inputs("triton", student, teacher, target, {"beta": 0.0, "temperature": 4.0}, loss="dist")
+    assert outcome.passed, outcome
+
+
+@pytest.mark.parametrize("rows", (2, 3))
+def test_few_rows_that_nearly_agree(regime, rows):
+    """Sums of squares of little more than roundings, not negative: no NaN, and half of the digits there are."""
+    student, teacher, target = make(rows, 300, torch.float32)
+    student, teacher = student[:1] + 1e-3 * student, teacher[:1] + 1e-3 * teacher
+    ours = run(student, teacher, target, beta=0.0, temperature=4.0)
+    exact = run(student.double(), teacher.double(), target, backend="reference", beta=0.0, temperature=4.0)
+    torch.testing.assert_close(ours[1].double(), exact[1], rtol=1e-6, atol=0.0)
+    assert (ours[2] - exact[2]).abs().max() < 5e-3 * exact[2].abs().max()
+
+
 def test_nan_in_one_row_is_in_every_row(regime):
     student, teacher, target = make(dtype=torch.float32)
     target[[5, 30]] = -100
@@ -188,6 +223,9 @@ def test_launches(rows, classes, gamma, expected):
         logits, logits, target, None, logits, loss, parts, loss, "dist", weights, False, -100, "mean", True, 1.0
     )
     assert [launch.kernel for launch in plan] == expected
+    # Where p and q are made twice, they are to be the same numbers.
+    exact = [launch.kernel for launch in plan if launch.options.get("enable_fp_fusion") is False]
+    assert exact == [name for name in expected if gamma and name in ("column_moments", "rows_on_chip", "rows_looped")]
 
 
 @pytest.mark.parametrize("wide", (False, True))

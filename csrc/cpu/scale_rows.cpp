@@ -1,4 +1,5 @@
-// The backward pass: a stored gradient times the incoming one. Also the table of this instruction set's kernels.
+// The backward pass: a stored gradient times the incoming one; a 0 stays 0. Also the table of this instruction set's
+// kernels.
 // Compiled once per instruction set.
 #include "rows.h"
 
@@ -17,14 +18,20 @@ void scale_rows(const ScaleArgs& args) {
     for (int64_t row = 0; row < args.rows; ++row) {
         A staging[kBlock<A>], one[1];
         const A factor = A(double(*read(factors, row, 0, 1, one)) * args.norm);
+        const bool finite = factor - factor == 0;
         char* out = static_cast<char*>(args.out) + row * row_bytes;
         for (int64_t j = 0; j < args.classes; j += kBlock<A>) {
             const int64_t n = block_length<A>(args.classes, j);
             const A* g = read(gradient, row, j, n, staging);
             const bool direct = args.dtype == dtype_of<A>();
             A* target = direct ? reinterpret_cast<A*>(out) + j : staging;
-            for (int64_t i = 0; i < n; ++i)
-                target[i] = g[i] * factor;
+            // In a loop of its own, since the usual one must not wait for what it compares.
+            if (finite)
+                for (int64_t i = 0; i < n; ++i)
+                    target[i] = g[i] * factor;
+            else
+                for (int64_t i = 0; i < n; ++i)
+                    target[i] = g[i] == 0 ? g[i] : g[i] * factor;
             if (!direct) write(staging, n, out + j * element_size(args.dtype), args.dtype);
         }
     }

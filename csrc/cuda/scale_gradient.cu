@@ -1,4 +1,4 @@
-// The backward pass: a stored gradient times the incoming one and what was left to divide by.
+// The backward pass: a stored gradient times the incoming one and what was left to divide by; a 0 stays 0.
 #include "memory.h"
 
 namespace fused_kd {
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kScalingThreads) scale_rows(ScaleCall call) {
         load_chunk(in_piece, base, length, x);
 #pragma unroll
         for (int k = 0; k < kChunk; ++k)
-            x[k] *= factor;
+            x[k] *= x[k] == A(0) ? A(0) : factor; // an infinite or NaN factor would make a NaN of a 0
         store_chunk(out_piece, base, length, x);
     }
 }

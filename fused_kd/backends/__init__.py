@@ -1,7 +1,7 @@
 """Which implementation runs, and why the others do not.
 
-A backend is a module with ``unavailable(device_type) -> str | None`` (the reason why it cannot run tensors of such a
-device here, or None) and one function per op of :mod:`fused_kd.ops`. The reference needs no module: it is
+A backend is a module with ``unavailable(device) -> str | None`` (the reason why it cannot run tensors of a device such
+as "cpu" or "cuda:1", or None) and one function per op of :mod:`fused_kd.ops`. The reference needs no module: it is
 ordinary autograd.
 """
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_kd.backends import native, triton
+from fused_kd.backends import cuda_devices, native, triton
 from fused_kd.registry import LOSSES
 
 __all__ = ["BACKENDS", "Explanation", "choose", "explain", "get", "unavailable"]
@@ -27,33 +27,36 @@ def get(name: str) -> ModuleType:
     return _MODULES[name]
 
 
-def unavailable(name: str, device_type: str, loss: str = "nkd") -> str | None:
-    """Why this backend cannot run a loss of tensors of such a device; None if it can."""
+def unavailable(name: str, device: torch.device | str, loss: str = "nkd") -> str | None:
+    """Why this backend cannot run a loss of tensors of that device; None if it can."""
     if name == "reference":
         return None
+    device = torch.device(device)
     # Under its interpreter Triton runs on the CPU what it runs on a GPU.
-    kind = "cuda" if name == "triton" else device_type
+    kind = "cuda" if name == "triton" else device.type
     if name not in LOSSES[loss].backends.get(kind, BACKENDS):
-        return f"it has no kernel of {LOSSES[loss].title} for {device_type} tensors"
-    return _MODULES[name].unavailable(device_type)  # type: ignore[no-any-return]
+        return f"it has no kernel of {LOSSES[loss].title} for {device.type} tensors"
+    return _MODULES[name].unavailable(str(device))  # type: ignore[no-any-return]
 
 
-_chosen: dict[tuple[str, str, str], str] = {}
+#: By backend, device and loss. Of the device rather than its type: the next GPU may be of another kind.
+_chosen: dict[tuple[str, torch.device | str, str], str] = {}
 
 
-def _choose(backend: str, device_type: str, loss: str) -> str:
+def _choose(backend: str, device: torch.device | str, loss: str) -> str:
+    device = cuda_devices.resolved(device)
     if backend == "auto":
         # Under its interpreter Triton runs on the CPU too, a thousand times slower: never a choice of its own.
-        order = [name for name in BACKENDS if device_type == "cuda" or name != "triton"]
-        choice = next(name for name in order if unavailable(name, device_type, loss) is None)
+        order = [name for name in BACKENDS if device.type == "cuda" or name != "triton"]
+        choice = next(name for name in order if unavailable(name, device, loss) is None)
     elif backend in BACKENDS:
-        reason = unavailable(backend, device_type, loss)
+        reason = unavailable(backend, device, loss)
         if reason is not None:
-            raise RuntimeError(f"backend {backend!r} cannot run {device_type} tensors here: {reason}")
+            raise RuntimeError(f"backend {backend!r} cannot run {device} tensors here: {reason}")
         choice = backend
     else:
         raise ValueError(f"backend: expected 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
-    _chosen[backend, device_type, loss] = choice
+    _chosen[backend, device, loss] = choice
     return choice
 
 
@@ -61,28 +64,32 @@ def _choose(backend: str, device_type: str, loss: str) -> str:
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def choose(backend: str, device_type: str, loss: str = "nkd") -> str:
+def choose(backend: str, device: torch.device | str, loss: str = "nkd") -> str:
     """The backend that serves a call: the one named, if it can, or for ``"auto"`` the best that can.
 
     Raises:
         ValueError: no backend has that name.
-        RuntimeError: the one named cannot run this loss of tensors of such a device here, with the reason.
+        RuntimeError: the one named cannot run this loss of tensors of that device, with the reason.
     """
     if torch.compiler.is_compiling():
-        return _choose(backend, device_type, loss)
-    return _chosen.get((backend, device_type, loss)) or _choose(backend, device_type, loss)
+        return _choose(backend, device, loss)
+    return _chosen.get((backend, device, loss)) or _choose(backend, device, loss)
 
 
 class Explanation(NamedTuple):
     """What ``backend="auto"`` takes for a loss of a tensor, and why each other backend was not taken."""
 
-    device_type: str
+    device: torch.device
     chosen: str
     reasons: dict[str, str]
     loss: str = "nkd"
 
+    @property
+    def device_type(self) -> str:
+        return self.device.type
+
     def __str__(self) -> str:
-        return self.text(f"{LOSSES[self.loss].title} of {self.device_type} tensors")
+        return self.text(f"{LOSSES[self.loss].title} of {self.device} tensors")
 
     def text(self, subject: str) -> str:
         """As ``str``, with a subject of your own."""
@@ -94,6 +101,8 @@ class Explanation(NamedTuple):
 def explain(student_logits: Tensor | torch.device | str = "cpu", loss: str = "nkd") -> Explanation:
     """The backend that ``backend="auto"`` takes for a loss of such a tensor (or device), and why not each other.
 
+    Of several GPUs each has a choice of its own; ``"cuda"`` is the current one.
+
     ``loss`` is one of the names that :func:`fused_kd.losses` has, such as ``"nkd"`` or ``"uskd"``.
 
     Example:
@@ -101,15 +110,15 @@ def explain(student_logits: Tensor | torch.device | str = "cpu", loss: str = "nk
     """
     if loss not in LOSSES:
         raise ValueError(f"loss: expected one of {', '.join(map(repr, LOSSES))}, got {loss!r}")
-    device = student_logits.device if isinstance(student_logits, Tensor) else torch.device(student_logits)
-    chosen = choose("auto", device.type, loss)
+    device = student_logits.device if isinstance(student_logits, Tensor) else cuda_devices.resolved(student_logits)
+    chosen = choose("auto", device, loss)
     reasons = {}
     for name in BACKENDS:
         if name == chosen:
             reasons[name] = "chosen"
         else:
-            reasons[name] = unavailable(name, device.type, loss) or _passed_over(name, device.type)
-    return Explanation(device.type, chosen, reasons, loss)
+            reasons[name] = unavailable(name, device, loss) or _passed_over(name, device.type)
+    return Explanation(device, chosen, reasons, loss)
 
 
 def _passed_over(name: str, device_type: str) -> str:

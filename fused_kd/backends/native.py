@@ -35,12 +35,13 @@ _RANKS = {"normalized": 0, "cls_kd": 1, "weak": 2, "final": 3, "sum": 4}
 instruction_set: str = _core.instruction_sets()[0] if _core else ""
 
 
-def unavailable(device_type: str) -> str | None:
+def unavailable(device: torch.device | str) -> str | None:
     if _core is None:
         return _failure
-    if device_type == "cuda":
-        return native_cuda.unavailable(_core)
-    return None if device_type == "cpu" else f"the C++ core runs CPU and CUDA tensors, not {device_type} tensors"
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return native_cuda.unavailable(_core, device)
+    return None if kind == "cpu" else f"the C++ core runs CPU and CUDA tensors, not {kind} tensors"
 
 
 def instruction_sets() -> list[str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fused_kd.backends import cuda_devices
 from fused_kd.reference import accumulation_dtype
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4}
@@ -16,21 +17,22 @@ _REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 _RANKS = {"normalized": 0, "cls_kd": 1, "weak": 2, "final": 3, "sum": 4}
 
 
-def unavailable(core: Any) -> str | None:
-    """Why the compiled module cannot run CUDA tensors here; None if it can."""
+def unavailable(core: Any, device: torch.device | str = "cuda") -> str | None:
+    """Why the compiled module cannot run tensors of this CUDA device; None if it can."""
     if core.cuda_missing:
         return str(core.cuda_missing)
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    return _problem(core)
+    device = cuda_devices.resolved(device)
+    return cuda_devices.missing(device) or _problem(core, device)
 
 
-@lru_cache(maxsize=1)
-def _problem(core: Any) -> str | None:
-    problem = core.cuda_problem()
+@cache
+def _problem(core: Any, device: torch.device) -> str | None:
+    with torch.cuda.device(device):  # the module asks the current one
+        problem = core.cuda_problem()
     if not problem:
         return None
-    return f"the CUDA kernels, built for {core.cuda_architectures}, do not run on this GPU or driver: {problem}"
+    where = cuda_devices.named(device)
+    return f"the CUDA kernels, built for {core.cuda_architectures}, do not run on {where} or its driver: {problem}"
 
 
 def _matrix(tensor: Tensor) -> tuple[int, int, tuple[int, ...]]:

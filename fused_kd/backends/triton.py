@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_kd.backends import triton_config
+from fused_kd.backends import cuda_devices, triton_config
 from fused_kd.reference import accumulation_dtype
 from fused_kd.registry import ROW_LOSSES
 
@@ -29,6 +29,9 @@ COUNT_TARGETS, COUNT_PARTIAL = 1, 2
 #: Programs that share the tiles of scale_rows: 8 to 16 on each multiprocessor, and few enough to return at once.
 SCALE_PROGRAMS = 2048
 
+#: What Triton compiles for, at least: the major number of the compute capability.
+OLDEST = 7
+
 
 class Launch(NamedTuple):
     """One kernel launch: ``kernel`` names a Triton function of the kernels' modules, or one of ``HOST``."""
@@ -37,6 +40,16 @@ class Launch(NamedTuple):
     programs: int
     arguments: tuple[Any, ...]
     options: dict[str, Any]
+
+
+def planned(
+    kernel: str, programs: int, arguments: tuple[Any, ...], options: dict[str, Any], *, fused: bool = True
+) -> Launch:
+    """A launch of which is said whether products and sums may be fused: Triton's default changes with its releases, and
+    with it the numbers. Not where equal inputs must give equal results to the bit, since the compiler decides anew at
+    each place; so never in float64, whose exponential has branches and is fused here and there."""
+    fused = fused and options.get("ACC") != acc_types()[torch.float64]
+    return Launch(kernel, programs, arguments, {**options, "enable_fp_fusion": fused})
 
 
 @lru_cache(maxsize=1)
@@ -49,15 +62,36 @@ def _import_failure() -> str | None:
     return None
 
 
-def unavailable(device_type: str) -> str | None:
-    if device_type not in ("cuda", "cpu"):
-        return f"Triton kernels run CUDA tensors, not {device_type} tensors"
-    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+def unavailable(device: torch.device | str) -> str | None:
+    kind = torch.device(device).type
+    if kind not in ("cuda", "cpu"):
+        return f"Triton kernels run CUDA tensors, not {kind} tensors"
+    if kind == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton kernels run CUDA tensors; CPU tensors only under its interpreter (TRITON_INTERPRET=1), for tests"
     failure = _import_failure()
-    if failure is None and device_type == "cuda" and not torch.cuda.is_available():
-        return "no CUDA device"
-    return failure
+    if failure is not None or kind == "cpu":
+        return failure
+    if torch.version.hip:
+        return "the Triton kernels are made for NVIDIA GPUs, not for ROCm"
+    device = cuda_devices.resolved(device)
+    return cuda_devices.missing(device) or _too_old(device) or _driver_failure()
+
+
+def _too_old(device: torch.device) -> str | None:
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= OLDEST:
+        return None
+    return f"Triton needs compute capability {OLDEST}.0, and {cuda_devices.named(device)} has {major}.{minor}"
+
+
+@lru_cache(maxsize=1)
+def _driver_failure() -> str | None:
+    """Triton builds a small library at its first launch, which takes a C compiler and the CUDA driver's library."""
+    try:
+        importlib.import_module("triton.runtime").driver.active.utils  # noqa: B018 - to ask for it is to build it
+    except Exception as error:
+        return f"Triton cannot reach the GPU: {error}"
+    return None
 
 
 @lru_cache(maxsize=1)
@@ -266,7 +300,7 @@ def plan_row_loss(
         counts.items, columns[2].shape[0] if columns else 0, ignore_index,
         *kernel_weights(loss_name, weights, classes), gradient_scale * known, 1.0 / gradient_scale,
     )  # fmt: skip
-    launches.append(Launch(kernel, programs, arguments, options))
+    launches.append(planned(kernel, programs, arguments, options, fused=columns is None))
 
     if not per_row:
         finish = (loss, (norm, norm), (1.0 / gradient_scale,) * 2, (half, half))
@@ -297,7 +331,7 @@ def plan_count(
     items = -(-rows // chunk)
     counts = torch.empty(items, dtype=torch.int32, device=target.device)
     arguments = (target, counts, stride, rows, chunk, ignore_index)
-    launches.append(Launch("count_chunks", items, arguments, {"num_warps": 4}))
+    launches.append(planned("count_chunks", items, arguments, {"num_warps": 4}))
     return Counts(counts, 1, items, COUNT_PARTIAL)
 
 
@@ -338,7 +372,7 @@ def plan_reduction(
             "OTHER_HALF": halves[1],
             "num_warps": 8,
         }
-        launches.append(Launch("reduce_parts", programs, arguments, options))
+        launches.append(planned("reduce_parts", programs, arguments, options))
         if last:
             return
         row_parts, rows = sums, programs
@@ -367,4 +401,4 @@ def plan_scale(gradient: Tensor, grad_output: Tensor, norm: Tensor, out: Tensor)
         "num_warps": config.warps,
     }
     arguments = (gradient, out, grad_output, norm, rows, width, stride)
-    return Launch("scale_rows", min(tiles, SCALE_PROGRAMS), arguments, options)
+    return planned("scale_rows", min(tiles, SCALE_PROGRAMS), arguments, options)

@@ -225,13 +225,15 @@ def column_moments(
         p = _probabilities(s, states, rows, row, counted, cols, mask, UNIT, ACC)
         q = _probabilities(t, states + 3 * rows, rows, row, counted, cols, mask, UNIT, ACC)
         number += counted.to(ACC)
-        by = (1.0 / tl.maximum(number, 1.0))[:, None]
+        # A quotient may be two units off: 1 for the first row, or its mean would not be the row itself.
+        by = tl.where(number > 1.0, 1.0 / tl.maximum(number, 1.0), 1.0)[:, None]
         d_p = tl.where(mask, p - mean_p, 0.0)
         d_q = tl.where(mask, q - mean_q, 0.0)
         mean_p += d_p * by
         mean_q += d_q * by
-        e_p = tl.where(mask, p - mean_p, 0.0)
-        e_q = tl.where(mask, q - mean_q, 0.0)
+        # Not d times the distance from the new mean: where both are rounding, that may be below 0.
+        e_p = d_p * (1.0 - by)
+        e_q = d_q * (1.0 - by)
         pp += d_p * e_p
         pq += d_p * e_q
         qq += d_q * e_q
@@ -276,7 +278,7 @@ def finish_columns(
         more = tl.load(numbers + chunk, mask=chunk < chunks, other=0.0)
         number += more
         # Chan's formula for two.
-        share = (more / tl.maximum(number, 1.0))[:, None]
+        share = tl.where(more < number, more / tl.maximum(number, 1.0), 1.0)[:, None]
         d_p = tl.where(mask, tl.load(at, mask=mask, other=0.0) - mean_p, 0.0)
         d_q = tl.where(mask, tl.load(at + classes, mask=mask, other=0.0) - mean_q, 0.0)
         mean_p += d_p * share

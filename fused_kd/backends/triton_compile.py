@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,6 +72,7 @@ def compile_launch(launch: Launch, capability: int) -> Report:
     """Compile a planned launch for a compute capability (90 for 9.0) as Triton would at its first call."""
     import triton
     from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import CUDAOptions
     from triton.compiler import ASTSource
 
     function = backend._kernels()[launch.kernel]
@@ -90,7 +92,11 @@ def compile_launch(launch: Launch, capability: int) -> Report:
                 attributes[(parameter.num,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = parameter.annotation_type
-    compiler_options = {name: options.pop(name) for name in ("num_warps", "maxnreg") if name in options}
+    parameters = {parameter.name for parameter in function.params}
+    compiler_options = {name: options.pop(name) for name in launch.options if name not in parameters}
+    # The compiler itself drops what it does not know without a word.
+    if unknown := compiler_options.keys() - {field.name for field in fields(CUDAOptions)}:
+        raise ValueError(f"{launch.kernel}: neither an argument nor an option of the compiler: {sorted(unknown)}")
     source = ASTSource(function, signature, options, attributes)
     start = time.perf_counter()
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=compiler_options)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_kd.backends import triton_config
-from fused_kd.backends.triton import Launch, acc_types
+from fused_kd.backends.triton import Launch, acc_types, planned
 
 
 class ColumnTerm(NamedTuple):
@@ -56,7 +56,7 @@ def plan_columns(
         "num_warps": normalize.warps,
         "maxnreg": min(255, 2048 // normalize.warps),
     }
-    launches.append(Launch("normalize_rows", -(-rows // normalize.rows), arguments, options))
+    launches.append(planned("normalize_rows", -(-rows // normalize.rows), arguments, options))
 
     config = triton_config.column_config(rows, classes, wide=dtype == torch.float64, vectors=vector > 1)
     chunks, blocks = -(-rows // config.chunk), -(-classes // config.block)
@@ -69,7 +69,9 @@ def plan_columns(
         "num_warps": config.warps,
         "maxnreg": config.registers,
     }
-    launches.append(Launch("column_moments", chunks * blocks, arguments, options))
+    # The row kernel makes p and q of a row's state with code of its own. Fused with what follows it, a product would
+    # not be the number whose moments were taken; a column that hardly varies magnifies the difference by up to 1e8.
+    launches.append(planned("column_moments", chunks * blocks, arguments, options, fused=False))
 
     tile_chunks, tile_classes = triton_config.FINISH_TILE
     items = -(-classes // tile_classes)
@@ -78,5 +80,5 @@ def plan_columns(
     arguments = (moments, numbers, term.columns, term.correlations, classes, chunks, gamma, temperature)
     # Left alone some releases of Triton spill a few words of it to reach a rounder occupancy.
     options = {"ACC": acc, "BLOCK": tile_classes, "CHUNKS": tile_chunks, "num_warps": 4, "maxnreg": 255}
-    launches.append(Launch("finish_columns", items, arguments, options))
+    launches.append(planned("finish_columns", items, arguments, options))
     return term

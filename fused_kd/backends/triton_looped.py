@@ -72,20 +72,10 @@ def _load_tiles(
 
 @triton.jit
 def _accumulate_others(
-    stats,
-    s,
-    t,
-    v,
-    is_target,
-    inside,
-    scales,
-    LOSS: tl.constexpr,
-    SINGLE: tl.constexpr,
-    PROB: tl.constexpr,
-    STD: tl.constexpr,
-    LINEAR: tl.constexpr,
+    stats, s, t, v, is_target, inside, scales,
+    LOSS: tl.constexpr, SINGLE: tl.constexpr, PROB: tl.constexpr, STD: tl.constexpr, LINEAR: tl.constexpr,
     RAW: tl.constexpr,
-):
+):  # fmt: skip
     """Accumulate the classes other than the target, of those inside the row."""
     s = tl.where(is_target, _NEG_INF, s)
     t = tl.where(is_target, _NEG_INF, t)
@@ -122,24 +112,33 @@ def _gradient_tile(
 
 
 @triton.jit
-def _row_moments(base, stride, classes, LANES: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr):
+def _row_moments(
+    base, stride, before, at_edge, in_edge, lane, end,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, EDGES: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """(mean, unbiased deviation, number) of the classes of a row that can occur, in two walks of their own."""
-    cols = tl.arange(0, LANES)
     # About some logit first, so that a constant row comes out as one.
-    about = zero_if_empty(tl.load(base + 0 * stride).to(ACC)) + tl.zeros([1], ACC)
+    about = zero_if_empty(tl.load(base - before * stride).to(ACC)) + tl.zeros([1], ACC)
     total = tl.zeros([LANES], ACC)
     count = tl.zeros([LANES], ACC)
-    for start in range(0, classes, LANES):
-        x = tl.load(at(base, start + cols, stride, UNIT), mask=start + cols < classes, other=_NEG_INF).to(ACC)
-        total += tl.where(x == _NEG_INF, 0.0, x - about)
-        count += tl.where(x == _NEG_INF, 0.0, 1.0)
+    if EDGES:
+        x_edge = _load_tile(base, at_edge, stride, in_edge, True, UNIT, ACC)
+        total += tl.sum(tl.where(x_edge == _NEG_INF, 0.0, x_edge - about), 1)
+        count += tl.sum(tl.where(x_edge == _NEG_INF, 0.0, 1.0), 1)
+    for start in range(0, end, LANES * WIDTH):
+        x = _load_tile(base, start + lane, stride, start + lane < end, True, UNIT, ACC)
+        total += tl.sum(tl.where(x == _NEG_INF, 0.0, x - about), 1)
+        count += tl.sum(tl.where(x == _NEG_INF, 0.0, 1.0), 1)
     number = tl.sum(count, 0, keep_dims=True)
     mean = about + tl.sum(total, 0, keep_dims=True) / tl.maximum(number, 1.0)
     square = tl.zeros([LANES], ACC)
-    for start in range(0, classes, LANES):
-        x = tl.load(at(base, start + cols, stride, UNIT), mask=start + cols < classes, other=_NEG_INF).to(ACC)
+    if EDGES:
+        centred_edge = tl.where(x_edge == _NEG_INF, 0.0, x_edge - mean)
+        square += tl.sum(centred_edge * centred_edge, 1)
+    for start in range(0, end, LANES * WIDTH):
+        x = _load_tile(base, start + lane, stride, start + lane < end, True, UNIT, ACC)
         centred = tl.where(x == _NEG_INF, 0.0, x - mean)
-        square += centred * centred
+        square += tl.sum(centred * centred, 1)
     return mean, tl.sqrt(tl.sum(square, 0, keep_dims=True) / tl.maximum(number - 1.0, 1.0)), number
 
 
@@ -204,10 +203,12 @@ def rows_looped(
     """One row per program, walked in tiles of LANES x WIDTH, WIDTH classes a lane.
 
     Rows of an odd length start anywhere, so positions count from ``head``, the first column whose address is a multiple
-    of VEC elements: the body has whole tiles, loaded in full vectors without a mask; the fewer than VEC columns before
-    it, at negative positions, and the rest of the row are masked tiles of their own. VEC here divides what the row
-    strides differ by from the class count, so that one head serves every tensor. The second walk runs backwards: the
-    row's end is what the cache still holds.
+    of ALIGN elements, a line of a cache, that no load takes from one more than it must. The body has whole tiles,
+    loaded in full vectors without a mask, and the tail's vectors are in the row or outside it as a whole: neighbours
+    that were masked one by one would be loaded one by one, their sector as often. The columns before head, at negative
+    positions, and the fewer than VEC after the tail are one tile, the edges, a column a lane. VEC here divides what the
+    row strides differ by from the class count, so that one head serves every tensor. The second walk runs backwards:
+    the row's end is what the cache still holds.
     """
     BLOCK: tl.constexpr = LANES * WIDTH
     weights = all_weights(first, second, temperature, ce_weight, smoothing, ACC)
@@ -215,27 +216,35 @@ def rows_looped(
     row = tl.program_id(0).to(tl.int64)
     one_row = row + tl.arange(0, 1)
     inside = one_row < rows
-    head = (VEC - (row * classes) % VEC) % VEC
+    # With COLUMNS every row starts with a vector, or VEC is 1: positions are columns then.
+    EDGES: tl.constexpr = (VEC > 1) and (not COLUMNS)
+    LINE: tl.constexpr = 8 * VEC if 16 * VEC <= LANES else LANES // 2
+    ALIGN: tl.constexpr = LINE if EDGES else 1
+    head = (ALIGN - (row * classes) % ALIGN) % ALIGN
     student_head = student + (row * student_row + head) // VEC * VEC
     teacher_head = teacher + (row * teacher_row + head) // VEC * VEC
     before = head.to(tl.int32)
-    end = classes - before
+    vectors = tl.maximum(classes - before, 0) // VEC * VEC
     # Neighbours go to one lane where they make a vector, else to neighbouring lanes.
     LANE_STEP: tl.constexpr = WIDTH if VEC > 1 else 1
     WIDTH_STEP: tl.constexpr = 1 if VEC > 1 else LANES
     lane_start = tl.arange(0, LANES) * LANE_STEP
     width = tl.arange(0, WIDTH)[None, :] * WIDTH_STEP
     lane = lane_start[:, None] + width
-    at_head = tl.arange(0, LANES)[:, None] - before
-    in_head = (at_head < 0) & (at_head < end)
+    edge_lane = tl.arange(0, LANES)[:, None]
+    at_edge = tl.where(edge_lane < before, edge_lane, edge_lane + vectors) - before
+    of_edge = edge_lane < classes - vectors
+    in_edge = of_edge
+    end = vectors
     strides = (student_col, teacher_col, target_col)
     if PROB:
         target_head = target + (row * target_row + head) // VEC * VEC
         bases = (student_head, teacher_head, target_head)
         body = end // BLOCK
         best, y = tl.full([LANES], _NEG_INF, ACC), tl.full([LANES], 2147483647, tl.int32)
-        v_head = _load_tile(target_head, at_head, target_col, in_head, True, UNIT, ACC)
-        best, y = _largest(best, y, v_head, at_head)
+        if EDGES:
+            v_edge = _load_tile(target_head, at_edge, target_col, in_edge, True, UNIT, ACC)
+            best, y = _largest(best, y, v_edge, at_edge)
         for i in range(body):
             v = _load_tile(target_head, i * BLOCK + lane, target_col, lane >= 0, False, UNIT, ACC)
             best, y = _largest(best, y, v, i * BLOCK + lane)
@@ -244,7 +253,7 @@ def rows_looped(
             best, y = _largest(best, y, v, start + lane)
         largest = tl.max(best, 0, keep_dims=True)
         # A row of NaN has no largest entry, and stays in range.
-        y = tl.minimum(tl.min(tl.where(best == largest, y, 2147483647), 0, keep_dims=True), end - 1)
+        y = tl.minimum(tl.min(tl.where(best == largest, y, 2147483647), 0, keep_dims=True), classes - 1 - before)
         counted = inside
         v_y = tl.load(at(target_head, y, target_col, UNIT)).to(ACC)
     else:
@@ -258,7 +267,7 @@ def rows_looped(
     if (not PROB) or (factors is not None):
         # A row that does not count is not read.
         read = tl.max(counted.to(tl.int32), 0)
-        in_head = in_head & counted[:, None]
+        in_edge = in_edge & counted[:, None]
         end *= read
         body = end // BLOCK
     # In the body a lane looks for the target among its WIDTH classes; y_lane is y relative to the lane's first.
@@ -267,16 +276,20 @@ def rows_looped(
     s_moments = (v_y, v_y, v_y)
     t_moments = s_moments
     if STD:
-        rows_read = classes * read if (not PROB) or (factors is not None) else classes
-        s_moments = _row_moments(student + row * student_row, student_col, rows_read, LANES, UNIT, ACC)
-        t_moments = _row_moments(teacher + row * teacher_row, teacher_col, rows_read, LANES, UNIT, ACC)
+        s_moments = _row_moments(
+            student_head, student_col, head, at_edge, in_edge, lane, end, LANES, WIDTH, UNIT, EDGES, ACC
+        )
+        t_moments = _row_moments(
+            teacher_head, teacher_col, head, at_edge, in_edge, lane, end, LANES, WIDTH, UNIT, EDGES, ACC
+        )
     scales = make_scales(weights[2], s_moments, t_moments, k, LOSS, STD)
     stats = empty_statistics(LANES, ACC)
-    s_head, t_head, v_head = _load_tiles(bases, strides, at_head, in_head, True, UNIT, LOSS, PROB, ACC)
-    is_target = at_head == y[:, None]
-    stats = _accumulate_others(
-        stats, s_head, t_head, v_head, is_target, in_head, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW
-    )
+    edge_target = at_edge == y[:, None]
+    if EDGES:
+        s_edge, t_edge, v_edge = _load_tiles(bases, strides, at_edge, in_edge, True, UNIT, LOSS, PROB, ACC)
+        stats = _accumulate_others(
+            stats, s_edge, t_edge, v_edge, edge_target, in_edge, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW
+        )
     for i in range(body):
         s, t, v = _load_tiles(bases, strides, i * BLOCK + lane, lane >= 0, False, UNIT, LOSS, PROB, ACC)
         here = width == (y_lane - i * BLOCK)[:, None]
@@ -298,15 +311,15 @@ def rows_looped(
     sums, of_rows, constants = merged, merged, merged
     of_column = tl.zeros([1], ACC)
     if LOSS >= POINTWISE:
-        # With COLUMNS every row starts with a vector, or VEC is 1, so that positions are columns.
         of_rows = softmaxes(merged, s_y, t_y, states, rows, one_row, counted, scales, COLUMNS)
         constants = (weights[0], 1.0 / classes.to(ACC))
         of_column = column_part(correlations, correlation_items, weights, classes, ACC, COLUMNS, BLOCK)
         sums = no_sums(LANES, ACC)
-        sums = _sum_tile(
-            sums, bases, strides, at_head, in_head, is_target, columns, classes, merged, of_rows, constants, scales,
-            True, UNIT, LOSS, STD, COLUMNS, ACC,
-        )  # fmt: skip
+        if EDGES:
+            sums = _sum_tile(
+                sums, bases, strides, at_edge, in_edge, edge_target, columns, classes, merged, of_rows, constants,
+                scales, True, UNIT, LOSS, STD, COLUMNS, ACC,
+            )  # fmt: skip
         for i in range(body):
             here = width == (y_lane - i * BLOCK)[:, None]
             sums = _sum_tile(
@@ -371,12 +384,14 @@ def rows_looped(
                 constants, more, scales, False, UNIT, LOSS, SINGLE, PROB, STD, LINEAR, RAW, COLUMNS, ACC,
             )  # fmt: skip
             tl.store(gradient_head + (start + lane), narrowed(g, dtype))
-        g_head = _gradient_tile(
-            bases, strides, at_head, in_head, is_target, columns, classes, merged, scaled, of_rows,
-            constants, more, scales, True, UNIT, LOSS, SINGLE, PROB, STD, LINEAR, RAW, COLUMNS, ACC,
-        )  # fmt: skip
-        tl.store(gradient_head + at_head, narrowed(g_head, dtype), mask=in_head)
+        if EDGES:
+            g_edge = _gradient_tile(
+                bases, strides, at_edge, in_edge, edge_target, columns, classes, merged, scaled, of_rows,
+                constants, more, scales, True, UNIT, LOSS, SINGLE, PROB, STD, LINEAR, RAW, COLUMNS, ACC,
+            )  # fmt: skip
+            g_edge = tl.where(counted[:, None], g_edge, 0.0)
+            tl.store(gradient_head + at_edge, narrowed(g_edge, dtype), mask=of_edge)
         if (not PROB) or (factors is not None):
-            for start in range(0, tl.where(read == 1, 0, classes), BLOCK):
-                column = start + lane
-                tl.store(gradient + row * classes + column, tl.zeros_like(lane).to(dtype), mask=column < classes)
+            rest = tl.where(read == 1, 0, vectors)
+            for start in range(0, rest, BLOCK):
+                tl.store(gradient_head + (start + lane), tl.zeros_like(lane).to(dtype), mask=start + lane < rest)

@@ -108,7 +108,7 @@ def scale_rows(
 
     A row's first tile starts at the multiple of VEC elements at or before the row, so that the tiles inside it are
     whole vectors wherever the row starts. In place, a factor of 1 leaves its tile untouched: that is how a mean's
-    gradient costs no second pass.
+    gradient costs no second pass. What is stored as 0 stays 0, though the factor be infinite or NaN.
     """
     tiles = (width + (VEC - 1) + (BLOCK - 1)) // BLOCK
     multiplier = tl.load(norm).to(ACC)
@@ -124,8 +124,9 @@ def scale_rows(
             offsets = start + tl.arange(0, BLOCK)
             if (start >= first) & (start + BLOCK <= first + width):
                 x = tl.load(gradient + offsets).to(ACC)
-                tl.store(out + offsets, narrowed(x * factor, out.dtype.element_ty))
+                tl.store(out + offsets, narrowed(x * tl.where(x == 0.0, 0.0, factor), out.dtype.element_ty))
             else:
                 inside = (offsets >= first) & (offsets < first + width)
                 x = tl.load(gradient + offsets, mask=inside, other=0.0).to(ACC)
-                tl.store(out + offsets, narrowed(x * factor, out.dtype.element_ty), mask=inside)
+                scaled = x * tl.where(x == 0.0, 0.0, factor)
+                tl.store(out + offsets, narrowed(scaled, out.dtype.element_ty), mask=inside)

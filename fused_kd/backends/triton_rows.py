@@ -324,7 +324,9 @@ def narrowed(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def power_of_two_below(count):
-    """The largest power of two of at most an integer from 1 to 2^24, as float32: its exponent alone."""
+    """The largest power of two of at most an integer from 1 on, as float32: its exponent alone."""
+    # Above 2^24 float32 would round up, to the next power perhaps: 24 bits are enough to know.
+    count = tl.where(count >= 16777216, count & -256, count)
     bits = count.to(tl.float32).to(tl.int32, bitcast=True)
     return (bits & 0x7F800000).to(tl.float32, bitcast=True)
 

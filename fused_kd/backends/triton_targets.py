@@ -136,6 +136,13 @@ def _log1p(x):
 
 
 @triton.jit
+def gradual_exp2(x):
+    """2^x with the subnormal results that the hardware's instruction flushes to 0, where order or sign hang on them."""
+    low = x < -64.0
+    return tl.exp2(tl.where(low, x + 64.0, x)) * tl.where(low, 5.421010862427522e-20, 1.0)  # 2^-64
+
+
+@triton.jit
 def split_softmax(x_0, x_1, m, z, k):
     """Softmax of rows split into two targets and the rest, of which the largest logit m and the sum z are known.
 
@@ -144,7 +151,7 @@ def split_softmax(x_0, x_1, m, z, k):
     """
     no_rest = z == 0.0
     top = tl.maximum(tl.maximum(x_0, x_1), tl.where(no_rest, _NEG_INF, m))
-    factor = tl.where(no_rest, 0.0, tl.exp2((m - top) * k))
+    factor = tl.where(no_rest, 0.0, gradual_exp2((m - top) * k))
     rest = z * factor
     e_0 = tl.exp2((x_0 - top) * k)
     e_1 = tl.exp2((x_1 - top) * k)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_kd.backends import triton_config
-from fused_kd.backends.triton import Launch, acc_types, plan_count, plan_reduction, run
+from fused_kd.backends.triton import Launch, acc_types, plan_count, plan_reduction, planned, run
 from fused_kd.reference import accumulation_dtype
 
 #: Where PyTorch sorts, so many keys at once: a key takes some fifty bytes of memory while it is sorted.
@@ -109,7 +109,7 @@ def plan_batch_sums(student: Tensor, target: Tensor, sums: Tensor, square: bool,
         student, target, row_sums, rows, classes, *student.stride(), *_target_strides(target), ignore_index,
     )  # fmt: skip
     options = {**_layout(target, (student,), wide, config), "SQUARE": square}
-    launches = [Launch("target_probabilities", -(-rows // config.rows), arguments, options)]
+    launches = [planned("target_probabilities", -(-rows // config.rows), arguments, options)]
     plan_reduction(launches, row_sums, sums, None, ignore_index, "sum", None)
     return launches
 
@@ -185,7 +185,8 @@ def plan_uskd(
             rows, classes, *strides, counts.items, ignore_index,
             alpha, beta, mu, ce_weight, smoothing, *scales, *norm_values,
         )  # fmt: skip
-        launches.append(Launch("ranked_on_chip", -(-rows // config.rows), arguments, options))
+        # Equal logits must have equal keys, wherever in a tile they are.
+        launches.append(planned("ranked_on_chip", -(-rows // config.rows), arguments, options, fused=False))
     else:
         device, dtype = student.device, loss.dtype
         at_once = min(rows, max(1, SORTED_AT_ONCE // classes))
@@ -215,18 +216,18 @@ def plan_uskd(
                 columns, rows, first, last, classes, *strides, counts.items, ignore_index, alpha, mu, ce_weight,
                 smoothing, scales[1],
             )  # fmt: skip
-            launches.append(Launch("write_keys", programs, arguments, write))
+            launches.append(planned("write_keys", programs, arguments, write, fused=False))  # for equal keys, as above
             launches.append(Launch("sort_rows", 1, (keys[here], sorted_keys[here], order[here]), {}))
             # The sorted keys have served: their place takes the Zipf weights.
             zipf_options = {"ACC": layout["ACC"], "BLOCK": ZIPF_BLOCK, "num_warps": 4}
             tiles = (last - first) * -(-classes // ZIPF_BLOCK)
-            launches.append(Launch("write_zipf", tiles, (order, sorted_keys, classes), zipf_options))
+            launches.append(planned("write_zipf", tiles, (order, sorted_keys, classes), zipf_options))
             arguments = (
                 student, target, gradients[0], loss, row_parts, *norms, counts.source, factors, sorted_keys, states,
                 columns, rows, first, last, classes, *student.stride(), *target_strides, counts.items, ignore_index,
                 beta, ce_weight, smoothing, scales[0], *norm_values,
             )  # fmt: skip
-            launches.append(Launch("combine_ranked", programs, arguments, combine))
+            launches.append(planned("combine_ranked", programs, arguments, combine))
     if not per_row:
         finish = (loss, norms, norm_values, halves)
         plan_reduction(launches, row_parts, parts, counts, ignore_index, reduction, finish)

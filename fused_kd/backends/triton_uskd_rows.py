@@ -19,6 +19,7 @@ import triton.language as tl
 from fused_kd.backends.triton_rows import times, zero_if_empty
 from fused_kd.backends.triton_targets import (
     cross_entropy,
+    gradual_exp2,
     is_rest,
     load_at,
     load_tile,
@@ -124,7 +125,7 @@ def rank_keys(d_s, d_w, cols, targets, of_student, of_weak, k, RANK: tl.constexp
     is_1 = cols == targets[1][:, None]
     key = d_s * 0.0
     if RANK != "final":
-        key = tl.exp2(d_w * k) * of_weak[0][:, None]
+        key = gradual_exp2(d_w * k) * of_weak[0][:, None]
         key = tl.where(is_0 & (d_w > 0.0), of_weak[1][:, None], key)
         key = tl.where(is_1 & (d_w > 0.0), of_weak[2][:, None], key)
     if RANK == "weak":
@@ -133,7 +134,7 @@ def rank_keys(d_s, d_w, cols, targets, of_student, of_weak, k, RANK: tl.constexp
         by = of_student[0][:, None]
         added = tl.where(by == 0.0, 0.0, d_s * by + of_student[3][:, None])
     else:
-        added = tl.exp2(d_s * k) * of_student[0][:, None]
+        added = gradual_exp2(d_s * k) * of_student[0][:, None]
     added = tl.where(is_0 & (d_s > 0.0), of_student[1][:, None], added)
     added = tl.where(is_1 & (d_s > 0.0), of_student[2][:, None], added)
     return added if RANK == "final" else key + added

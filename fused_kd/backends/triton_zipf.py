@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_kd.backends import triton_config
-from fused_kd.backends.triton import Launch, acc_types, plan_count, plan_reduction, run
+from fused_kd.backends.triton import Launch, acc_types, plan_count, plan_reduction, planned, run
 from fused_kd.reference import accumulation_dtype
 
 
@@ -74,7 +74,7 @@ def plan_zipf_ls(
     tile = min(triton_config.VOTES, max(16, 1 << (positions - 1).bit_length()))
     options: dict[str, Any] = {"VOTES": tile, "num_warps": max(1, tile * tile // 1024), "maxnreg": 255}
     arguments: tuple[Any, ...] = (votes, integers(rows, positions), ranks, voted, positions)
-    launches.append(Launch("rank_votes", rows, arguments, options))
+    launches.append(planned("rank_votes", rows, arguments, options))
 
     row_parts = parts if per_row else torch.empty((2, rows), dtype=loss.dtype, device=student.device)
     unit = student.stride(1) == 1 and (not probabilities or target.stride(1) == 1)
@@ -110,7 +110,7 @@ def plan_zipf_ls(
         rows, positions, classes, *student.stride(), *target_strides, counts.items, ignore_index,
         *weights, gradient_scale * known, 1.0 / gradient_scale,
     )  # fmt: skip
-    launches.append(Launch("zipf_rows", -(-rows // config.rows), arguments, options))
+    launches.append(planned("zipf_rows", -(-rows // config.rows), arguments, options))
     if not per_row:
         finish = (loss, (norm, norm), (1.0 / gradient_scale,) * 2, (half, half))
         plan_reduction(launches, row_parts, parts, counts, ignore_index, reduction, finish)
@@ -137,4 +137,4 @@ def _plan_votes(dense: Tensor, target: Tensor, votes: Tensor, ignore_index: int)
         "maxnreg": 255,  # left alone the compiler may spill to reach a rounder occupancy
     }
     arguments = (dense, target, votes, rows, positions, classes, *dense.stride(), target.stride(0), ignore_index)
-    return Launch("find_votes", rows * -(-positions // config.positions), arguments, options)
+    return planned("find_votes", rows * -(-positions // config.positions), arguments, options)

@@ -53,7 +53,7 @@ def row_loss(
         rows = _checks.flatten(student_logits, teacher_logits, "teacher_logits", target)
         _checks.check_teacher_detached(teacher_logits)
     weight = _checks.flatten_weight(weight, rows.shape, student_logits.device)
-    chosen = backends.choose(backend, student_logits.device.type, name)
+    chosen = backends.choose(backend, student_logits.device, name)
     logits = rows[:2] if teacher_logits is not None else rows[:1]
     packed: Any
     if chosen == "reference":

@@ -128,7 +128,7 @@ def dist_loss(
 
     _checks.check_reduction(reduction)
     apart = (reduction == "none" or weight is not None) and _checks.check_scalar("gamma", gamma) != 0.0
-    if not apart or backends.choose(backend, student_logits.device.type, "dist") == "reference":
+    if not apart or backends.choose(backend, student_logits.device, "dist") == "reference":
         own = (target, beta, gamma, ce_weight, ignore_index, reduction, weight, return_parts)
         return run(*own)  # type: ignore[no-any-return]
     # The gradient that a kernel keeps of a row is scaled by what comes in for that row, and by its weight. But each

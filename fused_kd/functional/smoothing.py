@@ -188,7 +188,7 @@ def zipf_ls_loss(
     rows = _checks.flatten(student_logits, student_logits, "student_logits", target)
     dense = _checks.flatten_dense(dense_logits, student_logits)
     weight = _checks.flatten_weight(weight, rows.shape, student_logits.device)
-    chosen = backends.choose(backend, student_logits.device.type, "zipf_ls")
+    chosen = backends.choose(backend, student_logits.device, "zipf_ls")
     packed: Any
     if chosen == "reference":
         check_targets_if_cheap(rows.target, student_logits.shape[-1], ignore_index)

@@ -168,7 +168,7 @@ def uskd_loss(
     _checks.check_process_group(process_group)
     _checks.check_reduction(reduction)
     weight = _checks.flatten_weight(weight, rows.shape, student_logits.device)
-    chosen = backends.choose(backend, student_logits.device.type, "uskd")
+    chosen = backends.choose(backend, student_logits.device, "uskd")
     if chosen == "reference":
         check_targets_if_cheap(rows.target, student_logits.shape[-1], ignore_index)
     batch_sums = _batch_sums(rows, square, ignore_index, chosen, process_group)

@@ -10,7 +10,7 @@ import numpy as np
 from tools.ptx import warps
 from tools.ptx.counters import kinds_of
 from tools.ptx.instructions import compile_instruction
-from tools.ptx.instructions.common import Run, known
+from tools.ptx.instructions.common import Run
 from tools.ptx.instructions.floats import remember_product
 from tools.ptx.memory import SECTOR, Memory
 from tools.ptx.parse import Instruction, Module, number
@@ -108,6 +108,8 @@ class Machine:
         last = instructions[-1] if instructions[-1].opcode in (*_JUMPS, *warps.TOGETHER) else None
         if last is not None and last.opcode == "bra" and last.operands[-1] not in self.state.function.labels:
             raise Unsupported(f"{last}: label {last.operands[-1]}, which is not there")
+        if last is not None and last.opcode in warps.TOGETHER:
+            warps.check(last)
         runs = []
         self.state.products = {}
         for i in instructions[: -1 if last else None]:
@@ -218,11 +220,15 @@ class Machine:
             for k in np.unique(self.place[self.waiting])
             if (last := self.straights[k].last) and last.opcode in ("bar", "barrier") and "warp" not in last.modifiers
         }
-        arrived = self.waiting & np.isin(self.place, list(barriers))
-        number_here = np.bincount(state.block_here[arrived], minlength=state.blocks)
         left = np.bincount(state.block_here[~self.done], minlength=state.blocks)
-        opened = (number_here == left) & (number_here > 0)
-        go = arrived & opened[state.block_here]
+        opened = np.zeros(state.blocks, np.bool_)
+        go = np.zeros(state.lanes, np.bool_)
+        for name in {self._name(i) for i in barriers.values()}:  # those of another name are another barrier
+            places = [k for k, i in barriers.items() if self._name(i) == name]
+            arrived = self.waiting & np.isin(self.place, places)
+            full = np.bincount(state.block_here[arrived], minlength=state.blocks) == left
+            opened |= full & (left > 0)
+            go |= arrived & full[state.block_here]
         if not go.any():
             return
         for k, i in barriers.items():
@@ -234,8 +240,11 @@ class Machine:
         state.epoch[opened] += 1
         state.counts["barriers"] += int(opened.sum())
 
+    @staticmethod
+    def _name(i: Instruction) -> str:
+        return i.operands[1 if "red" in i.modifiers else 0]
+
     def _barrier(self, i: Instruction, here: Array) -> None:
-        known(i, "sync", "aligned", "red", "popc", "and", "or", "cta")
         state, operands = self.state, list(i.operands)
         if "red" in i.modifiers:
             predicate = state.source(operands.pop(), "pred")()

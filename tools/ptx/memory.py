@@ -110,10 +110,13 @@ class Shadow:
                 self.reader[cells[lost]] = mark[lost] | other if other == self.SEVERAL_WARPS else other
         return wrong, bool((writer == self.NOBODY).any())
 
-    def write(self, places: Array, size: int, stamp: Array) -> Counter[str]:
+    def write(self, places: Array, size: int, stamp: Array, changed: Array) -> Counter[str]:
+        """What is wrong with writing. Values that change nothing may be written twice: that is how compilers store what
+        several warps hold."""
         cells, stamp = self._cells(places, size, stamp)
+        changed = np.repeat(changed, size // self.grain)
         writer, reader = self.writer[cells], self.reader[cells]
-        wrong = self._conflicts(writer, stamp, "two blocks write the same", "two writes")
+        wrong = self._conflicts(writer[changed], stamp[changed], "two blocks write the same", "two writes")
         wrong += self._conflicts(reader, stamp, "one block reads what another writes", "read and write")
         self.writer[cells] = stamp
         return wrong
@@ -142,8 +145,7 @@ def gather(memory: Array, places: Array, size: int) -> Array:
 
 
 def scatter(memory: Array, places: Array, values: Array) -> bool:
-    """Whether words at aligned places could all be written: not if one place is given two values. Equal ones are no
-    fault; that is how compilers store what several warps hold."""
+    """Writes words at aligned places; whether each is there then, as it is not if one place is given two values."""
     words, at = memory.view(values.dtype), places // values.itemsize
     words[at] = values
     return bool((words[at] == values).all())

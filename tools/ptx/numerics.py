@@ -12,12 +12,10 @@ import numpy as np
 
 from tools.ptx.types import NUMPY, SIGNED, UNSIGNED, Array
 
-TINY = np.float32(2.0**-126)
-
 
 def flush(x: Array) -> Array:
-    """Subnormal float32 as zeros of their sign."""
-    return np.where(np.abs(x) < TINY, np.copysign(np.float32(0), x), x)
+    """Subnormal numbers as zeros of their sign."""
+    return np.where(np.abs(x) < np.finfo(x.dtype).smallest_normal, np.copysign(x.dtype.type(0), x), x)
 
 
 def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
@@ -59,7 +57,7 @@ def fma64(a: Array, b: Array, c: Array) -> Array:
     carried, rest = two_sum(c, low)
     high, middle = two_sum(product, carried)
     result = high + odd_sum(middle, rest)
-    plain = product + c
+    plain = np.where(np.isfinite(a) & np.isfinite(b) & ~np.isfinite(c), c, product + c)
     # Where a part may leave float64's range fractions are exact; infinities and NaN are as in plain arithmetic.
     finite = np.isfinite(a) & np.isfinite(b) & np.isfinite(c)
     sizes = np.abs(np.stack(np.broadcast_arrays(a, b, c, product)))

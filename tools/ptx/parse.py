@@ -150,7 +150,7 @@ class Module:
             statement = statement[label.end() :]
         if not statement or statement.startswith(".pragma"):
             return where
-        if statement.startswith(".loc"):
+        if statement.startswith(".loc "):
             _, file, line = statement.split()
             return f"{PurePath(self.files.get(file, '?')).name}:{line}"
         if statement.startswith(".branchtargets"):

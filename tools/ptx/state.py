@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from tools.ptx.memory import LOCAL, PARAM, SECTOR, SHARED, Memory, Shadow, scatter
+from tools.ptx.memory import LOCAL, PARAM, SECTOR, SHARED, Memory, Shadow, gather, scatter
 from tools.ptx.numerics import Approximation
 from tools.ptx.parse import Function, Instruction, Module, bits_of, number
 from tools.ptx.types import BITS, NUMPY, SIGNED, UNSIGNED, Array, Fault, Unsupported, as_type
@@ -235,8 +235,7 @@ class State:
             lane = lanes[~ok][0]
             thread = f"thread {lane % self.threads} of block {self.block[lane]}"
             raise Fault(f"global memory out of bounds at {int(address[~ok][0]):#x} by {thread}: {instruction}")
-        stamp = Shadow.stamp(self.block[lanes], self.epoch[self.block_here[lanes]], self.warp_in_block[lanes])
-        self._watch(self.memory.shadow, "global", places, size, stamp, instruction, how)
+        self._watch(self.memory.shadow, places, size, lanes, instruction, how)
         sectors = places // SECTOR
         for kind in ("load", "store") if how == "update" else (how,):
             self.memory.touched[kind][sectors] = True
@@ -250,32 +249,40 @@ class State:
     ) -> tuple[Array, Array]:
         if (inside + size > self.shared_limit).any() or (inside < 0).any():
             raise Fault(f"shared memory out of bounds, {int(inside.max())} of {self.shared_limit}: {instruction}")
-        block = self.block_here[lanes]
-        places = block * self.shared_size + inside
-        stamp = Shadow.stamp(block, self.epoch[block], self.warp_in_block[lanes])
-        self._watch(self.shared_shadow, "shared", places, size, stamp, instruction, how)
+        places = self.block_here[lanes] * self.shared_size + inside
+        self._watch(self.shared_shadow, places, size, lanes, instruction, how)
         self.counts[f"shared {how}s"] += 1
         return self.shared, places
 
+    def _stamp(self, lanes: Array) -> Array:
+        return Shadow.stamp(self.block[lanes], self.epoch[self.block_here[lanes]], self.warp_in_block[lanes])
+
     def _watch(
-        self, shadow: Shadow, space: str, places: Array, size: int, stamp: Array, instruction: Instruction, how: str
+        self, shadow: Shadow, places: Array, size: int, lanes: Array, instruction: Instruction, how: str
     ) -> None:
-        wrong: Counter[str] = Counter()
+        """Of a load or an update; of a store :meth:`store` does, which knows the values."""
         unwritten = False
         if how == "load":
-            wrong, unwritten = shadow.read(places, size, stamp)
-        elif how == "store":
-            wrong = shadow.write(places, size, stamp)
-        else:
+            wrong, unwritten = shadow.read(places, size, self._stamp(lanes))
+            self._report(wrong, shadow, instruction)
+        elif how == "update":
             unwritten = shadow.update(places, size)
-        if unwritten and space == "shared":  # of global memory tensors are there before the kernel
+        if unwritten and shadow is self.shared_shadow:  # tensors are there before the kernel
             self.problem("shared memory is read that nobody has written", instruction)
-        for text in wrong:
-            self.problem(f"{space} memory: {text}", instruction)
 
-    def store(self, memory: Array, places: Array, values: Array, instruction: Instruction) -> None:
+    def store(self, memory: Array, places: Array, values: Array, lanes: Array, instruction: Instruction) -> None:
+        """Writes words, one for each lane, to places that :meth:`access` gave."""
+        size = values.itemsize
+        changed = gather(memory, places, size) != values
         if not scatter(memory, places, values):
             self.problem("threads write different values to one place", instruction)
+        if memory is not self.local:
+            shadow = self.shared_shadow if memory is self.shared else self.memory.shadow
+            self._report(shadow.write(places, size, self._stamp(lanes), changed), shadow, instruction)
+
+    def _report(self, wrong: Counter[str], shadow: Shadow, instruction: Instruction) -> None:
+        for text in wrong:
+            self.problem(f"{'shared' if shadow is self.shared_shadow else 'global'} memory: {text}", instruction)
 
     def problem(self, text: str, instruction: Instruction) -> None:
         self.problems[f"{text}: {instruction}"] += 1

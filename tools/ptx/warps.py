@@ -13,8 +13,27 @@ from tools.ptx.parse import Instruction
 from tools.ptx.state import State
 from tools.ptx.types import Array, Fault, Unsupported
 
-#: Instructions that a thread waits at for others, or that ask who is there. Barriers are in tools.ptx.machine.
-TOGETHER = ("bar", "barrier", "shfl", "vote", "match", "redux", "activemask", "elect", "ldmatrix", "stmatrix")
+#: Instructions that a thread waits at for others, or that ask who is there, and what may be said of them.
+_MODIFIERS = {
+    "bar": "sync warp cta red popc and or aligned", "barrier": "sync cta red popc and or aligned",
+    "shfl": "sync up down bfly idx", "vote": "sync ballot any all uni", "match": "sync any",
+    "redux": "sync NaN add min max and or xor", "activemask": "", "elect": "sync",
+    "ldmatrix": "sync aligned m8n8 x1 x2 x4 trans shared shared__cta",
+    "stmatrix": "sync aligned m8n8 x1 x2 x4 trans shared shared__cta",
+}  # fmt: skip
+TOGETHER = tuple(_MODIFIERS)
+
+
+def check(i: Instruction) -> None:
+    """Raises Unsupported for what :func:`operate`, or the machine's barriers, do not know."""
+    try:
+        known(i, *_MODIFIERS[i.opcode].split())
+        if i.opcode in ("ldmatrix", "stmatrix") and i.types != ["b16"]:
+            raise Unsupported("matrices of other than 16 bits")
+        if i.opcode == "redux" and i.types == ["f32"] and not {"min", "max"} & set(i.modifiers):
+            raise Unsupported("a sum of f32")
+    except NotImplementedError as error:
+        raise Unsupported(f"{i}: {error}") from error
 
 
 def members(state: State, i: Instruction) -> Array:
@@ -45,7 +64,6 @@ def _active(state: State, i: Instruction, mask: Array) -> None:
 
 
 def _shuffle(state: State, i: Instruction, mask: Array) -> None:
-    known(i, "sync", "up", "down", "bfly", "idx")
     name, _, predicate = i.operands[0].partition("|")
     value = state.source(i.operands[1], "b32")()
     b, c = (state.source(operand, "u32")().astype(np.int64) for operand in i.operands[2:4])
@@ -71,7 +89,6 @@ def _shuffle(state: State, i: Instruction, mask: Array) -> None:
 
 
 def _vote(state: State, i: Instruction, mask: Array) -> None:
-    known(i, "sync", "ballot", "any", "all", "uni")
     predicate = state.source(i.operands[1], "pred")()
     ones, everyone = ballot(state, mask & predicate), ballot(state, mask)
     if "ballot" in i.modifiers:
@@ -86,7 +103,6 @@ def _vote(state: State, i: Instruction, mask: Array) -> None:
 
 
 def _match(state: State, i: Instruction, mask: Array) -> None:
-    known(i, "sync", "any")
     value = state.source(i.operands[1], i.types[-1])()
     lanes = np.nonzero(mask)[0]
     keys = np.stack([state.warp[lanes].astype(np.uint64), value[lanes].astype(np.uint64)], axis=1)
@@ -99,7 +115,6 @@ def _match(state: State, i: Instruction, mask: Array) -> None:
 
 
 def _reduce(state: State, i: Instruction, mask: Array) -> None:
-    known(i, "sync", "NaN", "add", "min", "max", "and", "or", "xor")
     kind = i.types[-1]
     value = state.source(i.operands[1], kind)()
     operation = next(word for word in i.modifiers if word in ("add", "min", "max", "and", "or", "xor"))
@@ -110,8 +125,6 @@ def _reduce(state: State, i: Instruction, mask: Array) -> None:
     }  # fmt: skip
     function = functions[operation]
     if kind == "f32":
-        if operation not in ("min", "max"):
-            raise Unsupported(f"{operation} of f32")
         function = function if nan else np.fmin if operation == "min" else np.fmax
     lanes = np.nonzero(mask)[0]  # in order of warps
     warps = state.warp[lanes]
@@ -123,7 +136,6 @@ def _reduce(state: State, i: Instruction, mask: Array) -> None:
 
 
 def _elect(state: State, i: Instruction, mask: Array) -> None:
-    known(i, "sync")
     here = ballot(state, mask)
     leader = np.bitwise_count((here & -here) - 1).astype(np.uint32)
     name, _, predicate = i.operands[0].partition("|")
@@ -134,10 +146,7 @@ def _elect(state: State, i: Instruction, mask: Array) -> None:
 def _matrices(state: State, i: Instruction, mask: Array) -> None:
     """ldmatrix and stmatrix: matrix k of 8×8 words of 16 bits has its rows at the addresses that threads 8k to 8k + 7
     name; a thread has two neighbours of a row, or with .trans of a column."""
-    known(i, "sync", "aligned", "m8n8", "x1", "x2", "x4", "trans", "shared", "shared__cta")
     load = i.opcode == "ldmatrix"
-    if i.types[-1] != "b16":
-        raise Unsupported("matrices of other than 16 bits")
     names = parts(i.operands[0 if load else 1])
     address = state.address(i.operands[1 if load else 0])()
     lane = state.lane_in_warp.astype(np.int64)
@@ -156,7 +165,7 @@ def _matrices(state: State, i: Instruction, mask: Array) -> None:
             if load:
                 words[lanes] |= gather(memory, places, 2).astype(np.uint32) << np.uint32(16 * half)
             else:
-                state.store(memory, places, (words[lanes] >> np.uint32(16 * half)).astype(np.uint16), i)
+                state.store(memory, places, (words[lanes] >> np.uint32(16 * half)).astype(np.uint16), lanes, i)
         if load:
             state.target(name, "b32")(words, mask)
 

@@ -88,7 +88,8 @@ def _to_float(values: Array, to: str, mode: str | None) -> Array:
 
 
 def _to_integer(values: Array, to: str, mode: str | None) -> Array:
-    """Cut to the range; NaN is 0, as for the types of 32 bits and less; of 64 bits it is the smallest."""
+    """Cut to the range. NaN is 0 if neither type has 64 bits, else the upper bit alone."""
+    wide = values.dtype == np.float64 or BITS[to] == 64
     if mode not in _TO_INTEGER:
         raise Unsupported("an integer without its rounding")
     rounded = _TO_INTEGER[mode](values.astype(np.float64))
@@ -96,9 +97,7 @@ def _to_integer(values: Array, to: str, mode: str | None) -> Array:
     nan, low, high = np.isnan(rounded), rounded <= info.min, rounded >= float(info.max)
     inside = np.where(nan | low | high, 0, rounded).astype(NUMPY[to])
     cut = np.where(low, NUMPY[to](info.min), np.where(high, NUMPY[to](info.max), inside))
-    if info.bits == 64:
-        return np.where(nan, NUMPY[to](info.min if info.min else 1 << 63), cut)
-    return np.where(nan, NUMPY[to](0), cut)
+    return np.where(nan, NUMPY[to]((info.min or 1 << BITS[to] - 1) if wide else 0), cut)
 
 
 OPCODES: dict[str, Compiler] = {"cvt": _convert}

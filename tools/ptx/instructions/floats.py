@@ -34,9 +34,14 @@ def _rounded(i: Instruction, mode: str) -> Operation:
     def wide(function: Operation) -> Operation:
         return lambda *values: directed(function(*(value.astype(np.float64) for value in values)), mode)
 
+    def total(a: Array, b: Array) -> Array:
+        """What cancels is -0 where it is rounded down."""
+        result = odd_sum(a, b)
+        return np.where((result == 0) & (np.signbit(a) | np.signbit(b)), -0.0, result) if mode == "rm" else result
+
     exact: dict[str, Operation] = {
-        "add": odd_sum, "sub": lambda a, b: odd_sum(a, -b), "mul": np.multiply,
-        "fma": lambda a, b, c: odd_sum(a * b, c), "mad": lambda a, b, c: odd_sum(a * b, c),
+        "add": total, "sub": lambda a, b: total(a, -b), "mul": np.multiply,
+        "fma": lambda a, b, c: total(a * b, c), "mad": lambda a, b, c: total(a * b, c),
     }  # fmt: skip
     return wide(exact[i.opcode])
 

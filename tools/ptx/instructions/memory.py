@@ -91,7 +91,7 @@ def _store(state: State, i: Instruction) -> Run:
         lanes = _lanes(state, mask)
         memory, places = state.access(space, address(), lanes, size * len(names), i, "store")
         for k, source in enumerate(sources):
-            state.store(memory, places + size * k, source()[lanes], i)
+            state.store(memory, places + size * k, source()[lanes], lanes, i)
 
     return run
 
@@ -104,7 +104,7 @@ def _store_wide(state: State, i: Instruction, names: list[str]) -> Run:
         memory, places = state.access(space, address(), lanes, 16 * len(names), i, "store")
         for k, register in enumerate(registers):
             for half in (0, 1):
-                state.store(memory, places + 16 * k + 8 * half, register[lanes, half], i)
+                state.store(memory, places + 16 * k + 8 * half, register[lanes, half], lanes, i)
 
     return run
 

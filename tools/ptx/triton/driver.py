@@ -168,5 +168,5 @@ def install(capability: int = 90, options: Options | None = None) -> Session:
     from fused_kd.backends import triton as backend
 
     real = backend.unavailable
-    backend.unavailable = lambda device_type: None if device_type == "cpu" else real(device_type)
+    backend.unavailable = lambda device: None if str(device) == "cpu" else real(device)
     return session

@@ -1,0 +1,75 @@
+"""Three kernels as Triton compiles them, without a GPU, with what they are launched on: python ptx_kernels.py OUT.json.
+
+A process of its own, since Triton must be imported without its interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+SCALARS = {"i32": "<i", "i64": "<q", "fp32": "<f", "fp64": "<d"}
+CLASSES, ROWS = 1000, 2
+
+
+def compiled(launch: Any) -> dict[str, Any]:
+    """The PTX of a planned launch, and its arguments: the size and type of a tensor, the bytes of a number."""
+    import triton
+    from torch import Tensor
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.compiler import ASTSource
+
+    from fused_kd.backends import triton as backend
+    from fused_kd.backends.triton_compile import TYPES
+
+    CUDABackend.make_cubin = lambda self, source, *rest: source.encode()  # no machine code is needed
+    function = backend._kernels()[launch.kernel]
+    signature: dict[str, str] = {}
+    attributes, values = {}, []
+    arguments, options = iter(launch.arguments), dict(launch.options)
+    for parameter in function.params:
+        if parameter.is_constexpr:
+            signature[parameter.name] = "constexpr"
+            continue
+        argument = next(arguments)
+        if argument is None:
+            signature[parameter.name], options[parameter.name] = "constexpr", None
+        elif isinstance(argument, Tensor):
+            kind = TYPES[argument.dtype]
+            signature[parameter.name] = "*" + kind
+            attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+            values.append([kind, argument.untyped_storage().nbytes(), parameter.name])
+        else:
+            kind = signature[parameter.name] = parameter.annotation_type
+            values.append([kind, struct.pack(SCALARS[kind], argument).hex(), parameter.name])
+    warps = {name: options.pop(name) for name in ("num_warps", "maxnreg") if name in options}
+    source = ASTSource(function, signature, options, attributes)
+    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=warps)
+    return {
+        "name": launch.kernel,
+        "ptx": kernel.asm["ptx"],
+        "grid": launch.programs,
+        "threads": 32 * kernel.metadata.num_warps,
+        "shared": kernel.metadata.shared,
+        "values": values,
+    }
+
+
+def main(out: str) -> None:
+    import torch
+
+    from benchmarks.kernel_cases import Case
+
+    single = torch.float32
+    calls = [Case(single, single, CLASSES, rows=ROWS), Case(single, single, CLASSES, rows=ROWS, loss="dist")]
+    wanted = {"rows_on_chip", "reduce_parts", "column_moments"}
+    kernels = {x.kernel: x for call in reversed(calls) for x in call.launches() if x.kernel in wanted}
+    Path(out).write_text(json.dumps([compiled(kernels[name]) for name in sorted(wanted)]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,132 @@
+"""What compiled Triton kernels read, write and issue, counted by running them: ``python -m tools.ptx report``.
+
+Counts are of a launch, per element of an N×C matrix or per row. In units of e, the bytes of a logit, they stand beside
+what docs/kernels.md says that a kernel moves. *Asked for* counts 32-byte sectors for each instruction of a warp, as the
+first-level cache sees them; *touched* counts each sector of memory once, however often it is asked for.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from tools.ptx.counters import KINDS
+
+#: Rows of each call: few, but so many that what a launch does once does not count.
+ROWS = 16
+ON_CHIP, LONG, LONG_ODD = 1000, 9000, 9001
+
+
+class Call(NamedTuple):
+    loss: str
+    classes: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.loss} {ROWS}×{self.classes} {str(self.dtype).removeprefix('torch.')}"
+
+
+#: Reads and writes in units of e, as docs/kernels.md has them: of a kernel, or of it for one loss.
+STATED: dict[tuple[str, str], tuple[float, float]] = {
+    ("rows_on_chip", ""): (2, 1),
+    ("rows_on_chip", "tf_kd"): (1, 1),
+    ("rows_looped", ""): (4, 1),
+    ("rows_looped", "tf_kd"): (2, 1),
+    ("rows_looped", "js"): (6, 1),
+    ("rows_looped", "dist"): (6, 1),
+    ("scale_rows", ""): (1, 1),
+    ("normalize_rows", ""): (2, 0),
+    ("column_moments", ""): (2, 0),
+    ("ranked_on_chip", ""): (3, 2),
+    ("find_votes", ""): (4, 0),  # at 4 positions here
+    ("zipf_rows", ""): (1, 1),
+}
+
+
+class Reading(NamedTuple):
+    """Of one kernel in one call. ``loads`` and ``stores`` are (asked for, touched) in units of e per element;
+    ``instructions`` those of threads per element, ``shuffles`` and ``barriers`` per row."""
+
+    kernel: str
+    call: str
+    loads: tuple[float, float]
+    stores: tuple[float, float]
+    stated: tuple[float, float] | None
+    instructions: float
+    special: float
+    shuffles: float
+    barriers: float
+
+    @property
+    def more(self) -> bool:
+        """Whether what is asked for exceeds what is stated by more than a twentieth."""
+        asked = self.loads[0], self.stores[0]
+        return self.stated is not None and any(a > 1.05 * b for a, b in zip(asked, self.stated, strict=True) if b)
+
+
+def calls(losses: list[str], quick: bool = False) -> Iterator[Call]:
+    for loss in losses:
+        for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float32):
+            for classes in (ON_CHIP, LONG) if quick else (ON_CHIP, LONG, LONG_ODD):
+                yield Call(loss, classes, dtype)
+
+
+def read(call: Call) -> list[Reading]:
+    """Runs a call, forward and backward, on the driver of :mod:`tools.ptx.triton`, which must be installed."""
+    from fused_kd import check
+    from tools.ptx.triton.driver import session
+
+    tensors = check.Case(call.dtype, ROWS, call.classes, check.OPTIONS[call.loss][0], loss=call.loss).inputs("cpu")
+    before = len(session.launches)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check.evaluate("triton", *tensors, check.OPTIONS[call.loss][0], torch.tensor(2.0), call.loss)
+    elements, readings = ROWS * call.classes, []
+    for launched in session.launches[before:]:
+        counts = launched.result.counts
+        per = call.dtype.itemsize * elements
+
+        def bytes_of(how: str, counts: dict[str, int] = counts, per: int = per) -> tuple[float, float]:
+            return 32 * counts[f"{how} sectors"] / per, counts[f"{how} bytes of memory"] / per
+
+        readings.append(
+            Reading(
+                launched.kernel,
+                str(call),
+                bytes_of("load"),
+                bytes_of("store"),
+                STATED.get((launched.kernel, call.loss)) or STATED.get((launched.kernel, "")),
+                32 * sum(counts[f"{kind} instructions"] for kind in KINDS) / elements,
+                32 * counts["special instructions"] / elements,
+                counts["shuffles"] / ROWS,
+                counts["barriers"] / ROWS,
+            )
+        )
+    return readings
+
+
+HEADER = (
+    "kernel", "call", "reads, page", "asked for", "touched", "writes, page", "asked for", "touched",
+    "instructions", "of them special", "shuffles a row", "barriers a row",
+)  # fmt: skip
+
+
+def cells(reading: Reading) -> list[str]:
+    stated = ("–", "–") if reading.stated is None else tuple(f"{each:g} e" for each in reading.stated)
+
+    def amount(value: float) -> str:
+        return f"{value:.2f} e"
+
+    return [
+        reading.kernel, reading.call, stated[0], *map(amount, reading.loads), stated[1], *map(amount, reading.stores),
+        f"{reading.instructions:.0f}", f"{reading.special:.1f}", f"{reading.shuffles:.0f}", f"{reading.barriers:.1f}",
+    ]  # fmt: skip
+
+
+def markdown(readings: list[Reading], capability: int) -> str:
+    table = [list(HEADER), ["---", "---", *["---:"] * (len(HEADER) - 2)], *map(cells, readings)]
+    lines = ["| " + " | ".join(row) + " |" for row in table]
+    return "\n".join([*lines, "", f"Compiled for sm_{capability} and executed by tools/ptx."])

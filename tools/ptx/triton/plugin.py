@@ -1,0 +1,64 @@
+"""``pytest -p tools.ptx.triton.plugin``: tests that ask for Triton's interpreter run compiled PTX instead.
+
+Options: ``--sm`` chooses the GPU to compile for; ``--ptx-schedule``, ``--ptx-noise`` and ``--ptx-fuse`` are those of
+:class:`tools.ptx.Options`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+
+import pytest
+
+from tools.ptx import Options
+
+_NAME = "tools.ptx.triton.plugin"
+# Before any conftest imports Triton; and for pytest-xdist's workers, which load what this variable names soon enough.
+os.environ["TRITON_INTERPRET"] = "0"
+os.environ["PYTEST_PLUGINS"] = _NAME
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("ptx", "compiled Triton kernels on an interpreter of PTX")
+    group.addoption("--sm", type=int, default=90, help="compute capability to compile for (default: %(default)s)")
+    group.addoption("--ptx-schedule", choices=("together", "forward", "backward"), default="together")
+    group.addoption("--ptx-noise", type=float, default=0.0, help="share of the hardware's documented errors, 0 to 1")
+    group.addoption("--ptx-fuse", action="store_true", help="contract products and sums as ptxas may")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    from tools.ptx.triton import driver
+
+    given = early_config.known_args_namespace
+    driver.install(given.sm, Options(given.ptx_schedule, given.ptx_noise, given.ptx_fuse))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    from tools.ptx.triton.driver import session as launched
+
+    said = getattr(session.config, "workeroutput", None)
+    if said is not None:  # a worker tells the process that has the terminal
+        said["ptx"] = [len(launched.launches), sum(each.seconds for each in launched.launches), len(launched.modules)]
+
+
+_workers: Counter[str] = Counter()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: object, error: object) -> None:
+    launches, seconds, binaries = getattr(node, "workeroutput", {}).get("ptx", (0, 0.0, 0))
+    _workers.update({"launches": launches, "seconds": round(seconds), "binaries": binaries})
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    from tools.ptx.triton.driver import session as launched
+
+    total = Counter(_workers)
+    total["launches"] += len(launched.launches)
+    total["seconds"] += round(sum(each.seconds for each in launched.launches))
+    total["binaries"] += len(launched.modules)
+    terminalreporter.write_line(
+        f"compiled PTX: {total['launches']} launches of {total['binaries']} kernels, {total['seconds']} s in them"
+    )
