@@ -105,7 +105,7 @@ class Library:
         self.options = options
         self.totals = Totals()
         self.extents = Extents()
-        self.fault: Fault | None = None
+        self.fault: BaseException | None = None  # what ended the last launch
         self._texts = {ptx: ptx.read_text() for ptx in sorted(path.parent.glob("*.ptx"))}
         self._modules: dict[Path, Module] = {}
         self._runtime = ctypes.CDLL(str(path))
@@ -121,7 +121,7 @@ class Library:
 
     @contextlib.contextmanager
     def patched(self, native_cuda: ModuleType) -> Iterator[None]:
-        """The calls of fused_kd.backends.native_cuda take CPU tensors, and raise Fault where a launch went wrong."""
+        """The calls of fused_kd.backends.native_cuda take CPU tensors, and raise what was wrong with a launch."""
         before = {name: getattr(native_cuda, name) for name in (*CALLS, "_place", "_on")}
         for name in CALLS:
             setattr(native_cuda, name, self.checked(before[name]))
@@ -178,11 +178,8 @@ class Library:
         """Called by runtime.cpp, through C: nothing may be raised."""
         try:
             return self._launch(pointer.contents)
-        except Fault as fault:
+        except BaseException as fault:
             self.fault = fault
-        except BaseException as problem:
-            self.fault = Fault(f"the interpreter failed: {problem!r}")
-            self.fault.__cause__ = problem
         return -ILLEGAL_ADDRESS
 
     def _launch(self, request: Request) -> int:
