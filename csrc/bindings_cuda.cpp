@@ -4,7 +4,6 @@
 #include <pybind11/stl.h>
 
 #include <array>
-#include <climits>
 #include <stdexcept>
 
 #include "cuda/arrangements.h"
@@ -33,7 +32,9 @@ void* address(uintptr_t data) {
 }
 
 int as_int(int64_t classes) {
-    if (classes > INT_MAX) throw py::value_error("expected fewer than 2^31 classes, got " + std::to_string(classes));
+    if (classes > cuda::kMostClasses)
+        throw py::value_error("expected at most " + std::to_string(cuda::kMostClasses) + " classes, got " +
+                              std::to_string(classes));
     return int(classes);
 }
 

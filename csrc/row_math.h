@@ -88,6 +88,7 @@ struct UskdParams {
 template <class R>
 struct UskdStats {
     int targets;                  // 1 or 2; the second's logits are -inf and its label 0 where there is one
+    int unused;                   // where padding would be, which a GPU's copies by words would read unwritten
     R s_max, s_sum, w_max, w_sum; // as above, of the student's and the weak logits
     R s_target[2], w_target[2], label[2];
     R w_linear; // sum over nt of w_j - w_max

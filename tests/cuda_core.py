@@ -1,11 +1,13 @@
 """The CUDA sources compiled as C++ with stand-ins for CUDA's headers (tests/cuda_on_cpu), as a Python module."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,14 @@ STAND_INS = ROOT / "tests" / "cuda_on_cpu"
 CUDA = ROOT / "csrc" / "cuda"
 #: Rows sorted in global memory go in passes of so many classes here, so that small tests take several.
 SORTED_AT_ONCE = 20000
+
+
+def load(folder: Path) -> Any:
+    """The module, built in this folder. tools/ptx/cuda/plugin.py puts another in its place."""
+    specification = importlib.util.spec_from_file_location("cuda_on_cpu", build(folder))
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
 def build(folder: Path) -> Path:

@@ -1,16 +1,16 @@
 """The CUDA kernels' own sources, run on the CPU: compiled as C++ with stand-ins for CUDA's headers (tests/cuda_on_cpu).
 
-What that proves is the kernels' logic (indices, masks, barriers, formulas, conversions); what it cannot is that they
-launch, and how fast they are.
+What that proves is the kernels' logic (indices, masks, barriers, formulas, conversions). What the compiler and CUB do
+to it, and whether launches are right, tests/compiled/test_cuda_ptx.py shows of some cases, and of all of them this file
+with ``-p tools.ptx.cuda.plugin``.
 """
 
 import contextlib
-import importlib.util
 import math
 
+import cuda_core
 import pytest
 import torch
-from cuda_core import build
 
 from fused_kd import reference
 from fused_kd.backends import native_cuda
@@ -22,11 +22,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-8, t
 
 @pytest.fixture(scope="module")
 def module(tmp_path_factory):
-    path = build(tmp_path_factory.mktemp("cuda_on_cpu"))
-    specification = importlib.util.spec_from_file_location("cuda_on_cpu", path)
-    loaded = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(loaded)
-    return loaded
+    return cuda_core.load(tmp_path_factory.mktemp("cuda_on_cpu"))
 
 
 @pytest.fixture
@@ -381,10 +377,54 @@ def test_a_gradient_that_is_not_wanted(core):
             assert torch.equal(gradient, full) if want else gradient.shape == (0,)
 
 
-def test_an_error_of_cuda_is_raised(core, monkeypatch):
-    monkeypatch.setattr(native_cuda, "_place", lambda device: (3, 0))  # the stand-in has device 0 only
-    with pytest.raises(RuntimeError, match="invalid argument"):
+def sorted_call(core):
+    """A call whose rows are sorted in global memory."""
+    student, weak, target = inputs(1, 20, torch.float64)
+    sums = torch.tensor([0.5, 0.0, 1.0], dtype=torch.float64)
+    return native_cuda.uskd(core, student, weak, target, sums, None, *arguments(), True, True, 1.0, 1.0)
+
+
+def refused_device(core):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(native_cuda, "_place", lambda device: (3, 0))
         native_cuda.uskd_batch_sums(core, *inputs(2, 5)[::2], True, -100)
+
+
+def refused_launch(core):
+    one = torch.ones(())
+    core.cuda_scale_gradient(0, 0, one.data_ptr(), one.data_ptr(), 0, one.data_ptr(), 0, 1, one.data_ptr(), 0, -1, 1)
+
+
+@pytest.mark.parametrize(
+    "refused, words",
+    ((refused_device, "invalid device ordinal"), (refused_launch, "invalid configuration argument")),
+)
+def test_an_error_of_cuda_is_raised_once(core, refused, words):
+    """CUDA keeps a failed call's error until somebody takes it, and CUB takes any for its own."""
+    before = sorted_call(core)
+    with pytest.raises(RuntimeError, match=f"CUDA says: {words}"):
+        refused(core)
+    assert all(torch.equal(a, b) for a, b in zip(before, sorted_call(core), strict=True))
+
+
+def test_a_ruined_context_is_told_by_every_call(core):
+    core.ruin_context(700)
+    try:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="illegal memory access"):
+                sorted_call(core)
+            with pytest.raises(RuntimeError, match="illegal memory access"):
+                native_cuda.uskd_batch_sums(core, *inputs(2, 5)[::2], True, -100)
+        assert "illegal memory access" in core.cuda_problem()
+    finally:
+        core.ruin_context(0)
+    sorted_call(core)
+
+
+def test_more_classes_than_32_bits_index(core):
+    assert core.cuda_uskd_workspace(0, 0, 2**31 - 2049, 0) > 0
+    with pytest.raises(ValueError, match="expected at most 2147481599 classes, got 2147481600"):
+        core.cuda_uskd_workspace(0, 0, 2**31 - 2048, 0)
 
 
 def test_infinite_loss_is_the_cross_entropys(core):

@@ -75,6 +75,9 @@ constexpr int streaming_threads(int64_t classes) {
     return classes <= 512 ? 64 : classes <= 4096 ? 256 : kMostStreamingThreads;
 }
 
+// So that 32 bits index a row's classes and where its last thread's next four would be.
+constexpr int64_t kMostClasses = (int64_t(1) << 31) - 1 - 4 * kMostStreamingThreads;
+
 // In the first dimension of a grid.
 constexpr int64_t kMostBlocks = (int64_t(1) << 31) - 1;
 

@@ -19,9 +19,14 @@ using common::UskdParams;
 using common::UskdRow;
 using common::UskdStats;
 
-// Null, or what CUDA said.
+// Null, or what CUDA said. CUDA also keeps a failed call's error as the thread's last, where CUB would find it at the
+// next sort and take it for its own: told here, it is taken away. An error that has ruined the context stays, whoever
+// takes it. The package has a runtime of its own (CUDA::cudart_static, whose symbols are hidden), and with it a last
+// error of its own: none of PyTorch's is lost here, and none is reported as ours.
 inline const char* said(cudaError_t error) {
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+    if (error == cudaSuccess) return nullptr;
+    cudaGetLastError();
+    return cudaGetErrorString(error);
 }
 
 // As kernel<<<blocks, threads, shared, stream>>>(arguments).

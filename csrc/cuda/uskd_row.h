@@ -30,7 +30,7 @@ struct RowState {
     UskdStats<A> x;
     SplitSoftmax<A, 2> p, v;
     UskdKey<A> key;
-    bool is_nan; // a NaN or a +inf somewhere: so are the loss and the gradients
+    A is_nan; // not 0 for a NaN or a +inf somewhere: so are the loss and the gradients. No bool, which padding follows
 };
 
 template <class A>
@@ -175,7 +175,7 @@ __device__ __forceinline__ void row_statistics(const UskdCall& call, int64_t ind
         const auto v = common::split_softmax<A, 2>(x.w_target, w_max, sums.w);
         const double probe = double(p.rest) + double(v.rest) + double(x.v_sum) + double(targets.poison) +
                              call.batch_sums[0] + call.batch_sums[1];
-        state.row = {targets, x, p, v, common::uskd_key(p, v, targets.count, Rank(call.rank)), probe != probe};
+        state.row = {targets, x, p, v, common::uskd_key(p, v, targets.count, Rank(call.rank)), A(probe != probe)};
     }
     __syncthreads();
 }

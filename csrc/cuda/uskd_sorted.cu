@@ -95,12 +95,11 @@ template <class A>
 struct Buffers {
     using Key = typename KeyBits<A>::Type;
     char *states, *keys[2], *order[2], *temporary;
-    size_t temporary_bytes, total;
+    size_t temporary_bytes = 0, total = 0;
 
     const char* place(char* base, int64_t rows, int classes) {
         cub::DoubleBuffer<Key> no_keys(nullptr, nullptr);
         cub::DoubleBuffer<uint32_t> no_order(nullptr, nullptr);
-        temporary_bytes = 0;
         if (const char* error = said(sort_rows<Key>(nullptr, temporary_bytes, no_keys, no_order, rows, classes, 0)))
             return error;
         const size_t elements = size_t(rows) * size_t(classes);

@@ -193,27 +193,60 @@ inline float __uint_as_float(uint32_t bits) {
     return x;
 }
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaError_t {
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorInvalidConfiguration = 9,
+    cudaErrorInvalidDevice = 101,
+    cudaErrorIllegalAddress = 700
+};
 struct cudaFuncAttributes {};
 typedef struct Stream* cudaStream_t;
 
-inline const char* cudaGetErrorString(cudaError_t) {
-    return "invalid argument";
+namespace emulated {
+
+// A call that fails leaves its error until somebody takes it; a context that a fault has ruined gives the fault's for
+// ever.
+inline cudaError_t last_error = cudaSuccess, ruined = cudaSuccess;
+
+inline cudaError_t result(cudaError_t error) {
+    if (ruined != cudaSuccess) error = ruined;
+    if (error != cudaSuccess) last_error = error;
+    return error;
+}
+
+} // namespace emulated
+
+inline cudaError_t cudaPeekAtLastError() {
+    return emulated::ruined != cudaSuccess ? emulated::ruined : emulated::last_error;
+}
+inline cudaError_t cudaGetLastError() {
+    const cudaError_t error = cudaPeekAtLastError();
+    emulated::last_error = cudaSuccess;
+    return error;
+}
+inline const char* cudaGetErrorString(cudaError_t error) {
+    return error == cudaErrorInvalidConfiguration ? "invalid configuration argument"
+           : error == cudaErrorInvalidDevice      ? "invalid device ordinal"
+           : error == cudaErrorIllegalAddress     ? "an illegal memory access was encountered"
+                                                  : "invalid argument";
 }
 inline cudaError_t cudaSetDevice(int device) {
-    return device == 0 ? cudaSuccess : cudaErrorInvalidValue;
+    return emulated::result(device == 0 ? cudaSuccess : cudaErrorInvalidDevice);
 }
 template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
-    return cudaSuccess;
+    return emulated::result(cudaSuccess);
 }
 
 template <class Arguments>
 cudaError_t cudaLaunchKernel(void (*kernel)(Arguments), dim3 blocks, dim3 threads, void** pointers, size_t shared,
                              cudaStream_t) {
     using namespace emulated;
-    if (blocks.x == 0 || threads.x == 0 || threads.x > kMostThreads || threads.x % 32 || shared > kMostShared)
-        return cudaErrorInvalidValue;
+    if (blocks.x == 0 || blocks.x > 0x7fffffffu || threads.x == 0 || threads.x > kMostThreads || threads.x % 32)
+        return result(cudaErrorInvalidConfiguration);
+    if (shared > kMostShared) return result(cudaErrorInvalidValue);
+    if (const cudaError_t error = result(cudaSuccess)) return error;
     struct Call {
         void (*kernel)(Arguments);
         Arguments* arguments;

@@ -8,5 +8,6 @@ void bind_cuda(pybind11::module_& m);
 PYBIND11_MODULE(cuda_on_cpu, m) {
     bind_cuda(m);
     m.def("run_backwards", [](bool backwards) { emulated::backwards = backwards; });
+    m.def("ruin_context", [](int error) { emulated::ruined = cudaError_t(error); });
     m.def("launches", [] { return emulated::launches; });
 }

@@ -25,10 +25,12 @@ LIMIT = 50_000_000
 class Straight(NamedTuple):
     """Instructions that run one after the other, and the jump or meeting point at their end, if there is one."""
 
-    runs: list[Run]
+    body: list[Instruction]
     last: Instruction | None
-    length: int
-    kinds: Counter[str]
+
+    @property
+    def instructions(self) -> list[Instruction]:
+        return self.body if self.last is None else [*self.body, self.last]
 
 
 class Result(NamedTuple):
@@ -96,27 +98,35 @@ class Machine:
         ordered = sorted(start for start in starts if start < len(self.code))
         self.at = {start: k for k, start in enumerate(ordered)}
         self.straights = [
-            self._compile(self.code[start:end])
+            self._straight(self.code[start:end])
             for start, end in zip(ordered, [*ordered[1:], len(self.code)], strict=True)
         ]
+        self.runs: dict[int, list[Run]] = {}
+        if not state.function.known:  # once: later launches compile what they reach, which is little of CUB's
+            for at in range(len(self.straights)):
+                self._compile(at)
+            state.function.known = True
         self.place = np.zeros(state.lanes, np.int64)  # the straight that each thread is at
         self.done = np.zeros(state.lanes, np.bool_)
         self.waiting = np.zeros(state.lanes, np.bool_)
         self.visits = np.zeros(len(self.straights), np.int64)
 
-    def _compile(self, instructions: list[Instruction]) -> Straight:
+    def _straight(self, instructions: list[Instruction]) -> Straight:
         last = instructions[-1] if instructions[-1].opcode in (*_JUMPS, *warps.TOGETHER) else None
         if last is not None and last.opcode == "bra" and last.operands[-1] not in self.state.function.labels:
             raise Unsupported(f"{last}: label {last.operands[-1]}, which is not there")
         if last is not None and last.opcode in warps.TOGETHER:
             warps.check(last)
-        runs = []
+        return Straight(instructions[: -1 if last else None], last)
+
+    def _compile(self, at: int) -> list[Run]:
+        runs = self.runs[at] = []
         self.state.products = {}
-        for i in instructions[: -1 if last else None]:
+        for i in self.straights[at].body:
             runs.append(compile_instruction(self.state, i))
             if self.state.options.fuse:
                 remember_product(self.state, i)
-        return Straight(runs, last, len(instructions), kinds_of(instructions))
+        return runs
 
     def run(self) -> None:
         state, steps = self.state, 0
@@ -126,10 +136,10 @@ class Machine:
             mask = runnable & (self.place == at)
             straight = self.straights[at]
             everyone = None if mask.all() else mask
-            for run in straight.runs:
+            for run in self.runs[at] if at in self.runs else self._compile(at):
                 run(everyone)
             self.visits[at] += state.warps if everyone is None else state.warps_of(mask)
-            steps += straight.length
+            steps += len(straight.body) + (straight.last is not None)
             if steps > LIMIT:
                 raise Fault(f"no end after {LIMIT} instructions")
             if straight.last is None:
@@ -139,9 +149,9 @@ class Machine:
             else:
                 self._meet(straight.last, at, mask)
             self.done |= self.place >= len(self.straights)
-        for straight, visits in zip(self.straights, self.visits, strict=True):
-            for kind, times in straight.kinds.items():
-                state.counts[kind] += times * int(visits)
+        for at in np.nonzero(self.visits)[0]:
+            for kind, times in kinds_of(self.straights[at].instructions).items():
+                state.counts[kind] += times * int(self.visits[at])
 
     def _turn(self, runnable: Array) -> Array:
         """Of the threads that can go on, those whose turn it is."""

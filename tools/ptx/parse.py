@@ -52,6 +52,7 @@ class Function:
     local: dict[str, Variable] = field(default_factory=dict)
     tables: dict[str, list[str]] = field(default_factory=dict)  # of brx.idx
     maxntid: int | None = None
+    known: bool = False  # that all of its instructions can be compiled
 
     def register_type(self, name: str) -> str | None:
         if name not in self.registers:

@@ -22,6 +22,8 @@ struct DeviceSegmentedRadixSort {
     template <class Key, class Value, class Starts>
     static cudaError_t SortPairs(void* temporary, size_t& bytes, DoubleBuffer<Key>& keys, DoubleBuffer<Value>& values,
                                  int items, int segments, Starts begin, Starts end, int, int, cudaStream_t) {
+        // Whoever left it: CUB looks at the last error, not at what its launches return.
+        if (const cudaError_t error = cudaGetLastError()) return error;
         if (!temporary) {
             bytes = 1000;
             return cudaSuccess;

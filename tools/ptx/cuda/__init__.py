@@ -1,0 +1,6 @@
+"""The CUDA library's own host code and kernels, as nvcc compiles them, where there is no GPU.
+
+:mod:`.build` compiles csrc/cuda and CUB with nvcc and links them with a stand-in for CUDA's runtime (runtime.cpp),
+which hands each launch to :mod:`.driver`, which runs the kernel's PTX on the interpreter. :mod:`.plugin` does so for
+pytest.
+"""
