@@ -6,6 +6,7 @@ python -m tools.ptx.cuda.build FOLDER [--architecture 90] [--flag=-fmad=false]
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import os
 import shutil
@@ -46,15 +47,17 @@ def build(folder: Path, architecture: int = ARCHITECTURE, flags: Sequence[str] =
     nvcc = find_nvcc()
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    common = _common_state(nvcc)
-    steps = [*_kernel_steps(nvcc, folder, architecture, flags), *_host_steps(nvcc, folder)]
-    with ThreadPoolExecutor(2) as pool:
-        changed = list(pool.map(lambda step: _compile(common, *step), steps))
-    module = folder / MODULE
-    if any(changed) or not module.is_file():
-        # As with the static runtime that the package has, its symbols are nobody else's.
-        _run([_compiler(), "-shared", "-Wl,-Bsymbolic", *(str(step[1]) for step in steps), "-o", str(module)])
-    (folder / "architecture").write_text(str(architecture))
+    with (folder / "lock").open("w") as lock:  # other processes of the same tests wait
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        common = _common_state(nvcc)
+        steps = [*_kernel_steps(nvcc, folder, architecture, flags), *_host_steps(nvcc, folder)]
+        with ThreadPoolExecutor(2) as pool:
+            changed = list(pool.map(lambda step: _compile(common, *step), steps))
+        module = folder / MODULE
+        if any(changed) or not module.is_file():
+            # As with the static runtime that the package has, its symbols are nobody else's.
+            _run([_compiler(), "-shared", "-Wl,-Bsymbolic", *(str(step[1]) for step in steps), "-o", str(module)])
+        (folder / "architecture").write_text(str(architecture))
     return module
 
 

@@ -2,27 +2,27 @@
 
     python -m pytest -p tools.ptx.cuda.plugin tests/test_cuda_on_cpu.py -k ties
 
-FUSED_KD_PTX names the folder of the build, made where it is not there (build/ptx-cuda by default);
-FUSED_KD_PTX_OPTIONS the interpreter's options, as '{"fuse": true}'.
+``--ptx-schedule``, ``--ptx-noise`` and ``--ptx-fuse`` are those of :class:`tools.ptx.Options`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from fused_kd.backends import native_cuda
-from tools.ptx import Options
+from tools.ptx import pytest_options
 from tools.ptx.cuda.build import ROOT, BuildError, build
 from tools.ptx.cuda.driver import Library
 
 LIBRARY = pytest.StashKey[Library]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    pytest_options.add(parser)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -30,11 +30,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
     torch.set_num_threads(1)
     try:
-        path = build(Path(os.environ.get("FUSED_KD_PTX") or ROOT / "build" / "ptx-cuda"))
+        path = build(ROOT / "build" / "ptx-cuda")
     except BuildError as problem:
         raise pytest.UsageError(str(problem)) from None
-    options = os.environ.get("FUSED_KD_PTX_OPTIONS")
-    library = Library(path, Options(**json.loads(options)) if options else None)
+    given = session.config.option
+    # A test may ask for the other order of warps itself, unless one is asked for here.
+    library = Library(path, pytest_options.read(given) if given.ptx_schedule else None)
     session.config.stash[LIBRARY] = library
     stack = contextlib.ExitStack()
     session.config.add_cleanup(stack.close)

@@ -11,7 +11,7 @@ from collections import Counter
 
 import pytest
 
-from tools.ptx import Options
+from tools.ptx import pytest_options
 
 _NAME = "tools.ptx.triton.plugin"
 # Before any conftest imports Triton; and for pytest-xdist's workers, which load what this variable names soon enough.
@@ -20,11 +20,8 @@ os.environ["PYTEST_PLUGINS"] = _NAME
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("ptx", "compiled Triton kernels on an interpreter of PTX")
+    group = pytest_options.add(parser)
     group.addoption("--sm", type=int, default=90, help="compute capability to compile for (default: %(default)s)")
-    group.addoption("--ptx-schedule", choices=("together", "forward", "backward"), default="together")
-    group.addoption("--ptx-noise", type=float, default=0.0, help="share of the hardware's documented errors, 0 to 1")
-    group.addoption("--ptx-fuse", action="store_true", help="contract products and sums as ptxas may")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -32,7 +29,7 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     from tools.ptx.triton import driver
 
     given = early_config.known_args_namespace
-    driver.install(given.sm, Options(given.ptx_schedule, given.ptx_noise, given.ptx_fuse))
+    driver.install(given.sm, pytest_options.read(given))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
