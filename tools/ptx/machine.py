@@ -149,9 +149,9 @@ class Machine:
             else:
                 self._meet(straight.last, at, mask)
             self.done |= self.place >= len(self.straights)
-        for at in np.nonzero(self.visits)[0]:
-            for kind, times in kinds_of(self.straights[at].instructions).items():
-                state.counts[kind] += times * int(self.visits[at])
+        for straight, visits in zip(self.straights, self.visits, strict=True):
+            for kind, times in kinds_of(straight.instructions).items() if visits else ():
+                state.counts[kind] += times * int(visits)
 
     def _turn(self, runnable: Array) -> Array:
         """Of the threads that can go on, those whose turn it is."""

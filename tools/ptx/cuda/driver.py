@@ -98,7 +98,7 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 class Library:
-    """A module that :func:`tools.ptx.cuda.build.build` made."""
+    """A module that :func:`tools.ptx.cuda.build.build` made. One in a process: Python takes a second for it."""
 
     def __init__(self, path: Path, options: Options | None = None) -> None:
         self.core = _import(path)
