@@ -33,9 +33,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         path = build(ROOT / "build" / "ptx-cuda")
     except BuildError as problem:
         raise pytest.UsageError(str(problem)) from None
-    given = session.config.option
-    # A test may ask for the other order of warps itself, unless one is asked for here.
-    library = Library(path, pytest_options.read(given) if given.ptx_schedule else None)
+    library = Library(path, pytest_options.read(session.config.option))
     session.config.stash[LIBRARY] = library
     stack = contextlib.ExitStack()
     session.config.add_cleanup(stack.close)
