@@ -349,3 +349,15 @@ def test_branches():
     value = [t * (t - 1) // 2 + (1000 if t % 2 else 2000) for t in range(64)]
     want = [[0, 0] if t == 7 else [value[t], value[t ^ 1]] for t in range(64)]
     np.testing.assert_array_equal(out[:128].reshape(64, 2), want)
+
+
+@pytest.mark.parametrize("written, faults", [(4, 1), (8, 0)])
+def test_local_memory_that_nobody_has_written(written, faults):
+    """A thread's own, of which all that is read must have been written."""
+    body = f"""
+        .local .align 8 .b8 mine[16];
+        mov.u64 %d4, mine;
+        st.local.b{8 * written} [%d4], {"%d0" if written == 8 else "%thread"};
+        ld.local.b64 %d5, [%d4];"""
+    result = Program(body).run(np.zeros(1, np.uint32))
+    assert len(result.problems) == faults

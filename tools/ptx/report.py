@@ -29,21 +29,26 @@ class Call(NamedTuple):
         return f"{self.loss} {ROWS}×{self.classes} {str(self.dtype).removeprefix('torch.')}"
 
 
-#: Reads and writes in units of e, as docs/kernels.md has them: of a kernel, or of it for one loss.
-STATED: dict[tuple[str, str], tuple[float, float]] = {
-    ("rows_on_chip", ""): (2, 1),
-    ("rows_on_chip", "tf_kd"): (1, 1),
-    ("rows_looped", ""): (4, 1),
-    ("rows_looped", "tf_kd"): (2, 1),
-    ("rows_looped", "js"): (6, 1),
-    ("rows_looped", "dist"): (6, 1),
-    ("scale_rows", ""): (1, 1),
-    ("normalize_rows", ""): (2, 0),
-    ("column_moments", ""): (2, 0),
-    ("ranked_on_chip", ""): (3, 2),
-    ("find_votes", ""): (4, 0),  # at 4 positions here
-    ("zipf_rows", ""): (1, 1),
-}
+def stated(kernel: str, call: Call) -> tuple[float, float] | None:
+    """Reads and writes in units of e per element, as docs/kernels.md has them; None of what it has per row."""
+    float32 = 4 / call.dtype.itemsize  # one for each element, be it a key or a number of a column
+    long = call.classes > 2048  # rows that USKD and Zipf's label smoothing read once more
+    one_matrix, three_walks = call.loss == "tf_kd", call.loss in ("js", "dist")
+    of_columns = 4 * float32 if call.loss == "dist" else 0
+    return {
+        "rows_on_chip": ((1 if one_matrix else 2) + of_columns, 1),
+        "rows_looped": ((2 if one_matrix else 6 if three_walks else 4) + 2 * of_columns, 1),
+        "scale_rows": (1, 1),
+        "normalize_rows": (2, 0),
+        "column_moments": (2, 0),
+        "target_probabilities": (2 if long else 1, 0),
+        "ranked_on_chip": (3, 2),
+        "write_keys": (6, 1 + float32),
+        "write_zipf": (2 * float32, float32),
+        "combine_ranked": (2 + 2 * float32, 1),
+        "find_votes": (4, 0),  # at 4 positions here
+        "zipf_rows": (2 if long else 1, 1),
+    }.get(kernel)
 
 
 class Reading(NamedTuple):
@@ -98,7 +103,7 @@ def read(call: Call) -> list[Reading]:
                 str(call),
                 bytes_of("load"),
                 bytes_of("store"),
-                STATED.get((launched.kernel, call.loss)) or STATED.get((launched.kernel, "")),
+                stated(launched.kernel, call),
                 32 * sum(counts[f"{kind} instructions"] for kind in KINDS) / elements,
                 32 * counts["special instructions"] / elements,
                 counts["shuffles"] / ROWS,
@@ -115,13 +120,13 @@ HEADER = (
 
 
 def cells(reading: Reading) -> list[str]:
-    stated = ("–", "–") if reading.stated is None else tuple(f"{each:g} e" for each in reading.stated)
+    page = ("–", "–") if reading.stated is None else tuple(f"{each:g} e" for each in reading.stated)
 
     def amount(value: float) -> str:
         return f"{value:.2f} e"
 
     return [
-        reading.kernel, reading.call, stated[0], *map(amount, reading.loads), stated[1], *map(amount, reading.stores),
+        reading.kernel, reading.call, page[0], *map(amount, reading.loads), page[1], *map(amount, reading.stores),
         f"{reading.instructions:.0f}", f"{reading.special:.1f}", f"{reading.shuffles:.0f}", f"{reading.barriers:.1f}",
     ]  # fmt: skip
 

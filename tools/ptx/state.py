@@ -114,7 +114,8 @@ class State:
             self.symbols[name] = at
             at += variable.size or 0
         self.local_size = max(-(-at // 16) * 16, 16)
-        self.local = np.full(self.local_size * self.lanes, 0xA5, np.uint8) if at else np.zeros(0, np.uint8)
+        self.local = np.full(self.local_size * self.lanes if at else 0, 0xA5, np.uint8)
+        self.local_written = np.zeros(len(self.local), np.bool_)
 
     def warps_of(self, mask: Array) -> int:
         """How many warps have threads in a mask."""
@@ -222,7 +223,15 @@ class State:
         inside = address.astype(np.int64)
         if (address + np.uint64(size) > np.uint64(limit)).any():
             raise Fault(f"{space} memory out of bounds: {instruction}")
-        return (self.local, lanes * self.local_size + inside) if space == "local" else (self.params, inside)
+        if space == "param":
+            return self.params, inside
+        places = lanes * self.local_size + inside
+        of_bytes = places[:, None] + np.arange(size)
+        if how == "store":
+            self.local_written[of_bytes] = True
+        elif not self.local_written[of_bytes].all():
+            self.problem("local memory is read that nobody has written", instruction)
+        return self.local, places
 
     def _space_of(self, address: Array) -> tuple[str, Array]:
         kinds = np.searchsorted(np.array([SHARED, LOCAL, PARAM], np.uint64), address, side="right")
