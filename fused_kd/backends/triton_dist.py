@@ -69,9 +69,7 @@ def plan_columns(
         "num_warps": config.warps,
         "maxnreg": config.registers,
     }
-    # The row kernel makes p and q of a row's state with code of its own. Fused with what follows it, a product would
-    # not be the number whose moments were taken; a column that hardly varies magnifies the difference by up to 1e8.
-    launches.append(planned("column_moments", chunks * blocks, arguments, options, fused=False))
+    launches.append(planned("column_moments", chunks * blocks, arguments, options))
 
     tile_chunks, tile_classes = triton_config.FINISH_TILE
     items = -(-classes // tile_classes)

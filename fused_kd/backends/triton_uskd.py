@@ -185,8 +185,7 @@ def plan_uskd(
             rows, classes, *strides, counts.items, ignore_index,
             alpha, beta, mu, ce_weight, smoothing, *scales, *norm_values,
         )  # fmt: skip
-        # Equal logits must have equal keys, wherever in a tile they are.
-        launches.append(planned("ranked_on_chip", -(-rows // config.rows), arguments, options, fused=False))
+        launches.append(planned("ranked_on_chip", -(-rows // config.rows), arguments, options))
     else:
         device, dtype = student.device, loss.dtype
         at_once = min(rows, max(1, SORTED_AT_ONCE // classes))
@@ -216,7 +215,7 @@ def plan_uskd(
                 columns, rows, first, last, classes, *strides, counts.items, ignore_index, alpha, mu, ce_weight,
                 smoothing, scales[1],
             )  # fmt: skip
-            launches.append(planned("write_keys", programs, arguments, write, fused=False))  # for equal keys, as above
+            launches.append(planned("write_keys", programs, arguments, write))
             launches.append(Launch("sort_rows", 1, (keys[here], sorted_keys[here], order[here]), {}))
             # The sorted keys have served: their place takes the Zipf weights.
             zipf_options = {"ACC": layout["ACC"], "BLOCK": ZIPF_BLOCK, "num_warps": 4}

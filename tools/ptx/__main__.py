@@ -22,7 +22,9 @@ def main(arguments: list[str] | None = None) -> int:
     report_parser = commands.add_parser("report", help="bytes, instructions, shuffles and barriers of each kernel")
     report_parser.add_argument("--loss", choices=list(LOSSES), action="append", help="default: all of them")
     report_parser.add_argument("--sm", type=int, default=90, help="compute capability to compile for (%(default)s)")
-    report_parser.add_argument("--quick", action="store_true", help="bfloat16 alone, and no odd length")
+    report_parser.add_argument(
+        "--quick", action="store_true", help="bfloat16 alone, a short and a long odd row: the page's table"
+    )
     report_parser.add_argument(
         "--update", type=Path, metavar="PAGE", help="put the table into a page, such as docs/kernels.md"
     )
