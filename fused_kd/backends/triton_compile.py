@@ -68,10 +68,8 @@ class MachineCode(NamedTuple):
     exponentials: int
 
 
-def compile_launch(launch: Launch, capability: int) -> Report:
-    """Compile a planned launch for a compute capability (90 for 9.0) as Triton would at its first call."""
-    import triton
-    from triton.backends.compiler import GPUTarget
+def source_of(launch: Launch) -> tuple[Any, dict[str, Any]]:
+    """What Triton's compiler is given at a launch: its source, specialised as the JIT does, and its options."""
     from triton.backends.nvidia.compiler import CUDAOptions
     from triton.compiler import ASTSource
 
@@ -97,7 +95,15 @@ def compile_launch(launch: Launch, capability: int) -> Report:
     # The compiler itself drops what it does not know without a word.
     if unknown := compiler_options.keys() - {field.name for field in fields(CUDAOptions)}:
         raise ValueError(f"{launch.kernel}: neither an argument nor an option of the compiler: {sorted(unknown)}")
-    source = ASTSource(function, signature, options, attributes)
+    return ASTSource(function, signature, options, attributes), compiler_options
+
+
+def compile_launch(launch: Launch, capability: int) -> Report:
+    """Compile a planned launch for a compute capability (90 for 9.0) as Triton would at its first call."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    source, compiler_options = source_of(launch)
     start = time.perf_counter()
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=compiler_options)
     seconds = time.perf_counter() - start

@@ -21,34 +21,20 @@ def compiled(launch: Any) -> dict[str, Any]:
     from torch import Tensor
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import CUDABackend
-    from triton.compiler import ASTSource
 
-    from fused_kd.backends import triton as backend
-    from fused_kd.backends.triton_compile import TYPES
+    from fused_kd.backends.triton_compile import TYPES, source_of
 
     CUDABackend.make_cubin = lambda self, source, *rest: source.encode()  # no machine code is needed
-    function = backend._kernels()[launch.kernel]
-    signature: dict[str, str] = {}
-    attributes, values = {}, []
-    arguments, options = iter(launch.arguments), dict(launch.options)
-    for parameter in function.params:
-        if parameter.is_constexpr:
-            signature[parameter.name] = "constexpr"
-            continue
-        argument = next(arguments)
-        if argument is None:
-            signature[parameter.name], options[parameter.name] = "constexpr", None
-        elif isinstance(argument, Tensor):
-            kind = TYPES[argument.dtype]
-            signature[parameter.name] = "*" + kind
-            attributes[(parameter.num,)] = [["tt.divisibility", 16]]
-            values.append([kind, argument.untyped_storage().nbytes(), parameter.name])
-        else:
-            kind = signature[parameter.name] = parameter.annotation_type
+    source, options = source_of(launch)
+    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    given = [parameter for parameter in source.fn.params if not parameter.is_constexpr]
+    values = []
+    for parameter, argument in zip(given, launch.arguments, strict=True):
+        if isinstance(argument, Tensor):
+            values.append([TYPES[argument.dtype], argument.untyped_storage().nbytes(), parameter.name])
+        elif argument is not None:
+            kind = parameter.annotation_type
             values.append([kind, struct.pack(SCALARS[kind], argument).hex(), parameter.name])
-    warps = {name: options.pop(name) for name in ("num_warps", "maxnreg") if name in options}
-    source = ASTSource(function, signature, options, attributes)
-    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=warps)
     return {
         "name": launch.kernel,
         "ptx": kernel.asm["ptx"],

@@ -1,0 +1,31 @@
+"""What docs/kernels.md says that kernels ask for is what they ask for."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tools.ptx import report
+from tools.ptx.__main__ import BEGIN, END
+
+PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
+
+
+@pytest.mark.parametrize(
+    "call", [report.Call("nkd", 1000, torch.bfloat16), report.Call("tf_kd", 9001, torch.bfloat16)], ids=str
+)
+def test_the_page_s_rows(gpu, call):
+    """Of bytes, which only the kernels decide; how many instructions there are is the compiler's affair."""
+    block = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+    rows = [tuple(cell.strip() for cell in line.strip("| ").split("|"))[:8] for line in block.splitlines()]
+    for reading in report.read(call):
+        assert reading.stated is None or tuple(report.cells(reading)[:8]) in rows
+
+
+def test_what_is_asked_for_is_what_is_stated(gpu):
+    """Of the kernel that every loss goes through, within a tenth: what its rows share apart."""
+    for classes in (1000, 9000):
+        row_kernel = report.read(report.Call("nkd", classes, torch.bfloat16))[0]
+        assert row_kernel.stated is not None
+        for asked, stated in zip((row_kernel.loads[0], row_kernel.stores[0]), row_kernel.stated, strict=True):
+            assert asked < 1.1 * stated + 0.1
