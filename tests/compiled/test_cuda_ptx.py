@@ -1,6 +1,6 @@
 """The CUDA library as nvcc compiles it, CUB and host code too, on the interpreter of PTX (tools/ptx).
 
-A selection: all of tests/test_cuda_on_cpu.py runs so with ``-p tools.ptx.cuda.plugin``, in many minutes.
+A selection: all of tests/test_cuda_on_cpu.py runs so with ``-p tools.ptx.cuda.plugin``, in forty minutes of a core.
 """
 
 import pytest
