@@ -223,9 +223,6 @@ def test_launches(rows, classes, gamma, expected):
         logits, logits, target, None, logits, loss, parts, loss, "dist", weights, False, -100, "mean", True, 1.0
     )
     assert [launch.kernel for launch in plan] == expected
-    # Where p and q are made twice, they are to be the same numbers.
-    exact = [launch.kernel for launch in plan if launch.options.get("enable_fp_fusion") is False]
-    assert exact == [name for name in expected if gamma and name in ("column_moments", "rows_on_chip", "rows_looped")]
 
 
 @pytest.mark.parametrize("wide", (False, True))
