@@ -31,11 +31,16 @@ def _space(i: Instruction) -> str | None:
     return None
 
 
+def _known(i: Instruction, *words: str) -> None:
+    """Refuses modifiers that are neither a type, a space, a hint nor among the words."""
+    for word in i.modifiers:
+        if word not in (*words, *i.types, *_SPACES) and not _HINTS.match(word):
+            raise Unsupported(f"modifier .{word}")
+
+
 def _width(i: Instruction, operand: str) -> list[str]:
     """The registers of a vector, as many as its modifier says."""
-    for word in i.modifiers:
-        if word not in i.types and word not in _SPACES and not _HINTS.match(word):
-            raise Unsupported(f"modifier .{word}")
+    _known(i)
     names = parts(operand)
     said = next((int(word[1]) for word in i.modifiers if re.fullmatch(r"v[248]", word)), 1)
     if said != len(names):
@@ -112,9 +117,7 @@ def _store_wide(state: State, i: Instruction, names: list[str]) -> Run:
 def _atomic(state: State, i: Instruction) -> Run:
     """atom and red, a thread after the other. An atomic is no race with another one."""
     operation = next(word for word in i.modifiers if word in _ATOMICS)
-    for word in i.modifiers:
-        if word not in (operation, *i.types, *_SPACES) and not _HINTS.match(word):
-            raise Unsupported(f"modifier .{word}")
+    _known(i, operation)
     kind, gives = i.types[-1], i.opcode == "atom"
     where, *values = i.operands[1:] if gives else i.operands
     address, sources = state.address(where), [state.source(value, kind) for value in values]
