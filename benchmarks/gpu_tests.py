@@ -25,7 +25,7 @@ OPTIONS = ("-o", "addopts=-ra --strict-markers", "-p", "no:cacheprovider", "-p",
 #: In how many parts a file's tests are done: those that compile a kernel for nearly every test of theirs.
 PARTS = {
     "test_losses.py": 8,
-    "test_gpu.py": 4,
+    "test_gpu.py": 8,
     "test_uskd.py": 3,
     "test_grid.py": 3,
     "test_semantics.py": 2,

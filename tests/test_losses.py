@@ -249,7 +249,7 @@ def test_triton_rows_that_are_walked(loss, monkeypatch):
     place = (loss, "triton", "cuda" if torch.cuda.is_available() else "cpu")
     if place not in HERE:
         pytest.skip("Triton does not run here")
-    for name, value in {"ON_CHIP": (), "ON_CHIP_PROBABILITIES": (), "ON_CHIP_WIDE": (), "LOOPED_WARPS": 1}.items():
+    for name, value in {"ON_CHIP": (), "ON_CHIP_MORE": (), "ON_CHIP_WIDE": (), "LOOPED_WARPS": 1}.items():
         monkeypatch.setattr(triton_config, name, value)
     triton_config.row_config.cache_clear()
     student, others, target = make(loss, rows=3, classes=301)

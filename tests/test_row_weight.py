@@ -95,7 +95,7 @@ def test_with_standardization(place):
 @pytest.fixture
 def long_rows(monkeypatch):
     """Triton's layouts of rows that are too long for a chip, for rows that are not."""
-    for name in ("ON_CHIP", "ON_CHIP_PROBABILITIES", "ON_CHIP_WIDE"):
+    for name in ("ON_CHIP", "ON_CHIP_MORE", "ON_CHIP_WIDE"):
         monkeypatch.setattr(triton_config, name, ())
     monkeypatch.setattr(triton_config, "LOOPED_WARPS", 1)
     triton_config.row_config.cache_clear()

@@ -30,7 +30,7 @@ def regime(request, monkeypatch):
     hundred classes are more than a tile."""
     if request.param == "looped":
         monkeypatch.setattr(triton_config, "ON_CHIP", ())
-        monkeypatch.setattr(triton_config, "ON_CHIP_PROBABILITIES", ())
+        monkeypatch.setattr(triton_config, "ON_CHIP_MORE", ())
         monkeypatch.setattr(triton_config, "ON_CHIP_WIDE", ())
         monkeypatch.setattr(triton_config, "LOOPED_WARPS", 1)
     triton_config.row_config.cache_clear()

@@ -34,7 +34,7 @@ def clear_caches():
 @pytest.fixture
 def as_long_rows(monkeypatch):
     """No row is short enough for a program to hold it, and so few threads walk it that it is several tiles."""
-    for name in ("ON_CHIP", "ON_CHIP_PROBABILITIES", "ON_CHIP_WIDE", "RANKED"):
+    for name in ("ON_CHIP", "ON_CHIP_MORE", "ON_CHIP_WIDE", "RANKED"):
         monkeypatch.setattr(triton_config, name, ())
     monkeypatch.setattr(triton_config, "LOOPED_WARPS", 1)
     clear_caches()

@@ -32,7 +32,7 @@ def regime(request, monkeypatch):
         for name, value in {**small, "NORMALIZE_LONG": 40, "NORMALIZE_LONG_WARPS": 1}.items():
             monkeypatch.setattr(triton_config, name, value)
     if "walked" in request.param:
-        for name in ("ON_CHIP", "ON_CHIP_PROBABILITIES", "ON_CHIP_WIDE"):
+        for name in ("ON_CHIP", "ON_CHIP_MORE", "ON_CHIP_WIDE"):
             monkeypatch.setattr(triton_config, name, ())
         monkeypatch.setattr(triton_config, "LOOPED_WARPS", 1)
     caches = triton_config.row_config, triton_config.column_config, triton_config.normalize_config

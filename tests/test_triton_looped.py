@@ -25,7 +25,7 @@ LOSSES = {
 @pytest.fixture(autouse=True)
 def whole_lines(monkeypatch):
     """Enough lanes for rows to be aligned to a line, and short tiles."""
-    for name in ("ON_CHIP", "ON_CHIP_PROBABILITIES", "ON_CHIP_WIDE"):
+    for name in ("ON_CHIP", "ON_CHIP_MORE", "ON_CHIP_WIDE"):
         monkeypatch.setattr(triton_config, name, ())
     monkeypatch.setattr(triton_config, "LOOPED_WARPS", 4)
     triton_config.row_config.cache_clear()

@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import math
 import os
+from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -123,6 +124,10 @@ def _sort_rows(keys: Tensor, values: Tensor, order: Tensor) -> None:
 HOST = {"sort_rows": _sort_rows}
 
 
+def _replay() -> ModuleType:
+    return importlib.import_module("fused_kd.backends.triton_replay")  # which imports this one
+
+
 def __getattr__(name: str) -> Any:
     """What other modules have, which are imported when they are first asked for it."""
     elsewhere = {"uskd": "triton_uskd", "uskd_batch_sums": "triton_uskd", "zipf_ls": "triton_zipf"}
@@ -131,16 +136,21 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def run(launches: list[Launch], device: torch.device) -> None:
-    """Launch on the tensors' device, in its current stream; Triton itself would take the current device."""
+def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device; switching takes microseconds, so only where it is another."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+def run(launches: list[Launch], device: torch.device) -> list[Any]:
+    """Launch on the tensors' device, in its current stream. Returns the compiled kernels, None where there is none."""
     kernels = _kernels()
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
-        for kernel, programs, arguments, options in launches:
-            if kernel in HOST:
-                HOST[kernel](*arguments)
-            else:
-                kernels[kernel][(programs,)](*arguments, **options)
+    with current(device):
+        return [
+            HOST[kernel](*arguments) if kernel in HOST else kernels[kernel][(programs,)](*arguments, **options)
+            for kernel, programs, arguments, options in launches
+        ]
 
 
 @lru_cache(maxsize=1)
@@ -172,15 +182,19 @@ def row_loss(
     norm = torch.empty((), dtype=dtype, device=device)
     if rows == 0:
         return loss.zero_(), parts.zero_(), gradient, norm.fill_(1.0)
-    launches = plan_row_loss(
-        student, other, target, factors, gradient, loss, parts, norm,
-        loss_name, weights, standardize, ignore_index, reduction, need_gradient, gradient_scale,
-    )  # fmt: skip
-    run(launches, device)
+    settings = (loss_name, tuple(weights), standardize, ignore_index, reduction, need_gradient, gradient_scale)
+    outputs = (gradient, loss, parts, norm)
+    _replay().run(
+        "row_loss",
+        (student, other, target, factors),
+        outputs,
+        settings,
+        lambda: plan_row_loss(student, other, target, factors, *outputs, *settings),
+    )
     return loss, parts, gradient, norm
 
 
-def kernel_weights(loss_name: str, weights: list[float], classes: int) -> tuple[float, ...]:
+def kernel_weights(loss_name: str, weights: Sequence[float], classes: int) -> tuple[float, ...]:
     """The weights as :mod:`triton_losses` has them."""
     first, second, temperature, ce_weight, smoothing = weights
     if loss_name == "tf_kd":
@@ -211,7 +225,7 @@ def plan_row_loss(
     parts: Tensor,
     norm: Tensor,
     loss_name: str,
-    weights: list[float],
+    weights: Sequence[float],
     standardize: bool,
     ignore_index: int,
     reduction: str,
@@ -251,8 +265,6 @@ def plan_row_loss(
     vector = 16 // narrow if unit else 1
     # Rows that start alike modulo a vector can be walked in vectors, from the same column on.
     together = unit and all((stride - classes) % vector == 0 for stride in row_strides)
-    if columns and classes % vector:  # they start alike for every row, the logits do not
-        together = False
     config = triton_config.row_config(
         classes,
         narrow,
@@ -261,8 +273,9 @@ def plan_row_loss(
         unit_temperature=single,
         neighbours=unit,
         vectors=together,
-        plain=loss_name == "nkd" and not standardize and not linear,
+        loss=loss_name,
         scores=standardize,
+        smoothed=ce and smoothing != 0.0,
     )
     options = {
         "ACC": acc,
@@ -279,8 +292,7 @@ def plan_row_loss(
         "RAW": standardize and sharp_distilled and ce,
         "COLUMNS": columns is not None,
         "num_warps": config.warps,
-        # The power of two of a float16 mean takes a few more registers, and so do partial counts, or they spill.
-        "maxnreg": min(config.registers + 8 * (half or counts.how == COUNT_PARTIAL), 2048 // config.warps, 255),
+        "maxnreg": config.registers,
     }
     if isinstance(config, triton_config.OnChip):
         kernel, programs = "rows_on_chip", -(-rows // config.rows)
@@ -288,6 +300,8 @@ def plan_row_loss(
     else:
         kernel, programs = "rows_looped", rows
         options |= {"LANES": config.lanes, "WIDTH": config.width, "VEC": vector if together else 1}
+        # The column term's numbers lie alike for every row: where the logits do too, they are vectors as well.
+        options["EDGES"] = together and not (columns and classes % vector == 0)
     # Every row of probabilities counts.
     known = 1.0 / rows if mean and probabilities else 1.0
     if half and probabilities:
@@ -379,7 +393,8 @@ def plan_reduction(
 def scale_gradient(gradient: Tensor, grad_output: Tensor, norm: Tensor, out: Tensor) -> None:
     """out = gradient * grad_output * norm, row by row; ``out`` may be ``gradient``."""
     if gradient.numel():
-        run([plan_scale(gradient, grad_output, norm, out)], gradient.device)
+        inputs, in_place = (gradient, grad_output, norm, out), gradient.data_ptr() == out.data_ptr()
+        _replay().run("scale", inputs, (), (in_place,), lambda: [plan_scale(*inputs)])
 
 
 def plan_scale(gradient: Tensor, grad_output: Tensor, norm: Tensor, out: Tensor) -> Launch:

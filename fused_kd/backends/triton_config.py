@@ -2,7 +2,7 @@
 
 Nothing is tuned at run time. The rows were chosen by the compiler's report (registers, spills, width of loads) for
 sm_80, sm_90 and sm_100, which the tests read again, and hold for all three: the device's capability is no argument yet.
-None has been timed on a GPU.
+Those of the row losses were chosen among several on an NVIDIA H200 (docs/kernels.md); none other has been timed.
 """
 
 from __future__ import annotations
@@ -45,19 +45,28 @@ class Flat(NamedTuple):
     warps: int
 
 
-#: (largest tile of classes x rows, warps, registers of a thread for one row, T = 1 and index targets). A thread holds 8
-#: logits of each input up to the last row: one 16-byte load of half precision, two of float32. The compiler left alone
-#: aims at round occupancies and spills a few words to get there; these are the least that no dtype spills at.
+#: Ordinary calls: class indices, neighbours in memory, no z-scores, no smoothed labels. (Most classes, rounded up to a
+#: power of two; tile of classes x rows; warps; registers of a thread for NKD at T = 1.) 16 logits of each input a
+#: thread: what a thread does once for its row, some 500 instructions, is half of the time with 8, and 8192 rows of
+#: 1000 classes took an H200 36 us instead of 30.
 ON_CHIP = (
-    (1024, 4, 64),  # smaller rows share a program, so that 100 classes fill the warps that 1000 do
-    (2048, 8, 80),  # sm_100 spills two words at 72, which leave no more programs to a multiprocessor
-    (4096, 16, 64),  # two programs per multiprocessor
-    # 16 logits a thread, one program per multiprocessor. The last size that does not spill; 16384 fits for T = 1 only,
-    # and would leave one program alone with its latency.
+    (256, 512, 4, 64),  # a program of several rows; of one warp a row it took as long
+    (512, 512, 1, 120),
+    (1024, 1024, 2, 128),
+    (2048, 2048, 4, 96),
+    (4096, 4096, 8, 88),  # longer rows take half the time when walked twice: here too few are under way
+)
+#: What other losses take, by T = 1, and NKD at other temperatures.
+ON_CHIP_REGISTERS, ON_CHIP_DIST_REGISTERS = {True: 128, False: 144}, 184
+#: All other calls, which would spill so: (tile, warps, registers), 8 logits of each input a thread up to the last row.
+#: The compiler left alone aims at round occupancies and spills a few words to get there; these are the least that no
+#: dtype spills at. At 8192 probabilities as targets spill, and losses other than NKD, at 4096 both together.
+ON_CHIP_MORE = (
+    (1024, 4, 64),  # smaller rows share a program
+    (2048, 8, 80),
+    (4096, 16, 64),
     (8192, 16, 128),
 )
-#: Probabilities are a third tile to hold: at 8192 classes and T other than 1 they spill on sm_100.
-ON_CHIP_PROBABILITIES = ON_CHIP[:-1]
 #: float64 takes twice the registers, and its exp2 some forty more: 4 logits a thread, and all the registers there are.
 ON_CHIP_WIDE = (
     (512, 4, 255),  # half the tile of float32 in as many warps
@@ -67,24 +76,20 @@ ON_CHIP_WIDE = (
 #: More rows than this in a program of tiny rows cost registers for their coefficients and spill.
 ON_CHIP_ROWS = 16
 
-#: The same for the other calls, by (T = 1, probabilities), where a program holds one row and where it holds several,
-#: whose statistics and coefficients each thread has of each of them.
-ON_CHIP_REGISTERS = {
-    (True, False): (64, 96),  # the table above; here for several rows
-    (False, False): (80, 112),  # two exponentials of each logit at a time
-    (True, True): (96, 112),  # a third tile
-    (False, True): (112, 128),  # both
-}
+#: Of NKD with probabilities, by T = 1, where a program holds one row and where it holds several, whose statistics and
+#: coefficients each thread has of each of them.
+PROBABILITIES_REGISTERS = {True: (96, 112), False: (112, 128)}
 
-#: Warps of a looped program: 16 at no more than 64 registers put two rows on a multiprocessor.
-LOOPED_WARPS, LOOPED_REGISTERS = 16, 64
-#: What probabilities need, and float64: one row per multiprocessor, as any number above 64 leaves. At T = 1
-#: probabilities spill two words at 64, on sm_80 and sm_100.
+#: Warps of a looped program. 8 at 64 registers put four rows on a multiprocessor, whose walks overlap: 8192 rows of
+#: 128256 classes took an H200 2.8 ms by 32 warps, 2.6 by 16 and 2.5 by 8; at 72 registers, which leave room for a row
+#: less, 8 took as long as 16.
+LOOPED_WARPS, LOOPED_REGISTERS = 8, 64
+#: Of float32, of these losses, and at another temperature; of ordinary calls all.
+LOOPED_FLOAT32_REGISTERS = 72
+LOOPED_OWN_REGISTERS = {"js": 80, "dist": 128}
+LOOPED_SHARP_REGISTERS = 80
+#: With z-scores or smoothed labels; probabilities and float64 of losses other than NKD take more.
 LOOPED_MOST_REGISTERS = 128
-#: Beyond this many classes, two half-precision rows of 132 multiprocessors, student's and teacher's, outgrow 50 MB of
-#: L2, and the second walk would go to memory for most of them: 32 warps leave one row per multiprocessor. Index targets
-#: only: probabilities want more than the 64 registers that 32 warps leave a thread. So does float32 in some variants.
-LOOPED_LONG, LOOPED_LONG_WARPS = 49152, 32
 
 
 @lru_cache(maxsize=1024)
@@ -97,8 +102,9 @@ def row_config(
     unit_temperature: bool,
     neighbours: bool,
     vectors: bool,
-    plain: bool = True,
+    loss: str = "nkd",
     scores: bool = False,
+    smoothed: bool = False,
 ) -> OnChip | Looped:
     """Layout of the row kernels.
 
@@ -110,44 +116,47 @@ def row_config(
         unit_temperature: One exponential of each logit serves all softmaxes, as at temperature 1.
         neighbours: Every column stride is 1. Other strides need a pointer for each logit.
         vectors: In the looped kernel, rows start alike and can be walked in full vectors of every tensor.
-        plain: NKD without label smoothing and logit standardization, which the registers were chosen for. What else
-            there is gets all that its warps can have.
+        loss: Which of the row losses.
         scores: With logit standardization.
+        smoothed: With label smoothing.
     """
     block = max(16, 1 << (classes - 1).bit_length())
-    tiles: tuple[tuple[int, int, int], ...] = ON_CHIP_PROBABILITIES if probabilities else ON_CHIP
-    if wide:
-        tiles = ON_CHIP_WIDE
-    if not plain:
-        # Of the last, KD spills with indices, and z-scores with probabilities; in float64 KD does with either.
-        tiles = tiles[:-1]
-    for tile, warps, registers in tiles:
-        if block <= tile:
-            # In float64 KD with everything else spills where a program holds as many rows as NKD's.
-            shared = tile // 2 if wide and not plain else tile
-            rows = min(ON_CHIP_ROWS, max(1, shared // block))
-            if scores and not wide:
-                # In the longest rows JS and WSLD spill two words at the 128 registers that 16 warps can have.
-                warps = min(warps, 8)
-            if not neighbours or not plain:
-                registers = min(255, 2048 // warps)  # all there are
-            elif not wide and (rows > 1 or probabilities or not unit_temperature):
-                registers = ON_CHIP_REGISTERS[unit_temperature, probabilities][rows > 1] if tile <= 2048 else 128
-            return OnChip(rows, block, warps, registers)
-    few = max(1, LOOPED_WARPS // 2)
+    plain = loss == "nkd" and not (scores or smoothed)
+    ordinary = neighbours and not (wide or probabilities or scores or smoothed)
+    if ordinary:
+        for most, tile, warps, registers in ON_CHIP:
+            if block <= most:
+                if not plain or not unit_temperature:
+                    registers = ON_CHIP_DIST_REGISTERS if loss == "dist" else ON_CHIP_REGISTERS[unit_temperature]
+                return OnChip(min(ON_CHIP_ROWS, tile // block), block, warps, registers)
+    else:
+        tiles = ON_CHIP_WIDE if wide else ON_CHIP_MORE
+        # In float64 KD with everything else spills where a program holds as many rows as NKD's.
+        kept = len(tiles) - (not plain) - (probabilities and not wide)
+        for tile, warps, registers in tiles[: max(kept, 0)]:
+            if block <= tile:
+                shared = tile // 2 if wide and not plain else tile
+                rows = min(ON_CHIP_ROWS, max(1, shared // block))
+                if scores and not wide:
+                    # In the longest rows JS and WSLD spill two words at the 128 registers that 16 warps can have.
+                    warps = min(warps, 8)
+                if not neighbours or not plain or wide:
+                    registers = min(255, 2048 // warps)  # all there are
+                else:
+                    registers = PROBABILITIES_REGISTERS[unit_temperature][rows > 1] if tile <= 2048 else 128
+                return OnChip(rows, block, warps, registers)
+    warps = LOOPED_WARPS
+    everything = min(255, 2048 // warps)
     if not vectors:
-        # Single loads, each with a pointer where columns are strided: 4 a thread, or they spill; in float64 2, also
-        # beside labels that are narrower, and 8 warps, as DIST with all its options takes over 128 registers.
-        warps = few if wide or not plain else LOOPED_WARPS
-        return Looped(32 * warps, min(2 if wide else 4, 16 // narrow), warps, min(255, 2048 // warps))
-    if not plain:
-        # float64 of WSLD takes over 128 registers, and so do WSLD and JS with probabilities.
-        warps = few if wide or probabilities else LOOPED_WARPS
-        return Looped(32 * warps, 16 // narrow, warps, min(255, 2048 // warps))
-    long = classes > LOOPED_LONG and narrow == 2 and not wide and not probabilities
-    warps = LOOPED_LONG_WARPS if long else LOOPED_WARPS
-    most = wide or probabilities
-    return Looped(32 * warps, 16 // narrow, warps, LOOPED_MOST_REGISTERS if most else LOOPED_REGISTERS)
+        # Single loads, each with a pointer where columns are strided. They are exchanged between threads: with 4 a
+        # thread DIST took 2.5 times as long on an H200 as with 2.
+        return Looped(32 * warps, min(2, 16 // narrow), warps, everything)
+    if ordinary:
+        registers = LOOPED_REGISTERS if narrow == 2 else LOOPED_FLOAT32_REGISTERS
+        registers = LOOPED_OWN_REGISTERS.get(loss, registers if unit_temperature else LOOPED_SHARP_REGISTERS)
+    else:
+        registers = LOOPED_MOST_REGISTERS if plain or not (wide or probabilities) else everything
+    return Looped(32 * warps, 16 // narrow, warps, registers)
 
 
 @lru_cache(maxsize=1024)

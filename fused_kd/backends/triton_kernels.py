@@ -247,7 +247,8 @@ def rows_on_chip(
         scaled = (
             soft * by, sharp * by, teach * by, raw * by, v_weight * by, constant * by, slope * by, at_target * by,
         )  # fmt: skip
-        g = combine(s, t, v, is_target, stats, scaled, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
+        g = combine(s, t, v, stats, scaled, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
+        g = tl.where(is_target, scaled[7][:, None], g)
         if LOSS >= POINTWISE:
             more = (more[0] * by, more[1] * by, more[2] * by, more[3] * by)
             g = add_slopes(

@@ -38,11 +38,17 @@ _NEG_INF = tl.constexpr(float("-inf"))
 
 
 @triton.jit
-def _load_tile(base, offsets, stride, mask, MASKED: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr):
+def _load_tile(
+    base, offsets, stride, mask, MASKED: tl.constexpr, UNIT: tl.constexpr, LAST: tl.constexpr, ACC: tl.constexpr
+):
+    """LAST says that nothing will be read again: what will be is to stay in L2, and much of it only just does."""
     pointers = at(base, offsets, stride, UNIT)
     if MASKED:
         return tl.load(pointers, mask=mask, other=_NEG_INF).to(ACC)
-    return tl.load(pointers).to(ACC)
+    elif LAST:
+        return tl.load(pointers, eviction_policy="evict_first").to(ACC)
+    else:
+        return tl.load(pointers, eviction_policy="evict_last").to(ACC)
 
 
 @triton.jit
@@ -55,16 +61,17 @@ def _load_tiles(
     UNIT: tl.constexpr,
     LOSS: tl.constexpr,
     PROB: tl.constexpr,
+    LAST: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """Tiles of s, t and v at offsets from their bases."""
-    s = _load_tile(bases[0], offsets, strides[0], mask, MASKED, UNIT, ACC)
+    s = _load_tile(bases[0], offsets, strides[0], mask, MASKED, UNIT, LAST, ACC)
     t = s
     if LOSS != TF_KD:
-        t = _load_tile(bases[1], offsets, strides[1], mask, MASKED, UNIT, ACC)
+        t = _load_tile(bases[1], offsets, strides[1], mask, MASKED, UNIT, LAST, ACC)
     v = s
     if PROB:
-        v = _load_tile(bases[2], offsets, strides[2], mask, MASKED, UNIT, ACC)
+        v = _load_tile(bases[2], offsets, strides[2], mask, MASKED, UNIT, LAST, ACC)
         if MASKED:
             v = tl.where(mask, v, 0.0)
     return s, t, v
@@ -77,12 +84,34 @@ def _accumulate_others(
     RAW: tl.constexpr,
 ):  # fmt: skip
     """Accumulate the classes other than the target, of those inside the row."""
+    s, t, v = _without_target(s, t, v, is_target, PROB)
+    present = inside & (is_target == 0)
+    return accumulate(stats, s, t, v, present, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
+
+
+@triton.jit
+def _without_target(s, t, v, is_target, PROB: tl.constexpr):
     s = tl.where(is_target, _NEG_INF, s)
     t = tl.where(is_target, _NEG_INF, t)
     if PROB:
         v = tl.where(is_target, 0.0, v)
-    present = inside & (is_target == 0)
-    return accumulate(stats, s, t, v, present, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
+    return s, t, v
+
+
+@triton.jit
+def _accumulate_whole(
+    stats, s, t, v, is_target, target_here, inside, scales,
+    LOSS: tl.constexpr, SINGLE: tl.constexpr, PROB: tl.constexpr, STD: tl.constexpr, LINEAR: tl.constexpr,
+    RAW: tl.constexpr,
+):  # fmt: skip
+    """As :func:`_accumulate_others`, for a tile inside the row. One tile of a row has the target, and only there does
+    a class ask whether it is that; label smoothing asks which classes count."""
+    if LINEAR:
+        return _accumulate_others(stats, s, t, v, is_target, inside, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
+    else:
+        if target_here:
+            s, t, v = _without_target(s, t, v, is_target, PROB)
+        return accumulate(stats, s, t, v, inside, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
 
 
 @triton.jit
@@ -92,19 +121,22 @@ def _sum_tile(
     ACC: tl.constexpr,
 ):  # fmt: skip
     """Add a tile to what a pointwise loss sums."""
-    s, t, _v = _load_tiles(bases, strides, offsets, mask, MASKED, UNIT, LOSS, False, ACC)
+    s, t, _v = _load_tiles(bases, strides, offsets, mask, MASKED, UNIT, LOSS, False, False, ACC)
     tile = load_columns(columns, offsets, mask, classes, MASKED, COLUMNS)
     return add_sums(sums, s, t, tile, is_target, mask, stats, of_rows, constants, scales, LOSS, STD, COLUMNS)
 
 
 @triton.jit
 def _gradient_tile(
-    bases, strides, offsets, mask, is_target, columns, classes, stats, scaled, of_rows, constants, more, scales,
+    bases, strides, offsets, mask, is_target, target_here, columns, classes, stats, scaled, of_rows, constants, more,
+    scales,
     MASKED: tl.constexpr, UNIT: tl.constexpr, LOSS: tl.constexpr, SINGLE: tl.constexpr, PROB: tl.constexpr,
     STD: tl.constexpr, LINEAR: tl.constexpr, RAW: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    s, t, v = _load_tiles(bases, strides, offsets, mask, MASKED, UNIT, LOSS, PROB, ACC)
-    g = combine(s, t, v, is_target, stats, scaled, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
+    s, t, v = _load_tiles(bases, strides, offsets, mask, MASKED, UNIT, LOSS, PROB, True, ACC)
+    g = combine(s, t, v, stats, scaled, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
+    if target_here:
+        g = tl.where(is_target, scaled[7][:, None], g)
     if LOSS >= POINTWISE:
         tile = load_columns(columns, offsets, mask, classes, MASKED, COLUMNS)
         g = add_slopes(g, s, t, tile, is_target, stats, of_rows, constants, more, scales, LOSS, STD, COLUMNS)
@@ -122,11 +154,11 @@ def _row_moments(
     total = tl.zeros([LANES], ACC)
     count = tl.zeros([LANES], ACC)
     if EDGES:
-        x_edge = _load_tile(base, at_edge, stride, in_edge, True, UNIT, ACC)
+        x_edge = _load_tile(base, at_edge, stride, in_edge, True, UNIT, False, ACC)
         total += tl.sum(tl.where(x_edge == _NEG_INF, 0.0, x_edge - about), 1)
         count += tl.sum(tl.where(x_edge == _NEG_INF, 0.0, 1.0), 1)
     for start in range(0, end, LANES * WIDTH):
-        x = _load_tile(base, start + lane, stride, start + lane < end, True, UNIT, ACC)
+        x = _load_tile(base, start + lane, stride, start + lane < end, True, UNIT, False, ACC)
         total += tl.sum(tl.where(x == _NEG_INF, 0.0, x - about), 1)
         count += tl.sum(tl.where(x == _NEG_INF, 0.0, 1.0), 1)
     number = tl.sum(count, 0, keep_dims=True)
@@ -136,7 +168,7 @@ def _row_moments(
         centred_edge = tl.where(x_edge == _NEG_INF, 0.0, x_edge - mean)
         square += tl.sum(centred_edge * centred_edge, 1)
     for start in range(0, end, LANES * WIDTH):
-        x = _load_tile(base, start + lane, stride, start + lane < end, True, UNIT, ACC)
+        x = _load_tile(base, start + lane, stride, start + lane < end, True, UNIT, False, ACC)
         centred = tl.where(x == _NEG_INF, 0.0, x - mean)
         square += tl.sum(centred * centred, 1)
     return mean, tl.sqrt(tl.sum(square, 0, keep_dims=True) / tl.maximum(number - 1.0, 1.0)), number
@@ -187,6 +219,7 @@ def rows_looped(
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
     VEC: tl.constexpr,
+    EDGES: tl.constexpr,
     UNIT: tl.constexpr,
     LOSS: tl.constexpr,
     SINGLE: tl.constexpr,
@@ -216,14 +249,14 @@ def rows_looped(
     row = tl.program_id(0).to(tl.int64)
     one_row = row + tl.arange(0, 1)
     inside = one_row < rows
-    # With COLUMNS every row starts with a vector, or VEC is 1: positions are columns then.
-    EDGES: tl.constexpr = (VEC > 1) and (not COLUMNS)
+    # Without EDGES every row starts with a vector, or VEC is 1: positions are columns then.
     LINE: tl.constexpr = 8 * VEC if 16 * VEC <= LANES else LANES // 2
     ALIGN: tl.constexpr = LINE if EDGES else 1
     head = (ALIGN - (row * classes) % ALIGN) % ALIGN
     student_head = student + (row * student_row + head) // VEC * VEC
     teacher_head = teacher + (row * teacher_row + head) // VEC * VEC
     before = head.to(tl.int32)
+    of_classes = columns + before
     vectors = tl.maximum(classes - before, 0) // VEC * VEC
     # Neighbours go to one lane where they make a vector, else to neighbouring lanes.
     LANE_STEP: tl.constexpr = WIDTH if VEC > 1 else 1
@@ -243,13 +276,13 @@ def rows_looped(
         body = end // BLOCK
         best, y = tl.full([LANES], _NEG_INF, ACC), tl.full([LANES], 2147483647, tl.int32)
         if EDGES:
-            v_edge = _load_tile(target_head, at_edge, target_col, in_edge, True, UNIT, ACC)
+            v_edge = _load_tile(target_head, at_edge, target_col, in_edge, True, UNIT, False, ACC)
             best, y = _largest(best, y, v_edge, at_edge)
         for i in range(body):
-            v = _load_tile(target_head, i * BLOCK + lane, target_col, lane >= 0, False, UNIT, ACC)
+            v = _load_tile(target_head, i * BLOCK + lane, target_col, lane >= 0, False, UNIT, False, ACC)
             best, y = _largest(best, y, v, i * BLOCK + lane)
         for start in range(body * BLOCK, end, BLOCK):
-            v = _load_tile(target_head, start + lane, target_col, start + lane < end, True, UNIT, ACC)
+            v = _load_tile(target_head, start + lane, target_col, start + lane < end, True, UNIT, False, ACC)
             best, y = _largest(best, y, v, start + lane)
         largest = tl.max(best, 0, keep_dims=True)
         # A row of NaN has no largest entry, and stays in range.
@@ -272,6 +305,7 @@ def rows_looped(
         body = end // BLOCK
     # In the body a lane looks for the target among its WIDTH classes; y_lane is y relative to the lane's first.
     y_lane = y - lane_start
+    target_tile = tl.where(tl.max(y, 0) >= 0, tl.max(y, 0) // BLOCK, -1)
 
     s_moments = (v_y, v_y, v_y)
     t_moments = s_moments
@@ -286,16 +320,18 @@ def rows_looped(
     stats = empty_statistics(LANES, ACC)
     edge_target = at_edge == y[:, None]
     if EDGES:
-        s_edge, t_edge, v_edge = _load_tiles(bases, strides, at_edge, in_edge, True, UNIT, LOSS, PROB, ACC)
+        s_edge, t_edge, v_edge = _load_tiles(bases, strides, at_edge, in_edge, True, UNIT, LOSS, PROB, False, ACC)
         stats = _accumulate_others(
             stats, s_edge, t_edge, v_edge, edge_target, in_edge, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW
         )
     for i in range(body):
-        s, t, v = _load_tiles(bases, strides, i * BLOCK + lane, lane >= 0, False, UNIT, LOSS, PROB, ACC)
+        s, t, v = _load_tiles(bases, strides, i * BLOCK + lane, lane >= 0, False, UNIT, LOSS, PROB, False, ACC)
         here = width == (y_lane - i * BLOCK)[:, None]
-        stats = _accumulate_others(stats, s, t, v, here, lane >= 0, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
+        stats = _accumulate_whole(
+            stats, s, t, v, here, target_tile == i, lane >= 0, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW
+        )
     for start in range(body * BLOCK, end, BLOCK):
-        s, t, v = _load_tiles(bases, strides, start + lane, start + lane < end, True, UNIT, LOSS, PROB, ACC)
+        s, t, v = _load_tiles(bases, strides, start + lane, start + lane < end, True, UNIT, LOSS, PROB, False, ACC)
         here = width == (y_lane - start)[:, None]
         stats = _accumulate_others(
             stats, s, t, v, here, start + lane < end, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW
@@ -317,19 +353,19 @@ def rows_looped(
         sums = no_sums(LANES, ACC)
         if EDGES:
             sums = _sum_tile(
-                sums, bases, strides, at_edge, in_edge, edge_target, columns, classes, merged, of_rows, constants,
+                sums, bases, strides, at_edge, in_edge, edge_target, of_classes, classes, merged, of_rows, constants,
                 scales, True, UNIT, LOSS, STD, COLUMNS, ACC,
             )  # fmt: skip
         for i in range(body):
             here = width == (y_lane - i * BLOCK)[:, None]
             sums = _sum_tile(
-                sums, bases, strides, i * BLOCK + lane, lane >= 0, here, columns, classes, merged, of_rows, constants,
-                scales, False, UNIT, LOSS, STD, COLUMNS, ACC,
+                sums, bases, strides, i * BLOCK + lane, lane >= 0, here, of_classes, classes, merged, of_rows,
+                constants, scales, False, UNIT, LOSS, STD, COLUMNS, ACC,
             )  # fmt: skip
         for start in range(body * BLOCK, end, BLOCK):
             here = width == (y_lane - start)[:, None]
             sums = _sum_tile(
-                sums, bases, strides, start + lane, start + lane < end, here, columns, classes, merged, of_rows,
+                sums, bases, strides, start + lane, start + lane < end, here, of_classes, classes, merged, of_rows,
                 constants, scales, True, UNIT, LOSS, STD, COLUMNS, ACC,
             )  # fmt: skip
         sums = merge_sums(sums)
@@ -372,21 +408,22 @@ def rows_looped(
         for start in range(body * BLOCK, end, BLOCK):
             here = width == (y_lane - start)[:, None]
             g = _gradient_tile(
-                bases, strides, start + lane, start + lane < end, here, columns, classes, merged, scaled, of_rows,
-                constants, more, scales, True, UNIT, LOSS, SINGLE, PROB, STD, LINEAR, RAW, COLUMNS, ACC,
+                bases, strides, start + lane, start + lane < end, here, True, of_classes, classes, merged, scaled,
+                of_rows, constants, more, scales, True, UNIT, LOSS, SINGLE, PROB, STD, LINEAR, RAW, COLUMNS, ACC,
             )  # fmt: skip
             tl.store(gradient_head + (start + lane), narrowed(g, dtype), mask=start + lane < end)
         for i in range(body):
             start = (body - 1 - i) * BLOCK
             here = width == (y_lane - start)[:, None]
             g = _gradient_tile(
-                bases, strides, start + lane, lane >= 0, here, columns, classes, merged, scaled, of_rows,
-                constants, more, scales, False, UNIT, LOSS, SINGLE, PROB, STD, LINEAR, RAW, COLUMNS, ACC,
+                bases, strides, start + lane, lane >= 0, here, target_tile == body - 1 - i, of_classes, classes, merged,
+                scaled, of_rows, constants, more, scales, False, UNIT, LOSS, SINGLE, PROB, STD, LINEAR, RAW, COLUMNS,
+                ACC,
             )  # fmt: skip
-            tl.store(gradient_head + (start + lane), narrowed(g, dtype))
+            tl.store(gradient_head + (start + lane), narrowed(g, dtype), eviction_policy="evict_first")
         if EDGES:
             g_edge = _gradient_tile(
-                bases, strides, at_edge, in_edge, edge_target, columns, classes, merged, scaled, of_rows,
+                bases, strides, at_edge, in_edge, edge_target, True, of_classes, classes, merged, scaled, of_rows,
                 constants, more, scales, True, UNIT, LOSS, SINGLE, PROB, STD, LINEAR, RAW, COLUMNS, ACC,
             )  # fmt: skip
             g_edge = tl.where(counted[:, None], g_edge, 0.0)

@@ -187,8 +187,8 @@ def add_sums(
     STD: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Add tiles (lanes, classes) to sums of lanes: the loss's three; those of p f_1, p f_2 and p column; and with STD
-    those of p, p f_1, p f_2 and p column, each times s - mean."""
+    """Add tiles (lanes, classes) to sums of lanes: the loss's three; those of p f_1, p f_2 (or p, where there is no
+    f_2) and p column; and with STD those of p, p f_1, p f_2 and p column, each times s - mean."""
     x_1, x_2, x_3, y_1, y_2, y_column, w, w_1, w_2, w_column = sums
     p, log_p = _softmax_tile(s, is_target, stats[0], of_rows[0], scales[0], STD, COLUMNS)
     q, log_q = _softmax_tile(t, is_target, stats[3], of_rows[1], scales[1], STD, COLUMNS)
@@ -203,8 +203,7 @@ def add_sums(
     by_1 = tl.where(none, 0.0, p * f_1)
     by_2 = tl.where(none, 0.0, p * f_2)
     y_1 += tl.sum(by_1, 1)
-    if LOSS != JS:
-        y_2 += tl.sum(by_2, 1)
+    y_2 += tl.sum(tl.where(none, 0.0, p) if LOSS == JS else by_2, 1)
     by_column = p
     if COLUMNS:
         by_column = tl.where(none, 0.0, p * _column_slope(columns, p, q))
@@ -237,7 +236,12 @@ def pointwise(sums, weights, LOSS: tl.constexpr, STD: tl.constexpr):
     """The loss's part, (c_1, c_2, the column's factor, -sum p_k h_k) / T, and with STD the sum of g_j (s_j - mean)."""
     part, c_1, c_2 = _terms(sums, weights, LOSS)
     by = 1.0 / weights[2]
-    mean_slope = c_1 * sums[3] + c_2 * sums[4] + sums[5]
+    if LOSS == JS:
+        # The p_k add up to 1 but for their rounding, which times a slope of 7 is more than a saturated row's gradient
+        # may be off: it is in both sums, and leaves their quotient.
+        mean_slope = c_1 * (sums[3] / sums[4])
+    else:
+        mean_slope = c_1 * sums[3] + c_2 * sums[4] + sums[5]
     with_s = by * (c_1 * sums[7] + c_2 * sums[8] + sums[9] - mean_slope * sums[6])
     return part, (c_1 * by, c_2 * by, tl.zeros_like(c_1) + by, -mean_slope * by), with_s
 

@@ -112,7 +112,11 @@ def scale_rows(
     """
     tiles = (width + (VEC - 1) + (BLOCK - 1)) // BLOCK
     multiplier = tl.load(norm).to(ACC)
-    for tile in range(tl.program_id(0), rows * tiles, tl.num_programs(0)):
+    end = rows * tiles
+    if IN_PLACE:  # one factor for all: not even the tiles are walked, of which a program may have hundreds
+        untouched = (rows == 1) & (tl.load(grad_output).to(ACC) * multiplier == 1.0)
+        end = tl.where(untouched, 0, end)
+    for tile in range(tl.program_id(0), end, tl.num_programs(0)):
         row = tile // tiles
         factor = tl.load(grad_output + row * stride).to(ACC) * multiplier
         touch = True

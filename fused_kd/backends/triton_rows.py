@@ -256,7 +256,6 @@ def combine(
     s,
     t,
     v,
-    is_target,
     stats,
     coefficients,
     scales,
@@ -267,8 +266,9 @@ def combine(
     LINEAR: tl.constexpr,
     RAW: tl.constexpr,
 ):
-    """The gradient of tiles from the row's statistics and coefficients (:func:`triton_losses.coefficients`)."""
-    soft, sharp, teacher, raw, v_weight, constant, slope, at_target = coefficients
+    """The gradient of tiles from the row's statistics and coefficients (:func:`triton_losses.coefficients`), outside
+    the target: there it is the last of them."""
+    soft, sharp, teacher, raw, v_weight, constant, slope, _at_target = coefficients
     soft_s, soft_t, sharp_s, _sharp_t, mean = scales
     d_s = s - zero_if_empty(stats[0])[:, None]
     if SINGLE or (LOSS < POINTWISE):
@@ -289,8 +289,7 @@ def combine(
     if STD:
         g -= slope[:, None] * (s - mean[:, None])
     # A class that cannot occur gets no gradient, whatever the teacher says of it.
-    g = tl.where(s == _NEG_INF, 0.0, g)
-    return tl.where(is_target, at_target[:, None], g)
+    return tl.where(s == _NEG_INF, 0.0, g)
 
 
 @triton.jit

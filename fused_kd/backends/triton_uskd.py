@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_kd.backends import triton_config
-from fused_kd.backends.triton import Launch, acc_types, plan_count, plan_reduction, planned, run
+from fused_kd.backends import triton_config, triton_replay
+from fused_kd.backends.triton import Launch, acc_types, plan_count, plan_reduction, planned
 from fused_kd.reference import accumulation_dtype
 
 #: Where PyTorch sorts, so many keys at once: a key takes some fifty bytes of memory while it is sorted.
@@ -22,7 +23,13 @@ def uskd_batch_sums(student: Tensor, target: Tensor, square: bool, ignore_index:
     sums = torch.empty(3, dtype=torch.float64, device=student.device)
     if student.shape[0] == 0:
         return sums.zero_()
-    run(plan_batch_sums(student, target, sums, square, ignore_index), student.device)
+    triton_replay.run(
+        "uskd_batch_sums",
+        (student, target),
+        (sums,),
+        (square, ignore_index),
+        lambda: plan_batch_sums(student, target, sums, square, ignore_index),
+    )
     return sums
 
 
@@ -54,12 +61,17 @@ def uskd(
     norms = torch.empty((), dtype=dtype, device=device), torch.empty((), dtype=dtype, device=device)
     if rows == 0:
         return loss.zero_(), parts.zero_(), *gradients, norms[0].fill_(1.0), norms[1].fill_(1.0)
-    launches = plan_uskd(
-        student, weak, target, batch_sums, factors, gradients, loss, parts, norms,
-        weights, rank, square, ignore_index, reduction, need_student, need_weak,
-        student_scale, weak_scale,
+    settings = (
+        tuple(weights), rank, square, ignore_index, reduction, need_student, need_weak, student_scale, weak_scale,
     )  # fmt: skip
-    run(launches, device)
+    inputs = (student, weak, target, batch_sums, factors)
+    triton_replay.run(
+        "uskd",
+        inputs,
+        (*gradients, loss, parts, *norms),
+        settings,
+        lambda: plan_uskd(*inputs, gradients, loss, parts, norms, *settings),
+    )
     return loss, parts, *gradients, *norms
 
 
@@ -124,7 +136,7 @@ def plan_uskd(
     loss: Tensor,
     parts: Tensor,
     norms: tuple[Tensor, Tensor],
-    weights: list[float],
+    weights: Sequence[float],
     rank: str,
     square: bool,
     ignore_index: int,

@@ -4,13 +4,14 @@ this when asked."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_kd.backends import triton_config
-from fused_kd.backends.triton import Launch, acc_types, plan_count, plan_reduction, planned, run
+from fused_kd.backends import triton_config, triton_replay
+from fused_kd.backends.triton import Launch, acc_types, plan_count, plan_reduction, planned
 from fused_kd.reference import accumulation_dtype
 
 
@@ -34,11 +35,9 @@ def zipf_ls(
     norm = torch.empty((), dtype=dtype, device=device)
     if rows == 0:
         return loss.zero_(), parts.zero_(), gradient, norm.fill_(1.0)
-    launches = plan_zipf_ls(
-        student, dense, target, factors, gradient, loss, parts, norm,
-        weights, ignore_index, reduction, need_gradient, gradient_scale,
-    )  # fmt: skip
-    run(launches, device)
+    settings = (tuple(weights), ignore_index, reduction, need_gradient, gradient_scale)
+    inputs, outputs = (student, dense, target, factors), (gradient, loss, parts, norm)
+    triton_replay.run("zipf_ls", inputs, outputs, settings, lambda: plan_zipf_ls(*inputs, *outputs, *settings))
     return loss, parts, gradient, norm
 
 
@@ -51,7 +50,7 @@ def plan_zipf_ls(
     loss: Tensor,
     parts: Tensor,
     norm: Tensor,
-    weights: list[float],
+    weights: Sequence[float],
     ignore_index: int,
     reduction: str,
     need_gradient: bool,
