@@ -1,0 +1,134 @@
+"""Calls like an earlier one are planned and bound once (fused_kd/backends/triton_replay.py), and give the same."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import fused_kd
+from fused_kd import check
+from fused_kd.registry import LOSSES
+
+replay = pytest.importorskip("fused_kd.backends.triton_replay")
+
+
+@pytest.fixture
+def planned(gpu, monkeypatch):
+    """The names of the kernels that have been launched by Triton's JIT, call by call."""
+    calls = []
+    run = replay.triton.run
+
+    def noted(launches, device):
+        calls.append([launch.kernel for launch in launches])
+        return run(launches, device)
+
+    monkeypatch.setattr(replay, "_kept", {})
+    monkeypatch.setattr(replay.triton, "run", noted)
+    return calls
+
+
+def step(loss, tensors, **options):
+    return check.evaluate("triton", *tensors, options, loss=loss)
+
+
+def make(loss, seed, rows=5, classes=100, dtype=torch.float32, **case):
+    return check.Case(dtype, rows, classes, {}, seed=seed, loss=loss, **case).inputs("cpu")
+
+
+def assert_reference(loss, tensors, ours, **options):
+    exact = check.evaluate(
+        "reference", *(t.double() if t.is_floating_point() else t for t in tensors), options, loss=loss
+    )
+    for value, wanted in zip(ours, exact, strict=True):
+        assert check.relative_error(value, wanted, 2.0) < 1e-4
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_second_call_is_not_planned(planned, loss):
+    """Other contents in other places: the same kernels, and the right values."""
+    for seed in range(3):
+        tensors = make(loss, seed)
+        assert_reference(loss, tensors, step(loss, tensors))
+        if seed == 0:
+            first = len(planned)
+        assert len(planned) == first > 0
+
+
+def test_what_a_plan_looks_at_makes_another_one(planned):
+    student, teacher, target = make("nkd", 0)
+    target = torch.tensor([3, 17, 5, 99, 0])
+    wide, shifted = torch.randn(5, 120), torch.randn(501)[1:].view(5, 100)
+    kinds = [
+        ((student, teacher, target), {}),
+        ((student, teacher, target), {"gamma": 2.0}),
+        ((student, teacher, target), {"temperature": 2.0}),
+        ((student, teacher, target), {"reduction": "sum"}),
+        ((student, teacher, target), {"ignore_index": 3}),
+        ((student, teacher, target), {"weight": torch.rand(5)}),
+        ((student[:4], teacher[:4], target[:4]), {}),
+        ((student, wide[:, :100], target), {}),
+        ((student, shifted, target), {}),  # not a multiple of 16 bytes
+        ((student, teacher.bfloat16(), target), {}),
+        ((student, teacher, torch.softmax(teacher, 1)), {}),
+        ((student, student.clone(), target), {}),
+    ]
+    for tensors, options in (*kinds, *reversed(kinds)):
+        assert_reference("nkd", tensors, step("nkd", tensors, **options), **options)
+    forward = [kernels for kernels in planned if kernels != ["scale_rows"]]
+    assert len(forward) == len(kinds) - 1  # a copy of the student is a teacher as any other
+
+
+def test_one_tensor_for_both(planned):
+    """A student that is its own teacher has one place in the plan, another teacher its own."""
+    student, teacher, target = make("nkd", 0)
+    args = "nkd", [1.5, 0.0, 1.0, 0.0, 0.0], False, -100, "mean", True, 1.0
+    for pair in ((student, student), (student, teacher), (student, student), (teacher, student)):
+        loss = replay.triton.row_loss(*pair, target, None, *args)[0]
+        wanted = fused_kd.nkd_loss(*pair, target, backend="reference")
+        assert abs(loss - wanted) < 1e-5 * wanted.abs().clamp(min=1.0)
+
+
+def test_nothing_is_held(planned):
+    """What is kept has no tensor in it: a batch is freed when its user lets it go."""
+    for _ in range(2):
+        step("dist", make("dist", 0))
+    for kept in replay._kept.values():
+        for launch in kept.steps:
+            assert not any(isinstance(argument, torch.Tensor) for argument in launch.arguments)
+            assert all(launch.arguments[where] is None for where, _which in launch.tensors)
+
+
+def test_forgets_rather_than_grows(planned, monkeypatch):
+    monkeypatch.setattr(replay, "MOST", 4)
+    tensors = make("nkd", 0)
+    for gamma in range(1, 8):
+        assert_reference("nkd", tensors, step("nkd", tensors, gamma=float(gamma)), gamma=float(gamma))
+        assert len(replay._kept) <= 4
+
+
+def test_a_plan_of_parts_of_tensors_is_not_kept(planned):
+    """Long rows are sorted by PyTorch, a part of the batch at a time."""
+    tensors = make("uskd", 0, classes=5000, rows=2)
+    for _ in range(2):
+        assert_reference("uskd", tensors, step("uskd", tensors))
+    assert sum("write_keys" in kernels for kernels in planned) == 2
+
+
+def test_two_threads(planned):
+    """Both at the same kept call, with tensors of their own."""
+    batches = [make("nkd", seed) for seed in range(2)]
+    wanted = [step("nkd", batch) for batch in batches]
+    wrong = []
+
+    def work(batch, values):
+        found = [step("nkd", batch) for _ in range(10)]
+        wrong.extend(a for each in found for a, b in zip(each, values, strict=True) if not torch.equal(a, b))
+
+    threads = [threading.Thread(target=work, args=each) for each in zip(batches, wanted, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
