@@ -7,23 +7,26 @@ autograd makes of a tensor that came out of a kernel would be 0 or None.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 __all__ = [
+    "DOUBLE_BACKWARD",
     "carries_gradient",
     "readable",
     "refuse",
     "refuse_create_graph",
-    "refuse_double_backward",
     "refuse_onnx",
     "refuse_recorded",
     "special",
+    "wraps_values",
 ]
 
 _REFERENCE = "use backend='reference', which is eager PyTorch"
-_DOUBLE_BACKWARD = (
+DOUBLE_BACKWARD = (
     "fused_kd: the fused losses do not support double backward (create_graph=True, and so hessian, hvp, vhp and jvp of "
     f"torch.autograd.functional); {_REFERENCE}"
 )
@@ -45,11 +48,15 @@ _ONNX = f"fused_kd: torch.onnx.export has no operators for the fused kernels; {_
 
 _AUTOGRAD = torch._C.DispatchKey.AutogradCPU
 
+# Looked up once, as each call of a loss asks them.
+functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+_is_tracing: Callable[[], bool] = torch._C._is_tracing
+_is_legacy_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+
 
 def special() -> bool:
     """Whether a transform of torch.func, forward-mode differentiation or torch.jit's tracer is at work."""
-    functorch: bool = torch._C._are_functorch_transforms_active()
-    return functorch or forward_ad._current_level >= 0 or torch._C._is_tracing()
+    return functorch_active() or forward_ad._current_level >= 0 or _is_tracing()
 
 
 def _onnx_export() -> bool:
@@ -72,9 +79,9 @@ def _refuse(logits: tuple[Tensor, ...]) -> None:
     if torch.compiler.is_compiling():
         # Unless the whole is to be one graph, this leaves the call to eager PyTorch, where it is looked at closely.
         raise RuntimeError(f"{_FUNCTORCH}. {_FORWARD_MODE}")
-    if torch._C._are_functorch_transforms_active():
+    if functorch_active():
         raise RuntimeError(_FUNCTORCH)
-    if torch._C._is_tracing():
+    if _is_tracing():
         raise RuntimeError(_TRACED)
     # The compiler would see tensors of its own here, without the tangents that these may have.
     torch.compiler.disable(_refuse_tangents)(logits)  # type: ignore[no-untyped-call]
@@ -101,13 +108,7 @@ def refuse_create_graph() -> None:
         return
     keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph()
     if torch.is_grad_enabled() or (keeps_graph and not torch._C._is_fwd_grad_enabled()):
-        raise RuntimeError(_DOUBLE_BACKWARD)
-
-
-def refuse_double_backward() -> None:
-    """As :func:`refuse_create_graph`, called from the backward itself."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(_DOUBLE_BACKWARD)
+        raise RuntimeError(DOUBLE_BACKWARD)
 
 
 def refuse_recorded(*tensors: Tensor) -> None:
@@ -122,18 +123,23 @@ def refuse_recorded(*tensors: Tensor) -> None:
         _refuse_tangents(tensors)
 
 
+def wraps_values(grad_output: Tensor) -> bool:
+    """Whether an incoming gradient is more than its values: a batch of them, of either vmap, or one with a tangent."""
+    return _is_legacy_batched(grad_output) or functorch_active() or forward_ad._current_level >= 0
+
+
 def _has_tangent(tensor: Tensor) -> bool:
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def carries_gradient(tensor: Tensor) -> bool:
     """Whether something asks for a tensor's derivative, backward or forward."""
-    return tensor.requires_grad or _has_tangent(tensor)
+    return tensor.requires_grad or (forward_ad._current_level >= 0 and _has_tangent(tensor))
 
 
 def readable(tensor: Tensor) -> bool:
     """Whether a check may look at a tensor's values: they are there, on the CPU, and nothing records or batches it."""
-    if tensor.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._is_tracing():
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling() or _is_tracing():
         return False
     modes = torch._C._TorchDispatchModeKey
     if any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY)):

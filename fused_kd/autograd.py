@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ __all__ = ["row_loss", "uskd", "uskd_batch_sums", "zipf_ls"]
 
 # By int(whether hyper-parameters may change): PyTorch 2.11's compiler takes no bool for an index.
 _ROW_LOSS, _USKD, _ZIPF_LS = (ops.LOSS_OPS[name] for name in ("row_loss", "uskd", "zipf_ls"))
+_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+
 
 class _FusedLoss(torch.autograd.Function):
     """Gives autograd the gradient that the forward op computed.
@@ -21,6 +24,8 @@ class _FusedLoss(torch.autograd.Function):
     Shaped by the time of a call, which at a thousand classes is a good part of a step: every argument of ``apply``
     costs a microsecond each way, so the op's further arguments come as one tuple; a second output costs five; and the
     argument binding that comes with ``setup_context`` twenty. torch.func needs the latter, so the losses refuse there.
+    The inputs are not kept, which would cost their memory, and so neither is there anything to make a second derivative
+    of: where a backward is to be differentiated (create_graph=True), it refuses.
     """
 
     @staticmethod
@@ -76,8 +81,9 @@ def _apply(gradient: Tensor, grad_output: Tensor, norm: Tensor, backend: str, ke
     if torch.compiler.is_compiling():
         result: Tensor = ops.scale_gradient_compiled(gradient, grad_output, norm, backend)
         return result
-    _transforms.refuse_double_backward()
-    if _transforms.special() or torch._C._functorch.is_legacy_batchedtensor(grad_output):
+    if torch.is_grad_enabled():
+        raise RuntimeError(_transforms.DOUBLE_BACKWARD)
+    if _transforms.wraps_values(grad_output):
         return _scaled(gradient, grad_output, norm)
     if keep:
         # Of an exported graph, which may have been compiled.
@@ -95,7 +101,7 @@ def _is_one(grad_output: Tensor) -> bool:
     if grad_output.dim() != 0 or grad_output.device.type != "cpu":
         return False
     # Under FakeTensorMode there is no value, and what records the backward shall not take this one for every call's.
-    return torch._C._len_torch_dispatch_stack() == 0 and type(grad_output) is Tensor and grad_output.item() == 1.0
+    return type(grad_output) is Tensor and _dispatch_modes() == 0 and grad_output.item() == 1.0
 
 
 def _scaled(gradient: Tensor, grad_output: Tensor, norm: Tensor) -> Tensor:
@@ -221,7 +227,9 @@ class _ExportedLoss(torch.autograd.Function):
     """The autograd of an op in an exported graph. Shaped for any of them, and not by the time of a call."""
 
     @staticmethod
-    def forward(ctx: Any, op: Any, student_logits: Tensor, other_logits: Tensor | None, further: tuple[Any, ...]) -> Any:
+    def forward(
+        ctx: Any, op: Any, student_logits: Tensor, other_logits: Tensor | None, further: tuple[Any, ...]
+    ) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             outputs = op(student_logits, other_logits, *further)
         ctx.set_materialize_grads(False)

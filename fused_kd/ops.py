@@ -2,9 +2,9 @@
 
 Two ops serve a loss: one forward, which computes the loss, its parts and, where it is wanted, the gradient for an
 incoming gradient of 1; and one backward, shared by every loss, which multiplies that stored gradient by what came in
-(in place, or in a compiled graph with a look at who asks); :mod:`fused_kd.autograd` puts them together. USKD, whose rows a batch mean couples, has a small op before, so that an
-all-reduce can come between. Pointers are taken inside a registered op only, so torch.compile keeps the whole in one
-graph.
+(in place where nobody can ask again, and in a compiled graph with a look at who asks); :mod:`fused_kd.autograd` puts
+them together. USKD, whose rows a batch mean couples, has a small op before, so that an all-reduce can come between.
+Pointers are taken inside a registered op only, so torch.compile keeps the whole in one graph.
 
 What is stored is one tensor of the shape and dtype of the logits that want a gradient. It is already divided by the
 number of rows for ``reduction="mean"``, so that an incoming 1 leaves nothing to do. Except in float16, where dividing
