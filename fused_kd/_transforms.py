@@ -21,7 +21,6 @@ __all__ = [
     "refuse_create_graph",
     "refuse_onnx",
     "refuse_recorded",
-    "special",
     "wraps_values",
 ]
 
@@ -44,19 +43,20 @@ _RECORDED = (
     f"{_REFERENCE}"
 )
 _ONNX = f"fused_kd: torch.onnx.export has no operators for the fused kernels; {_REFERENCE}"
+_NO_RANKS = ". ONNX lacks operators by which USKD and Zipf's label smoothing rank the classes: these two it cannot hold"
 
 
 _AUTOGRAD = torch._C.DispatchKey.AutogradCPU
 
 # Looked up once, as each call of a loss asks them.
-functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+_functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 _is_tracing: Callable[[], bool] = torch._C._is_tracing
 _is_legacy_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 
 
-def special() -> bool:
+def _special() -> bool:
     """Whether a transform of torch.func, forward-mode differentiation or torch.jit's tracer is at work."""
-    return functorch_active() or forward_ad._current_level >= 0 or _is_tracing()
+    return _functorch_active() or forward_ad._current_level >= 0 or _is_tracing()
 
 
 def _onnx_export() -> bool:
@@ -65,13 +65,13 @@ def _onnx_export() -> bool:
 
 # The compiler shall ask while it traces, when the transforms of what it traces are at work. This is what
 # torch.compiler.assume_constant_result does; the decorator itself imports the whole compiler.
-special._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_special._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def refuse(*logits: Tensor) -> None:
     """Raise a RuntimeError where a fused kernel cannot serve logits that are to be differentiated."""
-    if special():
+    if _special():
         _refuse(logits)
 
 
@@ -79,10 +79,10 @@ def _refuse(logits: tuple[Tensor, ...]) -> None:
     if torch.compiler.is_compiling():
         # Unless the whole is to be one graph, this leaves the call to eager PyTorch, where it is looked at closely.
         raise RuntimeError(f"{_FUNCTORCH}. {_FORWARD_MODE}")
-    if functorch_active():
+    if _functorch_active():
         raise RuntimeError(_FUNCTORCH)
     if _is_tracing():
-        raise RuntimeError(_TRACED)
+        raise RuntimeError(_TRACED + (_NO_RANKS if _onnx_export() else ""))
     # The compiler would see tensors of its own here, without the tangents that these may have.
     torch.compiler.disable(_refuse_tangents)(logits)  # type: ignore[no-untyped-call]
 
@@ -95,7 +95,7 @@ def _refuse_tangents(tensors: tuple[Tensor, ...]) -> None:
 def refuse_onnx() -> None:
     """Raise a RuntimeError in an export to ONNX by way of torch.export."""
     if _onnx_export():
-        raise RuntimeError(_ONNX)
+        raise RuntimeError(_ONNX + _NO_RANKS)
 
 
 def refuse_create_graph() -> None:
@@ -125,7 +125,7 @@ def refuse_recorded(*tensors: Tensor) -> None:
 
 def wraps_values(grad_output: Tensor) -> bool:
     """Whether an incoming gradient is more than its values: a batch of them, of either vmap, or one with a tangent."""
-    return _is_legacy_batched(grad_output) or functorch_active() or forward_ad._current_level >= 0
+    return _is_legacy_batched(grad_output) or _functorch_active() or forward_ad._current_level >= 0
 
 
 def _has_tangent(tensor: Tensor) -> bool:
