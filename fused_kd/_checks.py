@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed
 
+from fused_kd._transforms import carries_gradient, readable
+
 _LOGIT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 REDUCTIONS = ("mean", "sum", "none")
@@ -73,7 +75,7 @@ def _check_logits(name: str, logits: Tensor) -> None:
 
 
 def check_teacher_detached(teacher_logits: Tensor) -> None:
-    if teacher_logits.requires_grad:
+    if carries_gradient(teacher_logits):
         raise ValueError(
             "teacher_logits: expected logits that do not require grad, since no gradient flows to the teacher; "
             "run the teacher under torch.no_grad() or pass teacher_logits.detach()"
@@ -136,7 +138,7 @@ def flatten(student_logits: Tensor, other_logits: Tensor, other_name: str, targe
                 f"target: expected class probabilities of shape {tuple(shape)}, got {target.dtype} of shape "
                 f"{tuple(target.shape)} (class indices are integers)"
             )
-        if target.requires_grad:
+        if carries_gradient(target):
             raise ValueError("target: expected probabilities that do not require grad; pass target.detach()")
     else:
         raise TypeError(f"target: expected integer class indices or floating-point probabilities, got {target.dtype}")
@@ -177,9 +179,9 @@ def flatten_weight(weight: Tensor | None, shape: tuple[int, ...], device: torch.
         raise ValueError(f"weight: expected one per row, of shape {tuple(shape)}, got {tuple(weight.shape)}")
     if weight.device != device:
         raise ValueError(f"weight: expected the device of student_logits, {device}, got {weight.device}")
-    if weight.requires_grad:
+    if carries_gradient(weight):
         raise ValueError("weight: expected weights that do not require grad, since none flows there; detach them")
-    if device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(weight):
         bad = ~((weight >= 0) & (weight < math.inf))
         if bool(bad.any()):
             raise ValueError(f"weight: expected finite numbers of at least 0, got {float(weight[bad][0])}")

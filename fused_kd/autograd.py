@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_kd import ops
+from fused_kd import _transforms, ops
 from fused_kd.registry import Weights
 
 __all__ = ["row_loss", "uskd", "uskd_batch_sums", "zipf_ls"]
 
 # By int(whether hyper-parameters may change): PyTorch 2.11's compiler takes no bool for an index.
 _ROW_LOSS, _USKD, _ZIPF_LS = (ops.LOSS_OPS[name] for name in ("row_loss", "uskd", "zipf_ls"))
-_NO_DOUBLE_BACKWARD = (
-    "fused_kd: the fused losses do not support double backward (create_graph=True); use backend='reference', which does"
-)
+_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -25,6 +24,8 @@ class _FusedLoss(torch.autograd.Function):
     Shaped by the time of a call, which at a thousand classes is a good part of a step: every argument of ``apply``
     costs a microsecond each way, so the op's further arguments come as one tuple; a second output costs five; and the
     argument binding that comes with ``setup_context`` twenty. torch.func needs the latter, so the losses refuse there.
+    The inputs are not kept, which would cost their memory, and so neither is there anything to make a second derivative
+    of: where a backward is to be differentiated (create_graph=True), it refuses.
     """
 
     @staticmethod
@@ -75,14 +76,20 @@ def _keep(ctx: Any, outputs: tuple[Tensor, ...], want_parts: bool, backend: str)
     return loss, parts
 
 
-def _apply(gradient: Tensor, grad_output: Tensor, norm: Tensor, backend: str) -> Tensor:
+def _apply(gradient: Tensor, grad_output: Tensor, norm: Tensor, backend: str, keep: bool = False) -> Tensor:
     """The stored gradient times the incoming one, in place when nobody can ask for the stored one again."""
-    compiling, differentiating = torch.compiler.is_compiling(), torch.is_grad_enabled()
-    if compiling or differentiating or torch._C._autograd._get_current_graph_task_keep_graph():
-        result: Tensor = ops.scale_gradient(gradient, grad_output, norm, backend)
-        if differentiating and not compiling:
-            result = torch._C._functions.DelayedError(_NO_DOUBLE_BACKWARD, 1)(result.requires_grad_())
+    if torch.compiler.is_compiling():
+        result: Tensor = ops.scale_gradient_compiled(gradient, grad_output, norm, backend)
         return result
+    if torch.is_grad_enabled():
+        raise RuntimeError(_transforms.DOUBLE_BACKWARD)
+    if _transforms.wraps_values(grad_output):
+        return _scaled(gradient, grad_output, norm)
+    if keep:
+        # Of an exported graph, which may have been compiled.
+        return ops.scale_gradient_compiled(gradient, grad_output, norm, backend)  # type: ignore[no-any-return]
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        return ops.scale_gradient(gradient, grad_output, norm, backend)  # type: ignore[no-any-return]
     if _is_one(grad_output) and gradient.dtype != torch.float16:
         return gradient
     ops.scale_gradient_(gradient, grad_output, norm, backend)
@@ -91,14 +98,17 @@ def _apply(gradient: Tensor, grad_output: Tensor, norm: Tensor, backend: str) ->
 
 def _is_one(grad_output: Tensor) -> bool:
     """Whether an incoming scalar is 1, where reading it costs nothing; on a GPU the kernel looks instead."""
-    return grad_output.dim() == 0 and grad_output.device.type == "cpu" and grad_output.item() == 1.0
+    if grad_output.dim() != 0 or grad_output.device.type != "cpu":
+        return False
+    # Under FakeTensorMode there is no value, and what records the backward shall not take this one for every call's.
+    return type(grad_output) is Tensor and _dispatch_modes() == 0 and grad_output.item() == 1.0
 
 
-def _refuse_functorch() -> None:
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            "fused_kd: torch.func transforms do not reach into the fused kernels; use backend='reference' under them"
-        )
+def _scaled(gradient: Tensor, grad_output: Tensor, norm: Tensor) -> Tensor:
+    """As the kernels do it, for an incoming gradient that vmap batches (is_grads_batched, jacobian's vectorize) or that
+    has a tangent."""
+    scaled = gradient * (grad_output * norm).reshape(*grad_output.shape, 1)
+    return torch.where(gradient == 0, gradient, scaled.to(gradient.dtype))
 
 
 def row_loss(
@@ -115,7 +125,7 @@ def row_loss(
     want_parts: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The loss and, if wanted, its three parts, stacked, of checked rows; differentiable in the student's logits."""
-    _refuse_functorch()
+    _transforms.refuse(student_logits)
     need_gradient = student_logits.requires_grad and torch.is_grad_enabled()
     scheduled, given = _given(weights)
     options = (loss, given, standardize, ignore_index, reduction, need_gradient, backend)
@@ -136,7 +146,7 @@ def zipf_ls(
 ) -> tuple[Tensor, Tensor | None]:
     """Zipf's label smoothing of checked rows, and if wanted its two parts, stacked; differentiable in the student's
     logits. ``weights`` are those of the divergence, the power, the CE and its label smoothing."""
-    _refuse_functorch()
+    _transforms.refuse(student_logits)
     need_gradient = student_logits.requires_grad and torch.is_grad_enabled()
     scheduled, given = _given(weights)
     further = (dense_logits.detach(), target, row_weight, given, ignore_index, reduction, need_gradient, backend)
@@ -161,15 +171,17 @@ def _given(weights: Weights) -> tuple[bool, Weights | Tensor]:
 def _apply_fused(
     op: Any, student_logits: Tensor, further: tuple[Any, ...], need_gradient: bool, want_parts: bool
 ) -> tuple[Tensor, Tensor | None]:
-    if not need_gradient:
-        return op(student_logits, *further)[:2]  # type: ignore[no-any-return]
-    result = _FusedLoss.apply(student_logits, op, want_parts, further)  # type: ignore[no-untyped-call]
-    return result if want_parts else (result, None)
+    if torch.compiler.is_exporting():
+        op = _exported(op)
+    elif need_gradient:
+        result = _FusedLoss.apply(student_logits, op, want_parts, further)  # type: ignore[no-untyped-call]
+        return result if want_parts else (result, None)
+    return op(student_logits, *further)[:2]  # type: ignore[no-any-return]
 
 
 def uskd_batch_sums(student_logits: Tensor, target: Tensor, square: bool, ignore_index: int, backend: str) -> Tensor:
     """What couples the rows of USKD; see :func:`fused_kd.reference.uskd_batch_sums`."""
-    _refuse_functorch()
+    _transforms.refuse(student_logits)
     return ops.uskd_batch_sums(student_logits.detach(), target, square, ignore_index, backend)  # type: ignore[no-any-return]
 
 
@@ -189,15 +201,73 @@ def uskd(
 ) -> tuple[Tensor, Tensor | None]:
     """The loss and, if wanted, its four parts, stacked, of checked rows; differentiable in both logits. ``weights`` are
     alpha, beta, mu, those of the CE and its label smoothing."""
-    _refuse_functorch()
+    _transforms.refuse(student_logits, weak_logits)
     grad = torch.is_grad_enabled()
     need_student, need_weak = grad and student_logits.requires_grad, grad and weak_logits.requires_grad
     scheduled, given = _given(weights)
     op = _USKD[int(scheduled)]
     options = (given, rank, square, ignore_index, reduction)
     further = (target, batch_sums, row_weight, *options, need_student, need_weak, backend)
-    if not (need_student or need_weak):
-        return op(student_logits, weak_logits, *further)[:2]  # type: ignore[no-any-return]
-    apply = _FusedPairLoss.apply
-    result = apply(student_logits, weak_logits, op, want_parts, further)  # type: ignore[no-untyped-call]
-    return result if want_parts else (result, None)
+    if torch.compiler.is_exporting():
+        op = _exported(op)
+    elif need_student or need_weak:
+        apply = _FusedPairLoss.apply
+        result = apply(student_logits, weak_logits, op, want_parts, further)  # type: ignore[no-untyped-call]
+        return result if want_parts else (result, None)
+    return op(student_logits, weak_logits, *further)[:2]  # type: ignore[no-any-return]
+
+
+def _exported(op: Any) -> Any:
+    """What torch.export records in place of an op: it keeps ops alone, so this one brings its autograd with it."""
+    _transforms.refuse_onnx()
+    return ops.EXPORTED_OPS[op]
+
+
+class _ExportedLoss(torch.autograd.Function):
+    """The autograd of an op in an exported graph. Shaped for any of them, and not by the time of a call."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, op: Any, student_logits: Tensor, other_logits: Tensor | None, further: tuple[Any, ...]
+    ) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = op(student_logits, other_logits, *further)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*outputs[2:])
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.backend = further[-1]
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        results: list[Tensor | None] = [None, None]
+        if grad_output is not None:
+            count = len(ctx.saved_tensors) // 2
+            for i in range(count):
+                if ctx.needs_input_grad[1 + i]:
+                    gradient, norm = ctx.saved_tensors[i], ctx.saved_tensors[count + i]
+                    # Not in place, since the stored gradient is an output of the op.
+                    results[i] = _apply(gradient, grad_output, norm, ctx.backend, keep=True)
+        return None, *results, None
+
+
+def _autograd_of(op: Any, wanted: int) -> Any:
+    """The autograd kernel of a forward op whose last arguments say which of ``wanted`` gradients it makes."""
+
+    def kernel(*arguments: Any) -> Any:
+        _transforms.refuse(*arguments[:wanted])
+        student_logits, other_logits, *others, backend = arguments
+        need = [torch.is_grad_enabled() and tensor.requires_grad for tensor in arguments[:wanted]]
+        if not any(need):
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*arguments)
+        # It may have been exported with logits that did not require grad.
+        further = (*others[:-wanted], *need, backend)
+        return _ExportedLoss.apply(op, student_logits, other_logits, further)  # type: ignore[no-untyped-call]
+
+    return kernel
+
+
+for _name, _pair in ops.LOSS_OPS.items():
+    for _op in map(ops.EXPORTED_OPS.__getitem__, _pair):
+        ops.implement_autograd(_op, _autograd_of(_op, 2 if _name == "uskd" else 1))

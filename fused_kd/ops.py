@@ -1,10 +1,10 @@
 """The one boundary between PyTorch and the kernels: torch.library ops and their fakes.
 
 Two ops serve a loss: one forward, which computes the loss, its parts and, where it is wanted, the gradient for an
-incoming gradient of 1; and one backward, shared by every loss, which multiplies that stored gradient by what came in;
-:mod:`fused_kd.autograd` puts them together. USKD, whose rows a batch mean couples, has a small op before, so that an
-all-reduce can come between. Pointers are taken inside a registered op only, so torch.compile keeps the whole in one
-graph.
+incoming gradient of 1; and one backward, shared by every loss, which multiplies that stored gradient by what came in
+(in place where nobody can ask again, and in a compiled graph with a look at who asks); :mod:`fused_kd.autograd` puts
+them together. USKD, whose rows a batch mean couples, has a small op before, so that an all-reduce can come between.
+Pointers are taken inside a registered op only, so torch.compile keeps the whole in one graph.
 
 What is stored is one tensor of the shape and dtype of the logits that want a gradient. It is already divided by the
 number of rows for ``reduction="mean"``, so that an incoming 1 leaves nothing to do. Except in float16, where dividing
@@ -18,18 +18,28 @@ its gradient by another, with the reduction "sum" for a mean, and takes a row wh
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_kd import backends
+from fused_kd import _transforms, backends
 from fused_kd.reference import accumulation_dtype
 from fused_kd.reference.rows import usable_weight
 from fused_kd.registry import ROW_LOSSES
 
-__all__ = ["LOSS_OPS", "scale_gradient", "scale_gradient_", "uskd_batch_sums"]
+__all__ = [
+    "EXPORTED_OPS",
+    "LOSS_OPS",
+    "implement_autograd",
+    "scale_gradient",
+    "scale_gradient_",
+    "scale_gradient_compiled",
+    "uskd_batch_sums",
+]
 
+_LOSSES = ("row_loss", "uskd", "zipf_ls")
 _library: Any = torch.library.Library("fused_kd", "DEF")  # type: ignore[no-untyped-call]
 
 
@@ -38,10 +48,14 @@ def _define_loss(name: str, before: str, after: str, gradients: str) -> None:
 
     A compiled graph holds a number as a constant, and would be compiled anew for each value of a schedule; a tensor is
     an input. But a CUDA graph would replay the values that it was captured with, so the twin is kept out of those.
+    Of each there is one more for torch.export, ``exported_``, which :mod:`fused_kd.autograd` gives an autograd kernel:
+    it would be a tenth of a call.
     """
     for suffix, weights, tags in (("", "float[]", ()), ("_scheduled", "Tensor", (torch.Tag.cudagraph_unsafe,))):
         arguments = f"{before}, {weights} weights, {after}, str backend"
-        _library.define(f"{name}{suffix}({arguments}) -> (Tensor loss, Tensor parts, {gradients})", tags=tags)
+        for prefix in ("", "exported_"):
+            schema = f"{prefix}{name}{suffix}({arguments}) -> (Tensor loss, Tensor parts, {gradients})"
+            _library.define(schema, tags=tags)
 
 
 _define_loss(
@@ -66,6 +80,7 @@ _library.define(
     "uskd_batch_sums(Tensor student_logits, Tensor target, bool square, int ignore_index, str backend) -> Tensor"
 )
 _library.define("scale_gradient(Tensor gradient, Tensor grad_output, Tensor norm, str backend) -> Tensor")
+_library.define("scale_gradient_compiled(Tensor gradient, Tensor grad_output, Tensor norm, str backend) -> Tensor")
 _library.define("scale_gradient_(Tensor(a!) gradient, Tensor grad_output, Tensor norm, str backend) -> ()")
 
 
@@ -124,6 +139,7 @@ def _row_loss(
     need_gradient: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _transforms.refuse_recorded(student_logits)
     weights = _numbers(weights)
     bound = ROW_LOSSES[loss].bound(*weights[:3]) + weights[3]
     if standardize:
@@ -167,6 +183,7 @@ def _uskd(
     need_weak: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _transforms.refuse_recorded(student_logits, weak_logits)
     weights = _numbers(weights)
     alpha, beta, mu, ce_weight, _ = weights
     # P_k and P_1 + P_2 are from -1 to 2. At a target, p_k (P_1 + P_2) - P_k averages -P_k and the other target's P.
@@ -205,6 +222,7 @@ def _zipf_ls(
     need_gradient: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _transforms.refuse_recorded(student_logits)
     weights = _numbers(weights)
     scale = _stored_scale(student_logits.dtype, weights[0] + weights[2])
     factors, reduction, (by,) = _row_factors(row_weight, target, ignore_index, reduction, (student_logits.dtype,))
@@ -216,12 +234,20 @@ def _zipf_ls(
 
 
 def _scale_gradient(gradient: Tensor, grad_output: Tensor, norm: Tensor, backend: str) -> Tensor:
+    _transforms.refuse_recorded(gradient, grad_output)
     out = torch.empty_like(gradient)
     backends.get(backend).scale_gradient(gradient, grad_output, norm, out)
     return out
 
 
+def _scale_gradient_compiled(gradient: Tensor, grad_output: Tensor, norm: Tensor, backend: str) -> Tensor:
+    # That the backward is to be differentiated is known only when it runs.
+    _transforms.refuse_create_graph()
+    return _scale_gradient(gradient, grad_output, norm, backend)
+
+
 def _scale_gradient_(gradient: Tensor, grad_output: Tensor, norm: Tensor, backend: str) -> None:
+    _transforms.refuse_recorded(gradient, grad_output)
     backends.get(backend).scale_gradient(gradient, grad_output, norm, gradient)
 
 
@@ -234,10 +260,13 @@ for _name, _function in (
     ("zipf_ls", _zipf_ls),
     ("zipf_ls_scheduled", _zipf_ls),
     ("scale_gradient", _scale_gradient),
+    ("scale_gradient_compiled", _scale_gradient_compiled),
     ("scale_gradient_", _scale_gradient_),
 ):
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _function, _key)
+        if _name.removesuffix("_scheduled") in _LOSSES:
+            _library.impl(f"exported_{_name}", _function, _key)
 
 
 def _row_loss_fake(
@@ -333,15 +362,28 @@ for _name, _fake in (
     ("zipf_ls", _zipf_ls_fake),
     ("zipf_ls_scheduled", _zipf_ls_fake),
     ("scale_gradient", _scale_gradient_fake),
+    ("scale_gradient_compiled", _scale_gradient_fake),
     ("scale_gradient_", _scale_gradient_inplace_fake),
 ):
     torch.library.register_fake(f"fused_kd::{_name}", _fake, lib=_library)
+    if _name.removesuffix("_scheduled") in _LOSSES:
+        torch.library.register_fake(f"fused_kd::exported_{_name}", _fake, lib=_library)
+
+
+def _op(name: str) -> Any:
+    return getattr(torch.ops.fused_kd, name).default
+
 
 #: The forward ops, each with its twin for hyper-parameters that may change in a compiled graph.
-LOSS_OPS: dict[str, tuple[Any, Any]] = {
-    name: (getattr(torch.ops.fused_kd, name).default, getattr(torch.ops.fused_kd, f"{name}_scheduled").default)
-    for name in ("row_loss", "uskd", "zipf_ls")
-}
+LOSS_OPS: dict[str, tuple[Any, Any]] = {name: (_op(name), _op(f"{name}_scheduled")) for name in _LOSSES}
+#: By forward op, what torch.export records in its place.
+EXPORTED_OPS: dict[Any, Any] = {op: _op(f"exported_{op._opname}") for pair in LOSS_OPS.values() for op in pair}
 uskd_batch_sums = torch.ops.fused_kd.uskd_batch_sums.default
 scale_gradient = torch.ops.fused_kd.scale_gradient.default
+scale_gradient_compiled = torch.ops.fused_kd.scale_gradient_compiled.default
 scale_gradient_ = torch.ops.fused_kd.scale_gradient_.default
+
+
+def implement_autograd(op: Any, kernel: Callable[..., Any]) -> None:
+    """Say what autograd does with an op."""
+    _library.impl(op, kernel, "Autograd")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_kd import _checks, autograd, backends
+from fused_kd._transforms import readable
 from fused_kd.registry import ROW_LOSSES
 
 Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
@@ -105,6 +106,6 @@ def no_target(student_logits: Tensor, ce_weight: float) -> Tensor:
 
 
 def check_targets_if_cheap(target: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Fused backends check as they go; the reference reads the values first where that stalls nothing."""
-    if target.device.type == "cpu" and not target.is_floating_point() and not torch.compiler.is_compiling():
+    """Fused backends check as they go; the reference reads the values first where it can and that stalls nothing."""
+    if not target.is_floating_point() and readable(target):
         _checks.check_index_range(target, num_classes, ignore_index)

@@ -86,8 +86,9 @@ def nkd_loss(
         ValueError: Shapes, devices or hyper-parameters do not fit, or the teacher requires grad.
         IndexError: A class index is out of range, on the CPU. On a GPU, where checking would stall, that row is NaN; so
             is there one whose weight is negative or not finite, else a ValueError.
-        RuntimeError: ``backend`` names one that cannot run here, with the reason; or the loss is differentiated twice
-            on a fused backend.
+        RuntimeError: ``backend`` names one that cannot run here, with the reason; or a fused backend is asked for what
+            only ``"reference"`` can do: a second derivative (create_graph=True, in the backward), forward mode, a
+            transform of torch.func, torch.jit.trace or an export to ONNX.
 
     Example:
         >>> student_logits = torch.randn(8, 1000, requires_grad=True)

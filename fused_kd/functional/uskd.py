@@ -150,8 +150,9 @@ def uskd_loss(
             torch.distributed is not initialised.
         IndexError: A class index is out of range, on the CPU. On a GPU, where checking would stall, that row is NaN,
             and through the mean in P the target terms of all.
-        RuntimeError: ``backend`` names one that cannot run here, with the reason; or the loss is differentiated twice
-            on a fused backend.
+        RuntimeError: ``backend`` names one that cannot run here, with the reason; or a fused backend is asked for what
+            only ``"reference"`` can do: a second derivative (create_graph=True, in the backward), forward mode, a
+            transform of torch.func, torch.jit.trace or an export to ONNX.
 
     Example:
         >>> student_logits, weak_logits = (torch.randn(8, 1000, requires_grad=True) for _ in range(2))

@@ -1,0 +1,151 @@
+"""Where a fused kernel's gradient does not reach, and where values cannot be read.
+
+The kernels make the gradient in the forward pass and keep nothing else, so a second derivative or a tangent has nothing
+to be computed from, and a graph that records their arithmetic does not exist. Whoever asks for one is told so: what
+autograd makes of a tensor that came out of a kernel would be 0 or None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+__all__ = [
+    "DOUBLE_BACKWARD",
+    "carries_gradient",
+    "readable",
+    "refuse",
+    "refuse_create_graph",
+    "refuse_onnx",
+    "refuse_recorded",
+    "wraps_values",
+]
+
+_REFERENCE = "use backend='reference', which is eager PyTorch"
+DOUBLE_BACKWARD = (
+    "fused_kd: the fused losses do not support double backward (create_graph=True, and so hessian, hvp, vhp and jvp of "
+    f"torch.autograd.functional); {_REFERENCE}"
+)
+_FUNCTORCH = (
+    "fused_kd: torch.func transforms (and vectorize=True of torch.autograd.functional, where it transforms the loss "
+    f"itself) do not reach into the fused kernels; {_REFERENCE}"
+)
+_FORWARD_MODE = f"fused_kd: the fused losses do not support forward-mode differentiation; {_REFERENCE}"
+_TRACED = (
+    "fused_kd: torch.jit.trace, and torch.onnx.export with dynamo=False, which uses it, cannot record the fused "
+    f"kernels; {_REFERENCE}"
+)
+_RECORDED = (
+    "fused_kd: autograd cannot differentiate a fused kernel in a recorded graph other than one of torch.export; "
+    f"{_REFERENCE}"
+)
+_ONNX = f"fused_kd: torch.onnx.export has no operators for the fused kernels; {_REFERENCE}"
+_NO_RANKS = ". ONNX lacks operators by which USKD and Zipf's label smoothing rank the classes: these two it cannot hold"
+
+
+_AUTOGRAD = torch._C.DispatchKey.AutogradCPU
+
+# Looked up once, as each call of a loss asks them.
+_functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+_is_tracing: Callable[[], bool] = torch._C._is_tracing
+_is_legacy_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+
+
+def _special() -> bool:
+    """Whether a transform of torch.func, forward-mode differentiation or torch.jit's tracer is at work."""
+    return _functorch_active() or forward_ad._current_level >= 0 or _is_tracing()
+
+
+def _onnx_export() -> bool:
+    return torch.onnx.is_in_onnx_export()
+
+
+# The compiler shall ask while it traces, when the transforms of what it traces are at work. This is what
+# torch.compiler.assume_constant_result does; the decorator itself imports the whole compiler.
+_special._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def refuse(*logits: Tensor) -> None:
+    """Raise a RuntimeError where a fused kernel cannot serve logits that are to be differentiated."""
+    if _special():
+        _refuse(logits)
+
+
+def _refuse(logits: tuple[Tensor, ...]) -> None:
+    if torch.compiler.is_compiling():
+        # Unless the whole is to be one graph, this leaves the call to eager PyTorch, where it is looked at closely.
+        raise RuntimeError(f"{_FUNCTORCH}. {_FORWARD_MODE}")
+    if _functorch_active():
+        raise RuntimeError(_FUNCTORCH)
+    if _is_tracing():
+        raise RuntimeError(_TRACED + (_NO_RANKS if _onnx_export() else ""))
+    # The compiler would see tensors of its own here, without the tangents that these may have.
+    torch.compiler.disable(_refuse_tangents)(logits)  # type: ignore[no-untyped-call]
+
+
+def _refuse_tangents(tensors: tuple[Tensor, ...]) -> None:
+    if any(map(_has_tangent, tensors)):
+        raise RuntimeError(_FORWARD_MODE)
+
+
+def refuse_onnx() -> None:
+    """Raise a RuntimeError in an export to ONNX by way of torch.export."""
+    if _onnx_export():
+        raise RuntimeError(_ONNX + _NO_RANKS)
+
+
+def refuse_create_graph() -> None:
+    """Raise a RuntimeError in a backward pass that is to be differentiated itself.
+
+    A compiled graph's backward runs as the forward of another function then, where PyTorch turns the gradient off, and
+    forward mode with it, which a backward does not otherwise.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        return
+    keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph()
+    if torch.is_grad_enabled() or (keeps_graph and not torch._C._is_fwd_grad_enabled()):
+        raise RuntimeError(DOUBLE_BACKWARD)
+
+
+def refuse_recorded(*tensors: Tensor) -> None:
+    """Raise a RuntimeError in an op that stands in a recorded graph, such as make_fx's, and is to be differentiated.
+
+    The functions of :mod:`fused_kd.autograd` never call one so: autograd would give None for the gradient.
+    """
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise RuntimeError(_RECORDED)
+    # Where autograd is cut off, as in what was compiled, there are no tangents to be seen.
+    if forward_ad._current_level >= 0 and not torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD):
+        _refuse_tangents(tensors)
+
+
+def wraps_values(grad_output: Tensor) -> bool:
+    """Whether an incoming gradient is more than its values: a batch of them, of either vmap, or one with a tangent."""
+    return _is_legacy_batched(grad_output) or _functorch_active() or forward_ad._current_level >= 0
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+
+
+def carries_gradient(tensor: Tensor) -> bool:
+    """Whether something asks for a tensor's derivative, backward or forward."""
+    return tensor.requires_grad or (forward_ad._current_level >= 0 and _has_tangent(tensor))
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether a check may look at a tensor's values: they are there, on the CPU, and nothing records or batches it."""
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling() or _is_tracing():
+        return False
+    modes = torch._C._TorchDispatchModeKey
+    if any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY)):
+        return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return False
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return type(tensor) is Tensor or not torch._subclasses.fake_tensor.is_fake(tensor)
