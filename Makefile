@@ -54,7 +54,7 @@ format: $(VENV)/ready
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-# Editable, because from the repository's root the folder fused_kd would hide an ordinary installation.
+# Editable, so that what changes here is what is tested and timed.
 $(VENV)/ready: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) --upgrade pip

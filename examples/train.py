@@ -333,7 +333,8 @@ def _announce(this: Run, console: Console) -> None:
     args, dataset = this.args, this.data
     console.print(
         f"{dataset.name}: {len(dataset.train):,} images {dataset.channels}×{dataset.size}×{dataset.size}, "
-        f"{dataset.classes} classes; {args.model}, {_parameters(this):,} parameters; {args.loss}; "
+        f"{dataset.classes} classes; {args.model}, {_parameters(this):,} parameters; "
+        f"{methods.described(args.loss, args.backend, this.where.device)}; "
         f"{this.where.world} × {this.where.device.type}",
         highlight=False,
         soft_wrap=True,

@@ -17,7 +17,7 @@ from rich.table import Table
 
 import fused_kd
 from fused_kd import backends, check, registry
-from fused_kd.backends import native
+from fused_kd.backends import core, native
 from fused_kd.registry import LOSSES
 
 _NUMBERS = ("cases", "loss", "allowed", "gradient")
@@ -72,15 +72,12 @@ def _gpus() -> list[tuple[str, str]]:
 
 def env(console: Console) -> int:
     facts = [
-        ("fused_kd", fused_kd.__version__),
+        ("fused_kd", f"{fused_kd.__version__} in {core.PACKAGE}"),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         ("torch", torch.__version__),
         ("triton", _version("triton")),
         ("threads", str(torch.get_num_threads())),
-        (
-            "C++ core",
-            f"{', '.join(native.instruction_sets())} ({native.compiler()})" if native.compiler() else "not built",
-        ),
+        ("C++ core", _core_line()),
         ("CUDA core", native.cuda_architectures() or native.unavailable("cuda") or ""),
         *_gpus(),
     ]
@@ -90,6 +87,13 @@ def env(console: Console) -> int:
         for loss in LOSSES:
             console.print(f"\n{backends.explain(device, loss)}", highlight=False, markup=False, soft_wrap=True)
     return 0
+
+
+def _core_line() -> str:
+    if reason := native.unavailable("cpu"):
+        return reason
+    line = f"{', '.join(native.instruction_sets())} ({native.compiler()})"
+    return line if native.folder() == core.PACKAGE else f"{line}, that of the installation in {native.folder()}"
 
 
 def _version(package: str) -> str:

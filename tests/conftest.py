@@ -21,6 +21,13 @@ FUSED = [(name, device) for device in DEVICES for name in check.runnable(device,
 ALL = [*FUSED, *(("reference", device) for device in DEVICES)]
 
 
+def pytest_configure():
+    """Without the C++ core most tests would be skipped, and the rest say little about fused_kd."""
+    reason = backends.unavailable("native", "cpu")
+    if reason:
+        raise pytest.UsageError(f"there is nothing to test: {reason}")
+
+
 def _ids(pairs):
     return ["-".join(pair) for pair in pairs]
 
@@ -46,9 +53,6 @@ def seed():
 @pytest.fixture
 def native():
     """The native backend's module, restored afterwards."""
-    reason = backends.unavailable("native", "cpu")
-    if reason:
-        pytest.skip(reason)
     from fused_kd.backends import native
 
     chosen, threads = native.instruction_set, torch.get_num_threads()
