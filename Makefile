@@ -9,7 +9,7 @@ CXX_FILES := $(shell find csrc tools -name '*.cpp' -o -name '*.h' -o -name '*.cu
 
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
-.PHONY: bench test ptx train study kernels gpu-check gpu-profile lint format clean
+.PHONY: bench test packages ptx train study kernels gpu-check gpu-profile lint format clean
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks --quick
 
@@ -17,6 +17,10 @@ bench: $(VENV)/ready
 test: $(VENV)/tested
 	$(PYTEST)
 	$(PYTEST) -p tools.ptx.triton.plugin tests/compiled
+
+# Builds the sdist and the wheel, and installs each in an environment of its own, which downloads CMake; minutes.
+packages: $(VENV)/tested
+	$(BIN)/python -m pytest -m slow tests/test_packages.py
 
 # All tests of the Triton and of the CUDA kernels on compiled code, executed by tools/ptx: an hour or so.
 ptx: $(VENV)/tested

@@ -114,6 +114,8 @@ def pybind11_option() -> str:
 
 class BuildCore(build_ext):  # type: ignore[misc]
     def run(self) -> None:
+        if not (ROOT / "csrc" / "CMakeLists.txt").is_file():
+            raise SystemExit(f"fused_kd: the sources of the C++ core are missing: expected {ROOT / 'csrc'}")
         self.failure: str | None = None
         super().run()
         package = (ROOT if self.inplace else Path(self.build_lib)) / "fused_kd"
