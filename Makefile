@@ -1,4 +1,4 @@
-# make bench and make test need Python 3.10 to 3.13, make and a C++ compiler; the rest is installed into .venv.
+# make bench and make test need Python 3.10 or newer, make and a C++ compiler; the rest is installed into .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -61,7 +61,7 @@ format: $(VENV)/ready
 # Editable, so that what changes here is what is tested and timed.
 $(VENV)/ready: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) --upgrade pip
+	$(INSTALL) --upgrade 'pip>=25.1' # the first that knows --group
 	$(INSTALL) torch
 	PYTHONWARNINGS=ignore $(INSTALL) --editable '.[bench,test,triton,lint,examples]'
 	touch $@

@@ -7,8 +7,15 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+if _missing := [name for name in ("torch", "rich", "numpy") if find_spec(name) is None]:
+    sys.exit(
+        f"benchmarks: not installed: {', '.join(_missing)}; "
+        "run `python -m pip install --editable '.[bench]'` in fused_kd's folder"
+    )
 
 import torch
 from rich.console import Console

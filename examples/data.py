@@ -10,6 +10,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+if __name__ == "__main__":
+    import examples
+
+    examples.require("examples.data")
+
 import numpy as np
 from rich.console import Console
 

@@ -25,6 +25,10 @@ from typing import Any
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    import examples
+
+    examples.require("train.py")
 
 import torch
 from rich.console import Console

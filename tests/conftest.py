@@ -1,6 +1,8 @@
 """Shared by the tests. Triton's kernels run under its interpreter, which must be said before Triton is imported."""
 
+import importlib.util
 import os
+from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core as it is
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -59,6 +61,16 @@ def native():
     yield native
     native.instruction_set = chosen
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def build():
+    """setup.py as a module."""
+    pytest.importorskip("setuptools")
+    specification = importlib.util.spec_from_file_location("fused_kd_setup", Path(__file__).parent.parent / "setup.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session", autouse=True)

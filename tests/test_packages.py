@@ -1,6 +1,7 @@
 """What is given away: the sdist has all that building and testing take, and what is built of it has its kernels."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -65,6 +66,51 @@ def test_a_build_without_csrc_is_an_error(tmp_path):
     assert finished.returncode == 1
     assert finished.stderr.splitlines()[-1].startswith("fused_kd: the sources of the C++ core are missing: expected ")
     assert not list((tmp_path / "dist").glob("*.whl"))
+
+
+@pytest.mark.parametrize("lacking", ("setuptools", "cmake", "pybind11"))
+def test_what_a_build_without_isolation_lacks_is_one_line(build, lacking, monkeypatch, tmp_path):
+    """Not an installation without a core, nor somebody else's traceback."""
+
+    def absent():
+        raise ModuleNotFoundError("No module named 'pybind11'")
+
+    if lacking == "pybind11":
+        monkeypatch.setattr(build, "pybind11_option", absent)
+    elif lacking == "cmake":
+        monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit) as stopped:
+        build.check_setuptools("76.1.0") if lacking == "setuptools" else build.check_tools()
+    text = str(stopped.value)
+    assert text.startswith(f"fused_kd: building takes {lacking}")
+    assert "python -m pip install 'setuptools>=77' 'cmake>=3.18'" in text and "\n" not in text
+    build.check_setuptools("77.0.1")
+
+
+def test_the_build_requirements_named_are_those_of_pyproject(build):
+    with pytest.raises(SystemExit) as stopped:
+        build._need("something")
+    listed = re.search(r"^requires = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert str(stopped.value).endswith(listed.replace('"', "'").replace(",", ""))
+
+
+@pytest.mark.parametrize(
+    ("program", "line"),
+    (
+        ("examples/train.py", "train.py: not installed: torch, rich, numpy, Pillow, fonttools, safetensors; run `"),
+        ("-m examples.train", "train.py: not installed: torch, rich, numpy, Pillow, fonttools, safetensors; run `"),
+        ("-m examples.data", "examples.data: not installed: torch"),
+        ("-m examples.study", "examples.study: not installed: torch"),
+        ("-m benchmarks", "benchmarks: not installed: torch, rich, numpy; run `"),
+    ),
+)
+def test_a_program_without_its_extra_is_one_line(program, line, tmp_path):
+    venv.create(tmp_path / "environment", with_pip=False)
+    command = [str(tmp_path / "environment" / "bin" / "python"), *program.split()]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 1
+    assert line in finished.stderr and len(finished.stderr.splitlines()) == 1
 
 
 @pytest.mark.slow

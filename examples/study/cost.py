@@ -19,6 +19,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    import examples
+
+    examples.require("examples.study.cost")
+
 import torch
 import torch.nn.functional as F
 from rich.console import Console
