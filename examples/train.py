@@ -172,12 +172,11 @@ class Run:
             self.tensorboard = TensorBoard(out / "tensorboard", self.step) if args.tensorboard else None
         while self.step < self.steps:
             self._epoch(self.step // per_epoch, names)
-        if not self.where.first:
-            return _summary(self)
-        if self.tensorboard:
-            self.tensorboard.close()
-        plot_curves(out, f"{args.model}, {args.loss}, {self.data.name}")
-        return _summary(self)
+        if self.where.first:
+            if self.tensorboard:
+                self.tensorboard.close()
+            plot_curves(out, f"{args.model}, {args.loss}, {self.data.name}")
+        return self.where.of_first(lambda: _summary(self))
 
     def _epoch(self, epoch: int, names: list[str]) -> None:
         args, per_epoch, trainer = self.args, len(self.batches), self.trainer
@@ -343,6 +342,8 @@ def _announce(this: Run, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    for line in data.about(dataset):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
     if args.cache_teacher:
         console.print("the teacher's logits are cached: of images without the student's shift and flip", soft_wrap=True)
     if this.step:
