@@ -9,7 +9,7 @@ CXX_FILES := $(shell find csrc tools -name '*.cpp' -o -name '*.h' -o -name '*.cu
 
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
-.PHONY: bench test packages ptx train study kernels gpu-check gpu-profile lint format clean
+.PHONY: bench test packages ptx train study kernels gpu-check gpu-profile integrations lint format clean
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks --quick
 
@@ -71,5 +71,15 @@ $(VENV)/tested: $(VENV)/ready
 	$(INSTALL) --group integrations
 	touch $@
 
+# The page docs/integrations.md with the frameworks themselves, in an environment of its own of some 6 GB.
+INTEGRATIONS := .venv-integrations
+integrations:
+	test -x $(INTEGRATIONS)/bin/python || $(PYTHON) -m venv $(INTEGRATIONS)
+	$(INTEGRATIONS)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(INTEGRATIONS)/bin/python -m pip install --quiet torch==2.14.1 torchvision==0.29.1 timm torchdistill --group integrations
+	$(INTEGRATIONS)/bin/python -m pip install --quiet --editable '.[test]'
+	$(INTEGRATIONS)/bin/python -c "import timm, torchdistill, torchvision, transformers, lightning, mmengine, cv2"
+	$(INTEGRATIONS)/bin/python -m pytest tests/test_integrations.py tests/test_migration.py
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info fused_kd/_native*.so fused_kd/_native_missing.txt
+	rm -rf $(VENV) $(INTEGRATIONS) build dist *.egg-info fused_kd/_native*.so fused_kd/_native_missing.txt

@@ -115,6 +115,7 @@ def hf_train(tmp_path, student, teacher, items, **options):
         report_to=[],
         save_strategy="no",
         disable_tqdm=True,
+        label_smoothing_factor=options.pop("smoothing", 0.0),
     )
     start, teacher_start = copy_of(student), copy_of(teacher)
     trainer = Watched(model=student, args=args, train_dataset=items, teacher=teacher, **options)
@@ -126,7 +127,8 @@ def hf_train(tmp_path, student, teacher, items, **options):
     return calls, start
 
 
-def test_hugging_face_image_classification(tmp_path):
+@pytest.mark.parametrize("smoothing", (0.0, 0.2))
+def test_hugging_face_image_classification(tmp_path, smoothing):
     needs("transformers", "accelerate")
     from transformers import ResNetConfig, ResNetForImageClassification
 
@@ -135,10 +137,11 @@ def test_hugging_face_image_classification(tmp_path):
     )
     student, teacher = (ResNetForImageClassification(config).eval() for _ in range(2))
     items = [{"pixel_values": torch.randn(3, 8, 8), "labels": i % CLASSES} for i in range(6)]
-    calls, _ = hf_train(tmp_path, student, teacher, items)
+    calls, _ = hf_train(tmp_path, student, teacher, items, smoothing=smoothing)
     assert len(calls) == 3
     for logits, teacher_logits, labels, _, loss in calls:
-        torch.testing.assert_close(loss.detach(), nkd_loss(logits, teacher_logits, labels, ce_weight=1.0))
+        direct = nkd_loss(logits, teacher_logits, labels, ce_weight=1.0, label_smoothing=smoothing)
+        torch.testing.assert_close(loss.detach(), direct)
 
 
 def test_hugging_face_language_model_with_gradient_accumulation(tmp_path):
@@ -179,7 +182,7 @@ def test_hugging_face_language_model_with_gradient_accumulation(tmp_path):
         torch.testing.assert_close(trained.detach(), parameter.detach() - 0.1 * parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("items", (0, torch.tensor(0)), ids=("number", "tensor"))
+@pytest.mark.parametrize("items", (None, 0, torch.tensor(0)), ids=("not passed", "number", "tensor"))
 def test_hugging_face_without_a_label(items):
     """All prompt and padding: the loss and its gradient are 0, not 0 / 0."""
     needs("transformers", "accelerate")
@@ -190,7 +193,7 @@ def test_hugging_face_without_a_label(items):
         teacher=lambda **_: SimpleNamespace(logits=teacher),
         shift_labels=True,
         weights={"ce_weight": 1.0},
-        args=SimpleNamespace(average_tokens_across_devices=False),
+        args=SimpleNamespace(average_tokens_across_devices=False, label_smoothing_factor=0.1),
     )
     inputs = {"labels": torch.full((2, 5), -100)}
     outputs = SimpleNamespace(logits=student)
@@ -271,6 +274,34 @@ def test_detection():
         assert not torch.autograd.grad(loss, student)[0].any()
 
 
+def test_detection_heads_of_torchvision():
+    """Boxes that torchvision's RoIHeads sampled, through its own head and predictor."""
+    needs("torchvision")
+    from torchvision.models.detection import faster_rcnn, roi_heads
+
+    def heads():
+        predictor = faster_rcnn.FastRCNNPredictor(8, CLASSES + 1)
+        return nn.ModuleList([faster_rcnn.TwoMLPHead(12, 8), predictor])
+
+    student, teacher = heads(), heads()
+    sampler = roi_heads.RoIHeads(None, None, None, 0.5, 0.5, 16, 0.5, None, 0.05, 0.5, 10)
+    boxes = [torch.rand(30, 4) + torch.tensor([0.0, 0.0, 1.0, 1.0]) for _ in range(2)]
+    targets = [{"boxes": found[:3], "labels": torch.tensor([1, 4, CLASSES])} for found in boxes]
+    proposals, _, labels, _ = sampler.select_training_samples(boxes, targets)
+    labels = torch.cat(labels)  # 0 is the background
+    features = torch.randn(len(torch.cat(proposals)), 3, 2, 2)
+    logits, teacher_logits = (predictor(head(features))[0] for head, predictor in (student, teacher))
+    weights = torch.where(labels == 0, 0.0, 1.0)
+    criterion = run_snippet(PAGE, "detection")["BoxDistillation"]()
+    loss = criterion(logits, teacher_logits, labels, weights, weights.sum())
+    loss.backward()
+    torch.testing.assert_close(
+        loss, nkd_loss(logits[labels != 0], teacher_logits[labels != 0].detach(), labels[labels != 0])
+    )
+    assert all(parameter.grad.abs().sum() > 0 for parameter in student[0].parameters())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
 def step(task, optimizer, images, target):
     result = task(images, target)
     optimizer.zero_grad()
@@ -279,43 +310,111 @@ def step(task, optimizer, images, target):
     return {name: value.detach() for name, value in result.items()}
 
 
-def test_timm():
-    needs("timm", "torchvision")
+def tiny_vits(count):
     import timm
+
+    tiny = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2, "num_classes": CLASSES}
+    models = [timm.create_model("vit_tiny_patch16_224", **tiny) for _ in range(count)]
+    for model in models:
+        nn.init.normal_(model.head.weight)  # timm's are 0, and so would be all logits
+    return models
+
+
+def timm_batches(mixup):
+    for images, classes in [(torch.randn(4, 3, 8, 8), torch.randint(CLASSES, (4,))) for _ in range(2)]:
+        yield images, classes
+        yield mixup(images.clone(), classes)
+
+
+@pytest.mark.parametrize(
+    ("passed", "weights"),
+    (
+        ({}, (1.0, 1.0)),
+        ({"task_loss_weight": 0.3}, (0.3, 0.7)),
+        ({"distill_loss_weight": 2.0, "task_loss_weight": 0.5}, (0.5, 2.0)),
+    ),
+)
+def test_timm(passed, weights):
+    """With what timm's train.py passes: a criterion, both loss weights, and its own divergence's temperature."""
+    needs("timm", "torchvision")
     from timm.data import Mixup
+    from timm.loss import SoftTargetCrossEntropy
     from timm.optim import create_optimizer_v2
-    from timm.task import ClassificationTask
 
     page = run_snippet(PAGE, "timm")
-    tiny = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2, "num_classes": CLASSES}
-    student, teacher = (timm.create_model("vit_tiny_patch16_224", **tiny) for _ in range(2))
-    for model in (student, teacher):
-        nn.init.normal_(model.head.weight)  # timm's are 0, and so would be all logits
-    task = page["NKDTask"](student, teacher, gamma=2.0, verbose=False).train()
+    student, teacher = tiny_vits(2)
+    soft = SoftTargetCrossEntropy()
+
+    def criterion(output, target):
+        return soft(output, target) if target.dim() == 2 else nn.functional.cross_entropy(output, target)
+
+    options = {"criterion": criterion, "temperature": 4.0, "verbose": False, **passed}
+    task = page["NKDTask"](student, teacher, gamma=2.0, **options).train()
     optimizer = create_optimizer_v2(task.get_trainable_module(), opt="sgd", lr=0.1)
-    mixup = Mixup(mixup_alpha=0.8, num_classes=CLASSES, label_smoothing=0.1)
     start, teacher_start = copy_of(student), copy_of(teacher)
-    for images, classes in [(torch.randn(4, 3, 8, 8), torch.randint(CLASSES, (4,))) for _ in range(2)]:
-        for inputs, target in ((images, classes), mixup(images.clone(), classes)):
-            with torch.no_grad():
-                teacher_logits = teacher(inputs)
-            result = step(task, optimizer, inputs, target)
-            expected = nkd_loss(result["output"], teacher_logits, target, gamma=2.0, ce_weight=1.0)
-            torch.testing.assert_close(result["loss"], expected)
-            torch.testing.assert_close(result["task_loss"] + result["kd_loss"], expected)
+    for inputs, target in timm_batches(Mixup(mixup_alpha=0.8, num_classes=CLASSES, label_smoothing=0.1)):
+        with torch.no_grad():
+            teacher_logits = teacher(inputs)
+        result = step(task, optimizer, inputs, target)
+        task_loss = criterion(result["output"], target)
+        kd_loss = nkd_loss(result["output"], teacher_logits, target, gamma=2.0)
+        torch.testing.assert_close(result["loss"], weights[0] * task_loss + weights[1] * kd_loss)
+        torch.testing.assert_close((result["task_loss"], result["kd_loss"]), (task_loss, kd_loss))
     assert moved(student, start) and not teacher.training
     untouched(teacher, teacher_start)
 
-    criterion = page["HookedUSKDLoss"](student.blocks[0], 8, CLASSES)
-    task = ClassificationTask(student, criterion=criterion, verbose=False)
-    optimizer = create_optimizer_v2(nn.ModuleList([student, criterion]), opt="sgd", lr=0.1)
-    start = copy_of(criterion)
-    for inputs, target in ((images, classes), mixup(images.clone(), classes)):
-        weak = copy_of(criterion)
+
+def test_timm_smoothing():
+    """Of --smoothing, from which timm makes the criterion."""
+    needs("timm", "torchvision")
+    student, teacher = tiny_vits(2)
+    options = {"criterion_kwargs": {"smoothing": 0.2}, "verbose": False}
+    task = run_snippet(PAGE, "timm")["NKDTask"](student, teacher, **options).train()
+    images, target = torch.randn(4, 3, 8, 8), torch.randint(CLASSES, (4,))
+    result = task(images, target)
+    smoothed = nn.functional.cross_entropy(result["output"], target, label_smoothing=0.2)
+    torch.testing.assert_close(result["task_loss"], smoothed)
+
+
+def test_timm_without_a_teacher():
+    needs("timm", "torchvision")
+    from timm.data import Mixup
+    from timm.optim import create_optimizer_v2
+
+    page = run_snippet(PAGE, "timm")
+    (student,) = tiny_vits(1)
+    options = {"criterion": nn.CrossEntropyLoss(label_smoothing=0.1), "verbose": False}
+    task = page["USKDTask"](student, student.blocks[0], 8, CLASSES, **options).train()
+    task.setup_ema(decay=0.5)
+    optimizer = create_optimizer_v2(nn.ModuleList([student, task.uskd]), opt="sgd", lr=0.1)
+    start = copy_of(task.uskd)
+    features = []
+    student.blocks[0].register_forward_hook(lambda module, inputs, output: features.append(output[:, 0].detach()))
+    for inputs, target in timm_batches(Mixup(mixup_alpha=0.8, num_classes=CLASSES, label_smoothing=0.1)):
+        weak = copy_of(task.uskd)
         result = step(task, optimizer, inputs, target)
-        weak_logits = nn.functional.linear(criterion.feature, *weak.values()).detach()
-        torch.testing.assert_close(result["loss"], uskd_loss(result["output"], weak_logits, target, ce_weight=1.0))
-    assert moved(criterion, start)
+        weak_logits = nn.functional.linear(features[-1], *weak.values())
+        expected = uskd_loss(result["output"], weak_logits, target) + task.criterion(result["output"], target)
+        torch.testing.assert_close(result["loss"], expected)
+        task.update_ema()
+        copy.deepcopy(student)(inputs)
+        copy.deepcopy(task)
+        task.get_trainable_module(ema=True)(inputs)
+        assert not task.kept, "what is kept after a step holds its graph, and cannot be copied"
+    assert moved(task.uskd, start)
+
+    parameters = {id(parameter) for parameter in task.get_clip_parameters()}
+    assert {id(parameter) for parameter in (*student.parameters(), *task.uskd.parameters())} == parameters
+    assert len(list(task.get_clip_parameters(exclude_head=True))) == len(parameters) - 2
+    saved = copy.deepcopy(task.get_checkpoint_state())
+    (other,) = tiny_vits(1)
+    again = page["USKDTask"](other, other.blocks[0], 8, CLASSES, **options)
+    again.load_checkpoint_state(saved["state_dict"], saved["task_state"])
+    for one, two in ((task.uskd, again.uskd), (student, other)):
+        for name, value in one.state_dict().items():
+            assert torch.equal(value, two.state_dict()[name])
+    with pytest.raises(RuntimeError, match="Missing key"):
+        again.load_checkpoint_state(saved["state_dict"], None)
 
 
 def test_torchdistill():
