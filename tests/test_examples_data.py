@@ -159,7 +159,7 @@ def test_an_interrupted_build_leaves_nothing(installed, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         load(*options)
     assert list((tmp_path / "cache").iterdir()) == []
-    assert len(load(*options).train) == 120
+    assert len(load(*options).train) == 360
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "delete", "manifest"])
@@ -210,7 +210,7 @@ def test_what_cannot_be(installed, tmp_path, options, words):
 def test_command_line(installed, tmp_path, capsys):
     options = ["--classes", "10", "--image-size", "16", "--cache", str(tmp_path / "cache")]
     assert data.main([*options, "--sheet", str(tmp_path / "sheet.png")]) == 0
-    assert "glyphs: 10 classes, 120 images; tests: test 40, held-out 20" in capsys.readouterr().out
+    assert "glyphs: 10 classes, 360 images; tests: test 40, held-out 20" in capsys.readouterr().out
     assert Image.open(tmp_path / "sheet.png").size == (24 * 16, 10 * 16)
     assert data.main(["--classes", "41"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
