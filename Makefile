@@ -1,4 +1,4 @@
-# make bench and make test need Python 3.10 to 3.13, make and a C++ compiler; the rest is installed into .venv.
+# make bench and make test need Python 3.10 or newer, make and a C++ compiler; the rest is installed into .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ CXX_FILES := $(shell find csrc tools -name '*.cpp' -o -name '*.h' -o -name '*.cu
 
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
-.PHONY: bench test ptx train study kernels gpu-check gpu-profile lint format clean
+.PHONY: bench test packages ptx train study kernels gpu-check gpu-profile integrations lint format clean
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks --quick
 
@@ -17,6 +17,10 @@ bench: $(VENV)/ready
 test: $(VENV)/tested
 	$(PYTEST)
 	$(PYTEST) -p tools.ptx.triton.plugin tests/compiled
+
+# Builds the sdist and the wheel, and installs each in an environment of its own, which downloads CMake; minutes.
+packages: $(VENV)/tested
+	$(BIN)/python -m pytest -m slow tests/test_packages.py
 
 # All tests of the Triton and of the CUDA kernels on compiled code, executed by tools/ptx: an hour or so.
 ptx: $(VENV)/tested
@@ -54,10 +58,10 @@ format: $(VENV)/ready
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-# Editable, because from the repository's root the folder fused_kd would hide an ordinary installation.
+# Editable, so that what changes here is what is tested and timed.
 $(VENV)/ready: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) --upgrade pip
+	$(INSTALL) --upgrade 'pip>=25.1' # the first that knows --group
 	$(INSTALL) torch
 	PYTHONWARNINGS=ignore $(INSTALL) --editable '.[bench,test,triton,lint,examples]'
 	touch $@
@@ -67,5 +71,15 @@ $(VENV)/tested: $(VENV)/ready
 	$(INSTALL) --group integrations
 	touch $@
 
+# The page docs/integrations.md with the frameworks themselves, in an environment of its own of some 6 GB.
+INTEGRATIONS := .venv-integrations
+integrations:
+	test -x $(INTEGRATIONS)/bin/python || $(PYTHON) -m venv $(INTEGRATIONS)
+	$(INTEGRATIONS)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(INTEGRATIONS)/bin/python -m pip install --quiet torch==2.14.1 torchvision==0.29.1 timm torchdistill --group integrations
+	$(INTEGRATIONS)/bin/python -m pip install --quiet --editable '.[test]'
+	$(INTEGRATIONS)/bin/python -c "import timm, torchdistill, torchvision, transformers, lightning, mmengine, cv2"
+	$(INTEGRATIONS)/bin/python -m pytest tests/test_integrations.py tests/test_integrations_timm.py tests/test_migration.py
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info fused_kd/_native*.so fused_kd/_native_missing.txt
+	rm -rf $(VENV) $(INTEGRATIONS) build dist *.egg-info fused_kd/_native*.so fused_kd/_native_missing.txt

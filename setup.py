@@ -19,7 +19,9 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -112,8 +114,34 @@ def pybind11_option() -> str:
     return f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"
 
 
+def _need(what: str) -> NoReturn:
+    raise SystemExit(
+        f"fused_kd: building takes {what}; without --no-build-isolation pip brings it along, with it first run: "
+        "python -m pip install 'setuptools>=77' 'cmake>=3.18' 'ninja>=1.10' 'pybind11>=2.13'"
+    )
+
+
+def check_setuptools(version: str) -> None:
+    """One before 77 does not know pyproject.toml's licence, one before 61 none of it, and installs "UNKNOWN"."""
+    if int(version.partition(".")[0]) < 77:
+        _need(f"setuptools 77 or newer, and here is {version}")
+
+
+def check_tools() -> None:
+    """What a build without isolation may lack is an error; a compiler, which pip cannot bring, is not."""
+    if shutil.which("cmake") is None:
+        _need("cmake, which is not here")
+    try:
+        pybind11_option()
+    except ImportError:
+        _need("pybind11, which is not here")
+
+
 class BuildCore(build_ext):  # type: ignore[misc]
     def run(self) -> None:
+        if not (ROOT / "csrc" / "CMakeLists.txt").is_file():
+            raise SystemExit(f"fused_kd: the sources of the C++ core are missing: expected {ROOT / 'csrc'}")
+        check_tools()
         self.failure: str | None = None
         super().run()
         package = (ROOT if self.inplace else Path(self.build_lib)) / "fused_kd"
@@ -192,5 +220,6 @@ def _reason(error: subprocess.CalledProcessError) -> str:
 
 
 if __name__ == "__main__":
+    check_setuptools(setuptools.__version__)
     # optional: setuptools then accepts that the file may not be there after the build.
     setup(ext_modules=[Extension("fused_kd._native", sources=[], optional=True)], cmdclass={"build_ext": BuildCore})

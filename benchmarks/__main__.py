@@ -7,8 +7,15 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+if _missing := [name for name in ("torch", "rich", "numpy") if find_spec(name) is None]:
+    sys.exit(
+        f"benchmarks: not installed: {', '.join(_missing)}; "
+        "run `python -m pip install --editable '.[bench]'` in fused_kd's folder"
+    )
 
 import torch
 from rich.console import Console
@@ -18,7 +25,7 @@ from benchmarks import overview, report
 from benchmarks.cases import DEFAULT_DTYPES, Case, Shapes, parse_dtypes, parse_shapes
 from benchmarks.providers import HEADLINE, LOSSES
 from benchmarks.run import SCHEMA, Options, Work, failures, run
-from benchmarks.spec import COMPILED, Loss, Provider
+from benchmarks.spec import COMPILED, OURS, Loss, Provider
 
 RESULTS = Path(__file__).parent / "results"
 FULL, QUICK = {"seconds": 20.0, "min_rounds": 20}, {"seconds": 3.0, "min_rounds": 5}
@@ -147,6 +154,11 @@ def _run(argv: Sequence[str]) -> int:
     if args.output.exists() and not args.output.is_dir():
         parser.error(f"--output: expected a folder, got the file {args.output}")
     plan = _plan(parser, args, device)
+    for loss, providers, _ in plan:  # before two minutes are spent on the others
+        ours = next((provider for provider in providers if provider.name == OURS), None)
+        if ours is not None and (reason := ours.unavailable(device)):
+            print(f"error: {loss.name}: fused_kd has no kernel to be timed here: {reason}", file=sys.stderr)
+            return 1
     if args.threads:
         torch.set_num_threads(args.threads)
     effort = QUICK if args.quick else FULL

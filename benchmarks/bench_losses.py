@@ -58,6 +58,8 @@ def _rankings() -> Iterator[object]:
 @pytest.mark.parametrize(("loss", "case", "provider"), list(_parameters()))
 def test_forward_backward(benchmark, loss: Loss, case: Case, provider: Provider) -> None:  # type: ignore[no-untyped-def]
     reason = provider.unavailable(case.device)
+    if reason and provider.name == OURS:
+        pytest.fail(f"fused_kd has no kernel to be timed here: {reason}")
     if reason:
         pytest.skip(reason)
     torch._dynamo.reset()
@@ -88,7 +90,7 @@ def test_forward_backward(benchmark, loss: Loss, case: Case, provider: Provider)
 def test_ranking(benchmark, loss: Loss, case: Case, name: str) -> None:  # type: ignore[no-untyped-def]
     bench = Bench(loss, _inputs(case, loss.trains_other, loss.positions))
     entry = bench.entries[name]
-    if entry["status"] == "unavailable":
+    if entry["status"] == "unavailable" and DEVICE == "cuda":
         pytest.skip(entry["reason"])
     assert entry["status"] == "ok", entry["reason"]
     call = bench.calls()[name]

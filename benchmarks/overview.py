@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.plot import COLORS, GRID, INK, MUTED
 from benchmarks.report import (
     case_name,
-    describe_machine,
     entry_of,
     label,
     lines,
+    note,
     provenance,
     significant,
     times,
@@ -97,8 +96,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         height = 0.3 * len(result["losses"]) * (len(names) + 0.6) + 1.8
         figure, axes = plt.subplots(figsize=(8.6, height), layout="constrained")
         _draw(result, names, axes)
-        note = "\n".join(textwrap.wrap(describe_machine(result), 130))
-        figure.supxlabel(note, x=0.01, ha="left", fontsize=7, color=MUTED)
+        figure.supxlabel(note(result, 130), x=0.01, ha="left", fontsize=7, color=MUTED)
         figure.savefig(path, dpi=160, facecolor="white")
         plt.close(figure)
 

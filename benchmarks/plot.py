@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import textwrap
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.report import case_name, describe_machine, entry_of, label, times
+from benchmarks.report import case_name, entry_of, label, note, times
 from benchmarks.spec import BASELINE, OURS
 
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 INK, MUTED, GRID = "#1f2933", "#616e7c", "#e4e7eb"
 PANELS = 3  # of more losses than this there is one chart, overview.py's
+COLUMNS = 4  # of the legend, for which the narrowest picture has room
 COLORS = {
     "published": "#9aa5b1",
     "reference": "#c3b59b",
@@ -56,12 +57,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
         raise ValueError(f"the result holds no time of {label(BASELINE)}, to which the plot relates all others")
     widest = max(len(speeds(part)[0]) for part in parts)
     with plt.rc_context({"font.size": 10, "text.color": INK, "axes.labelcolor": INK}):
-        size = (max(6.5, 2.1 * widest + 1.2), 4.1 * len(parts) + 0.5)
+        size = (max(8.4, 2.1 * widest + 1.2), 4.1 * len(parts) + 0.5)
         figure, panels = plt.subplots(len(parts), figsize=size, layout="constrained", squeeze=False)
         for part, axes in zip(parts, panels[:, 0], strict=True):
             _draw(part, axes)
-        note = "\n".join(textwrap.wrap(describe_machine(result), 120))
-        figure.supxlabel(note, x=0.01, ha="left", fontsize=7, color=MUTED)
+        figure.supxlabel(note(result, 120), x=0.01, ha="left", fontsize=7, color=MUTED)
         figure.savefig(path, dpi=160, facecolor="white")
         plt.close(figure)
 
@@ -102,7 +102,8 @@ def _draw(part: dict[str, Any], axes: Axes) -> None:
             )
     axes.set_yscale("log")
     axes.set_ylim(min(0.92, smallest / 1.3), largest * 1.5)
-    axes.set_xlim(-0.55, len(cases) - 0.45)
+    spare = max(0.0, 2 - len(cases)) / 2  # a single case has no bars as wide as the picture
+    axes.set_xlim(-0.55 - spare, len(cases) - 0.45 + spare)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}×")
     axes.yaxis.set_minor_locator(NullLocator())
@@ -112,8 +113,6 @@ def _draw(part: dict[str, Any], axes: Axes) -> None:
     axes.grid(axis="y", color=GRID, lw=0.8, zorder=0)
     axes.tick_params(length=0, colors=INK)
     axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
-    axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(bars), frameon=False, fontsize=9, borderaxespad=0.2
-    )
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=COLUMNS, frameon=False, fontsize=9, borderaxespad=0.2)
     title = f"{part['title']}, forward + backward: speed over the {label(BASELINE)} form"
-    axes.set_title(title, x=0, ha="left", fontsize=11, fontweight="bold", pad=24)
+    axes.set_title(title, x=0, ha="left", fontsize=11, fontweight="bold", pad=8 + 16 * math.ceil(len(bars) / COLUMNS))

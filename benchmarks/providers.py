@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from benchmarks import dist, nkd, peers, teacher, uskd, zipf_ls
 from benchmarks.cases import DEFAULT_SHAPES
-from benchmarks.spec import Loss, LossFunction, Provider
+from benchmarks.spec import OURS, Loss, LossFunction, Provider
 
 
 def _no_compiler(device: str) -> str | None:
@@ -56,7 +57,18 @@ def _call(module: str | None, name: str, alone: bool, **options: Any) -> LossFun
 
 
 def _fused(name: str, alone: bool = False) -> Provider:
-    return Provider("fused_kd", f"fused_kd.{name}_loss, backend auto", lambda: _call(None, f"{name}_loss", alone))
+    summary = f"fused_kd.{name}_loss, backend auto"
+    return Provider(OURS, summary, lambda: _call(None, f"{name}_loss", alone), partial(_only_reference, name))
+
+
+def _only_reference(loss: str, device: str) -> str | None:
+    """Why backend="auto" would run the eager reference, whose times are not fused_kd's; None if it would not."""
+    from fused_kd import backends
+
+    found = backends.explain(device, loss)
+    if found.chosen != "reference":
+        return None
+    return "; ".join(f"{name}: {reason}" for name, reason in found.reasons.items() if name != "reference")
 
 
 def _reference(name: str, summary: str, alone: bool = False) -> Provider:

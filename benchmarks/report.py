@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,11 @@ def provenance(result: dict[str, Any]) -> list[str]:
     """What it was measured on, and what makes it doubtful."""
     doubts = ["To be doubted: " + "; ".join(result["warnings"]) + "."] if result["warnings"] else []
     return [f"Measured on {describe_machine(result)}", *doubts]
+
+
+def note(result: dict[str, Any], width: int) -> str:
+    """:func:`provenance` for the foot of a picture, in lines of ``width`` characters."""
+    return "\n".join(line for text in provenance(result) for line in textwrap.wrap(text, width))
 
 
 def _speed_table(part: dict[str, Any]) -> str:

@@ -199,7 +199,7 @@ def _prepare(judge: agreement.Judge, case: Case, provider: Provider) -> tuple[di
     entry: dict[str, Any] = {"name": provider.name, "summary": provider.summary, "same_loss": provider.same_loss}
     inputs, reason = judge.inputs, provider.unavailable(case.device)
     if reason:
-        return entry | {"status": "unavailable", "reason": reason}, None
+        return entry | {"status": "unavailable", "reason": machine.without_paths(reason)}, None
     try:
         start = time.perf_counter()
         function = provider.build()

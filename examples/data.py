@@ -10,6 +10,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+if __name__ == "__main__":
+    import examples
+
+    examples.require("examples.data")
+
 import numpy as np
 from rich.console import Console
 
@@ -32,7 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--classes", type=int, help="how many glyphs has (1000), or the data on disk must have")
     group.add_argument("--image-size", type=int, default=32, metavar="PIXELS", help="side of an image (32)")
-    group.add_argument("--draws", type=int, metavar="N", help="of glyphs, of a class in a font family (6)")
+    group.add_argument(
+        "--draws",
+        type=int,
+        metavar="N",
+        help="of glyphs, of a class in a font family (6; with fewer than 6 families, enough for 36 images a class)",
+    )
     group.add_argument("--held-out", metavar="FAMILY", help="the font family of glyphs that is only tested on")
     group.add_argument("--data-seed", type=int, metavar="N", help="of glyphs (0)")
     group.add_argument("--cache", type=Path, default=cache_root(), metavar="DIR", help="for arrays (%(default)s)")
@@ -69,6 +79,11 @@ def load(args: argparse.Namespace, bar: Bar) -> Dataset:
     return dataset
 
 
+def about(dataset: Dataset) -> list[str]:
+    """What a set is made of, a line each, where that is not the same everywhere."""
+    return glyphs.about(dataset) if dataset.name == "glyphs" else []
+
+
 def sheet(dataset: Dataset, path: Path, rows: int = 12, columns: int = 24) -> None:
     """Write images of the first classes as a picture, a row for each class."""
     from PIL import Image
@@ -96,7 +111,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"examples.data: {error}", file=sys.stderr)
         return 2
     tests = ", ".join(f"{name} {len(split):,}" for name, split in dataset.tests.items())
-    print(f"{dataset.name}: {dataset.classes} classes, {len(dataset.train):,} images; tests: {tests}; {dataset.notes}")
+    print(f"{dataset.name}: {dataset.classes} classes, {len(dataset.train):,} images; tests: {tests}")
+    for line in about(dataset):
+        print(line)
     if args.sheet:
         sheet(dataset, args.sheet)
     return 0

@@ -6,8 +6,9 @@ is held out of training, as a second test set; the test draws of the others come
 
 from __future__ import annotations
 
+import math
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,26 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from examples.arrays import DataError, Dataset, dataset, key_of, statistics, write_split
-from examples.fonts import Family, choose_families
+from examples.fonts import INSTALL, Family, choose_families
 from examples.report import Bar
 
 #: Raised when the same request gives other images.
 VERSION = 1
 _SPLITS = {"train": 0, "test": 1, "held-out": 2}
+#: Families to train on that the recommended fonts make, and draws in each.
+_FAMILIES, _DRAWS = 6, 6
 #: How many times larger than the image a character is drawn before it is warped.
 _OVERSAMPLING = 2
 
 
 @dataclass(frozen=True)
 class Glyphs:
-    """What to build. Draws are per class and family."""
+    """What to build. Draws are per class and family; None is 6, or with fewer than 6 families as many as make as many
+    images of a class, without which an epoch has too few steps to learn much."""
 
     classes: int = 1000
     size: int = 32
-    draws: int = 6
+    draws: int | None = None
     test_draws: int = 2
     seed: int = 0
     held_out: str | None = None
@@ -51,10 +55,12 @@ def load(request: Glyphs, cache: Path, bar: Bar) -> Dataset:
         raise DataError(f"--classes: glyphs has 2 to {len(level)} classes, got {request.classes}")
     if request.seed < 0:
         raise DataError(f"--data-seed: expected at least 0, got {request.seed}")
-    if request.draws < 1 or request.test_draws < 1 or request.size < 8:
+    if (request.draws is not None and request.draws < 1) or request.test_draws < 1 or request.size < 8:
         raise DataError("glyphs: expected at least one draw, one test draw and 8 pixels")
     families, held_out = choose_families(level, request.classes, request.held_out)
     names = [family.name for family in families]
+    if request.draws is None:
+        request = replace(request, draws=max(_DRAWS, math.ceil(_FAMILIES * _DRAWS / len(families))))
     wanted = {
         "version": VERSION,
         **asdict(request),
@@ -66,10 +72,25 @@ def load(request: Glyphs, cache: Path, bar: Bar) -> Dataset:
     return dataset(folder, manifest, lambda to: _build(to, request, families, held_out, bar))
 
 
+def about(made: Dataset) -> list[str]:
+    """The font families of a data set, which depend on the machine, and a warning if they are few."""
+    names, held_out = made.notes["families"], made.notes["held_out"]
+    draws = len(made.train) // (made.classes * len(names))
+    families = "1 font family" if len(names) == 1 else f"{len(names)} font families"
+    lines = [f"glyphs: {families} ({', '.join(names)}), {draws} draws of a character in each; held out: {held_out}"]
+    if len(names) < _FAMILIES:
+        lines.append(
+            f"warning: the recommended fonts make {_FAMILIES} families to train on, here are {len(names)}, so that "
+            f"accuracies are not those of docs/study.md; {INSTALL}"
+        )
+    return lines
+
+
 def _build(folder: Path, request: Glyphs, families: list[Family], held_out: Family, bar: Bar) -> dict[str, Any]:
     everyone = [*families, held_out]
     common = frozenset.intersection(*(family.covered for family in everyone))
     level = [text for text in characters() if ord(text) in common]
+    assert request.draws is not None
     counts = {"train": (families, request.draws), "test": (families, request.test_draws)}
     counts["held-out"] = ([held_out], request.test_draws)
     fonts = {family.name: [face.load(request.size * _OVERSAMPLING) for face in family.faces] for family in everyone}

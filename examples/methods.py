@@ -65,6 +65,14 @@ def build(name: str, settings: Sequence[str], backend: str, process_group: Proce
     return method
 
 
+def described(name: str, backend: str, device: torch.device) -> str:
+    """The loss, and what of fused_kd runs it."""
+    if name not in LOSSES:
+        return name
+    taken = fused_kd.explain(device, LOSSES[name].name).chosen if backend == "auto" else backend
+    return f"{name} ({taken})"
+
+
 def check(method: Method, classes: int, device: torch.device) -> list[str]:
     """Call the method on logits of two rows, and return the names of its parts.
 

@@ -30,7 +30,9 @@ def make_parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group("what is trained")
     what.add_argument("--model", default="cnn-small", help=f"{', '.join(networks.NETWORKS)}, or timm:NAME (cnn-small)")
     what.add_argument("--norm", choices=networks.NORMS, default="batch", help="of the CNNs (batch)")
-    what.add_argument("--loss", choices=methods.NAMES, default="ce", help="(ce)", metavar="NAME")
+    what.add_argument(
+        "--loss", choices=methods.NAMES, default="ce", metavar="NAME", help=f"{', '.join(methods.NAMES)} (ce)"
+    )
     what.add_argument(
         "--set",
         action="append",

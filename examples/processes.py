@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed
@@ -44,6 +44,13 @@ class Processes:
         if self.first:
             self.wait()
         return made
+
+    def of_first(self, make: Callable[[], T]) -> T:
+        """What ``make`` returns in the first process, in all of them: of what only that one writes."""
+        made: list[T | None] = [make() if self.first else None]
+        if self.world > 1:
+            distributed.broadcast_object_list(made, src=0)
+        return cast("T", made[0])
 
     def summed(self, values: Tensor) -> Tensor:
         """The sum over all processes, in place."""

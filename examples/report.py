@@ -13,6 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from examples.errors import RunError
 
+#: Rows from which a curve is a line without points.
+FEW = 10
+
 
 class Bar:
     """Progress bars on a terminal; elsewhere, and in processes other than the first, nothing moves."""
@@ -107,7 +110,11 @@ def plot_curves(folder: Path, title: str) -> Path | None:
     parts = [name for name in steps[0] if name.startswith("loss_")]
     for name in ("loss", *(parts if len(parts) > 1 else ())):
         width = 1.8 if name == "loss" else 1.0
-        losses.plot(x, [float(row[name]) for row in steps], linewidth=width, label=name.removeprefix("loss_"))
+        y = [float(row[name]) for row in steps]
+        # A line through one point is none.
+        losses.plot(
+            x, y, linewidth=width, marker="o" if len(x) < FEW else "", markersize=3, label=name.removeprefix("loss_")
+        )
     losses.set(xlabel="step", title="training loss and its parts" if len(parts) > 1 else "training loss")
     for name in epochs[0]:
         if name.startswith("accuracy_"):
@@ -115,7 +122,10 @@ def plot_curves(folder: Path, title: str) -> Path | None:
             label = name.removeprefix("accuracy_")
             accuracies.plot([int(row["epoch"]) for row in epochs], y, marker="o", markersize=3, label=label)
     accuracies.set(xlabel="epoch", ylabel="%", title="accuracy")
-    accuracies.xaxis.set_major_locator(MaxNLocator(integer=True))
+    accuracies.set_xlim(0.5, max(int(row["epoch"]) for row in epochs) + 0.5)
+    losses.set_xlim(0, x[-1] * 1.05)
+    for axes in (losses, accuracies):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     for axes in (losses, accuracies):
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)

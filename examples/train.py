@@ -25,6 +25,10 @@ from typing import Any
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    import examples
+
+    examples.require("train.py")
 
 import torch
 from rich.console import Console
@@ -168,12 +172,11 @@ class Run:
             self.tensorboard = TensorBoard(out / "tensorboard", self.step) if args.tensorboard else None
         while self.step < self.steps:
             self._epoch(self.step // per_epoch, names)
-        if not self.where.first:
-            return _summary(self)
-        if self.tensorboard:
-            self.tensorboard.close()
-        plot_curves(out, f"{args.model}, {args.loss}, {self.data.name}")
-        return _summary(self)
+        if self.where.first:
+            if self.tensorboard:
+                self.tensorboard.close()
+            plot_curves(out, f"{args.model}, {args.loss}, {self.data.name}")
+        return self.where.of_first(lambda: _summary(self))
 
     def _epoch(self, epoch: int, names: list[str]) -> None:
         args, per_epoch, trainer = self.args, len(self.batches), self.trainer
@@ -333,11 +336,14 @@ def _announce(this: Run, console: Console) -> None:
     args, dataset = this.args, this.data
     console.print(
         f"{dataset.name}: {len(dataset.train):,} images {dataset.channels}×{dataset.size}×{dataset.size}, "
-        f"{dataset.classes} classes; {args.model}, {_parameters(this):,} parameters; {args.loss}; "
+        f"{dataset.classes} classes; {args.model}, {_parameters(this):,} parameters; "
+        f"{methods.described(args.loss, args.backend, this.where.device)}; "
         f"{this.where.world} × {this.where.device.type}",
         highlight=False,
         soft_wrap=True,
     )
+    for line in data.about(dataset):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
     if args.cache_teacher:
         console.print("the teacher's logits are cached: of images without the student's shift and flip", soft_wrap=True)
     if this.step:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from rich.table import Table
 
 import fused_kd
 from fused_kd import backends, check, registry
-from fused_kd.backends import native
+from fused_kd.backends import core, native
 from fused_kd.registry import LOSSES
 
 _NUMBERS = ("cases", "loss", "allowed", "gradient")
@@ -31,8 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     checker.add_argument("--device", action="append", help="cpu, cuda, cuda:1, ...; default: every kind that is here")
     checker.add_argument("--backend", action="append", choices=[n for n in backends.BACKENDS if n != "reference"])
     checker.add_argument("--quick", action="store_true", help="small shapes only")
-    lister = commands.add_parser("losses", help="every loss as a Markdown page")
-    lister.add_argument("--write", action="store_true", help="into README.md and docs/losses.md of the current folder")
+    lister = commands.add_parser("losses", help="every loss with its formula, defaults and kernels")
+    lister.add_argument(
+        "--write",
+        action="store_true",
+        help="instead, as Markdown, into README.md and docs/losses.md of the current folder",
+    )
     parsed = parser.parse_args(arguments)
     if parsed.command == "losses":
         return list_losses(parsed.write)
@@ -45,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def list_losses(write: bool) -> int:
     if not write:
-        print(registry.markdown_page(), end="")
+        print("\n\n".join(_plain(loss) for loss in LOSSES.values()))
         return 0
     readme = Path("README.md")
     before, begin, rest = readme.read_text(encoding="utf-8").partition("<!-- losses:begin -->")
@@ -53,6 +58,16 @@ def list_losses(write: bool) -> int:
     readme.write_text(f"{before}{begin}\n{registry.markdown_table()}\n{end}{after}", encoding="utf-8")
     Path("docs/losses.md").write_text(registry.markdown_page(), encoding="utf-8")
     return 0
+
+
+def _plain(loss: registry.Loss) -> str:
+    """A loss for a terminal, in lines of 80 columns."""
+    fused = [f"{device}: {', '.join(names[:-1]) or 'none'}" for device, names in loss.backends.items()]
+    options = ", ".join(f"{name}={value!r}" for name, value in loss.defaults.items())
+    lines = [f"{loss.title}: {loss.function}, {loss.module}. {loss.paper}"]
+    for text in (loss.formula, f"defaults: {options}", f"fused on {'; '.join(fused)}"):
+        lines += textwrap.wrap(text, 80, initial_indent="  ", subsequent_indent="    ", break_long_words=False)
+    return "\n".join(lines)
 
 
 def _devices() -> list[str]:
@@ -72,24 +87,47 @@ def _gpus() -> list[tuple[str, str]]:
 
 def env(console: Console) -> int:
     facts = [
-        ("fused_kd", fused_kd.__version__),
+        ("fused_kd", f"{fused_kd.__version__} in {core.PACKAGE}"),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         ("torch", torch.__version__),
         ("triton", _version("triton")),
         ("threads", str(torch.get_num_threads())),
-        (
-            "C++ core",
-            f"{', '.join(native.instruction_sets())} ({native.compiler()})" if native.compiler() else "not built",
-        ),
+        ("C++ core", _core_line()),
         ("CUDA core", native.cuda_architectures() or native.unavailable("cuda") or ""),
         *_gpus(),
     ]
     for name, value in facts:
         console.print(f"{name:<10} {value}", highlight=False, markup=False, soft_wrap=True)
     for device in ("cpu", *(f"cuda:{index}" for index in range(_gpu_count()))):
-        for loss in LOSSES:
-            console.print(f"\n{backends.explain(device, loss)}", highlight=False, markup=False, soft_wrap=True)
+        for text in _explanations(device):
+            console.print(f"\n{text}", highlight=False, markup=False, soft_wrap=True)
     return 0
+
+
+def _explanations(device: str) -> list[str]:
+    """Which backend serves each loss of such tensors and why, once for the losses of which the same holds."""
+    alike: dict[tuple[tuple[str, str], ...], list[backends.Explanation]] = {}
+    for loss in LOSSES:
+        found = backends.explain(device, loss)
+        # A reason may name its loss, which the others are not to be told apart by.
+        own = LOSSES[loss].title
+        key = tuple(
+            (name, reason.replace(f"kernel of {own} for", "kernel for")) for name, reason in found.reasons.items()
+        )
+        alike.setdefault(key, []).append(found)
+    texts = []
+    for reasons, members in alike.items():
+        titles = ", ".join(LOSSES[member.loss].title for member in members)
+        subject = f"{'every loss' if len(alike) == 1 else titles} of {members[0].device} tensors"
+        texts.append(members[0]._replace(reasons=dict(reasons)).text(subject))
+    return texts
+
+
+def _core_line() -> str:
+    if reason := native.unavailable("cpu"):
+        return reason
+    line = f"{', '.join(native.instruction_sets())} ({native.compiler()})"
+    return line if native.folder() == core.PACKAGE else f"{line}, that of the installation in {native.folder()}"
 
 
 def _version(package: str) -> str:

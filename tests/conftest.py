@@ -1,6 +1,8 @@
 """Shared by the tests. Triton's kernels run under its interpreter, which must be said before Triton is imported."""
 
+import importlib.util
 import os
+from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core as it is
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,6 +21,13 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 #: Every fused backend that runs here, with its device.
 FUSED = [(name, device) for device in DEVICES for name in check.runnable(device, "nkd")]
 ALL = [*FUSED, *(("reference", device) for device in DEVICES)]
+
+
+def pytest_configure():
+    """Without the C++ core most tests would be skipped, and the rest say little about fused_kd."""
+    reason = backends.unavailable("native", "cpu")
+    if reason:
+        raise pytest.UsageError(f"there is nothing to test: {reason}")
 
 
 def _ids(pairs):
@@ -46,15 +55,22 @@ def seed():
 @pytest.fixture
 def native():
     """The native backend's module, restored afterwards."""
-    reason = backends.unavailable("native", "cpu")
-    if reason:
-        pytest.skip(reason)
     from fused_kd.backends import native
 
     chosen, threads = native.instruction_set, torch.get_num_threads()
     yield native
     native.instruction_set = chosen
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def build():
+    """setup.py as a module."""
+    pytest.importorskip("setuptools")
+    specification = importlib.util.spec_from_file_location("fused_kd_setup", Path(__file__).parent.parent / "setup.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session", autouse=True)

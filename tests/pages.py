@@ -38,3 +38,17 @@ def needs(*modules):
                 schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
                 torch.library.define(f"torchvision::{operator}", schema)
             importlib.import_module("torchvision")
+
+
+def untouched(teacher, before):
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    for name, value in teacher.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+def copy_of(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def moved(module, before):
+    return any(not torch.equal(value, before[name]) for name, value in module.state_dict().items())

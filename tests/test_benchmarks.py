@@ -245,6 +245,32 @@ def test_plot(result: dict[str, Any], tmp_path: Path) -> None:
     assert source.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("count", (1, 2))
+def test_a_plot_of_few_cases_is_whole_and_has_the_doubts(
+    count: int, result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    from benchmarks.plot import plot
+
+    few = json.loads(json.dumps(result))
+    part = few["losses"][0]
+    part["cases"], few["losses"] = part["cases"][:count], [part]
+    for case in part["cases"]:  # as many as a run has, and so many names in the legend
+        case["providers"].append({**case["providers"][0], "name": "compile"})
+    few["warnings"] = ["other work was on the machine: its load average was 3.3 when the run began"]
+    figures: list[Any] = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    plot(few, tmp_path / "few.png")
+    (figure,) = figures
+    (axes,) = figure.axes
+    figure.canvas.draw()  # in the figure's own resolution, the file has another
+    whole = figure.bbox
+    for piece in (axes.get_legend(), axes.title, axes._left_title, figure._supxlabel):
+        box = piece.get_window_extent()
+        assert box.x0 >= whole.x0 and box.x1 <= whole.x1 and box.y0 >= whole.y0 and box.y1 <= whole.y1, piece
+    assert "load average was 3.3" in " ".join(figure._supxlabel.get_text().split())
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

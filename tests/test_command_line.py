@@ -7,17 +7,37 @@ import pytest
 import torch
 
 import fused_kd
-from fused_kd import __main__, check
+from fused_kd import __main__, backends, check
 
 
 def test_env_says_what_is_there_and_why_not(capsys, native):
     assert __main__.main(["env"]) == 0
     text = capsys.readouterr().out
     assert f"torch      {torch.__version__}" in text
-    assert "auto takes 'native'" in text
+    assert text.count("every loss of cpu tensors: auto takes 'native'") == text.count("auto takes") == 1
     assert "avx" in text or "baseline" in text
-    assert "USKD of cpu tensors" in text
     assert "CUDA core" in text
+
+
+def test_env_says_once_what_holds_for_several_losses(monkeypatch):
+    monkeypatch.setattr(backends, "_best", lambda device, loss: "native" if loss == "uskd" else "triton")
+    monkeypatch.setattr(backends.triton, "unavailable", lambda device: None)
+    first, second = __main__._explanations("cuda")
+    assert first.startswith(
+        "NKD, KD, DKD, WSLD, Tf-KD, Jensen–Shannon, DIST, Zipf's LS of cuda tensors: auto takes 'tr"
+    )
+    assert "it has no kernel for cuda tensors" in first
+    assert second.startswith("USKD of cuda tensors: auto takes 'native'")
+
+
+def test_losses_fit_a_terminal(capsys):
+    assert __main__.main(["losses"]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    for loss in fused_kd.losses():
+        assert loss.function in text and loss.module in text and loss.paper in text
+        assert "".join(loss.formula.split()) in "".join(text.split())
+        assert all(f"{name}={value!r}" in text for name, value in loss.defaults.items())
 
 
 def test_check_passes_and_prints_a_table(capsys, native):

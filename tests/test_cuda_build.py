@@ -1,32 +1,16 @@
 """The CUDA build: which architectures, what is said when it is left out, the launches' parameters, and no spills."""
 
-import importlib.util
 import math
 import struct
-from pathlib import Path
 
 import pytest
 
 from fused_kd import backends
 from fused_kd.backends import native, native_cuda
 
-ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def build():
-    """setup.py as a module."""
-    pytest.importorskip("setuptools")
-    specification = importlib.util.spec_from_file_location("fused_kd_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
 
 @pytest.fixture
 def core():
-    if native._core is None:
-        pytest.skip(str(native.unavailable("cpu")))
     return native._core
 
 

@@ -16,7 +16,7 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image
 from rich.console import Console
 
-from examples import data, fonts, glyphs
+from examples import data, fonts, glyphs, train
 from examples.arrays import DataError
 from examples.report import Bar
 
@@ -93,8 +93,24 @@ def test_glyphs_depend_on_the_seed_alone(installed, tmp_path):
     assert (first.train.images == again.train.images).all() and first.fingerprint == again.fingerprint
     assert (first.train.images != other.train.images).any() and first.fingerprint != other.fingerprint
     fewer = load(*options, "--cache", tmp_path / "two", "--draws", 2)
-    assert (fewer.train.images.reshape(10, 2, 2, -1) == first.train.images.reshape(10, 2, 6, -1)[:, :, :2]).all()
+    assert (fewer.train.images.reshape(10, 2, 2, -1) == first.train.images.reshape(10, 2, 18, -1)[:, :, :2]).all()
     assert (fewer.tests["test"].images == first.tests["test"].images).all()
+
+
+def test_few_families_make_as_many_images_and_are_told(installed, tmp_path, capsys):
+    """An epoch of six families has 36 images of a class; of two with six draws it would have 12, too few to learn."""
+    made = load("--classes", 10, "--image-size", 16, "--cache", tmp_path / "cache")
+    assert (np.bincount(made.train.labels) == 36).all()
+    what, warning = data.about(made)
+    assert what == "glyphs: 2 font families (Alpha, Beta), 18 draws of a character in each; held out: Gamma"
+    assert warning.startswith("warning: the recommended fonts make 6 families to train on, here are 2")
+    assert fonts.INSTALL in warning
+    made.notes["families"] = ["A", "B", "C", "D", "E", "F"]
+    assert [line.startswith("glyphs: 6 font families") for line in data.about(made)] == [True]
+    cache, out = tmp_path / "cache", tmp_path / "run"
+    options = ["--classes", "10", "--image-size", "16", "--cache", str(cache), "--out", str(out), "--model", "cnn-tiny"]
+    assert train.main([*options, "--epochs", "1", "--batch-size", "60", "--quiet"]) == 0
+    assert what in capsys.readouterr().err
 
 
 def test_glyphs_of_installed_fonts(tmp_path):
@@ -143,7 +159,7 @@ def test_an_interrupted_build_leaves_nothing(installed, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         load(*options)
     assert list((tmp_path / "cache").iterdir()) == []
-    assert len(load(*options).train) == 120
+    assert len(load(*options).train) == 360
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "delete", "manifest"])
@@ -194,7 +210,7 @@ def test_what_cannot_be(installed, tmp_path, options, words):
 def test_command_line(installed, tmp_path, capsys):
     options = ["--classes", "10", "--image-size", "16", "--cache", str(tmp_path / "cache")]
     assert data.main([*options, "--sheet", str(tmp_path / "sheet.png")]) == 0
-    assert "glyphs: 10 classes, 120 images; tests: test 40, held-out 20" in capsys.readouterr().out
+    assert "glyphs: 10 classes, 360 images; tests: test 40, held-out 20" in capsys.readouterr().out
     assert Image.open(tmp_path / "sheet.png").size == (24 * 16, 10 * 16)
     assert data.main(["--classes", "41"]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -66,3 +66,11 @@ def test_one_of_several_processes_leaves_at_once(environment):
     several = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"} | environment
     result = subprocess.run([sys.executable, "-c", program], env=several, capture_output=True, text=True, cwd=ROOT)
     assert (result.returncode, result.stdout) == (3, "x\n" if environment else "x\nend\n")
+
+
+def test_the_result_of_one_epoch_in_two_processes(tmp_path):
+    """Only the first process writes it; the other one has no file to read before."""
+    two = example_runs.start("--out", tmp_path / "run", "--epochs", "1", "--device", "cpu", processes=2)
+    assert two.returncode == 0, two.stderr
+    assert len(read_table(tmp_path / "run" / "epochs.csv")) == 1
+    assert (tmp_path / "run" / "result.json").exists()

@@ -12,7 +12,7 @@ from example_runs import run
 
 pytest.importorskip("safetensors")
 
-from examples import batches, checkpoint, data, engine, methods, networks, train
+from examples import batches, checkpoint, data, engine, methods, networks, options, report, train
 from examples.arrays import DataError
 from examples.errors import RunError
 from examples.report import read_table
@@ -302,3 +302,25 @@ def test_result_is_written(tmp_path, capsys):
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["epochs"] == 2 and set(result["accuracy"]) == {"test", "other"}
     assert "last epoch" in capsys.readouterr().out
+
+
+def test_help_lists_every_choice(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    text = "".join(capsys.readouterr().out.split())
+    for action in options.make_parser()._actions:
+        assert all(str(choice) in text for choice in action.choices or ()), action.dest
+
+
+def test_curves_of_one_epoch(tmp_path, monkeypatch):
+    """A point is seen, and the axis of the epochs has the one that there is."""
+    figure_module = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figure_module.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    (tmp_path / "steps.csv").write_text("step,epoch,lr,loss,loss_ce\n8,1,0.1,2.5,2.5\n")
+    (tmp_path / "epochs.csv").write_text("epoch,loss,lr,accuracy_test\n1,2.5,0.1,0.3\n")
+    report.plot_curves(tmp_path, "one epoch")
+    losses, accuracies = drawn[0].axes
+    assert [line.get_marker() for line in losses.lines] == ["o"]
+    left, right = accuracies.get_xlim()
+    assert [tick for tick in accuracies.get_xticks() if left <= tick <= right] == [1.0]

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pages
 import pytest
 import torch
-from pages import needs, run_snippet
+from pages import copy_of, moved, needs, run_snippet, untouched
 from torch import nn
 
 from fused_kd import nkd_loss, uskd_loss
@@ -29,20 +29,6 @@ def classifiers():
 
 def batches(count=3, rows=4):
     return [(torch.randn(rows, 3, 2, 2), torch.randint(CLASSES, (rows,))) for _ in range(count)]
-
-
-def untouched(teacher, before):
-    assert all(parameter.grad is None for parameter in teacher.parameters())
-    for name, value in teacher.state_dict().items():
-        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
-
-
-def copy_of(module):
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def moved(module, before):
-    return any(not torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
 def test_the_page_has_every_framework_once():
@@ -115,6 +101,7 @@ def hf_train(tmp_path, student, teacher, items, **options):
         report_to=[],
         save_strategy="no",
         disable_tqdm=True,
+        label_smoothing_factor=options.pop("smoothing", 0.0),
     )
     start, teacher_start = copy_of(student), copy_of(teacher)
     trainer = Watched(model=student, args=args, train_dataset=items, teacher=teacher, **options)
@@ -126,7 +113,8 @@ def hf_train(tmp_path, student, teacher, items, **options):
     return calls, start
 
 
-def test_hugging_face_image_classification(tmp_path):
+@pytest.mark.parametrize("smoothing", (0.0, 0.2))
+def test_hugging_face_image_classification(tmp_path, smoothing):
     needs("transformers", "accelerate")
     from transformers import ResNetConfig, ResNetForImageClassification
 
@@ -135,10 +123,11 @@ def test_hugging_face_image_classification(tmp_path):
     )
     student, teacher = (ResNetForImageClassification(config).eval() for _ in range(2))
     items = [{"pixel_values": torch.randn(3, 8, 8), "labels": i % CLASSES} for i in range(6)]
-    calls, _ = hf_train(tmp_path, student, teacher, items)
+    calls, _ = hf_train(tmp_path, student, teacher, items, smoothing=smoothing)
     assert len(calls) == 3
     for logits, teacher_logits, labels, _, loss in calls:
-        torch.testing.assert_close(loss.detach(), nkd_loss(logits, teacher_logits, labels, ce_weight=1.0))
+        direct = nkd_loss(logits, teacher_logits, labels, ce_weight=1.0, label_smoothing=smoothing)
+        torch.testing.assert_close(loss.detach(), direct)
 
 
 def test_hugging_face_language_model_with_gradient_accumulation(tmp_path):
@@ -179,7 +168,7 @@ def test_hugging_face_language_model_with_gradient_accumulation(tmp_path):
         torch.testing.assert_close(trained.detach(), parameter.detach() - 0.1 * parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("items", (0, torch.tensor(0)), ids=("number", "tensor"))
+@pytest.mark.parametrize("items", (None, 0, torch.tensor(0)), ids=("not passed", "number", "tensor"))
 def test_hugging_face_without_a_label(items):
     """All prompt and padding: the loss and its gradient are 0, not 0 / 0."""
     needs("transformers", "accelerate")
@@ -190,7 +179,7 @@ def test_hugging_face_without_a_label(items):
         teacher=lambda **_: SimpleNamespace(logits=teacher),
         shift_labels=True,
         weights={"ce_weight": 1.0},
-        args=SimpleNamespace(average_tokens_across_devices=False),
+        args=SimpleNamespace(average_tokens_across_devices=False, label_smoothing_factor=0.1),
     )
     inputs = {"labels": torch.full((2, 5), -100)}
     outputs = SimpleNamespace(logits=student)
@@ -271,51 +260,32 @@ def test_detection():
         assert not torch.autograd.grad(loss, student)[0].any()
 
 
-def step(task, optimizer, images, target):
-    result = task(images, target)
-    optimizer.zero_grad()
-    result["loss"].backward()
-    optimizer.step()
-    return {name: value.detach() for name, value in result.items()}
+def test_detection_heads_of_torchvision():
+    """Boxes that torchvision's RoIHeads sampled, through its own head and predictor."""
+    needs("torchvision")
+    from torchvision.models.detection import faster_rcnn, roi_heads
 
+    def heads():
+        predictor = faster_rcnn.FastRCNNPredictor(8, CLASSES + 1)
+        return nn.ModuleList([faster_rcnn.TwoMLPHead(12, 8), predictor])
 
-def test_timm():
-    needs("timm", "torchvision")
-    import timm
-    from timm.data import Mixup
-    from timm.optim import create_optimizer_v2
-    from timm.task import ClassificationTask
-
-    page = run_snippet(PAGE, "timm")
-    tiny = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2, "num_classes": CLASSES}
-    student, teacher = (timm.create_model("vit_tiny_patch16_224", **tiny) for _ in range(2))
-    for model in (student, teacher):
-        nn.init.normal_(model.head.weight)  # timm's are 0, and so would be all logits
-    task = page["NKDTask"](student, teacher, gamma=2.0, verbose=False).train()
-    optimizer = create_optimizer_v2(task.get_trainable_module(), opt="sgd", lr=0.1)
-    mixup = Mixup(mixup_alpha=0.8, num_classes=CLASSES, label_smoothing=0.1)
-    start, teacher_start = copy_of(student), copy_of(teacher)
-    for images, classes in [(torch.randn(4, 3, 8, 8), torch.randint(CLASSES, (4,))) for _ in range(2)]:
-        for inputs, target in ((images, classes), mixup(images.clone(), classes)):
-            with torch.no_grad():
-                teacher_logits = teacher(inputs)
-            result = step(task, optimizer, inputs, target)
-            expected = nkd_loss(result["output"], teacher_logits, target, gamma=2.0, ce_weight=1.0)
-            torch.testing.assert_close(result["loss"], expected)
-            torch.testing.assert_close(result["task_loss"] + result["kd_loss"], expected)
-    assert moved(student, start) and not teacher.training
-    untouched(teacher, teacher_start)
-
-    criterion = page["HookedUSKDLoss"](student.blocks[0], 8, CLASSES)
-    task = ClassificationTask(student, criterion=criterion, verbose=False)
-    optimizer = create_optimizer_v2(nn.ModuleList([student, criterion]), opt="sgd", lr=0.1)
-    start = copy_of(criterion)
-    for inputs, target in ((images, classes), mixup(images.clone(), classes)):
-        weak = copy_of(criterion)
-        result = step(task, optimizer, inputs, target)
-        weak_logits = nn.functional.linear(criterion.feature, *weak.values()).detach()
-        torch.testing.assert_close(result["loss"], uskd_loss(result["output"], weak_logits, target, ce_weight=1.0))
-    assert moved(criterion, start)
+    student, teacher = heads(), heads()
+    sampler = roi_heads.RoIHeads(None, None, None, 0.5, 0.5, 16, 0.5, None, 0.05, 0.5, 10)
+    boxes = [torch.rand(30, 4) + torch.tensor([0.0, 0.0, 1.0, 1.0]) for _ in range(2)]
+    targets = [{"boxes": found[:3], "labels": torch.tensor([1, 4, CLASSES])} for found in boxes]
+    proposals, _, labels, _ = sampler.select_training_samples(boxes, targets)
+    labels = torch.cat(labels)  # 0 is the background
+    features = torch.randn(len(torch.cat(proposals)), 3, 2, 2)
+    logits, teacher_logits = (predictor(head(features))[0] for head, predictor in (student, teacher))
+    weights = torch.where(labels == 0, 0.0, 1.0)
+    criterion = run_snippet(PAGE, "detection")["BoxDistillation"]()
+    loss = criterion(logits, teacher_logits, labels, weights, weights.sum())
+    loss.backward()
+    torch.testing.assert_close(
+        loss, nkd_loss(logits[labels != 0], teacher_logits[labels != 0].detach(), labels[labels != 0])
+    )
+    assert all(parameter.grad.abs().sum() > 0 for parameter in student[0].parameters())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
 def test_torchdistill():

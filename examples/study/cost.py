@@ -19,12 +19,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    import examples
+
+    examples.require("examples.study.cost")
+
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+import fused_kd
 from examples import checkpoint, data, methods, networks, options
 from examples.arrays import Dataset
 from examples.batches import Batch
@@ -117,6 +123,7 @@ def measure(arguments: Sequence[str], steps: int, teacher: str | None) -> dict[s
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         first = options.parse([*arguments, "--out", str(folder)])
+        _check_fused(first.loss)
         where, bar = Processes(0, 1, torch.device("cpu")), Bar(Console(stderr=True), quiet=True)
         dataset = data.load(first, bar)
         if teacher:
@@ -139,6 +146,16 @@ def measure(arguments: Sequence[str], steps: int, teacher: str | None) -> dict[s
             "steps": steps,
             "forms": {name: form.result() for name, form in forms.items()},
         }
+
+
+def _check_fused(loss: str) -> None:
+    """Raises:
+    RunError: What is called fused would be the eager reference.
+    """
+    if loss in methods.LOSSES:
+        found = fused_kd.explain("cpu", methods.LOSSES[loss].name)
+        if found.chosen == "reference":
+            raise RunError(f"--loss {loss}: fused_kd has no kernel to be timed here: {found.reasons['native']}")
 
 
 def _save_random(path: Path, model: str, dataset: Dataset) -> None:

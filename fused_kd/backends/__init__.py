@@ -7,6 +7,9 @@ ordinary autograd.
 
 from __future__ import annotations
 
+import sys
+import warnings
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -46,9 +49,9 @@ _chosen: dict[tuple[str, torch.device | str, str], str] = {}
 def _choose(backend: str, device: torch.device | str, loss: str) -> str:
     device = cuda_devices.resolved(device)
     if backend == "auto":
-        # Under its interpreter Triton runs on the CPU too, a thousand times slower: never a choice of its own.
-        order = [name for name in BACKENDS if device.type == "cuda" or name != "triton"]
-        choice = next(name for name in order if unavailable(name, device, loss) is None)
+        choice = _best(device, loss)
+        if choice == "reference":
+            _warn_of_reference(device, loss)
     elif backend in BACKENDS:
         reason = unavailable(backend, device, loss)
         if reason is not None:
@@ -58,6 +61,39 @@ def _choose(backend: str, device: torch.device | str, loss: str) -> str:
         raise ValueError(f"backend: expected 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     _chosen[backend, device, loss] = choice
     return choice
+
+
+def _best(device: torch.device, loss: str) -> str:
+    # Under its interpreter Triton runs on the CPU too, a thousand times slower: never a choice of its own.
+    order = [name for name in BACKENDS if device.type == "cuda" or name != "triton"]
+    return next(name for name in order if unavailable(name, device, loss) is None)
+
+
+_warned = False
+
+
+def _warn_of_reference(device: torch.device, loss: str) -> None:
+    """Once in a process, and only where a kernel should be: on other devices there is nothing to mend."""
+    global _warned
+    names = [name for name in LOSSES[loss].backends.get(device.type, ()) if name != "reference"]
+    if _warned or not names:
+        return
+    _warned = True
+    reasons = "; ".join(f"{name}: {unavailable(name, device, loss)}" for name in names)
+    warnings.warn(
+        f"fused_kd runs {LOSSES[loss].title} of {device} tensors by its eager reference, which is slower and takes "
+        f"more memory than its kernels. {reasons}. backend='reference' says that this is meant, without a warning.",
+        RuntimeWarning,
+        stacklevel=_outside(),
+    )
+
+
+def _outside() -> int:
+    """The stacklevel, for who calls this, of the first caller outside of fused_kd."""
+    frame, level, package = sys._getframe(1), 1, str(Path(__file__).parent.parent)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 # What torch.compiler.assume_constant_result does; the decorator itself imports the whole compiler.
@@ -111,7 +147,7 @@ def explain(student_logits: Tensor | torch.device | str = "cpu", loss: str = "nk
     if loss not in LOSSES:
         raise ValueError(f"loss: expected one of {', '.join(map(repr, LOSSES))}, got {loss!r}")
     device = student_logits.device if isinstance(student_logits, Tensor) else cuda_devices.resolved(student_logits)
-    chosen = choose("auto", device, loss)
+    chosen = _best(device, loss)
     reasons = {}
     for name in BACKENDS:
         if name == chosen:

@@ -5,7 +5,6 @@ CPU tensors here; CUDA tensors in :mod:`fused_kd.backends.native_cuda`.
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,15 @@ import torch
 from torch import Tensor
 
 from fused_kd import _checks
-from fused_kd.backends import native_cuda
+from fused_kd.backends import core, native_cuda
 from fused_kd.reference import accumulation_dtype
 from fused_kd.registry import ROW_LOSSES
 
 _core: Any
-_failure: str | None = None
-try:  # torch is imported first, so that both share one OpenMP runtime and its threads
-    _core = importlib.import_module("fused_kd._native")
-except ImportError as error:
-    _core = None
-    _note = Path(__file__).parent.parent / "_native_missing.txt"
-    _missing = f"the C++ core is not in this installation ({error})"
-    _failure = _note.read_text().strip() if _note.is_file() else _missing
+_folder: Path | None
+_failure: str | None
+# torch is imported first, so that both share one OpenMP runtime and its threads.
+_core, _folder, _failure = core.find()
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4}
 _REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
@@ -51,6 +46,11 @@ def instruction_sets() -> list[str]:
 
 def compiler() -> str:
     return str(_core.compiler) if _core else ""
+
+
+def folder() -> Path | None:
+    """Where the compiled module is: in a source folder it may be that of an installation."""
+    return _folder
 
 
 def cuda_architectures() -> str:
