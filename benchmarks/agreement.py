@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.cases import Case, Inputs
 from benchmarks.spec import Loss, LossFunction, Provider
-from benchmarks.uskd import Swaps
+from benchmarks.uskd import LabelSum, Swaps
 
 # Far above rounding in each dtype, far below what a wrong formula gives.
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2, "float16": 2e-2}
@@ -37,8 +37,9 @@ class Errors:
     is rounded, however carefully they are added up: half a unit in the last place of the dtype that a form works in,
     for each. What that explains is no error either.
     Of a loss that ranks, what exchanged ranks of near-equal keys explain is no error, and the entries beside the
-    targets, where the ranks are, are taken relative to the largest of their own: a target's is many times that. With
-    two gradients the larger error is given.
+    targets, where the ranks are, are taken relative to the largest of their own: a target's is many times that. Nor is
+    what PyTorch's own sum of a long row's labels explains, of a form that goes through it. With two gradients the
+    larger error is given.
     """
 
     loss: float
@@ -128,6 +129,9 @@ class Judge:
                 if gradient is None:
                     raise RuntimeError(f"the provider left no gradient on the {name} logits")
                 deviation = gradient[part].double() / scale - right
+                if name == "other" and self.loss.label_sum is not None and provider.log_softmax:
+                    label_sum: LabelSum = self._once(("sum", part.start), lambda part=part: self._label_sum(part))  # type: ignore[misc]
+                    deviation -= self._explained_by_sum(deviation, label_sum)
                 if name == "other" or self.loss.swaps is None:
                     largest.add(name, deviation, right)
                     continue
@@ -144,6 +148,12 @@ class Judge:
         beyond = (deviation - torch.finfo(works_in).eps / 2 * magnitude).clamp(min=0.0)  # keeps a NaN
         of_loss, of_loss_beyond = (float(part / expected.abs()) for part in (deviation, beyond))
         return Errors(of_loss, of_loss_beyond, *largest.relative())
+
+    def _explained_by_sum(self, deviation: Tensor, label_sum: LabelSum) -> Tensor:
+        along = label_sum.direction
+        off = (deviation * along).sum(1, keepdim=True) / along.square().sum(1, keepdim=True)  # least squares
+        limit = label_sum.limit / self.rows
+        return off.clamp(-limit, limit) * along  # keeps a NaN
 
     def _once(self, key: object, make: Callable[[], _T]) -> _T:
         if len(self.parts) > 1:
@@ -165,3 +175,8 @@ class Judge:
         assert self.loss.swaps is not None
         student, other = (logits.detach()[part] for logits in self.inputs[:2])
         return self.loss.swaps(student.double(), other.double(), self.inputs.target[part], student.dtype, as_published)
+
+    def _label_sum(self, part: slice) -> LabelSum:
+        assert self.loss.label_sum is not None
+        other = self.inputs.other_logits.detach()[part]
+        return self.loss.label_sum(other.double(), other.dtype)

@@ -38,7 +38,7 @@ def _compiled(function: LossFunction, summary: str, as_published: bool = False) 
 
 
 def _published(function: LossFunction, summary: str) -> Provider:
-    return Provider("published", summary, lambda: function, as_published=True)
+    return Provider("published", summary, lambda: function, as_published=True, log_softmax=True)
 
 
 def _call(module: str | None, name: str, alone: bool, **options: Any) -> LossFunction:
@@ -73,7 +73,7 @@ def _only_reference(loss: str, device: str) -> str | None:
 
 def _reference(name: str, summary: str, alone: bool = False) -> Provider:
     text = f"{summary}, fused_kd.reference.{name}_loss"
-    return Provider("reference", text, lambda: _call("reference", f"{name}_loss", alone))
+    return Provider("reference", text, lambda: _call("reference", f"{name}_loss", alone), log_softmax=True)
 
 
 def _reference_sum(name: str, alone: bool = False) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
@@ -130,6 +130,7 @@ USKD = Loss(
     batch_sums=_uskd_batch_sums,
     rank_keys=uskd.rank_keys,
     swaps=uskd.explain_by_swaps,
+    label_sum=uskd.explain_by_label_sum,
 )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import DEFAULT_SHAPES, Shapes
-from benchmarks.uskd import Swaps
+from benchmarks.uskd import LabelSum, Swaps
 
 # (student_logits, teacher's, weak or dense logits, target) -> scalar
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -25,6 +25,7 @@ class Provider:
     unavailable: Callable[[str], str | None] = lambda device: None  # device -> why it cannot run there
     same_loss: bool = True  # False: computes something else, so its values are not compared with the reference
     as_published: bool = False  # in the dtype of the logits and with 1 - p as written, which the comparison allows for
+    log_softmax: bool = False  # PyTorch's: its backward pass adds up a row's labels, which the comparison allows for
 
 
 @dataclass(frozen=True, eq=False)  # each is one of its kind, and so a key
@@ -48,6 +49,8 @@ class Loss:
     # Of a loss that ranks: the keys, and what exchanged ranks of near-equal keys explain.
     rank_keys: LossFunction | None = None
     swaps: Callable[[Tensor, Tensor, Tensor, torch.dtype, bool], Swaps] | None = None
+    # What that sum explains in the gradient of the other logits, where the labels are many small ones beside a large.
+    label_sum: Callable[[Tensor, torch.dtype], LabelSum] | None = None
     shapes: Mapping[str, Shapes] = field(default_factory=lambda: DEFAULT_SHAPES)  # per device, unless others are given
 
     def provider(self, name: str) -> Provider:

@@ -160,10 +160,11 @@ def _given(weights: Weights) -> tuple[bool, Weights | Tensor]:
     with a symbol in its place, of which nothing is known here.
     """
     if torch.compiler.is_compiling():
-        from torch.fx.experimental.symbolic_shapes import statically_known_true
+        # Asks for no bound: the checks of a range have left their guards, which settle a comparison of a symbol, too.
+        from torch.fx.experimental.symbolic_shapes import has_static_value
 
         for weight in weights:
-            if not (statically_known_true(weight <= 1.0) or statically_known_true(weight > 1.0)):
+            if not has_static_value(weight):
                 return True, torch.stack([torch.ones((), dtype=torch.float64) * each for each in weights])
     return False, weights
 

@@ -9,7 +9,8 @@ Pointers are taken inside a registered op only, so torch.compile keeps the whole
 What is stored is one tensor of the shape and dtype of the logits that want a gradient. It is already divided by the
 number of rows for ``reduction="mean"``, so that an incoming 1 leaves nothing to do. Except in float16, where dividing
 would underflow just when GradScaler is about to multiply: there it is stored times a power of two that uses the upper
-end of the format's range, and ``norm`` undoes that, and divides, in float32 in the backward op.
+end of the format's range, and ``norm`` undoes that, and divides, in float32 in the backward op. The power comes from a
+bound of the gradient, or where there is none, from the gradient itself (:func:`_to_half`).
 
 ``row_weight`` (N,), where given, becomes factors (:func:`_row_factors`): a kernel multiplies a row's parts by one and
 its gradient by another, with the reduction "sum" for a mean, and takes a row whose factor is 0 for one to be ignored.
@@ -89,6 +90,19 @@ def _stored_scale(dtype: torch.dtype, bound: float) -> float:
     return 2.0 ** math.floor(math.log2(2.0**15 / max(bound, 2.0**-64))) if dtype == torch.float16 else 1.0
 
 
+def _to_half(gradient: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    """A float32 gradient, which is overwritten, in float16, times the power of two that brings its largest finite entry
+    to 2^14 or more and below 2^15; and ``norm`` less that power.
+
+    Any smaller power would lose small entries, and a larger one make the largest infinite whatever a GradScaler does.
+    """
+    if gradient.numel() == 0:
+        return gradient.half(), norm
+    largest = gradient.abs().nan_to_num_(nan=0.0, posinf=0.0).amax()
+    power = torch.exp2(15.0 - torch.frexp(largest).exponent.clamp(min=-64).double())
+    return gradient.mul_(power.to(gradient.dtype)).half(), (norm / power).to(norm.dtype)
+
+
 def _numbers(weights: list[float] | Tensor) -> list[float]:
     return weights.tolist() if isinstance(weights, Tensor) else weights
 
@@ -143,10 +157,13 @@ def _row_loss(
     weights = _numbers(weights)
     bound = ROW_LOSSES[loss].bound(*weights[:3]) + weights[3]
     if standardize:
-        bound *= 2.0**8  # one over the deviation of a row's logits, as long as that is no smaller than a constant's
+        bound = math.inf  # one over the deviation of a row's logits is a factor of it, 1e7 for a constant row
+    measure = need_gradient and student_logits.dtype == torch.float16 and math.isinf(bound)
+    if measure:
+        student_logits = student_logits.float()
     scale = _stored_scale(student_logits.dtype, bound)
     factors, reduction, (by,) = _row_factors(row_weight, target, ignore_index, reduction, (student_logits.dtype,))
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = backends.get(backend).row_loss(
+    value, parts, gradient, norm = backends.get(backend).row_loss(
         student_logits,
         teacher_logits,
         target,
@@ -159,8 +176,10 @@ def _row_loss(
         need_gradient,
         scale,
     )
-    _multiply(result[-1], by)
-    return result
+    _multiply(norm, by)
+    if measure:
+        gradient, norm = _to_half(gradient, norm)
+    return value, parts, gradient, norm
 
 
 def _uskd_batch_sums(student_logits: Tensor, target: Tensor, square: bool, ignore_index: int, backend: str) -> Tensor:

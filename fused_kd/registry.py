@@ -8,6 +8,7 @@ kernel serve them all, and a loss is a policy there: its number here, its functi
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +21,8 @@ Weights = tuple[float, ...]
 class RowLoss:
     """How the kernels know a row loss.
 
-    ``kind`` is its number in ``csrc/row_losses.h``; ``parts`` which of the op's three parts it has; ``bound`` the
-    largest magnitude of its gradient's entries, CE left out, for weights (first, second, temperature).
+    ``kind`` is its number in ``csrc/row_losses.h``; ``parts`` which of the op's three parts it has; ``bound`` what the
+    magnitude of its gradient's entries cannot exceed, CE left out, for weights (first, second, temperature), or inf.
     """
 
     kind: int
@@ -36,11 +37,12 @@ ROW_LOSSES = {
     "dkd": RowLoss(2, (0, 1, 2), lambda alpha, beta, temperature: (alpha + beta) * temperature),
     "wsld": RowLoss(3, (0, 2), lambda alpha, _, temperature: alpha * temperature),
     "tf_kd": RowLoss(4, (0, 2), lambda _, __, ___: 1.0),
-    # A correlation's gradient has the deviation of the probabilities in its denominator, and no bound: 2^6 is left
-    # for rows and columns that are nearly constant.
-    "dist": RowLoss(5, (0, 1, 2), lambda beta, gamma, temperature: 2.0**6 * (beta + gamma) * temperature),
-    # |p (log(p / m) - the mean)|: up to log(1 / (1 - beta)), and 2^5 where that has no bound.
-    "js": RowLoss(6, (0, 2), lambda beta, _, temperature: 2.0**5 * temperature),
+    # A correlation's gradient has the deviation of the probabilities in its denominator: of a constant row or column,
+    # which a head that starts at zero gives, it is the 1e-8 beside it that is left.
+    "dist": RowLoss(5, (0, 1, 2), lambda beta, gamma, temperature: math.inf),
+    # (1 - beta) p (log(p / m) - KL(p, m)): p log(m / p) <= m / e, and (1 - beta) KL <= (1 - beta) log(1 / (1 - beta))
+    # <= 1 / e. At beta = 0 it is p - q, at 1 p (log(p / q) - KL(p, q)), as large as the logits make it.
+    "js": RowLoss(6, (0, 2), lambda beta, _, temperature: temperature if beta < 1.0 else math.inf),
 }
 
 

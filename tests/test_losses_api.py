@@ -1,6 +1,7 @@
 """Every loss as a function and a module of PyTorch: shapes, errors, ops, compilation; registry and documents."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -108,26 +109,64 @@ def test_opcheck_of_votes(native):
             opcheck(torch.ops.fused_kd.zipf_ls.default, (student, dense, target, row_weight, *after))
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_compiles_whole_and_only_once_more_when_weights_change(loss):
+NUMBERS = [(loss, name) for loss in LOSSES for name, value in LOSSES[loss].defaults.items() if type(value) is float]
+
+
+def schedule(loss, name):
+    """Values that cross 1 where they may, reach the ends of their range, and come with no end in sight."""
+    if name in ("label_smoothing", "correct") or (loss, name) == ("js", "beta"):
+        return (0.5, 0.25, 0.0, 0.9, 0.75, 1.0 if name == "beta" else 0.1)
+    return (0.5, 2.0, 4.0 if name == "temperature" else 0.0, 1.0, 1.5, 3.0)
+
+
+@pytest.mark.parametrize(("loss", "name"), NUMBERS, ids=map("-".join, NUMBERS))
+def test_compiles_whole_and_only_once_more_when_a_hyper_parameter_changes(loss, name):
     """A float is taken for a constant until it changes once; from then on it is an input of the graph."""
     student, others, target = make(loss, dtype=torch.float32)
     if backends.choose("auto", "cpu", loss) == "reference":
         pytest.skip("the reference is ordinary PyTorch")
     counter = torch._dynamo.testing.CompileCounter()
     torch._dynamo.reset()
-    schedule = {"uskd": "beta", "zipf_ls": "beta"}.get(loss, "temperature")
+    further = {"ce_weight": 0.7} if name == "label_smoothing" else {}
 
     @torch.compile(backend=counter, fullgraph=True)
-    def step(s, value, ce_weight):
-        return function(loss)(s, *others, target, ce_weight=ce_weight, **{schedule: value})
+    def step(s, value):
+        return function(loss)(s, *others, target, **further, **{name: value})
 
-    for turn in range(6):
-        value, ce_weight = 1.0 + 0.5 * turn, 0.1 + 0.1 * turn
-        compiled = step(student.requires_grad_(), value, ce_weight)
-        eager = function(loss)(student, *others, target, ce_weight=ce_weight, **{schedule: value})
-        torch.testing.assert_close(compiled, eager)
-        assert counter.frame_count == min(turn + 1, 2)
+    for value in schedule(loss, name):
+        compiled = step(student.requires_grad_(), value)
+        torch.testing.assert_close(compiled, function(loss)(student, *others, target, **further, **{name: value}))
+    assert counter.frame_count == 2
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_modules_compile_only_once_more_when_hyper_parameters_change(loss):
+    """Floats and whole numbers, set by hand, and what a callable returns."""
+    student, others, target = make(loss, dtype=torch.float32)
+    if backends.choose("auto", "cpu", loss) == "reference":
+        pytest.skip("the reference is ordinary PyTorch")
+    if loss == "uskd":
+        others = [torch.randn(6, 5)]
+    names = [name for each, name in NUMBERS if each == loss]
+    whole = [name for name in names if max(schedule(loss, name)) > 1]
+    epoch = SimpleNamespace(now=0.0)
+    module = getattr(fused_kd, LOSSES[loss].module)(*([5, 9] if loss == "uskd" else ()))
+    scheduled = getattr(fused_kd, LOSSES[loss].module)(
+        *([5, 9] if loss == "uskd" else ()), label_smoothing=lambda: 0.1 * epoch.now, ce_weight=lambda: epoch.now
+    )
+    for changing, values in ((module, [2.0, 3, 4, 5.5, 6]), (scheduled, [2.0, 3.0, 4.0, 5.5, 6.0])):
+        counter = torch._dynamo.testing.CompileCounter()
+        torch._dynamo.reset()
+        compiled = torch.compile(changing, backend=counter, fullgraph=True)
+        for value in values:
+            epoch.now = value
+            for name in whole if changing is module else ():
+                setattr(module, name, value)
+                assert type(getattr(module, name)) is float
+            value = compiled(student, *others, target)
+            torch.testing.assert_close(value, changing(student, *others, target))
+        assert counter.frame_count == 2
     torch._dynamo.reset()
 
 

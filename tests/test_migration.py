@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from pages import needs, run_snippet
 
@@ -97,7 +98,7 @@ def test_mdistiller(case):
         loss = page("mdistiller")["kd"](*logits, kd_weight=1.0, ce_weight=0.0, **params)
     else:
         criterion = page("mdistiller")["DKD"](ce_weight=0.0, **params)
-        criterion.epoch = 20
+        criterion.begin_epoch(20)
         loss = criterion(*logits)
     as_published(loss, case, tensors)
 
@@ -109,9 +110,22 @@ def test_weights_and_warmup_of_mdistiller():
     torch.testing.assert_close(kd, 0.9 * fused_kd.kd_loss(student, teacher) + 0.1 * ce)
     criterion = page("mdistiller")["DKD"]()
     for epoch, share in ((1, 1 / 20), (10, 0.5), (20, 1.0), (90, 1.0)):
-        criterion.epoch = epoch
+        criterion.begin_epoch(epoch)
         expected = ce + share * fused_kd.dkd_loss(student, teacher, target)
         torch.testing.assert_close(criterion(student, teacher, target), expected)
+
+
+def test_warmup_of_mdistiller_compiles_twice():
+    student, teacher, target = random_logits()
+    counter = torch._dynamo.testing.CompileCounter()
+    torch._dynamo.reset()
+    criterion = page("mdistiller")["DKD"]()
+    compiled = torch.compile(criterion, backend=counter, fullgraph=True)
+    for epoch in range(1, 23):
+        criterion.begin_epoch(epoch)
+        torch.testing.assert_close(compiled(student, teacher, target), criterion(student, teacher, target))
+    assert counter.frame_count == 2
+    torch._dynamo.reset()
 
 
 @golden("wsld")

@@ -2,7 +2,8 @@
 
 Each takes the function's keyword arguments when it is made and its tensors when it is called. The attributes may be
 changed between calls. Or give a callable in place of a number, for a schedule, ``KDLoss(temperature=schedule.now)``: it
-is called without arguments whenever the loss is.
+is called without arguments whenever the loss is. Under ``torch.compile`` let it keep floats: an int that it reads is a
+constant of the graph, which is compiled anew for each.
 """
 
 from fused_kd.modules.smoothing import TfKDLoss, ZipfLSLoss

@@ -23,6 +23,12 @@ class Criterion(nn.Module):
         for name in self._names:
             setattr(self, name, options[name])
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # torch.compile takes a module's int for a constant, so that each new one would compile the graph anew.
+        if type(value) is int and name != "ignore_index" and name in self.__dict__.get("_names", ()):
+            value = float(value)
+        super().__setattr__(name, value)
+
     def _call(self, *tensors: Tensor | None, weight: Tensor | None, return_parts: bool) -> Any:
         options = {name: value() if callable(value := getattr(self, name)) else value for name in self._names}
         return type(self)._function(*tensors, **options, weight=weight, return_parts=return_parts)
