@@ -14,7 +14,8 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 class Rows(NamedTuple):
-    """Arguments flattened to rows: logits ``(N, C)``, target ``(N,)`` int64 or ``(N, C)``, and the target's shape."""
+    """Arguments flattened to rows: logits ``(N, C)``, target ``(N,)`` int64 or ``(N, C)``; ``shape`` is what the rows
+    have in the logits, that of class indices."""
 
     student_logits: Tensor
     other_logits: Tensor
@@ -96,8 +97,69 @@ def check_process_group(process_group: Any) -> None:
         )
 
 
-def flatten(student_logits: Tensor, other_logits: Tensor, other_name: str, target: Tensor) -> Rows:
-    """Check logits ``(..., C)`` and their target, and view them as rows.
+def check_class_dim(class_dim: int | None) -> None:
+    if class_dim is None:
+        return
+    if isinstance(class_dim, bool) or not isinstance(class_dim, (int, torch.SymInt)):
+        raise TypeError(f"class_dim: expected an int or None, got {type(class_dim).__name__}")
+
+
+def class_dimension(student_logits: Tensor, class_dim: int | None, target: Tensor | None = None) -> int:
+    """The dimension of the classes, from 0: ``class_dim``, or the last of up to three where it is None.
+
+    Raises:
+        TypeError: it is no int.
+        ValueError: the logits have no such dimension, or four or more while it is None.
+    """
+    dims = student_logits.dim()
+    if class_dim is None:
+        if dims < 4:
+            return dims - 1
+        shape = tuple(student_logits.shape)
+        raise ValueError(
+            f"class_dim: expected the dimension of the classes, which logits of four or more dimensions must say: "
+            f"class_dim=1 for (N, C, H, W), as F.cross_entropy has it, class_dim=-1 for (N, H, W, C); got None for "
+            f"student_logits of shape {shape}{_fits(shape, target)}"
+        )
+    check_class_dim(class_dim)
+    if not -dims <= class_dim < dims:
+        raise ValueError(
+            f"class_dim: expected from {-dims} to {dims - 1} for student_logits of shape "
+            f"{tuple(student_logits.shape)}, got {class_dim}"
+        )
+    return class_dim % dims
+
+
+def rows_shape(shape: tuple[int, ...], dim: int) -> tuple[int, ...]:
+    """That of the rows of logits of such a shape, whose classes are in dimension ``dim``."""
+    return (*shape[:dim], *shape[dim + 1 :])
+
+
+def _fits(shape: tuple[int, ...], given: Any, name: str = "target") -> str:
+    """To end a message: which ``class_dim`` fits class indices, or a weight per row, of this shape, if any does."""
+    if not isinstance(given, Tensor):
+        return ""
+    wanted = tuple(given.shape)
+    fitting = [
+        dim
+        for dim in range(len(shape))
+        if wanted in (rows_shape(shape, dim), (*shape[:dim], 1, *shape[dim + 1 :])) and shape[dim] >= 2
+    ]
+    if not fitting:
+        return ""
+    return f"; the {name}'s shape {wanted} fits class_dim={' or '.join(map(str, fitting))}"
+
+
+def flatten(
+    student_logits: Tensor,
+    other_logits: Tensor,
+    other_name: str,
+    target: Tensor | None,
+    class_dim: int | None = None,
+) -> Rows:
+    """Check logits and their target, and view them as rows, which copies where the classes are not innermost in memory.
+
+    Without a target every row gets the class 0.
 
     Raises:
         TypeError: an argument is no Tensor or has a dtype that is not supported.
@@ -105,51 +167,78 @@ def flatten(student_logits: Tensor, other_logits: Tensor, other_name: str, targe
     """
     _check_logits("student_logits", student_logits)
     _check_logits(other_name, other_logits)
-    if not isinstance(target, Tensor):
+    if target is not None and not isinstance(target, Tensor):
         raise TypeError(f"target: expected a Tensor, got {type(target).__name__}")
     shape = student_logits.shape
-    num_classes = shape[-1]
+    dim = class_dimension(student_logits, class_dim, target)
+    num_classes, rows = shape[dim], rows_shape(shape, dim)
     if num_classes < 2:
-        raise ValueError(f"student_logits: expected at least 2 classes in the last dimension, got shape {tuple(shape)}")
+        where = "the last dimension" if dim == len(shape) - 1 else f"dimension {dim}"
+        raise ValueError(f"student_logits: expected at least 2 classes in {where}, got shape {tuple(shape)}")
     if other_logits.shape != shape:
         raise ValueError(
             f"{other_name}: expected the shape of student_logits, {tuple(shape)}, got {tuple(other_logits.shape)}"
         )
     device = student_logits.device
-    for name, tensor in ((other_name, other_logits), ("target", target)):
-        if tensor.device != device:
-            raise ValueError(f"{name}: expected the device of student_logits, {device}, got {tensor.device}")
-    if target.dtype in _INDEX_DTYPES:
-        if target.shape != shape[:-1]:
-            # (N, 1) indices are common in data loaders; published code reads them as soft labels of class 0.
-            if target.shape != (*shape[:-1], 1):
-                raise ValueError(
-                    f"target: expected class indices of shape {tuple(shape[:-1])} for logits of shape {tuple(shape)}, "
-                    f"got {tuple(target.shape)}"
-                )
-            target = target.squeeze(-1)
-        if target.dtype != torch.int64:
-            target = target.to(torch.int64)
-    elif target.dtype in _LOGIT_DTYPES:
-        if target.shape != shape:
-            raise ValueError(
-                f"target: expected class probabilities of shape {tuple(shape)}, got {target.dtype} of shape "
-                f"{tuple(target.shape)} (class indices are integers)"
-            )
-        if target.requires_grad:
-            raise ValueError("target: expected probabilities that do not require grad; pass target.detach()")
+    if other_logits.device != device:
+        raise ValueError(f"{other_name}: expected the device of student_logits, {device}, got {other_logits.device}")
+    if target is None:
+        target = torch.zeros(rows, dtype=torch.int64, device=device)
     else:
+        target = _check_target(target, student_logits, dim)
+    if len(shape) == 2 and dim == 1:
+        return Rows(student_logits, other_logits, target, rows)
+    target = target.movedim(dim, -1).reshape(-1, num_classes) if target.is_floating_point() else target.reshape(-1)
+    student = student_logits.movedim(dim, -1).reshape(-1, num_classes)
+    other = student if other_logits is student_logits else other_logits.movedim(dim, -1).reshape(-1, num_classes)
+    return Rows(student, other, target, rows)
+
+
+def _check_target(target: Tensor, student_logits: Tensor, dim: int) -> Tensor:
+    """Class indices of the rows' shape, as int64, or probabilities of the logits' shape."""
+    shape = student_logits.shape
+    if target.device != student_logits.device:
+        raise ValueError(f"target: expected the device of student_logits, {student_logits.device}, got {target.device}")
+    if target.dtype in _INDEX_DTYPES:
+        rows = rows_shape(shape, dim)
+        if target.shape != rows:
+            # (N, 1) indices are common in data loaders; published code reads them as soft labels of class 0.
+            if target.shape != (*shape[:dim], 1, *shape[dim + 1 :]):
+                raise ValueError(
+                    f"target: expected class indices of shape {tuple(rows)} for logits of shape {tuple(shape)} with "
+                    f"the classes in dimension {dim}, got {tuple(target.shape)}{_fits(tuple(shape), target)}"
+                )
+            target = target.squeeze(dim)
+        return target if target.dtype == torch.int64 else target.to(torch.int64)
+    if target.dtype not in _LOGIT_DTYPES:
         raise TypeError(f"target: expected integer class indices or floating-point probabilities, got {target.dtype}")
-    if len(shape) == 2:
-        return Rows(student_logits, other_logits, target, shape[:-1])
-    target = target.reshape(-1, num_classes) if target.is_floating_point() else target.reshape(-1)
-    return Rows(student_logits.reshape(-1, num_classes), other_logits.reshape(-1, num_classes), target, shape[:-1])
+    if target.shape != shape:
+        raise ValueError(
+            f"target: expected class probabilities of shape {tuple(shape)}, got {target.dtype} of shape "
+            f"{tuple(target.shape)} (class indices are integers){_moved(tuple(shape), target, dim)}"
+        )
+    if target.requires_grad:
+        raise ValueError("target: expected probabilities that do not require grad; pass target.detach()")
+    return target
 
 
-def flatten_dense(dense_logits: Tensor, student_logits: Tensor) -> Tensor:
-    """Logits of the positions ``(..., P, C)``, viewed as ``(N, P, C)``."""
+def _moved(shape: tuple[int, ...], target: Tensor, dim: int) -> str:
+    """To end a message: where probabilities have their classes, if they fit the logits but for that."""
+    for at in range(target.dim()):
+        if target.dim() == len(shape) and (*(rest := rows_shape(shape, dim))[:at], shape[dim], *rest[at:]) == tuple(
+            target.shape
+        ):
+            return (
+                f"; its classes seem to be in dimension {at}, and the logits have them in dimension {dim}: pass "
+                f"target.movedim({at}, {dim})"
+            )
+    return ""
+
+
+def flatten_dense(dense_logits: Tensor, student_logits: Tensor, rows: Rows) -> Tensor:
+    """Logits of the positions ``(..., P, C)``, viewed as ``(N, P, C)``; ``...`` is the rows' shape."""
     _check_logits("dense_logits", dense_logits)
-    shape, wanted = dense_logits.shape, student_logits.shape
+    shape, wanted = dense_logits.shape, (*rows.shape, rows.student_logits.shape[1])
     if len(shape) != len(wanted) + 1 or shape[:-2] != wanted[:-1] or shape[-1] != wanted[-1] or shape[-2] == 0:
         expected = ", ".join(map(str, (*wanted[:-1], "P", wanted[-1])))
         raise ValueError(f"dense_logits: expected shape ({expected}) with P at least 1, got {tuple(shape)}")
@@ -160,7 +249,7 @@ def flatten_dense(dense_logits: Tensor, student_logits: Tensor) -> Tensor:
     return dense_logits if len(shape) == 3 else dense_logits.reshape(-1, *shape[-2:])
 
 
-def flatten_weight(weight: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
+def flatten_weight(weight: Tensor | None, rows: Rows, student_logits: Tensor) -> Tensor | None:
     """A weight per row, of the rows' shape ``(...)``, viewed as ``(N,)``.
 
     Raises:
@@ -173,8 +262,12 @@ def flatten_weight(weight: Tensor | None, shape: tuple[int, ...], device: torch.
         raise TypeError(f"weight: expected a Tensor with one weight per row, or None, got {type(weight).__name__}")
     if weight.dtype not in _LOGIT_DTYPES:
         raise TypeError(f"weight: expected float64, float32, float16 or bfloat16 weights, got {weight.dtype}")
-    if weight.shape != shape:
-        raise ValueError(f"weight: expected one per row, of shape {tuple(shape)}, got {tuple(weight.shape)}")
+    if weight.shape != rows.shape:
+        raise ValueError(
+            f"weight: expected one per row, of shape {tuple(rows.shape)}, got {tuple(weight.shape)}"
+            f"{_fits(tuple(student_logits.shape), weight, 'weight')}"
+        )
+    device = student_logits.device
     if weight.device != device:
         raise ValueError(f"weight: expected the device of student_logits, {device}, got {weight.device}")
     if weight.requires_grad:

@@ -30,6 +30,7 @@ def row_loss(
     ignore_index: int,
     reduction: str,
     weight: Tensor | None,
+    class_dim: int | None,
     backend: str,
     return_parts: bool,
 ) -> Tensor | tuple[Tensor, Parts]:
@@ -46,18 +47,20 @@ def row_loss(
     _checks.check_reduction(reduction)
     _checks.check_ignore_index(ignore_index)
     if target is None:
-        target, ignore_index = no_target(student_logits, ce_weight), -1
+        if ce_weight != 0.0:
+            raise ValueError(f"target: expected one, since ce_weight is {ce_weight}; got None")
+        ignore_index = -1  # the class that stands in for targets is 0
     if teacher_logits is None:
-        rows = _checks.flatten(student_logits, student_logits, "student_logits", target)
+        rows = _checks.flatten(student_logits, student_logits, "student_logits", target, class_dim)
     else:
-        rows = _checks.flatten(student_logits, teacher_logits, "teacher_logits", target)
+        rows = _checks.flatten(student_logits, teacher_logits, "teacher_logits", target, class_dim)
         _checks.check_teacher_detached(teacher_logits)
-    weight = _checks.flatten_weight(weight, rows.shape, student_logits.device)
+    weight = _checks.flatten_weight(weight, rows, student_logits)
     chosen = backends.choose(backend, student_logits.device, name)
     logits = rows[:2] if teacher_logits is not None else rows[:1]
     packed: Any
     if chosen == "reference":
-        check_targets_if_cheap(rows.target, student_logits.shape[-1], ignore_index)
+        check_targets_if_cheap(rows, ignore_index)
         options: dict[str, Any] = {} if logit_standardization is None else {
             "logit_standardization": logit_standardization
         }  # fmt: skip
@@ -95,16 +98,8 @@ def row_loss(
     return (loss, parts_type(*packed)) if return_parts else loss
 
 
-def no_target(student_logits: Tensor, ce_weight: float) -> Tensor:
-    """Targets for a loss that does without: the same class for every row, which makes no difference to it."""
-    if not isinstance(student_logits, Tensor):
-        raise TypeError(f"student_logits: expected a Tensor, got {type(student_logits).__name__}")
-    if ce_weight != 0.0:
-        raise ValueError(f"target: expected one, since ce_weight is {ce_weight}; got None")
-    return torch.zeros(student_logits.shape[:-1], dtype=torch.int64, device=student_logits.device)
-
-
-def check_targets_if_cheap(target: Tensor, num_classes: int, ignore_index: int) -> None:
+def check_targets_if_cheap(rows: _checks.Rows, ignore_index: int) -> None:
     """Fused backends check as they go; the reference reads the values first where that stalls nothing."""
+    target = rows.target
     if target.device.type == "cpu" and not target.is_floating_point() and not torch.compiler.is_compiling():
-        _checks.check_index_range(target, num_classes, ignore_index)
+        _checks.check_index_range(target, rows.student_logits.shape[1], ignore_index)

@@ -18,7 +18,7 @@ def dist_loss(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = ..., *, beta: float = ...,
     gamma: float = ..., temperature: float = ..., ce_weight: float = ..., label_smoothing: float = ...,
     logit_standardization: bool = ..., ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ...,
-    backend: str = ..., return_parts: Literal[False] = ...,
+    class_dim: int | None = ..., backend: str = ..., return_parts: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -27,8 +27,17 @@ def dist_loss(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = ..., *, beta: float = ...,
     gamma: float = ..., temperature: float = ..., ce_weight: float = ..., label_smoothing: float = ...,
     logit_standardization: bool = ..., ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ...,
-    backend: str = ..., return_parts: Literal[True],
+    class_dim: int | None = ..., backend: str = ..., return_parts: Literal[True],
 ) -> tuple[Tensor, DISTParts]: ...  # fmt: skip
+
+
+@overload
+def dist_loss(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = ..., *, beta: float = ...,
+    gamma: float = ..., temperature: float = ..., ce_weight: float = ..., label_smoothing: float = ...,
+    logit_standardization: bool = ..., ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ...,
+    class_dim: int | None = ..., backend: str = ..., return_parts: bool,
+) -> Tensor | tuple[Tensor, DISTParts]: ...  # fmt: skip
 
 
 def dist_loss(
@@ -45,6 +54,7 @@ def dist_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     weight: Tensor | None = None,
+    class_dim: int | None = None,
     backend: str = "auto",
     return_parts: bool = False,
 ) -> Tensor | tuple[Tensor, DISTParts]:
@@ -76,6 +86,10 @@ def dist_loss(
         weight: What each row weighs, ``(...)``, floating-point, without gradient, at least 0: ``"none"`` gives
             :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
             The correlation along columns is of all rows alike, and so a row of weight 0 has a gradient from it.
+        class_dim: The dimension of the classes, in the logits and in probability targets; the shapes here have it last.
+            None is the last one, which logits of four or more dimensions must say themselves: 1 for (N, C, H, W), as
+            :func:`torch.nn.functional.cross_entropy` has them, -1 for (N, H, W, C). Logits whose classes do not lie
+            side by side in memory are copied, but not (N, C, H, W) in ``torch.channels_last``.
         backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
         return_parts: Return ``(loss, parts)`` with the detached, weighted ``parts.inter``, ``parts.intra`` and
             ``parts.ce``, which sum to the loss.
@@ -97,6 +111,7 @@ def dist_loss(
         "temperature": temperature,
         "logit_standardization": logit_standardization,
         "label_smoothing": label_smoothing,
+        "class_dim": class_dim,
         "backend": backend,
     }
 
@@ -135,7 +150,7 @@ def dist_loss(
     # row's second term depends on every row, so here it is a loss of its own, of which the labels only say which rows
     # count; and of that one number each row has its weight.
     loss, parts = run(target, beta, 0.0, ce_weight, ignore_index, reduction, weight, True)
-    shape = student_logits.shape[:-1]
+    shape = _checks.rows_shape(student_logits.shape, _checks.class_dimension(student_logits, class_dim))
     share = student_logits.new_ones(shape, dtype=loss.dtype) if weight is None else usable_weight(weight, loss.dtype)
     if target is None or target.is_floating_point():
         intra = run(None, 0.0, gamma, 0.0, ignore_index, "mean", None, False)

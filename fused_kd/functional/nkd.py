@@ -15,7 +15,8 @@ from fused_kd.reference import LossParts
 def nkd_loss(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, gamma: float = ..., temperature: float = ...,
     ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ..., ignore_index: int = ...,
-    reduction: str = ..., weight: Tensor | None = ..., backend: str = ..., return_parts: Literal[False] = ...,
+    reduction: str = ..., weight: Tensor | None = ..., class_dim: int | None = ..., backend: str = ...,
+    return_parts: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -23,8 +24,18 @@ def nkd_loss(
 def nkd_loss(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, gamma: float = ..., temperature: float = ...,
     ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ..., ignore_index: int = ...,
-    reduction: str = ..., weight: Tensor | None = ..., backend: str = ..., return_parts: Literal[True],
+    reduction: str = ..., weight: Tensor | None = ..., class_dim: int | None = ..., backend: str = ...,
+    return_parts: Literal[True],
 ) -> tuple[Tensor, LossParts]: ...  # fmt: skip
+
+
+@overload
+def nkd_loss(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, gamma: float = ..., temperature: float = ...,
+    ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ..., ignore_index: int = ...,
+    reduction: str = ..., weight: Tensor | None = ..., class_dim: int | None = ..., backend: str = ...,
+    return_parts: bool,
+) -> Tensor | tuple[Tensor, LossParts]: ...  # fmt: skip
 
 
 def nkd_loss(
@@ -40,6 +51,7 @@ def nkd_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     weight: Tensor | None = None,
+    class_dim: int | None = None,
     backend: str = "auto",
     return_parts: bool = False,
 ) -> Tensor | tuple[Tensor, LossParts]:
@@ -70,6 +82,10 @@ def nkd_loss(
         weight: What each row weighs, ``(...)``, floating-point, without gradient, at least 0: ``"none"`` gives
             :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
             A row of weight 0 adds exactly nothing to the loss and has a zero gradient, whatever it holds.
+        class_dim: The dimension of the classes, in the logits and in probability targets; the shapes here have it last.
+            None is the last one, which logits of four or more dimensions must say themselves: 1 for (N, C, H, W), as
+            :func:`torch.nn.functional.cross_entropy` has them, -1 for (N, H, W, C). Logits whose classes do not lie
+            side by side in memory are copied, but not (N, C, H, W) in ``torch.channels_last``.
         backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
         return_parts: Return ``(loss, parts)`` with the detached, weighted ``parts.target``, ``parts.non_target`` and
             ``parts.ce``, which sum to the loss.
@@ -109,6 +125,7 @@ def nkd_loss(
         ignore_index=ignore_index,
         reduction=reduction,
         weight=weight,
+        class_dim=class_dim,
         backend=backend,
         return_parts=return_parts,
     )

@@ -17,46 +17,29 @@ if TYPE_CHECKING:  # it is there only where PyTorch was built with torch.distrib
 
 @overload
 def uskd_loss(
-    student_logits: Tensor,
-    weak_logits: Tensor,
-    target: Tensor,
-    *,
-    alpha: float = ...,
-    beta: float = ...,
-    mu: float = ...,
-    ce_weight: float = ...,
-    label_smoothing: float = ...,
-    rank: str = ...,
-    square: bool = ...,
-    process_group: ProcessGroup | None = ...,
-    ignore_index: int = ...,
-    reduction: str = ...,
-    weight: Tensor | None = ...,
-    backend: str = ...,
-    return_parts: Literal[False] = ...,
-) -> Tensor: ...
+    student_logits: Tensor, weak_logits: Tensor, target: Tensor, *, alpha: float = ..., beta: float = ...,
+    mu: float = ..., ce_weight: float = ..., label_smoothing: float = ..., rank: str = ..., square: bool = ...,
+    process_group: ProcessGroup | None = ..., ignore_index: int = ..., reduction: str = ...,
+    weight: Tensor | None = ..., class_dim: int | None = ..., backend: str = ..., return_parts: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def uskd_loss(
-    student_logits: Tensor,
-    weak_logits: Tensor,
-    target: Tensor,
-    *,
-    alpha: float = ...,
-    beta: float = ...,
-    mu: float = ...,
-    ce_weight: float = ...,
-    label_smoothing: float = ...,
-    rank: str = ...,
-    square: bool = ...,
-    process_group: ProcessGroup | None = ...,
-    ignore_index: int = ...,
-    reduction: str = ...,
-    weight: Tensor | None = ...,
-    backend: str = ...,
-    return_parts: Literal[True],
-) -> tuple[Tensor, USKDParts]: ...
+    student_logits: Tensor, weak_logits: Tensor, target: Tensor, *, alpha: float = ..., beta: float = ...,
+    mu: float = ..., ce_weight: float = ..., label_smoothing: float = ..., rank: str = ..., square: bool = ...,
+    process_group: ProcessGroup | None = ..., ignore_index: int = ..., reduction: str = ...,
+    weight: Tensor | None = ..., class_dim: int | None = ..., backend: str = ..., return_parts: Literal[True],
+) -> tuple[Tensor, USKDParts]: ...  # fmt: skip
+
+
+@overload
+def uskd_loss(
+    student_logits: Tensor, weak_logits: Tensor, target: Tensor, *, alpha: float = ..., beta: float = ...,
+    mu: float = ..., ce_weight: float = ..., label_smoothing: float = ..., rank: str = ..., square: bool = ...,
+    process_group: ProcessGroup | None = ..., ignore_index: int = ..., reduction: str = ...,
+    weight: Tensor | None = ..., class_dim: int | None = ..., backend: str = ..., return_parts: bool,
+) -> Tensor | tuple[Tensor, USKDParts]: ...  # fmt: skip
 
 
 def uskd_loss(
@@ -75,6 +58,7 @@ def uskd_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     weight: Tensor | None = None,
+    class_dim: int | None = None,
     backend: str = "auto",
     return_parts: bool = False,
 ) -> Tensor | tuple[Tensor, USKDParts]:
@@ -127,6 +111,10 @@ def uskd_loss(
         weight: What each row weighs, ``(...)``, floating-point, without gradient, at least 0: ``"none"`` gives
             :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
             A row of weight 0 adds nothing to the loss and has zero gradients; the mean in P is of all rows alike.
+        class_dim: The dimension of the classes, in the logits and in probability targets; the shapes here have it last.
+            None is the last one, which logits of four or more dimensions must say themselves: 1 for (N, C, H, W), as
+            :func:`torch.nn.functional.cross_entropy` has them, -1 for (N, H, W, C). Logits whose classes do not lie
+            side by side in memory are copied, but not (N, C, H, W) in ``torch.channels_last``.
         backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
         return_parts: Return ``(loss, parts)`` with the detached, weighted ``parts.target``, ``parts.non_target``,
             ``parts.weak`` and ``parts.ce``, which sum to the loss.
@@ -158,7 +146,7 @@ def uskd_loss(
         >>> target = torch.randint(1000, (8,))
         >>> uskd_loss(student_logits, weak_logits, target, ce_weight=1.0).backward()
     """
-    rows = _checks.flatten(student_logits, weak_logits, "weak_logits", target)
+    rows = _checks.flatten(student_logits, weak_logits, "weak_logits", target, class_dim)
     alpha = _checks.check_scalar("alpha", alpha)
     beta = _checks.check_scalar("beta", beta)
     mu = _checks.check_scalar("mu", mu)
@@ -167,10 +155,10 @@ def uskd_loss(
     _check_soft_label_arguments(rank, square, ignore_index)
     _checks.check_process_group(process_group)
     _checks.check_reduction(reduction)
-    weight = _checks.flatten_weight(weight, rows.shape, student_logits.device)
+    weight = _checks.flatten_weight(weight, rows, student_logits)
     chosen = backends.choose(backend, student_logits.device, "uskd")
     if chosen == "reference":
-        check_targets_if_cheap(rows.target, student_logits.shape[-1], ignore_index)
+        check_targets_if_cheap(rows, ignore_index)
     batch_sums = _batch_sums(rows, square, ignore_index, chosen, process_group)
     parts: USKDParts | None
     if chosen == "reference":
@@ -218,6 +206,7 @@ def uskd_soft_labels(
     square: bool = True,
     process_group: ProcessGroup | None = None,
     ignore_index: int = -100,
+    class_dim: int | None = None,
 ) -> Tensor:
     r"""The labels that USKD makes for each class: :math:`P_k` at the targets, :math:`\hat z_j` elsewhere.
 
@@ -231,9 +220,10 @@ def uskd_soft_labels(
         square: False puts :math:`p_k` where P has :math:`p_k^2`.
         process_group: Take the mean in P over all processes of this group.
         ignore_index: Rows with this class index count nowhere, and their labels are 0.
+        class_dim: The dimension of the classes, as for :func:`uskd_loss`.
 
     Shape:
-        ``(..., C)``, float64 if any logits are, else float32.
+        That of the logits, float64 if any logits are, else float32.
 
     Returns:
         The labels, detached. The Zipf labels of a row sum to 1; P, around the label's value, is no probability. 0 where
@@ -246,15 +236,16 @@ def uskd_soft_labels(
         >>> labels = uskd_soft_labels(student_logits, weak_logits, target)
         >>> values, classes = labels[0].topk(5)
     """
-    rows = _checks.flatten(student_logits, weak_logits, "weak_logits", target)
+    rows = _checks.flatten(student_logits, weak_logits, "weak_logits", target, class_dim)
     _check_soft_label_arguments(rank, square, ignore_index)
     _checks.check_process_group(process_group)
-    check_targets_if_cheap(rows.target, student_logits.shape[-1], ignore_index)
+    check_targets_if_cheap(rows, ignore_index)
     batch_sums = _batch_sums(rows, square, ignore_index, "reference", process_group)
     labels = reference.uskd_soft_labels(
         *rows[:3], rank=rank, square=square, ignore_index=ignore_index, batch_sums=batch_sums
     )
-    return labels.reshape(student_logits.shape)
+    dim = _checks.class_dimension(student_logits, class_dim)
+    return labels.reshape(*rows.shape, -1).movedim(-1, dim)
 
 
 def _check_soft_label_arguments(rank: str, square: bool, ignore_index: int) -> None:

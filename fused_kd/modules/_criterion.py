@@ -24,8 +24,12 @@ class Criterion(nn.Module):
             setattr(self, name, options[name])
 
     def _call(self, *tensors: Tensor | None, weight: Tensor | None, return_parts: bool) -> Any:
-        options = {name: value() if callable(value := getattr(self, name)) else value for name in self._names}
+        options = {name: self._value(name) for name in self._names}
         return type(self)._function(*tensors, **options, weight=weight, return_parts=return_parts)
+
+    def _value(self, name: str) -> Any:
+        value = getattr(self, name)
+        return value() if callable(value) else value
 
     def extra_repr(self) -> str:
         options = {name: getattr(self, name) for name in self._names}

@@ -28,6 +28,7 @@ class TfKDLoss(Criterion):
         ignore_index: int = -100,
         reduction: str = "mean",
         backend: str = "auto",
+        class_dim: int | None = None,
     ) -> None:
         super().__init__(locals())
 
@@ -59,6 +60,7 @@ class ZipfLSLoss(Criterion):
         ignore_index: int = -100,
         reduction: str = "mean",
         backend: str = "auto",
+        class_dim: int | None = None,
     ) -> None:
         super().__init__(locals())
 

@@ -29,6 +29,7 @@ class NKDLoss(Criterion):
         ignore_index: int = -100,
         reduction: str = "mean",
         backend: str = "auto",
+        class_dim: int | None = None,
     ) -> None:
         super().__init__(locals())
 
@@ -66,6 +67,7 @@ class KDLoss(Criterion):
         ignore_index: int = -100,
         reduction: str = "mean",
         backend: str = "auto",
+        class_dim: int | None = None,
     ) -> None:
         super().__init__(locals())
 
@@ -105,6 +107,7 @@ class DKDLoss(Criterion):
         ignore_index: int = -100,
         reduction: str = "mean",
         backend: str = "auto",
+        class_dim: int | None = None,
     ) -> None:
         super().__init__(locals())
 
@@ -143,6 +146,7 @@ class WSLDLoss(Criterion):
         ignore_index: int = -100,
         reduction: str = "mean",
         backend: str = "auto",
+        class_dim: int | None = None,
     ) -> None:
         super().__init__(locals())
 
@@ -181,6 +185,7 @@ class JSLoss(Criterion):
         ignore_index: int = -100,
         reduction: str = "mean",
         backend: str = "auto",
+        class_dim: int | None = None,
     ) -> None:
         super().__init__(locals())
 
@@ -220,6 +225,7 @@ class DISTLoss(Criterion):
         ignore_index: int = -100,
         reduction: str = "mean",
         backend: str = "auto",
+        class_dim: int | None = None,
     ) -> None:
         super().__init__(locals())
 
