@@ -137,17 +137,16 @@ def rows_shape(shape: tuple[int, ...], dim: int) -> tuple[int, ...]:
 
 def _fits(shape: tuple[int, ...], given: Any, name: str = "target") -> str:
     """To end a message: which ``class_dim`` fits class indices, or a weight per row, of this shape, if any does."""
-    if not isinstance(given, Tensor):
+    if not isinstance(given, Tensor) or len(shape) < 3:
         return ""
     wanted = tuple(given.shape)
+    kept = name == "target"  # indices may have kept their dimension of the classes
     fitting = [
         dim
         for dim in range(len(shape))
-        if wanted in (rows_shape(shape, dim), (*shape[:dim], 1, *shape[dim + 1 :])) and shape[dim] >= 2
+        if wanted == rows_shape(shape, dim) or (kept and wanted == (*shape[:dim], 1, *shape[dim + 1 :]))
     ]
-    if not fitting:
-        return ""
-    return f"; the {name}'s shape {wanted} fits class_dim={' or '.join(map(str, fitting))}"
+    return f"; the {name}'s shape {wanted} fits class_dim={' or '.join(map(str, fitting))}" if fitting else ""
 
 
 def flatten(
@@ -250,28 +249,32 @@ def flatten_dense(dense_logits: Tensor, student_logits: Tensor, rows: Rows) -> T
 
 
 def flatten_weight(weight: Tensor | None, rows: Rows, student_logits: Tensor) -> Tensor | None:
-    """A weight per row, of the rows' shape ``(...)``, viewed as ``(N,)``.
+    """A weight per row, of the rows' shape ``(...)``, viewed as ``(N,)``; a boolean mask as 0 and 1.
 
     Raises:
-        TypeError: it is no Tensor, or not of floating point.
+        TypeError: it is no Tensor, or of integers.
         ValueError: its shape or device is another, it requires grad, or on the CPU one is negative or not finite.
     """
     if weight is None:
         return None
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: expected a Tensor with one weight per row, or None, got {type(weight).__name__}")
-    if weight.dtype not in _LOGIT_DTYPES:
-        raise TypeError(f"weight: expected float64, float32, float16 or bfloat16 weights, got {weight.dtype}")
+    if weight.dtype not in (*_LOGIT_DTYPES, torch.bool):
+        raise TypeError(f"weight: expected float64, float32, float16 or bfloat16 weights or a mask, got {weight.dtype}")
     if weight.shape != rows.shape:
+        of_classes = "; one per class, as F.cross_entropy's weight is, cannot be had: these weigh rows"
         raise ValueError(
             f"weight: expected one per row, of shape {tuple(rows.shape)}, got {tuple(weight.shape)}"
             f"{_fits(tuple(student_logits.shape), weight, 'weight')}"
+            f"{of_classes if weight.shape == rows.student_logits.shape[1:] else ''}"
         )
     device = student_logits.device
     if weight.device != device:
         raise ValueError(f"weight: expected the device of student_logits, {device}, got {weight.device}")
     if weight.requires_grad:
         raise ValueError("weight: expected weights that do not require grad, since none flows there; detach them")
+    if weight.dtype == torch.bool:
+        return weight.reshape(-1).to(torch.float32)
     if device.type == "cpu" and not torch.compiler.is_compiling():
         bad = ~((weight >= 0) & (weight < math.inf))
         if bool(bad.any()):
@@ -279,14 +282,27 @@ def flatten_weight(weight: Tensor | None, rows: Rows, student_logits: Tensor) ->
     return weight.reshape(-1)
 
 
-def index_error(target: int, num_classes: int, ignore_index: int) -> IndexError:
+def row_error(target: Tensor, row: int, num_classes: int, ignore_index: int) -> Exception:
+    """Of a row whose class index is out of range, or whose probabilities are none."""
+    if target.is_floating_point():
+        return ValueError(
+            "target: expected class probabilities, of which those of a row sum to 1, got a row that sums to "
+            f"{float(target[row].double().sum()):.6g}; divide by that, or make a row count less by weight="
+        )
     return IndexError(
-        f"target: expected class indices from 0 to {num_classes - 1}, or ignore_index {ignore_index}, got {target}"
+        f"target: expected class indices from 0 to {num_classes - 1}, or ignore_index {ignore_index}, "
+        f"got {int(target[row])}"
     )
 
 
-def check_index_range(target: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Raise an IndexError for a class index out of range. Reads the values, so it is for CPU tensors only."""
-    bad = (target != ignore_index) & ((target < 0) | (target >= num_classes))
+def check_target_values(target: Tensor, weight: Tensor | None, num_classes: int, ignore_index: int) -> None:
+    """Raise :func:`row_error` for the first such row. Reads the values, so it is for CPU tensors only."""
+    if target.is_floating_point():
+        # Labels in half precision miss 1 by up to half a per cent; NaN is a row's own affair. As in csrc/cpu/core.cpp.
+        bad = (target.double().sum(dim=1) - 1.0).abs() > 0.02
+        if weight is not None:
+            bad &= weight != 0
+    else:
+        bad = (target != ignore_index) & ((target < 0) | (target >= num_classes))
     if bool(bad.any()):
-        raise index_error(int(target[bad.to(torch.uint8).argmax()]), num_classes, ignore_index)
+        raise row_error(target, int(bad.to(torch.uint8).argmax()), num_classes, ignore_index)

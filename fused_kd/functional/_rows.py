@@ -60,7 +60,7 @@ def row_loss(
     logits = rows[:2] if teacher_logits is not None else rows[:1]
     packed: Any
     if chosen == "reference":
-        check_targets_if_cheap(rows, ignore_index)
+        check_targets_if_cheap(rows, ignore_index, weight)
         options: dict[str, Any] = {} if logit_standardization is None else {
             "logit_standardization": logit_standardization
         }  # fmt: skip
@@ -98,8 +98,7 @@ def row_loss(
     return (loss, parts_type(*packed)) if return_parts else loss
 
 
-def check_targets_if_cheap(rows: _checks.Rows, ignore_index: int) -> None:
+def check_targets_if_cheap(rows: _checks.Rows, ignore_index: int, weight: Tensor | None = None) -> None:
     """Fused backends check as they go; the reference reads the values first where that stalls nothing."""
-    target = rows.target
-    if target.device.type == "cpu" and not target.is_floating_point() and not torch.compiler.is_compiling():
-        _checks.check_index_range(target, rows.student_logits.shape[1], ignore_index)
+    if rows.target.device.type == "cpu" and not torch.compiler.is_compiling():
+        _checks.check_target_values(rows.target, weight, rows.student_logits.shape[1], ignore_index)

@@ -83,7 +83,8 @@ def dist_loss(
         logit_standardization: Put the z-scores of both logits, row by row, into all but the cross-entropy.
         ignore_index: Rows with this class index are in no term and get a zero gradient.
         reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
-        weight: What each row weighs, ``(...)``, floating-point, without gradient, at least 0: ``"none"`` gives
+        weight: What each row weighs, ``(...)``: a boolean mask, or floating-point, without gradient, at least 0. Not
+            what each class weighs, as in cross_entropy; of as many rows as classes nothing tells. ``"none"`` gives
             :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
             The correlation along columns is of all rows alike, and so a row of weight 0 has a gradient from it.
         class_dim: The dimension of the classes, in the logits and in probability targets; the shapes here have it last.

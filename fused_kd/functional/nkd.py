@@ -79,7 +79,8 @@ def nkd_loss(
         logit_standardization: Put the z-scores of both logits, row by row, into all but the cross-entropy.
         ignore_index: Rows with this class index count nowhere and get a zero gradient.
         reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
-        weight: What each row weighs, ``(...)``, floating-point, without gradient, at least 0: ``"none"`` gives
+        weight: What each row weighs, ``(...)``: a boolean mask, or floating-point, without gradient, at least 0. Not
+            what each class weighs, as in cross_entropy; of as many rows as classes nothing tells. ``"none"`` gives
             :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
             A row of weight 0 adds exactly nothing to the loss and has a zero gradient, whatever it holds.
         class_dim: The dimension of the classes, in the logits and in probability targets; the shapes here have it last.
@@ -99,7 +100,9 @@ def nkd_loss(
 
     Raises:
         TypeError: An argument has a type or dtype that is not supported.
-        ValueError: Shapes, devices or hyper-parameters do not fit, or the teacher requires grad.
+        ValueError: Shapes, devices or hyper-parameters do not fit, the teacher requires grad, or on the CPU a row's
+            probabilities do not sum to 1, give or take 0.02. On a GPU, where checking would stall, in Triton and in a
+            compiled reference they are taken as they are.
         IndexError: A class index is out of range, on the CPU. On a GPU, where checking would stall, that row is NaN; so
             is there one whose weight is negative or not finite, else a ValueError.
         RuntimeError: ``backend`` names one that cannot run here, with the reason; or the loss is differentiated twice

@@ -72,7 +72,8 @@ def tf_kd_loss(
         label_smoothing: Of the cross-entropy's labels, as in :func:`torch.nn.functional.cross_entropy`.
         ignore_index: Rows with this class index count nowhere and get a zero gradient.
         reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
-        weight: What each row weighs, ``(...)``, floating-point, without gradient, at least 0: ``"none"`` gives
+        weight: What each row weighs, ``(...)``: a boolean mask, or floating-point, without gradient, at least 0. Not
+            what each class weighs, as in cross_entropy; of as many rows as classes nothing tells. ``"none"`` gives
             :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
             A row of weight 0 adds exactly nothing to the loss and has a zero gradient, whatever it holds.
         class_dim: The dimension of the classes, in the logits and in probability targets; the shapes here have it last.
@@ -182,7 +183,8 @@ def zipf_ls_loss(
         label_smoothing: Of the cross-entropy's labels, as in :func:`torch.nn.functional.cross_entropy`.
         ignore_index: Rows with this class index count nowhere and get a zero gradient.
         reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
-        weight: What each row weighs, ``(...)``, floating-point, without gradient, at least 0: ``"none"`` gives
+        weight: What each row weighs, ``(...)``: a boolean mask, or floating-point, without gradient, at least 0. Not
+            what each class weighs, as in cross_entropy; of as many rows as classes nothing tells. ``"none"`` gives
             :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
             A row of weight 0 adds exactly nothing to the loss and has a zero gradient, whatever it holds.
         class_dim: The dimension of the classes, in the logits and in probability targets; the shapes here have it last.
@@ -219,7 +221,7 @@ def zipf_ls_loss(
     chosen = backends.choose(backend, student_logits.device, "zipf_ls")
     packed: Any
     if chosen == "reference":
-        check_targets_if_cheap(rows, ignore_index)
+        check_targets_if_cheap(rows, ignore_index, weight)
         loss, packed = reference.zipf_ls_loss(
             rows.student_logits,
             dense,

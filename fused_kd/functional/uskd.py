@@ -108,7 +108,8 @@ def uskd_loss(
             is over this batch. What ``reduction`` does stays within the process.
         ignore_index: Rows with this class index count nowhere, nor in the mean in P, and get a zero gradient.
         reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
-        weight: What each row weighs, ``(...)``, floating-point, without gradient, at least 0: ``"none"`` gives
+        weight: What each row weighs, ``(...)``: a boolean mask, or floating-point, without gradient, at least 0. Not
+            what each class weighs, as in cross_entropy; of as many rows as classes nothing tells. ``"none"`` gives
             :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
             A row of weight 0 adds nothing to the loss and has zero gradients; the mean in P is of all rows alike.
         class_dim: The dimension of the classes, in the logits and in probability targets; the shapes here have it last.
@@ -134,8 +135,8 @@ def uskd_loss(
 
     Raises:
         TypeError: An argument has a type or dtype that is not supported.
-        ValueError: Shapes, devices or hyper-parameters do not fit, or there is a ``process_group`` but
-            torch.distributed is not initialised.
+        ValueError: Shapes, devices or hyper-parameters do not fit, probabilities do not sum to 1, as in
+            :func:`nkd_loss`, or there is a ``process_group`` but torch.distributed is not initialised.
         IndexError: A class index is out of range, on the CPU. On a GPU, where checking would stall, that row is NaN,
             and through the mean in P the target terms of all.
         RuntimeError: ``backend`` names one that cannot run here, with the reason; or the loss is differentiated twice
@@ -158,7 +159,7 @@ def uskd_loss(
     weight = _checks.flatten_weight(weight, rows, student_logits)
     chosen = backends.choose(backend, student_logits.device, "uskd")
     if chosen == "reference":
-        check_targets_if_cheap(rows, ignore_index)
+        check_targets_if_cheap(rows, ignore_index, weight)
     batch_sums = _batch_sums(rows, square, ignore_index, chosen, process_group)
     parts: USKDParts | None
     if chosen == "reference":
