@@ -45,6 +45,21 @@ def check_fraction(name: str, value: float) -> float:
     return value
 
 
+def check_share(name: str, value: float) -> float:
+    """A number from 0 to 1; returned as a float."""
+    value = check_scalar(name, value)
+    if value > 1.0:
+        raise ValueError(f"{name}: expected a number from 0 to 1, got {value}")
+    return value
+
+
+def check_count(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
@@ -64,17 +79,18 @@ def check_ignore_index(ignore_index: int) -> None:
         raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
 
 
-def _check_logits(name: str, logits: Tensor) -> None:
+def _check_logits(name: str, logits: Tensor | None) -> Tensor:
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(logits).__name__}")
     if logits.dtype not in _LOGIT_DTYPES:
         raise TypeError(f"{name}: expected float64, float32, float16 or bfloat16 logits, got {logits.dtype}")
     if logits.dim() == 0:
         raise ValueError(f"{name}: expected logits of shape (..., C), got a scalar")
+    return logits
 
 
-def check_teacher_detached(teacher_logits: Tensor) -> None:
-    if teacher_logits.requires_grad:
+def check_teacher_detached(teacher_logits: Tensor | None) -> None:
+    if teacher_logits is not None and teacher_logits.requires_grad:
         raise ValueError(
             "teacher_logits: expected logits that do not require grad, since no gradient flows to the teacher; "
             "run the teacher under torch.no_grad() or pass teacher_logits.detach()"
@@ -151,7 +167,7 @@ def _fits(shape: tuple[int, ...], given: Any, name: str = "target") -> str:
 
 def flatten(
     student_logits: Tensor,
-    other_logits: Tensor,
+    other_logits: Tensor | None,
     other_name: str,
     target: Tensor | None,
     class_dim: int | None = None,
@@ -165,7 +181,7 @@ def flatten(
         ValueError: shapes or devices disagree, there are fewer than two classes, or a target requires grad.
     """
     _check_logits("student_logits", student_logits)
-    _check_logits(other_name, other_logits)
+    other_logits = _check_logits(other_name, other_logits)
     if target is not None and not isinstance(target, Tensor):
         raise TypeError(f"target: expected a Tensor, got {type(target).__name__}")
     shape = student_logits.shape

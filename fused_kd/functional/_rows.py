@@ -33,37 +33,34 @@ def row_loss(
     class_dim: int | None,
     backend: str,
     return_parts: bool,
+    has_teacher: bool = True,
 ) -> Tensor | tuple[Tensor, Parts]:
     """Run a row loss; ``own`` has its own weights, at most two, in the order of :data:`fused_kd.registry.Weights`.
 
-    A loss without a teacher has None for it and for ``logit_standardization``.
+    Without a teacher there are no ``teacher_logits`` and no ``logit_standardization``: both are None.
     """
     own = {key: _checks.check_scalar(key, value) for key, value in own.items()}
     temperature = _checks.check_scalar("temperature", temperature, positive=True)
     ce_weight = _checks.check_scalar("ce_weight", ce_weight)
     label_smoothing = _checks.check_fraction("label_smoothing", label_smoothing)
-    if logit_standardization is not None:
-        _checks.check_flag("logit_standardization", logit_standardization)
+    options: dict[str, Any] = {"logit_standardization": logit_standardization} if has_teacher else {}
+    for flag, value in options.items():
+        _checks.check_flag(flag, value)
     _checks.check_reduction(reduction)
     _checks.check_ignore_index(ignore_index)
     if target is None:
         if ce_weight != 0.0:
             raise ValueError(f"target: expected one, since ce_weight is {ce_weight}; got None")
         ignore_index = -1  # the class that stands in for targets is 0
-    if teacher_logits is None:
-        rows = _checks.flatten(student_logits, student_logits, "student_logits", target, class_dim)
-    else:
-        rows = _checks.flatten(student_logits, teacher_logits, "teacher_logits", target, class_dim)
-        _checks.check_teacher_detached(teacher_logits)
+    name_of_other, other = ("teacher_logits", teacher_logits) if has_teacher else ("student_logits", student_logits)
+    rows = _checks.flatten(student_logits, other, name_of_other, target, class_dim)
+    _checks.check_teacher_detached(teacher_logits)
     weight = _checks.flatten_weight(weight, rows, student_logits)
     chosen = backends.choose(backend, student_logits.device, name)
-    logits = rows[:2] if teacher_logits is not None else rows[:1]
+    logits = rows[:2] if has_teacher else rows[:1]
     packed: Any
     if chosen == "reference":
         check_targets_if_cheap(rows, ignore_index, weight)
-        options: dict[str, Any] = {} if logit_standardization is None else {
-            "logit_standardization": logit_standardization
-        }  # fmt: skip
         loss, packed = reference(
             *logits,
             rows.target,
@@ -79,7 +76,7 @@ def row_loss(
     else:
         loss, packed = autograd.row_loss(
             rows.student_logits,
-            rows.other_logits if teacher_logits is not None else None,
+            rows.other_logits if has_teacher else None,
             rows.target,
             weight,
             name,

@@ -213,8 +213,7 @@ def js_loss(
     Example:
         >>> js_loss(student_logits, teacher_logits, token_ids, beta=0.5, ignore_index=pad_id).backward()
     """
-    if _checks.check_scalar("beta", beta) > 1.0:
-        raise ValueError(f"beta: expected a number from 0 to 1, got {beta}")
+    _checks.check_share("beta", beta)
     return row_loss(
         "js",
         reference.js_loss,

@@ -116,6 +116,7 @@ def tf_kd_loss(
         class_dim=class_dim,
         backend=backend,
         return_parts=return_parts,
+        has_teacher=False,
     )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
-from fused_kd import functional
+from fused_kd import _checks, functional
 from fused_kd.modules._criterion import Criterion
 from fused_kd.reference import DistillationParts, DISTParts, LossParts
 
@@ -174,6 +176,7 @@ class JSLoss(Criterion):
     """
 
     _function = staticmethod(functional.js_loss)
+    _own_checks: ClassVar = {"beta": _checks.check_share}
 
     def __init__(
         self,

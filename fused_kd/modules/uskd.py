@@ -73,10 +73,8 @@ class USKDLoss(Criterion):
         class_dim: int | None = None,
     ) -> None:
         super().__init__(locals())
-        if in_features < 1:
-            raise ValueError(f"in_features: expected at least 1, got {in_features}")
-        if num_classes < 2:
-            raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
+        _checks.check_count("in_features", in_features, 1)
+        _checks.check_count("num_classes", num_classes, 2)
         self.weak_classifier = nn.Linear(in_features, num_classes)
 
     def forward(
