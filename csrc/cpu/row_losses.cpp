@@ -145,8 +145,12 @@ FKD_NOINLINE RowResult row_pass(const RowArgs& args, const RowParams& params, co
         stats.pointwise = probabilities.sums(params.standardize ? &s_moments : nullptr);
     }
     RowResult result = row_loss(stats, params);
-    if constexpr (pointwise)
-        if (stats.s_target != -INFINITY) result.target = probabilities.gradient_at_target(result.slopes);
+    if constexpr (pointwise) {
+        if (stats.s_target != -INFINITY)
+            result.target = probabilities.gradient_at_target(result.slopes);
+        else if (result.parts[0] != result.parts[0])
+            result.target = NAN; // a row without a value: a target that cannot occur, or a NaN or +inf elsewhere
+    }
     if (!wanted) return result;
 
     Coefficients c = {result.soft,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_kd import _checks, backends, reference
+from fused_kd.functional._infinities import infinities
 from fused_kd.functional._rows import row_loss
 from fused_kd.reference import DISTParts
 from fused_kd.reference.rows import usable_weight
@@ -40,6 +41,10 @@ def dist_loss(
 ) -> Tensor | tuple[Tensor, DISTParts]: ...  # fmt: skip
 
 
+@infinities(
+    "A teacher's -inf is a probability of 0. The correlations take both as numbers, and the loss stays finite.",
+    "through the columns, unless gamma is 0, those of all rows",
+)
 def dist_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,

@@ -7,6 +7,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from fused_kd import _checks, reference
+from fused_kd.functional._infinities import WITH_A_TEACHER, infinities
 from fused_kd.functional._rows import row_loss
 from fused_kd.reference import DistillationParts
 
@@ -38,6 +39,7 @@ def kd_loss(
 ) -> Tensor | tuple[Tensor, DistillationParts]: ...  # fmt: skip
 
 
+@infinities(WITH_A_TEACHER)
 def kd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -147,6 +149,11 @@ def js_loss(
 ) -> Tensor | tuple[Tensor, DistillationParts]: ...  # fmt: skip
 
 
+@infinities(
+    """A teacher's -inf is a probability of 0. With beta between 0 and 1 the mixture has what either side has, and the
+    loss stays finite; at 0 it is +inf where the student's probability is 0 and the teacher's is not, at 1 the other way
+    round."""
+)
 def js_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,

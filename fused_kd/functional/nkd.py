@@ -7,6 +7,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from fused_kd import reference
+from fused_kd.functional._infinities import WITH_A_TEACHER, infinities
 from fused_kd.functional._rows import row_loss
 from fused_kd.reference import LossParts
 
@@ -38,6 +39,7 @@ def nkd_loss(
 ) -> Tensor | tuple[Tensor, LossParts]: ...  # fmt: skip
 
 
+@infinities(WITH_A_TEACHER)
 def nkd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,

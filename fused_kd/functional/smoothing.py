@@ -7,6 +7,7 @@ from typing import Any, Literal, overload
 from torch import Tensor
 
 from fused_kd import _checks, autograd, backends, reference
+from fused_kd.functional._infinities import infinities
 from fused_kd.functional._rows import check_targets_if_cheap, row_loss
 from fused_kd.reference import DistillationParts
 
@@ -35,6 +36,7 @@ def tf_kd_loss(
 ) -> Tensor | tuple[Tensor, DistillationParts]: ...  # fmt: skip
 
 
+@infinities("The virtual teacher gives every class some probability, so the loss is +inf where there is such a class.")
 def tf_kd_loss(
     student_logits: Tensor,
     target: Tensor,
@@ -144,6 +146,11 @@ def zipf_ls_loss(
 ) -> Tensor | tuple[Tensor, DistillationParts]: ...  # fmt: skip
 
 
+@infinities(
+    """If it is no target it leaves the non-target set, as in USKD: it takes no Zipf mass, keeps its place in the
+    ranking, and the others' weights are renormalised, so the divergence stays finite. The dense logits only vote: one
+    of -inf is a small number, +inf the largest, and a NaN among a row's counts as one of the student's."""
+)
 def zipf_ls_loss(
     student_logits: Tensor,
     dense_logits: Tensor,

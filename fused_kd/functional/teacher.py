@@ -7,6 +7,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from fused_kd import reference
+from fused_kd.functional._infinities import WITH_A_TEACHER, infinities
 from fused_kd.functional._rows import row_loss
 from fused_kd.reference import DistillationParts, LossParts
 
@@ -38,6 +39,7 @@ def dkd_loss(
 ) -> Tensor | tuple[Tensor, LossParts]: ...  # fmt: skip
 
 
+@infinities(WITH_A_TEACHER)
 def dkd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -153,6 +155,7 @@ def wsld_loss(
 ) -> Tensor | tuple[Tensor, DistillationParts]: ...  # fmt: skip
 
 
+@infinities(WITH_A_TEACHER)
 def wsld_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, distributed
 
 from fused_kd import _checks, autograd, backends, reference
+from fused_kd.functional._infinities import infinities
 from fused_kd.functional._rows import check_targets_if_cheap
 from fused_kd.reference import USKDParts
 
@@ -42,6 +43,12 @@ def uskd_loss(
 ) -> Tensor | tuple[Tensor, USKDParts]: ...  # fmt: skip
 
 
+@infinities(
+    """If it is no target it leaves the non-target set: it takes no Zipf mass, keeps its place in the ranking, and the
+    others' weights are renormalised. The target term is +inf where it is a target of P other than 0. A weak logit of
+    -inf makes the weak term, which supervises every class, +inf; no gradient flows there.""",
+    "both gradients of that row; among the student's logits, through the mean in P, those of all rows",
+)
 def uskd_loss(
     student_logits: Tensor,
     weak_logits: Tensor,
@@ -120,11 +127,7 @@ def uskd_loss(
         return_parts: Return ``(loss, parts)`` with the detached, weighted ``parts.target``, ``parts.non_target``,
             ``parts.weak`` and ``parts.ce``, which sum to the loss.
 
-    A student's logit of -inf is a class that cannot occur: it gets no gradient and, if it is no target, no Zipf mass;
-    it keeps its place in the ranking, and the others' weights are renormalised. A weak logit of -inf makes the weak
-    term, which supervises every class, +inf; no gradient flows there. Where one class is left outside the targets, as
-    with C = 2, the non-target term is 0. A NaN makes the loss of its row NaN, and both gradients; among the student's
-    logits it makes, through the mean in P, every row's.
+    Where one class is left outside the targets, as with C = 2, the non-target term is 0.
 
     Shape:
         The loss is a scalar, or has the shape of the class indices ``(...)`` for ``reduction="none"``. Its dtype is
