@@ -26,7 +26,10 @@ class Rows(NamedTuple):
 def check_scalar(name: str, value: float, *, positive: bool = False) -> float:
     """A finite hyper-parameter, at least 0, or above 0 when ``positive``; returned as a float."""
     if isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a Python number, got a Tensor (a float keeps the device free of a sync)")
+        learned = "; no gradient flows to it: what is to learn has no place here" if value.requires_grad else ""
+        raise TypeError(
+            f"{name}: expected a Python number, got a Tensor (a float keeps the device free of a sync{learned})"
+        )
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if positive:
@@ -92,8 +95,10 @@ def _check_logits(name: str, logits: Tensor | None) -> Tensor:
 def check_teacher_detached(teacher_logits: Tensor | None) -> None:
     if teacher_logits is not None and teacher_logits.requires_grad:
         raise ValueError(
-            "teacher_logits: expected logits that do not require grad, since no gradient flows to the teacher; "
-            "run the teacher under torch.no_grad() or pass teacher_logits.detach()"
+            "teacher_logits: expected logits that do not require grad, since no backend gives the teacher a gradient; "
+            "got some that do. Run the teacher under torch.no_grad() or pass teacher_logits.detach(). If something in "
+            "them is to learn, such as a temperature that is a parameter, do not detach, which would stop it in "
+            "silence: write that loss in PyTorch"
         )
 
 
