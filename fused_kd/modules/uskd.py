@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, overload
 
 from torch import Tensor, nn
 
 from fused_kd import _checks, functional
-from fused_kd.modules._criterion import Criterion
+from fused_kd.modules._criterion import Criterion, Scheduled
 from fused_kd.reference import USKDParts
 
 if TYPE_CHECKING:  # it is there only where PyTorch was built with torch.distributed
@@ -52,6 +52,13 @@ class USKDLoss(Criterion):
         >>> loss = criterion(student_logits, feature, target)
     """
 
+    alpha: Scheduled
+    beta: Scheduled
+    mu: Scheduled
+    rank: str
+    square: bool
+    process_group: ProcessGroup | None
+
     _function = staticmethod(functional.uskd_loss)
     _further = ("in_features", "num_classes")
 
@@ -59,11 +66,11 @@ class USKDLoss(Criterion):
         self,
         in_features: int,
         num_classes: int,
-        alpha: float = 1.0,
-        beta: float = 0.1,
-        mu: float = 0.005,
-        ce_weight: float = 0.0,
-        label_smoothing: float = 0.0,
+        alpha: Scheduled = 1.0,
+        beta: Scheduled = 0.1,
+        mu: Scheduled = 0.005,
+        ce_weight: Scheduled = 0.0,
+        label_smoothing: Scheduled = 0.0,
         rank: str = "normalized",
         square: bool = True,
         process_group: ProcessGroup | None = None,
@@ -76,6 +83,24 @@ class USKDLoss(Criterion):
         _checks.check_count("in_features", in_features, 1)
         _checks.check_count("num_classes", num_classes, 2)
         self.weak_classifier = nn.Linear(in_features, num_classes)
+
+    @overload
+    def forward(
+        self, student_logits: Tensor, feature: Tensor, target: Tensor, *, weight: Tensor | None = ...,
+        return_parts: Literal[False] = ...,
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, student_logits: Tensor, feature: Tensor, target: Tensor, *, weight: Tensor | None = ...,
+        return_parts: Literal[True],
+    ) -> tuple[Tensor, USKDParts]: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, student_logits: Tensor, feature: Tensor, target: Tensor, *, weight: Tensor | None = ...,
+        return_parts: bool,
+    ) -> Tensor | tuple[Tensor, USKDParts]: ...  # fmt: skip
 
     def forward(
         self,
