@@ -101,8 +101,9 @@ def table(now: dict[str, Any], before: dict[str, Any] | None = None) -> str:
     """Markdown."""
     known = {_place(entry): entry for entry in (before or {"results": []})["results"]}
     lines = [
-        f"Microseconds of each kernel on a machine with an {now['machine']['gpu']}, bfloat16, forward and backward, caches emptied "
-        f"before; a copy moves {now['copy'] / 1e12:.2f} TB/s" + (", and in brackets before tuning." if before else "."),
+        f"Microseconds of each kernel on a machine with an {now['machine']['gpu']}, bfloat16, forward and backward, caches"
+        f" emptied before; a copy moves {now['copy'] / 1e12:.2f} TB/s"
+        + (". In brackets as it was before tuning." if before else "."),
         "",
         "| loss, backend | N×C | kernels | all | of copy bandwidth |",
         "|---|---|---|---:|---:|",

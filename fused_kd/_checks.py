@@ -16,7 +16,8 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 class Rows(NamedTuple):
-    """Arguments flattened to rows: logits ``(N, C)``, target ``(N,)`` int64 or ``(N, C)``, and the target's shape."""
+    """Arguments flattened to rows: logits ``(N, C)``, target ``(N,)`` int64 or ``(N, C)``; ``shape`` is what the rows
+    have in the logits, that of class indices."""
 
     student_logits: Tensor
     other_logits: Tensor
@@ -27,7 +28,10 @@ class Rows(NamedTuple):
 def check_scalar(name: str, value: float, *, positive: bool = False) -> float:
     """A finite hyper-parameter, at least 0, or above 0 when ``positive``; returned as a float."""
     if isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a Python number, got a Tensor (a float keeps the device free of a sync)")
+        learned = "; no gradient flows to it: what is to learn has no place here" if value.requires_grad else ""
+        raise TypeError(
+            f"{name}: expected a Python number, got a Tensor (a float keeps the device free of a sync{learned})"
+        )
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if positive:
@@ -44,6 +48,21 @@ def check_fraction(name: str, value: float) -> float:
     if not value < 1.0:
         raise ValueError(f"{name}: expected a number from 0 to below 1, got {value}")
     return value
+
+
+def check_share(name: str, value: float) -> float:
+    """A number from 0 to 1; returned as a float."""
+    value = check_scalar(name, value)
+    if value > 1.0:
+        raise ValueError(f"{name}: expected a number from 0 to 1, got {value}")
+    return value
+
+
+def check_count(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -65,20 +84,23 @@ def check_ignore_index(ignore_index: int) -> None:
         raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
 
 
-def _check_logits(name: str, logits: Tensor) -> None:
+def _check_logits(name: str, logits: Tensor | None) -> Tensor:
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(logits).__name__}")
     if logits.dtype not in _LOGIT_DTYPES:
         raise TypeError(f"{name}: expected float64, float32, float16 or bfloat16 logits, got {logits.dtype}")
     if logits.dim() == 0:
         raise ValueError(f"{name}: expected logits of shape (..., C), got a scalar")
+    return logits
 
 
-def check_teacher_detached(teacher_logits: Tensor) -> None:
-    if carries_gradient(teacher_logits):
+def check_teacher_detached(teacher_logits: Tensor | None) -> None:
+    if teacher_logits is not None and carries_gradient(teacher_logits):
         raise ValueError(
-            "teacher_logits: expected logits that do not require grad, since no gradient flows to the teacher; "
-            "run the teacher under torch.no_grad() or pass teacher_logits.detach()"
+            "teacher_logits: expected logits that do not require grad, since no backend gives the teacher a gradient; "
+            "got some that do. Run the teacher under torch.no_grad() or pass teacher_logits.detach(). If something in "
+            "them is to learn, such as a temperature that is a parameter, do not detach, which would stop it in "
+            "silence: write that loss in PyTorch"
         )
 
 
@@ -98,60 +120,147 @@ def check_process_group(process_group: Any) -> None:
         )
 
 
-def flatten(student_logits: Tensor, other_logits: Tensor, other_name: str, target: Tensor) -> Rows:
-    """Check logits ``(..., C)`` and their target, and view them as rows.
+def check_class_dim(class_dim: int | None) -> None:
+    if class_dim is None:
+        return
+    if isinstance(class_dim, bool) or not isinstance(class_dim, (int, torch.SymInt)):
+        raise TypeError(f"class_dim: expected an int or None, got {type(class_dim).__name__}")
+
+
+def class_dimension(student_logits: Tensor, class_dim: int | None, target: Tensor | None = None) -> int:
+    """The dimension of the classes, from 0: ``class_dim``, or the last of up to three where it is None.
+
+    Raises:
+        TypeError: it is no int.
+        ValueError: the logits have no such dimension, or four or more while it is None.
+    """
+    dims = student_logits.dim()
+    if class_dim is None:
+        if dims < 4:
+            return dims - 1
+        shape = tuple(student_logits.shape)
+        raise ValueError(
+            f"class_dim: expected the dimension of the classes, which logits of four or more dimensions must say: "
+            f"class_dim=1 for (N, C, H, W), as F.cross_entropy has it, class_dim=-1 for (N, H, W, C); got None for "
+            f"student_logits of shape {shape}{_fits(shape, target)}"
+        )
+    check_class_dim(class_dim)
+    if not -dims <= class_dim < dims:
+        raise ValueError(
+            f"class_dim: expected from {-dims} to {dims - 1} for student_logits of shape "
+            f"{tuple(student_logits.shape)}, got {class_dim}"
+        )
+    return class_dim % dims
+
+
+def rows_shape(shape: tuple[int, ...], dim: int) -> tuple[int, ...]:
+    """That of the rows of logits of such a shape, whose classes are in dimension ``dim``."""
+    return (*shape[:dim], *shape[dim + 1 :])
+
+
+def _fits(shape: tuple[int, ...], given: Any, name: str = "target") -> str:
+    """To end a message: which ``class_dim`` fits class indices, or a weight per row, of this shape, if any does."""
+    if not isinstance(given, Tensor) or len(shape) < 3:
+        return ""
+    wanted = tuple(given.shape)
+    kept = name == "target"  # indices may have kept their dimension of the classes
+    fitting = [
+        dim
+        for dim in range(len(shape))
+        if wanted == rows_shape(shape, dim) or (kept and wanted == (*shape[:dim], 1, *shape[dim + 1 :]))
+    ]
+    return f"; the {name}'s shape {wanted} fits class_dim={' or '.join(map(str, fitting))}" if fitting else ""
+
+
+def flatten(
+    student_logits: Tensor,
+    other_logits: Tensor | None,
+    other_name: str,
+    target: Tensor | None,
+    class_dim: int | None = None,
+) -> Rows:
+    """Check logits and their target, and view them as rows, which copies where the classes are not innermost in memory.
+
+    Without a target every row gets the class 0.
 
     Raises:
         TypeError: an argument is no Tensor or has a dtype that is not supported.
         ValueError: shapes or devices disagree, there are fewer than two classes, or a target requires grad.
     """
     _check_logits("student_logits", student_logits)
-    _check_logits(other_name, other_logits)
-    if not isinstance(target, Tensor):
+    other_logits = _check_logits(other_name, other_logits)
+    if target is not None and not isinstance(target, Tensor):
         raise TypeError(f"target: expected a Tensor, got {type(target).__name__}")
     shape = student_logits.shape
-    num_classes = shape[-1]
+    dim = class_dimension(student_logits, class_dim, target)
+    num_classes, rows = shape[dim], rows_shape(shape, dim)
     if num_classes < 2:
-        raise ValueError(f"student_logits: expected at least 2 classes in the last dimension, got shape {tuple(shape)}")
+        where = "the last dimension" if dim == len(shape) - 1 else f"dimension {dim}"
+        raise ValueError(f"student_logits: expected at least 2 classes in {where}, got shape {tuple(shape)}")
     if other_logits.shape != shape:
         raise ValueError(
             f"{other_name}: expected the shape of student_logits, {tuple(shape)}, got {tuple(other_logits.shape)}"
         )
     device = student_logits.device
-    for name, tensor in ((other_name, other_logits), ("target", target)):
-        if tensor.device != device:
-            raise ValueError(f"{name}: expected the device of student_logits, {device}, got {tensor.device}")
-    if target.dtype in _INDEX_DTYPES:
-        if target.shape != shape[:-1]:
-            # (N, 1) indices are common in data loaders; published code reads them as soft labels of class 0.
-            if target.shape != (*shape[:-1], 1):
-                raise ValueError(
-                    f"target: expected class indices of shape {tuple(shape[:-1])} for logits of shape {tuple(shape)}, "
-                    f"got {tuple(target.shape)}"
-                )
-            target = target.squeeze(-1)
-        if target.dtype != torch.int64:
-            target = target.to(torch.int64)
-    elif target.dtype in _LOGIT_DTYPES:
-        if target.shape != shape:
-            raise ValueError(
-                f"target: expected class probabilities of shape {tuple(shape)}, got {target.dtype} of shape "
-                f"{tuple(target.shape)} (class indices are integers)"
-            )
-        if carries_gradient(target):
-            raise ValueError("target: expected probabilities that do not require grad; pass target.detach()")
+    if other_logits.device != device:
+        raise ValueError(f"{other_name}: expected the device of student_logits, {device}, got {other_logits.device}")
+    if target is None:
+        target = torch.zeros(rows, dtype=torch.int64, device=device)
     else:
+        target = _check_target(target, student_logits, dim)
+    if len(shape) == 2 and dim == 1:
+        return Rows(student_logits, other_logits, target, rows)
+    target = target.movedim(dim, -1).reshape(-1, num_classes) if target.is_floating_point() else target.reshape(-1)
+    student = student_logits.movedim(dim, -1).reshape(-1, num_classes)
+    other = student if other_logits is student_logits else other_logits.movedim(dim, -1).reshape(-1, num_classes)
+    return Rows(student, other, target, rows)
+
+
+def _check_target(target: Tensor, student_logits: Tensor, dim: int) -> Tensor:
+    """Class indices of the rows' shape, as int64, or probabilities of the logits' shape."""
+    shape = student_logits.shape
+    if target.device != student_logits.device:
+        raise ValueError(f"target: expected the device of student_logits, {student_logits.device}, got {target.device}")
+    if target.dtype in _INDEX_DTYPES:
+        rows = rows_shape(shape, dim)
+        if target.shape != rows:
+            # (N, 1) indices are common in data loaders; published code reads them as soft labels of class 0.
+            if target.shape != (*shape[:dim], 1, *shape[dim + 1 :]):
+                raise ValueError(
+                    f"target: expected class indices of shape {tuple(rows)} for logits of shape {tuple(shape)} with "
+                    f"the classes in dimension {dim}, got {tuple(target.shape)}{_fits(tuple(shape), target)}"
+                )
+            target = target.squeeze(dim)
+        return target if target.dtype == torch.int64 else target.to(torch.int64)
+    if target.dtype not in _LOGIT_DTYPES:
         raise TypeError(f"target: expected integer class indices or floating-point probabilities, got {target.dtype}")
-    if len(shape) == 2:
-        return Rows(student_logits, other_logits, target, shape[:-1])
-    target = target.reshape(-1, num_classes) if target.is_floating_point() else target.reshape(-1)
-    return Rows(student_logits.reshape(-1, num_classes), other_logits.reshape(-1, num_classes), target, shape[:-1])
+    if target.shape != shape:
+        raise ValueError(
+            f"target: expected class probabilities of shape {tuple(shape)}, got {target.dtype} of shape "
+            f"{tuple(target.shape)} (class indices are integers){_moved(tuple(shape), target, dim)}"
+        )
+    if carries_gradient(target):
+        raise ValueError("target: expected probabilities that do not require grad; pass target.detach()")
+    return target
 
 
-def flatten_dense(dense_logits: Tensor, student_logits: Tensor) -> Tensor:
-    """Logits of the positions ``(..., P, C)``, viewed as ``(N, P, C)``."""
+def _moved(shape: tuple[int, ...], target: Tensor, dim: int) -> str:
+    """To end a message: where probabilities have their classes, if they fit the logits but for that."""
+    for at in range(target.dim()):
+        if target.dim() == len(shape) and (*(rest := rows_shape(shape, dim))[:at], shape[dim], *rest[at:]) == tuple(
+            target.shape
+        ):
+            return (
+                f"; its classes seem to be in dimension {at}, and the logits have them in dimension {dim}: pass "
+                f"target.movedim({at}, {dim})"
+            )
+    return ""
+
+
+def flatten_dense(dense_logits: Tensor, student_logits: Tensor, rows: Rows) -> Tensor:
+    """Logits of the positions ``(..., P, C)``, viewed as ``(N, P, C)``; ``...`` is the rows' shape."""
     _check_logits("dense_logits", dense_logits)
-    shape, wanted = dense_logits.shape, student_logits.shape
+    shape, wanted = dense_logits.shape, (*rows.shape, rows.student_logits.shape[1])
     if len(shape) != len(wanted) + 1 or shape[:-2] != wanted[:-1] or shape[-1] != wanted[-1] or shape[-2] == 0:
         expected = ", ".join(map(str, (*wanted[:-1], "P", wanted[-1])))
         raise ValueError(f"dense_logits: expected shape ({expected}) with P at least 1, got {tuple(shape)}")
@@ -162,25 +271,33 @@ def flatten_dense(dense_logits: Tensor, student_logits: Tensor) -> Tensor:
     return dense_logits if len(shape) == 3 else dense_logits.reshape(-1, *shape[-2:])
 
 
-def flatten_weight(weight: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
-    """A weight per row, of the rows' shape ``(...)``, viewed as ``(N,)``.
+def flatten_weight(weight: Tensor | None, rows: Rows, student_logits: Tensor) -> Tensor | None:
+    """A weight per row, of the rows' shape ``(...)``, viewed as ``(N,)``; a boolean mask as 0 and 1.
 
     Raises:
-        TypeError: it is no Tensor, or not of floating point.
+        TypeError: it is no Tensor, or of integers.
         ValueError: its shape or device is another, it requires grad, or on the CPU one is negative or not finite.
     """
     if weight is None:
         return None
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: expected a Tensor with one weight per row, or None, got {type(weight).__name__}")
-    if weight.dtype not in _LOGIT_DTYPES:
-        raise TypeError(f"weight: expected float64, float32, float16 or bfloat16 weights, got {weight.dtype}")
-    if weight.shape != shape:
-        raise ValueError(f"weight: expected one per row, of shape {tuple(shape)}, got {tuple(weight.shape)}")
+    if weight.dtype not in (*_LOGIT_DTYPES, torch.bool):
+        raise TypeError(f"weight: expected float64, float32, float16 or bfloat16 weights or a mask, got {weight.dtype}")
+    if weight.shape != rows.shape:
+        of_classes = "; one per class, as F.cross_entropy's weight is, cannot be had: these weigh rows"
+        raise ValueError(
+            f"weight: expected one per row, of shape {tuple(rows.shape)}, got {tuple(weight.shape)}"
+            f"{_fits(tuple(student_logits.shape), weight, 'weight')}"
+            f"{of_classes if weight.shape == rows.student_logits.shape[1:] else ''}"
+        )
+    device = student_logits.device
     if weight.device != device:
         raise ValueError(f"weight: expected the device of student_logits, {device}, got {weight.device}")
     if carries_gradient(weight):
         raise ValueError("weight: expected weights that do not require grad, since none flows there; detach them")
+    if weight.dtype == torch.bool:
+        return weight.reshape(-1).to(torch.float32)
     if readable(weight):
         bad = ~((weight >= 0) & (weight < math.inf))
         if bool(bad.any()):
@@ -188,14 +305,27 @@ def flatten_weight(weight: Tensor | None, shape: tuple[int, ...], device: torch.
     return weight.reshape(-1)
 
 
-def index_error(target: int, num_classes: int, ignore_index: int) -> IndexError:
+def row_error(target: Tensor, row: int, num_classes: int, ignore_index: int) -> Exception:
+    """Of a row whose class index is out of range, or whose probabilities are none."""
+    if target.is_floating_point():
+        return ValueError(
+            "target: expected class probabilities, of which those of a row sum to 1, got a row that sums to "
+            f"{float(target[row].double().sum()):.6g}; divide by that, or make a row count less by weight="
+        )
     return IndexError(
-        f"target: expected class indices from 0 to {num_classes - 1}, or ignore_index {ignore_index}, got {target}"
+        f"target: expected class indices from 0 to {num_classes - 1}, or ignore_index {ignore_index}, "
+        f"got {int(target[row])}"
     )
 
 
-def check_index_range(target: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Raise an IndexError for a class index out of range. Reads the values, so it is for CPU tensors only."""
-    bad = (target != ignore_index) & ((target < 0) | (target >= num_classes))
+def check_target_values(target: Tensor, weight: Tensor | None, num_classes: int, ignore_index: int) -> None:
+    """Raise :func:`row_error` for the first such row. Reads the values, so it is for CPU tensors only."""
+    if target.is_floating_point():
+        # Labels in half precision miss 1 by up to half a per cent; NaN is a row's own affair. As in csrc/cpu/core.cpp.
+        bad = (target.double().sum(dim=1) - 1.0).abs() > 0.02
+        if weight is not None:
+            bad &= weight != 0
+    else:
+        bad = (target != ignore_index) & ((target < 0) | (target >= num_classes))
     if bool(bad.any()):
-        raise index_error(int(target[bad.to(torch.uint8).argmax()]), num_classes, ignore_index)
+        raise row_error(target, int(bad.to(torch.uint8).argmax()), num_classes, ignore_index)

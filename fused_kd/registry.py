@@ -67,7 +67,10 @@ class Loss:
         """The default of each hyper-parameter, from the function's signature."""
         import fused_kd
 
-        shared = ("target", "reduction", "weight", "ignore_index", "backend", "return_parts", "process_group")
+        shared = (
+            *("target", "reduction", "weight", "ignore_index"),
+            *("class_dim", "backend", "return_parts", "process_group"),
+        )
         parameters = inspect.signature(getattr(fused_kd, self.function)).parameters.values()
         return {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in shared}
 
@@ -185,7 +188,8 @@ NOTATION = """`p`, `q` and `v` are the softmax of the student's, the teacher's a
 class and `Y` the targets of a mixed label; a hat is the softmax over the others, at temperature T. Every loss adds
 `ce_weight` times the ordinary cross-entropy in the same pass. Generated from `fused_kd/registry.py`."""
 SHARED = """All of them also take `ignore_index=-100`, `reduction="mean"`, `weight=None` (a tensor, one weight per row),
-`backend="auto"` and `return_parts=False`.
+`class_dim=None` (the last dimension; logits of four or more must say theirs), `backend="auto"` and
+`return_parts=False`.
 `fused_kd.decompose` gives the parts of KD, NKD and DKD side by side, for ablations."""
 
 

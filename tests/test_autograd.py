@@ -31,7 +31,7 @@ def test_gradcheck(backend, temperature, reduction, soft):
     name, device = backend
     student, teacher, target = inputs(device, rows=4)
     if soft:
-        target = torch.rand(4, 11, device=device, dtype=torch.float64)
+        target = torch.rand(4, 11, device=device, dtype=torch.float64).softmax(1)
     assert torch.autograd.gradcheck(
         lambda s: nkd_loss(
             s, teacher, target, temperature=temperature, gamma=2.0, ce_weight=0.7, reduction=reduction, backend=name

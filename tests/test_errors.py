@@ -20,6 +20,19 @@ REFUSALS = [
     ((torch.tensor(1.0), T, Y), {}, ValueError, r"student_logits: expected logits of shape \(..., C\), got a scalar"),
     ((S[:, :1], T[:, :1], Y * 0), {}, ValueError, r"student_logits: expected at least 2 classes .* got shape \(4, 1\)"),
     ((S, T.clone().requires_grad_(), Y), {}, ValueError, "teacher_logits: .* do not require grad.*detach"),
+    (
+        (S, T / torch.tensor(2.0, requires_grad=True), Y),
+        {},
+        ValueError,
+        "teacher_logits: expected logits that do not require grad, since no backend .* such as a temperature that is a "
+        "parameter, do not detach, .*: write that loss in PyTorch$",
+    ),
+    (
+        (S, T, Y),
+        {"temperature": torch.nn.Parameter(torch.tensor(2.0))},
+        TypeError,
+        "temperature: expected a Python number, got a Tensor .* no gradient flows to it",
+    ),
     ((S, T, T.softmax(1).requires_grad_()), {}, ValueError, "target: expected probabilities that do not require grad"),
     ((S, T.to("meta"), Y), {}, ValueError, "teacher_logits: expected the device of student_logits, cpu, got meta"),
     ((S, T, Y.to("meta")), {}, ValueError, "target: expected the device of student_logits, cpu, got meta"),

@@ -12,7 +12,7 @@ from torch import nn
 from fused_kd import nkd_loss, uskd_loss
 
 PAGE = "integrations.md"
-FRAMEWORKS = ("lightning", "huggingface", "mmengine", "detection", "timm", "torchdistill")
+FRAMEWORKS = ("lightning", "huggingface", "mmengine", "detection", "segmentation", "timm", "torchdistill")
 CLASSES = 7
 
 
@@ -258,6 +258,23 @@ def test_detection():
         loss = criterion(student, teacher, torch.full_like(labels, -1), weights, nothing)
         assert loss == 0
         assert not torch.autograd.grad(loss, student)[0].any()
+
+
+def test_segmentation():
+    page = run_snippet(PAGE, "segmentation")
+    student, teacher = torch.randn(2, 2, CLASSES, 3, 4, dtype=torch.float64)
+    labels = torch.randint(CLASSES, (2, 3, 4))
+    labels[0, 1] = 255
+    student.requires_grad_()
+    pixels = nn.functional.kl_div((student / 2).log_softmax(1), (teacher / 2).softmax(1), reduction="none").sum(1)
+    cross_entropy = nn.functional.cross_entropy(student, labels, ignore_index=255)
+    by_hand = [4 * pixels[labels != 255].mean() + cross_entropy]
+    log_p, q = (student.flatten(2) / 3).log_softmax(2), (teacher.flatten(2) / 3).softmax(2)
+    by_hand.append(9 * (q * (q.log() - log_p)).sum() / (2 * CLASSES))  # the paper's Eq. 4 and 5, of two images
+    ours = page["pixelwise"](student, teacher, labels, temperature=2.0), page["channelwise"](student, teacher, 3.0)
+    for loss, expected in zip(ours, by_hand, strict=True):
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(torch.autograd.grad(loss, student), torch.autograd.grad(expected, student))
 
 
 def test_detection_heads_of_torchvision():

@@ -1,5 +1,6 @@
 """Every loss as a function and a module of PyTorch: shapes, errors, ops, compilation; registry and documents."""
 
+import inspect
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -84,6 +85,58 @@ def test_schedules():
     module.temperature = "hot"
     with pytest.raises(TypeError, match="temperature: expected a number, got str"):
         module(student, teacher, target)
+
+
+WRONG = {
+    **dict.fromkeys(("alpha", "beta", "gamma", "mu", "power", "ce_weight"), (-1, "1", float("inf"), torch.ones(()))),
+    **dict.fromkeys(("correct", "label_smoothing"), (1.0, -0.1, True)),
+    **dict.fromkeys(("logit_standardization", "square"), (1, None)),
+    "temperature": (0, -1.0, "hot"),
+    "rank": ("p", 3),
+    "reduction": ("batchmean", None),
+    "ignore_index": (1.5, None),
+    "process_group": ("WORLD",),
+    "class_dim": ("1", 1.0, True),
+    "backend": ("cuda", None),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_modules_are_checked_when_they_are_made(loss):
+    """Every hyper-parameter of every loss, with the words of the function."""
+    module, signature = getattr(fused_kd, LOSSES[loss].module), inspect.signature(function(loss))
+    student, others, target = make(loss)
+    sizes = {"in_features": 5, "num_classes": 9} if loss == "uskd" else {}
+    module(**sizes)
+    for name in inspect.signature(module).parameters:
+        if name in sizes:
+            continue
+        assert name in signature.parameters
+        for wrong in (*WRONG[name], *((1.5,) if (loss, name) == ("js", "beta") else ())):
+            with pytest.raises((TypeError, ValueError), match=f"^{name}: expected ") as by_function:
+                function(loss)(student, *others, target, **{name: wrong})
+            with pytest.raises(by_function.type) as by_module:
+                module(**sizes, **{name: wrong})
+            assert str(by_module.value) == str(by_function.value)
+        criterion = module(**sizes, **{name: lambda value=WRONG[name][0]: value})
+        tensors = (student, torch.randn(6, 5)) if loss == "uskd" else (student, *others)
+        with pytest.raises((TypeError, ValueError), match=f"^{name}: expected "):
+            criterion.double()(*(tensor.double() for tensor in tensors), target)
+
+
+@pytest.mark.parametrize("place", [place for place in HERE if place[0] not in ("tf_kd", "zipf_ls")], ids="-".join)
+def test_a_teacher_is_not_left_out(place):
+    """None was taken for a loss without one: the divergence from the student itself, which is 0."""
+    loss, name, device = place
+    student, _, target = make(loss, device=device)
+    with pytest.raises(TypeError, match="teacher_logits: expected a Tensor, got NoneType"):
+        function(loss)(student, None, target, backend=name)
+
+
+def test_sizes_of_uskd():
+    for sizes, error in (((0, 9), ValueError), ((5, 1), ValueError), (("5", 9), TypeError), ((5, 9.0), TypeError)):
+        with pytest.raises(error, match=r"^(in_features|num_classes): expected "):
+            fused_kd.USKDLoss(*sizes)
 
 
 @pytest.mark.parametrize("loss", ROW_LOSSES)

@@ -162,3 +162,73 @@ def test_dist_of_torchdistill():
     ours = fused_kd.DISTLoss(beta=2.0, gamma=0.5, temperature=4.0)(student, teacher)
     expected = theirs({".": {"output": student}}, {".": {"output": teacher}})
     torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
+
+
+def divergences(student, teacher, temperature):
+    """Of each row the logarithms of p and q, and KL(q | p) and KL(p | q), with no factor."""
+    p, q = (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
+    return p, q, (q.exp() * (q - p)).sum(-1), (p.exp() * (p - q)).sum(-1)
+
+
+def jensen_shannon(student, teacher, temperature, beta):
+    """Rows of what TRL's GKDTrainer and Liger's chunked loss compute, from their formulas."""
+    p, q, forward, reverse = divergences(student, teacher, temperature)
+    if beta in (0.0, 1.0):
+        return reverse if beta else forward
+    m = (beta * q.exp() + (1 - beta) * p.exp()).log()
+    return beta * (q.exp() * (q - m)).sum(-1) + (1 - beta) * (p.exp() * (p - m)).sum(-1)
+
+
+def tokens():
+    torch.manual_seed(1)
+    student, teacher = 2 * torch.randn(2, 2, 5, 9, dtype=torch.float64)
+    labels = torch.randint(9, (2, 5))
+    labels[0, :2] = labels[1, 4] = -100
+    return student.requires_grad_(), teacher, labels
+
+
+def same(ours, theirs, student):
+    torch.testing.assert_close(ours, theirs)
+    expected = torch.autograd.grad(theirs, student, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(ours, student), expected)
+
+
+@pytest.mark.parametrize("temperature", (1.0, 0.9, 3.0))
+@pytest.mark.parametrize("beta", (0.0, 0.3, 0.5, 1.0))
+def test_trl_and_liger(beta, temperature):
+    student, teacher, labels = tokens()
+    counted = labels != -100
+    soft = jensen_shannon(student, teacher, temperature, beta)[counted].mean()
+    ours = page("language_models")["trl_jsd"](student, teacher, labels, beta=beta, temperature=temperature)
+    same(ours, soft, student)
+    theirs = 0.8 * soft + 0.3 * F.cross_entropy(student[counted], labels[counted])
+    ours = page("language_models")["liger_jsd"](student, teacher, labels, 0.3, 0.8, beta=beta, temperature=temperature)
+    same(ours, theirs, student)
+    if temperature != 1.0:
+        apart = fused_kd.js_loss(student, teacher, labels, beta=beta, temperature=temperature)
+        torch.testing.assert_close(apart, temperature**2 * soft)
+
+
+@pytest.mark.parametrize("ratio", (0.0, 0.4, 1.0))
+def test_torchtune(ratio):
+    student, teacher, labels = tokens()
+    counted = labels != -100
+    p, q, _, reverse = divergences(student, teacher, 1.0)
+    forward = -(q.exp() * p).sum(-1)  # a cross-entropy
+    entropy = -(q.exp() * q).sum(-1)[counted].mean()
+    theirs = ratio * forward[counted].mean() + (1 - ratio) * reverse[counted].mean()
+    ours = page("language_models")["torchtune_symmetric_kl"](student, teacher, labels, ratio)
+    same(ours + ratio * entropy, theirs, student)
+
+
+def test_only_the_student_learns_a_temperature():
+    """As the page says: through the student's logits, and only there."""
+    student, teacher, labels = tokens()
+    temperature = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(ValueError, match="write that loss in PyTorch"):
+        fused_kd.kd_loss(student / temperature, teacher / temperature, labels, temperature=1.0)
+    detached = (teacher / temperature).detach()
+    ours = fused_kd.kd_loss(student / temperature, detached, labels, temperature=1.0)
+    rows = detached.softmax(-1) * (detached.log_softmax(-1) - (student / temperature).log_softmax(-1))
+    theirs = rows.sum(-1)[labels != -100].mean()
+    torch.testing.assert_close(torch.autograd.grad(ours, temperature), torch.autograd.grad(theirs, temperature))

@@ -198,13 +198,34 @@ def test_bad_weights(place):
 
     ones = torch.ones(6, device=device)
     fails(TypeError, "weight: expected a Tensor with one weight per row, or None, got float", 0.5)
-    fails(TypeError, "weight: expected float64, float32, float16 or bfloat16 weights, got torch.int64", ones.long())
+    fails(
+        TypeError,
+        "weight: expected float64, float32, float16 or bfloat16 weights or a mask, got torch.int64",
+        ones.long(),
+    )
     fails(ValueError, r"weight: expected one per row, of shape \(6,\), got \(5,\)", ones[:5])
     fails(ValueError, r"weight: expected one per row, of shape \(6,\), got \(6, 1\)", ones[:, None])
+    per_class = r"weight: expected one per row, of shape \(6,\), got \(9,\); one per class, as F.cross_entropy's"
+    fails(ValueError, per_class, torch.ones(9, device=device))
     fails(ValueError, "weight: expected weights that do not require grad", ones.clone().requires_grad_())
     if device == "cpu":
         for bad in (-1.0, NAN, INF):
             fails(ValueError, f"weight: expected finite numbers of at least 0, got {bad}", ones * bad)
+
+
+@here
+def test_a_mask_is_a_weight_of_0_and_1(place):
+    loss, name, device = place
+    leaves, others, target = inputs(loss, device=device)
+    mask = (WEIGHT > 0.6).to(device)
+    leaves[-1][0, 3] = NAN  # of weight 0
+    if loss in ("uskd", "dist"):  # the row is in the batch's means
+        leaves[-1][0, 3] = 0.0
+    for labels in (target, mixed(device=device)):
+        for reduction in ("mean", "none"):
+            given = (leaves, others, labels)
+            expected = run(loss, name, *given, weight=mask.double(), reduction=reduction)
+            assert_close(run(loss, name, *given, weight=mask, reduction=reduction), expected, 0.0)
 
 
 def test_a_negative_weight_where_values_are_not_read(native):

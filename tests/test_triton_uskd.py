@@ -182,6 +182,7 @@ def test_constant_and_three_way_labels(regime):
     target[1] = 0.0
     target[1, [39, 2, 20]] = 1 / 3
     target[2, 39] = 0.5
+    target[2, :39] = 0.5 / 39
     sums = torch.ops.fused_kd.uskd_batch_sums(student, target, True, -100, "triton")
     assert sums[2] == 3
     check(student, weak, target, reduction="none", ce_weight=1.0)

@@ -25,7 +25,7 @@ def spoilt(loss, device, dtype=torch.float32, soft=False):
     if soft:
         probabilities = mixed(device=device).to(dtype)
         probabilities[:, IMPOSSIBLE] = 0.0
-        return student, others, probabilities
+        return student, others, probabilities / probabilities.sum(1, keepdim=True)
     target[IGNORED] = -100
     return student, others, target
 

@@ -83,6 +83,19 @@ Counted count_rows(const Matrix& target, int64_t rows, int64_t classes, int64_t 
     return counted;
 }
 
+// What a row of probabilities sums to, where a kernel has it at hand. Rows that do not count stay at 1.
+std::vector<double> label_sums(const Matrix& target, int64_t rows) {
+    return std::vector<double>(size_t(target.dtype == kInt64 ? 0 : rows), 1.0);
+}
+
+// The first row whose probabilities do not sum to 1, or -1. Labels in half precision miss it by up to half a per cent;
+// NaN is a row's own affair. The same is in fused_kd/_checks.py.
+int64_t no_probabilities(const std::vector<double>& sums) {
+    for (size_t row = 0; row < sums.size(); ++row)
+        if (std::abs(sums[row] - 1.0) > 0.02) return int64_t(row);
+    return -1;
+}
+
 void put(void* to, DType dtype, int64_t i, double x) {
     if (dtype == kFloat64)
         static_cast<double*>(to)[i] = x;
@@ -170,8 +183,9 @@ int64_t row_loss(const Kernels& kernels, RowArgs args, const LossOutputs& out) {
     if (counted.bad_row >= 0) return counted.bad_row;
     const double divisor = divisor_of(out.reduction, counted.rows);
     args.gradient_scale = stored_scale(args.student.dtype, args.gradient_scale, divisor, out.norms[0], args.accumulate);
-    std::vector<double> parts(size_t(3 * args.rows));
+    std::vector<double> parts(size_t(3 * args.rows)), sums = label_sums(args.target, args.rows);
     args.parts = parts.data();
+    args.label_sums = sums.empty() ? nullptr : sums.data();
     std::vector<char> columns;
     const bool coupled = args.loss == common::kDist && args.second != 0 && counted.rows > 0;
     const double by_columns = coupled ? dist_columns(kernels, args, columns) : 0;
@@ -180,7 +194,7 @@ int64_t row_loss(const Kernels& kernels, RowArgs args, const LossOutputs& out) {
     for (int64_t row = 0; coupled && row < args.rows; ++row)
         if (counts(args, row)) parts[size_t(3 * row + 1)] = by_columns;
     reduce_parts(parts, 3, args.rows, divisor, out.reduction, args.accumulate, out.loss, out.parts);
-    return -1;
+    return no_probabilities(sums);
 }
 
 int64_t uskd(const Kernels& kernels, UskdArgs args, const double* batch_sums, const LossOutputs& out) {
@@ -191,14 +205,15 @@ int64_t uskd(const Kernels& kernels, UskdArgs args, const double* batch_sums, co
     args.weak_scale = stored_scale(args.weak.dtype, args.weak_scale, divisor, out.norms[1], args.accumulate);
     for (int k = 0; k < 2; ++k)
         args.mean[k] = batch_sums[k] / std::max(batch_sums[2], 1.0);
-    std::vector<double> parts(size_t(4 * args.rows));
+    std::vector<double> parts(size_t(4 * args.rows)), sums = label_sums(args.target, args.rows);
     args.parts = parts.data();
+    args.label_sums = sums.empty() ? nullptr : sums.data();
     const std::vector<float> singles = reciprocals<float>(args.accumulate == kFloat64 ? 0 : args.classes);
     const std::vector<double> doubles = reciprocals<double>(args.accumulate == kFloat64 ? args.classes : 0);
     args.reciprocals = singles.empty() ? static_cast<const void*>(doubles.data()) : singles.data();
     kernels.uskd(args);
     reduce_parts(parts, 4, args.rows, divisor, out.reduction, args.accumulate, out.loss, out.parts);
-    return -1;
+    return no_probabilities(sums);
 }
 
 int64_t zipf_ls(const Kernels& kernels, UskdArgs args, const LossOutputs& out) {
@@ -206,15 +221,16 @@ int64_t zipf_ls(const Kernels& kernels, UskdArgs args, const LossOutputs& out) {
     if (counted.bad_row >= 0) return counted.bad_row;
     const double divisor = divisor_of(out.reduction, counted.rows);
     args.student_scale = stored_scale(args.student.dtype, args.student_scale, divisor, out.norms[0], args.accumulate);
-    std::vector<double> parts(size_t(4 * args.rows));
+    std::vector<double> parts(size_t(4 * args.rows)), sums = label_sums(args.target, args.rows);
     args.parts = parts.data();
+    args.label_sums = sums.empty() ? nullptr : sums.data();
     kernels.uskd(args);
     for (int64_t row = 0; row < args.rows; ++row) { // the other two are 0
         parts[size_t(2 * row)] = parts[size_t(4 * row + 1)];
         parts[size_t(2 * row + 1)] = parts[size_t(4 * row + 3)];
     }
     reduce_parts(parts, 2, args.rows, divisor, out.reduction, args.accumulate, out.loss, out.parts);
-    return -1;
+    return no_probabilities(sums);
 }
 
 int64_t uskd_batch_sums(const Kernels& kernels, TargetProbsArgs args, double* sums) {

@@ -35,6 +35,7 @@ struct RowArgs {
     int64_t ignore_index;
     double gradient_scale; // multiplies every stored gradient
     double* parts;         // (rows, 3), the last of them CE; 0 for rows that do not count
+    double* label_sums;    // (rows): of the probabilities of rows that count; null for class indices
     DType accumulate;      // kFloat32 or kFloat64
     int threads;
     SoftmaxOrigin* origins; // (rows, 2), the student's and the teacher's; null when they are not wanted
@@ -70,6 +71,7 @@ struct UskdArgs {
     double student_scale, weak_scale; // multiply every stored gradient
     const void* reciprocals;          // 1 / rank for every rank, of the accumulating dtype
     double* parts;                    // (rows, 4): target, non_target, weak, ce; 0 for rows that do not count
+    double* label_sums;               // as above
     DType accumulate;
     int threads;
     // By votes only: the logits of the positions, whose rows are a batch row's positions.

@@ -132,6 +132,7 @@ FKD_NOINLINE RowResult row_pass(const RowArgs& args, const RowParams& params, co
     stats.t_target = mode == kAlone ? 0.0 : *read(args.teacher, row, y, 1, scratch.teacher) - t_max;
     stats.v_target = with_probs ? double(*read(args.target, row, y, 1, scratch.probs)) : 1.0;
     stats.v_sum += stats.v_target;
+    if (args.label_sums) args.label_sums[row] = stats.v_sum;
     const double shows = mode == kAlone ? stats.linear : stats.cross; // what an impossible class leaves its mark on
     if (!careful && !(shows - shows == 0 && stats.s_soft - stats.s_soft == 0))
         return row_pass<A, single, true, mode>(args, params, scratch, row, y);
@@ -144,8 +145,12 @@ FKD_NOINLINE RowResult row_pass(const RowArgs& args, const RowParams& params, co
         stats.pointwise = probabilities.sums(params.standardize ? &s_moments : nullptr);
     }
     RowResult result = row_loss(stats, params);
-    if constexpr (pointwise)
-        if (stats.s_target != -INFINITY) result.target = probabilities.gradient_at_target(result.slopes);
+    if constexpr (pointwise) {
+        if (stats.s_target != -INFINITY)
+            result.target = probabilities.gradient_at_target(result.slopes);
+        else if (result.parts[0] != result.parts[0])
+            result.target = NAN; // a row without a value: a target that cannot occur, or a NaN or +inf elsewhere
+    }
     if (!wanted) return result;
 
     Coefficients c = {result.soft,

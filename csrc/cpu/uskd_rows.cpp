@@ -212,6 +212,7 @@ FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch,
         const A* v = with_probs ? read(args.target, row, j, n, scratch.probs) : nullptr;
         block_sums<A>(s, w, v, n, targets.at.from(j), smoothed, e_s + j, e_w + j, x);
     }
+    if (args.label_sums) args.label_sums[row] = x.v_sum;
     const SplitSoftmax<double, 2> p = split_softmax<double, 2>(x.s_target, x.s_max, x.s_sum);
     const SplitSoftmax<double, 2> v = split_softmax<double, 2>(x.w_target, x.w_max, x.w_sum);
 

@@ -42,23 +42,28 @@ def unavailable(name: str, device: torch.device | str, loss: str = "nkd") -> str
     return _MODULES[name].unavailable(str(device))  # type: ignore[no-any-return]
 
 
+def check_name(backend: str) -> None:
+    """Raise a ValueError unless it is "auto" or a backend, whether or not that can run here."""
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend: expected 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+
+
 #: By backend, device and loss. Of the device rather than its type: the next GPU may be of another kind.
 _chosen: dict[tuple[str, torch.device | str, str], str] = {}
 
 
 def _choose(backend: str, device: torch.device | str, loss: str) -> str:
+    check_name(backend)
     device = cuda_devices.resolved(device)
     if backend == "auto":
         choice = _best(device, loss)
         if choice == "reference":
             _warn_of_reference(device, loss)
-    elif backend in BACKENDS:
+    else:
         reason = unavailable(backend, device, loss)
         if reason is not None:
             raise RuntimeError(f"backend {backend!r} cannot run {device} tensors here: {reason}")
         choice = backend
-    else:
-        raise ValueError(f"backend: expected 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     _chosen[backend, device, loss] = choice
     return choice
 

@@ -107,7 +107,7 @@ def row_loss(
         torch.get_num_threads(),
     )
     if bad_row >= 0:
-        raise _checks.index_error(int(target[bad_row]), num_classes, ignore_index)
+        raise _checks.row_error(target, bad_row, num_classes, ignore_index)
     return loss, parts, gradient, norm
 
 
@@ -133,7 +133,7 @@ def uskd_batch_sums(student: Tensor, target: Tensor, square: bool, ignore_index:
         torch.get_num_threads(),
     )
     if bad_row >= 0:
-        raise _checks.index_error(int(target[bad_row]), num_classes, ignore_index)
+        raise _checks.row_error(target, bad_row, num_classes, ignore_index)
     return sums
 
 
@@ -198,7 +198,7 @@ def uskd(
         torch.get_num_threads(),
     )
     if bad_row >= 0:
-        raise _checks.index_error(int(target[bad_row]), num_classes, ignore_index)
+        raise _checks.row_error(target, bad_row, num_classes, ignore_index)
     return loss, parts, student_gradient, weak_gradient, student_norm, weak_norm
 
 
@@ -247,7 +247,7 @@ def zipf_ls(
         torch.get_num_threads(),
     )
     if bad_row >= 0:
-        raise _checks.index_error(int(target[bad_row]), num_classes, ignore_index)
+        raise _checks.row_error(target, bad_row, num_classes, ignore_index)
     return loss, parts, gradient, norm
 
 

@@ -277,7 +277,7 @@ def zipf_rows(
         (v_rest, v_cross, v_blocked), all_linear, targets, p, ce_weight, smoothing, classes, PROB, LINEAR
     )
     here = tl.load(voted + row, mask=counted, other=0)
-    broken = (here == BROKEN) | (s_0 != s_0) | (s_1 != s_1)
+    broken = (here == BROKEN) | (s_0 != s_0) | (s_1 != s_1) | (s_0 == float("inf")) | (s_1 == float("inf"))
     poison = tl.where(broken, float("nan"), 0.0 * (valid + z + targets[2] + targets[3] + v_rest))
     # An infinite logit of a target has no cross-entropy, which need not be wanted.
     wanted = ce_weight != 0.0

@@ -1,10 +1,11 @@
 """One function per loss: checks the arguments, flattens them to rows, chooses a backend, restores the shape."""
 
 from fused_kd.functional.dist import dist_loss
+from fused_kd.functional.divergence import js_loss, kd_loss
 from fused_kd.functional.nkd import nkd_loss
 from fused_kd.functional.smoothing import tf_kd_loss, zipf_ls_loss
 from fused_kd.functional.study import decompose
-from fused_kd.functional.teacher import dkd_loss, js_loss, kd_loss, wsld_loss
+from fused_kd.functional.teacher import dkd_loss, wsld_loss
 from fused_kd.functional.uskd import uskd_loss, uskd_soft_labels
 
 __all__ = [

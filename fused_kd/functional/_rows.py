@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from fused_kd import _checks, autograd, backends
@@ -31,37 +30,37 @@ def row_loss(
     ignore_index: int,
     reduction: str,
     weight: Tensor | None,
+    class_dim: int | None,
     backend: str,
     return_parts: bool,
+    has_teacher: bool = True,
 ) -> Tensor | tuple[Tensor, Parts]:
     """Run a row loss; ``own`` has its own weights, at most two, in the order of :data:`fused_kd.registry.Weights`.
 
-    A loss without a teacher has None for it and for ``logit_standardization``.
+    Without a teacher there are no ``teacher_logits`` and no ``logit_standardization``: both are None.
     """
     own = {key: _checks.check_scalar(key, value) for key, value in own.items()}
     temperature = _checks.check_scalar("temperature", temperature, positive=True)
     ce_weight = _checks.check_scalar("ce_weight", ce_weight)
     label_smoothing = _checks.check_fraction("label_smoothing", label_smoothing)
-    if logit_standardization is not None:
-        _checks.check_flag("logit_standardization", logit_standardization)
+    options: dict[str, Any] = {"logit_standardization": logit_standardization} if has_teacher else {}
+    for flag, value in options.items():
+        _checks.check_flag(flag, value)
     _checks.check_reduction(reduction)
     _checks.check_ignore_index(ignore_index)
     if target is None:
-        target, ignore_index = no_target(student_logits, ce_weight), -1
-    if teacher_logits is None:
-        rows = _checks.flatten(student_logits, student_logits, "student_logits", target)
-    else:
-        rows = _checks.flatten(student_logits, teacher_logits, "teacher_logits", target)
-        _checks.check_teacher_detached(teacher_logits)
-    weight = _checks.flatten_weight(weight, rows.shape, student_logits.device)
+        if ce_weight != 0.0:
+            raise ValueError(f"target: expected one, since ce_weight is {ce_weight}; got None")
+        ignore_index = -1  # the class that stands in for targets is 0
+    name_of_other, other = ("teacher_logits", teacher_logits) if has_teacher else ("student_logits", student_logits)
+    rows = _checks.flatten(student_logits, other, name_of_other, target, class_dim)
+    _checks.check_teacher_detached(teacher_logits)
+    weight = _checks.flatten_weight(weight, rows, student_logits)
     chosen = backends.choose(backend, student_logits.device, name)
-    logits = rows[:2] if teacher_logits is not None else rows[:1]
+    logits = rows[:2] if has_teacher else rows[:1]
     packed: Any
     if chosen == "reference":
-        check_targets_if_cheap(rows.target, student_logits.shape[-1], ignore_index)
-        options: dict[str, Any] = {} if logit_standardization is None else {
-            "logit_standardization": logit_standardization
-        }  # fmt: skip
+        check_targets_if_cheap(rows, ignore_index, weight)
         loss, packed = reference(
             *logits,
             rows.target,
@@ -77,7 +76,7 @@ def row_loss(
     else:
         loss, packed = autograd.row_loss(
             rows.student_logits,
-            rows.other_logits if teacher_logits is not None else None,
+            rows.other_logits if has_teacher else None,
             rows.target,
             weight,
             name,
@@ -96,16 +95,7 @@ def row_loss(
     return (loss, parts_type(*packed)) if return_parts else loss
 
 
-def no_target(student_logits: Tensor, ce_weight: float) -> Tensor:
-    """Targets for a loss that does without: the same class for every row, which makes no difference to it."""
-    if not isinstance(student_logits, Tensor):
-        raise TypeError(f"student_logits: expected a Tensor, got {type(student_logits).__name__}")
-    if ce_weight != 0.0:
-        raise ValueError(f"target: expected one, since ce_weight is {ce_weight}; got None")
-    return torch.zeros(student_logits.shape[:-1], dtype=torch.int64, device=student_logits.device)
-
-
-def check_targets_if_cheap(target: Tensor, num_classes: int, ignore_index: int) -> None:
+def check_targets_if_cheap(rows: _checks.Rows, ignore_index: int, weight: Tensor | None = None) -> None:
     """Fused backends check as they go; the reference reads the values first where it can and that stalls nothing."""
-    if not target.is_floating_point() and readable(target):
-        _checks.check_index_range(target, num_classes, ignore_index)
+    if readable(rows.target):
+        _checks.check_target_values(rows.target, weight, rows.student_logits.shape[1], ignore_index)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_kd import _checks, backends, reference
+from fused_kd.functional._infinities import infinities
 from fused_kd.functional._rows import row_loss
 from fused_kd.reference import DISTParts
 from fused_kd.reference.rows import usable_weight
@@ -18,7 +19,7 @@ def dist_loss(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = ..., *, beta: float = ...,
     gamma: float = ..., temperature: float = ..., ce_weight: float = ..., label_smoothing: float = ...,
     logit_standardization: bool = ..., ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ...,
-    backend: str = ..., return_parts: Literal[False] = ...,
+    class_dim: int | None = ..., backend: str = ..., return_parts: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -27,10 +28,23 @@ def dist_loss(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = ..., *, beta: float = ...,
     gamma: float = ..., temperature: float = ..., ce_weight: float = ..., label_smoothing: float = ...,
     logit_standardization: bool = ..., ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ...,
-    backend: str = ..., return_parts: Literal[True],
+    class_dim: int | None = ..., backend: str = ..., return_parts: Literal[True],
 ) -> tuple[Tensor, DISTParts]: ...  # fmt: skip
 
 
+@overload
+def dist_loss(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = ..., *, beta: float = ...,
+    gamma: float = ..., temperature: float = ..., ce_weight: float = ..., label_smoothing: float = ...,
+    logit_standardization: bool = ..., ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ...,
+    class_dim: int | None = ..., backend: str = ..., return_parts: bool,
+) -> Tensor | tuple[Tensor, DISTParts]: ...  # fmt: skip
+
+
+@infinities(
+    "A teacher's -inf is a probability of 0. The correlations take both as numbers, and the loss stays finite.",
+    "through the columns, unless gamma is 0, those of all rows",
+)
 def dist_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -45,6 +59,7 @@ def dist_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     weight: Tensor | None = None,
+    class_dim: int | None = None,
     backend: str = "auto",
     return_parts: bool = False,
 ) -> Tensor | tuple[Tensor, DISTParts]:
@@ -73,9 +88,14 @@ def dist_loss(
         logit_standardization: Put the z-scores of both logits, row by row, into all but the cross-entropy.
         ignore_index: Rows with this class index are in no term and get a zero gradient.
         reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
-        weight: What each row weighs, ``(...)``, floating-point, without gradient, at least 0: ``"none"`` gives
+        weight: What each row weighs, ``(...)``: a boolean mask, or floating-point, without gradient, at least 0. Not
+            what each class weighs, as in cross_entropy; of as many rows as classes nothing tells. ``"none"`` gives
             :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
             The correlation along columns is of all rows alike, and so a row of weight 0 has a gradient from it.
+        class_dim: The dimension of the classes, in the logits and in probability targets; the shapes here have it last.
+            None is the last one, which logits of four or more dimensions must say themselves: 1 for (N, C, H, W), as
+            :func:`torch.nn.functional.cross_entropy` has them, -1 for (N, H, W, C). Logits whose classes do not lie
+            side by side in memory are copied, but not (N, C, H, W) in ``torch.channels_last``.
         backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
         return_parts: Return ``(loss, parts)`` with the detached, weighted ``parts.inter``, ``parts.intra`` and
             ``parts.ce``, which sum to the loss.
@@ -97,6 +117,7 @@ def dist_loss(
         "temperature": temperature,
         "logit_standardization": logit_standardization,
         "label_smoothing": label_smoothing,
+        "class_dim": class_dim,
         "backend": backend,
     }
 
@@ -135,7 +156,7 @@ def dist_loss(
     # row's second term depends on every row, so here it is a loss of its own, of which the labels only say which rows
     # count; and of that one number each row has its weight.
     loss, parts = run(target, beta, 0.0, ce_weight, ignore_index, reduction, weight, True)
-    shape = student_logits.shape[:-1]
+    shape = _checks.rows_shape(student_logits.shape, _checks.class_dimension(student_logits, class_dim))
     share = student_logits.new_ones(shape, dtype=loss.dtype) if weight is None else usable_weight(weight, loss.dtype)
     if target is None or target.is_floating_point():
         intra = run(None, 0.0, gamma, 0.0, ignore_index, "mean", None, False)

@@ -7,6 +7,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from fused_kd import reference
+from fused_kd.functional._infinities import WITH_A_TEACHER, infinities
 from fused_kd.functional._rows import row_loss
 from fused_kd.reference import LossParts
 
@@ -15,7 +16,8 @@ from fused_kd.reference import LossParts
 def nkd_loss(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, gamma: float = ..., temperature: float = ...,
     ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ..., ignore_index: int = ...,
-    reduction: str = ..., weight: Tensor | None = ..., backend: str = ..., return_parts: Literal[False] = ...,
+    reduction: str = ..., weight: Tensor | None = ..., class_dim: int | None = ..., backend: str = ...,
+    return_parts: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -23,10 +25,21 @@ def nkd_loss(
 def nkd_loss(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, gamma: float = ..., temperature: float = ...,
     ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ..., ignore_index: int = ...,
-    reduction: str = ..., weight: Tensor | None = ..., backend: str = ..., return_parts: Literal[True],
+    reduction: str = ..., weight: Tensor | None = ..., class_dim: int | None = ..., backend: str = ...,
+    return_parts: Literal[True],
 ) -> tuple[Tensor, LossParts]: ...  # fmt: skip
 
 
+@overload
+def nkd_loss(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, gamma: float = ..., temperature: float = ...,
+    ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ..., ignore_index: int = ...,
+    reduction: str = ..., weight: Tensor | None = ..., class_dim: int | None = ..., backend: str = ...,
+    return_parts: bool,
+) -> Tensor | tuple[Tensor, LossParts]: ...  # fmt: skip
+
+
+@infinities(WITH_A_TEACHER)
 def nkd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -40,6 +53,7 @@ def nkd_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     weight: Tensor | None = None,
+    class_dim: int | None = None,
     backend: str = "auto",
     return_parts: bool = False,
 ) -> Tensor | tuple[Tensor, LossParts]:
@@ -67,9 +81,14 @@ def nkd_loss(
         logit_standardization: Put the z-scores of both logits, row by row, into all but the cross-entropy.
         ignore_index: Rows with this class index count nowhere and get a zero gradient.
         reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
-        weight: What each row weighs, ``(...)``, floating-point, without gradient, at least 0: ``"none"`` gives
+        weight: What each row weighs, ``(...)``: a boolean mask, or floating-point, without gradient, at least 0. Not
+            what each class weighs, as in cross_entropy; of as many rows as classes nothing tells. ``"none"`` gives
             :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
             A row of weight 0 adds exactly nothing to the loss and has a zero gradient, whatever it holds.
+        class_dim: The dimension of the classes, in the logits and in probability targets; the shapes here have it last.
+            None is the last one, which logits of four or more dimensions must say themselves: 1 for (N, C, H, W), as
+            :func:`torch.nn.functional.cross_entropy` has them, -1 for (N, H, W, C). Logits whose classes do not lie
+            side by side in memory are copied, but not (N, C, H, W) in ``torch.channels_last``.
         backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
         return_parts: Return ``(loss, parts)`` with the detached, weighted ``parts.target``, ``parts.non_target`` and
             ``parts.ce``, which sum to the loss.
@@ -83,7 +102,9 @@ def nkd_loss(
 
     Raises:
         TypeError: An argument has a type or dtype that is not supported.
-        ValueError: Shapes, devices or hyper-parameters do not fit, or the teacher requires grad.
+        ValueError: Shapes, devices or hyper-parameters do not fit, the teacher requires grad, or on the CPU a row's
+            probabilities do not sum to 1, give or take 0.02. On a GPU, where checking would stall, in Triton and in a
+            compiled reference they are taken as they are.
         IndexError: A class index is out of range, on the CPU. On a GPU, where checking would stall, that row is NaN; so
             is there one whose weight is negative or not finite, else a ValueError.
         RuntimeError: ``backend`` names one that cannot run here, with the reason; or a fused backend is asked for what
@@ -110,6 +131,7 @@ def nkd_loss(
         ignore_index=ignore_index,
         reduction=reduction,
         weight=weight,
+        class_dim=class_dim,
         backend=backend,
         return_parts=return_parts,
     )

@@ -7,6 +7,7 @@ from typing import Any, Literal, overload
 from torch import Tensor
 
 from fused_kd import _checks, autograd, backends, reference
+from fused_kd.functional._infinities import infinities
 from fused_kd.functional._rows import check_targets_if_cheap, row_loss
 from fused_kd.reference import DistillationParts
 
@@ -15,7 +16,7 @@ from fused_kd.reference import DistillationParts
 def tf_kd_loss(
     student_logits: Tensor, target: Tensor, *, correct: float = ..., temperature: float = ..., ce_weight: float = ...,
     label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ...,
-    backend: str = ..., return_parts: Literal[False] = ...,
+    class_dim: int | None = ..., backend: str = ..., return_parts: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -23,10 +24,19 @@ def tf_kd_loss(
 def tf_kd_loss(
     student_logits: Tensor, target: Tensor, *, correct: float = ..., temperature: float = ..., ce_weight: float = ...,
     label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ...,
-    backend: str = ..., return_parts: Literal[True],
+    class_dim: int | None = ..., backend: str = ..., return_parts: Literal[True],
 ) -> tuple[Tensor, DistillationParts]: ...  # fmt: skip
 
 
+@overload
+def tf_kd_loss(
+    student_logits: Tensor, target: Tensor, *, correct: float = ..., temperature: float = ..., ce_weight: float = ...,
+    label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ...,
+    class_dim: int | None = ..., backend: str = ..., return_parts: bool,
+) -> Tensor | tuple[Tensor, DistillationParts]: ...  # fmt: skip
+
+
+@infinities("The virtual teacher gives every class some probability, so the loss is +inf where there is such a class.")
 def tf_kd_loss(
     student_logits: Tensor,
     target: Tensor,
@@ -38,6 +48,7 @@ def tf_kd_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     weight: Tensor | None = None,
+    class_dim: int | None = None,
     backend: str = "auto",
     return_parts: bool = False,
 ) -> Tensor | tuple[Tensor, DistillationParts]:
@@ -63,9 +74,14 @@ def tf_kd_loss(
         label_smoothing: Of the cross-entropy's labels, as in :func:`torch.nn.functional.cross_entropy`.
         ignore_index: Rows with this class index count nowhere and get a zero gradient.
         reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
-        weight: What each row weighs, ``(...)``, floating-point, without gradient, at least 0: ``"none"`` gives
+        weight: What each row weighs, ``(...)``: a boolean mask, or floating-point, without gradient, at least 0. Not
+            what each class weighs, as in cross_entropy; of as many rows as classes nothing tells. ``"none"`` gives
             :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
             A row of weight 0 adds exactly nothing to the loss and has a zero gradient, whatever it holds.
+        class_dim: The dimension of the classes, in the logits and in probability targets; the shapes here have it last.
+            None is the last one, which logits of four or more dimensions must say themselves: 1 for (N, C, H, W), as
+            :func:`torch.nn.functional.cross_entropy` has them, -1 for (N, H, W, C). Logits whose classes do not lie
+            side by side in memory are copied, but not (N, C, H, W) in ``torch.channels_last``.
         backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
         return_parts: Return ``(loss, parts)`` with the detached, weighted ``parts.distillation`` and
             ``parts.ce``, which sum to the loss.
@@ -99,8 +115,10 @@ def tf_kd_loss(
         ignore_index=ignore_index,
         reduction=reduction,
         weight=weight,
+        class_dim=class_dim,
         backend=backend,
         return_parts=return_parts,
+        has_teacher=False,
     )
 
 
@@ -108,7 +126,7 @@ def tf_kd_loss(
 def zipf_ls_loss(
     student_logits: Tensor, dense_logits: Tensor, target: Tensor, *, beta: float = ..., power: float = ...,
     ce_weight: float = ..., label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ...,
-    backend: str = ..., return_parts: Literal[False] = ...,
+    weight: Tensor | None = ..., class_dim: int | None = ..., backend: str = ..., return_parts: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -116,10 +134,23 @@ def zipf_ls_loss(
 def zipf_ls_loss(
     student_logits: Tensor, dense_logits: Tensor, target: Tensor, *, beta: float = ..., power: float = ...,
     ce_weight: float = ..., label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ...,
-    backend: str = ..., return_parts: Literal[True],
+    weight: Tensor | None = ..., class_dim: int | None = ..., backend: str = ..., return_parts: Literal[True],
 ) -> tuple[Tensor, DistillationParts]: ...  # fmt: skip
 
 
+@overload
+def zipf_ls_loss(
+    student_logits: Tensor, dense_logits: Tensor, target: Tensor, *, beta: float = ..., power: float = ...,
+    ce_weight: float = ..., label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ...,
+    weight: Tensor | None = ..., class_dim: int | None = ..., backend: str = ..., return_parts: bool,
+) -> Tensor | tuple[Tensor, DistillationParts]: ...  # fmt: skip
+
+
+@infinities(
+    """If it is no target it leaves the non-target set, as in USKD: it takes no Zipf mass, keeps its place in the
+    ranking, and the others' weights are renormalised, so the divergence stays finite. The dense logits only vote: one
+    of -inf is a small number, +inf the largest, and a NaN among a row's counts as one of the student's."""
+)
 def zipf_ls_loss(
     student_logits: Tensor,
     dense_logits: Tensor,
@@ -132,6 +163,7 @@ def zipf_ls_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     weight: Tensor | None = None,
+    class_dim: int | None = None,
     backend: str = "auto",
     return_parts: bool = False,
 ) -> Tensor | tuple[Tensor, DistillationParts]:
@@ -150,6 +182,7 @@ def zipf_ls_loss(
         student_logits: Unnormalised scores ``(..., C)``, C at least 2, float64, float32, float16 or bfloat16.
         dense_logits: The classifier's at each of P positions, ``(..., P, C)``, any of those dtypes, same device. For a
             feature map ``(N, C, H, W)`` of logits pass ``logits.flatten(2).transpose(1, 2)``. No gradient flows here.
+            ``...`` is the shape of the rows; ``class_dim`` does not concern it.
         target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)``, which have one or two
             targets as in :func:`uskd_loss`.
         beta: Weight of the divergence; the paper has 0.1.
@@ -158,9 +191,14 @@ def zipf_ls_loss(
         label_smoothing: Of the cross-entropy's labels, as in :func:`torch.nn.functional.cross_entropy`.
         ignore_index: Rows with this class index count nowhere and get a zero gradient.
         reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
-        weight: What each row weighs, ``(...)``, floating-point, without gradient, at least 0: ``"none"`` gives
+        weight: What each row weighs, ``(...)``: a boolean mask, or floating-point, without gradient, at least 0. Not
+            what each class weighs, as in cross_entropy; of as many rows as classes nothing tells. ``"none"`` gives
             :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
             A row of weight 0 adds exactly nothing to the loss and has a zero gradient, whatever it holds.
+        class_dim: The dimension of the classes, in the logits and in probability targets; the shapes here have it last.
+            None is the last one, which logits of four or more dimensions must say themselves: 1 for (N, C, H, W), as
+            :func:`torch.nn.functional.cross_entropy` has them, -1 for (N, H, W, C). Logits whose classes do not lie
+            side by side in memory are copied, but not (N, C, H, W) in ``torch.channels_last``.
         backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
         return_parts: Return ``(loss, parts)`` with the detached, weighted ``parts.distillation`` and
             ``parts.ce``, which sum to the loss.
@@ -185,13 +223,13 @@ def zipf_ls_loss(
     label_smoothing = _checks.check_fraction("label_smoothing", label_smoothing)
     _checks.check_reduction(reduction)
     _checks.check_ignore_index(ignore_index)
-    rows = _checks.flatten(student_logits, student_logits, "student_logits", target)
-    dense = _checks.flatten_dense(dense_logits, student_logits)
-    weight = _checks.flatten_weight(weight, rows.shape, student_logits.device)
+    rows = _checks.flatten(student_logits, student_logits, "student_logits", target, class_dim)
+    dense = _checks.flatten_dense(dense_logits, student_logits, rows)
+    weight = _checks.flatten_weight(weight, rows, student_logits)
     chosen = backends.choose(backend, student_logits.device, "zipf_ls")
     packed: Any
     if chosen == "reference":
-        check_targets_if_cheap(rows.target, student_logits.shape[-1], ignore_index)
+        check_targets_if_cheap(rows, ignore_index, weight)
         loss, packed = reference.zipf_ls_loss(
             rows.student_logits,
             dense,

@@ -17,6 +17,7 @@ def decompose(
     temperature: float = 1.0,
     ignore_index: int = -100,
     reduction: str = "mean",
+    class_dim: int | None = None,
 ) -> Decomposition:
     r"""What KD, NKD and DKD are made of, as sections 5.1 and G of arXiv:2303.13005 take them apart.
 
@@ -46,6 +47,7 @@ def decompose(
         temperature: T above.
         ignore_index: Rows with this class index count nowhere.
         reduction: ``"mean"`` over the rows that count, ``"sum"`` or ``"none"``.
+        class_dim: The dimension of the classes, as for :func:`fused_kd.nkd_loss`.
 
     Shape:
         Each part is a scalar, or has the shape of the class indices for ``reduction="none"``; float64 if any logits
@@ -61,12 +63,12 @@ def decompose(
         >>> parts = fused_kd.decompose(student_logits, teacher_logits, target)
         >>> nkd_with_binary = parts.nkd_target + 1.5 * parts.nkd_non_target + 0.5 * parts.dkd_binary
     """
-    rows = _checks.flatten(student_logits, teacher_logits, "teacher_logits", target)
+    rows = _checks.flatten(student_logits, teacher_logits, "teacher_logits", target, class_dim)
     _checks.check_teacher_detached(teacher_logits)
     temperature = _checks.check_scalar("temperature", temperature, positive=True)
     _checks.check_reduction(reduction)
     _checks.check_ignore_index(ignore_index)
-    check_targets_if_cheap(rows.target, student_logits.shape[-1], ignore_index)
+    check_targets_if_cheap(rows, ignore_index)
     parts = reference.decompose(*rows[:3], temperature=temperature, ignore_index=ignore_index, reduction=reduction)
     if reduction == "none" and len(rows.shape) != 1:
         return Decomposition(*(part.reshape(rows.shape) for part in parts))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, distributed
 
 from fused_kd import _checks, autograd, backends, reference
+from fused_kd.functional._infinities import infinities
 from fused_kd.functional._rows import check_targets_if_cheap
 from fused_kd.reference import USKDParts
 
@@ -17,48 +18,37 @@ if TYPE_CHECKING:  # it is there only where PyTorch was built with torch.distrib
 
 @overload
 def uskd_loss(
-    student_logits: Tensor,
-    weak_logits: Tensor,
-    target: Tensor,
-    *,
-    alpha: float = ...,
-    beta: float = ...,
-    mu: float = ...,
-    ce_weight: float = ...,
-    label_smoothing: float = ...,
-    rank: str = ...,
-    square: bool = ...,
-    process_group: ProcessGroup | None = ...,
-    ignore_index: int = ...,
-    reduction: str = ...,
-    weight: Tensor | None = ...,
-    backend: str = ...,
-    return_parts: Literal[False] = ...,
-) -> Tensor: ...
+    student_logits: Tensor, weak_logits: Tensor, target: Tensor, *, alpha: float = ..., beta: float = ...,
+    mu: float = ..., ce_weight: float = ..., label_smoothing: float = ..., rank: str = ..., square: bool = ...,
+    process_group: ProcessGroup | None = ..., ignore_index: int = ..., reduction: str = ...,
+    weight: Tensor | None = ..., class_dim: int | None = ..., backend: str = ..., return_parts: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def uskd_loss(
-    student_logits: Tensor,
-    weak_logits: Tensor,
-    target: Tensor,
-    *,
-    alpha: float = ...,
-    beta: float = ...,
-    mu: float = ...,
-    ce_weight: float = ...,
-    label_smoothing: float = ...,
-    rank: str = ...,
-    square: bool = ...,
-    process_group: ProcessGroup | None = ...,
-    ignore_index: int = ...,
-    reduction: str = ...,
-    weight: Tensor | None = ...,
-    backend: str = ...,
-    return_parts: Literal[True],
-) -> tuple[Tensor, USKDParts]: ...
+    student_logits: Tensor, weak_logits: Tensor, target: Tensor, *, alpha: float = ..., beta: float = ...,
+    mu: float = ..., ce_weight: float = ..., label_smoothing: float = ..., rank: str = ..., square: bool = ...,
+    process_group: ProcessGroup | None = ..., ignore_index: int = ..., reduction: str = ...,
+    weight: Tensor | None = ..., class_dim: int | None = ..., backend: str = ..., return_parts: Literal[True],
+) -> tuple[Tensor, USKDParts]: ...  # fmt: skip
 
 
+@overload
+def uskd_loss(
+    student_logits: Tensor, weak_logits: Tensor, target: Tensor, *, alpha: float = ..., beta: float = ...,
+    mu: float = ..., ce_weight: float = ..., label_smoothing: float = ..., rank: str = ..., square: bool = ...,
+    process_group: ProcessGroup | None = ..., ignore_index: int = ..., reduction: str = ...,
+    weight: Tensor | None = ..., class_dim: int | None = ..., backend: str = ..., return_parts: bool,
+) -> Tensor | tuple[Tensor, USKDParts]: ...  # fmt: skip
+
+
+@infinities(
+    """If it is no target it leaves the non-target set: it takes no Zipf mass, keeps its place in the ranking, and the
+    others' weights are renormalised. The target term is +inf where it is a target of P other than 0. A weak logit of
+    -inf makes the weak term, which supervises every class, +inf; no gradient flows there.""",
+    "both gradients of that row; among the student's logits, through the mean in P, those of all rows",
+)
 def uskd_loss(
     student_logits: Tensor,
     weak_logits: Tensor,
@@ -75,6 +65,7 @@ def uskd_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     weight: Tensor | None = None,
+    class_dim: int | None = None,
     backend: str = "auto",
     return_parts: bool = False,
 ) -> Tensor | tuple[Tensor, USKDParts]:
@@ -124,18 +115,19 @@ def uskd_loss(
             is over this batch. What ``reduction`` does stays within the process.
         ignore_index: Rows with this class index count nowhere, nor in the mean in P, and get a zero gradient.
         reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
-        weight: What each row weighs, ``(...)``, floating-point, without gradient, at least 0: ``"none"`` gives
+        weight: What each row weighs, ``(...)``: a boolean mask, or floating-point, without gradient, at least 0. Not
+            what each class weighs, as in cross_entropy; of as many rows as classes nothing tells. ``"none"`` gives
             :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
             A row of weight 0 adds nothing to the loss and has zero gradients; the mean in P is of all rows alike.
+        class_dim: The dimension of the classes, in the logits and in probability targets; the shapes here have it last.
+            None is the last one, which logits of four or more dimensions must say themselves: 1 for (N, C, H, W), as
+            :func:`torch.nn.functional.cross_entropy` has them, -1 for (N, H, W, C). Logits whose classes do not lie
+            side by side in memory are copied, but not (N, C, H, W) in ``torch.channels_last``.
         backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
         return_parts: Return ``(loss, parts)`` with the detached, weighted ``parts.target``, ``parts.non_target``,
             ``parts.weak`` and ``parts.ce``, which sum to the loss.
 
-    A student's logit of -inf is a class that cannot occur: it gets no gradient and, if it is no target, no Zipf mass;
-    it keeps its place in the ranking, and the others' weights are renormalised. A weak logit of -inf makes the weak
-    term, which supervises every class, +inf; no gradient flows there. Where one class is left outside the targets, as
-    with C = 2, the non-target term is 0. A NaN makes the loss of its row NaN, and both gradients; among the student's
-    logits it makes, through the mean in P, every row's.
+    Where one class is left outside the targets, as with C = 2, the non-target term is 0.
 
     Shape:
         The loss is a scalar, or has the shape of the class indices ``(...)`` for ``reduction="none"``. Its dtype is
@@ -146,8 +138,8 @@ def uskd_loss(
 
     Raises:
         TypeError: An argument has a type or dtype that is not supported.
-        ValueError: Shapes, devices or hyper-parameters do not fit, or there is a ``process_group`` but
-            torch.distributed is not initialised.
+        ValueError: Shapes, devices or hyper-parameters do not fit, probabilities do not sum to 1, as in
+            :func:`nkd_loss`, or there is a ``process_group`` but torch.distributed is not initialised.
         IndexError: A class index is out of range, on the CPU. On a GPU, where checking would stall, that row is NaN,
             and through the mean in P the target terms of all.
         RuntimeError: ``backend`` names one that cannot run here, with the reason; or a fused backend is asked for what
@@ -159,7 +151,7 @@ def uskd_loss(
         >>> target = torch.randint(1000, (8,))
         >>> uskd_loss(student_logits, weak_logits, target, ce_weight=1.0).backward()
     """
-    rows = _checks.flatten(student_logits, weak_logits, "weak_logits", target)
+    rows = _checks.flatten(student_logits, weak_logits, "weak_logits", target, class_dim)
     alpha = _checks.check_scalar("alpha", alpha)
     beta = _checks.check_scalar("beta", beta)
     mu = _checks.check_scalar("mu", mu)
@@ -168,10 +160,10 @@ def uskd_loss(
     _check_soft_label_arguments(rank, square, ignore_index)
     _checks.check_process_group(process_group)
     _checks.check_reduction(reduction)
-    weight = _checks.flatten_weight(weight, rows.shape, student_logits.device)
+    weight = _checks.flatten_weight(weight, rows, student_logits)
     chosen = backends.choose(backend, student_logits.device, "uskd")
     if chosen == "reference":
-        check_targets_if_cheap(rows.target, student_logits.shape[-1], ignore_index)
+        check_targets_if_cheap(rows, ignore_index, weight)
     batch_sums = _batch_sums(rows, square, ignore_index, chosen, process_group)
     parts: USKDParts | None
     if chosen == "reference":
@@ -219,6 +211,7 @@ def uskd_soft_labels(
     square: bool = True,
     process_group: ProcessGroup | None = None,
     ignore_index: int = -100,
+    class_dim: int | None = None,
 ) -> Tensor:
     r"""The labels that USKD makes for each class: :math:`P_k` at the targets, :math:`\hat z_j` elsewhere.
 
@@ -232,9 +225,10 @@ def uskd_soft_labels(
         square: False puts :math:`p_k` where P has :math:`p_k^2`.
         process_group: Take the mean in P over all processes of this group.
         ignore_index: Rows with this class index count nowhere, and their labels are 0.
+        class_dim: The dimension of the classes, as for :func:`uskd_loss`.
 
     Shape:
-        ``(..., C)``, float64 if any logits are, else float32.
+        That of the logits, float64 if any logits are, else float32.
 
     Returns:
         The labels, detached. The Zipf labels of a row sum to 1; P, around the label's value, is no probability. 0 where
@@ -247,15 +241,16 @@ def uskd_soft_labels(
         >>> labels = uskd_soft_labels(student_logits, weak_logits, target)
         >>> values, classes = labels[0].topk(5)
     """
-    rows = _checks.flatten(student_logits, weak_logits, "weak_logits", target)
+    rows = _checks.flatten(student_logits, weak_logits, "weak_logits", target, class_dim)
     _check_soft_label_arguments(rank, square, ignore_index)
     _checks.check_process_group(process_group)
-    check_targets_if_cheap(rows.target, student_logits.shape[-1], ignore_index)
+    check_targets_if_cheap(rows, ignore_index)
     batch_sums = _batch_sums(rows, square, ignore_index, "reference", process_group)
     labels = reference.uskd_soft_labels(
         *rows[:3], rank=rank, square=square, ignore_index=ignore_index, batch_sums=batch_sums
     )
-    return labels.reshape(student_logits.shape)
+    dim = _checks.class_dimension(student_logits, class_dim)
+    return labels.reshape(*rows.shape, -1).movedim(-1, dim)
 
 
 def _check_soft_label_arguments(rank: str, square: bool, ignore_index: int) -> None:

@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar, overload
 
 from torch import Tensor, nn
+
+from fused_kd import _options
+
+#: A hyper-parameter: a number, or what gives it whenever the loss is called.
+Scheduled: TypeAlias = "float | Callable[[], float]"
+Parts = TypeVar("Parts")
 
 
 class Criterion(nn.Module):
     """Hyper-parameters as attributes, and a function that takes them as keywords.
 
-    One that is callable is called without arguments, each time that the loss is, for its value then.
+    One that is callable is called without arguments, each time that the loss is, for its value then. All others are
+    checked here, and all at each call, as attributes may be changed.
     """
 
+    ce_weight: Scheduled
+    label_smoothing: Scheduled
+    ignore_index: int
+    reduction: str
+    backend: str
+    class_dim: int | None
+
     _function: ClassVar[Callable[..., Any]]
+    _own_checks: ClassVar[Mapping[str, _options.Check]] = {}  # of hyper-parameters that mean something else elsewhere
     _further: ClassVar[tuple[str, ...]] = ()  # arguments of __init__ that the function does not take
 
     def __init__(self, options: dict[str, Any]) -> None:
         super().__init__()
         self._names = tuple(name for name in options if name not in ("self", "__class__", *self._further))
+        _options.check_options({name: options[name] for name in self._names}, self._own_checks)
         for name in self._names:
             setattr(self, name, options[name])
 
@@ -30,9 +46,91 @@ class Criterion(nn.Module):
         super().__setattr__(name, value)
 
     def _call(self, *tensors: Tensor | None, weight: Tensor | None, return_parts: bool) -> Any:
-        options = {name: value() if callable(value := getattr(self, name)) else value for name in self._names}
+        options = {name: self._value(name) for name in self._names}
         return type(self)._function(*tensors, **options, weight=weight, return_parts=return_parts)
+
+    def _value(self, name: str) -> Any:
+        value = getattr(self, name)
+        return value() if callable(value) else value
 
     def extra_repr(self) -> str:
         options = {name: getattr(self, name) for name in self._names}
         return ", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None)
+
+
+class TeacherCriterion(Criterion, Generic[Parts]):
+    """With a teacher and targets; ``Parts`` is what ``return_parts=True`` adds to the loss."""
+
+    temperature: Scheduled
+    logit_standardization: bool
+
+    @overload
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, weight: Tensor | None = ...,
+        return_parts: Literal[False] = ...,
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, weight: Tensor | None = ...,
+        return_parts: Literal[True],
+    ) -> tuple[Tensor, Parts]: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, weight: Tensor | None = ...,
+        return_parts: bool,
+    ) -> Tensor | tuple[Tensor, Parts]: ...  # fmt: skip
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        target: Tensor,
+        *,
+        weight: Tensor | None = None,
+        return_parts: bool = False,
+    ) -> Tensor | tuple[Tensor, Parts]:
+        result: Tensor | tuple[Tensor, Parts] = self._call(
+            student_logits, teacher_logits, target, weight=weight, return_parts=return_parts
+        )
+        return result
+
+
+class UnlabelledCriterion(Criterion, Generic[Parts]):
+    """With a teacher, and targets or none."""
+
+    temperature: Scheduled
+    logit_standardization: bool
+
+    @overload
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = ..., *,
+        weight: Tensor | None = ..., return_parts: Literal[False] = ...,
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = ..., *,
+        weight: Tensor | None = ..., return_parts: Literal[True],
+    ) -> tuple[Tensor, Parts]: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = ..., *,
+        weight: Tensor | None = ..., return_parts: bool,
+    ) -> Tensor | tuple[Tensor, Parts]: ...  # fmt: skip
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        target: Tensor | None = None,
+        *,
+        weight: Tensor | None = None,
+        return_parts: bool = False,
+    ) -> Tensor | tuple[Tensor, Parts]:
+        result: Tensor | tuple[Tensor, Parts] = self._call(
+            student_logits, teacher_logits, target, weight=weight, return_parts=return_parts
+        )
+        return result

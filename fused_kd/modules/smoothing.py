@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 from torch import Tensor
 
 from fused_kd import functional
-from fused_kd.modules._criterion import Criterion
+from fused_kd.modules._criterion import Criterion, Scheduled
 from fused_kd.reference import DistillationParts
 
 
@@ -17,19 +19,41 @@ class TfKDLoss(Criterion):
         >>> loss = criterion(student_logits, target)
     """
 
+    correct: Scheduled
+    temperature: Scheduled
+
     _function = staticmethod(functional.tf_kd_loss)
 
     def __init__(
         self,
-        correct: float = 0.99,
-        temperature: float = 20.0,
-        ce_weight: float = 0.0,
-        label_smoothing: float = 0.0,
+        correct: Scheduled = 0.99,
+        temperature: Scheduled = 20.0,
+        ce_weight: Scheduled = 0.0,
+        label_smoothing: Scheduled = 0.0,
         ignore_index: int = -100,
         reduction: str = "mean",
         backend: str = "auto",
+        class_dim: int | None = None,
     ) -> None:
         super().__init__(locals())
+
+    @overload
+    def forward(
+        self, student_logits: Tensor, target: Tensor, *, weight: Tensor | None = ...,
+        return_parts: Literal[False] = ...,
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, student_logits: Tensor, target: Tensor, *, weight: Tensor | None = ...,
+        return_parts: Literal[True],
+    ) -> tuple[Tensor, DistillationParts]: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, student_logits: Tensor, target: Tensor, *, weight: Tensor | None = ...,
+        return_parts: bool,
+    ) -> Tensor | tuple[Tensor, DistillationParts]: ...  # fmt: skip
 
     def forward(
         self, student_logits: Tensor, target: Tensor, *, weight: Tensor | None = None, return_parts: bool = False
@@ -48,19 +72,41 @@ class ZipfLSLoss(Criterion):
         >>> loss = criterion(student_logits, dense_logits, target)
     """
 
+    beta: Scheduled
+    power: Scheduled
+
     _function = staticmethod(functional.zipf_ls_loss)
 
     def __init__(
         self,
-        beta: float = 0.1,
-        power: float = 1.0,
-        ce_weight: float = 0.0,
-        label_smoothing: float = 0.0,
+        beta: Scheduled = 0.1,
+        power: Scheduled = 1.0,
+        ce_weight: Scheduled = 0.0,
+        label_smoothing: Scheduled = 0.0,
         ignore_index: int = -100,
         reduction: str = "mean",
         backend: str = "auto",
+        class_dim: int | None = None,
     ) -> None:
         super().__init__(locals())
+
+    @overload
+    def forward(
+        self, student_logits: Tensor, dense_logits: Tensor, target: Tensor, *, weight: Tensor | None = ...,
+        return_parts: Literal[False] = ...,
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, student_logits: Tensor, dense_logits: Tensor, target: Tensor, *, weight: Tensor | None = ...,
+        return_parts: Literal[True],
+    ) -> tuple[Tensor, DistillationParts]: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, student_logits: Tensor, dense_logits: Tensor, target: Tensor, *, weight: Tensor | None = ...,
+        return_parts: bool,
+    ) -> Tensor | tuple[Tensor, DistillationParts]: ...  # fmt: skip
 
     def forward(
         self,

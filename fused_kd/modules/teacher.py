@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import ClassVar
 
-from fused_kd import functional
-from fused_kd.modules._criterion import Criterion
+from fused_kd import _checks, functional
+from fused_kd.modules._criterion import Scheduled, TeacherCriterion, UnlabelledCriterion
 from fused_kd.reference import DistillationParts, DISTParts, LossParts
 
 
-class NKDLoss(Criterion):
+class NKDLoss(TeacherCriterion[LossParts]):
     """Normalized knowledge distillation; :func:`fused_kd.nkd_loss` documents every argument.
 
     Example:
@@ -17,37 +17,26 @@ class NKDLoss(Criterion):
         >>> loss = criterion(student_logits, teacher_logits, target)
     """
 
+    gamma: Scheduled
+
     _function = staticmethod(functional.nkd_loss)
 
     def __init__(
         self,
-        gamma: float = 1.5,
-        temperature: float = 1.0,
-        ce_weight: float = 0.0,
-        label_smoothing: float = 0.0,
+        gamma: Scheduled = 1.5,
+        temperature: Scheduled = 1.0,
+        ce_weight: Scheduled = 0.0,
+        label_smoothing: Scheduled = 0.0,
         logit_standardization: bool = False,
         ignore_index: int = -100,
         reduction: str = "mean",
         backend: str = "auto",
+        class_dim: int | None = None,
     ) -> None:
         super().__init__(locals())
 
-    def forward(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        target: Tensor,
-        *,
-        weight: Tensor | None = None,
-        return_parts: bool = False,
-    ) -> Tensor | tuple[Tensor, LossParts]:
-        result: Tensor | tuple[Tensor, LossParts] = self._call(
-            student_logits, teacher_logits, target, weight=weight, return_parts=return_parts
-        )
-        return result
 
-
-class KDLoss(Criterion):
+class KDLoss(UnlabelledCriterion[DistillationParts]):
     """Knowledge distillation; :func:`fused_kd.kd_loss` documents every argument.
 
     Example:
@@ -59,32 +48,19 @@ class KDLoss(Criterion):
 
     def __init__(
         self,
-        temperature: float = 4.0,
-        ce_weight: float = 0.0,
-        label_smoothing: float = 0.0,
+        temperature: Scheduled = 4.0,
+        ce_weight: Scheduled = 0.0,
+        label_smoothing: Scheduled = 0.0,
         logit_standardization: bool = False,
         ignore_index: int = -100,
         reduction: str = "mean",
         backend: str = "auto",
+        class_dim: int | None = None,
     ) -> None:
         super().__init__(locals())
 
-    def forward(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        target: Tensor | None = None,
-        *,
-        weight: Tensor | None = None,
-        return_parts: bool = False,
-    ) -> Tensor | tuple[Tensor, DistillationParts]:
-        result: Tensor | tuple[Tensor, DistillationParts] = self._call(
-            student_logits, teacher_logits, target, weight=weight, return_parts=return_parts
-        )
-        return result
 
-
-class DKDLoss(Criterion):
+class DKDLoss(TeacherCriterion[LossParts]):
     """Decoupled knowledge distillation; :func:`fused_kd.dkd_loss` documents every argument.
 
     Example:
@@ -92,38 +68,28 @@ class DKDLoss(Criterion):
         >>> loss = criterion(student_logits, teacher_logits, target)
     """
 
+    alpha: Scheduled
+    beta: Scheduled
+
     _function = staticmethod(functional.dkd_loss)
 
     def __init__(
         self,
-        alpha: float = 1.0,
-        beta: float = 8.0,
-        temperature: float = 4.0,
-        ce_weight: float = 0.0,
-        label_smoothing: float = 0.0,
+        alpha: Scheduled = 1.0,
+        beta: Scheduled = 8.0,
+        temperature: Scheduled = 4.0,
+        ce_weight: Scheduled = 0.0,
+        label_smoothing: Scheduled = 0.0,
         logit_standardization: bool = False,
         ignore_index: int = -100,
         reduction: str = "mean",
         backend: str = "auto",
+        class_dim: int | None = None,
     ) -> None:
         super().__init__(locals())
 
-    def forward(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        target: Tensor,
-        *,
-        weight: Tensor | None = None,
-        return_parts: bool = False,
-    ) -> Tensor | tuple[Tensor, LossParts]:
-        result: Tensor | tuple[Tensor, LossParts] = self._call(
-            student_logits, teacher_logits, target, weight=weight, return_parts=return_parts
-        )
-        return result
 
-
-class WSLDLoss(Criterion):
+class WSLDLoss(TeacherCriterion[DistillationParts]):
     """Weighted soft labels; :func:`fused_kd.wsld_loss` documents every argument.
 
     Example:
@@ -131,37 +97,26 @@ class WSLDLoss(Criterion):
         >>> loss = criterion(student_logits, teacher_logits, target)
     """
 
+    alpha: Scheduled
+
     _function = staticmethod(functional.wsld_loss)
 
     def __init__(
         self,
-        alpha: float = 2.5,
-        temperature: float = 2.0,
-        ce_weight: float = 0.0,
-        label_smoothing: float = 0.0,
+        alpha: Scheduled = 2.5,
+        temperature: Scheduled = 2.0,
+        ce_weight: Scheduled = 0.0,
+        label_smoothing: Scheduled = 0.0,
         logit_standardization: bool = False,
         ignore_index: int = -100,
         reduction: str = "mean",
         backend: str = "auto",
+        class_dim: int | None = None,
     ) -> None:
         super().__init__(locals())
 
-    def forward(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        target: Tensor,
-        *,
-        weight: Tensor | None = None,
-        return_parts: bool = False,
-    ) -> Tensor | tuple[Tensor, DistillationParts]:
-        result: Tensor | tuple[Tensor, DistillationParts] = self._call(
-            student_logits, teacher_logits, target, weight=weight, return_parts=return_parts
-        )
-        return result
 
-
-class JSLoss(Criterion):
+class JSLoss(UnlabelledCriterion[DistillationParts]):
     """Generalised Jensen–Shannon divergence; :func:`fused_kd.js_loss` documents every argument.
 
     Example:
@@ -169,37 +124,27 @@ class JSLoss(Criterion):
         >>> loss = criterion(student_logits, teacher_logits)
     """
 
+    beta: Scheduled
+
     _function = staticmethod(functional.js_loss)
+    _own_checks: ClassVar = {"beta": _checks.check_share}
 
     def __init__(
         self,
-        beta: float = 0.5,
-        temperature: float = 1.0,
-        ce_weight: float = 0.0,
-        label_smoothing: float = 0.0,
+        beta: Scheduled = 0.5,
+        temperature: Scheduled = 1.0,
+        ce_weight: Scheduled = 0.0,
+        label_smoothing: Scheduled = 0.0,
         logit_standardization: bool = False,
         ignore_index: int = -100,
         reduction: str = "mean",
         backend: str = "auto",
+        class_dim: int | None = None,
     ) -> None:
         super().__init__(locals())
 
-    def forward(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        target: Tensor | None = None,
-        *,
-        weight: Tensor | None = None,
-        return_parts: bool = False,
-    ) -> Tensor | tuple[Tensor, DistillationParts]:
-        result: Tensor | tuple[Tensor, DistillationParts] = self._call(
-            student_logits, teacher_logits, target, weight=weight, return_parts=return_parts
-        )
-        return result
 
-
-class DISTLoss(Criterion):
+class DISTLoss(UnlabelledCriterion[DISTParts]):
     """DIST, by correlations along rows and columns; :func:`fused_kd.dist_loss` documents every argument.
 
     Example:
@@ -207,32 +152,22 @@ class DISTLoss(Criterion):
         >>> loss = criterion(student_logits, teacher_logits)
     """
 
+    beta: Scheduled
+    gamma: Scheduled
+
     _function = staticmethod(functional.dist_loss)
 
     def __init__(
         self,
-        beta: float = 1.0,
-        gamma: float = 1.0,
-        temperature: float = 1.0,
-        ce_weight: float = 0.0,
-        label_smoothing: float = 0.0,
+        beta: Scheduled = 1.0,
+        gamma: Scheduled = 1.0,
+        temperature: Scheduled = 1.0,
+        ce_weight: Scheduled = 0.0,
+        label_smoothing: Scheduled = 0.0,
         logit_standardization: bool = False,
         ignore_index: int = -100,
         reduction: str = "mean",
         backend: str = "auto",
+        class_dim: int | None = None,
     ) -> None:
         super().__init__(locals())
-
-    def forward(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        target: Tensor | None = None,
-        *,
-        weight: Tensor | None = None,
-        return_parts: bool = False,
-    ) -> Tensor | tuple[Tensor, DISTParts]:
-        result: Tensor | tuple[Tensor, DISTParts] = self._call(
-            student_logits, teacher_logits, target, weight=weight, return_parts=return_parts
-        )
-        return result

@@ -71,9 +71,10 @@ def zipf_ls_loss(
     student = counted_logits(drop_impossible(student_logits.to(dtype)), labels.counted)
     dense = dense_logits.detach()
 
-    # A vote hides a NaN of the dense logits, and leaving the target out one of the student there. A factor takes both
-    # to the whole row and its gradient.
-    broken = dense.isnan().any(dim=2).any(dim=1) | student.detach().isnan().any(dim=1)
+    # A vote hides a NaN of the dense logits, and leaving the target out one, or +inf, of the student there. A factor
+    # takes all to the whole row and its gradient.
+    no_value = student.detach().isnan() | (student.detach() == -NEG_INF)
+    broken = dense.isnan().any(dim=2).any(dim=1) | no_value.any(dim=1)
     valid = torch.where(broken & labels.counted, torch.nan, labels.valid)
     student = student * valid.unsqueeze(1)
 
