@@ -44,7 +44,7 @@ def kernel_times(call: Callable[[], object], flush: Tensor, repeats: int = 5) ->
             flush.zero_()
             call()
         torch.cuda.synchronize()
-    events = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    events = [event for event in found.events() if str(event.device_type).endswith("CUDA")]
     return summed([(event.name, event.time_range.start, float(event.device_time)) for event in events], repeats)
 
 
@@ -84,7 +84,8 @@ def measure(calls: Sequence[Call]) -> dict[str, Any]:
         for backend in check.runnable("cuda", each.loss):
 
             def call(backend: str = backend, tensors: Any = tensors, loss: str = each.loss) -> None:
-                check.evaluate(backend, *tensors, {}, loss=loss)
+                student, other, target = tensors
+                check.evaluate(backend, student, other, target, {}, loss=loss)
 
             kernels = kernel_times(call, flush)
             host = [host_time(call), host_time(lambda tensors=tensors: _cross_entropy(tensors[0], tensors[2]))]  # type: ignore[misc]
@@ -101,8 +102,8 @@ def table(now: dict[str, Any], before: dict[str, Any] | None = None) -> str:
     """Markdown."""
     known = {_place(entry): entry for entry in (before or {"results": []})["results"]}
     lines = [
-        f"Microseconds of each kernel on a machine with an {now['machine']['gpu']}, bfloat16, forward and backward, caches"
-        f" emptied before; a copy moves {now['copy'] / 1e12:.2f} TB/s"
+        f"Microseconds of each kernel on a machine with an {now['machine']['gpu']}, bfloat16, forward and backward,"
+        f" caches emptied before; a copy moves {now['copy'] / 1e12:.2f} TB/s"
         + (". In brackets as it was before tuning." if before else "."),
         "",
         "| loss, backend | N×C | kernels | all | of copy bandwidth |",

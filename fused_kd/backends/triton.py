@@ -182,8 +182,16 @@ def row_loss(
     norm = torch.empty((), dtype=dtype, device=device)
     if rows == 0:
         return loss.zero_(), parts.zero_(), gradient, norm.fill_(1.0)
-    settings = (loss_name, tuple(weights), standardize, ignore_index, reduction, need_gradient, gradient_scale)
-    outputs = (gradient, loss, parts, norm)
+    settings: tuple[Any, ...] = (
+        loss_name,
+        tuple(weights),
+        standardize,
+        ignore_index,
+        reduction,
+        need_gradient,
+        gradient_scale,
+    )
+    outputs = gradient, loss, parts, norm
     _replay().run(
         "row_loss",
         (student, other, target, factors),

@@ -61,7 +61,7 @@ def uskd(
     norms = torch.empty((), dtype=dtype, device=device), torch.empty((), dtype=dtype, device=device)
     if rows == 0:
         return loss.zero_(), parts.zero_(), *gradients, norms[0].fill_(1.0), norms[1].fill_(1.0)
-    settings = (
+    settings: tuple[Any, ...] = (
         tuple(weights), rank, square, ignore_index, reduction, need_student, need_weak, student_scale, weak_scale,
     )  # fmt: skip
     inputs = (student, weak, target, batch_sums, factors)

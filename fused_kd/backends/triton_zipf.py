@@ -35,7 +35,7 @@ def zipf_ls(
     norm = torch.empty((), dtype=dtype, device=device)
     if rows == 0:
         return loss.zero_(), parts.zero_(), gradient, norm.fill_(1.0)
-    settings = (tuple(weights), ignore_index, reduction, need_gradient, gradient_scale)
+    settings: tuple[Any, ...] = (tuple(weights), ignore_index, reduction, need_gradient, gradient_scale)
     inputs, outputs = (student, dense, target, factors), (gradient, loss, parts, norm)
     triton_replay.run("zipf_ls", inputs, outputs, settings, lambda: plan_zipf_ls(*inputs, *outputs, *settings))
     return loss, parts, gradient, norm
