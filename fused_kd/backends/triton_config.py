@@ -54,10 +54,13 @@ ON_CHIP = (
     (512, 512, 1, 120),
     (1024, 1024, 2, 128),
     (2048, 2048, 4, 96),
-    (4096, 4096, 8, 88),  # longer rows take half the time when walked twice: here too few are under way
+    (4096, 4096, 8, 128),  # where vectors cannot be loaded
 )
+#: Rows of more classes than this take less time walked twice than held, of which too few are under way at once: NKD of
+#: 8192 rows of 8192 classes took an H200 164 us for 299, of 4096 classes 93 for 100. If they can be loaded in vectors.
+ON_CHIP_MOST = 2048
 #: What other losses take, by T = 1, and NKD at other temperatures.
-ON_CHIP_REGISTERS, ON_CHIP_DIST_REGISTERS = {True: 128, False: 144}, 184
+ON_CHIP_REGISTERS, ON_CHIP_DIST_REGISTERS = {True: 136, False: 160}, 200
 #: All other calls, which would spill so: (tile, warps, registers), 8 logits of each input a thread up to the last row.
 #: The compiler left alone aims at round occupancies and spills a few words to get there; these are the least that no
 #: dtype spills at. At 8192 probabilities as targets spill, and losses other than NKD, at 4096 both together.
@@ -82,12 +85,14 @@ PROBABILITIES_REGISTERS = {True: (96, 112), False: (112, 128)}
 
 #: Warps of a looped program. 8 at 64 registers put four rows on a multiprocessor, whose walks overlap: 8192 rows of
 #: 128256 classes took an H200 2.8 ms by 32 warps, 2.6 by 16 and 2.5 by 8; at 72 registers, which leave room for a row
-#: less, 8 took as long as 16.
+#: less, 8 took as long as 16. Rows of up to LOOPED_SHORT classes have too few tiles for 8: 4096 classes took 124 us by
+#: 8 and 93 by 4.
 LOOPED_WARPS, LOOPED_REGISTERS = 8, 64
-#: Of float32, of these losses, and at another temperature; of ordinary calls all.
-LOOPED_FLOAT32_REGISTERS = 72
-LOOPED_OWN_REGISTERS = {"js": 80, "dist": 128}
-LOOPED_SHARP_REGISTERS = 80
+LOOPED_SHORT = 16384
+#: Of float32, and at another temperature.
+LOOPED_FLOAT32_REGISTERS, LOOPED_SHARP_REGISTERS = 72, 80
+#: Jensen–Shannon spills at the 80 that three programs of 8 warps can have; 4 warps put five on a multiprocessor.
+LOOPED_JS_REGISTERS, LOOPED_DIST_REGISTERS = 104, 128
 #: With z-scores or smoothed labels; probabilities and float64 of losses other than NKD take more.
 LOOPED_MOST_REGISTERS = 128
 
@@ -123,13 +128,13 @@ def row_config(
     block = max(16, 1 << (classes - 1).bit_length())
     plain = loss == "nkd" and not (scores or smoothed)
     ordinary = neighbours and not (wide or probabilities or scores or smoothed)
-    if ordinary:
+    if ordinary and not (vectors and block > ON_CHIP_MOST):
         for most, tile, warps, registers in ON_CHIP:
             if block <= most:
                 if not plain or not unit_temperature:
                     registers = ON_CHIP_DIST_REGISTERS if loss == "dist" else ON_CHIP_REGISTERS[unit_temperature]
                 return OnChip(min(ON_CHIP_ROWS, tile // block), block, warps, registers)
-    else:
+    elif not ordinary:
         tiles = ON_CHIP_WIDE if wide else ON_CHIP_MORE
         # In float64 KD with everything else spills where a program holds as many rows as NKD's.
         kept = len(tiles) - (not plain) - (probabilities and not wide)
@@ -152,8 +157,12 @@ def row_config(
         # thread DIST took 2.5 times as long on an H200 as with 2.
         return Looped(32 * warps, min(2, 16 // narrow), warps, everything)
     if ordinary:
+        warps = max(1, warps // 2) if loss == "js" or classes <= LOOPED_SHORT else warps
         registers = LOOPED_REGISTERS if narrow == 2 else LOOPED_FLOAT32_REGISTERS
-        registers = LOOPED_OWN_REGISTERS.get(loss, registers if unit_temperature else LOOPED_SHARP_REGISTERS)
+        if loss in ("js", "dist"):
+            registers = LOOPED_JS_REGISTERS if loss == "js" else LOOPED_DIST_REGISTERS
+        elif not unit_temperature:
+            registers = LOOPED_SHARP_REGISTERS
     else:
         registers = LOOPED_MOST_REGISTERS if plain or not (wide or probabilities) else everything
     return Looped(32 * warps, 16 // narrow, warps, registers)

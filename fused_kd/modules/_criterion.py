@@ -41,7 +41,7 @@ class Criterion(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # torch.compile takes a module's int for a constant, so that each new one would compile the graph anew.
-        if type(value) is int and name != "ignore_index" and name in self.__dict__.get("_names", ()):
+        if type(value) is int and name not in ("ignore_index", "class_dim") and name in self.__dict__.get("_names", ()):
             value = float(value)
         super().__setattr__(name, value)
 
