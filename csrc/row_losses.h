@@ -30,6 +30,7 @@ struct RowNeeds {
     bool divergence; // cross is the sum of q (log p - log q), not of q log p, up to constants
     bool linear;     // the sum of the student's logits
     bool pointwise;  // a gradient that is no combination of exponentials, see PointwiseSums
+    bool fine;       // of some rows the student's probabilities, beside the exponentials
 };
 
 FKD_HD RowNeeds row_needs(const RowParams& params) {
@@ -41,6 +42,7 @@ FKD_HD RowNeeds row_needs(const RowParams& params) {
     needs.divergence = params.loss == kKd || params.loss == kDkd;
     needs.linear = params.loss == kTfKd || (ce && params.label_smoothing != 0);
     needs.pointwise = params.loss == kDist || params.loss == kJs;
+    needs.fine = params.loss == kDist;
     return needs;
 }
 

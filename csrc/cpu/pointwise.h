@@ -20,18 +20,17 @@ struct Probabilities {
 template <class A>
 struct Dist {
     static constexpr bool kKept = false;
-    A share; // 1 / C, the mean of a row
-    explicit Dist(const RowParams& params) : share(A(1 / params.classes)) {}
+    A mean_p, mean_q; // of a row
     // Centred before they are multiplied: sum p^2 - 1 / C would cancel.
     FKD_INLINE void sums(const Probabilities<A>& x, Vec<A> (&out)[3]) const {
-        const Vec<A> a = x.p - share, b = x.q - share;
+        const Vec<A> a = x.p - mean_p, b = x.q - mean_q;
         out[0] = a * b;
         out[1] = a * a;
         out[2] = b * b;
     }
     FKD_INLINE void slopes(const Probabilities<A>& x, Vec<A> (&out)[2]) const {
-        out[0] = x.q - share;
-        out[1] = x.p - share;
+        out[0] = x.q - mean_q;
+        out[1] = x.p - mean_p;
     }
 };
 
@@ -187,9 +186,23 @@ struct PointwiseGradient {
     }
 };
 
-template <class A, class F>
-FKD_INLINE void with_policy(const RowParams& params, F f) {
-    params.loss == kDist ? f(Dist<A>(params)) : f(Js<A>(params));
+// DIST takes a second look at a row of which C sum (p - 1 / C)^2, the square of p's deviation relative to its mean, is
+// no more than this.
+constexpr double kFlat = 1.0 / 16384;
+
+// The mean of n numbers; of equal ones that number to the bit.
+template <class A>
+FKD_NOINLINE A mean_of(const A* x, int64_t n) {
+    const A first = x[0];
+    double sum = 0;
+    for (int64_t start = 0; start < n; start += kBlock<A>) {
+        Vec<A> sums = {};
+        for_lanes<A>(block_length<A>(n, start), [&](auto lanes, int64_t j) __attribute__((always_inline)) {
+            sums += keep(lanes, load(x + start + j, lanes) - first, Vec<A>{});
+        });
+        sum += sum_lanes<A>(sums);
+    }
+    return A(double(first) + sum / double(n));
 }
 
 // A row, once its softmaxes are known.
@@ -204,36 +217,61 @@ struct PointwiseRow {
     RowSoftmax<A> of_s, of_t;
     Columns<A> columns;
     SoftmaxOrigin origins[2];
+    A row_means[2];                // of p and q
+    bool fine;                     // the probabilities are those of softmax_piece, in scratch->p and e_t
     double means[3], at_target[3]; // of the slopes, and the target's
 
     PointwiseBlock<A> block(int64_t i) const {
         const int64_t j = i * kBlock<A>, n = block_length<A>(args->classes, j);
         PointwiseBlock<A> out = {read(args->student, row, j, n, scratch->student),
                                  read(args->teacher, row, j, n, scratch->teacher),
-                                 (columns.mean_p ? scratch->p : e_soft) + j,
+                                 (fine ? scratch->p : e_soft) + j,
                                  scratch->e_t + j,
                                  of_s.block(scratch->blocks[i].s_max),
                                  of_t.block(scratch->blocks[i].t_max),
                                  j};
-        if (columns.mean_p) out.of_s.by = out.of_t.by = 1; // sums() has put probabilities there
+        if (fine) out.of_s.by = out.of_t.by = 1;
         return out;
+    }
+    template <class F>
+    FKD_INLINE void with_policy(F f) const {
+        params->loss == kDist ? f(Dist<A>{row_means[0], row_means[1]}) : f(Js<A>(*params));
+    }
+    void refine(const PointwiseBlock<A>& here, int64_t n) const {
+        softmax_piece(here.s, n, origins[0], scratch->p + here.start);
+        softmax_piece(here.t, n, origins[1], here.e_t);
     }
     Probabilities<A> target() const {
         return {splat(A(p.p[0])), splat(A(q.p[0])), splat(A(p.log_p[0])), splat(A(q.log_p[0]))};
     }
     PointwiseSums sums(const RowMoments* moments) {
+        // To the bit what the columns' means are of: in a column that does not vary nothing may be left of the
+        // difference, whose factor is 1e8 there.
+        fine = columns.mean_p != nullptr;
+        const PointwiseSums out = sums_of(moments, fine);
+        const double flat = kFlat / params->classes;
+        if (params->loss != kDist || !(out.of[1] <= flat || out.of[2] <= flat)) return out;
+        // The same holds of a row that does not vary: equal logits need equal probabilities, the target's among them,
+        // and their mean is to be that number.
+        for (int64_t i = 0; !fine && i < count; ++i) {
+            const PointwiseBlock<A> here = block(i);
+            refine(here, block_length<A>(args->classes, here.start));
+        }
+        fine = true;
+        row_means[0] = mean_of(scratch->p, args->classes);
+        row_means[1] = mean_of(scratch->e_t, args->classes);
+        p.p[0] = scratch->p[y];
+        q.p[0] = scratch->e_t[y];
+        return sums_of(moments, false);
+    }
+    PointwiseSums sums_of(const RowMoments* moments, bool anew) {
         PointwiseSums out = {};
-        with_policy<A>(*params, [&](const auto& policy) {
+        with_policy([&](const auto& policy) {
             for (int64_t i = 0; i < count; ++i) {
-                const int64_t j = i * kBlock<A>, n = block_length<A>(args->classes, j);
                 const PointwiseBlock<A> here = block(i);
-                if (columns.mean_p) {
-                    // To the bit what the columns' means are of: in a column that does not vary nothing may be left of
-                    // the difference, whose factor is 1e8 there.
-                    softmax_piece(here.s, n, origins[0], scratch->p + j);
-                    softmax_piece(here.t, n, origins[1], scratch->e_t + j);
-                }
-                pointwise_sums<A>(policy, here, n, y - j, columns, moments, out);
+                const int64_t n = block_length<A>(args->classes, here.start);
+                if (anew) refine(here, n);
+                pointwise_sums<A>(policy, here, n, y - here.start, columns, moments, out);
             }
             Vec<A> terms[3], slopes[2];
             policy.sums(target(), terms);
@@ -261,7 +299,7 @@ struct PointwiseRow {
     template <class F>
     void with_gradient(int64_t i, const double (&by)[3], F combine) const {
         const PointwiseBlock<A> here = block(i);
-        with_policy<A>(*params, [&](const auto& policy) { combine(here.s, gradient(policy, here, by)); });
+        with_policy([&](const auto& policy) { combine(here.s, gradient(policy, here, by)); });
     }
     template <class Policy>
     PointwiseGradient<A, Policy> gradient(const Policy& policy, const PointwiseBlock<A>& here,
@@ -282,6 +320,7 @@ PointwiseRow<A> pointwise_row(const RowArgs& args, const RowParams& params, cons
     const Split p = split_at(x.s_target, x.soft_s, x.s_soft), q = split_at(x.t_target, x.soft_t, x.t_soft);
     // NaN among the labels is in every row's gradient, through the columns.
     const double valid = 1 + 0 * x.v_sum;
+    const A share = A(1 / params.classes);
     return {&args,
             &params,
             &scratch,
@@ -296,6 +335,8 @@ PointwiseRow<A> pointwise_row(const RowArgs& args, const RowParams& params, cons
             columns_of<A>(args.columns, args.classes),
             {origin_of(p, x.s_target, s_max, x.soft_s, x.s_soft, valid),
              origin_of(q, x.t_target, t_max, x.soft_t, x.t_soft, 1)},
+            {share, share},
+            false,
             {},
             {}};
 }

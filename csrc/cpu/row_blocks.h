@@ -28,7 +28,7 @@ struct Products {
 };
 
 // Scratch of a thread: a row of each kind of exponentials, as far as they are needed (the soft ones only where the
-// gradient's row cannot hold them), where columns are `coupled` the student's probabilities, a block of each input that
+// gradient's row cannot hold them), the student's probabilities where those are taken anew, a block of each input that
 // is converted, and one of the gradient.
 template <class A>
 struct Scratch {
@@ -36,15 +36,15 @@ struct Scratch {
     A *student, *teacher, *probs, *gradient;
     BlockStats* blocks;
 
-    Scratch(int64_t classes, const RowNeeds& needs, bool coupled) {
-        const int64_t row = (classes + 63) / 64 * 64, kinds = 2 + needs.sharp + needs.raw + coupled;
+    Scratch(int64_t classes, const RowNeeds& needs) {
+        const int64_t row = (classes + 63) / 64 * 64, kinds = 2 + needs.sharp + needs.raw + needs.fine;
         const size_t values = size_t(kinds * row + 4 * kBlock<A>);
         const size_t bytes = values * sizeof(A) + size_t(classes / kBlock<A> + 1) * sizeof(BlockStats);
         e_soft = static_cast<A*>(thread_scratch(bytes));
         e_t = e_soft + row;
         e_sharp = e_t + row * needs.sharp;
         e_raw = e_sharp + row * needs.raw;
-        p = e_raw + row * coupled;
+        p = e_raw + row * needs.fine;
         student = e_soft + kinds * row;
         teacher = student + kBlock<A>;
         probs = teacher + kBlock<A>;

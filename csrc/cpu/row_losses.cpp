@@ -228,7 +228,7 @@ void row_losses_typed(const RowArgs& args) {
     (void)threads;
 #pragma omp parallel num_threads(threads)
     {
-        const Scratch<A> scratch(args.classes, row_needs(params), args.columns != nullptr);
+        const Scratch<A> scratch(args.classes, row_needs(params));
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < args.rows; ++row) {
             double* parts = args.parts + kRowParts * row;
