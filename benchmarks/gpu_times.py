@@ -45,13 +45,13 @@ def kernel_times(call: Callable[[], object], flush: Tensor, repeats: int = 5) ->
             call()
         torch.cuda.synchronize()
     events = [event for event in found.events() if str(event.device_type).endswith("CUDA")]
-    return summed([(event.name, event.time_range.start, float(event.device_time)) for event in events], repeats)
+    return summed([(event.name, float(event.device_time)) for event in events], repeats)
 
 
-def summed(events: Sequence[tuple[str, float, float]], repeats: int) -> dict[str, float]:
-    """Of (name, start, microseconds): what is launched several times a call counts together."""
+def summed(events: Sequence[tuple[str, float]], repeats: int) -> dict[str, float]:
+    """Of (name, microseconds): what is launched several times a call counts together."""
     times: dict[str, list[float]] = defaultdict(list)
-    for name, _start, microseconds in sorted(events, key=lambda event: event[1]):
+    for name, microseconds in events:
         if not any(other in name for other in OTHERS):
             times[short_name(name)].append(microseconds)
     return {

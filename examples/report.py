@@ -126,7 +126,6 @@ def plot_curves(folder: Path, title: str) -> Path | None:
     losses.set_xlim(0, x[-1] * 1.05)
     for axes in (losses, accuracies):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    for axes in (losses, accuracies):
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import torch
 
 
@@ -21,6 +24,14 @@ def missing(device: torch.device) -> str | None:
     if device.index is not None and device.index >= count:
         return f"no such device: {'there is 1' if count == 1 else f'there are {count}'} here, counted from 0"
     return None
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Launches go to the current device: makes it this one, if it is a GPU. Switching takes microseconds, so only
+    where it is another."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 def named(device: torch.device) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from functools import cache
 from typing import Any
 
@@ -44,19 +43,12 @@ def _place(device: torch.device) -> tuple[int, int]:
     return device.index, torch.cuda.current_stream(device).cuda_stream
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Launches go to the current device; switching costs microseconds, so only where it is another."""
-    if device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
-
-
 def uskd_batch_sums(core: Any, student: Tensor, target: Tensor, square: bool, ignore_index: int) -> Tensor:
     rows, num_classes = student.shape
     device = student.device
     sums = torch.empty(3, dtype=torch.float64, device=device)
     workspace = torch.empty(2 * rows, dtype=torch.float64, device=device)
-    with _on(device):
+    with cuda_devices.current(device):
         core.cuda_uskd_batch_sums(
             *_place(device),
             _matrix(student),
@@ -98,7 +90,7 @@ def uskd(
     weak_gradient = torch.empty((rows, num_classes) if need_weak else (0,), dtype=weak.dtype, device=device)
     student_norm = torch.empty((), dtype=dtype, device=device)
     weak_norm = torch.empty((), dtype=dtype, device=device)
-    with _on(device):
+    with cuda_devices.current(device):
         place = _place(device)
         # Freed when this returns; the allocator gives it to nobody but later work of the same stream.
         bytes_needed = core.cuda_uskd_workspace(place[0], rows, num_classes, _DTYPES[dtype])
@@ -134,7 +126,7 @@ def uskd(
 def scale_gradient(core: Any, gradient: Tensor, grad_output: Tensor, norm: Tensor, out: Tensor) -> None:
     rows, num_classes = gradient.shape
     device = gradient.device
-    with _on(device):
+    with cuda_devices.current(device):
         core.cuda_scale_gradient(
             *_place(device),
             gradient.data_ptr(),

@@ -5,7 +5,6 @@ Importing this module imports neither Triton nor the kernels: the first call doe
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import math
 import os
@@ -136,17 +135,10 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device; switching takes microseconds, so only where it is another."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
-
-
 def run(launches: list[Launch], device: torch.device) -> list[Any]:
     """Launch on the tensors' device, in its current stream. Returns the compiled kernels, None where there is none."""
     kernels = _kernels()
-    with current(device):
+    with cuda_devices.current(device):
         return [
             HOST[kernel](*arguments) if kernel in HOST else kernels[kernel][(programs,)](*arguments, **options)
             for kernel, programs, arguments, options in launches

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_kd.backends import triton
+from fused_kd.backends import cuda_devices, triton
 from fused_kd.backends.triton import Launch
 
 #: Kinds of calls that are kept; then all are forgotten. A schedule of hyper-parameters has one for each value.
@@ -60,7 +60,7 @@ def run(
     key = (name, device, settings, *alike, *map(_kind, inputs))
     replay = _kept.get(key)
     if replay is not None:
-        with triton.current(device):
+        with cuda_devices.current(device):
             _launch(replay, [*inputs, *outputs], device)
         return
     launches = plan()
