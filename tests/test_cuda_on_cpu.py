@@ -5,7 +5,6 @@ to it, and whether launches are right, tests/compiled/test_cuda_ptx.py shows of 
 with ``-p tools.ptx.cuda.plugin``.
 """
 
-import contextlib
 import math
 
 import cuda_core
@@ -29,7 +28,6 @@ def module(tmp_path_factory):
 def core(module, monkeypatch):
     """The module, to be called with CPU tensors."""
     monkeypatch.setattr(native_cuda, "_place", lambda device: (0, 0))
-    monkeypatch.setattr(native_cuda, "_on", lambda device: contextlib.nullcontext())
     yield module
     module.run_backwards(False)
 

@@ -122,11 +122,10 @@ class Library:
     @contextlib.contextmanager
     def patched(self, native_cuda: ModuleType) -> Iterator[None]:
         """The calls of fused_kd.backends.native_cuda take CPU tensors, and raise what was wrong with a launch."""
-        before = {name: getattr(native_cuda, name) for name in (*CALLS, "_place", "_on")}
+        before = {name: getattr(native_cuda, name) for name in (*CALLS, "_place")}
         for name in CALLS:
             setattr(native_cuda, name, self.checked(before[name]))
         native_cuda._place = lambda device: (0, 0)  # type: ignore[attr-defined]
-        native_cuda._on = lambda device: contextlib.nullcontext()  # type: ignore[attr-defined]
         try:
             yield
         finally:
