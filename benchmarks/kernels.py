@@ -47,6 +47,7 @@ def compile_triton(case: kernel_cases.Call, number: int, capability: int, loss: 
     launch = case.launches()[number]
     report = compile_launch(launch, capability)
     # A call's first tensors are its logits; VEC is of their rows, and no vector divides an address that is offset.
+    elements = _elements(launch)
     aligned = all(tensor.data_ptr() % 16 == 0 for tensor in launch.arguments[:2])
     return {
         "source": "triton",
@@ -63,14 +64,14 @@ def compile_triton(case: kernel_cases.Call, number: int, capability: int, loss: 
         "spilled": 0,
         "loads": report.loads,
         "stores": report.stores,
-        "vector": 2 * launch.options.get("VEC", 1) if aligned else 2,
+        "vector": 2 * min(launch.options.get("VEC", 1), max(1, elements)) if aligned else 2,
         "element_bytes": case.element_bytes,
         # Tf-KD reads the student's logits alone, and so do the kernels before and after USKD's ranking.
         "inputs": 1 if launch.options.get("LOSS") == 4 or launch.kernel in ONE_INPUT else 2,
         "writes": launch.options.get("GRAD", True),
         "instructions": report.instructions,
         "exponentials": report.exponentials,
-        "elements": _elements(launch),
+        "elements": elements,
         "seconds": report.seconds,
         "library": False,
     }

@@ -60,7 +60,7 @@ ON_CHIP = (
 #: 8192 rows of 8192 classes took an H200 164 us for 299, of 4096 classes 93 for 100. If they can be loaded in vectors.
 ON_CHIP_MOST = 2048
 #: What other losses take, by T = 1, and NKD at other temperatures.
-ON_CHIP_REGISTERS, ON_CHIP_DIST_REGISTERS = {True: 136, False: 160}, 200
+ON_CHIP_REGISTERS, ON_CHIP_DIST_REGISTERS = {True: 136, False: 168}, 200
 #: All other calls, which would spill so: (tile, warps, registers), 8 logits of each input a thread up to the last row.
 #: The compiler left alone aims at round occupancies and spills a few words to get there; these are the least that no
 #: dtype spills at. At 8192 probabilities as targets spill, and losses other than NKD, at 4096 both together.
