@@ -51,7 +51,7 @@ def same(ours, theirs):
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("strict", (False, True))
+@pytest.mark.parametrize("strict", (False, pytest.param(True, marks=pytest.mark.slow)))
 @every_loss
 def test_export_and_backward(place, strict):
     loss, backend, _ = place
@@ -168,7 +168,7 @@ def tangent_of(value):
     return ask
 
 
-@pytest.mark.parametrize("fullgraph", (False, True))
+@pytest.mark.parametrize("fullgraph", (pytest.param(False, marks=pytest.mark.slow), True))
 @pytest.mark.parametrize("name", (*TRANSFORMS, "dual", "dual-outside"))
 @every_kind
 def test_compiled_transforms(place, name, fullgraph):
@@ -184,7 +184,7 @@ def test_compiled_transforms(place, name, fullgraph):
         ask(*logits)
 
 
-@pytest.mark.parametrize("name", ("grad", "vmap", "dual"))
+@pytest.mark.parametrize("name", ("grad", pytest.param("vmap", marks=pytest.mark.slow), "dual"))
 @every_kind
 def test_compiled_transforms_of_the_reference(place, name):
     torch._dynamo.reset()
