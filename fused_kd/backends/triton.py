@@ -273,6 +273,7 @@ def plan_row_loss(
         unit_temperature=single,
         neighbours=unit,
         vectors=together,
+        mixed=student.dtype != teacher.dtype,
         loss=loss_name,
         scores=standardize,
         smoothed=ce and smoothing != 0.0,
