@@ -14,6 +14,11 @@ bound of the gradient, or where there is none, from the gradient itself (:func:`
 
 ``row_weight`` (N,), where given, becomes factors (:func:`_row_factors`): a kernel multiplies a row's parts by one and
 its gradient by another, with the reduction "sum" for a mean, and takes a row whose factor is 0 for one to be ignored.
+
+DIST's columns are the exception: their term is one number, which depends on every row, and so is multiplied by the sum
+of what the rows are multiplied by. With weights it is a second call of the kernel, whose gradient is added to that of
+the first (:mod:`fused_kd.backends.dist_terms`). With ``reduction="none"`` the sum is known in the backward pass alone:
+nothing is stored, and there ``dist_gradient`` makes the gradient of the logits, which are kept instead.
 """
 
 from __future__ import annotations
@@ -26,11 +31,13 @@ import torch
 from torch import Tensor
 
 from fused_kd import _transforms, backends
+from fused_kd.backends import dist_terms
 from fused_kd.reference import accumulation_dtype
 from fused_kd.reference.rows import usable_weight
-from fused_kd.registry import ROW_LOSSES
+from fused_kd.registry import ROW_LOSSES, has_column_term
 
 __all__ = [
+    "DIST_GRADIENT",
     "EXPORTED_OPS",
     "LOSS_OPS",
     "implement_autograd",
@@ -80,6 +87,13 @@ _define_loss(
 _library.define(
     "uskd_batch_sums(Tensor student_logits, Tensor target, bool square, int ignore_index, str backend) -> Tensor"
 )
+for _suffix, _weights in (("", "float[]"), ("_scheduled", "Tensor")):
+    _library.define(
+        f"dist_gradient{_suffix}(Tensor student_logits, Tensor teacher_logits, Tensor target, Tensor? row_weight, "
+        f"{_weights} weights, bool standardize, int ignore_index, Tensor grad_rows, Tensor grad_columns, str backend) "
+        "-> Tensor",
+        tags=(torch.Tag.cudagraph_unsafe,) if _suffix else (),
+    )
 _library.define("scale_gradient(Tensor gradient, Tensor grad_output, Tensor norm, str backend) -> Tensor")
 _library.define("scale_gradient_compiled(Tensor gradient, Tensor grad_output, Tensor norm, str backend) -> Tensor")
 _library.define("scale_gradient_(Tensor(a!) gradient, Tensor grad_output, Tensor norm, str backend) -> ()")
@@ -158,28 +172,50 @@ def _row_loss(
     bound = ROW_LOSSES[loss].bound(*weights[:3]) + weights[3]
     if standardize:
         bound = math.inf  # one over the deviation of a row's logits is a factor of it, 1e7 for a constant row
-    measure = need_gradient and student_logits.dtype == torch.float16 and math.isinf(bound)
-    if measure:
-        student_logits = student_logits.float()
-    scale = _stored_scale(student_logits.dtype, bound)
+    dtype = student_logits.dtype
+    measure = need_gradient and dtype == torch.float16 and math.isinf(bound)
+    apart = row_weight is not None and has_column_term(loss, weights)
+    if measure or (apart and need_gradient):  # whose sum is to be rounded once
+        student_logits = student_logits.to(accumulation_dtype(student_logits))
     factors, reduction, (by,) = _row_factors(row_weight, target, ignore_index, reduction, (student_logits.dtype,))
-    value, parts, gradient, norm = backends.get(backend).row_loss(
-        student_logits,
-        teacher_logits,
-        target,
-        factors,
-        loss,
-        weights,
-        standardize,
-        ignore_index,
-        reduction,
-        need_gradient,
-        scale,
-    )
+    kernels = backends.get(backend)
+    rest = (standardize, ignore_index, reduction, need_gradient)
+    if apart:
+        assert factors is not None
+        given = (student_logits, teacher_logits, target, factors, weights)
+        value, parts, gradient, norm = dist_terms.weighted(kernels, *given, *rest)
+    else:
+        scale = _stored_scale(student_logits.dtype, bound) if need_gradient else 1.0
+        value, parts, gradient, norm = kernels.row_loss(
+            student_logits, teacher_logits, target, factors, loss, weights, *rest, scale
+        )
     _multiply(norm, by)
     if measure:
         gradient, norm = _to_half(gradient, norm)
-    return value, parts, gradient, norm
+    return value, parts, gradient.to(dtype), norm
+
+
+def _dist_gradient(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    row_weight: Tensor | None,
+    weights: list[float] | Tensor,
+    standardize: bool,
+    ignore_index: int,
+    grad_rows: Tensor,
+    grad_columns: Tensor,
+    backend: str,
+) -> Tensor:
+    _transforms.refuse_create_graph()
+    _transforms.refuse_recorded(student_logits, grad_rows, grad_columns)
+    student = student_logits.to(accumulation_dtype(student_logits))
+    factors, _, _ = _row_factors(row_weight, target, ignore_index, "none", (student.dtype,))
+    logits, options = (student, teacher_logits), (_numbers(weights), standardize, ignore_index)
+    gradient = dist_terms.gradient_for(
+        backends.get(backend), *logits, target, factors, *options, grad_rows, grad_columns
+    )
+    return gradient.to(student_logits.dtype)
 
 
 def _uskd_batch_sums(student_logits: Tensor, target: Tensor, square: bool, ignore_index: int, backend: str) -> Tensor:
@@ -278,6 +314,8 @@ for _name, _function in (
     ("uskd_scheduled", _uskd),
     ("zipf_ls", _zipf_ls),
     ("zipf_ls_scheduled", _zipf_ls),
+    ("dist_gradient", _dist_gradient),
+    ("dist_gradient_scheduled", _dist_gradient),
     ("scale_gradient", _scale_gradient),
     ("scale_gradient_compiled", _scale_gradient_compiled),
     ("scale_gradient_", _scale_gradient_),
@@ -364,6 +402,21 @@ def _uskd_fake(
     )
 
 
+def _dist_gradient_fake(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    row_weight: Tensor | None,
+    weights: list[float] | Tensor,
+    standardize: bool,
+    ignore_index: int,
+    grad_rows: Tensor,
+    grad_columns: Tensor,
+    backend: str,
+) -> Tensor:
+    return student_logits.new_empty(student_logits.shape)
+
+
 def _scale_gradient_fake(gradient: Tensor, grad_output: Tensor, norm: Tensor, backend: str) -> Tensor:
     return torch.empty_like(gradient)
 
@@ -380,6 +433,8 @@ for _name, _fake in (
     ("uskd_scheduled", _uskd_fake),
     ("zipf_ls", _zipf_ls_fake),
     ("zipf_ls_scheduled", _zipf_ls_fake),
+    ("dist_gradient", _dist_gradient_fake),
+    ("dist_gradient_scheduled", _dist_gradient_fake),
     ("scale_gradient", _scale_gradient_fake),
     ("scale_gradient_compiled", _scale_gradient_fake),
     ("scale_gradient_", _scale_gradient_inplace_fake),
@@ -395,6 +450,8 @@ def _op(name: str) -> Any:
 
 #: The forward ops, each with its twin for hyper-parameters that may change in a compiled graph.
 LOSS_OPS: dict[str, tuple[Any, Any]] = {name: (_op(name), _op(f"{name}_scheduled")) for name in _LOSSES}
+#: The gradient of DIST's rows, and its twin.
+DIST_GRADIENT: tuple[Any, Any] = (_op("dist_gradient"), _op("dist_gradient_scheduled"))
 #: By forward op, what torch.export records in its place.
 EXPORTED_OPS: dict[Any, Any] = {op: _op(f"exported_{op._opname}") for pair in LOSS_OPS.values() for op in pair}
 uskd_batch_sums = torch.ops.fused_kd.uskd_batch_sums.default
