@@ -319,11 +319,13 @@ def _autograd_of(op: Any, wanted: int) -> Any:
         if not any(need):
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*arguments)
-        # Of a schedule's weights no value is known while a graph is recorded.
-        if op._opname.startswith("exported_row_loss") and others[2] == "dist" and others[6] == "none":
-            if isinstance(others[3], Tensor) or has_column_term(others[2], others[3]):
-                kept, further = (student_logits, other_logits, others[0]), (other_logits, *others[:-1], False, backend)
-                return _DistRows.apply(student_logits, op, kept, further)  # type: ignore[no-untyped-call]
+        if op._opname.startswith("exported_row_loss"):
+            labels, _, loss, weights, _, _, reduction, _ = others
+            # Of a schedule's weights no value is known while a graph is recorded.
+            coupled = loss == "dist" if isinstance(weights, Tensor) else has_column_term(loss, weights)
+            if coupled and reduction == "none":
+                further = (other_logits, *others[:-1], False, backend)
+                return _DistRows.apply(student_logits, op, (student_logits, other_logits, labels), further)  # type: ignore[no-untyped-call]
         # It may have been exported with logits that did not require grad.
         further = (*others[:-wanted], *need, backend)
         return _ExportedLoss.apply(op, student_logits, other_logits, further)  # type: ignore[no-untyped-call]

@@ -179,16 +179,13 @@ def _row_loss(
         student_logits = student_logits.to(accumulation_dtype(student_logits))
     factors, reduction, (by,) = _row_factors(row_weight, target, ignore_index, reduction, (student_logits.dtype,))
     kernels = backends.get(backend)
-    rest = (standardize, ignore_index, reduction, need_gradient)
+    given: tuple[Any, ...] = (student_logits, teacher_logits, target, factors)
+    options: tuple[Any, ...] = (weights, standardize, ignore_index, reduction, need_gradient)
     if apart:
-        assert factors is not None
-        given = (student_logits, teacher_logits, target, factors, weights)
-        value, parts, gradient, norm = dist_terms.weighted(kernels, *given, *rest)
+        value, parts, gradient, norm = dist_terms.weighted(kernels, *given, *options)
     else:
         scale = _stored_scale(student_logits.dtype, bound) if need_gradient else 1.0
-        value, parts, gradient, norm = kernels.row_loss(
-            student_logits, teacher_logits, target, factors, loss, weights, *rest, scale
-        )
+        value, parts, gradient, norm = kernels.row_loss(*given, loss, *options, scale)
     _multiply(norm, by)
     if measure:
         gradient, norm = _to_half(gradient, norm)
@@ -211,9 +208,17 @@ def _dist_gradient(
     _transforms.refuse_recorded(student_logits, grad_rows, grad_columns)
     student = student_logits.to(accumulation_dtype(student_logits))
     factors, _, _ = _row_factors(row_weight, target, ignore_index, "none", (student.dtype,))
-    logits, options = (student, teacher_logits), (_numbers(weights), standardize, ignore_index)
     gradient = dist_terms.gradient_for(
-        backends.get(backend), *logits, target, factors, *options, grad_rows, grad_columns
+        backends.get(backend),
+        student,
+        teacher_logits,
+        target,
+        factors,
+        _numbers(weights),
+        standardize,
+        ignore_index,
+        grad_rows,
+        grad_columns,
     )
     return gradient.to(student_logits.dtype)
 

@@ -90,6 +90,21 @@ def test_gradients_fit_whatever_their_size(place, options, spread):
     torch.testing.assert_close(ours.double(), exact * scale, rtol=2.0**-9, atol=2e-3 * 2.0**13)
 
 
+@unbounded
+def test_without_a_gradient(place, options):
+    """The bound that there is not is not asked for."""
+    loss, name, device = place
+    student, others, target = make(loss, dtype=torch.float16, device=device)
+    if "weight" in options:
+        options = {"weight": torch.linspace(0.5, 2.0, 6, device=device)}
+    for reduction in ("mean", "none"):
+        ours, exact = (
+            function(loss)(student, *others, target, backend=each, reduction=reduction, **options)
+            for each in (name, "reference")
+        )
+        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("loss", ROW_LOSSES)
 def test_bounds(loss):
     """Of gradients in float64, for logits from nearly equal to far apart."""

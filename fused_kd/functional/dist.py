@@ -85,8 +85,9 @@ def dist_loss(
         label_smoothing: Of the cross-entropy's labels, as in :func:`torch.nn.functional.cross_entropy`.
         logit_standardization: Put the z-scores of both logits, row by row, into all but the cross-entropy.
         ignore_index: Rows with this class index are in no term and get a zero gradient.
-        reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``. For ``"none"`` the fused
-            backends keep both logits until the backward pass, unless gamma is 0, and compute the gradient there.
+        reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``. For ``"none"``, unless
+            gamma is 0, what comes in for one row is in every row's gradient: the fused backends compute that in the
+            backward pass, until when both logits and the target are kept and must not change.
         weight: What each row weighs, ``(...)``: a boolean mask, or floating-point, without gradient, at least 0. Not
             what each class weighs, as in cross_entropy; of as many rows as classes nothing tells. ``"none"`` gives
             :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
