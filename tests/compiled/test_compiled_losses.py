@@ -132,7 +132,7 @@ def test_ignored_rows_have_no_gradient_whatever_comes_in(gpu, loss, incoming):
     assert (weighted[0] == 0).all()
 
 
-@pytest.mark.parametrize("loss", ["nkd", "js", "uskd", "zipf_ls"])
+@pytest.mark.parametrize("loss", ["nkd", "js", "dist", "uskd", "zipf_ls"])
 def test_weighted_rows(gpu, loss):
     compare(loss, FLOAT, 100, rows=5, weighted=True)
 
