@@ -123,7 +123,14 @@ def test_transforms_of_an_exported_program(place):
         ours(*(forward_ad.make_dual(each, torch.ones_like(each)) for each in logits))
 
 
-@pytest.mark.parametrize("options", ({}, {"allow_unused": True}, {"allow_unused": True, "materialize_grads": True}))
+@pytest.mark.parametrize(
+    "options",
+    (
+        pytest.param({}, marks=pytest.mark.slow),
+        {"allow_unused": True},
+        pytest.param({"allow_unused": True, "materialize_grads": True}, marks=pytest.mark.slow),
+    ),
+)
 @every_loss
 def test_compile_and_create_graph(place, options):
     torch._dynamo.reset()

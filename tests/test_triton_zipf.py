@@ -185,7 +185,7 @@ def test_ignored_rows_count_nowhere(regime):
 
 
 @pytest.mark.parametrize("dtype", check.DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("kind", ("index", "smoothed"))
+@pytest.mark.parametrize("kind", ("index", pytest.param("smoothed", marks=pytest.mark.slow)))
 def test_dtypes_stay_within_eagers_error(regime, dtype, kind):
     classes = 101 if regime == "small tiles" else 301
     student, dense, target = make(6, classes, 49, kind, dtype)
