@@ -28,6 +28,15 @@ def to_half(gradient: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
     return gradient.mul_(power.to(gradient.dtype)).half(), (norm / power).to(norm.dtype)
 
 
+def counted_weight(row_weight: Tensor | None, target: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:
+    """What each row weighs, (N,): 1 without weights, and 0 where the row is ignored."""
+    if row_weight is None:
+        weight = torch.ones_like(target[:, 0] if target.is_floating_point() else target, dtype=dtype)
+    else:
+        weight = usable_weight(row_weight, dtype)
+    return weight if target.is_floating_point() else torch.where(target == ignore_index, 0.0, weight)
+
+
 def row_factors(
     row_weight: Tensor | None, target: Tensor, ignore_index: int, reduction: str, dtypes: tuple[torch.dtype, ...]
 ) -> tuple[Tensor | None, str, tuple[Tensor | None, ...]]:
@@ -39,9 +48,7 @@ def row_factors(
     """
     if row_weight is None:
         return None, reduction, (None,) * len(dtypes)
-    weight = usable_weight(row_weight, torch.float64)
-    if not target.is_floating_point():
-        weight = torch.where(target == ignore_index, 0.0, weight)
+    weight = counted_weight(row_weight, target, ignore_index, torch.float64)
     mean = reduction == "mean"
     if mean:
         total = weight.sum()

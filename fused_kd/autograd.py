@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_kd import _transforms, ops
-from fused_kd.reference.rows import usable_weight
+from fused_kd._stored import counted_weight
 from fused_kd.registry import Weights, has_column_term
 
 __all__ = ["row_loss", "uskd", "uskd_batch_sums", "zipf_ls"]
@@ -99,11 +99,7 @@ class _DistRows(torch.autograd.Function):
             return op(*given, *grads, ctx.backend)  # type: ignore[no-any-return]
 
         # What comes in for the term of the columns, by way of every row that has it.
-        share = torch.ones_like(target[..., 0] if target.is_floating_point() else target, dtype=grad_output.dtype)
-        if row_weight is not None:
-            share = usable_weight(row_weight, share.dtype)
-        if not target.is_floating_point():
-            share = torch.where(target == ctx.options[1], 0.0, share)
+        share = counted_weight(row_weight, target, ctx.options[1], grad_output.dtype)
         grad_columns = torch.where(share == 0, 0.0, grad_output * share).sum(-1)
         if compiling or not _transforms.wraps_values(grad_output):
             return gradient(student, grad_output, grad_columns), None, None, None

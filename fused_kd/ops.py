@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from fused_kd import _transforms, backends
-from fused_kd._stored import row_factors, stored_scale, to_half
+from fused_kd._stored import counted_weight, row_factors, stored_scale, to_half
 from fused_kd.backends import dist_terms
 from fused_kd.reference import accumulation_dtype
 from fused_kd.registry import ROW_LOSSES, has_column_term
@@ -49,6 +49,11 @@ __all__ = [
 ]
 
 _LOSSES = ("row_loss", "uskd", "zipf_ls")
+#: Of an op and its twin: suffix, type of the hyper-parameters, tags. See :func:`_define_loss`.
+_TWINS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
+    ("", "float[]", ()),
+    ("_scheduled", "Tensor", (torch.Tag.cudagraph_unsafe,)),
+)
 _library: Any = torch.library.Library("fused_kd", "DEF")  # type: ignore[no-untyped-call]
 
 
@@ -60,7 +65,7 @@ def _define_loss(name: str, before: str, after: str, gradients: str) -> None:
     Of each there is one more for torch.export, ``exported_``, which :mod:`fused_kd.autograd` gives an autograd kernel:
     it would be a tenth of a call.
     """
-    for suffix, weights, tags in (("", "float[]", ()), ("_scheduled", "Tensor", (torch.Tag.cudagraph_unsafe,))):
+    for suffix, weights, tags in _TWINS:
         arguments = f"{before}, {weights} weights, {after}, str backend"
         for prefix in ("", "exported_"):
             schema = f"{prefix}{name}{suffix}({arguments}) -> (Tensor loss, Tensor parts, {gradients})"
@@ -88,12 +93,12 @@ _define_loss(
 _library.define(
     "uskd_batch_sums(Tensor student_logits, Tensor target, bool square, int ignore_index, str backend) -> Tensor"
 )
-for _suffix, _weights in (("", "float[]"), ("_scheduled", "Tensor")):
+for _suffix, _weights, _tags in _TWINS:
     _library.define(
         f"dist_gradient{_suffix}(Tensor student_logits, Tensor teacher_logits, Tensor target, Tensor? row_weight, "
         f"{_weights} weights, bool standardize, int ignore_index, Tensor grad_rows, Tensor grad_columns, str backend) "
         "-> Tensor",
-        tags=(torch.Tag.cudagraph_unsafe,) if _suffix else (),
+        tags=_tags,
     )
 _library.define("scale_gradient(Tensor gradient, Tensor grad_output, Tensor norm, str backend) -> Tensor")
 _library.define("scale_gradient_compiled(Tensor gradient, Tensor grad_output, Tensor norm, str backend) -> Tensor")
@@ -169,6 +174,7 @@ def _dist_gradient(
         teacher_logits,
         target,
         factors,
+        counted_weight(row_weight, target, ignore_index, torch.float64) != 0,
         _numbers(weights),
         standardize,
         ignore_index,
@@ -362,18 +368,7 @@ def _uskd_fake(
     )
 
 
-def _dist_gradient_fake(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    target: Tensor,
-    row_weight: Tensor | None,
-    weights: list[float] | Tensor,
-    standardize: bool,
-    ignore_index: int,
-    grad_rows: Tensor,
-    grad_columns: Tensor,
-    backend: str,
-) -> Tensor:
+def _dist_gradient_fake(student_logits: Tensor, *_: Any) -> Tensor:
     return student_logits.new_empty(student_logits.shape)
 
 

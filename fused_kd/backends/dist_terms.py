@@ -46,22 +46,18 @@ def gradient_for(
     teacher: Tensor,
     target: Tensor,
     factors: Tensor | None,
+    counted: Tensor,
     weights: list[float],
     standardize: bool,
     ignore_index: int,
     grad_rows: Tensor,
     grad_columns: Tensor,
 ) -> Tensor:
-    """The gradient where ``grad_rows`` (N,) came in for the terms of rows and ``grad_columns`` () for the columns'."""
+    """The gradient where ``grad_rows`` (N,) came in for the terms of rows and ``grad_columns`` () for the columns', in
+    which the rows are that are ``counted`` (N,)."""
     options = (standardize, ignore_index, "none", True)
     _, _, gradient, norm = _of_rows(kernels, student, teacher, target, factors, weights, *options)
     kernels.scale_gradient(gradient, grad_rows, norm, gradient)
-    if factors is not None:
-        counted = factors[0] != 0
-    elif target.is_floating_point():
-        counted = torch.ones_like(target[:, 0], dtype=torch.bool)
-    else:
-        counted = target != ignore_index
     columns = _of_columns(kernels, student, teacher, counted, weights, standardize, True)
     _add(kernels, gradient, columns, grad_columns)
     return gradient
