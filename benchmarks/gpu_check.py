@@ -1,6 +1,6 @@
 """One command for a machine with a GPU: `python -m benchmarks.gpu_check FOLDER`, or `make gpu-check OUT=FOLDER`.
 
-Builds in place, runs the whole test suite on the GPU, compares with float64, runs the sanitizer on a small run, and the
+Builds in place, runs the tests of CUDA tensors, compares with float64, runs the sanitizer on a small run, and the
 benchmark; and writes into the folder a log, one JSON file with all that was found, and the plots. It needs Python with
 torch and triton, nvcc and CMake, and no network. What further packages are missing costs the stages that need them, and
 it says so. A stage that fails or runs out of time does not stop the next, and cannot take the time that is set aside
@@ -78,7 +78,9 @@ def stages(args: argparse.Namespace, capability: int, scratch: Path) -> list[Sta
         shutil.copyfile(ROOT / "benchmarks" / "plain_rich.py", scratch / "rich.py")
         path = {"PYTHONPATH": os.pathsep.join(filter(None, (str(scratch), os.environ.get("PYTHONPATH"))))}
     check = (python, "-m", "fused_kd", "check", "--quick", "--device", device)
-    tests = ("-m", "benchmarks.gpu_tests", *args.tests, "--json", str(scratch / "tests.json"))
+    # Those of CPU tensors pass anywhere, or do not.
+    marks = "not large and not slow" if device == "cpu" else "gpu and not large and not slow"
+    tests = ("-m", "benchmarks.gpu_tests", *args.tests, "--marks", marks, "--json", str(scratch / "tests.json"))
     drive = (python, "-m", "benchmarks.gpu_drive", "--device", device)
     planned = [
         Stage("environment", (python, "-m", "fused_kd", "env"), 40, 5),

@@ -16,28 +16,33 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 OPTIONS = ("-o", "addopts=-ra --strict-markers", "-p", "no:cacheprovider", "-p", "benchmarks.gpu_tests", "-q")
-#: In how many parts a file's tests are done: those that compile a kernel for nearly every test of theirs.
-PARTS = {
-    "test_losses.py": 8,
-    "test_gpu.py": 8,
-    "test_uskd.py": 3,
-    "test_grid.py": 3,
-    "test_semantics.py": 2,
-}
-OUTCOMES, PART = "FUSED_KD_OUTCOMES", "FUSED_KD_PART"  # what a process learns from its environment
+#: Tests of one process, of one file: few enough to be shared out evenly, of which most compile a kernel.
+TOGETHER = 50
+# What a process learns from its environment.
+OUTCOMES, PART, FOUND = "FUSED_KD_OUTCOMES", "FUSED_KD_PART", "FUSED_KD_FOUND"
 
 
 # pytest calls these in the processes that name this module with -p.
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[Any]) -> None:
     """Leaves the tests of this part: every n-th."""
     number, count = map(int, os.environ.get(PART, "0/1").split("/"))
     items[:] = items[number::count]
+
+
+def pytest_collection_finish(session: Any) -> None:
+    """How many tests each file has."""
+    if FOUND in os.environ:
+        files = Counter(os.path.relpath(item.path, ROOT) for item in session.items)
+        Path(os.environ[FOUND]).write_text(json.dumps(files), encoding="utf-8")
 
 
 def pytest_collectreport(report: Any) -> None:
@@ -68,39 +73,24 @@ def _write(entry: dict[str, Any]) -> None:
             out.write(json.dumps(entry) + "\n")
 
 
-def units_of(tests: Sequence[str]) -> list[tuple[str, str]]:
-    """(file or whatever else pytest takes, part) of each process, those of divided files first."""
-    files: list[str] = []
-    for test in tests:
-        inside = sorted(path.name for path in (ROOT / test).glob("test_*.py"))
-        files += [str(Path(test) / name) for name in inside] if inside else [test]
-    units = [(file, f"{part}/{PARTS.get(Path(file).name, 1)}") for file in files for part in range(_parts(file))]
-    return sorted(units, key=lambda unit: -_parts(unit[0]))
-
-
-def _parts(file: str) -> int:
-    return PARTS.get(Path(file).name, 1)
+def units_of(files: Mapping[str, int]) -> list[tuple[str, str]]:
+    """(file, part) of each process, those of files with the most tests first."""
+    parts = {file: -(-count // TOGETHER) for file, count in files.items()}
+    return [(file, f"{k}/{parts[file]}") for file in sorted(files, key=lambda f: -files[f]) for k in range(parts[file])]
 
 
 def run(tests: Sequence[str], jobs: int, seconds: float, marks: str) -> dict[str, Any]:
     """Run them and print what each process prints; returns what :func:`summarise` does."""
-    deadline, waiting = time.monotonic() + seconds, units_of(tests)
-    running: dict[subprocess.Popen[bytes], tuple[str, Path]] = {}
+    deadline = time.monotonic() + seconds
+    command = [sys.executable, "-m", "pytest", *OPTIONS, "-m", marks]
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
     done: list[tuple[str, Path, str | None]] = []
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    with tempfile.TemporaryDirectory() as scratch:
-        while waiting or running:
+    running: dict[subprocess.Popen[bytes], tuple[str, Path]] = {}
+
+    def wait(room: int) -> None:
+        """Until fewer than so many processes are running, or the time is over."""
+        while len(running) >= room:
             late = time.monotonic() >= deadline
-            while waiting and len(running) < jobs and not late:
-                file, part = waiting.pop(0)
-                path = Path(scratch) / str(len(waiting))
-                environment = {**os.environ, OUTCOMES: f"{path}.jsonl", PART: part, "OMP_NUM_THREADS": str(threads)}
-                command = [sys.executable, "-m", "pytest", *OPTIONS, "-m", marks, file]
-                with open(f"{path}.log", "wb") as log:
-                    process = subprocess.Popen(
-                        command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-                    )
-                running[process] = (f"{file} {part}", path)
             for process, (name, path) in list(running.items()):
                 status = process.poll()
                 if status is None and late:
@@ -112,11 +102,31 @@ def run(tests: Sequence[str], jobs: int, seconds: float, marks: str) -> dict[str
                 del running[process]
                 done.append((name, path, "out of time" if status is None else _problem(status)))
                 print(f"\n--- {name}\n{Path(f'{path}.log').read_text(errors='replace')}", flush=True)
-            if late:
-                done += [(" ".join(unit), Path(scratch) / "none", "not begun, no time was left") for unit in waiting]
-                waiting = []
             time.sleep(0.05)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "found"
+        # A file that cannot be imported fails here.
+        running[_start([*command, "--collect-only", *tests], path, {FOUND: str(path)})] = "looking for tests", path
+        wait(1)
+        files = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        for number, (file, part) in enumerate(units_of(files)):
+            path = Path(scratch) / str(number)
+            if time.monotonic() >= deadline:
+                done.append((f"{file} {part}", path, "not begun, no time was left"))
+                continue
+            running[_start([*command, file], path, {PART: part, "OMP_NUM_THREADS": threads})] = f"{file} {part}", path
+            wait(jobs)
+        wait(1)
         return summarise(done)
+
+
+def _start(command: list[str], path: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, OUTCOMES: f"{path}.jsonl", **environment}
+    with open(f"{path}.log", "wb") as log:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
 
 
 def _problem(status: int) -> str | None:

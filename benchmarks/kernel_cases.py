@@ -254,6 +254,7 @@ def row_cases(full: bool) -> Iterator[Case]:
     losses = [loss for loss in ROW_LOSSES if loss != "nkd" and has_triton(loss)]
     if not full:
         yield from (Case(BF16, BF16, classes, 4.0, loss=loss) for loss in losses for classes in (1000, 21841))
+        yield Case(BF16, BF16, 21841, 4.0, loss="dist", rows=8192)
         yield from (Case(BF16, BF16, classes, 2.0, BF16, standardize=True) for classes in (1000, 21841))
         yield Case(FP32, FP32, 8192, 2.0, loss="wsld", smoothing=0.1, standardize=True)
         yield Case(BF16, BF16, 4096, labels=BF16, loss="wsld", smoothing=0.1)
@@ -283,6 +284,11 @@ def row_cases(full: bool) -> Iterator[Case]:
                 yield from (case._replace(layout=layout) for layout in ("strided", "offset"))
                 yield from (case._replace(gradient=False), case._replace(labels=FP32), case._replace(teacher=FP32))
             yield case._replace(classes=1001)
+            if loss == "dist":  # whose columns are laid out by the number of rows too
+                for rows, dtype, labels in itertools.product((1024, 40000), DTYPES, (None, FP32)):
+                    yield case._replace(
+                        rows=rows, student=dtype, teacher=FP64 if dtype == FP64 else FP32, labels=labels
+                    )
         for dtype, classes, soft in itertools.product(DTYPES, REGIMES, (False, True)):
             case = Case(dtype, dtype, classes, 4.0, dtype if soft else None, "sum", loss=loss, weighted=True)
             yield case

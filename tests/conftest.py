@@ -30,6 +30,15 @@ def pytest_configure():
         raise pytest.UsageError(f"there is nothing to test: {reason}")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Tests of CUDA tensors have the mark of what needs a GPU, by which benchmarks/gpu_check.py finds them."""
+    for item in items:
+        params = getattr(item, "callspec", None) and item.callspec.params.values()
+        if any("cuda" in (value if isinstance(value, tuple) else (value,)) for value in params or ()):
+            item.add_marker("gpu")
+
+
 def _ids(pairs):
     return ["-".join(pair) for pair in pairs]
 

@@ -209,7 +209,7 @@ def test_outcomes_of_tests(tmp_path, monkeypatch):
     file = tmp_path / "test_some.py"
     file.write_text(TESTS)
     (tmp_path / "test_collected.py").write_text("import nothing_of_that_name")
-    monkeypatch.setitem(gpu_tests.PARTS, "test_some.py", 2)
+    monkeypatch.setattr(gpu_tests, "TOGETHER", 2)
     found = gpu_tests.run([str(tmp_path)], 2, 60.0, "")
     assert (found["passed"], found["failed"], found["skipped"]) == (1, 3, 1)
     text = "\n".join(gpu_tests.as_text(found))
@@ -218,34 +218,37 @@ def test_outcomes_of_tests(tmp_path, monkeypatch):
     assert "test_some.py::test_four: OSError: when torn down" in text
     assert "No module named 'nothing_of_that_name'" in text
     assert found["why skipped"] == {"Skipped: not today": 1}
-    assert [line.split("/")[-1] for line in found["unfinished"]] == ["1: ended with status 2"]
+    assert found["unfinished"] == ["looking for tests: ended with status 2"]
 
 
 def test_what_is_known_survives_a_crash_and_the_end_of_the_time(tmp_path):
     (tmp_path / "test_crash.py").write_text(TESTS + "def test_five(): os.kill(os.getpid(), signal.SIGSEGV)")
     (tmp_path / "test_wait.py").write_text(TESTS + "def test_five(): time.sleep(60)")
     (tmp_path / "test_zero.py").write_text(TESTS)
-    found = gpu_tests.run([str(tmp_path / f"test_{name}.py") for name in ("crash", "wait")], 2, 12.0, "")
-    assert (found["passed"], found["failed"], found["skipped"]) == (2, 4, 2)
-    crash, wait = sorted(found["unfinished"])
-    assert "ended by signal 11, in" in crash and "test_crash.py::test_five" in crash
+    crash = gpu_tests.run([str(tmp_path / "test_crash.py")], 2, 60.0, "")
+    assert (crash["passed"], crash["failed"], crash["skipped"]) == (1, 2, 1)
+    assert "ended by signal 11, in" in crash["unfinished"][0] and "test_crash.py::test_five" in crash["unfinished"][0]
+    late = gpu_tests.run([str(tmp_path / f"test_{name}.py") for name in ("wait", "zero")], 1, 12.0, "")
+    assert (late["passed"], late["failed"], late["skipped"]) == (1, 2, 1)
+    wait, zero = late["unfinished"]
     assert "out of time, in" in wait and "test_wait.py::test_five" in wait
-    late = gpu_tests.run([str(tmp_path / "test_zero.py")], 1, 0.0, "")
-    assert late["passed"] == 0 and "not begun" in late["unfinished"][0]
+    assert "test_zero.py 0/1: not begun, no time was left" in zero
+    none = gpu_tests.run([str(tmp_path / "test_zero.py")], 1, 0.0, "")
+    assert none["passed"] == 0 and none["unfinished"] == ["looking for tests: out of time"]
 
 
 def test_every_test_is_in_one_part(monkeypatch):
-    items = list(range(23))
+    items = list(range(123))
     seen = []
-    for part in range(4):
-        monkeypatch.setenv(gpu_tests.PART, f"{part}/4")
+    units = gpu_tests.units_of({"a": 3, "b": len(items), "c": gpu_tests.TOGETHER})
+    assert [file for file, _ in units] == ["b", "b", "b", "c", "a"]
+    for _, part in units[:3]:
+        monkeypatch.setenv(gpu_tests.PART, part)
         mine = list(items)
         gpu_tests.pytest_collection_modifyitems(mine)
+        assert len(mine) <= gpu_tests.TOGETHER
         seen += mine
     assert sorted(seen) == items
-    files = {file for file, _ in gpu_tests.units_of(["tests"])}
-    assert {path.name for path in (gpu_check.ROOT / "tests").glob("test_*.py")} == {f.split("/")[-1] for f in files}
-    assert {*gpu_tests.PARTS} <= {f.split("/")[-1] for f in files}, "a file that was renamed"
 
 
 def test_refuses(capsys, tmp_path):

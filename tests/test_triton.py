@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 
@@ -331,6 +332,7 @@ def test_without_gradient():
     assert torch.allclose(loss.double(), run(student, teacher, target)[0], rtol=1e-6)
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="compiled code takes CPU tensors by a plugin")
 def test_unavailable_says_why(monkeypatch):
     assert backend.unavailable("cpu") is None
     assert "xpu" in (backend.unavailable("xpu") or "")

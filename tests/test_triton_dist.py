@@ -29,6 +29,8 @@ def regime(request, monkeypatch):
     classes a long row; and with no row held on chip besides."""
     if "small" in request.param:
         small = {"COLUMN_BLOCK": 16, "COLUMN_ELEMENTS": 2, "COLUMN_CHUNK": 8, "FINISH_TILE": (2, 16)}
+        # Of single loads 38 rows of 45 classes have the second kind of tile, 41 the first.
+        monkeypatch.setattr(triton_config, "COLUMN_SINGLES", ((22, 1, 8, 64), (8, 2, 16, 80)))
         for name, value in {**small, "NORMALIZE_LONG": 40, "NORMALIZE_LONG_WARPS": 1}.items():
             monkeypatch.setattr(triton_config, name, value)
     if "walked" in request.param:
@@ -89,6 +91,15 @@ def test_dtypes_stay_within_eagers_error(regime, dtype, classes):
     for options in ({"beta": 0.0, "temperature": 4.0}, {"logit_standardization": True, "ce_weight": 1.0}):
         outcome = check.compare_inputs("triton", student, teacher, target, options, loss="dist")
         assert outcome.passed, (options, outcome)
+
+
+def test_what_ignored_rows_hold_is_in_no_column(regime):
+    """Their logits are read."""
+    student, teacher, target = make(dtype=torch.float32)
+    target[[3, 7, 37]] = -100
+    student[3], teacher[3], student[7, 2], teacher[37] = NAN, INF, INF, -INF
+    for options in ({}, {"logit_standardization": True}):
+        compare(student, teacher, target, tolerance=1e-5, **options)
 
 
 def test_columns_that_hardly_vary(regime):
@@ -230,11 +241,12 @@ def test_column_layouts(wide):
     """Every row is in a chunk and every class in a block; what the chunks leave is little beside what they read."""
     for rows in (1, 63, 64, 256, 8192, 1 << 20):
         for classes in (2, 17, 1000, 21841, 128256):
-            for vectors in (False, True):
-                config = triton_config.column_config(rows, classes, wide=wide, vectors=vectors)
+            for neighbours, vectors in ((False, False), (True, False), (True, True)):
+                config = triton_config.column_config(rows, classes, wide=wide, neighbours=neighbours, vectors=vectors)
                 assert config.chunk % config.rows == 0
                 chunks, blocks = -(-rows // config.chunk), -(-classes // config.block)
-                assert chunks == 1 or (config.chunk >= 64 and chunks * blocks <= 1024 + blocks)
+                most = 2048 if neighbours and not vectors else 1024
+                assert chunks == 1 or (config.chunk >= 64 and chunks * blocks <= most + blocks)
                 assert config.rows * config.block <= 32 * config.warps * 8
             narrow = 8 if wide else 2
             normalize = triton_config.normalize_config(classes, narrow)

@@ -150,10 +150,10 @@ def normalize_rows(
 
 
 @triton.jit
-def _probabilities(view, states, rows, row, counted, cols, mask, UNIT: tl.constexpr, ACC: tl.constexpr):
-    maximum = tl.load(states + row, mask=counted, other=0.0)[:, None]
-    scale = tl.load(states + rows + row, mask=counted, other=0.0)[:, None]
-    share = tl.load(states + 2 * rows + row, mask=counted, other=0.0)[:, None]
+def _probabilities(view, states, rows, row, inside, cols, mask, UNIT: tl.constexpr, ACC: tl.constexpr):
+    maximum = tl.load(states + row, mask=inside, other=0.0)[:, None]
+    scale = tl.load(states + rows + row, mask=inside, other=0.0)[:, None]
+    share = tl.load(states + 2 * rows + row, mask=inside, other=0.0)[:, None]
     return tl.exp2((load_tile(view, cols, mask, _NEG_INF, UNIT, ACC) - maximum) * scale) * share
 
 
@@ -218,12 +218,15 @@ def column_moments(
     pp, pq, qq = tl.zeros([ROWS, BLOCK], ACC), tl.zeros([ROWS, BLOCK], ACC), tl.zeros([ROWS, BLOCK], ACC)
     for start in range(first, last, ROWS):
         row = start + tl.arange(0, ROWS)
-        counted = counted_rows(target, row, row < last, target_row, ignore_index, PROB)
-        mask = counted[:, None] & (cols < classes)
+        inside = row < last
+        # Rows that do not count are read and left out below, so that no logit waits for its row's target.
+        counted = counted_rows(target, row, inside, target_row, ignore_index, PROB)
+        mask = inside[:, None] & (cols < classes)
         s = (student + row * (student_row // VEC * VEC), student_col)
         t = (teacher + row * (teacher_row // VEC * VEC), teacher_col)
-        p = _probabilities(s, states, rows, row, counted, cols, mask, UNIT, ACC)
-        q = _probabilities(t, states + 3 * rows, rows, row, counted, cols, mask, UNIT, ACC)
+        p = _probabilities(s, states, rows, row, inside, cols, mask, UNIT, ACC)
+        q = _probabilities(t, states + 3 * rows, rows, row, inside, cols, mask, UNIT, ACC)
+        mask = counted[:, None] & (cols < classes)
         number += counted.to(ACC)
         # A quotient may be two units off: 1 for the first row, or its mean would not be the row itself.
         by = tl.where(number > 1.0, 1.0 / tl.maximum(number, 1.0), 1.0)[:, None]

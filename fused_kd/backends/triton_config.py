@@ -206,6 +206,12 @@ COLUMN_PROGRAMS = 1024
 #: probabilities take some 110 registers. In float64, or where vectors cannot be loaded and a thread has parts of more
 #: rows, half as many.
 COLUMN_BLOCK, COLUMN_ELEMENTS = 64, 8
+#: Neighbours that cannot be loaded in vectors: (least number of tiles, at COLUMN_CHUNK rows each; rows and classes of a
+#: tile; registers). A thread has one row there, and its statistics once: with a tile of 8 x 64, 4096 rows of 21841
+#: classes of bfloat16 took an H200 727 us, so 209, and 8192 of 1001 took 52 and 37. Few rows of few classes are too few
+#: tiles.
+COLUMN_SINGLES = ((1024, 1, 512, 64), (128, 2, 256, 80))
+COLUMN_SINGLES_PROGRAMS = 2048
 #: Rows of a chunk at the least: its five moments are then a sixth of what is read for them in half precision.
 COLUMN_CHUNK = 64
 #: (chunks, classes) of a tile where the chunks are merged: columns first, so that a thousand classes are 8 programs.
@@ -222,13 +228,20 @@ def normalize_config(classes: int, narrow: int) -> Normalized:
 
 
 @lru_cache(maxsize=1024)
-def column_config(rows: int, classes: int, *, wide: bool, vectors: bool) -> Columns:
+def column_config(rows: int, classes: int, *, wide: bool, neighbours: bool, vectors: bool) -> Columns:
     """Layout of column_moments; ``vectors`` says that at least two neighbours are loaded as one."""
     block = min(COLUMN_BLOCK, max(16, 1 << (classes - 1).bit_length()))
     tile_rows = 128 * (COLUMN_ELEMENTS // (2 if wide or not vectors else 1)) // block
-    chunks = max(1, min(-(-rows // COLUMN_CHUNK), COLUMN_PROGRAMS // -(-classes // block)))
+    programs, registers = COLUMN_PROGRAMS, 255
+    if neighbours and not (vectors or wide):
+        for least, *tile in COLUMN_SINGLES:
+            if rows // COLUMN_CHUNK * (classes // tile[1]) >= least:
+                tile_rows, block, registers = tile
+                programs = COLUMN_SINGLES_PROGRAMS
+                break
+    chunks = max(1, min(-(-rows // COLUMN_CHUNK), programs // -(-classes // block)))
     chunk = -(-rows // chunks)
-    return Columns(tile_rows, block, -(-chunk // tile_rows) * tile_rows, 4, 255)
+    return Columns(tile_rows, block, -(-chunk // tile_rows) * tile_rows, 4, registers)
 
 
 class Votes(NamedTuple):

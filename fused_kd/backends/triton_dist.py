@@ -58,7 +58,9 @@ def plan_columns(
     }
     launches.append(planned("normalize_rows", -(-rows // normalize.rows), arguments, options))
 
-    config = triton_config.column_config(rows, classes, wide=dtype == torch.float64, vectors=vector > 1)
+    config = triton_config.column_config(
+        rows, classes, wide=dtype == torch.float64, neighbours=unit, vectors=vector > 1
+    )
     chunks, blocks = -(-rows // config.chunk), -(-classes // config.block)
     moments, numbers = empty(chunks, 5, classes), empty(chunks)
     arguments = (student, teacher, target, states, moments, numbers, rows, classes, *strides, config.chunk)

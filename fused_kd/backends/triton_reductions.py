@@ -75,7 +75,8 @@ def reduce_parts(
     for part in tl.static_range(PARTS):
         value = _sum_rows(row_parts + part * rows + start, items, ACC)
         if FINAL and MEAN:
-            value /= count.to(ACC)
+            # Rounded once: a plain quotient of float32 may be two units off, and the mean of equal rows another number.
+            value = tl.div_rn(value, count.to(ACC)) if ACC == tl.float32 else value / count.to(ACC)
         tl.store(parts + part * programs + program, value)
         total += value
     if FINAL:
