@@ -207,9 +207,8 @@ COLUMN_PROGRAMS = 1024
 #: rows, half as many.
 COLUMN_BLOCK, COLUMN_ELEMENTS = 64, 8
 #: Neighbours that cannot be loaded in vectors: (least number of tiles, at COLUMN_CHUNK rows each; rows and classes of a
-#: tile; registers). A thread has one row there, and its statistics once: with a tile of 8 x 64, 4096 rows of 21841
-#: classes of bfloat16 took an H200 727 us, so 209, and 8192 of 1001 took 52 and 37. Few rows of few classes are too few
-#: tiles.
+#: tile; registers). A thread has one row there, and its statistics once: 4096 rows of 21841 classes of bfloat16 took an
+#: H200 836 us in tiles of 8 x 64, and 213 so. Few rows of few classes are too few tiles.
 COLUMN_SINGLES = ((1024, 1, 512, 64), (128, 2, 256, 80))
 COLUMN_SINGLES_PROGRAMS = 2048
 #: Rows of a chunk at the least: its five moments are then a sixth of what is read for them in half precision.
