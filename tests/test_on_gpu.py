@@ -1,5 +1,7 @@
 """What takes CPU tensors to a GPU and back for tools/on_gpu.py, tried with the CPU as that device."""
 
+import os
+
 import torch
 
 from tools.on_gpu import ALIGNMENT, Carried
@@ -29,3 +31,8 @@ def test_everything_else_stays():
     empty = torch.empty(0)
     carried.there(empty)
     carried.back()
+
+
+def test_importing_it_leaves_the_interpreter_as_it_is():
+    assert torch.cuda.is_available() or os.environ["TRITON_INTERPRET"] == "1"
+    assert "tools.on_gpu" not in os.environ.get("PYTEST_PLUGINS", "")

@@ -187,7 +187,9 @@ def test_compiled_transforms(place, name, fullgraph):
     else:
         made = {**TRANSFORMS, "dual": tangent_of}[name](value)
         ask = torch.compile(made, backend="aot_eager", fullgraph=fullgraph)
-    with pytest.raises(RuntimeError, match=REFUSAL):
+    # PyTorch 2.14 refuses such an input to any compiled function itself.
+    refusal = f"{REFUSAL}|dual tensor input" if name == "dual-outside" else REFUSAL
+    with pytest.raises(RuntimeError, match=refusal):
         ask(*logits)
 
 

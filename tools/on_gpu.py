@@ -13,9 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-# Before any conftest imports Triton; and for pytest-xdist's workers.
-os.environ["TRITON_INTERPRET"] = "0"
-os.environ["PYTEST_PLUGINS"] = "tools.on_gpu"
 #: Storages begin at a multiple of this many bytes, or as far behind one as on the CPU.
 ALIGNMENT = 512
 
@@ -68,4 +65,7 @@ def install() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests() -> None:
+    # Before a conftest imports Triton; not for whoever imports this module. And for pytest-xdist's workers.
+    os.environ["TRITON_INTERPRET"] = "0"
+    os.environ["PYTEST_PLUGINS"] = "tools.on_gpu"
     install()
