@@ -43,10 +43,11 @@ FKD_NOINLINE void column_block(const ColumnArgs& args, int64_t start, int64_t n)
         for_lanes<A>(n, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
             const Vec<A> x = load(p + j, lanes) - load(first_p + j, lanes);
             const Vec<A> y = load(q + j, lanes) - load(first_q + j, lanes);
-            const Vec<A> terms[kSums] = {x, y, x * x, y * y, x * y};
-#pragma GCC unroll 5
-            for (int k = 0; k < kSums; ++k)
-                store(few[k] + j, load(few[k] + j, lanes) + terms[k], lanes);
+            store(few[0] + j, load(few[0] + j, lanes) + x, lanes);
+            store(few[1] + j, load(few[1] + j, lanes) + y, lanes);
+            store(few[2] + j, mul_add(x, x, load(few[2] + j, lanes)), lanes);
+            store(few[3] + j, mul_add(y, y, load(few[3] + j, lanes)), lanes);
+            store(few[4] + j, mul_add(x, y, load(few[4] + j, lanes)), lanes);
         });
         if (counted % kFew == 0) flush();
     }

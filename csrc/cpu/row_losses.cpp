@@ -76,17 +76,17 @@ FKD_INLINE void block_combine(const A* s, const A* v, int64_t n, const Coefficie
             others = load(e_t + j, lanes) * teacher;
         if constexpr (general) {
             others += constant;
-            if (v) others += load(v + j, lanes) * minus_v;
-            if (minus_slope != A(0)) others += (load(s + j, lanes) - mean) * minus_slope;
+            if (v) others = mul_add<A>(load(v + j, lanes), minus_v, others);
+            if (minus_slope != A(0)) others = mul_add<A>(load(s + j, lanes) - mean, minus_slope, others);
         }
         if constexpr (careful) { // a class that cannot occur has no gradient
             const Vec<A> zero = {};
             others = load(s + j, lanes) == -A(INFINITY) ? zero : others;
         }
-        Vec<A> g = load(e_soft + j, lanes) * soft + others;
-        if constexpr (!single) g += load(e_sharp + j, lanes) * sharp;
+        Vec<A> g = mul_add<A>(load(e_soft + j, lanes), soft, others);
+        if constexpr (!single) g = mul_add<A>(load(e_sharp + j, lanes), sharp, g);
         if constexpr (general && !single)
-            if (raw != A(0)) g += load(e_raw + j, lanes) * raw;
+            if (raw != A(0)) g = mul_add<A>(load(e_raw + j, lanes), raw, g);
         store(out + j, g, lanes);
     });
 }
