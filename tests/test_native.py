@@ -1,5 +1,9 @@
 """The C++ core: each build for an instruction set, determinism, and the exactness of its conversions."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -77,3 +81,33 @@ def test_concurrent_calls_from_python_threads(native):
         for loss, gradient in pool.map(lambda _: check.evaluate("native", student, teacher, target, {}), range(16)):
             assert torch.equal(loss, expected[0])
             assert torch.equal(gradient, expected[1])
+
+
+ONE_RUNTIME = """
+import torch
+torch.set_num_threads(2)
+import fused_kd
+from fused_kd.backends import native
+logits = torch.randn(64, 5000)
+fused_kd.nkd_loss(logits, logits, torch.arange(64), backend="native")
+logits @ logits.T  # PyTorch's own threads
+print(native.openmp_runtime())
+print(*native.loaded_openmp_runtimes(), sep="\\n")
+print("threads", len(os.listdir("/proc/self/task")))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="only Linux tells what is loaded")
+def test_one_openmp_runtime_is_loaded_and_it_is_pytorchs():
+    command = [sys.executable, "-c", "import os" + ONE_RUNTIME]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    used, *loaded, _ = done.stdout.splitlines()
+    assert [Path(path).resolve() for path in loaded] == [Path(used).resolve()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="only Linux tells what is loaded")
+def test_rows_go_to_the_threads_that_are_asked_for():
+    """The kernels have a team of their own size only if they have found the runtime."""
+    code = "import os" + ONE_RUNTIME.replace("logits @ logits.T", "0").replace("(2)", "(4)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout.split()[-1]) >= 4

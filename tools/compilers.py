@@ -112,6 +112,9 @@ def check(losses: list[str], quick: bool) -> None:
                 count += 1
                 if not outcome.passed:
                     missed.append(f"{name}: {case}: {outcome}")
+        runtimes = native.loaded_openmp_runtimes()
+        if len({Path(path).resolve() for path in runtimes}) > 1:
+            missed.append(f"{name}: more than one OpenMP runtime is loaded: {', '.join(runtimes)}")
         found = {"compiler": native.compiler(), "set": name, "cases": count, "missed": missed}
         print(json.dumps(found), flush=True)
 
@@ -166,7 +169,16 @@ def main(arguments: list[str] | None = None) -> int:
                 if build.sanitized:
                     tests = [str(ROOT / "tests" / name) for name in TESTS]
                     # pyproject.toml says to test what lies beside it, and here that is not to be.
-                    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", f"pythonpath={place}"]
+                    command = [
+                        sys.executable,
+                        "-m",
+                        "pytest",
+                        "-q",
+                        "-p",
+                        "no:cacheprovider",
+                        "-o",
+                        f"pythonpath={place}",
+                    ]
                     run([*command, *tests], env=environment(build, place), cwd=place)
                     table.add_row(*own, "the tests pass")
             except Failure as failure:

@@ -103,8 +103,8 @@ FKD_INLINE int64_t half_to_float_vectors(const uint16_t* p, int64_t n, float* ou
         __builtin_prefetch(p + j + kAhead);
         FKD_STORE_FLOATS(out + j, FKD_LOAD_HALF(p + j));
     }
-    // The rest, and so a target alone, by the same instruction: of subnormals it makes what Float16 does only as long as
-    // PyTorch is not told to flush those (torch.set_flush_denormal).
+    // The rest, and so a target alone, by the same instruction: of subnormals it makes what Float16 does only as long
+    // as PyTorch is not told to flush those (torch.set_flush_denormal).
     if (j < n) {
         uint16_t halves[FKD_HALF_LANES] = {};
         float floats[FKD_HALF_LANES];

@@ -9,6 +9,12 @@
 #include <new>
 #include <vector>
 
+#if defined(__linux__)
+#include <dlfcn.h>
+#elif defined(_OPENMP)
+#include <omp.h>
+#endif
+
 namespace fused_kd {
 
 #define FKD_DECLARE(isa)                                                                                               \
@@ -55,6 +61,68 @@ void* thread_scratch(size_t bytes) {
     }
     return buffer.data;
 }
+
+#if defined(__linux__)
+// The runtime that PyTorch has loaded, whichever it is and whatever compiles this: a second one would have threads of
+// its own, which fight for the cores with the first one's. Clang's OpenMP, and GCC's where PyTorch brings its libgomp
+// under another name, would load one. So nothing is linked and no pragma is used, but the function that a pragma of
+// GCC's becomes is looked up where PyTorch itself finds it. libgomp, libomp and libiomp5 all have it.
+struct OpenMp {
+    void (*parallel)(void (*)(void*), void*, unsigned, unsigned);
+    int (*thread_num)();
+    int (*num_threads)();
+};
+
+static const OpenMp& openmp() {
+    static const OpenMp found = [] {
+        void* const torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+        const auto find = [=](const char* name) { return dlsym(torch ? torch : RTLD_DEFAULT, name); };
+        OpenMp out = {reinterpret_cast<decltype(OpenMp::parallel)>(find("GOMP_parallel")),
+                      reinterpret_cast<decltype(OpenMp::thread_num)>(find("omp_get_thread_num")),
+                      reinterpret_cast<decltype(OpenMp::num_threads)>(find("omp_get_num_threads"))};
+        if (!out.thread_num || !out.num_threads) out.parallel = nullptr;
+        return out;
+    }();
+    return found;
+}
+
+std::string openmp_runtime() {
+    Dl_info info = {};
+    const bool known = openmp().parallel && dladdr(reinterpret_cast<void*>(openmp().parallel), &info);
+    return known && info.dli_fname ? info.dli_fname : "";
+}
+
+void in_team(int threads, void (*work)(const void*, int, int), const void* data) {
+    if (threads <= 1 || !openmp().parallel) return work(data, 0, 1);
+    struct Task {
+        void (*work)(const void*, int, int);
+        const void* data;
+    } task = {work, data};
+    const auto run = [](void* task) noexcept {
+        const Task& own = *static_cast<const Task*>(task);
+        own.work(own.data, openmp().thread_num(), openmp().num_threads()); // maybe fewer than were asked for
+    };
+    openmp().parallel(run, &task, unsigned(threads), 0);
+}
+#else
+std::string openmp_runtime() {
+#if defined(_OPENMP)
+    return "the compiler's";
+#else
+    return "";
+#endif
+}
+
+void in_team(int threads, void (*work)(const void*, int, int), const void* data) {
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(threads)
+    work(data, omp_get_thread_num(), omp_get_num_threads());
+#else
+    (void)threads;
+    work(data, 0, 1);
+#endif
+}
+#endif
 
 int useful_threads(int threads, int64_t rows, int64_t classes) {
     // Waking a thread costs a few microseconds, as much as some ten thousand logits.

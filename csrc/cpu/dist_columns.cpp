@@ -73,12 +73,12 @@ FKD_NOINLINE void column_block(const ColumnArgs& args, int64_t start, int64_t n)
 void dist_columns(const ColumnArgs& args) {
     const int64_t blocks = (args.classes + kColumns - 1) / kColumns;
     const int threads = useful_threads(args.threads, blocks, args.rows * kColumns);
-    (void)threads;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < blocks; ++i) {
-        const int64_t start = i * kColumns, rest = args.classes - start, n = rest < kColumns ? rest : kColumns;
-        args.accumulate == kFloat64 ? column_block<double>(args, start, n) : column_block<float>(args, start, n);
-    }
+    share_out(threads, blocks, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t start = i * kColumns, rest = args.classes - start, n = rest < kColumns ? rest : kColumns;
+            args.accumulate == kFloat64 ? column_block<double>(args, start, n) : column_block<float>(args, start, n);
+        }
+    });
 }
 
 } // namespace FKD_ISA

@@ -225,12 +225,9 @@ void row_losses_typed(const RowArgs& args) {
     const bool with_probs = args.target.dtype != kInt64;
     const auto pass = one_temperature(params) ? pass_for<A, true>(args, params) : pass_for<A, false>(args, params);
     const int threads = useful_threads(args.threads, args.rows, args.classes);
-    (void)threads;
-#pragma omp parallel num_threads(threads)
-    {
+    share_out(threads, args.rows, [&](int64_t begin, int64_t end) {
         const Scratch<A> scratch(args.classes, row_needs(params));
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < args.rows; ++row) {
+        for (int64_t row = begin; row < end; ++row) {
             double* parts = args.parts + kRowParts * row;
             int64_t y;
             bool counts = true;
@@ -257,7 +254,7 @@ void row_losses_typed(const RowArgs& args) {
             for (int k = 0; k < kRowParts; ++k)
                 parts[k] = factor * result.parts[k];
         }
-    }
+    });
 }
 
 } // namespace

@@ -15,6 +15,21 @@ void target_probs(const TargetProbsArgs& args);
 void uskd(const UskdArgs& args);
 void argsort_descending(const ArgsortArgs& args);
 
+// Calls work(begin, end) for the threads' shares of [0, n), each a run of its own in the threads' order.
+template <class Work>
+FKD_INLINE void share_out(int threads, int64_t n, const Work& work) {
+    struct Share {
+        const Work* work;
+        int64_t n;
+    };
+    const Share share = {&work, n};
+    const auto run = [](const void* data, int thread, int of) {
+        const Share& share = *static_cast<const Share*>(data);
+        (*share.work)(share.n* thread / of, share.n * (thread + 1) / of);
+    };
+    in_team(threads, run, &share);
+}
+
 // Fits the first-level cache with room to spare, and no lane adds up more than 128 terms before double
 // precision takes over.
 template <class A>

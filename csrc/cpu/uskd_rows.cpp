@@ -310,12 +310,9 @@ FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch,
 template <class A>
 void uskd_typed(const UskdArgs& args) {
     const int threads = useful_threads(args.threads, args.rows, args.classes);
-    (void)threads;
-#pragma omp parallel num_threads(threads)
-    {
+    share_out(threads, args.rows, [&](int64_t begin, int64_t end) {
         const Scratch<A> scratch(args.classes, args.positions);
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < args.rows; ++row) {
+        for (int64_t row = begin; row < end; ++row) {
             const Targets targets = targets_of<A>(args.target, row, args.classes, scratch.probs);
             const bool ignored = args.target.dtype == kInt64 && targets.at.at[0] == args.ignore_index;
             if (ignored || (args.factors && args.factors[row] == 0)) {
@@ -332,7 +329,7 @@ void uskd_typed(const UskdArgs& args) {
             }
             uskd_row_pass<A>(args, scratch, row, targets);
         }
-    }
+    });
 }
 
 } // namespace
