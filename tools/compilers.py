@@ -49,7 +49,7 @@ def run(command: list[str], **options: Any) -> str:
         errors = [line for line in lines if "error" in line.lower() or line.startswith("FAILED")]
         print(done.stdout, file=sys.stderr)
         raise Failure((errors or lines or [f"{command[0]} ended with status {done.returncode}"])[0])
-    return done.stdout
+    return str(done.stdout)
 
 
 def make(build: Build, folder: Path) -> Path:
