@@ -76,7 +76,11 @@ struct OpenMp {
 static const OpenMp& openmp() {
     static const OpenMp found = [] {
         void* const torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
-        const auto find = [=](const char* name) { return dlsym(torch ? torch : RTLD_DEFAULT, name); };
+        // In the linker's order: what is preloaded, as libiomp5 at times is, serves PyTorch before what it brings.
+        const auto find = [=](const char* name) {
+            void* const everyone = dlsym(RTLD_DEFAULT, name);
+            return everyone || !torch ? everyone : dlsym(torch, name);
+        };
         OpenMp out = {reinterpret_cast<decltype(OpenMp::parallel)>(find("GOMP_parallel")),
                       reinterpret_cast<decltype(OpenMp::thread_num)>(find("omp_get_thread_num")),
                       reinterpret_cast<decltype(OpenMp::num_threads)>(find("omp_get_num_threads"))};
