@@ -9,7 +9,7 @@ CXX_FILES := $(shell find csrc tools -name '*.cpp' -o -name '*.h' -o -name '*.cu
 
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
-.PHONY: bench test packages sanitize compilers ptx train study kernels gpu-check gpu-profile integrations lint format clean
+.PHONY: bench test thorough packages sanitize compilers ptx train study kernels gpu-check gpu-profile integrations lint format clean
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks --quick
 
@@ -17,6 +17,10 @@ bench: $(VENV)/ready
 test: $(VENV)/tested
 	$(PYTEST)
 	$(PYTEST) -p tools.ptx.triton.plugin tests/compiled
+
+# The cases that `make test` leaves out for their time: some ten minutes.
+thorough: $(VENV)/tested
+	$(PYTEST) -m slow --ignore tests/test_packages.py --deselect tests/test_triton_compile.py::test_every_kernel
 
 # Builds the sdist and the wheel, and installs each in an environment of its own, which downloads CMake; minutes.
 packages: $(VENV)/tested

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -46,7 +47,10 @@ def compile_triton(case: kernel_cases.Call, number: int, capability: int, loss: 
 
     launch = case.launches()[number]
     report = compile_launch(launch, capability)
-    # A call's first tensors are its logits; VEC is of their rows, and no vector divides an address that is offset.
+    elements = _elements(launch)
+    # VEC is of a row, of which a thread may have less.
+    most = min(launch.options.get("VEC", 1), elements or math.inf)
+    # A call's first tensors are its logits, and no vector divides an address that is offset.
     aligned = all(tensor.data_ptr() % 16 == 0 for tensor in launch.arguments[:2])
     return {
         "source": "triton",
@@ -63,14 +67,14 @@ def compile_triton(case: kernel_cases.Call, number: int, capability: int, loss: 
         "spilled": 0,
         "loads": report.loads,
         "stores": report.stores,
-        "vector": 2 * launch.options.get("VEC", 1) if aligned else 2,
+        "vector": 2 * most if aligned else 2,
         "element_bytes": case.element_bytes,
         # Tf-KD reads the student's logits alone, and so do the kernels before and after USKD's ranking.
         "inputs": 1 if launch.options.get("LOSS") == 4 or launch.kernel in ONE_INPUT else 2,
         "writes": launch.options.get("GRAD", True),
         "instructions": report.instructions,
         "exponentials": report.exponentials,
-        "elements": _elements(launch),
+        "elements": elements,
         "seconds": report.seconds,
         "library": False,
     }

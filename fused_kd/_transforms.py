@@ -1,6 +1,6 @@
 """Where a fused kernel's gradient does not reach, and where values cannot be read.
 
-The kernels make the gradient in the forward pass and keep nothing else, so a second derivative or a tangent has nothing
+The kernels make a gradient and keep nothing else of what it depends on, so a second derivative or a tangent has nothing
 to be computed from, and a graph that records their arithmetic does not exist. Whoever asks for one is told so: what
 autograd makes of a tensor that came out of a kernel would be 0 or None.
 """

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fused_kd import _transforms, ops
-from fused_kd.registry import Weights
+from fused_kd._stored import counted_weight
+from fused_kd.registry import Weights, has_column_term
 
 __all__ = ["row_loss", "uskd", "uskd_batch_sums", "zipf_ls"]
 
@@ -62,6 +63,51 @@ class _FusedPairLoss(torch.autograd.Function):
             None,
             None,
         )
+
+
+class _DistRows(torch.autograd.Function):
+    """DIST of ``reduction="none"``, whose gradient the backward pass makes of the logits (:mod:`fused_kd.ops`).
+
+    ``kept`` are the student's logits, the teacher's and the target, as they were before they may have been copied to
+    be rows. What is returned is what the op returns; a gradient is not among it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, student_logits: Tensor, op: Any, kept: tuple[Tensor, Tensor, Tensor], further: tuple[Any, ...]
+    ) -> Any:
+        outputs = op(student_logits, *further)
+        _, _, row_weight, _, weights, standardize, ignore_index, _, _, backend = further
+        scheduled = isinstance(weights, Tensor)
+        ctx.save_for_backward(*kept, row_weight, weights if scheduled else None)
+        ctx.weights, ctx.options, ctx.backend = None if scheduled else weights, (standardize, ignore_index), backend
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        compiling = torch.compiler.is_compiling()
+        if torch.is_grad_enabled() and not compiling:
+            raise RuntimeError(_transforms.DOUBLE_BACKWARD)
+        *kept, row_weight, weights = ctx.saved_tensors
+        student, teacher, target = (each if each.dim() == 1 else each.reshape(-1, each.shape[-1]) for each in kept)
+        op = ops.DIST_GRADIENT[int(weights is not None)]
+        weights = ctx.weights if weights is None else weights
+
+        def gradient(student: Tensor, *grads: Tensor) -> Tensor:
+            given = (student, teacher, target, row_weight, weights, *ctx.options)
+            return op(*given, *grads, ctx.backend)  # type: ignore[no-any-return]
+
+        # What comes in for the term of the columns, by way of every row that has it.
+        share = counted_weight(row_weight, target, ctx.options[1], grad_output.dtype)
+        grad_columns = torch.where(share == 0, 0.0, grad_output * share).sum(-1)
+        if compiling or not _transforms.wraps_values(grad_output):
+            return gradient(student, grad_output, grad_columns), None, None, None
+        wide = student.to(share.dtype)
+        ones, one = torch.ones_like(share), torch.ones_like(share[0])
+        by_rows, by_columns = gradient(wide, ones, one - one), gradient(wide, ones - ones, one)
+        both = _scaled(by_rows, grad_output, one) + _scaled(by_columns, grad_columns, one)
+        return both.to(student.dtype), None, None, None
 
 
 def _keep(ctx: Any, outputs: tuple[Tensor, ...], want_parts: bool, backend: str) -> Any:
@@ -123,13 +169,20 @@ def row_loss(
     reduction: str,
     backend: str,
     want_parts: bool,
+    kept: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The loss and, if wanted, its three parts, stacked, of checked rows; differentiable in the student's logits."""
+    """The loss and, if wanted, its three parts, stacked, of checked rows; differentiable in the student's logits.
+
+    With ``kept`` the backward pass makes the gradient, of these: see :class:`_DistRows`.
+    """
     _transforms.refuse(student_logits)
     need_gradient = student_logits.requires_grad and torch.is_grad_enabled()
     scheduled, given = _given(weights)
-    options = (loss, given, standardize, ignore_index, reduction, need_gradient, backend)
+    options = (loss, given, standardize, ignore_index, reduction, need_gradient and kept is None, backend)
     further = (teacher_logits, target, row_weight, *options)
+    if kept is not None and need_gradient and not torch.compiler.is_exporting():
+        outputs = _DistRows.apply(student_logits, _ROW_LOSS[int(scheduled)], kept, further)  # type: ignore[no-untyped-call]
+        return outputs[:2]  # type: ignore[no-any-return]
     return _apply_fused(_ROW_LOSS[int(scheduled)], student_logits, further, need_gradient, want_parts)
 
 
@@ -262,6 +315,13 @@ def _autograd_of(op: Any, wanted: int) -> Any:
         if not any(need):
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*arguments)
+        if op._opname.startswith("exported_row_loss"):
+            labels, _, loss, weights, _, _, reduction, _ = others
+            # Of a schedule's weights no value is known while a graph is recorded.
+            coupled = loss == "dist" if isinstance(weights, Tensor) else has_column_term(loss, weights)
+            if coupled and reduction == "none":
+                further = (other_logits, *others[:-1], False, backend)
+                return _DistRows.apply(student_logits, op, (student_logits, other_logits, labels), further)  # type: ignore[no-untyped-call]
         # It may have been exported with logits that did not require grad.
         further = (*others[:-wanted], *need, backend)
         return _ExportedLoss.apply(op, student_logits, other_logits, further)  # type: ignore[no-untyped-call]

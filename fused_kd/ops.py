@@ -10,10 +10,16 @@ What is stored is one tensor of the shape and dtype of the logits that want a gr
 number of rows for ``reduction="mean"``, so that an incoming 1 leaves nothing to do. Except in float16, where dividing
 would underflow just when GradScaler is about to multiply: there it is stored times a power of two that uses the upper
 end of the format's range, and ``norm`` undoes that, and divides, in float32 in the backward op. The power comes from a
-bound of the gradient, or where there is none, from the gradient itself (:func:`_to_half`).
+bound of the gradient, or where there is none, from the gradient itself (:func:`fused_kd._stored.to_half`).
 
-``row_weight`` (N,), where given, becomes factors (:func:`_row_factors`): a kernel multiplies a row's parts by one and
-its gradient by another, with the reduction "sum" for a mean, and takes a row whose factor is 0 for one to be ignored.
+``row_weight`` (N,), where given, becomes factors (:func:`fused_kd._stored.row_factors`): a kernel multiplies a row's
+parts by one and its gradient by another, with the reduction "sum" for a mean, and takes a row whose factor is 0 for one
+to be ignored.
+
+DIST's columns are the exception: their term is one number, which depends on every row, and so is multiplied by the sum
+of what the rows are multiplied by. With weights it is a second call of the kernel, whose gradient is added to that of
+the first (:mod:`fused_kd.backends.dist_terms`). With ``reduction="none"`` the sum is known in the backward pass alone:
+nothing is stored, and there ``dist_gradient`` makes the gradient of the logits, which are kept instead.
 """
 
 from __future__ import annotations
@@ -26,11 +32,13 @@ import torch
 from torch import Tensor
 
 from fused_kd import _transforms, backends
+from fused_kd._stored import counted_weight, row_factors, stored_scale, to_half
+from fused_kd.backends import dist_terms
 from fused_kd.reference import accumulation_dtype
-from fused_kd.reference.rows import usable_weight
-from fused_kd.registry import ROW_LOSSES
+from fused_kd.registry import ROW_LOSSES, has_column_term
 
 __all__ = [
+    "DIST_GRADIENT",
     "EXPORTED_OPS",
     "LOSS_OPS",
     "implement_autograd",
@@ -41,6 +49,11 @@ __all__ = [
 ]
 
 _LOSSES = ("row_loss", "uskd", "zipf_ls")
+#: Of an op and its twin: suffix, type of the hyper-parameters, tags. See :func:`_define_loss`.
+_TWINS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
+    ("", "float[]", ()),
+    ("_scheduled", "Tensor", (torch.Tag.cudagraph_unsafe,)),
+)
 _library: Any = torch.library.Library("fused_kd", "DEF")  # type: ignore[no-untyped-call]
 
 
@@ -52,7 +65,7 @@ def _define_loss(name: str, before: str, after: str, gradients: str) -> None:
     Of each there is one more for torch.export, ``exported_``, which :mod:`fused_kd.autograd` gives an autograd kernel:
     it would be a tenth of a call.
     """
-    for suffix, weights, tags in (("", "float[]", ()), ("_scheduled", "Tensor", (torch.Tag.cudagraph_unsafe,))):
+    for suffix, weights, tags in _TWINS:
         arguments = f"{before}, {weights} weights, {after}, str backend"
         for prefix in ("", "exported_"):
             schema = f"{prefix}{name}{suffix}({arguments}) -> (Tensor loss, Tensor parts, {gradients})"
@@ -80,59 +93,20 @@ _define_loss(
 _library.define(
     "uskd_batch_sums(Tensor student_logits, Tensor target, bool square, int ignore_index, str backend) -> Tensor"
 )
+for _suffix, _weights, _tags in _TWINS:
+    _library.define(
+        f"dist_gradient{_suffix}(Tensor student_logits, Tensor teacher_logits, Tensor target, Tensor? row_weight, "
+        f"{_weights} weights, bool standardize, int ignore_index, Tensor grad_rows, Tensor grad_columns, str backend) "
+        "-> Tensor",
+        tags=_tags,
+    )
 _library.define("scale_gradient(Tensor gradient, Tensor grad_output, Tensor norm, str backend) -> Tensor")
 _library.define("scale_gradient_compiled(Tensor gradient, Tensor grad_output, Tensor norm, str backend) -> Tensor")
 _library.define("scale_gradient_(Tensor(a!) gradient, Tensor grad_output, Tensor norm, str backend) -> ()")
 
 
-def _stored_scale(dtype: torch.dtype, bound: float) -> float:
-    """The power of two times which a gradient of magnitude up to ``bound`` is stored, one that float32 can undo."""
-    return 2.0 ** math.floor(math.log2(2.0**15 / max(bound, 2.0**-64))) if dtype == torch.float16 else 1.0
-
-
-def _to_half(gradient: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-    """A float32 gradient, which is overwritten, in float16, times the power of two that brings its largest finite entry
-    to 2^14 or more and below 2^15; and ``norm`` less that power.
-
-    Any smaller power would lose small entries, and a larger one make the largest infinite whatever a GradScaler does.
-    """
-    if gradient.numel() == 0:
-        return gradient.half(), norm
-    largest = gradient.abs().nan_to_num_(nan=0.0, posinf=0.0).amax()
-    power = torch.exp2(15.0 - torch.frexp(largest).exponent.clamp(min=-64).double())
-    return gradient.mul_(power.to(gradient.dtype)).half(), (norm / power).to(norm.dtype)
-
-
 def _numbers(weights: list[float] | Tensor) -> list[float]:
     return weights.tolist() if isinstance(weights, Tensor) else weights
-
-
-def _row_factors(
-    row_weight: Tensor | None, target: Tensor, ignore_index: int, reduction: str, dtypes: tuple[torch.dtype, ...]
-) -> tuple[Tensor | None, str, tuple[Tensor | None, ...]]:
-    """What kernels multiply rows by: float64 (1 + gradients, N), the first for the parts, then one per gradient, whose
-    ``dtypes`` are given; the reduction that is left to them; and what each gradient's norm is to be multiplied by.
-
-    A mean's factors are divided by the sum of the weights. A gradient in float16 has them times the power of two that
-    makes the largest one from 1/2 to 1, so that it neither underflows nor overflows; its norm takes that back.
-    """
-    if row_weight is None:
-        return None, reduction, (None,) * len(dtypes)
-    weight = usable_weight(row_weight, torch.float64)
-    if not target.is_floating_point():
-        weight = torch.where(target == ignore_index, 0.0, weight)
-    mean = reduction == "mean"
-    if mean:
-        total = weight.sum()
-        weight = weight / torch.where(total == 0, 1.0, total)
-    factors = [weight]
-    norms: list[Tensor | None] = []
-    for dtype in dtypes:
-        half = dtype == torch.float16 and len(weight) > 0
-        power = torch.exp2(torch.frexp(weight.amax()).exponent.double()) if half else None
-        factors.append(weight if power is None else weight / power)
-        norms.append(power)
-    return torch.stack(factors), "sum" if mean else reduction, tuple(norms)
 
 
 def _multiply(norm: Tensor, by: Tensor | None) -> None:
@@ -158,28 +132,56 @@ def _row_loss(
     bound = ROW_LOSSES[loss].bound(*weights[:3]) + weights[3]
     if standardize:
         bound = math.inf  # one over the deviation of a row's logits is a factor of it, 1e7 for a constant row
-    measure = need_gradient and student_logits.dtype == torch.float16 and math.isinf(bound)
+    dtype = student_logits.dtype
+    measure = need_gradient and dtype == torch.float16 and math.isinf(bound)
+    apart = row_weight is not None and has_column_term(loss, weights)
+    if measure or (apart and need_gradient):  # whose sum is to be rounded once
+        student_logits = student_logits.to(accumulation_dtype(student_logits))
+    factors, reduction, (by,) = row_factors(row_weight, target, ignore_index, reduction, (student_logits.dtype,))
+    kernels = backends.get(backend)
+    given: tuple[Any, ...] = (student_logits, teacher_logits, target, factors)
+    options: tuple[Any, ...] = (weights, standardize, ignore_index, reduction, need_gradient)
+    if apart:
+        value, parts, gradient, norm = dist_terms.weighted(kernels, *given, *options)
+    else:
+        scale = stored_scale(student_logits.dtype, bound) if need_gradient else 1.0
+        value, parts, gradient, norm = kernels.row_loss(*given, loss, *options, scale)
+    _multiply(norm, by)
     if measure:
-        student_logits = student_logits.float()
-    scale = _stored_scale(student_logits.dtype, bound)
-    factors, reduction, (by,) = _row_factors(row_weight, target, ignore_index, reduction, (student_logits.dtype,))
-    value, parts, gradient, norm = backends.get(backend).row_loss(
-        student_logits,
+        gradient, norm = to_half(gradient, norm)
+    return value, parts, gradient.to(dtype), norm
+
+
+def _dist_gradient(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    row_weight: Tensor | None,
+    weights: list[float] | Tensor,
+    standardize: bool,
+    ignore_index: int,
+    grad_rows: Tensor,
+    grad_columns: Tensor,
+    backend: str,
+) -> Tensor:
+    _transforms.refuse_create_graph()
+    _transforms.refuse_recorded(student_logits, grad_rows, grad_columns)
+    student = student_logits.to(accumulation_dtype(student_logits))
+    factors, _, _ = row_factors(row_weight, target, ignore_index, "none", (student.dtype,))
+    gradient = dist_terms.gradient_for(
+        backends.get(backend),
+        student,
         teacher_logits,
         target,
         factors,
-        loss,
-        weights,
+        counted_weight(row_weight, target, ignore_index, torch.float64) != 0,
+        _numbers(weights),
         standardize,
         ignore_index,
-        reduction,
-        need_gradient,
-        scale,
+        grad_rows,
+        grad_columns,
     )
-    _multiply(norm, by)
-    if measure:
-        gradient, norm = _to_half(gradient, norm)
-    return value, parts, gradient, norm
+    return gradient.to(student_logits.dtype)
 
 
 def _uskd_batch_sums(student_logits: Tensor, target: Tensor, square: bool, ignore_index: int, backend: str) -> Tensor:
@@ -206,9 +208,9 @@ def _uskd(
     weights = _numbers(weights)
     alpha, beta, mu, ce_weight, _ = weights
     # P_k and P_1 + P_2 are from -1 to 2. At a target, p_k (P_1 + P_2) - P_k averages -P_k and the other target's P.
-    student_scale = _stored_scale(student_logits.dtype, 2.0 * alpha + beta + ce_weight)
+    student_scale = stored_scale(student_logits.dtype, 2.0 * alpha + beta + ce_weight)
     dtypes = (student_logits.dtype, weak_logits.dtype)
-    factors, reduction, (by_student, by_weak) = _row_factors(row_weight, target, ignore_index, reduction, dtypes)
+    factors, reduction, (by_student, by_weak) = row_factors(row_weight, target, ignore_index, reduction, dtypes)
     result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = backends.get(backend).uskd(
         student_logits,
         weak_logits,
@@ -223,7 +225,7 @@ def _uskd(
         need_student,
         need_weak,
         student_scale,
-        _stored_scale(weak_logits.dtype, mu),
+        stored_scale(weak_logits.dtype, mu),
     )
     _multiply(result[-2], by_student)
     _multiply(result[-1], by_weak)
@@ -243,8 +245,8 @@ def _zipf_ls(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _transforms.refuse_recorded(student_logits)
     weights = _numbers(weights)
-    scale = _stored_scale(student_logits.dtype, weights[0] + weights[2])
-    factors, reduction, (by,) = _row_factors(row_weight, target, ignore_index, reduction, (student_logits.dtype,))
+    scale = stored_scale(student_logits.dtype, weights[0] + weights[2])
+    factors, reduction, (by,) = row_factors(row_weight, target, ignore_index, reduction, (student_logits.dtype,))
     result: tuple[Tensor, Tensor, Tensor, Tensor] = backends.get(backend).zipf_ls(
         student_logits, dense_logits, target, factors, weights, ignore_index, reduction, need_gradient, scale
     )
@@ -278,6 +280,8 @@ for _name, _function in (
     ("uskd_scheduled", _uskd),
     ("zipf_ls", _zipf_ls),
     ("zipf_ls_scheduled", _zipf_ls),
+    ("dist_gradient", _dist_gradient),
+    ("dist_gradient_scheduled", _dist_gradient),
     ("scale_gradient", _scale_gradient),
     ("scale_gradient_compiled", _scale_gradient_compiled),
     ("scale_gradient_", _scale_gradient_),
@@ -364,6 +368,10 @@ def _uskd_fake(
     )
 
 
+def _dist_gradient_fake(student_logits: Tensor, *_: Any) -> Tensor:
+    return student_logits.new_empty(student_logits.shape)
+
+
 def _scale_gradient_fake(gradient: Tensor, grad_output: Tensor, norm: Tensor, backend: str) -> Tensor:
     return torch.empty_like(gradient)
 
@@ -380,6 +388,8 @@ for _name, _fake in (
     ("uskd_scheduled", _uskd_fake),
     ("zipf_ls", _zipf_ls_fake),
     ("zipf_ls_scheduled", _zipf_ls_fake),
+    ("dist_gradient", _dist_gradient_fake),
+    ("dist_gradient_scheduled", _dist_gradient_fake),
     ("scale_gradient", _scale_gradient_fake),
     ("scale_gradient_compiled", _scale_gradient_fake),
     ("scale_gradient_", _scale_gradient_inplace_fake),
@@ -395,6 +405,8 @@ def _op(name: str) -> Any:
 
 #: The forward ops, each with its twin for hyper-parameters that may change in a compiled graph.
 LOSS_OPS: dict[str, tuple[Any, Any]] = {name: (_op(name), _op(f"{name}_scheduled")) for name in _LOSSES}
+#: The gradient of DIST's rows, and its twin.
+DIST_GRADIENT: tuple[Any, Any] = (_op("dist_gradient"), _op("dist_gradient_scheduled"))
 #: By forward op, what torch.export records in its place.
 EXPORTED_OPS: dict[Any, Any] = {op: _op(f"exported_{op._opname}") for pair in LOSS_OPS.values() for op in pair}
 uskd_batch_sums = torch.ops.fused_kd.uskd_batch_sums.default

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,11 @@ ROW_LOSSES = {
     # <= 1 / e. At beta = 0 it is p - q, at 1 p (log(p / q) - KL(p, q)), as large as the logits make it.
     "js": RowLoss(6, (0, 2), lambda beta, _, temperature: temperature if beta < 1.0 else math.inf),
 }
+
+
+def has_column_term(loss: str, weights: Sequence[float]) -> bool:
+    """Whether a row loss with such :data:`Weights` has a term of the batch's columns, which every row depends on."""
+    return loss == "dist" and weights[1] != 0.0
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,11 @@ def uninterrupted(tmp_path_factory):
 
 # Step 10 (from 0) is in the second epoch, after the checkpoint of step 9; step 8 begins it; the save that is killed is
 # the one at the end of the first epoch.
-@pytest.mark.parametrize("kill", [{"KILL_AT_STEP": "10"}, {"KILL_AT_STEP": "8"}, {"KILL_IN_SAVE": "3"}], ids=str)
+@pytest.mark.parametrize(
+    "kill",
+    [{"KILL_AT_STEP": "10"}, pytest.param({"KILL_AT_STEP": "8"}, marks=pytest.mark.slow), {"KILL_IN_SAVE": "3"}],
+    ids=str,
+)
 def test_killed_and_resumed_has_the_bits_of_an_uninterrupted_run(kill, tmp_path, uninterrupted):
     killed = example_runs.start("--out", tmp_path, *RICH, **kill)
     assert killed.returncode == -signal.SIGKILL, killed.stderr

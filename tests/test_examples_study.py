@@ -38,6 +38,7 @@ def main(folder, *arguments):
     return study.main(["--out", str(folder / "runs"), "--page", str(folder / "page.md"), *TINY, *arguments])
 
 
+@pytest.mark.slow
 def test_a_study_that_broke_off_goes_on_and_is_not_made_twice(tmp_path, tiny, monkeypatch, capsys):
     with monkeypatch.context() as context:
         context.setenv("KILL_AT_STEP", "12")  # in the second of two epochs

@@ -6,7 +6,7 @@ import pytest
 import torch
 from loss_cases import FUSED, function, make, run
 
-from fused_kd import ops
+from fused_kd import _stored
 from fused_kd.registry import ROW_LOSSES
 
 pytestmark = [
@@ -90,6 +90,21 @@ def test_gradients_fit_whatever_their_size(place, options, spread):
     torch.testing.assert_close(ours.double(), exact * scale, rtol=2.0**-9, atol=2e-3 * 2.0**13)
 
 
+@unbounded
+def test_without_a_gradient(place, options):
+    """The bound that there is not is not asked for."""
+    loss, name, device = place
+    student, others, target = make(loss, dtype=torch.float16, device=device)
+    if "weight" in options:
+        options = {"weight": torch.linspace(0.5, 2.0, 6, device=device)}
+    for reduction in ("mean", "none"):
+        ours, exact = (
+            function(loss)(student, *others, target, backend=each, reduction=reduction, **options)
+            for each in (name, "reference")
+        )
+        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("loss", ROW_LOSSES)
 def test_bounds(loss):
     """Of gradients in float64, for logits from nearly equal to far apart."""
@@ -114,12 +129,12 @@ def test_what_is_stored_uses_the_range_of_float16():
     """Its largest finite entry is just below 2^15, and neither inf, NaN nor 0 counts or changes."""
     for largest in (1e-30, 3e-6, 1.0, 1e8, 3e37):
         gradient = torch.tensor([[largest, -largest / 1024, 0.0], [torch.nan, torch.inf, -torch.inf]])
-        stored, norm = ops._to_half(gradient.clone(), torch.tensor(0.5))
+        stored, norm = _stored.to_half(gradient.clone(), torch.tensor(0.5))
         assert stored.dtype == torch.float16
         assert largest < 1e-18 or 2.0**14 <= stored[0, 0] < 2.0**15
         torch.testing.assert_close(
             stored.double() * norm / 0.5, gradient.double(), equal_nan=True, rtol=2.0**-11, atol=1e-25
         )
     for empty in (torch.zeros(0, 3), torch.zeros(2, 3)):
-        stored, norm = ops._to_half(empty.clone(), torch.tensor(0.5))
+        stored, norm = _stored.to_half(empty.clone(), torch.tensor(0.5))
         assert stored.shape == empty.shape and not stored.any() and norm.isfinite()

@@ -127,6 +127,7 @@ def test_what_is_not_installed_is_said(tmp_path, monkeypatch):
     assert str(tmp_path) in planned["check"].environment["PYTHONPATH"]
 
 
+@pytest.mark.slow
 def test_commands_run_without_rich(tmp_path):
     """With the stand-in on the path, where rich itself would be found after it."""
     (tmp_path / "rich.py").write_text((gpu_check.ROOT / "benchmarks" / "plain_rich.py").read_text())

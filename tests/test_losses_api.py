@@ -146,7 +146,7 @@ def test_opcheck(loss, standardize, native):
     weights = [1.0, 0.5, 2.0, 0.7, 0.1]
     teacher = others[0] if others else None
     after = (standardize and bool(others), -100, "mean", True, "native")
-    for row_weight in (None, torch.arange(6.0)) if loss != "dist" else (None,):
+    for row_weight in (None, torch.arange(6.0)):
         opcheck(torch.ops.fused_kd.row_loss.default, (student, teacher, target, row_weight, loss, weights, *after))
     weights = torch.tensor(weights, dtype=torch.float64)
     opcheck(

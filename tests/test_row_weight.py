@@ -47,12 +47,15 @@ def run(loss, backend, leaves, others, target, grad_output=None, **options):
 
 
 def by_hand(loss, leaves, others, target, weight, reduction, **options):
-    """The same from the reference's rows without weights."""
+    """The same from the reference's rows without weights, of which those of weight 0 are left out; but not of USKD's,
+    whose batch mean is of all."""
     leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    others = [other.double() for other in others]
-    values, parts = call(loss, "reference", leaves, others, target, return_parts=True, reduction="none", **options)
     kept = weight != 0 if target.is_floating_point() else (weight != 0) & (target != -100)
-    rows = [torch.where(kept, weight * each, 0.0) for each in (values, *parts)]
+    there = torch.ones_like(kept) if loss == "uskd" else weight != 0
+    given = [leaf[there] for leaf in leaves], [other.double()[there] for other in others], target[there]
+    values, parts = call(loss, "reference", *given, return_parts=True, reduction="none", **options)
+    whole = [torch.zeros_like(weight).masked_scatter(there, each) for each in (values, *parts)]
+    rows = [torch.where(kept, weight * each, 0.0) for each in whole]
     if reduction != "none":
         total = torch.where(kept, weight, 0.0).sum() if reduction == "mean" else 1.0
         rows = [each.sum() / total for each in rows]
@@ -111,7 +114,7 @@ def test_long_rows_by_triton(place, reduction, long_rows):
     leaves[0][2, 3] = INF  # of weight 0
     weight = WEIGHT.to(device)
     for labels in (target, mixed(classes=130, device=device)):
-        if loss in ("uskd", "dist"):  # the row is in the batch's means
+        if loss == "uskd":  # the row is in the batch's mean
             leaves[0][2, 3] = 0.0
         expected = run(loss, "reference", leaves, others, labels, weight=weight, reduction=reduction)
         assert_close(run(loss, name, leaves, others, labels, weight=weight, reduction=reduction), expected)
@@ -123,7 +126,6 @@ def test_a_row_of_weight_0_is_not_there(place):
     loss, name, device = place
     leaves, others, target = inputs(loss, device=device)
     weight = WEIGHT.to(device)
-    options = {"gamma": 0.0} if loss == "dist" else {}
     rows = [0, 1, 3, 4, 5]
     for labels in (target, mixed(device=device)):
         spoilt = [leaf.clone() for leaf in leaves]
@@ -133,15 +135,13 @@ def test_a_row_of_weight_0_is_not_there(place):
         else:
             spoilt[0][2] = NAN
         for reduction in ("mean", "none"):
-            value, parts, *gradients = run(
-                loss, name, spoilt, others, labels, weight=weight, reduction=reduction, **options
-            )
+            value, parts, *gradients = run(loss, name, spoilt, others, labels, weight=weight, reduction=reduction)
             assert all(result.isfinite().all() for result in (value, parts, *gradients))
             assert not any(gradient[2].any() for gradient in gradients)
             if loss == "uskd":
                 continue
             kept = [leaf[rows] for leaf in leaves], [other[rows] for other in others], labels[rows]
-            expected = run(loss, name, *kept, weight=weight[rows], reduction=reduction, **options)
+            expected = run(loss, name, *kept, weight=weight[rows], reduction=reduction)
             assert_close([gradients[0][rows]], expected[2:])
             if reduction == "mean":
                 assert_close([value, parts], expected[:2])
@@ -219,7 +219,7 @@ def test_a_mask_is_a_weight_of_0_and_1(place):
     leaves, others, target = inputs(loss, device=device)
     mask = (WEIGHT > 0.6).to(device)
     leaves[-1][0, 3] = NAN  # of weight 0
-    if loss in ("uskd", "dist"):  # the row is in the batch's means
+    if loss == "uskd":  # the row is in the batch's mean
         leaves[-1][0, 3] = 0.0
     for labels in (target, mixed(device=device)):
         for reduction in ("mean", "none"):

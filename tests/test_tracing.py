@@ -51,7 +51,7 @@ def same(ours, theirs):
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("strict", (False, True))
+@pytest.mark.parametrize("strict", (False, pytest.param(True, marks=pytest.mark.slow)))
 @every_loss
 def test_export_and_backward(place, strict):
     loss, backend, _ = place
@@ -123,7 +123,14 @@ def test_transforms_of_an_exported_program(place):
         ours(*(forward_ad.make_dual(each, torch.ones_like(each)) for each in logits))
 
 
-@pytest.mark.parametrize("options", ({}, {"allow_unused": True}, {"allow_unused": True, "materialize_grads": True}))
+@pytest.mark.parametrize(
+    "options",
+    (
+        pytest.param({}, marks=pytest.mark.slow),
+        {"allow_unused": True},
+        pytest.param({"allow_unused": True, "materialize_grads": True}, marks=pytest.mark.slow),
+    ),
+)
 @every_loss
 def test_compile_and_create_graph(place, options):
     torch._dynamo.reset()
@@ -168,7 +175,7 @@ def tangent_of(value):
     return ask
 
 
-@pytest.mark.parametrize("fullgraph", (False, True))
+@pytest.mark.parametrize("fullgraph", (pytest.param(False, marks=pytest.mark.slow), True))
 @pytest.mark.parametrize("name", (*TRANSFORMS, "dual", "dual-outside"))
 @every_kind
 def test_compiled_transforms(place, name, fullgraph):
@@ -184,7 +191,7 @@ def test_compiled_transforms(place, name, fullgraph):
         ask(*logits)
 
 
-@pytest.mark.parametrize("name", ("grad", "vmap", "dual"))
+@pytest.mark.parametrize("name", ("grad", pytest.param("vmap", marks=pytest.mark.slow), "dual"))
 @every_kind
 def test_compiled_transforms_of_the_reference(place, name):
     torch._dynamo.reset()

@@ -27,6 +27,8 @@ from benchmarks.kernel_rules import problems
 ROOT = Path(__file__).parent.parent
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 needs_nvcc = pytest.mark.skipif(kernels.nvcc() is None or find_spec("triton") is None, reason="there is no nvcc")
+#: Every second kernel of the selection, and all of it.
+parts = pytest.mark.parametrize("part", ("1/2", pytest.param("1/1", marks=pytest.mark.slow)))
 
 
 def compile_kernels(folder, *arguments):
@@ -40,8 +42,9 @@ def compile_kernels(folder, *arguments):
 
 
 @needs_triton
-def test_selection(tmp_path):
-    rows = compile_kernels(tmp_path, "--loss", "nkd", "--arch", "80", "--no-cuda")
+@parts
+def test_selection(tmp_path, part):
+    rows = compile_kernels(tmp_path, "--loss", "nkd", "--arch", "80", "--no-cuda", "--part", part)
     names = {row["kernel"] for row in rows}
     assert names == {"rows_on_chip", "rows_looped", "count_chunks", "reduce_parts", "scale_rows"}
     assert {row["capability"] for row in rows} == {80}
@@ -52,14 +55,16 @@ def test_selection(tmp_path):
 
 
 @needs_triton
-def test_selection_of_further_losses(tmp_path):
-    rows = compile_kernels(tmp_path, "--loss", "rows", "--arch", "90", "--no-cuda")
+@parts
+def test_selection_of_further_losses(tmp_path, part):
+    rows = compile_kernels(tmp_path, "--loss", "rows", "--arch", "90", "--no-cuda", "--part", part)
     assert {"rows_on_chip", "rows_looped"} <= {row["kernel"] for row in rows}
 
 
 @needs_triton
-def test_ranked_selection(tmp_path):
-    rows = compile_kernels(tmp_path, "--loss", "uskd", "--arch", "100", "--no-cuda")
+@parts
+def test_ranked_selection(tmp_path, part):
+    rows = compile_kernels(tmp_path, "--loss", "uskd", "--arch", "100", "--no-cuda", "--part", part)
     assert {row["kernel"] for row in rows} == {
         "target_probabilities",
         "ranked_on_chip",

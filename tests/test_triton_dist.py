@@ -66,7 +66,7 @@ def compare(student, teacher, target, tolerance=1e-11, **options):
     return ours
 
 
-@pytest.mark.parametrize("classes", (45, 64))
+@pytest.mark.parametrize("classes", (45, pytest.param(64, marks=pytest.mark.slow)))
 def test_matches_the_reference(regime, classes):
     """Whole chunks that do not count, and columns and rows that are no whole number of tiles."""
     student, teacher, target = make(46, classes)
@@ -82,7 +82,7 @@ def test_matches_the_reference(regime, classes):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-@pytest.mark.parametrize("classes", (300, 304))
+@pytest.mark.parametrize("classes", (300, pytest.param(304, marks=pytest.mark.slow)))
 def test_dtypes_stay_within_eagers_error(regime, dtype, classes):
     student, teacher, target = make(12, classes, dtype)
     target[::5] = -100
@@ -113,7 +113,7 @@ def test_constant_columns(regime):
     assert not ours[2].any()
 
 
-@pytest.mark.parametrize("rows", (1, 2, 3, 8, 41))
+@pytest.mark.parametrize("rows", (1, 2, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (3, 8)), 41))
 def test_equal_rows_have_no_gradient(regime, rows):
     """p and q are their columns' means to the bit, or a slope of 1e8 makes something of the difference: of 41 rows too,
     a number whose reciprocal times itself is not 1 in float32."""
@@ -125,7 +125,7 @@ def test_equal_rows_have_no_gradient(regime, rows):
         assert not gradient.any()
 
 
-@pytest.mark.parametrize("rows", (3, 8))
+@pytest.mark.parametrize("rows", (3, pytest.param(8, marks=pytest.mark.slow)))
 @pytest.mark.parametrize("vary", ("both", "student", "teacher"))
 def test_few_rows_stay_within_eagers_error(regime, rows, vary):
     student, teacher, target = make(rows, 300, torch.float32)

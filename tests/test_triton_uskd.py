@@ -73,7 +73,7 @@ def test_regimes(wide):
 
 
 @pytest.mark.parametrize("rank", RANKS)
-@pytest.mark.parametrize("kind", ("index", "mixed", "smoothed"))
+@pytest.mark.parametrize("kind", ("index", pytest.param("mixed", marks=pytest.mark.slow), "smoothed"))
 def test_matches_the_reference(regime, rank, kind):
     student, weak, target = make(5, 45, kind, torch.float32)
     student[1, 3] = -INF

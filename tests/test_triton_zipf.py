@@ -70,7 +70,7 @@ def compare(student, dense, target, tolerance=1e-11, **options):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("positions", (1, 7, 70))
+@pytest.mark.parametrize("positions", (1, pytest.param(7, marks=pytest.mark.slow), 70))
 def test_matches_the_reference(regime, kind, positions):
     student, dense, target = make(positions=positions, kind=kind)
     student[1, 3] = -INF
@@ -94,7 +94,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("dtype", (pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16))
 def test_layouts_of_dense_logits(regime, layout, dtype):
     """Copies with NaN around, so that a kernel that ignores a stride is found out."""
     student, dense, target = make(3, positions=49)
@@ -104,7 +104,7 @@ def test_layouts_of_dense_logits(regime, layout, dtype):
         compare(student, LAYOUTS[layout](dense.to(dtype)[:, :48]), target, beta=1.0)
 
 
-@pytest.mark.parametrize("classes", (2, 3, 10))
+@pytest.mark.parametrize("classes", (2, pytest.param(3, marks=pytest.mark.slow), 10))
 @pytest.mark.parametrize("kind", ("index", "mixed"))
 def test_few_classes(regime, classes, kind):
     """Every class has votes, ranks are shared, and two classes leave one, or none, to be told apart."""
@@ -185,7 +185,7 @@ def test_ignored_rows_count_nowhere(regime):
 
 
 @pytest.mark.parametrize("dtype", check.DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("kind", ("index", "smoothed"))
+@pytest.mark.parametrize("kind", ("index", pytest.param("smoothed", marks=pytest.mark.slow)))
 def test_dtypes_stay_within_eagers_error(regime, dtype, kind):
     classes = 101 if regime == "small tiles" else 301
     student, dense, target = make(6, classes, 49, kind, dtype)

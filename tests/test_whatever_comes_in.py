@@ -58,9 +58,7 @@ def test_every_loss(place, incoming):
     loss, _, device = place
     weight = torch.ones(6, device=device)
     weight[LIGHT] = 0.0
-    # What a row weighs makes no difference to DIST's correlation along columns.
-    own = {"gamma": 0.0} if loss == "dist" else {}
-    for weighted in ({"weight": weight, **own}, {}):
+    for weighted in ({"weight": weight}, {}):
         for more in ({}, {"ce_weight": 1.0, "label_smoothing": 0.1}, {"logit_standardization": True}):
             if not all(has(loss, option) for option in more) or (more and not weighted):
                 continue

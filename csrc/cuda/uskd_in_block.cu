@@ -57,7 +57,7 @@ struct Shared {
 };
 
 template <int kThreads, int kItems, bool kKeep>
-__global__ void __launch_bounds__(kThreads) rank_in_block(RowsArguments args) {
+__global__ void __launch_bounds__(kThreads, kKeep ? 512 / kThreads : 0) rank_in_block(RowsArguments args) {
     using Shared = Shared<kThreads, kItems>;
     extern __shared__ __align__(16) char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);

@@ -151,7 +151,10 @@ __device__ __forceinline__ void row_statistics(const UskdCall& call, int64_t ind
     }
     if (threadIdx.x == 0) {
         const RowView student = row_view(call.student, index), weak = row_view(call.weak, index);
-        UskdStats<A> x = {};
+        // In shared memory from the start: built in registers, the row's state would spill them.
+        state.row.targets = targets;
+        UskdStats<A>& x = state.row.x;
+        x = {};
         x.targets = targets.count;
         x.s_max = s_max;
         x.w_max = w_max;
@@ -171,11 +174,12 @@ __device__ __forceinline__ void row_statistics(const UskdCall& call, int64_t ind
             x.w_target[k] = k < targets.count ? load_one<A>(weak, targets.at[k]) : -A(INFINITY);
             x.label[k] = targets.label[k];
         }
-        const auto p = common::split_softmax<A, 2>(x.s_target, s_max, sums.s);
-        const auto v = common::split_softmax<A, 2>(x.w_target, w_max, sums.w);
+        const auto p = state.row.p = common::split_softmax<A, 2>(x.s_target, s_max, sums.s);
+        const auto v = state.row.v = common::split_softmax<A, 2>(x.w_target, w_max, sums.w);
         const double probe = double(p.rest) + double(v.rest) + double(x.v_sum) + double(targets.poison) +
                              call.batch_sums[0] + call.batch_sums[1];
-        state.row = {targets, x, p, v, common::uskd_key(p, v, targets.count, Rank(call.rank)), A(probe != probe)};
+        state.row.is_nan = A(probe != probe);
+        state.row.key = common::uskd_key(p, v, targets.count, Rank(call.rank));
     }
     __syncthreads();
 }

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fused_kd.backends import cuda_devices, triton_config
 from fused_kd.reference import accumulation_dtype
-from fused_kd.registry import ROW_LOSSES
+from fused_kd.registry import ROW_LOSSES, has_column_term
 
 #: Up to so many rows every program counts the targets itself, which saves a launch; they are in its cache line by line.
 COUNT_ROWS = 2048
@@ -254,8 +254,8 @@ def plan_row_loss(
     launches: list[Launch] = []
     counts = plan_count(launches, target, ignore_index, reduction, need_gradient)
     columns: tuple[Tensor, Tensor, Tensor] | None = None
-    if loss_name == "dist" and weights[1] != 0.0:
-        assert factors is None  # the functional form has it as a loss of its own then
+    if has_column_term(loss_name, weights):
+        assert factors is None  # see dist_terms
         plan_columns = importlib.import_module("fused_kd.backends.triton_dist").plan_columns
         columns = plan_columns(launches, student, teacher, target, loss.dtype, weights, standardize, ignore_index)
     row_parts = parts if per_row else torch.empty((3, rows), dtype=loss.dtype, device=student.device)
@@ -273,6 +273,7 @@ def plan_row_loss(
         unit_temperature=single,
         neighbours=unit,
         vectors=together,
+        mixed=student.dtype != teacher.dtype,
         loss=loss_name,
         scores=standardize,
         smoothed=ce and smoothing != 0.0,

@@ -60,7 +60,7 @@ ON_CHIP = (
 #: 8192 rows of 8192 classes took an H200 164 us for 299, of 4096 classes 93 for 100. If they can be loaded in vectors.
 ON_CHIP_MOST = 2048
 #: What other losses take, by T = 1, and NKD at other temperatures.
-ON_CHIP_REGISTERS, ON_CHIP_DIST_REGISTERS = {True: 136, False: 160}, 200
+ON_CHIP_REGISTERS, ON_CHIP_DIST_REGISTERS = {True: 136, False: 168}, 200
 #: All other calls, which would spill so: (tile, warps, registers), 8 logits of each input a thread up to the last row.
 #: The compiler left alone aims at round occupancies and spills a few words to get there; these are the least that no
 #: dtype spills at. At 8192 probabilities as targets spill, and losses other than NKD, at 4096 both together.
@@ -89,8 +89,8 @@ PROBABILITIES_REGISTERS = {True: (96, 112), False: (112, 128)}
 #: 8 and 93 by 4.
 LOOPED_WARPS, LOOPED_REGISTERS = 8, 64
 LOOPED_SHORT = 16384
-#: Of float32, and at another temperature.
-LOOPED_FLOAT32_REGISTERS, LOOPED_SHARP_REGISTERS = 72, 80
+#: Of float32, at another temperature, and there with logits of two dtypes, which spill a word at less on some GPU.
+LOOPED_FLOAT32_REGISTERS, LOOPED_SHARP_REGISTERS, LOOPED_MIXED_REGISTERS = 72, 80, 104
 #: Jensen–Shannon spills at the 80 that three programs of 8 warps can have; 4 warps put five on a multiprocessor.
 LOOPED_JS_REGISTERS, LOOPED_DIST_REGISTERS = 104, 128
 #: With z-scores or smoothed labels; probabilities and float64 of losses other than NKD take more.
@@ -107,6 +107,7 @@ def row_config(
     unit_temperature: bool,
     neighbours: bool,
     vectors: bool,
+    mixed: bool = False,
     loss: str = "nkd",
     scores: bool = False,
     smoothed: bool = False,
@@ -121,6 +122,7 @@ def row_config(
         unit_temperature: One exponential of each logit serves all softmaxes, as at temperature 1.
         neighbours: Every column stride is 1. Other strides need a pointer for each logit.
         vectors: In the looped kernel, rows start alike and can be walked in full vectors of every tensor.
+        mixed: Student's and teacher's logits differ in dtype.
         loss: Which of the row losses.
         scores: With logit standardization.
         smoothed: With label smoothing.
@@ -162,7 +164,7 @@ def row_config(
         if loss in ("js", "dist"):
             registers = LOOPED_JS_REGISTERS if loss == "js" else LOOPED_DIST_REGISTERS
         elif not unit_temperature:
-            registers = LOOPED_SHARP_REGISTERS
+            registers = LOOPED_MIXED_REGISTERS if mixed else LOOPED_SHARP_REGISTERS
     else:
         registers = LOOPED_MOST_REGISTERS if plain or not (wide or probabilities) else everything
     return Looped(32 * warps, 16 // narrow, warps, registers)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_kd import _checks, autograd, backends
 from fused_kd._transforms import readable
-from fused_kd.registry import ROW_LOSSES
+from fused_kd.registry import ROW_LOSSES, has_column_term
 
 Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
 
@@ -74,18 +74,29 @@ def row_loss(
             **options,
         )
     else:
+        weights = (*(*own.values(), 0.0, 0.0)[:2], temperature, ce_weight, label_smoothing)
+        kept = None
+        if reduction == "none" and teacher_logits is not None and has_column_term(name, weights):
+            dim = _checks.class_dimension(student_logits, class_dim)
+            labels = target if target is not None and target.is_floating_point() else None
+            kept = (
+                student_logits.detach().movedim(dim, -1),
+                teacher_logits.detach().movedim(dim, -1),
+                rows.target if labels is None else labels.movedim(dim, -1),
+            )
         loss, packed = autograd.row_loss(
             rows.student_logits,
             rows.other_logits if has_teacher else None,
             rows.target,
             weight,
             name,
-            (*(*own.values(), 0.0, 0.0)[:2], temperature, ce_weight, label_smoothing),
+            weights,
             bool(logit_standardization),
             ignore_index,
             reduction,
             chosen,
             return_parts,
+            kept,
         )
         if return_parts:
             packed = [packed[part] for part in ROW_LOSSES[name].parts]

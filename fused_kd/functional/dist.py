@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
-from fused_kd import _checks, backends, reference
+from fused_kd import reference
 from fused_kd.functional._infinities import infinities
 from fused_kd.functional._rows import row_loss
 from fused_kd.reference import DISTParts
-from fused_kd.reference.rows import usable_weight
 
 
 @overload
@@ -87,11 +85,14 @@ def dist_loss(
         label_smoothing: Of the cross-entropy's labels, as in :func:`torch.nn.functional.cross_entropy`.
         logit_standardization: Put the z-scores of both logits, row by row, into all but the cross-entropy.
         ignore_index: Rows with this class index are in no term and get a zero gradient.
-        reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
+        reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``. For ``"none"``, unless
+            gamma is 0, what comes in for one row is in every row's gradient: the fused backends compute that in the
+            backward pass, until when both logits and the target are kept and must not change.
         weight: What each row weighs, ``(...)``: a boolean mask, or floating-point, without gradient, at least 0. Not
             what each class weighs, as in cross_entropy; of as many rows as classes nothing tells. ``"none"`` gives
             :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
-            The correlation along columns is of all rows alike, and so a row of weight 0 has a gradient from it.
+            A row of weight 0 adds exactly nothing to the loss and has a zero gradient, whatever it holds. In the
+            correlation along columns the others are alike, whatever they weigh.
         class_dim: The dimension of the classes, in the logits and in probability targets; the shapes here have it last.
             None is the last one, which logits of four or more dimensions must say themselves: 1 for (N, C, H, W), as
             :func:`torch.nn.functional.cross_entropy` has them, -1 for (N, H, W, C). Logits whose classes do not lie
@@ -113,61 +114,22 @@ def dist_loss(
     Example:
         >>> dist_loss(student_logits, teacher_logits, beta=1.0, gamma=1.0).backward()
     """
-    options: dict[str, Any] = {
-        "temperature": temperature,
-        "logit_standardization": logit_standardization,
-        "label_smoothing": label_smoothing,
-        "class_dim": class_dim,
-        "backend": backend,
-    }
-
-    def run(
-        labels: Tensor | None,
-        beta: float,
-        gamma: float,
-        ce_weight: float,
-        ignored: int,
-        how: str,
-        weight: Tensor | None,
-        with_parts: bool,
-    ) -> Any:
-        return row_loss(
-            "dist",
-            reference.dist_loss,
-            DISTParts,
-            student_logits,
-            teacher_logits,
-            labels,
-            {"beta": beta, "gamma": gamma},
-            ce_weight=ce_weight,
-            ignore_index=ignored,
-            reduction=how,
-            weight=weight,
-            return_parts=with_parts,
-            **options,
-        )
-
-    _checks.check_reduction(reduction)
-    apart = (reduction == "none" or weight is not None) and _checks.check_scalar("gamma", gamma) != 0.0
-    if not apart or backends.choose(backend, student_logits.device, "dist") == "reference":
-        own = (target, beta, gamma, ce_weight, ignore_index, reduction, weight, return_parts)
-        return run(*own)  # type: ignore[no-any-return]
-    # The gradient that a kernel keeps of a row is scaled by what comes in for that row, and by its weight. But each
-    # row's second term depends on every row, so here it is a loss of its own, of which the labels only say which rows
-    # count; and of that one number each row has its weight.
-    loss, parts = run(target, beta, 0.0, ce_weight, ignore_index, reduction, weight, True)
-    shape = _checks.rows_shape(student_logits.shape, _checks.class_dimension(student_logits, class_dim))
-    share = student_logits.new_ones(shape, dtype=loss.dtype) if weight is None else usable_weight(weight, loss.dtype)
-    if target is None or target.is_floating_point():
-        intra = run(None, 0.0, gamma, 0.0, ignore_index, "mean", None, False)
-    else:
-        counted = target.reshape(shape) != ignore_index
-        intra = run(counted.long() - 1, 0.0, gamma, 0.0, -1, "mean", None, False)
-        share = torch.where(counted, share, 0.0)
-    if reduction != "none":
-        share = share.sum()
-        share = share if reduction == "sum" else torch.where(share == 0, share, share / share)
-    # Where nothing counts or weighs, the number may have no value.
-    intra = torch.where(share == 0, 0.0, share * intra)
-    loss = loss + intra
-    return (loss, DISTParts(parts.inter, intra.detach(), parts.ce)) if return_parts else loss
+    return row_loss(
+        "dist",
+        reference.dist_loss,
+        DISTParts,
+        student_logits,
+        teacher_logits,
+        target,
+        {"beta": beta, "gamma": gamma},
+        temperature=temperature,
+        ce_weight=ce_weight,
+        label_smoothing=label_smoothing,
+        logit_standardization=logit_standardization,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        weight=weight,
+        class_dim=class_dim,
+        backend=backend,
+        return_parts=return_parts,
+    )

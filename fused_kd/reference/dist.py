@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -39,24 +38,25 @@ def dist_loss(
     r = Σ a b / (√Σa² √Σb² + 1e-8) with a, b the softmaxes at T less their mean along the row or the column. The second
     term is one number for the batch, which every row that counts is given whole, so that the loss stays the mean of its
     rows; a NaN in one row is in it too.
-    Ignored rows are in neither term; what a row weighs makes no difference to the second. Without targets every row
-    counts and ``ce_weight`` must be 0.
+    Rows that are ignored or of weight 0 are in neither term; in the second all others are alike, whatever they weigh.
+    Without targets every row counts and ``ce_weight`` must be 0.
     """
     check_target(target, ce_weight)
-    rows_of = partial(
-        teacher_rows, student_logits, teacher_logits, target, ignore_index, logit_standardization=logit_standardization
+    labels, raw_student, student, teacher = teacher_rows(
+        student_logits,
+        teacher_logits,
+        target,
+        ignore_index,
+        logit_standardization=logit_standardization,
+        weight=weight,
     )
-    all_rows = rows_of()
-    labels, raw_student, student, teacher = all_rows if weight is None else rows_of(weight=weight)
     p, q = (student / temperature).softmax(dim=1), (teacher / temperature).softmax(dim=1)
     scale = temperature**2
     inter = scale * beta * (1.0 - _correlation(p - p.mean(1, keepdim=True), q - q.mean(1, keepdim=True), dim=1))
     if gamma == 0.0:
         intra = torch.zeros_like(inter)
     else:
-        if weight is not None:
-            p, q = (all_rows.student / temperature).softmax(dim=1), (all_rows.teacher / temperature).softmax(dim=1)
-        counted = all_rows.labels.counted.unsqueeze(1)
+        counted = labels.counted.unsqueeze(1)
         columns = _correlation(_centre_columns(p, counted), _centre_columns(q, counted), dim=0)
         intra = (scale * gamma * (1.0 - columns.mean())).expand_as(inter)
     ce_part = cross_entropy(raw_student.log_softmax(dim=1), labels, ce_weight, label_smoothing)
