@@ -136,12 +136,8 @@ def _openmp_line() -> str:
         return "no C++ core that would use it"
     if not (used := native.openmp_runtime()):
         return "none that this PyTorch has loaded: the C++ core uses one thread"
-    others = [path for path in native.loaded_openmp_runtimes() if not _same_file(path, used)]
-    return ", and loaded besides: ".join([f"PyTorch's, {used}", *([", ".join(others)] if others else [])])
-
-
-def _same_file(one: str, other: str) -> bool:
-    return Path(one).resolve() == Path(other).resolve()
+    others = [path for path in native.loaded_openmp_runtimes() if Path(path).resolve() != Path(used).resolve()]
+    return f"PyTorch's, {used}" + (f"; loaded besides: {', '.join(others)}" if others else "")
 
 
 def _version(package: str) -> str:

@@ -83,31 +83,54 @@ def test_concurrent_calls_from_python_threads(native):
             assert torch.equal(gradient, expected[1])
 
 
-ONE_RUNTIME = """
-import torch
-torch.set_num_threads(2)
-import fused_kd
+LINUX = pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="only Linux tells what is loaded")
+PROCESS = """
+import os, resource, torch, fused_kd
 from fused_kd.backends import native
-logits = torch.randn(64, 5000)
-fused_kd.nkd_loss(logits, logits, torch.arange(64), backend="native")
-logits @ logits.T  # PyTorch's own threads
-print(native.openmp_runtime())
-print(*native.loaded_openmp_runtimes(), sep="\\n")
-print("threads", len(os.listdir("/proc/self/task")))
+
+torch.set_num_threads(4)
+torch.ones(2, 200_000).sum(1)  # PyTorch's threads are there
+
+def call():
+    logits = torch.zeros(64, 5000)
+    fused_kd.nkd_loss(logits, logits, torch.arange(64), backend="native")
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="only Linux tells what is loaded")
+def run(code):
+    """What a fresh process prints, a line each."""
+    done = subprocess.run([sys.executable, "-c", PROCESS + code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@LINUX
 def test_one_openmp_runtime_is_loaded_and_it_is_pytorchs():
-    command = [sys.executable, "-c", "import os" + ONE_RUNTIME]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    used, *loaded, _ = done.stdout.splitlines()
+    used, *loaded = run("call(); print(native.openmp_runtime(), *native.loaded_openmp_runtimes(), sep='\\n')")
     assert [Path(path).resolve() for path in loaded] == [Path(used).resolve()]
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="only Linux tells what is loaded")
+@LINUX
 def test_rows_go_to_the_threads_that_are_asked_for():
-    """The kernels have a team of their own size only if they have found the runtime."""
-    code = "import os" + ONE_RUNTIME.replace("logits @ logits.T", "0").replace("(2)", "(4)")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout.split()[-1]) >= 4
+    """More than PyTorch has: the kernels have a team of their own size only if they have found the runtime."""
+    before, after = run("torch.set_num_threads(6); print(threads()); call(); print(threads())")
+    assert int(after) > int(before)
+
+
+@LINUX
+def test_memory_that_is_lacking_in_a_thread_is_an_error():
+    """Not the end of the process, as it is where an exception leaves a thread of OpenMP's."""
+    code = """
+logits, target = torch.zeros(2, 16_000_000), torch.arange(2)
+call()
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, -1))
+try:
+    fused_kd.nkd_loss(logits, logits, target, backend="native")  # a thread's scratch is 128 MB
+except MemoryError:
+    print("MemoryError")
+"""
+    assert run(code) == ["MemoryError"]

@@ -119,6 +119,20 @@ def check(losses: list[str], quick: bool) -> None:
         print(json.dumps(found), flush=True)
 
 
+def check_in_process(build: Build, place: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What check() above says of a build."""
+    chosen = [f"--loss={loss}" for loss in options.loss or ()] + ["--quick"] * options.quick
+    command = [sys.executable, str(Path(__file__).resolve()), "--only-check", *chosen]
+    return [json.loads(line) for line in run(command, env=environment(build, place), cwd=place).splitlines()]
+
+
+def run_tests(build: Build, place: Path) -> None:
+    tests = [str(ROOT / "tests" / name) for name in TESTS]
+    # pyproject.toml says to test what lies beside it, and here that is not to be.
+    options = ["-q", "-p", "no:cacheprovider", "-o", f"pythonpath={place}"]
+    run([sys.executable, "-m", "pytest", *options, *tests], env=environment(build, place), cwd=place)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.compilers", description=__doc__)
     parser.add_argument("--compiler", action="append", help="default: those of g++ and clang++ that are here")
@@ -137,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    compilers = options.compiler or [name for name in (COMPILERS[:1] if options.sanitize else COMPILERS)]
+    compilers = options.compiler or (COMPILERS[:1] if options.sanitize else COMPILERS)
     builds = [
         Build(compiler, level, contraction, options.sanitize)
         for compiler in compilers
@@ -156,30 +170,13 @@ def main(arguments: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="fused_kd_compilers_") as folder:
             try:
                 place = make(build, Path(folder))
-                extra = [f"--loss={loss}" for loss in options.loss or ()] + ["--quick"] * options.quick
-                command = [sys.executable, str(Path(__file__).resolve()), "--only-check", *extra]
-                lines = run(command, env=environment(build, place), cwd=place).splitlines()
-                for line in lines:
-                    found = json.loads(line)
-                    table.add_row(
-                        *(found["compiler"], *own[1:], found["set"], str(found["cases"]), str(len(found["missed"])))
-                    )
-                    console.print(*found["missed"], sep="\n", end="", highlight=False, markup=False, soft_wrap=True)
-                    failures += len(found["missed"])
+                for found in check_in_process(build, place, options):
+                    missed = found["missed"]
+                    table.add_row(found["compiler"], *own[1:], found["set"], str(found["cases"]), str(len(missed)))
+                    console.print(*missed, sep="\n", end="", highlight=False, markup=False, soft_wrap=True)
+                    failures += len(missed)
                 if build.sanitized:
-                    tests = [str(ROOT / "tests" / name) for name in TESTS]
-                    # pyproject.toml says to test what lies beside it, and here that is not to be.
-                    command = [
-                        sys.executable,
-                        "-m",
-                        "pytest",
-                        "-q",
-                        "-p",
-                        "no:cacheprovider",
-                        "-o",
-                        f"pythonpath={place}",
-                    ]
-                    run([*command, *tests], env=environment(build, place), cwd=place)
+                    run_tests(build, place)
                     table.add_row(*own, "the tests pass")
             except Failure as failure:
                 table.add_row(*own, str(failure), style="bold")

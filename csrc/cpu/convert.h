@@ -137,7 +137,7 @@ FKD_INLINE int64_t float_to_half_vectors(const float* in, int64_t n, uint16_t* p
 #if defined(__AVX512F__)
     for (; j + 16 <= n; j += 16)
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + j), _mm512_cvtps_ph(_mm512_loadu_ps(in + j), 0));
-#elif defined(__F16C__)
+#elif defined(__F16C__) && defined(__AVX2__)
     for (; j + 8 <= n; j += 8)
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p + j), _mm256_cvtps_ph(_mm256_loadu_ps(in + j), 0));
 #else

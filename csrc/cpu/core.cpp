@@ -4,16 +4,13 @@
 #include "../row_losses.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
+#include <dlfcn.h>
+#include <exception>
 #include <new>
 #include <vector>
-
-#if defined(__linux__)
-#include <dlfcn.h>
-#elif defined(_OPENMP)
-#include <omp.h>
-#endif
 
 namespace fused_kd {
 
@@ -62,7 +59,8 @@ void* thread_scratch(size_t bytes) {
     return buffer.data;
 }
 
-#if defined(__linux__)
+namespace {
+
 // The runtime that PyTorch has loaded, whichever it is and whatever compiles this: a second one would have threads of
 // its own, which fight for the cores with the first one's. Clang's OpenMP, and GCC's where PyTorch brings its libgomp
 // under another name, would load one. So nothing is linked and no pragma is used, but the function that a pragma of
@@ -73,7 +71,7 @@ struct OpenMp {
     int (*num_threads)();
 };
 
-static const OpenMp& openmp() {
+const OpenMp& openmp() {
     static const OpenMp found = [] {
         void* const torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
         // In the linker's order: what is preloaded, as libiomp5 at times is, serves PyTorch before what it brings.
@@ -90,6 +88,24 @@ static const OpenMp& openmp() {
     return found;
 }
 
+// A team's work, and what the first thread that failed has thrown: no exception may leave a thread of OpenMP's.
+struct TeamWork {
+    void (*work)(const void*, int, int);
+    const void* data;
+    std::atomic_flag failed = ATOMIC_FLAG_INIT;
+    std::exception_ptr error = nullptr;
+
+    void share(int thread, int threads) noexcept {
+        try {
+            work(data, thread, threads);
+        } catch (...) {
+            if (!failed.test_and_set()) error = std::current_exception();
+        }
+    }
+};
+
+} // namespace
+
 std::string openmp_runtime() {
     Dl_info info = {};
     const bool known = openmp().parallel && dladdr(reinterpret_cast<void*>(openmp().parallel), &info);
@@ -98,35 +114,14 @@ std::string openmp_runtime() {
 
 void in_team(int threads, void (*work)(const void*, int, int), const void* data) {
     if (threads <= 1 || !openmp().parallel) return work(data, 0, 1);
-    struct Task {
-        void (*work)(const void*, int, int);
-        const void* data;
-    } task = {work, data};
-    const auto run = [](void* task) noexcept {
-        const Task& own = *static_cast<const Task*>(task);
-        own.work(own.data, openmp().thread_num(), openmp().num_threads()); // maybe fewer than were asked for
+    TeamWork team = {work, data};
+    const auto run = [](void* team) {
+        // Maybe fewer threads than were asked for.
+        static_cast<TeamWork*>(team)->share(openmp().thread_num(), openmp().num_threads());
     };
-    openmp().parallel(run, &task, unsigned(threads), 0);
+    openmp().parallel(run, &team, unsigned(threads), 0);
+    if (team.error) std::rethrow_exception(team.error);
 }
-#else
-std::string openmp_runtime() {
-#if defined(_OPENMP)
-    return "the compiler's";
-#else
-    return "";
-#endif
-}
-
-void in_team(int threads, void (*work)(const void*, int, int), const void* data) {
-#if defined(_OPENMP)
-#pragma omp parallel num_threads(threads)
-    work(data, omp_get_thread_num(), omp_get_num_threads());
-#else
-    (void)threads;
-    work(data, 0, 1);
-#endif
-}
-#endif
 
 int useful_threads(int threads, int64_t rows, int64_t classes) {
     // Waking a thread costs a few microseconds, as much as some ten thousand logits.

@@ -18,15 +18,8 @@ void argsort_descending(const ArgsortArgs& args);
 // Calls work(begin, end) for the threads' shares of [0, n), each a run of its own in the threads' order.
 template <class Work>
 FKD_INLINE void share_out(int threads, int64_t n, const Work& work) {
-    struct Share {
-        const Work* work;
-        int64_t n;
-    };
-    const Share share = {&work, n};
-    const auto run = [](const void* data, int thread, int of) {
-        const Share& share = *static_cast<const Share*>(data);
-        (*share.work)(share.n* thread / of, share.n * (thread + 1) / of);
-    };
+    const auto share = [&](int64_t thread, int64_t of) { work(n * thread / of, n * (thread + 1) / of); };
+    const auto run = [](const void* data, int thread, int of) { (*static_cast<decltype(&share)>(data))(thread, of); };
     in_team(threads, run, &share);
 }
 

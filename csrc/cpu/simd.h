@@ -11,7 +11,7 @@
 #error "fused_kd gives NaN, infinity and equal numbers a meaning: build it without -ffast-math"
 #endif
 
-#if defined(__AVX2__) || defined(__AVX512F__) || defined(__FMA__)
+#if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -99,27 +99,23 @@ FKD_INLINE Vec<A> splat(A x) {
 // for contraction is off (CMakeLists.txt): a compiler that contracts decides anew in every copy of a loop, in the one
 // for whole vectors, the one for the last and the one for a target, and equal logits come out different.
 #if defined(__AVX512F__)
+constexpr bool kFused = true;
 FKD_INLINE FloatVec mul_add(FloatVec x, FloatVec y, FloatVec z) {
     return (FloatVec)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)z);
 }
 FKD_INLINE DoubleVec mul_add(DoubleVec x, DoubleVec y, DoubleVec z) {
     return (DoubleVec)_mm512_fmadd_pd((__m512d)x, (__m512d)y, (__m512d)z);
 }
-#elif defined(__FMA__) && defined(__AVX2__)
+#elif defined(__AVX2__) && defined(__FMA__)
+constexpr bool kFused = true;
 FKD_INLINE FloatVec mul_add(FloatVec x, FloatVec y, FloatVec z) {
     return (FloatVec)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)z);
 }
 FKD_INLINE DoubleVec mul_add(DoubleVec x, DoubleVec y, DoubleVec z) {
     return (DoubleVec)_mm256_fmadd_pd((__m256d)x, (__m256d)y, (__m256d)z);
 }
-#elif defined(__FMA__)
-FKD_INLINE FloatVec mul_add(FloatVec x, FloatVec y, FloatVec z) {
-    return (FloatVec)_mm_fmadd_ps((__m128)x, (__m128)y, (__m128)z);
-}
-FKD_INLINE DoubleVec mul_add(DoubleVec x, DoubleVec y, DoubleVec z) {
-    return (DoubleVec)_mm_fmadd_pd((__m128d)x, (__m128d)y, (__m128d)z);
-}
 #elif defined(__aarch64__)
+constexpr bool kFused = true;
 FKD_INLINE FloatVec mul_add(FloatVec x, FloatVec y, FloatVec z) {
     return (FloatVec)vfmaq_f32((float32x4_t)z, (float32x4_t)x, (float32x4_t)y);
 }
@@ -127,15 +123,11 @@ FKD_INLINE DoubleVec mul_add(DoubleVec x, DoubleVec y, DoubleVec z) {
     return (DoubleVec)vfmaq_f64((float64x2_t)z, (float64x2_t)x, (float64x2_t)y);
 }
 #else
+constexpr bool kFused = false;
 template <class V>
 FKD_INLINE V mul_add(V x, V y, V z) {
     return x * y + z;
 }
-#endif
-#if defined(__AVX512F__) || defined(__FMA__) || defined(__aarch64__)
-constexpr bool kFused = true;
-#else
-constexpr bool kFused = false;
 #endif
 
 template <class A>
