@@ -89,10 +89,9 @@ import os, resource, torch, fused_kd
 from fused_kd.backends import native
 
 torch.set_num_threads(4)
-torch.ones(2, 200_000).sum(1)  # PyTorch's threads are there
+logits = torch.ones(64, 5000) * 2  # PyTorch's threads are there
 
 def call():
-    logits = torch.zeros(64, 5000)
     fused_kd.nkd_loss(logits, logits, torch.arange(64), backend="native")
 
 def threads():
@@ -115,7 +114,7 @@ def test_one_openmp_runtime_is_loaded_and_it_is_pytorchs():
 
 @LINUX
 def test_rows_go_to_the_threads_that_are_asked_for():
-    """More than PyTorch has: the kernels have a team of their own size only if they have found the runtime."""
+    """Two more than PyTorch has started, which only a team of the kernels' own can be."""
     before, after = run("torch.set_num_threads(6); print(threads()); call(); print(threads())")
     assert int(after) > int(before)
 
@@ -124,12 +123,12 @@ def test_rows_go_to_the_threads_that_are_asked_for():
 def test_memory_that_is_lacking_in_a_thread_is_an_error():
     """Not the end of the process, as it is where an exception leaves a thread of OpenMP's."""
     code = """
-logits, target = torch.zeros(2, 16_000_000), torch.arange(2)
+many, target = torch.zeros(2, 16_000_000), torch.arange(2)
 call()
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, -1))
 try:
-    fused_kd.nkd_loss(logits, logits, target, backend="native")  # a thread's scratch is 128 MB
+    fused_kd.nkd_loss(many, many, target, backend="native")  # a thread's scratch is 128 MB
 except MemoryError:
     print("MemoryError")
 """
