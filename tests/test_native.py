@@ -85,7 +85,7 @@ def test_concurrent_calls_from_python_threads(native):
 
 LINUX = pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="only Linux tells what is loaded")
 PROCESS = """
-import os, resource, torch, fused_kd
+import os, torch, fused_kd
 from fused_kd.backends import native
 
 torch.set_num_threads(4)
@@ -101,7 +101,9 @@ def threads():
 
 def run(code):
     """What a fresh process prints, a line each."""
-    done = subprocess.run([sys.executable, "-c", PROCESS + code], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", PROCESS + code], capture_output=True, text=True, check=False, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -119,16 +121,12 @@ def test_rows_go_to_the_threads_that_are_asked_for():
     assert int(after) > int(before)
 
 
-@LINUX
 def test_memory_that_is_lacking_in_a_thread_is_an_error():
     """Not the end of the process, as it is where an exception leaves a thread of OpenMP's."""
     code = """
-many, target = torch.zeros(2, 16_000_000), torch.arange(2)
-call()
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, -1))
+many = torch.zeros(2, 1).expand(2, 2**45)  # no memory itself, but each thread's scratch holds a row or two
 try:
-    fused_kd.nkd_loss(many, many, target, backend="native")  # a thread's scratch is 128 MB
+    fused_kd.nkd_loss(many, many, torch.arange(2), backend="native")
 except MemoryError:
     print("MemoryError")
 """

@@ -92,7 +92,7 @@ def environment(build: Build, place: Path) -> dict[str, str]:
     if build.sanitized:  # Python itself is not, so that the sanitizers' runtimes must be there before it
         names = ("libasan.so", "libubsan.so", "libstdc++.so")
         paths = [run([build.compiler, f"-print-file-name={name}"]).strip() for name in names]
-        found |= {"LD_PRELOAD": " ".join(paths), "ASAN_OPTIONS": "detect_leaks=0"}
+        found |= {"LD_PRELOAD": " ".join(paths), "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1"}
     return found
 
 
