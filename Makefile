@@ -9,7 +9,7 @@ CXX_FILES := $(shell find csrc tools -name '*.cpp' -o -name '*.h' -o -name '*.cu
 
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
-.PHONY: bench test thorough packages ptx train study kernels gpu-check gpu-profile integrations lint format clean
+.PHONY: bench test thorough packages sanitize compilers ptx train study kernels gpu-check gpu-profile integrations lint format clean
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks --quick
 
@@ -25,6 +25,14 @@ thorough: $(VENV)/tested
 # Builds the sdist and the wheel, and installs each in an environment of its own, which downloads CMake; minutes.
 packages: $(VENV)/tested
 	$(BIN)/python -m pytest -m slow tests/test_packages.py
+
+# The C++ core built with GCC's sanitizers, compared with float64 and tested.
+sanitize: $(VENV)/ready
+	$(BIN)/python -m tools.compilers --sanitize
+
+# The C++ core built by g++ and clang++, where they are, at -O1 to -O3 with contraction off and on: none may miss a case.
+compilers: $(VENV)/ready
+	$(BIN)/python -m tools.compilers
 
 # All tests of the Triton and of the CUDA kernels on compiled code, executed by tools/ptx: an hour or so.
 ptx: $(VENV)/tested

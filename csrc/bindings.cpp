@@ -196,9 +196,5 @@ PYBIND11_MODULE(_native, m) {
     m.def("argsort_descending", &run_argsort_descending);
     m.attr("compiler") = FKD_COMPILER;
     m.attr("sources") = FKD_SOURCES; // fused_kd/backends/core.py compares it with the files beside the package
-#if defined(_OPENMP)
-    m.attr("openmp") = true;
-#else
-    m.attr("openmp") = false;
-#endif
+    m.def("openmp_runtime", &openmp_runtime);
 }

@@ -93,6 +93,7 @@ def env(console: Console) -> int:
         ("triton", _version("triton")),
         ("threads", str(torch.get_num_threads())),
         ("C++ core", _core_line()),
+        ("OpenMP", _openmp_line()),
         ("CUDA core", native.cuda_architectures() or native.unavailable("cuda") or ""),
         *_gpus(),
     ]
@@ -128,6 +129,15 @@ def _core_line() -> str:
         return reason
     line = f"{', '.join(native.instruction_sets())} ({native.compiler()})"
     return line if native.folder() == core.PACKAGE else f"{line}, that of the installation in {native.folder()}"
+
+
+def _openmp_line() -> str:
+    if native.unavailable("cpu"):
+        return "no C++ core that would use it"
+    if not (used := native.openmp_runtime()):
+        return "none that this PyTorch has loaded: the C++ core uses one thread"
+    others = [path for path in native.loaded_openmp_runtimes() if Path(path).resolve() != Path(used).resolve()]
+    return f"PyTorch's, {used}" + (f"; loaded besides: {', '.join(others)}" if others else "")
 
 
 def _version(package: str) -> str:

@@ -17,6 +17,7 @@ def test_env_says_what_is_there_and_why_not(capsys, native):
     assert text.count("every loss of cpu tensors: auto takes 'native'") == text.count("auto takes") == 1
     assert "avx" in text or "baseline" in text
     assert "CUDA core" in text
+    assert f"OpenMP     PyTorch's, {native.openmp_runtime()}" in text
 
 
 def test_env_says_once_what_holds_for_several_losses(monkeypatch):

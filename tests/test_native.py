@@ -1,5 +1,9 @@
 """The C++ core: each build for an instruction set, determinism, and the exactness of its conversions."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -77,3 +81,53 @@ def test_concurrent_calls_from_python_threads(native):
         for loss, gradient in pool.map(lambda _: check.evaluate("native", student, teacher, target, {}), range(16)):
             assert torch.equal(loss, expected[0])
             assert torch.equal(gradient, expected[1])
+
+
+LINUX = pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="only Linux tells what is loaded")
+PROCESS = """
+import os, torch, fused_kd
+from fused_kd.backends import native
+
+torch.set_num_threads(4)
+logits = torch.ones(64, 5000) * 2  # PyTorch's threads are there
+
+def call():
+    fused_kd.nkd_loss(logits, logits, torch.arange(64), backend="native")
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+"""
+
+
+def run(code):
+    """What a fresh process prints, a line each."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROCESS + code], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@LINUX
+def test_one_openmp_runtime_is_loaded_and_it_is_pytorchs():
+    used, *loaded = run("call(); print(native.openmp_runtime(), *native.loaded_openmp_runtimes(), sep='\\n')")
+    assert [Path(path).resolve() for path in loaded] == [Path(used).resolve()]
+
+
+@LINUX
+def test_rows_go_to_the_threads_that_are_asked_for():
+    """Two more than PyTorch has started, which only a team of the kernels' own can be."""
+    before, after = run("torch.set_num_threads(6); print(threads()); call(); print(threads())")
+    assert int(after) > int(before)
+
+
+def test_memory_that_is_lacking_in_a_thread_is_an_error():
+    """Not the end of the process, as it is where an exception leaves a thread of OpenMP's."""
+    code = """
+many = torch.zeros(2, 1).expand(2, 2**45)  # no memory itself, but each thread's scratch holds a row or two
+try:
+    fused_kd.nkd_loss(many, many, torch.arange(2), backend="native")
+except MemoryError:
+    print("MemoryError")
+"""
+    assert run(code) == ["MemoryError"]

@@ -7,15 +7,15 @@ namespace FKD_ISA {
 
 void argsort_descending(const ArgsortArgs& args) {
     const int threads = useful_threads(args.threads, args.rows, args.classes);
-    (void)threads;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t row = 0; row < args.rows; ++row) {
-        uint32_t* const scratch = static_cast<uint32_t*>(thread_scratch(sizeof(uint32_t) * size_t(args.classes)));
-        int64_t* const order = args.order + row * args.classes;
-        rank_descending(args.keys + row * args.classes, args.classes, scratch,
-                        [=](uint32_t index, int64_t rank)
-                            __attribute__((always_inline)) { order[rank] = int64_t(index); });
-    }
+    share_out(threads, args.rows, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+            uint32_t* const scratch = static_cast<uint32_t*>(thread_scratch(sizeof(uint32_t) * size_t(args.classes)));
+            int64_t* const order = args.order + row * args.classes;
+            rank_descending(args.keys + row * args.classes, args.classes, scratch,
+                            [=](uint32_t index, int64_t rank)
+                                __attribute__((always_inline)) { order[rank] = int64_t(index); });
+        }
+    });
 }
 
 } // namespace FKD_ISA

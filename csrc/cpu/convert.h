@@ -103,6 +103,16 @@ FKD_INLINE int64_t half_to_float_vectors(const uint16_t* p, int64_t n, float* ou
         __builtin_prefetch(p + j + kAhead);
         FKD_STORE_FLOATS(out + j, FKD_LOAD_HALF(p + j));
     }
+    // The rest, and so a target alone, by the same instruction: of subnormals it makes what Float16 does only as long
+    // as PyTorch is not told to flush those (torch.set_flush_denormal).
+    if (j < n) {
+        uint16_t halves[FKD_HALF_LANES] = {};
+        float floats[FKD_HALF_LANES];
+        __builtin_memcpy(halves, p + j, sizeof(uint16_t) * size_t(n - j));
+        FKD_STORE_FLOATS(floats, FKD_LOAD_HALF(halves));
+        __builtin_memcpy(out + j, floats, sizeof(float) * size_t(n - j));
+        j = n;
+    }
 #else
     (void)p, (void)n, (void)out;
 #endif
@@ -127,7 +137,7 @@ FKD_INLINE int64_t float_to_half_vectors(const float* in, int64_t n, uint16_t* p
 #if defined(__AVX512F__)
     for (; j + 16 <= n; j += 16)
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + j), _mm512_cvtps_ph(_mm512_loadu_ps(in + j), 0));
-#elif defined(__F16C__)
+#elif defined(__F16C__) && defined(__AVX2__)
     for (; j + 8 <= n; j += 8)
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p + j), _mm256_cvtps_ph(_mm256_loadu_ps(in + j), 0));
 #else

@@ -4,8 +4,11 @@
 #include "../row_losses.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
+#include <dlfcn.h>
+#include <exception>
 #include <new>
 #include <vector>
 
@@ -54,6 +57,70 @@ void* thread_scratch(size_t bytes) {
         }
     }
     return buffer.data;
+}
+
+namespace {
+
+// The runtime that PyTorch has loaded, whichever it is and whatever compiles this: a second one would have threads of
+// its own, which fight for the cores with the first one's. Clang's OpenMP, and GCC's where PyTorch brings its libgomp
+// under another name, would load one. So nothing is linked and no pragma is used, but the function that a pragma of
+// GCC's becomes is looked up where PyTorch itself finds it. libgomp, libomp and libiomp5 all have it.
+struct OpenMp {
+    void (*parallel)(void (*)(void*), void*, unsigned, unsigned);
+    int (*thread_num)();
+    int (*num_threads)();
+};
+
+const OpenMp& openmp() {
+    static const OpenMp found = [] {
+        void* const torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+        // In the linker's order: what is preloaded, as libiomp5 at times is, serves PyTorch before what it brings.
+        const auto find = [=](const char* name) {
+            void* const everyone = dlsym(RTLD_DEFAULT, name);
+            return everyone || !torch ? everyone : dlsym(torch, name);
+        };
+        OpenMp out = {reinterpret_cast<decltype(OpenMp::parallel)>(find("GOMP_parallel")),
+                      reinterpret_cast<decltype(OpenMp::thread_num)>(find("omp_get_thread_num")),
+                      reinterpret_cast<decltype(OpenMp::num_threads)>(find("omp_get_num_threads"))};
+        if (!out.thread_num || !out.num_threads) out.parallel = nullptr;
+        return out;
+    }();
+    return found;
+}
+
+// A team's work, and what the first thread that failed has thrown: no exception may leave a thread of OpenMP's.
+struct TeamWork {
+    void (*work)(const void*, int, int);
+    const void* data;
+    std::atomic_flag failed = ATOMIC_FLAG_INIT;
+    std::exception_ptr error = nullptr;
+
+    void share(int thread, int threads) noexcept {
+        try {
+            work(data, thread, threads);
+        } catch (...) {
+            if (!failed.test_and_set()) error = std::current_exception();
+        }
+    }
+};
+
+} // namespace
+
+std::string openmp_runtime() {
+    Dl_info info = {};
+    const bool known = openmp().parallel && dladdr(reinterpret_cast<void*>(openmp().parallel), &info);
+    return known && info.dli_fname ? info.dli_fname : "";
+}
+
+void in_team(int threads, void (*work)(const void*, int, int), const void* data) {
+    if (threads <= 1 || !openmp().parallel) return work(data, 0, 1);
+    TeamWork team = {work, data};
+    const auto run = [](void* team) {
+        // Maybe fewer threads than were asked for.
+        static_cast<TeamWork*>(team)->share(openmp().thread_num(), openmp().num_threads());
+    };
+    openmp().parallel(run, &team, unsigned(threads), 0);
+    if (team.error) std::rethrow_exception(team.error);
 }
 
 int useful_threads(int threads, int64_t rows, int64_t classes) {

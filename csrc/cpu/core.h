@@ -1,6 +1,7 @@
 // The CPU core as the bindings see it.
 #pragma once
 
+#include <string>
 #include <vector>
 
 #include "kernels.h"
@@ -9,6 +10,9 @@ namespace fused_kd {
 
 // The builds of the kernels that this processor can run, best first.
 std::vector<const Kernels*> runnable_kernels();
+
+// The file of the OpenMP runtime whose threads the kernels use; empty where there is none and they use one thread.
+std::string openmp_runtime();
 
 struct LossOutputs {
     Reduction reduction;

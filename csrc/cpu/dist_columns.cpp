@@ -43,10 +43,11 @@ FKD_NOINLINE void column_block(const ColumnArgs& args, int64_t start, int64_t n)
         for_lanes<A>(n, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
             const Vec<A> x = load(p + j, lanes) - load(first_p + j, lanes);
             const Vec<A> y = load(q + j, lanes) - load(first_q + j, lanes);
-            const Vec<A> terms[kSums] = {x, y, x * x, y * y, x * y};
-#pragma GCC unroll 5
-            for (int k = 0; k < kSums; ++k)
-                store(few[k] + j, load(few[k] + j, lanes) + terms[k], lanes);
+            store(few[0] + j, load(few[0] + j, lanes) + x, lanes);
+            store(few[1] + j, load(few[1] + j, lanes) + y, lanes);
+            store(few[2] + j, mul_add(x, x, load(few[2] + j, lanes)), lanes);
+            store(few[3] + j, mul_add(y, y, load(few[3] + j, lanes)), lanes);
+            store(few[4] + j, mul_add(x, y, load(few[4] + j, lanes)), lanes);
         });
         if (counted % kFew == 0) flush();
     }
@@ -72,12 +73,12 @@ FKD_NOINLINE void column_block(const ColumnArgs& args, int64_t start, int64_t n)
 void dist_columns(const ColumnArgs& args) {
     const int64_t blocks = (args.classes + kColumns - 1) / kColumns;
     const int threads = useful_threads(args.threads, blocks, args.rows * kColumns);
-    (void)threads;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < blocks; ++i) {
-        const int64_t start = i * kColumns, rest = args.classes - start, n = rest < kColumns ? rest : kColumns;
-        args.accumulate == kFloat64 ? column_block<double>(args, start, n) : column_block<float>(args, start, n);
-    }
+    share_out(threads, blocks, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t start = i * kColumns, rest = args.classes - start, n = rest < kColumns ? rest : kColumns;
+            args.accumulate == kFloat64 ? column_block<double>(args, start, n) : column_block<float>(args, start, n);
+        }
+    });
 }
 
 } // namespace FKD_ISA

@@ -122,6 +122,10 @@ struct Kernels {
 // Scratch of the calling thread, at least that large, 64-byte aligned. It grows and stays: a few rows per thread.
 void* thread_scratch(size_t bytes);
 
+// Calls work(data, thread, threads) for every thread of a team of up to so many, and returns when all are done, or
+// throws what one of them has thrown.
+void in_team(int threads, void (*work)(const void*, int, int), const void* data);
+
 // How many of the threads are worth waking for so much work.
 int useful_threads(int threads, int64_t rows, int64_t classes);
 

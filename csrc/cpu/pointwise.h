@@ -48,7 +48,7 @@ struct Js {
         if (rest != A(0)) {
             const Mask<A> up = ~(d <= A(0)); // NaN too, which the logarithm would not keep
             const Vec<A> e = exp2_nonpositive<A>((up ? -d : d) * A(kLog2E));
-            const Vec<A> l = log_positive<A>(up ? b + rest * e : rest + b * e);
+            const Vec<A> l = log_positive<A>(up ? mul_add<A>(e, rest, b) : mul_add<A>(e, b, rest));
             of_p = up ? -l - d : -l;
             of_q = up ? -l : d - l;
         }
@@ -77,7 +77,7 @@ struct RowSoftmax {
     // Of one block: what its exponentials are multiplied with, and x (scale) + constant is the logarithm.
     struct Block {
         A by, max, scale, minus;
-        FKD_INLINE Vec<A> log(Vec<A> x) const { return (x - max) * scale - minus; }
+        FKD_INLINE Vec<A> log(Vec<A> x) const { return mul_add<A>(x - max, scale, -minus); }
     };
     Block block(double block_max) const {
         const A rounded = A(max);
@@ -93,8 +93,8 @@ struct Columns {
 
     template <class Lanes>
     FKD_INLINE Vec<A> at(int64_t j, const Probabilities<A>& x, Lanes lanes) const {
-        return load(by_q + j, lanes) * (x.q - load(mean_q + j, lanes)) +
-               load(by_p + j, lanes) * (x.p - load(mean_p + j, lanes));
+        return mul_add(load(by_q + j, lanes), x.q - load(mean_q + j, lanes),
+                       load(by_p + j, lanes) * (x.p - load(mean_p + j, lanes)));
     }
     A at(int64_t j, A p, A q) const { return by_q[j] * (q - mean_q[j]) + by_p[j] * (p - mean_p[j]); }
 };
@@ -147,13 +147,13 @@ FKD_NOINLINE void pointwise_sums(const Policy& policy, const PointwiseBlock<A>& 
         if constexpr (Policy::kKept) store(block.e_t + j, p * slopes[0], lanes);
         for (int k = 0; k < 3; ++k) {
             of[k] += keep(lanes, terms[k], zero);
-            with_p[k] += p * keep(lanes, slopes[k], zero);
+            with_p[k] = mul_add(p, keep(lanes, slopes[k], zero), with_p[k]);
         }
         if (moments) {
             const Vec<A> sj = load(block.s + j, lanes);
             const Vec<A> weight = sj == -A(INFINITY) ? zero : p * (sj - mean);
             for (int k = 0; k < 3; ++k)
-                with_z[k] += weight * keep(lanes, slopes[k], zero);
+                with_z[k] = mul_add(weight, keep(lanes, slopes[k], zero), with_z[k]);
             z += weight;
         }
     });
@@ -180,8 +180,8 @@ struct PointwiseGradient {
         const Probabilities<A> x = block.at(j, lanes);
         Vec<A> slopes[3];
         slopes_of(policy, block, columns, j, x, lanes, slopes);
-        Vec<A> h = (slopes[0] - mean[0]) * by[0] + (slopes[1] - mean[1]) * by[1];
-        if (columns.mean_p) h += (slopes[2] - mean[2]) * by[2];
+        Vec<A> h = mul_add<A>(slopes[0] - mean[0], by[0], (slopes[1] - mean[1]) * by[1]);
+        if (columns.mean_p) h = mul_add<A>(slopes[2] - mean[2], by[2], h);
         return x.p * h;
     }
 };

@@ -78,7 +78,7 @@ FKD_NOINLINE RowMoments row_moments(const Matrix& m, int64_t row, int64_t classe
                 const Mask<A> impossible = xi == -A(INFINITY);
                 const Vec<A> d = keep(lanes, impossible ? zero : xi - about, zero);
                 sums += d;
-                squares += d * d;
+                squares = mul_add(d, d, squares);
                 counts += keep(lanes, impossible ? zero : one, zero);
             });
             sum += sum_lanes<A>(sums);
@@ -188,7 +188,7 @@ FKD_INLINE void block_stats(const A* s, const A* t, const A* v, int64_t n, int64
                 exponent = impossible || et == zero ? zero : exponent;
                 blocked += impossible ? et : zero;
             }
-            cross += et * exponent;
+            cross = mul_add(et, exponent, cross);
         }
         if constexpr (general) {
             const Vec<A> possible = keep(lanes, impossible ? zero : ds, zero);
@@ -196,15 +196,15 @@ FKD_INLINE void block_stats(const A* s, const A* t, const A* v, int64_t n, int64
             if (v) {
                 const Vec<A> p = keep(lanes, load(v + j, lanes), zero);
                 v_sum += p;
-                v_cross += p * possible;
+                v_cross = mul_add(p, possible, v_cross);
                 v_blocked += impossible ? p : zero;
                 if (teacher_sharp) v_cross_t += p == zero ? zero : p * keep(lanes, dt, zero);
             }
             if (moments) {
                 const Vec<A> centred = keep(lanes, impossible ? zero : sj - mean, zero);
-                soft_s += es * centred;
-                sharp_s += sharp * centred;
-                teacher_s += et * centred;
+                soft_s = mul_add(es, centred, soft_s);
+                sharp_s = mul_add(sharp, centred, sharp_s);
+                teacher_s = mul_add(et, centred, teacher_s);
                 if (!single && needs.raw) {
                     const Vec<A> raw = keep(lanes, exp2_nonpositive<A>(ds * ratio_raw), zero);
                     store(e_raw + j, raw, lanes);

@@ -76,17 +76,17 @@ FKD_INLINE void block_combine(const A* s, const A* v, int64_t n, const Coefficie
             others = load(e_t + j, lanes) * teacher;
         if constexpr (general) {
             others += constant;
-            if (v) others += load(v + j, lanes) * minus_v;
-            if (minus_slope != A(0)) others += (load(s + j, lanes) - mean) * minus_slope;
+            if (v) others = mul_add<A>(load(v + j, lanes), minus_v, others);
+            if (minus_slope != A(0)) others = mul_add<A>(load(s + j, lanes) - mean, minus_slope, others);
         }
         if constexpr (careful) { // a class that cannot occur has no gradient
             const Vec<A> zero = {};
             others = load(s + j, lanes) == -A(INFINITY) ? zero : others;
         }
-        Vec<A> g = load(e_soft + j, lanes) * soft + others;
-        if constexpr (!single) g += load(e_sharp + j, lanes) * sharp;
+        Vec<A> g = mul_add<A>(load(e_soft + j, lanes), soft, others);
+        if constexpr (!single) g = mul_add<A>(load(e_sharp + j, lanes), sharp, g);
         if constexpr (general && !single)
-            if (raw != A(0)) g += load(e_raw + j, lanes) * raw;
+            if (raw != A(0)) g = mul_add<A>(load(e_raw + j, lanes), raw, g);
         store(out + j, g, lanes);
     });
 }
@@ -225,12 +225,9 @@ void row_losses_typed(const RowArgs& args) {
     const bool with_probs = args.target.dtype != kInt64;
     const auto pass = one_temperature(params) ? pass_for<A, true>(args, params) : pass_for<A, false>(args, params);
     const int threads = useful_threads(args.threads, args.rows, args.classes);
-    (void)threads;
-#pragma omp parallel num_threads(threads)
-    {
+    share_out(threads, args.rows, [&](int64_t begin, int64_t end) {
         const Scratch<A> scratch(args.classes, row_needs(params));
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < args.rows; ++row) {
+        for (int64_t row = begin; row < end; ++row) {
             double* parts = args.parts + kRowParts * row;
             int64_t y;
             bool counts = true;
@@ -257,7 +254,7 @@ void row_losses_typed(const RowArgs& args) {
             for (int k = 0; k < kRowParts; ++k)
                 parts[k] = factor * result.parts[k];
         }
-    }
+    });
 }
 
 } // namespace

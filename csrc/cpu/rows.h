@@ -15,6 +15,14 @@ void target_probs(const TargetProbsArgs& args);
 void uskd(const UskdArgs& args);
 void argsort_descending(const ArgsortArgs& args);
 
+// Calls work(begin, end) for the threads' shares of [0, n), each a run of its own in the threads' order.
+template <class Work>
+FKD_INLINE void share_out(int threads, int64_t n, const Work& work) {
+    const auto share = [&](int64_t thread, int64_t of) { work(n * thread / of, n * (thread + 1) / of); };
+    const auto run = [](const void* data, int thread, int of) { (*static_cast<decltype(&share)>(data))(thread, of); };
+    in_team(threads, run, &share);
+}
+
 // Fits the first-level cache with room to spare, and no lane adds up more than 128 terms before double
 // precision takes over.
 template <class A>
@@ -53,11 +61,11 @@ FKD_NOINLINE void softmax_piece(const A* logits, int64_t n, const SoftmaxOrigin&
     const A scale = A(kLog2E * of.scale), scale_low = A(kLog2E * of.scale - double(scale));
     for_lanes<A>(n, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
         const Vec<A> x = load(logits + j, lanes), zero = {}, d = x - origin;
-        Vec<A> exponent = d * scale;
+        const Vec<A> exponent = d * scale;
         // With fused multiply-add what the product was rounded by, without 0.
-        const Vec<A> low = (d * scale - exponent) + d * scale_low;
-        const Vec<A> e = exp2_nonpositive<A>(exponent, low);
-        store(out + j, x == -A(INFINITY) ? zero : e * by + e * by_low, lanes);
+        const Vec<A> rounded = kFused ? mul_add<A>(d, scale, -exponent) : zero;
+        const Vec<A> e = exp2_nonpositive<A>(exponent, mul_add<A>(d, scale_low, rounded));
+        store(out + j, x == -A(INFINITY) ? zero : mul_add<A>(e, by, e * by_low), lanes);
     });
 }
 

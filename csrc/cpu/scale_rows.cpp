@@ -10,31 +10,31 @@ namespace {
 template <class A>
 void scale_rows(const ScaleArgs& args) {
     const int threads = useful_threads(args.threads, args.rows, args.classes);
-    (void)threads;
     const int64_t row_bytes = args.classes * element_size(args.dtype);
     const Matrix gradient = {args.gradient, args.dtype, args.classes, 1};
     const Matrix factors = {args.grad_output, args.grad_output_dtype, args.grad_output_stride, 1};
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t row = 0; row < args.rows; ++row) {
-        A staging[kBlock<A>], one[1];
-        const A factor = A(double(*read(factors, row, 0, 1, one)) * args.norm);
-        const bool finite = factor - factor == 0;
-        char* out = static_cast<char*>(args.out) + row * row_bytes;
-        for (int64_t j = 0; j < args.classes; j += kBlock<A>) {
-            const int64_t n = block_length<A>(args.classes, j);
-            const A* g = read(gradient, row, j, n, staging);
-            const bool direct = args.dtype == dtype_of<A>();
-            A* target = direct ? reinterpret_cast<A*>(out) + j : staging;
-            // A loop of its own for a factor that makes NaN of 0: compilers do not vectorise the comparison.
-            if (finite)
-                for (int64_t i = 0; i < n; ++i)
-                    target[i] = g[i] * factor;
-            else
-                for (int64_t i = 0; i < n; ++i)
-                    target[i] = g[i] == 0 ? g[i] : g[i] * factor;
-            if (!direct) write(staging, n, out + j * element_size(args.dtype), args.dtype);
+    share_out(threads, args.rows, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+            A staging[kBlock<A>], one[1];
+            const A factor = A(double(*read(factors, row, 0, 1, one)) * args.norm);
+            const bool finite = factor - factor == 0;
+            char* out = static_cast<char*>(args.out) + row * row_bytes;
+            for (int64_t j = 0; j < args.classes; j += kBlock<A>) {
+                const int64_t n = block_length<A>(args.classes, j);
+                const A* g = read(gradient, row, j, n, staging);
+                const bool direct = args.dtype == dtype_of<A>();
+                A* target = direct ? reinterpret_cast<A*>(out) + j : staging;
+                // A loop of its own for a factor that makes NaN of 0: compilers do not vectorise the comparison.
+                if (finite)
+                    for (int64_t i = 0; i < n; ++i)
+                        target[i] = g[i] * factor;
+                else
+                    for (int64_t i = 0; i < n; ++i)
+                        target[i] = g[i] == 0 ? g[i] : g[i] * factor;
+                if (!direct) write(staging, n, out + j * element_size(args.dtype), args.dtype);
+            }
         }
-    }
+    });
 }
 
 void scale_gradient(const ScaleArgs& args) {

@@ -9,12 +9,9 @@ namespace {
 template <class A>
 void target_probs_typed(const TargetProbsArgs& args) {
     const int threads = useful_threads(args.threads, args.rows, args.classes);
-    (void)threads;
-#pragma omp parallel num_threads(threads)
-    {
+    share_out(threads, args.rows, [&](int64_t begin, int64_t end) {
         A student[kBlock<A>], labels[kBlock<A>];
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < args.rows; ++row) {
+        for (int64_t row = begin; row < end; ++row) {
             double* const values = args.values + 2 * row;
             values[0] = values[1] = 0;
             Targets targets = targets_of<A>(args.target, row, args.classes, labels);
@@ -51,7 +48,7 @@ void target_probs_typed(const TargetProbsArgs& args) {
                 values[swapped ? 1 - k : k] = value;
             }
         }
-    }
+    });
 }
 
 } // namespace

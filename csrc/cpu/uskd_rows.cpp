@@ -68,7 +68,7 @@ FKD_NOINLINE void block_sums(const A* s, const A* w, const A* v, int64_t n, cons
             v_sum += p;
             v_cross += impossible ? zero : p * keep(lanes, ds, zero);
             v_blocked += impossible ? p : zero;
-            v_weak += p * keep(lanes, dw, zero);
+            v_weak = mul_add(p, keep(lanes, dw, zero), v_weak);
         }
     });
     row.s_sum += sum_lanes<A>(s_sum);
@@ -147,11 +147,13 @@ FKD_NOINLINE void weights_by_keys(const UskdArgs& args, const Scratch<A>& scratc
             const A* s = read(args.student, row, j, n, scratch.student);
             const A linear = A(key.linear), constant = A(key.constant - key.linear * x.s_max);
             for_lanes<A>(n, [&](auto lanes, int64_t l) __attribute__((always_inline)) {
-                store(z + j + l, load(e_w + j + l, lanes) * by_weak + (load(s + l, lanes) * linear + constant), lanes);
+                const Vec<A> by_logit = mul_add<A>(load(s + l, lanes), linear, constant);
+                store(z + j + l, mul_add<A>(load(e_w + j + l, lanes), by_weak, by_logit), lanes);
             });
         } else {
             for_lanes<A>(n, [&](auto lanes, int64_t l) __attribute__((always_inline)) {
-                store(z + j + l, load(e_w + j + l, lanes) * by_weak + load(e_s + j + l, lanes) * by_student, lanes);
+                const Vec<A> of_student = load(e_s + j + l, lanes) * by_student;
+                store(z + j + l, mul_add<A>(load(e_w + j + l, lanes), by_weak, of_student), lanes);
             });
         }
     }
@@ -272,10 +274,10 @@ FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch,
             const A a = A(result.student * s_scale), b = A(result.zipf * s_scale);
             const A c = A(result.v * s_scale), constant = A(result.constant * s_scale);
             for_lanes<A>(n, [&](auto lanes, int64_t l) __attribute__((always_inline)) {
-                Vec<A> g = load(e_s + j + l, lanes) * a + load(z + j + l, lanes) * b;
+                Vec<A> g = mul_add<A>(load(e_s + j + l, lanes), a, load(z + j + l, lanes) * b);
                 if (s) {
                     Vec<A> label = zero + constant;
-                    if (labels) label += load(labels + l, lanes) * c;
+                    if (labels) label = mul_add<A>(load(labels + l, lanes), c, label);
                     g -= load(s + l, lanes) == -A(INFINITY) ? zero : label;
                 }
                 store(out + l, g, lanes);
@@ -288,8 +290,8 @@ FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch,
             const A a = A(result.weak * w_scale);
             const A b = A(result.weak_constant * w_scale), c = A(result.weak_v * w_scale);
             for_lanes<A>(n, [&](auto lanes, int64_t l) __attribute__((always_inline)) {
-                Vec<A> g = load(e_w + j + l, lanes) * a - b;
-                if (labels) g -= load(labels + l, lanes) * c;
+                Vec<A> g = mul_add<A>(load(e_w + j + l, lanes), a, -b);
+                if (labels) g = mul_add<A>(load(labels + l, lanes), -c, g);
                 store(out + l, load(w + l, lanes) == -A(INFINITY) ? zero : g, lanes);
             });
             weak.finish(j, n, out);
@@ -308,12 +310,9 @@ FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch,
 template <class A>
 void uskd_typed(const UskdArgs& args) {
     const int threads = useful_threads(args.threads, args.rows, args.classes);
-    (void)threads;
-#pragma omp parallel num_threads(threads)
-    {
+    share_out(threads, args.rows, [&](int64_t begin, int64_t end) {
         const Scratch<A> scratch(args.classes, args.positions);
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < args.rows; ++row) {
+        for (int64_t row = begin; row < end; ++row) {
             const Targets targets = targets_of<A>(args.target, row, args.classes, scratch.probs);
             const bool ignored = args.target.dtype == kInt64 && targets.at.at[0] == args.ignore_index;
             if (ignored || (args.factors && args.factors[row] == 0)) {
@@ -330,7 +329,7 @@ void uskd_typed(const UskdArgs& args) {
             }
             uskd_row_pass<A>(args, scratch, row, targets);
         }
-    }
+    });
 }
 
 } // namespace

@@ -5,6 +5,7 @@ CPU tensors here; CUDA tensors in :mod:`fused_kd.backends.native_cuda`.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from fused_kd.registry import ROW_LOSSES
 _core: Any
 _folder: Path | None
 _failure: str | None
-# torch is imported first, so that both share one OpenMP runtime and its threads.
+# torch is imported first: the core uses the OpenMP runtime that PyTorch has loaded, and its threads.
 _core, _folder, _failure = core.find()
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4}
@@ -46,6 +47,21 @@ def instruction_sets() -> list[str]:
 
 def compiler() -> str:
     return str(_core.compiler) if _core else ""
+
+
+def openmp_runtime() -> str:
+    """The file of the OpenMP runtime whose threads the core uses, PyTorch's; "" where it finds none and uses one."""
+    return str(_core.openmp_runtime()) if _core else ""
+
+
+def loaded_openmp_runtimes() -> list[str]:
+    """The files of all that this process has loaded, as Linux tells. Two of them compete for the cores."""
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    found = {line.split(maxsplit=5)[5] for line in maps.splitlines() if line.count("/")}
+    return sorted(path for path in found if re.match(r"lib(gomp|iomp5|omp\d*)\b", Path(path).name))
 
 
 def folder() -> Path | None:
