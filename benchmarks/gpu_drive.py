@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from fused_kd import check
-from fused_kd.registry import LOSSES
+from fused_kd.core.catalogue import LOSSES
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 

@@ -17,8 +17,8 @@ from fused_kd.backends import triton as backend
 from fused_kd.backends import triton_uskd, triton_zipf
 from fused_kd.backends.triton import Launch
 from fused_kd.backends.triton_compile import TYPES
+from fused_kd.core.catalogue import LOSSES, ROW_LOSSES
 from fused_kd.reference import accumulation_dtype
-from fused_kd.registry import LOSSES, ROW_LOSSES
 
 
 class Call(Protocol):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 #: Each loss of fused_kd under its name with hyphens, and the two that are F.cross_entropy.
-LOSSES = {loss.name.replace("_", "-"): loss for loss in fused_kd.losses()}
+LOSSES = {loss.name.replace("_", "-"): loss for loss in fused_kd.catalogue()}
 NAMES = ("ce", "label-smoothing", *LOSSES)
 BACKENDS = ("auto", "native", "triton", "reference")
 

@@ -3,7 +3,17 @@
 from fused_kd import reference
 from fused_kd._version import __version__
 from fused_kd.backends import explain
-from fused_kd.functional import (
+from fused_kd.core.catalogue import catalogue
+from fused_kd.losses import (
+    DISTLoss,
+    DKDLoss,
+    JSLoss,
+    KDLoss,
+    NKDLoss,
+    TfKDLoss,
+    USKDLoss,
+    WSLDLoss,
+    ZipfLSLoss,
     decompose,
     dist_loss,
     dkd_loss,
@@ -16,9 +26,7 @@ from fused_kd.functional import (
     wsld_loss,
     zipf_ls_loss,
 )
-from fused_kd.modules import DISTLoss, DKDLoss, JSLoss, KDLoss, NKDLoss, TfKDLoss, USKDLoss, WSLDLoss, ZipfLSLoss
 from fused_kd.reference import Decomposition, DistillationParts, DISTParts, LossParts, USKDParts
-from fused_kd.registry import losses
 
 __all__ = [
     "DISTLoss",
@@ -36,13 +44,13 @@ __all__ = [
     "WSLDLoss",
     "ZipfLSLoss",
     "__version__",
+    "catalogue",
     "decompose",
     "dist_loss",
     "dkd_loss",
     "explain",
     "js_loss",
     "kd_loss",
-    "losses",
     "nkd_loss",
     "reference",
     "tf_kd_loss",

@@ -17,9 +17,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 import fused_kd
-from fused_kd import backends, check, registry
+from fused_kd import backends, check
 from fused_kd.backends import core, native
-from fused_kd.registry import LOSSES
+from fused_kd.core import catalogue
+from fused_kd.core.catalogue import LOSSES
 
 _NUMBERS = ("cases", "loss", "allowed", "gradient")
 
@@ -55,12 +56,12 @@ def list_losses(write: bool) -> int:
     readme = Path("README.md")
     before, begin, rest = readme.read_text(encoding="utf-8").partition("<!-- losses:begin -->")
     _, end, after = rest.partition("<!-- losses:end -->")
-    readme.write_text(f"{before}{begin}\n{registry.markdown_table()}\n{end}{after}", encoding="utf-8")
-    Path("docs/losses.md").write_text(registry.markdown_page(), encoding="utf-8")
+    readme.write_text(f"{before}{begin}\n{catalogue.markdown_table()}\n{end}{after}", encoding="utf-8")
+    Path("docs/losses.md").write_text(catalogue.markdown_page(), encoding="utf-8")
     return 0
 
 
-def _plain(loss: registry.Loss) -> str:
+def _plain(loss: catalogue.Loss) -> str:
     """A loss for a terminal, in lines of 80 columns."""
     fused = [f"{device}: {', '.join(names[:-1]) or 'none'}" for device, names in loss.backends.items()]
     options = ", ".join(f"{name}={value!r}" for name, value in loss.defaults.items())

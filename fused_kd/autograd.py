@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_kd import _transforms, ops
-from fused_kd._stored import counted_weight
-from fused_kd.registry import Weights, has_column_term
+from fused_kd import ops
+from fused_kd.core import transforms
+from fused_kd.core.catalogue import Weights, has_column_term
+from fused_kd.core.stored import counted_weight
 
 __all__ = ["row_loss", "uskd", "uskd_batch_sums", "zipf_ls"]
 
@@ -88,7 +89,7 @@ class _DistRows(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         compiling = torch.compiler.is_compiling()
         if torch.is_grad_enabled() and not compiling:
-            raise RuntimeError(_transforms.DOUBLE_BACKWARD)
+            raise RuntimeError(transforms.DOUBLE_BACKWARD)
         *kept, row_weight, weights = ctx.saved_tensors
         student, teacher, target = (each if each.dim() == 1 else each.reshape(-1, each.shape[-1]) for each in kept)
         op = ops.DIST_GRADIENT[int(weights is not None)]
@@ -101,7 +102,7 @@ class _DistRows(torch.autograd.Function):
         # What comes in for the term of the columns, by way of every row that has it.
         share = counted_weight(row_weight, target, ctx.options[1], grad_output.dtype)
         grad_columns = torch.where(share == 0, 0.0, grad_output * share).sum(-1)
-        if compiling or not _transforms.wraps_values(grad_output):
+        if compiling or not transforms.wraps_values(grad_output):
             return gradient(student, grad_output, grad_columns), None, None, None
         wide = student.to(share.dtype)
         ones, one = torch.ones_like(share), torch.ones_like(share[0])
@@ -128,8 +129,8 @@ def _apply(gradient: Tensor, grad_output: Tensor, norm: Tensor, backend: str, ke
         result: Tensor = ops.scale_gradient_compiled(gradient, grad_output, norm, backend)
         return result
     if torch.is_grad_enabled():
-        raise RuntimeError(_transforms.DOUBLE_BACKWARD)
-    if _transforms.wraps_values(grad_output):
+        raise RuntimeError(transforms.DOUBLE_BACKWARD)
+    if transforms.wraps_values(grad_output):
         return _scaled(gradient, grad_output, norm)
     if keep:
         # Of an exported graph, which may have been compiled.
@@ -175,7 +176,7 @@ def row_loss(
 
     With ``kept`` the backward pass makes the gradient, of these: see :class:`_DistRows`.
     """
-    _transforms.refuse(student_logits)
+    transforms.refuse(student_logits)
     need_gradient = student_logits.requires_grad and torch.is_grad_enabled()
     scheduled, given = _given(weights)
     options = (loss, given, standardize, ignore_index, reduction, need_gradient and kept is None, backend)
@@ -199,7 +200,7 @@ def zipf_ls(
 ) -> tuple[Tensor, Tensor | None]:
     """Zipf's label smoothing of checked rows, and if wanted its two parts, stacked; differentiable in the student's
     logits. ``weights`` are those of the divergence, the power, the CE and its label smoothing."""
-    _transforms.refuse(student_logits)
+    transforms.refuse(student_logits)
     need_gradient = student_logits.requires_grad and torch.is_grad_enabled()
     scheduled, given = _given(weights)
     further = (dense_logits.detach(), target, row_weight, given, ignore_index, reduction, need_gradient, backend)
@@ -235,7 +236,7 @@ def _apply_fused(
 
 def uskd_batch_sums(student_logits: Tensor, target: Tensor, square: bool, ignore_index: int, backend: str) -> Tensor:
     """What couples the rows of USKD; see :func:`fused_kd.reference.uskd_batch_sums`."""
-    _transforms.refuse(student_logits)
+    transforms.refuse(student_logits)
     return ops.uskd_batch_sums(student_logits.detach(), target, square, ignore_index, backend)  # type: ignore[no-any-return]
 
 
@@ -255,7 +256,7 @@ def uskd(
 ) -> tuple[Tensor, Tensor | None]:
     """The loss and, if wanted, its four parts, stacked, of checked rows; differentiable in both logits. ``weights`` are
     alpha, beta, mu, those of the CE and its label smoothing."""
-    _transforms.refuse(student_logits, weak_logits)
+    transforms.refuse(student_logits, weak_logits)
     grad = torch.is_grad_enabled()
     need_student, need_weak = grad and student_logits.requires_grad, grad and weak_logits.requires_grad
     scheduled, given = _given(weights)
@@ -273,7 +274,7 @@ def uskd(
 
 def _exported(op: Any) -> Any:
     """What torch.export records in place of an op: it keeps ops alone, so this one brings its autograd with it."""
-    _transforms.refuse_onnx()
+    transforms.refuse_onnx()
     return ops.EXPORTED_OPS[op]
 
 
@@ -309,7 +310,7 @@ def _autograd_of(op: Any, wanted: int) -> Any:
     """The autograd kernel of a forward op whose last arguments say which of ``wanted`` gradients it makes."""
 
     def kernel(*arguments: Any) -> Any:
-        _transforms.refuse(*arguments[:wanted])
+        transforms.refuse(*arguments[:wanted])
         student_logits, other_logits, *others, backend = arguments
         need = [torch.is_grad_enabled() and tensor.requires_grad for tensor in arguments[:wanted]]
         if not any(need):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fused_kd
 from fused_kd import backends, reference
-from fused_kd.registry import LOSSES
+from fused_kd.core.catalogue import LOSSES
 
 __all__ = ["Case", "Outcome", "cases", "compare"]
 

@@ -10,11 +10,11 @@ What is stored is one tensor of the shape and dtype of the logits that want a gr
 number of rows for ``reduction="mean"``, so that an incoming 1 leaves nothing to do. Except in float16, where dividing
 would underflow just when GradScaler is about to multiply: there it is stored times a power of two that uses the upper
 end of the format's range, and ``norm`` undoes that, and divides, in float32 in the backward op. The power comes from a
-bound of the gradient, or where there is none, from the gradient itself (:func:`fused_kd._stored.to_half`).
+bound of the gradient, or where there is none, from the gradient itself (:func:`fused_kd.core.stored.to_half`).
 
-``row_weight`` (N,), where given, becomes factors (:func:`fused_kd._stored.row_factors`): a kernel multiplies a row's
-parts by one and its gradient by another, with the reduction "sum" for a mean, and takes a row whose factor is 0 for one
-to be ignored.
+``row_weight`` (N,), where given, becomes factors (:func:`fused_kd.core.stored.row_factors`): a kernel multiplies a
+row's parts by one and its gradient by another, with the reduction "sum" for a mean, and takes a row whose factor is 0
+for one to be ignored.
 
 DIST's columns are the exception: their term is one number, which depends on every row, and so is multiplied by the sum
 of what the rows are multiplied by. With weights it is a second call of the kernel, whose gradient is added to that of
@@ -31,11 +31,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_kd import _transforms, backends
-from fused_kd._stored import counted_weight, row_factors, stored_scale, to_half
+from fused_kd import backends
 from fused_kd.backends import dist_terms
+from fused_kd.core import transforms
+from fused_kd.core.catalogue import ROW_LOSSES, has_column_term
+from fused_kd.core.stored import counted_weight, row_factors, stored_scale, to_half
 from fused_kd.reference import accumulation_dtype
-from fused_kd.registry import ROW_LOSSES, has_column_term
 
 __all__ = [
     "DIST_GRADIENT",
@@ -127,7 +128,7 @@ def _row_loss(
     need_gradient: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _transforms.refuse_recorded(student_logits)
+    transforms.refuse_recorded(student_logits)
     weights = _numbers(weights)
     bound = ROW_LOSSES[loss].bound(*weights[:3]) + weights[3]
     if standardize:
@@ -164,8 +165,8 @@ def _dist_gradient(
     grad_columns: Tensor,
     backend: str,
 ) -> Tensor:
-    _transforms.refuse_create_graph()
-    _transforms.refuse_recorded(student_logits, grad_rows, grad_columns)
+    transforms.refuse_create_graph()
+    transforms.refuse_recorded(student_logits, grad_rows, grad_columns)
     student = student_logits.to(accumulation_dtype(student_logits))
     factors, _, _ = row_factors(row_weight, target, ignore_index, "none", (student.dtype,))
     gradient = dist_terms.gradient_for(
@@ -204,7 +205,7 @@ def _uskd(
     need_weak: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _transforms.refuse_recorded(student_logits, weak_logits)
+    transforms.refuse_recorded(student_logits, weak_logits)
     weights = _numbers(weights)
     alpha, beta, mu, ce_weight, _ = weights
     # P_k and P_1 + P_2 are from -1 to 2. At a target, p_k (P_1 + P_2) - P_k averages -P_k and the other target's P.
@@ -243,7 +244,7 @@ def _zipf_ls(
     need_gradient: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _transforms.refuse_recorded(student_logits)
+    transforms.refuse_recorded(student_logits)
     weights = _numbers(weights)
     scale = stored_scale(student_logits.dtype, weights[0] + weights[2])
     factors, reduction, (by,) = row_factors(row_weight, target, ignore_index, reduction, (student_logits.dtype,))
@@ -255,7 +256,7 @@ def _zipf_ls(
 
 
 def _scale_gradient(gradient: Tensor, grad_output: Tensor, norm: Tensor, backend: str) -> Tensor:
-    _transforms.refuse_recorded(gradient, grad_output)
+    transforms.refuse_recorded(gradient, grad_output)
     out = torch.empty_like(gradient)
     backends.get(backend).scale_gradient(gradient, grad_output, norm, out)
     return out
@@ -263,12 +264,12 @@ def _scale_gradient(gradient: Tensor, grad_output: Tensor, norm: Tensor, backend
 
 def _scale_gradient_compiled(gradient: Tensor, grad_output: Tensor, norm: Tensor, backend: str) -> Tensor:
     # That the backward is to be differentiated is known only when it runs.
-    _transforms.refuse_create_graph()
+    transforms.refuse_create_graph()
     return _scale_gradient(gradient, grad_output, norm, backend)
 
 
 def _scale_gradient_(gradient: Tensor, grad_output: Tensor, norm: Tensor, backend: str) -> None:
-    _transforms.refuse_recorded(gradient, grad_output)
+    transforms.refuse_recorded(gradient, grad_output)
     backends.get(backend).scale_gradient(gradient, grad_output, norm, gradient)
 
 

@@ -4,7 +4,7 @@ import torch
 from loss_cases import function, make
 
 from fused_kd import check
-from fused_kd.registry import LOSSES
+from fused_kd.core.catalogue import LOSSES
 
 REFUSAL = "use backend='reference'"
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -6,7 +6,7 @@ import torch
 
 import fused_kd
 from fused_kd import check
-from fused_kd.registry import LOSSES
+from fused_kd.core.catalogue import LOSSES
 
 INF = float("inf")
 #: (loss, backend, device) of everything that runs here.

@@ -10,7 +10,7 @@ from uskd_cases import FUSED as USKD_FUSED
 
 import fused_kd
 from fused_kd import backends
-from fused_kd.registry import LOSSES
+from fused_kd.core.catalogue import LOSSES
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # NumPy, of the interpreter's inf and NaN

@@ -35,7 +35,7 @@ def test_losses_fit_a_terminal(capsys):
     assert __main__.main(["losses"]) == 0
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 80
-    for loss in fused_kd.losses():
+    for loss in fused_kd.catalogue():
         assert loss.function in text and loss.module in text and loss.paper in text
         assert "".join(loss.formula.split()) in "".join(text.split())
         assert all(f"{name}={value!r}" in text for name, value in loss.defaults.items())
@@ -44,7 +44,7 @@ def test_losses_fit_a_terminal(capsys):
 def test_check_passes_and_prints_a_table(capsys, native):
     assert __main__.main(["check", "--quick", "--device", "cpu", "--backend", "native"]) == 0
     text = capsys.readouterr().out
-    assert text.count("ok") == 4 * len([loss for loss in fused_kd.losses() if "native" in loss.backends["cpu"]])
+    assert text.count("ok") == 4 * len([loss for loss in fused_kd.catalogue() if "native" in loss.backends["cpu"]])
     assert "bfloat16" in text
     assert "USKD" in text
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from loss_cases import FUSED, function, make, run
 
-from fused_kd import _stored
-from fused_kd.registry import ROW_LOSSES
+from fused_kd.core import stored
+from fused_kd.core.catalogue import ROW_LOSSES
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # NumPy, of the interpreter's inf and NaN
@@ -129,12 +129,12 @@ def test_what_is_stored_uses_the_range_of_float16():
     """Its largest finite entry is just below 2^15, and neither inf, NaN nor 0 counts or changes."""
     for largest in (1e-30, 3e-6, 1.0, 1e8, 3e37):
         gradient = torch.tensor([[largest, -largest / 1024, 0.0], [torch.nan, torch.inf, -torch.inf]])
-        stored, norm = _stored.to_half(gradient.clone(), torch.tensor(0.5))
-        assert stored.dtype == torch.float16
-        assert largest < 1e-18 or 2.0**14 <= stored[0, 0] < 2.0**15
+        kept, norm = stored.to_half(gradient.clone(), torch.tensor(0.5))
+        assert kept.dtype == torch.float16
+        assert largest < 1e-18 or 2.0**14 <= kept[0, 0] < 2.0**15
         torch.testing.assert_close(
-            stored.double() * norm / 0.5, gradient.double(), equal_nan=True, rtol=2.0**-11, atol=1e-25
+            kept.double() * norm / 0.5, gradient.double(), equal_nan=True, rtol=2.0**-11, atol=1e-25
         )
     for empty in (torch.zeros(0, 3), torch.zeros(2, 3)):
-        stored, norm = _stored.to_half(empty.clone(), torch.tensor(0.5))
-        assert stored.shape == empty.shape and not stored.any() and norm.isfinite()
+        kept, norm = stored.to_half(empty.clone(), torch.tensor(0.5))
+        assert kept.shape == empty.shape and not kept.any() and norm.isfinite()

@@ -6,7 +6,7 @@ import torch
 
 import fused_kd
 from fused_kd import check
-from fused_kd.registry import LOSSES
+from fused_kd.core.catalogue import LOSSES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 DEVICE = "cuda"

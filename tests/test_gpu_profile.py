@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import gpu_drive, gpu_profile
 from benchmarks.gpu_profile import METRICS, READ, SHARE, TIME, WRITTEN, Call
-from fused_kd.registry import LOSSES
+from fused_kd.core.catalogue import LOSSES
 
 HEADER = (
     '"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size","Grid Size","Device",'

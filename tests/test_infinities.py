@@ -7,7 +7,7 @@ import torch
 from loss_cases import HERE, INF, function, make, mixed, run
 from test_row_weight import PLACES
 
-from fused_kd.registry import LOSSES
+from fused_kd.core.catalogue import LOSSES
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # NumPy, of the interpreter's inf and NaN

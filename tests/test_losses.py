@@ -1,6 +1,6 @@
 """Every loss on every fused backend against its reference: golden values, gradients, the grid, rows that are special.
 
-NKD and USKD have further tests of their own; a loss added to the registry is tested here without another line.
+NKD and USKD have further tests of their own; a loss added to the catalogue is tested here without another line.
 """
 
 import json
@@ -12,7 +12,7 @@ from loss_cases import FUSED, HERE, INF, compare, function, has, make, mixed, ru
 
 from fused_kd import check
 from fused_kd.backends import triton_config
-from fused_kd.registry import LOSSES, ROW_LOSSES
+from fused_kd.core.catalogue import LOSSES, ROW_LOSSES
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # NumPy, of the interpreter's inf and NaN

@@ -1,4 +1,4 @@
-"""Every loss as a function and a module of PyTorch: shapes, errors, ops, compilation; registry and documents."""
+"""Every loss as a function and a module of PyTorch: shapes, errors, ops, compilation; catalogue and documents."""
 
 import inspect
 from pathlib import Path
@@ -11,8 +11,9 @@ from loss_cases import HERE, function, make
 from torch.library import opcheck
 
 import fused_kd
-from fused_kd import backends, registry
-from fused_kd.registry import LOSSES, ROW_LOSSES
+from fused_kd import backends
+from fused_kd.core import catalogue
+from fused_kd.core.catalogue import LOSSES, ROW_LOSSES
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # NumPy, of the interpreter's inf and NaN
@@ -245,8 +246,8 @@ def test_ends_of_jensen_shannon(place):
         function(loss)(student, *others, beta=1.5, backend=name)
 
 
-def test_registry():
-    for loss in fused_kd.losses():
+def test_catalogue():
+    for loss in fused_kd.catalogue():
         assert LOSSES[loss.name] is loss
         assert loss.defaults["ce_weight"] == 0.0
         assert callable(getattr(fused_kd, loss.module))
@@ -260,8 +261,8 @@ def test_documents_are_in_step():
     """To write them anew: python -m fused_kd losses --write."""
     root = Path(__file__).parent.parent
     readme = (root / "README.md").read_text(encoding="utf-8")
-    assert f"<!-- losses:begin -->\n{registry.markdown_table()}\n<!-- losses:end -->" in readme
-    assert (root / "docs" / "losses.md").read_text(encoding="utf-8") == registry.markdown_page()
+    assert f"<!-- losses:begin -->\n{catalogue.markdown_table()}\n<!-- losses:end -->" in readme
+    assert (root / "docs" / "losses.md").read_text(encoding="utf-8") == catalogue.markdown_page()
     for loss in LOSSES.values():
         assert loss.formula in readme
 

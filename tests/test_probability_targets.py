@@ -6,7 +6,7 @@ from loss_cases import HERE, function, make, mixed
 from uskd_cases import FUSED as USKD_FUSED
 
 from fused_kd import nkd_loss
-from fused_kd.registry import LOSSES
+from fused_kd.core.catalogue import LOSSES
 
 PLACES = [*HERE, *(("uskd", name, "cpu") for name in (*USKD_FUSED, "reference"))]
 LOOK = [place for place in PLACES if place[2] == "cpu" and place[1] != "triton"]

@@ -11,7 +11,7 @@ from uskd_cases import make as make_uskd
 import fused_kd
 from fused_kd import backends
 from fused_kd.backends import triton_config
-from fused_kd.registry import LOSSES
+from fused_kd.core.catalogue import LOSSES
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # NumPy, of the interpreter's inf and NaN

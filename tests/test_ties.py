@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from fused_kd import check, uskd_loss
-from fused_kd.registry import LOSSES
+from fused_kd.core.catalogue import LOSSES
 
 SIZES = [*range(3, 20), 23, 24, 25, *range(31, 36), 47, 63, 64, 65, 66, 127, 129]
 RANKS = ("normalized", "cls_kd", "weak", "final", "sum")

@@ -14,8 +14,8 @@ import fused_kd
 from fused_kd import check
 from fused_kd.backends import triton as backend
 from fused_kd.backends import triton_config
+from fused_kd.core.catalogue import LOSSES
 from fused_kd.reference import accumulation_dtype
-from fused_kd.registry import LOSSES
 
 pytest.importorskip("triton")
 pytestmark = [

@@ -172,7 +172,7 @@ def test_a_loss_asks_for_its_own_device(monkeypatch):
 
     monkeypatch.setattr(backends, "choose", choose)
     logits, target = torch.randn(3, 4), torch.tensor([0, 1, 2])
-    for loss in fused_kd.losses():
+    for loss in fused_kd.catalogue():
         other = {"tf_kd": [], "zipf_ls": [torch.randn(3, 2, 4)]}.get(loss.name, [torch.randn(3, 4)])
         getattr(fused_kd, loss.function)(logits, *other, target)
         assert asked.pop() == (logits.device, loss.name)

@@ -100,7 +100,7 @@ def check(losses: list[str], quick: bool) -> None:
     """In a process that imports a build: a line of JSON for every instruction set."""
     from fused_kd import check
     from fused_kd.backends import native
-    from fused_kd.registry import LOSSES
+    from fused_kd.core.catalogue import LOSSES
 
     for name in native.instruction_sets():
         native.instruction_set = name

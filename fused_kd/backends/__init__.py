@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fused_kd.backends import cuda_devices, native, triton
-from fused_kd.registry import LOSSES
+from fused_kd.core.catalogue import LOSSES
 
 __all__ = ["BACKENDS", "Explanation", "choose", "explain", "get", "unavailable"]
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_kd import _checks
 from fused_kd.backends import core, native_cuda
+from fused_kd.core import checks
+from fused_kd.core.catalogue import ROW_LOSSES
 from fused_kd.reference import accumulation_dtype
-from fused_kd.registry import ROW_LOSSES
 
 _core: Any
 _folder: Path | None
@@ -123,7 +123,7 @@ def row_loss(
         torch.get_num_threads(),
     )
     if bad_row >= 0:
-        raise _checks.row_error(target, bad_row, num_classes, ignore_index)
+        raise checks.row_error(target, bad_row, num_classes, ignore_index)
     return loss, parts, gradient, norm
 
 
@@ -149,7 +149,7 @@ def uskd_batch_sums(student: Tensor, target: Tensor, square: bool, ignore_index:
         torch.get_num_threads(),
     )
     if bad_row >= 0:
-        raise _checks.row_error(target, bad_row, num_classes, ignore_index)
+        raise checks.row_error(target, bad_row, num_classes, ignore_index)
     return sums
 
 
@@ -214,7 +214,7 @@ def uskd(
         torch.get_num_threads(),
     )
     if bad_row >= 0:
-        raise _checks.row_error(target, bad_row, num_classes, ignore_index)
+        raise checks.row_error(target, bad_row, num_classes, ignore_index)
     return loss, parts, student_gradient, weak_gradient, student_norm, weak_norm
 
 
@@ -263,7 +263,7 @@ def zipf_ls(
         torch.get_num_threads(),
     )
     if bad_row >= 0:
-        raise _checks.row_error(target, bad_row, num_classes, ignore_index)
+        raise checks.row_error(target, bad_row, num_classes, ignore_index)
     return loss, parts, gradient, norm
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from fused_kd.backends import cuda_devices, triton_config
+from fused_kd.core.catalogue import ROW_LOSSES, has_column_term
 from fused_kd.reference import accumulation_dtype
-from fused_kd.registry import ROW_LOSSES, has_column_term
 
 #: Up to so many rows every program counts the targets itself, which saves a launch; they are in its cache line by line.
 COUNT_ROWS = 2048

@@ -35,7 +35,7 @@ _NEG_INF = tl.constexpr(float("-inf"))
 _INF = tl.constexpr(float("inf"))
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
-#: The row losses, as in fused_kd/registry.py.
+#: The row losses, as in fused_kd/core/catalogue.py.
 NKD = tl.constexpr(0)
 KD = tl.constexpr(1)
 DKD = tl.constexpr(2)

@@ -2,15 +2,21 @@
 
 Readable rather than fast, in plain differentiable PyTorch. Nothing here indexes with a boolean mask (a hidden
 ``nonzero``: a GPU synchronisation and a graph break) and nothing imports the rest of the package. Arguments are taken
-as :mod:`fused_kd.functional` has checked them, but any two-dimensional logits work.
+as :mod:`fused_kd.losses` has checked them, but any two-dimensional logits work.
+
+In the formulas ``q(T) = softmax(t / T)`` is the teacher's and ``p(T) = softmax(s / T)`` the student's; a hat leaves the
+target class ``y`` out. ``logit_standardization`` puts the z-scores of both logits (:func:`standardize_logits`) into
+everything but the CE.
 """
 
 from fused_kd.reference.decompose import Decomposition, decompose
 from fused_kd.reference.dist import DISTParts, dist_loss
-from fused_kd.reference.nkd import LossParts, nkd_loss
-from fused_kd.reference.rows import accumulation_dtype, standardize_logits
-from fused_kd.reference.smoothing import tf_kd_loss, zipf_ls_loss
-from fused_kd.reference.teacher import DistillationParts, dkd_loss, js_loss, kd_loss, wsld_loss
+from fused_kd.reference.dkd import dkd_loss
+from fused_kd.reference.js import js_loss
+from fused_kd.reference.kd import kd_loss
+from fused_kd.reference.nkd import nkd_loss
+from fused_kd.reference.rows import DistillationParts, LossParts, accumulation_dtype, standardize_logits
+from fused_kd.reference.tf_kd import tf_kd_loss
 from fused_kd.reference.uskd import (
     RANKS,
     USKDParts,
@@ -20,6 +26,8 @@ from fused_kd.reference.uskd import (
     uskd_soft_labels,
     uskd_terms,
 )
+from fused_kd.reference.wsld import wsld_loss
+from fused_kd.reference.zipf_ls import zipf_ls_loss
 
 __all__ = [
     "RANKS",

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_kd.reference.dkd import binary_divergence, non_target_divergence
 from fused_kd.reference.rows import masked_softmax, reduce_rows, teacher_rows, times_log
-from fused_kd.reference.teacher import binary_divergence, non_target_divergence
 
 
 class Decomposition(NamedTuple):

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from fused_kd.reference.rows import (
+    LossParts,
     combine,
     cross_entropy,
     masked_softmax,
     teacher_rows,
     times_log,
 )
-
-
-class LossParts(NamedTuple):
-    """The weighted, detached parts of a loss. They sum to the loss and have its shape."""
-
-    target: Tensor
-    non_target: Tensor
-    ce: Tensor
 
 
 def nkd_loss(

@@ -18,6 +18,21 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float32
 
 
+class DistillationParts(NamedTuple):
+    """The weighted, detached parts of a loss. They sum to the loss and have its shape."""
+
+    distillation: Tensor
+    ce: Tensor
+
+
+class LossParts(NamedTuple):
+    """The weighted, detached parts of a loss. They sum to the loss and have its shape."""
+
+    target: Tensor
+    non_target: Tensor
+    ce: Tensor
+
+
 class Labels(NamedTuple):
     """The targets of each row.
 
@@ -211,3 +226,16 @@ def reduce_rows(part: Tensor, labels: Labels, reduction: str) -> Tensor:
         return rows.sum()
     total = weights.sum()
     return rows.sum() / torch.where(total == 0, 1, total)
+
+
+def log_softmaxes(rows: TeacherRows, temperature: float) -> tuple[Tensor, Tensor]:
+    """log p(T) and log q(T)."""
+    return (rows.student / temperature).log_softmax(dim=1), (rows.teacher / temperature).log_softmax(dim=1)
+
+
+def finish_soft(
+    rows: TeacherRows, soft_part: Tensor, ce_weight: float, label_smoothing: float, reduction: str
+) -> tuple[Tensor, DistillationParts]:
+    ce_part = cross_entropy(rows.raw_student.log_softmax(dim=1), rows.labels, ce_weight, label_smoothing)
+    loss, parts = combine([soft_part, ce_part], rows.labels, reduction)
+    return loss, DistillationParts(*parts)

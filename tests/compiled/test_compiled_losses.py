@@ -10,7 +10,7 @@ import torch
 
 import fused_kd
 from fused_kd import check
-from fused_kd.registry import LOSSES
+from fused_kd.core.catalogue import LOSSES
 
 BF16, FLOAT = torch.bfloat16, torch.float32
 INF, NAN = math.inf, math.nan

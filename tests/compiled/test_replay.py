@@ -9,7 +9,7 @@ import torch
 
 import fused_kd
 from fused_kd import check
-from fused_kd.registry import LOSSES
+from fused_kd.core.catalogue import LOSSES
 
 replay = pytest.importorskip("fused_kd.backends.triton_replay")
 

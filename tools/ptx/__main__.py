@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from fused_kd.registry import LOSSES
+from fused_kd.core.catalogue import LOSSES
 
 BEGIN, END = "<!-- ptx:begin -->", "<!-- ptx:end -->"
 

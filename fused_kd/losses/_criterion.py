@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar, overload
 
 from torch import Tensor, nn
 
-from fused_kd import _options
+from fused_kd.losses import _options
 
 #: A hyper-parameter: a number, or what gives it whenever the loss is called.
 Scheduled: TypeAlias = "float | Callable[[], float]"

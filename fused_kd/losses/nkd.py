@@ -7,8 +7,9 @@ from typing import Literal, overload
 from torch import Tensor
 
 from fused_kd import reference
-from fused_kd.functional._infinities import WITH_A_TEACHER, infinities
-from fused_kd.functional._rows import row_loss
+from fused_kd.losses._call import row_loss
+from fused_kd.losses._criterion import Scheduled, TeacherCriterion
+from fused_kd.losses._infinities import WITH_A_TEACHER, infinities
 from fused_kd.reference import LossParts
 
 
@@ -77,7 +78,7 @@ def nkd_loss(
         gamma: Weight of the non-target term; the paper has 1.5 for ImageNet, 1 for DeiT, 3.5 for CIFAR-100.
         temperature: T above; the paper has 1 for ImageNet, 3 for CIFAR-100.
         ce_weight: Weight of the ordinary cross-entropy, computed in the same pass; 1 gives Eq. 5.
-        label_smoothing: Of the cross-entropy's labels, as in :func:`torch.nn.functional.cross_entropy`.
+        label_smoothing: Of the cross-entropy's labels, as in :func:`torch.nn.cross_entropy`.
         logit_standardization: Put the z-scores of both logits, row by row, into all but the cross-entropy.
         ignore_index: Rows with this class index count nowhere and get a zero gradient.
         reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
@@ -87,7 +88,7 @@ def nkd_loss(
             A row of weight 0 adds exactly nothing to the loss and has a zero gradient, whatever it holds.
         class_dim: The dimension of the classes, in the logits and in probability targets; the shapes here have it last.
             None is the last one, which logits of four or more dimensions must say themselves: 1 for (N, C, H, W), as
-            :func:`torch.nn.functional.cross_entropy` has them, -1 for (N, H, W, C). Logits whose classes do not lie
+            :func:`torch.nn.cross_entropy` has them, -1 for (N, H, W, C). Logits whose classes do not lie
             side by side in memory are copied, but not (N, C, H, W) in ``torch.channels_last``.
         backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
         return_parts: Return ``(loss, parts)`` with the detached, weighted ``parts.target``, ``parts.non_target`` and
@@ -135,3 +136,30 @@ def nkd_loss(
         backend=backend,
         return_parts=return_parts,
     )
+
+
+class NKDLoss(TeacherCriterion[LossParts]):
+    """Normalized knowledge distillation; :func:`fused_kd.nkd_loss` documents every argument.
+
+    Example:
+        >>> criterion = NKDLoss(gamma=1.5, temperature=1.0)
+        >>> loss = criterion(student_logits, teacher_logits, target)
+    """
+
+    gamma: Scheduled
+
+    _function = staticmethod(nkd_loss)
+
+    def __init__(
+        self,
+        gamma: Scheduled = 1.5,
+        temperature: Scheduled = 1.0,
+        ce_weight: Scheduled = 0.0,
+        label_smoothing: Scheduled = 0.0,
+        logit_standardization: bool = False,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str = "auto",
+        class_dim: int | None = None,
+    ) -> None:
+        super().__init__(locals())

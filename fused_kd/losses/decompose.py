@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fused_kd import _checks, reference
-from fused_kd.functional._rows import check_targets_if_cheap
+from fused_kd import reference
+from fused_kd.core import checks
+from fused_kd.losses._call import check_targets_if_cheap
 from fused_kd.reference import Decomposition
 
 
@@ -63,11 +64,11 @@ def decompose(
         >>> parts = fused_kd.decompose(student_logits, teacher_logits, target)
         >>> nkd_with_binary = parts.nkd_target + 1.5 * parts.nkd_non_target + 0.5 * parts.dkd_binary
     """
-    rows = _checks.flatten(student_logits, teacher_logits, "teacher_logits", target, class_dim)
-    _checks.check_teacher_detached(teacher_logits)
-    temperature = _checks.check_scalar("temperature", temperature, positive=True)
-    _checks.check_reduction(reduction)
-    _checks.check_ignore_index(ignore_index)
+    rows = checks.flatten(student_logits, teacher_logits, "teacher_logits", target, class_dim)
+    checks.check_teacher_detached(teacher_logits)
+    temperature = checks.check_scalar("temperature", temperature, positive=True)
+    checks.check_reduction(reduction)
+    checks.check_ignore_index(ignore_index)
     check_targets_if_cheap(rows, ignore_index)
     parts = reference.decompose(*rows[:3], temperature=temperature, ignore_index=ignore_index, reduction=reduction)
     if reduction == "none" and len(rows.shape) != 1:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fused_kd import _checks, backends, reference
+from fused_kd import backends, reference
+from fused_kd.core import checks
 
 Check = Callable[[str, Any], object]
 
@@ -16,15 +17,15 @@ def _unnamed(check: Callable[[Any], object]) -> Check:
 
 
 _CHECKS: dict[str, Check] = {
-    **dict.fromkeys(("alpha", "beta", "gamma", "mu", "power", "ce_weight"), _checks.check_scalar),
-    **dict.fromkeys(("correct", "label_smoothing"), _checks.check_fraction),
-    **dict.fromkeys(("logit_standardization", "square"), _checks.check_flag),
-    "temperature": lambda name, value: _checks.check_scalar(name, value, positive=True),
-    "rank": lambda name, value: _checks.check_choice(name, value, reference.RANKS),
-    "reduction": _unnamed(_checks.check_reduction),
-    "ignore_index": _unnamed(_checks.check_ignore_index),
-    "process_group": _unnamed(_checks.check_process_group),
-    "class_dim": _unnamed(_checks.check_class_dim),
+    **dict.fromkeys(("alpha", "beta", "gamma", "mu", "power", "ce_weight"), checks.check_scalar),
+    **dict.fromkeys(("correct", "label_smoothing"), checks.check_fraction),
+    **dict.fromkeys(("logit_standardization", "square"), checks.check_flag),
+    "temperature": lambda name, value: checks.check_scalar(name, value, positive=True),
+    "rank": lambda name, value: checks.check_choice(name, value, reference.RANKS),
+    "reduction": _unnamed(checks.check_reduction),
+    "ignore_index": _unnamed(checks.check_ignore_index),
+    "process_group": _unnamed(checks.check_process_group),
+    "class_dim": _unnamed(checks.check_class_dim),
     "backend": _unnamed(backends.check_name),
 }
 

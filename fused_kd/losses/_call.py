@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from fused_kd import _checks, autograd, backends
-from fused_kd._transforms import readable
-from fused_kd.registry import ROW_LOSSES, has_column_term
+from fused_kd import autograd, backends
+from fused_kd.core import checks
+from fused_kd.core.catalogue import ROW_LOSSES, has_column_term
+from fused_kd.core.transforms import readable
 
 Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
 
@@ -35,27 +36,28 @@ def row_loss(
     return_parts: bool,
     has_teacher: bool = True,
 ) -> Tensor | tuple[Tensor, Parts]:
-    """Run a row loss; ``own`` has its own weights, at most two, in the order of :data:`fused_kd.registry.Weights`.
+    """Run a row loss; ``own`` has its own weights, at most two, in the order of
+    :data:`fused_kd.core.catalogue.Weights`.
 
     Without a teacher there are no ``teacher_logits`` and no ``logit_standardization``: both are None.
     """
-    own = {key: _checks.check_scalar(key, value) for key, value in own.items()}
-    temperature = _checks.check_scalar("temperature", temperature, positive=True)
-    ce_weight = _checks.check_scalar("ce_weight", ce_weight)
-    label_smoothing = _checks.check_fraction("label_smoothing", label_smoothing)
+    own = {key: checks.check_scalar(key, value) for key, value in own.items()}
+    temperature = checks.check_scalar("temperature", temperature, positive=True)
+    ce_weight = checks.check_scalar("ce_weight", ce_weight)
+    label_smoothing = checks.check_fraction("label_smoothing", label_smoothing)
     options: dict[str, Any] = {"logit_standardization": logit_standardization} if has_teacher else {}
     for flag, value in options.items():
-        _checks.check_flag(flag, value)
-    _checks.check_reduction(reduction)
-    _checks.check_ignore_index(ignore_index)
+        checks.check_flag(flag, value)
+    checks.check_reduction(reduction)
+    checks.check_ignore_index(ignore_index)
     if target is None:
         if ce_weight != 0.0:
             raise ValueError(f"target: expected one, since ce_weight is {ce_weight}; got None")
         ignore_index = -1  # the class that stands in for targets is 0
     name_of_other, other = ("teacher_logits", teacher_logits) if has_teacher else ("student_logits", student_logits)
-    rows = _checks.flatten(student_logits, other, name_of_other, target, class_dim)
-    _checks.check_teacher_detached(teacher_logits)
-    weight = _checks.flatten_weight(weight, rows, student_logits)
+    rows = checks.flatten(student_logits, other, name_of_other, target, class_dim)
+    checks.check_teacher_detached(teacher_logits)
+    weight = checks.flatten_weight(weight, rows, student_logits)
     chosen = backends.choose(backend, student_logits.device, name)
     logits = rows[:2] if has_teacher else rows[:1]
     packed: Any
@@ -77,7 +79,7 @@ def row_loss(
         weights = (*(*own.values(), 0.0, 0.0)[:2], temperature, ce_weight, label_smoothing)
         kept = None
         if reduction == "none" and teacher_logits is not None and has_column_term(name, weights):
-            dim = _checks.class_dimension(student_logits, class_dim)
+            dim = checks.class_dimension(student_logits, class_dim)
             labels = target if target is not None and target.is_floating_point() else None
             kept = (
                 student_logits.detach().movedim(dim, -1),
@@ -106,7 +108,7 @@ def row_loss(
     return (loss, parts_type(*packed)) if return_parts else loss
 
 
-def check_targets_if_cheap(rows: _checks.Rows, ignore_index: int, weight: Tensor | None = None) -> None:
+def check_targets_if_cheap(rows: checks.Rows, ignore_index: int, weight: Tensor | None = None) -> None:
     """Fused backends check as they go; the reference reads the values first where it can and that stalls nothing."""
     if readable(rows.target):
-        _checks.check_target_values(rows.target, weight, rows.student_logits.shape[1], ignore_index)
+        checks.check_target_values(rows.target, weight, rows.student_logits.shape[1], ignore_index)

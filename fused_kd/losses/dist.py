@@ -7,8 +7,9 @@ from typing import Literal, overload
 from torch import Tensor
 
 from fused_kd import reference
-from fused_kd.functional._infinities import infinities
-from fused_kd.functional._rows import row_loss
+from fused_kd.losses._call import row_loss
+from fused_kd.losses._criterion import Scheduled, UnlabelledCriterion
+from fused_kd.losses._infinities import infinities
 from fused_kd.reference import DISTParts
 
 
@@ -82,7 +83,7 @@ def dist_loss(
         gamma: Weight of the correlation along columns (intra-class).
         temperature: T above; the paper has 4 for CIFAR-100, 1 for ImageNet.
         ce_weight: Weight of the ordinary cross-entropy.
-        label_smoothing: Of the cross-entropy's labels, as in :func:`torch.nn.functional.cross_entropy`.
+        label_smoothing: Of the cross-entropy's labels, as in :func:`torch.nn.cross_entropy`.
         logit_standardization: Put the z-scores of both logits, row by row, into all but the cross-entropy.
         ignore_index: Rows with this class index are in no term and get a zero gradient.
         reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``. For ``"none"``, unless
@@ -95,7 +96,7 @@ def dist_loss(
             correlation along columns the others are alike, whatever they weigh.
         class_dim: The dimension of the classes, in the logits and in probability targets; the shapes here have it last.
             None is the last one, which logits of four or more dimensions must say themselves: 1 for (N, C, H, W), as
-            :func:`torch.nn.functional.cross_entropy` has them, -1 for (N, H, W, C). Logits whose classes do not lie
+            :func:`torch.nn.cross_entropy` has them, -1 for (N, H, W, C). Logits whose classes do not lie
             side by side in memory are copied, but not (N, C, H, W) in ``torch.channels_last``.
         backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
         return_parts: Return ``(loss, parts)`` with the detached, weighted ``parts.inter``, ``parts.intra`` and
@@ -133,3 +134,32 @@ def dist_loss(
         backend=backend,
         return_parts=return_parts,
     )
+
+
+class DISTLoss(UnlabelledCriterion[DISTParts]):
+    """DIST, by correlations along rows and columns; :func:`fused_kd.dist_loss` documents every argument.
+
+    Example:
+        >>> criterion = DISTLoss(beta=1.0, gamma=1.0)
+        >>> loss = criterion(student_logits, teacher_logits)
+    """
+
+    beta: Scheduled
+    gamma: Scheduled
+
+    _function = staticmethod(dist_loss)
+
+    def __init__(
+        self,
+        beta: Scheduled = 1.0,
+        gamma: Scheduled = 1.0,
+        temperature: Scheduled = 1.0,
+        ce_weight: Scheduled = 0.0,
+        label_smoothing: Scheduled = 0.0,
+        logit_standardization: bool = False,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str = "auto",
+        class_dim: int | None = None,
+    ) -> None:
+        super().__init__(locals())

@@ -191,18 +191,18 @@ def markdown_page() -> str:
 
 NOTATION = """`p`, `q` and `v` are the softmax of the student's, the teacher's and the weak logits, `y` is the target
 class and `Y` the targets of a mixed label; a hat is the softmax over the others, at temperature T. Every loss adds
-`ce_weight` times the ordinary cross-entropy in the same pass. Generated from `fused_kd/registry.py`."""
+`ce_weight` times the ordinary cross-entropy in the same pass. Generated from `fused_kd/core/catalogue.py`."""
 SHARED = """All of them also take `ignore_index=-100`, `reduction="mean"`, `weight=None` (a tensor, one weight per row),
 `class_dim=None` (the last dimension; logits of four or more must say theirs), `backend="auto"` and
 `return_parts=False`.
 `fused_kd.decompose` gives the parts of KD, NKD and DKD side by side, for ablations."""
 
 
-def losses() -> list[Loss]:
+def catalogue() -> list[Loss]:
     """Every loss of the package.
 
     Example:
-        >>> for loss in fused_kd.losses():
+        >>> for loss in fused_kd.catalogue():
         ...     print(loss.title, loss.formula, loss.defaults, loss.backends["cuda"])
     """
     return list(LOSSES.values())

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed
 
-from fused_kd._transforms import carries_gradient, readable
+from fused_kd.core.transforms import carries_gradient, readable
 
 _LOGIT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

@@ -1,15 +1,17 @@
-"""Universal self-knowledge distillation."""
+"""Universal self-knowledge distillation, with the weak classifier that its module trains."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, overload
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
-from fused_kd import _checks, autograd, backends, reference
-from fused_kd.functional._infinities import infinities
-from fused_kd.functional._rows import check_targets_if_cheap
+from fused_kd import autograd, backends, reference
+from fused_kd.core import checks
+from fused_kd.losses._call import check_targets_if_cheap
+from fused_kd.losses._criterion import Criterion, Scheduled
+from fused_kd.losses._infinities import infinities
 from fused_kd.reference import USKDParts
 
 if TYPE_CHECKING:  # it is there only where PyTorch was built with torch.distributed
@@ -104,7 +106,7 @@ def uskd_loss(
         beta: Weight of the non-target term; the paper has 0.1.
         mu: Weight of the weak supervision; the paper has 0.005 for ImageNet, 0.1 for CIFAR-100.
         ce_weight: Weight of the ordinary cross-entropy, computed in the same pass; 1 gives Eq. 13.
-        label_smoothing: Of the cross-entropy's labels, as in :func:`torch.nn.functional.cross_entropy`. The labels of
+        label_smoothing: Of the cross-entropy's labels, as in :func:`torch.nn.cross_entropy`. The labels of
             the weak supervision have the paper's own smoothing.
         rank: The key that ranks the classes: ``"normalized"``, R above; ``"weak"``, v; ``"final"``, p; ``"sum"``,
             v + p; or ``"cls_kd"``, which has logarithms in the second fraction of R, as the published code has at its
@@ -121,7 +123,7 @@ def uskd_loss(
             A row of weight 0 adds nothing to the loss and has zero gradients; the mean in P is of all rows alike.
         class_dim: The dimension of the classes, in the logits and in probability targets; the shapes here have it last.
             None is the last one, which logits of four or more dimensions must say themselves: 1 for (N, C, H, W), as
-            :func:`torch.nn.functional.cross_entropy` has them, -1 for (N, H, W, C). Logits whose classes do not lie
+            :func:`torch.nn.cross_entropy` has them, -1 for (N, H, W, C). Logits whose classes do not lie
             side by side in memory are copied, but not (N, C, H, W) in ``torch.channels_last``.
         backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
         return_parts: Return ``(loss, parts)`` with the detached, weighted ``parts.target``, ``parts.non_target``,
@@ -151,16 +153,16 @@ def uskd_loss(
         >>> target = torch.randint(1000, (8,))
         >>> uskd_loss(student_logits, weak_logits, target, ce_weight=1.0).backward()
     """
-    rows = _checks.flatten(student_logits, weak_logits, "weak_logits", target, class_dim)
-    alpha = _checks.check_scalar("alpha", alpha)
-    beta = _checks.check_scalar("beta", beta)
-    mu = _checks.check_scalar("mu", mu)
-    ce_weight = _checks.check_scalar("ce_weight", ce_weight)
-    label_smoothing = _checks.check_fraction("label_smoothing", label_smoothing)
+    rows = checks.flatten(student_logits, weak_logits, "weak_logits", target, class_dim)
+    alpha = checks.check_scalar("alpha", alpha)
+    beta = checks.check_scalar("beta", beta)
+    mu = checks.check_scalar("mu", mu)
+    ce_weight = checks.check_scalar("ce_weight", ce_weight)
+    label_smoothing = checks.check_fraction("label_smoothing", label_smoothing)
     _check_soft_label_arguments(rank, square, ignore_index)
-    _checks.check_process_group(process_group)
-    _checks.check_reduction(reduction)
-    weight = _checks.flatten_weight(weight, rows, student_logits)
+    checks.check_process_group(process_group)
+    checks.check_reduction(reduction)
+    weight = checks.flatten_weight(weight, rows, student_logits)
     chosen = backends.choose(backend, student_logits.device, "uskd")
     if chosen == "reference":
         check_targets_if_cheap(rows, ignore_index, weight)
@@ -202,6 +204,136 @@ def uskd_loss(
     return (loss, parts) if parts is not None and return_parts else loss
 
 
+class USKDLoss(Criterion):
+    """Universal self-knowledge distillation; :func:`fused_kd.uskd_loss` documents every argument.
+
+    It owns the linear layer, ``weak_classifier``, that makes the weak logits of an earlier feature of the network: give
+    its parameters to the optimizer, and move the module to the network's device. The paper takes the feature map after
+    stage 2 of a CNN, and the class token after block L/2 of a vision transformer with L blocks; the weak term's
+    gradient flows through the layer into the network up to there. Under DistributedDataParallel wrap a module that has
+    both, or this one as well.
+
+    Args:
+        in_features: Width D of the feature: the channels of a feature map, the width of a class token.
+        num_classes: C.
+        alpha: Weight of the target term.
+        beta: Weight of the non-target term.
+        mu: Weight of the weak supervision.
+        ce_weight: Weight of the ordinary cross-entropy computed in the same pass.
+        label_smoothing: Of the cross-entropy's labels.
+        rank: The key that ranks the classes: ``"normalized"``, ``"cls_kd"``, ``"weak"``, ``"final"`` or ``"sum"``.
+        square: False puts p where the target's label has its square.
+        process_group: Take the batch mean over all processes of this group. ``torch.distributed.group.WORLD`` is None,
+            which is no group, before ``init_process_group``. A module with a group cannot be pickled or deep-copied, as
+            the group cannot; its ``state_dict`` can.
+        ignore_index: Rows with this class index count nowhere.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``.
+        class_dim: The dimension of the classes, and of D in the feature.
+
+    Shape:
+        ``student_logits`` ``(N, C)``; ``feature`` ``(N, D)``, or ``(N, D, H, W)``, which is averaged over H and W;
+        ``target`` ``(N,)`` indices or ``(N, C)`` probabilities; ``weight`` ``(N,)``; the loss is a scalar, or ``(N,)``
+        for ``reduction="none"``. Or logits of more dimensions, and a feature of their shape with D for C: with
+        ``class_dim=1`` ``(N, C, H, W)`` and ``(N, D, H, W)``, where every position has a feature of its own.
+
+    Example:
+        >>> criterion = USKDLoss(in_features=256, num_classes=1000)
+        >>> loss = criterion(student_logits, feature, target)
+    """
+
+    alpha: Scheduled
+    beta: Scheduled
+    mu: Scheduled
+    rank: str
+    square: bool
+    process_group: ProcessGroup | None
+
+    _function = staticmethod(uskd_loss)
+    _further = ("in_features", "num_classes")
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        alpha: Scheduled = 1.0,
+        beta: Scheduled = 0.1,
+        mu: Scheduled = 0.005,
+        ce_weight: Scheduled = 0.0,
+        label_smoothing: Scheduled = 0.0,
+        rank: str = "normalized",
+        square: bool = True,
+        process_group: ProcessGroup | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str = "auto",
+        class_dim: int | None = None,
+    ) -> None:
+        super().__init__(locals())
+        checks.check_count("in_features", in_features, 1)
+        checks.check_count("num_classes", num_classes, 2)
+        self.weak_classifier = nn.Linear(in_features, num_classes)
+
+    @overload
+    def forward(
+        self, student_logits: Tensor, feature: Tensor, target: Tensor, *, weight: Tensor | None = ...,
+        return_parts: Literal[False] = ...,
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, student_logits: Tensor, feature: Tensor, target: Tensor, *, weight: Tensor | None = ...,
+        return_parts: Literal[True],
+    ) -> tuple[Tensor, USKDParts]: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, student_logits: Tensor, feature: Tensor, target: Tensor, *, weight: Tensor | None = ...,
+        return_parts: bool,
+    ) -> Tensor | tuple[Tensor, USKDParts]: ...  # fmt: skip
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        feature: Tensor,
+        target: Tensor,
+        *,
+        weight: Tensor | None = None,
+        return_parts: bool = False,
+    ) -> Tensor | tuple[Tensor, USKDParts]:
+        dim = self._check(student_logits, feature)
+        if feature.dim() == 4 and student_logits.dim() == 2:
+            feature = feature.mean(dim=(2, 3))
+        weak_logits = self.weak_classifier(feature.movedim(dim, -1)).movedim(-1, dim)
+        result: Tensor | tuple[Tensor, USKDParts] = self._call(
+            student_logits, weak_logits, target, weight=weight, return_parts=return_parts
+        )
+        return result
+
+    def _check(self, student_logits: Tensor, feature: Tensor) -> int:
+        """The dimension of the classes."""
+        width, num_classes = self.weak_classifier.in_features, self.weak_classifier.out_features
+        for name, tensor in (("student_logits", student_logits), ("feature", feature)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+        shape = tuple(student_logits.shape)
+        dim = checks.class_dimension(student_logits, self._value("class_dim"))
+        if len(shape) < 2 or shape[dim] != num_classes:
+            raise ValueError(
+                f"student_logits: expected shape (N, {num_classes}), or more dimensions with num_classes={num_classes} "
+                f"in dimension {dim}, which is class_dim, got {shape}"
+            )
+        wanted = (*shape[:dim], width, *shape[dim + 1 :])
+        averaged = len(shape) == 2 and dim == 1 and feature.dim() == 4
+        if tuple(feature.shape[:2] if averaged else feature.shape) != wanted:
+            maps = f" or ({shape[0]}, {width}, H, W)" if len(shape) == 2 and dim == 1 else ""
+            raise ValueError(
+                f"feature: expected shape {wanted}{maps}, of in_features={width} and as many rows as student_logits, "
+                f"got {tuple(feature.shape)}"
+            )
+        return dim
+
+
 def uskd_soft_labels(
     student_logits: Tensor,
     weak_logits: Tensor,
@@ -241,26 +373,26 @@ def uskd_soft_labels(
         >>> labels = uskd_soft_labels(student_logits, weak_logits, target)
         >>> values, classes = labels[0].topk(5)
     """
-    rows = _checks.flatten(student_logits, weak_logits, "weak_logits", target, class_dim)
+    rows = checks.flatten(student_logits, weak_logits, "weak_logits", target, class_dim)
     _check_soft_label_arguments(rank, square, ignore_index)
-    _checks.check_process_group(process_group)
+    checks.check_process_group(process_group)
     check_targets_if_cheap(rows, ignore_index)
     batch_sums = _batch_sums(rows, square, ignore_index, "reference", process_group)
     labels = reference.uskd_soft_labels(
         *rows[:3], rank=rank, square=square, ignore_index=ignore_index, batch_sums=batch_sums
     )
-    dim = _checks.class_dimension(student_logits, class_dim)
+    dim = checks.class_dimension(student_logits, class_dim)
     return labels.reshape(*rows.shape, -1).movedim(-1, dim)
 
 
 def _check_soft_label_arguments(rank: str, square: bool, ignore_index: int) -> None:
-    _checks.check_choice("rank", rank, reference.RANKS)
-    _checks.check_flag("square", square)
-    _checks.check_ignore_index(ignore_index)
+    checks.check_choice("rank", rank, reference.RANKS)
+    checks.check_flag("square", square)
+    checks.check_ignore_index(ignore_index)
 
 
 def _batch_sums(
-    rows: _checks.Rows, square: bool, ignore_index: int, chosen: str, process_group: ProcessGroup | None
+    rows: checks.Rows, square: bool, ignore_index: int, chosen: str, process_group: ProcessGroup | None
 ) -> Tensor | None:
     """The sums that couple USKD's rows, over all processes of a group; None leaves them to the reference."""
     if chosen == "reference" and process_group is None:

@@ -1,0 +1,162 @@
+"""Generalised Jensen–Shannon divergence."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, overload
+
+from torch import Tensor
+
+from fused_kd import reference
+from fused_kd.core import checks
+from fused_kd.losses._call import row_loss
+from fused_kd.losses._criterion import Scheduled, UnlabelledCriterion
+from fused_kd.losses._infinities import infinities
+from fused_kd.reference import DistillationParts
+
+
+@overload
+def js_loss(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = ..., *, beta: float = ...,
+    temperature: float = ..., ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ...,
+    ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ..., class_dim: int | None = ...,
+    backend: str = ..., return_parts: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def js_loss(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = ..., *, beta: float = ...,
+    temperature: float = ..., ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ...,
+    ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ..., class_dim: int | None = ...,
+    backend: str = ..., return_parts: Literal[True],
+) -> tuple[Tensor, DistillationParts]: ...  # fmt: skip
+
+
+@overload
+def js_loss(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = ..., *, beta: float = ...,
+    temperature: float = ..., ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ...,
+    ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ..., class_dim: int | None = ...,
+    backend: str = ..., return_parts: bool,
+) -> Tensor | tuple[Tensor, DistillationParts]: ...  # fmt: skip
+
+
+@infinities(
+    """A teacher's -inf is a probability of 0. With beta between 0 and 1 the mixture has what either side has, and the
+    loss stays finite; at 0 it is +inf where the student's probability is 0 and the teacher's is not, at 1 the other way
+    round."""
+)
+def js_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None = None,
+    *,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    ce_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    logit_standardization: bool = False,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+    class_dim: int | None = None,
+    backend: str = "auto",
+    return_parts: bool = False,
+) -> Tensor | tuple[Tensor, DistillationParts]:
+    r"""Generalised Jensen–Shannon divergence, as Agarwal et al. distil language models with it, "On-Policy Distillation
+    of Language Models" (arXiv:2306.13649).
+
+    With :math:`p(T), q(T)` the softmax of the student's and the teacher's logits at temperature T:
+
+    .. math::
+        L = T^2 \bigl(\beta \, \mathrm{KL}(q(T) \| m) + (1 - \beta) \, \mathrm{KL}(p(T) \| m)\bigr)
+            + \mathrm{ce\_weight} \cdot \mathrm{CE}(student, target), \quad m = \beta q(T) + (1 - \beta) p(T)
+
+    :math:`\beta = 0` is :math:`T^2 \mathrm{KL}(q \| p)`, which is :func:`kd_loss`, and :math:`\beta = 1` is
+    :math:`T^2 \mathrm{KL}(p \| q)`: what the loss divided by :math:`\beta` or :math:`1 - \beta` tends to there.
+
+    Args:
+        student_logits: Unnormalised scores ``(..., C)``, C at least 2, float64, float32, float16 or bfloat16.
+        teacher_logits: The teacher's, same shape and device, any of those dtypes; must not require grad.
+        target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)``. They serve the
+            cross-entropy and ``ignore_index``; without them ``ce_weight`` must be 0 and every row counts.
+        beta: From 0 to 1, as above.
+        temperature: T above.
+        ce_weight: Weight of the ordinary cross-entropy, computed in the same pass.
+        label_smoothing: Of the cross-entropy's labels, as in :func:`torch.nn.cross_entropy`.
+        logit_standardization: Put the z-scores of both logits, row by row, into all but the cross-entropy.
+        ignore_index: Rows with this class index, such as the padding of a text, count nowhere and get a zero gradient.
+        reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
+        weight: What each row weighs, ``(...)``: a boolean mask, or floating-point, without gradient, at least 0. Not
+            what each class weighs, as in cross_entropy; of as many rows as classes nothing tells. ``"none"`` gives
+            :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
+            A row of weight 0 adds exactly nothing to the loss and has a zero gradient, whatever it holds.
+        class_dim: The dimension of the classes, in the logits and in probability targets; the shapes here have it last.
+            None is the last one, which logits of four or more dimensions must say themselves: 1 for (N, C, H, W), as
+            :func:`torch.nn.cross_entropy` has them, -1 for (N, H, W, C). Logits whose classes do not lie
+            side by side in memory are copied, but not (N, C, H, W) in ``torch.channels_last``.
+        backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
+        return_parts: Return ``(loss, parts)`` with the detached, weighted ``parts.distillation`` and
+            ``parts.ce``, which sum to the loss.
+
+    Shape:
+        The loss is a scalar, or has the shape of the class indices ``(...)`` for ``reduction="none"``. Its dtype is
+        float64 if any logits are, else float32. The gradient has the dtype of ``student_logits``.
+
+    Returns:
+        The loss, or the loss and its parts.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: As :func:`nkd_loss`.
+
+    Example:
+        >>> js_loss(student_logits, teacher_logits, token_ids, beta=0.5, ignore_index=pad_id).backward()
+    """
+    checks.check_share("beta", beta)
+    return row_loss(
+        "js",
+        reference.js_loss,
+        DistillationParts,
+        student_logits,
+        teacher_logits,
+        target,
+        {"beta": beta},
+        temperature=temperature,
+        ce_weight=ce_weight,
+        label_smoothing=label_smoothing,
+        logit_standardization=logit_standardization,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        weight=weight,
+        class_dim=class_dim,
+        backend=backend,
+        return_parts=return_parts,
+    )
+
+
+class JSLoss(UnlabelledCriterion[DistillationParts]):
+    """Generalised Jensen–Shannon divergence; :func:`fused_kd.js_loss` documents every argument.
+
+    Example:
+        >>> criterion = JSLoss(beta=0.5)
+        >>> loss = criterion(student_logits, teacher_logits)
+    """
+
+    beta: Scheduled
+
+    _function = staticmethod(js_loss)
+    _own_checks: ClassVar = {"beta": checks.check_share}
+
+    def __init__(
+        self,
+        beta: Scheduled = 0.5,
+        temperature: Scheduled = 1.0,
+        ce_weight: Scheduled = 0.0,
+        label_smoothing: Scheduled = 0.0,
+        logit_standardization: bool = False,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str = "auto",
+        class_dim: int | None = None,
+    ) -> None:
+        super().__init__(locals())

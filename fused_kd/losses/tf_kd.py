@@ -1,0 +1,177 @@
+"""Teacher-free knowledge distillation, with a virtual teacher."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+from torch import Tensor
+
+from fused_kd import reference
+from fused_kd.core import checks
+from fused_kd.losses._call import row_loss
+from fused_kd.losses._criterion import Criterion, Scheduled
+from fused_kd.losses._infinities import infinities
+from fused_kd.reference import DistillationParts
+
+
+@overload
+def tf_kd_loss(
+    student_logits: Tensor, target: Tensor, *, correct: float = ..., temperature: float = ..., ce_weight: float = ...,
+    label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ...,
+    class_dim: int | None = ..., backend: str = ..., return_parts: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def tf_kd_loss(
+    student_logits: Tensor, target: Tensor, *, correct: float = ..., temperature: float = ..., ce_weight: float = ...,
+    label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ...,
+    class_dim: int | None = ..., backend: str = ..., return_parts: Literal[True],
+) -> tuple[Tensor, DistillationParts]: ...  # fmt: skip
+
+
+@overload
+def tf_kd_loss(
+    student_logits: Tensor, target: Tensor, *, correct: float = ..., temperature: float = ..., ce_weight: float = ...,
+    label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ...,
+    class_dim: int | None = ..., backend: str = ..., return_parts: bool,
+) -> Tensor | tuple[Tensor, DistillationParts]: ...  # fmt: skip
+
+
+@infinities("The virtual teacher gives every class some probability, so the loss is +inf where there is such a class.")
+def tf_kd_loss(
+    student_logits: Tensor,
+    target: Tensor,
+    *,
+    correct: float = 0.99,
+    temperature: float = 20.0,
+    ce_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+    class_dim: int | None = None,
+    backend: str = "auto",
+    return_parts: bool = False,
+) -> Tensor | tuple[Tensor, DistillationParts]:
+    r"""Teacher-free distillation from a virtual teacher (Tf-KD) of Yuan et al., "Revisiting Knowledge Distillation via
+    Label Smoothing Regularization" (arXiv:1909.11723).
+
+    The virtual teacher gives the target class ``correct`` and every other class an equal share of the rest, u, softened
+    at temperature T; :math:`p` is the student's softmax at temperature 1:
+
+    .. math::
+        L = \mathrm{KL}(\mathrm{softmax}(u / T) \| p) + \mathrm{ce\_weight} \cdot \mathrm{CE}(student, target)
+
+    Divided by the number of rows; the published code divides by N·C. Tf-KD's other form, a frozen copy of the student
+    as teacher, is :func:`kd_loss`.
+
+    Args:
+        student_logits: Unnormalised scores ``(..., C)``, C at least 2, float64, float32, float16 or bfloat16.
+        target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)`` (mixup, CutMix): the
+            virtual teacher then takes each row's largest entry, the lowest index on ties, and CE the probabilities.
+        correct: What the virtual teacher gives the target class, from 0 to below 1.
+        temperature: T above, of the virtual teacher alone.
+        ce_weight: Weight of the ordinary cross-entropy, computed in the same pass.
+        label_smoothing: Of the cross-entropy's labels, as in :func:`torch.nn.cross_entropy`.
+        ignore_index: Rows with this class index count nowhere and get a zero gradient.
+        reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
+        weight: What each row weighs, ``(...)``: a boolean mask, or floating-point, without gradient, at least 0. Not
+            what each class weighs, as in cross_entropy; of as many rows as classes nothing tells. ``"none"`` gives
+            :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
+            A row of weight 0 adds exactly nothing to the loss and has a zero gradient, whatever it holds.
+        class_dim: The dimension of the classes, in the logits and in probability targets; the shapes here have it last.
+            None is the last one, which logits of four or more dimensions must say themselves: 1 for (N, C, H, W), as
+            :func:`torch.nn.cross_entropy` has them, -1 for (N, H, W, C). Logits whose classes do not lie
+            side by side in memory are copied, but not (N, C, H, W) in ``torch.channels_last``.
+        backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
+        return_parts: Return ``(loss, parts)`` with the detached, weighted ``parts.distillation`` and
+            ``parts.ce``, which sum to the loss.
+
+    Shape:
+        The loss is a scalar, or has the shape of the class indices ``(...)`` for ``reduction="none"``. Its dtype is
+        float64 if any logits are, else float32. The gradient has the dtype of ``student_logits``.
+
+    Returns:
+        The loss, or the loss and its parts.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: As :func:`nkd_loss`.
+
+    Example:
+        >>> tf_kd_loss(student_logits, target, ce_weight=1.0).backward()
+    """
+    checks.check_fraction("correct", correct)
+    return row_loss(
+        "tf_kd",
+        reference.tf_kd_loss,
+        DistillationParts,
+        student_logits,
+        None,
+        target,
+        {"correct": correct},
+        temperature=temperature,
+        ce_weight=ce_weight,
+        label_smoothing=label_smoothing,
+        logit_standardization=None,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        weight=weight,
+        class_dim=class_dim,
+        backend=backend,
+        return_parts=return_parts,
+        has_teacher=False,
+    )
+
+
+class TfKDLoss(Criterion):
+    """Teacher-free distillation from a virtual teacher; :func:`fused_kd.tf_kd_loss` documents every argument.
+
+    Example:
+        >>> criterion = TfKDLoss(ce_weight=1.0)
+        >>> loss = criterion(student_logits, target)
+    """
+
+    correct: Scheduled
+    temperature: Scheduled
+
+    _function = staticmethod(tf_kd_loss)
+
+    def __init__(
+        self,
+        correct: Scheduled = 0.99,
+        temperature: Scheduled = 20.0,
+        ce_weight: Scheduled = 0.0,
+        label_smoothing: Scheduled = 0.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str = "auto",
+        class_dim: int | None = None,
+    ) -> None:
+        super().__init__(locals())
+
+    @overload
+    def forward(
+        self, student_logits: Tensor, target: Tensor, *, weight: Tensor | None = ...,
+        return_parts: Literal[False] = ...,
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, student_logits: Tensor, target: Tensor, *, weight: Tensor | None = ...,
+        return_parts: Literal[True],
+    ) -> tuple[Tensor, DistillationParts]: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, student_logits: Tensor, target: Tensor, *, weight: Tensor | None = ...,
+        return_parts: bool,
+    ) -> Tensor | tuple[Tensor, DistillationParts]: ...  # fmt: skip
+
+    def forward(
+        self, student_logits: Tensor, target: Tensor, *, weight: Tensor | None = None, return_parts: bool = False
+    ) -> Tensor | tuple[Tensor, DistillationParts]:
+        result: Tensor | tuple[Tensor, DistillationParts] = self._call(
+            student_logits, target, weight=weight, return_parts=return_parts
+        )
+        return result

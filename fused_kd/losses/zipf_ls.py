@@ -1,0 +1,204 @@
+"""Zipf's label smoothing."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+from torch import Tensor
+
+from fused_kd import autograd, backends, reference
+from fused_kd.core import checks
+from fused_kd.losses._call import check_targets_if_cheap
+from fused_kd.losses._criterion import Criterion, Scheduled
+from fused_kd.losses._infinities import infinities
+from fused_kd.reference import DistillationParts
+
+
+@overload
+def zipf_ls_loss(
+    student_logits: Tensor, dense_logits: Tensor, target: Tensor, *, beta: float = ..., power: float = ...,
+    ce_weight: float = ..., label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ...,
+    weight: Tensor | None = ..., class_dim: int | None = ..., backend: str = ..., return_parts: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def zipf_ls_loss(
+    student_logits: Tensor, dense_logits: Tensor, target: Tensor, *, beta: float = ..., power: float = ...,
+    ce_weight: float = ..., label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ...,
+    weight: Tensor | None = ..., class_dim: int | None = ..., backend: str = ..., return_parts: Literal[True],
+) -> tuple[Tensor, DistillationParts]: ...  # fmt: skip
+
+
+@overload
+def zipf_ls_loss(
+    student_logits: Tensor, dense_logits: Tensor, target: Tensor, *, beta: float = ..., power: float = ...,
+    ce_weight: float = ..., label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ...,
+    weight: Tensor | None = ..., class_dim: int | None = ..., backend: str = ..., return_parts: bool,
+) -> Tensor | tuple[Tensor, DistillationParts]: ...  # fmt: skip
+
+
+@infinities(
+    """If it is no target it leaves the non-target set, as in USKD: it takes no Zipf mass, keeps its place in the
+    ranking, and the others' weights are renormalised, so the divergence stays finite. The dense logits only vote: one
+    of -inf is a small number, +inf the largest, and a NaN among a row's counts as one of the student's."""
+)
+def zipf_ls_loss(
+    student_logits: Tensor,
+    dense_logits: Tensor,
+    target: Tensor,
+    *,
+    beta: float = 0.1,
+    power: float = 1.0,
+    ce_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+    class_dim: int | None = None,
+    backend: str = "auto",
+    return_parts: bool = False,
+) -> Tensor | tuple[Tensor, DistillationParts]:
+    r"""Zipf's label smoothing of Liang et al., "Efficient One Pass Self-distillation with Zipf's Label Smoothing"
+    (arXiv:2207.12980).
+
+    Each position of the network's last feature map votes for the class that the classifier, applied to it, gives most.
+    A class's rank is 1 and the number of classes with more votes. With :math:`\hat p` the student's softmax over the
+    classes that are not targets:
+
+    .. math::
+        L = \beta \cdot \mathrm{KL}(\hat z \| \hat p)
+            + \mathrm{ce\_weight} \cdot \mathrm{CE}(student, target), \quad \hat z_j \propto \mathrm{rank}_j^{-power}
+
+    Args:
+        student_logits: Unnormalised scores ``(..., C)``, C at least 2, float64, float32, float16 or bfloat16.
+        dense_logits: The classifier's at each of P positions, ``(..., P, C)``, any of those dtypes, same device. For a
+            feature map ``(N, C, H, W)`` of logits pass ``logits.flatten(2).transpose(1, 2)``. No gradient flows here.
+            ``...`` is the shape of the rows; ``class_dim`` does not concern it.
+        target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)``, which have one or two
+            targets as in :func:`uskd_loss`.
+        beta: Weight of the divergence; the paper has 0.1.
+        power: Of the rank in Zipf's law.
+        ce_weight: Weight of the ordinary cross-entropy, computed in the same pass.
+        label_smoothing: Of the cross-entropy's labels, as in :func:`torch.nn.cross_entropy`.
+        ignore_index: Rows with this class index count nowhere and get a zero gradient.
+        reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
+        weight: What each row weighs, ``(...)``: a boolean mask, or floating-point, without gradient, at least 0. Not
+            what each class weighs, as in cross_entropy; of as many rows as classes nothing tells. ``"none"`` gives
+            :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
+            A row of weight 0 adds exactly nothing to the loss and has a zero gradient, whatever it holds.
+        class_dim: The dimension of the classes, in the logits and in probability targets; the shapes here have it last.
+            None is the last one, which logits of four or more dimensions must say themselves: 1 for (N, C, H, W), as
+            :func:`torch.nn.cross_entropy` has them, -1 for (N, H, W, C). Logits whose classes do not lie
+            side by side in memory are copied, but not (N, C, H, W) in ``torch.channels_last``.
+        backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
+        return_parts: Return ``(loss, parts)`` with the detached, weighted ``parts.distillation`` and
+            ``parts.ce``, which sum to the loss.
+
+    Shape:
+        The loss is a scalar, or has the shape of the class indices ``(...)`` for ``reduction="none"``. Its dtype is
+        float64 if the student's logits are, else float32. The gradient has the dtype of ``student_logits``.
+
+    Returns:
+        The loss, or the loss and its parts.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: As :func:`nkd_loss`.
+
+    Example:
+        >>> dense_logits = classifier(feature_map.flatten(2).transpose(1, 2))  # (N, D, H, W) to (N, H·W, C)
+        >>> zipf_ls_loss(student_logits, dense_logits, target, ce_weight=1.0).backward()
+    """
+    beta = checks.check_scalar("beta", beta)
+    power = checks.check_scalar("power", power)
+    ce_weight = checks.check_scalar("ce_weight", ce_weight)
+    label_smoothing = checks.check_fraction("label_smoothing", label_smoothing)
+    checks.check_reduction(reduction)
+    checks.check_ignore_index(ignore_index)
+    rows = checks.flatten(student_logits, student_logits, "student_logits", target, class_dim)
+    dense = checks.flatten_dense(dense_logits, student_logits, rows)
+    weight = checks.flatten_weight(weight, rows, student_logits)
+    chosen = backends.choose(backend, student_logits.device, "zipf_ls")
+    packed: Any
+    if chosen == "reference":
+        check_targets_if_cheap(rows, ignore_index, weight)
+        loss, packed = reference.zipf_ls_loss(
+            rows.student_logits,
+            dense,
+            rows.target,
+            beta=beta,
+            power=power,
+            ce_weight=ce_weight,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            weight=weight,
+        )
+    else:
+        weights = (beta, power, ce_weight, label_smoothing)
+        loss, packed = autograd.zipf_ls(
+            rows.student_logits, dense, rows.target, weight, weights, ignore_index, reduction, chosen, return_parts
+        )
+    if reduction == "none" and len(rows.shape) != 1:
+        loss = loss.reshape(rows.shape)
+        packed = [part.reshape(rows.shape) for part in packed] if return_parts else None
+    return (loss, DistillationParts(*packed)) if return_parts else loss
+
+
+class ZipfLSLoss(Criterion):
+    """Zipf's label smoothing; :func:`fused_kd.zipf_ls_loss` documents every argument.
+
+    Example:
+        >>> criterion = ZipfLSLoss(beta=0.1, ce_weight=1.0)
+        >>> loss = criterion(student_logits, dense_logits, target)
+    """
+
+    beta: Scheduled
+    power: Scheduled
+
+    _function = staticmethod(zipf_ls_loss)
+
+    def __init__(
+        self,
+        beta: Scheduled = 0.1,
+        power: Scheduled = 1.0,
+        ce_weight: Scheduled = 0.0,
+        label_smoothing: Scheduled = 0.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str = "auto",
+        class_dim: int | None = None,
+    ) -> None:
+        super().__init__(locals())
+
+    @overload
+    def forward(
+        self, student_logits: Tensor, dense_logits: Tensor, target: Tensor, *, weight: Tensor | None = ...,
+        return_parts: Literal[False] = ...,
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, student_logits: Tensor, dense_logits: Tensor, target: Tensor, *, weight: Tensor | None = ...,
+        return_parts: Literal[True],
+    ) -> tuple[Tensor, DistillationParts]: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, student_logits: Tensor, dense_logits: Tensor, target: Tensor, *, weight: Tensor | None = ...,
+        return_parts: bool,
+    ) -> Tensor | tuple[Tensor, DistillationParts]: ...  # fmt: skip
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        dense_logits: Tensor,
+        target: Tensor,
+        *,
+        weight: Tensor | None = None,
+        return_parts: bool = False,
+    ) -> Tensor | tuple[Tensor, DistillationParts]:
+        result: Tensor | tuple[Tensor, DistillationParts] = self._call(
+            student_logits, dense_logits, target, weight=weight, return_parts=return_parts
+        )
+        return result

@@ -1,0 +1,59 @@
+"""Generalised Jensen–Shannon divergence."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fused_kd.reference.rows import (
+    NEG_INF,
+    DistillationParts,
+    check_target,
+    divergence,
+    finish_soft,
+    log_softmaxes,
+    teacher_rows,
+)
+
+
+def js_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None,
+    *,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    ce_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    logit_standardization: bool = False,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> tuple[Tensor, DistillationParts]:
+    """Generalised Jensen–Shannon: T² (b KL(q ‖ m) + (1 − b) KL(p ‖ m)), m = b q + (1 − b) p, all at T.
+
+    b is ``beta``; 0 is T² KL(q ‖ p) and 1 is T² KL(p ‖ q), to which the loss divided by b or by 1 − b tends; the loss
+    itself tends to 0. Without targets every row counts and ``ce_weight`` must be 0.
+    """
+    check_target(target, ce_weight)
+    rows = teacher_rows(
+        student_logits, teacher_logits, target, ignore_index, logit_standardization=logit_standardization, weight=weight
+    )
+    log_p, log_q = log_softmaxes(rows, temperature)
+    p, q = log_p.exp(), log_q.exp()
+    if beta == 0.0:
+        soft_part = divergence(q, log_q, log_p, temperature**2)
+    elif beta == 1.0:
+        soft_part = divergence(p, log_p, log_q, temperature**2)
+    else:
+        # The mixture in logarithms, as both probabilities underflow long before their logarithms overflow. A class
+        # that neither allows is kept from logaddexp, whose gradient there would be NaN.
+        neither = (log_p == NEG_INF) & (log_q == NEG_INF)
+        log_m = torch.logaddexp(
+            math.log(beta) + torch.where(neither, 0.0, log_q), math.log1p(-beta) + torch.where(neither, 0.0, log_p)
+        )
+        soft_part = divergence(q, log_q, log_m, temperature**2 * beta)
+        soft_part = soft_part + divergence(p, log_p, log_m, temperature**2 * (1.0 - beta))
+    return finish_soft(rows, soft_part, ce_weight, label_smoothing, reduction)
