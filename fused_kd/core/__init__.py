@@ -1,1 +1,4 @@
-"""What every layer shares: the catalogue of losses, checks of arguments, how gradients are stored. Of the rest it imports the reference alone."""
+"""What every layer shares: the catalogue of losses, checks of arguments, how gradients are stored.
+
+Of the rest of the package it imports the reference alone.
+"""
