@@ -51,8 +51,9 @@ def machine(monkeypatch):
     monkeypatch.setattr(triton, "_driver_failure", lambda: None)
     state.core = ModuleType("core")
     vars(state.core).update(
-        cuda_missing="", cuda_architectures="90-real", cuda_problem=problem, instruction_sets=list, compiler="c++"
-    )
+        cuda_missing="", cuda_architectures="90-real", cuda_problem=problem, instruction_sets=list, compiler="c++",
+        openmp_runtime=str,
+    )  # fmt: skip
     monkeypatch.setattr(native, "_core", state.core)
     return state
 

@@ -45,10 +45,9 @@ class Failure(Exception):
 def run(command: list[str], **options: Any) -> str:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, **options)
     if done.returncode:
-        lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-        errors = [line for line in lines if "error" in line.lower() or line.startswith("FAILED")]
         print(done.stdout, file=sys.stderr)
-        raise Failure((errors or lines or [f"{command[0]} ended with status {done.returncode}"])[0])
+        errors = [line.strip() for line in done.stdout.splitlines() if "error" in line.lower() or "FAILED" in line]
+        raise Failure(f"status {done.returncode}: {(errors or [command[0]])[0]}")
     return str(done.stdout)
 
 
