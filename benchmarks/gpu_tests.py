@@ -33,9 +33,10 @@ OUTCOMES, PART, FOUND = "FUSED_KD_OUTCOMES", "FUSED_KD_PART", "FUSED_KD_FOUND"
 # pytest calls these in the processes that name this module with -p.
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[Any]) -> None:
-    """Leaves the tests of this part: every n-th."""
+    """Leaves the tests of this part: neighbours, which mostly call the same kernels, so that one process compiles
+    them and the others do not wait for the same."""
     number, count = map(int, os.environ.get(PART, "0/1").split("/"))
-    items[:] = items[number::count]
+    items[:] = items[len(items) * number // count : len(items) * (number + 1) // count]
 
 
 def pytest_collection_finish(session: Any) -> None:
@@ -165,7 +166,7 @@ def summarise(done: Sequence[tuple[str, Path, str | None]]) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_tests", description=__doc__.split("\n\n")[0])
     parser.add_argument("tests", nargs="*", default=["tests"], help="folders or files, default: tests")
-    parser.add_argument("--jobs", type=int, default=max(1, min(12, os.cpu_count() or 1)), help="default: %(default)s")
+    parser.add_argument("--jobs", type=int, default=max(1, min(16, os.cpu_count() or 1)), help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=240.0, help="for all of them, default: %(default)g")
     parser.add_argument("--marks", default="not large and not slow", help="pytest's -m, default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcome there")

@@ -228,7 +228,8 @@ def normalize_config(classes: int, narrow: int) -> Normalized:
 
 @lru_cache(maxsize=1024)
 def column_config(rows: int, classes: int, *, wide: bool, neighbours: bool, vectors: bool) -> Columns:
-    """Layout of column_moments; ``vectors`` says that at least two neighbours are loaded as one."""
+    """Layout of column_moments; ``neighbours`` says that every column stride is 1, and ``vectors`` that at least two of
+    them are loaded as one."""
     block = min(COLUMN_BLOCK, max(16, 1 << (classes - 1).bit_length()))
     tile_rows = 128 * (COLUMN_ELEMENTS // (2 if wide or not vectors else 1)) // block
     programs, registers = COLUMN_PROGRAMS, 255

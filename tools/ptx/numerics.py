@@ -153,10 +153,7 @@ class Approximation:
 
     def _off(self, exact: Array, bound: float, *, relative: bool) -> Array:
         if self.noise:
-            # Mixed twice: one product leaves what round numbers have in common, and 16 would always be exact.
-            bits = exact.view(np.uint64)
-            bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            hashed = ((bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)) >> np.uint64(40)
+            hashed = (exact.view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)
             error = (hashed.astype(np.float64) / 2.0**23 - 1) * self.noise * bound
             exact = exact + (np.where(np.isfinite(exact), exact, 0) * error if relative else error)
         return exact.astype(np.float32)
