@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-TRITON_TESTS := $(addprefix tests/test_triton,.py _dist.py _looped.py _uskd.py _zipf.py)
+TRITON_TESTS := $(addprefix tests/backends/triton/test_triton,.py _dist.py _looped.py _uskd.py _zipf.py)
 CXX_FILES := $(shell find csrc tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
@@ -20,11 +20,11 @@ test: $(VENV)/tested
 
 # The cases that `make test` leaves out for their time: some ten minutes.
 thorough: $(VENV)/tested
-	$(PYTEST) -m slow --ignore tests/test_packages.py --deselect tests/test_triton_compile.py::test_every_kernel
+	$(PYTEST) -m slow --ignore tests/package/test_packages.py --deselect tests/tools/test_compile_matrix.py::test_every_kernel
 
 # Builds the sdist and the wheel, and installs each in an environment of its own, which downloads CMake; minutes.
 packages: $(VENV)/tested
-	$(BIN)/python -m pytest -m slow tests/test_packages.py
+	$(BIN)/python -m pytest -m slow tests/package/test_packages.py
 
 # The C++ core built with GCC's sanitizers, compared with float64 and tested.
 sanitize: $(VENV)/ready
@@ -37,27 +37,27 @@ compilers: $(VENV)/ready
 # All tests of the Triton and of the CUDA kernels on compiled code, executed by tools/ptx: an hour or so.
 ptx: $(VENV)/tested
 	$(PYTEST) -p tools.ptx.triton.plugin tests/compiled $(TRITON_TESTS)
-	$(PYTEST) -p tools.ptx.cuda.plugin tests/test_cuda_on_cpu.py
+	$(PYTEST) -p tools.ptx.cuda.plugin tests/backends/test_cuda_on_cpu.py
 
 # A small CNN on a thousand Chinese characters drawn from the fonts that are installed; a second call shows the result.
 train: $(VENV)/ready
-	$(BIN)/python examples/train.py --model cnn-small --loss ce --epochs 4 --batch-size 128 --out runs/ce --resume
+	$(BIN)/python study/train.py --model cnn-small --loss ce --epochs 4 --batch-size 128 --out runs/ce --resume
 
 # The paper's comparison in small: 28 training runs and what a step costs, into docs/study.md. An interrupted one
 # goes on.
 study: $(VENV)/ready
-	$(BIN)/python -m examples.study --out runs/study --page docs/study.md --update README.md
+	$(BIN)/python -m study --out runs/study --page docs/study.md --update README.md
 
 kernels: $(VENV)/ready
-	$(BIN)/python -m benchmarks.kernels --full
+	$(BIN)/python -m tools.compile_matrix --full
 
 # In the Python at hand, which has the PyTorch built for the GPU; no network is needed.
 gpu-check:
-	$(PYTHON) -m benchmarks.gpu_check $(or $(OUT),benchmarks/results)
+	$(PYTHON) -m tools.gpu.check $(or $(OUT),benchmarks/results)
 
 # What the kernels move, by the GPU's counters, which mostly takes root to read.
 gpu-profile:
-	$(PYTHON) -m benchmarks.gpu_profile $(or $(OUT),benchmarks/results)
+	$(PYTHON) -m tools.gpu.profile $(or $(OUT),benchmarks/results)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -91,7 +91,7 @@ integrations:
 	$(INTEGRATIONS)/bin/python -m pip install --quiet torch==2.14.1 torchvision==0.29.1 timm torchdistill --group integrations
 	$(INTEGRATIONS)/bin/python -m pip install --quiet --editable '.[test]'
 	$(INTEGRATIONS)/bin/python -c "import timm, torchdistill, torchvision, transformers, lightning, mmengine, cv2"
-	$(INTEGRATIONS)/bin/python -m pytest tests/test_integrations.py tests/test_integrations_timm.py tests/test_migration.py
+	$(INTEGRATIONS)/bin/python -m pytest tests/docs/test_integrations.py tests/docs/test_integrations_timm.py tests/docs/test_migration.py
 
 clean:
 	rm -rf $(VENV) $(INTEGRATIONS) build dist *.egg-info fused_kd/_native*.so fused_kd/_native_missing.txt

@@ -26,7 +26,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-MISSING_NOTE = "_native_missing.txt"  # read by fused_kd/backends/native.py
+MISSING_NOTE = "_native_missing.txt"  # read by fused_kd/backends/native/__init__.py
 OLDEST = 80  # cuda/arrangements.h counts on the shared memory of compute capability 8.0
 HOW = (
     "reinstall fused_kd with the CUDA toolkit's nvcc on the PATH and, where no GPU is visible, "

@@ -21,11 +21,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import overview, report
-from benchmarks.cases import DEFAULT_DTYPES, Case, Shapes, parse_dtypes, parse_shapes
-from benchmarks.providers import HEADLINE, LOSSES
-from benchmarks.run import SCHEMA, Options, Work, failures, run
-from benchmarks.spec import COMPILED, OURS, Loss, Provider
+from benchmarks.forms.providers import HEADLINE, LOSSES
+from benchmarks.forms.spec import COMPILED, OURS, Loss, Provider
+from benchmarks.measure.cases import DEFAULT_DTYPES, Case, Shapes, parse_dtypes, parse_shapes
+from benchmarks.measure.run import SCHEMA, Options, Work, failures, run
+from benchmarks.show import overview, report
 
 RESULTS = Path(__file__).parent / "results"
 FULL, QUICK = {"seconds": 20.0, "min_rounds": 20}, {"seconds": 3.0, "min_rounds": 5}
@@ -198,7 +198,7 @@ def _plot_or_explain(result: dict[str, Any], path: Path, console: Console) -> No
 
 def _draw(result: dict[str, Any], path: Path) -> None:
     """A panel for each loss, or one chart of them if there are many."""
-    from benchmarks.plot import PANELS, plot
+    from benchmarks.show.plot import PANELS, plot
 
     if len(result["losses"]) > PANELS:
         overview.plot(result, path)
@@ -299,7 +299,7 @@ def _soft_labels(argv: Sequence[str]) -> int:
     parser.add_argument("--top", type=_positive(int), default=6, help="classes beside the target, default %(default)s")
     parser.add_argument("--output", type=Path, default=RESULTS / "soft-labels.png", metavar="FILE.png")
     args = parser.parse_args(argv)
-    from benchmarks import soft_labels
+    from benchmarks.forms import soft_labels
 
     try:
         photos = soft_labels.collect(args.photos.split(",") if args.photos else soft_labels.PHOTOS, args.top)

@@ -15,11 +15,11 @@ from functools import lru_cache
 import pytest
 import torch
 
-from benchmarks import agreement, measure
-from benchmarks.cases import DEFAULT_DTYPES, Case, Inputs, make_inputs
-from benchmarks.providers import LOSSES
-from benchmarks.ranking import SORT, Bench
-from benchmarks.spec import OURS, Loss, Provider
+from benchmarks.forms.providers import LOSSES
+from benchmarks.forms.spec import OURS, Loss, Provider
+from benchmarks.measure import agreement, timing
+from benchmarks.measure.cases import DEFAULT_DTYPES, Case, Inputs, make_inputs
+from benchmarks.measure.ranking import SORT, Bench
 
 pytest.importorskip("pytest_benchmark")
 
@@ -68,8 +68,8 @@ def test_forward_backward(benchmark, loss: Loss, case: Case, provider: Provider)
     if provider.same_loss:
         found = agreement.Judge(loss, inputs).errors(provider, function)
         assert found.within(agreement.tolerance(loss, case, provider)), found
-    samples = measure.Samples()
-    call = measure.timer(case.device)
+    samples = timing.Samples()
+    call = timing.timer(case.device)
     for _ in range(10):
         call(function, inputs, samples)
     rounds = max(5, min(1000, int(SECONDS / min(samples.both))))
@@ -94,9 +94,9 @@ def test_ranking(benchmark, loss: Loss, case: Case, name: str) -> None:  # type:
         pytest.skip(entry["reason"])
     assert entry["status"] == "ok", entry["reason"]
     call = bench.calls()[name]
-    samples = measure.Samples()
+    samples = timing.Samples()
     for _ in range(10):
         call(samples)
     rounds = max(5, min(1000, int(SECONDS / min(samples.both))))
     benchmark.group = f"{loss.name} ranking {case.name}"
-    benchmark.pedantic(call, args=(measure.Samples(),), rounds=rounds, warmup_rounds=1)
+    benchmark.pedantic(call, args=(timing.Samples(),), rounds=rounds, warmup_rounds=1)

@@ -18,7 +18,8 @@ from rich.table import Table
 
 import fused_kd
 from fused_kd import backends, check
-from fused_kd.backends import core, native
+from fused_kd.backends import native
+from fused_kd.backends.native import core
 from fused_kd.core import catalogue
 from fused_kd.core.catalogue import LOSSES
 

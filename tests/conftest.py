@@ -32,7 +32,7 @@ def pytest_configure():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Tests of CUDA tensors have the mark of what needs a GPU, by which benchmarks/gpu_check.py finds them."""
+    """Tests of CUDA tensors have the mark of what needs a GPU, by which tools/gpu/check.py finds them."""
     for item in items:
         params = getattr(item, "callspec", None) and item.callspec.params.values()
         if any("cuda" in (value if isinstance(value, tuple) else (value,)) for value in params or ()):

@@ -1,7 +1,7 @@
 // What the kernels share and is compiled once, for any processor: scratch, thread count, and the reductions.
 #include "core.h"
 
-#include "../row_losses.h"
+#include "../losses/row_losses.h"
 
 #include <algorithm>
 #include <atomic>

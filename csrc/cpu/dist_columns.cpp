@@ -5,7 +5,7 @@
 // threads. The softmaxes are made anew from the logits and what is known of each row (SoftmaxOrigin). Sums are of
 // differences from the first row that counts, in double precision: of the probabilities themselves they would cancel
 // where a column hardly varies.
-#include "../row_losses.h"
+#include "../losses/row_losses.h"
 #include "rows.h"
 
 namespace fused_kd {

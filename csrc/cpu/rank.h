@@ -6,7 +6,7 @@
 // Where bits were cut off, the few neighbours that agree in all that were kept are put in order afterwards.
 #pragma once
 
-#include "sort_words.h"
+#include "simd/sort_words.h"
 
 namespace fused_kd {
 namespace FKD_ISA {

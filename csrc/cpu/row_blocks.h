@@ -1,7 +1,7 @@
 // The statistics of a row, block by block, and how they are brought together. Included by row_losses.cpp alone.
 #pragma once
 
-#include "../row_losses.h"
+#include "../losses/row_losses.h"
 #include "rows.h"
 
 namespace fused_kd {

@@ -9,7 +9,7 @@
 // A class whose student logit is -inf breaks the fast sums (0 * inf), and a maximum beyond kLargestShift the fast
 // shift; such a row shows by its sums not being finite and is done again with `careful` loops that leave those classes
 // out. So is a row with NaN, which stays NaN.
-#include "../row_losses.h"
+#include "../losses/row_losses.h"
 #include "pointwise.h"
 
 namespace fused_kd {

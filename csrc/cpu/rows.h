@@ -1,10 +1,10 @@
 // What the row kernels share. Included by sources compiled once per instruction set, like simd.h.
 #pragma once
 
-#include "../row_math.h"
-#include "convert.h"
+#include "../common/row_math.h"
 #include "kernels.h"
-#include "simd.h"
+#include "simd/convert.h"
+#include "simd/simd.h"
 
 namespace fused_kd {
 namespace FKD_ISA {

@@ -5,7 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include "../row_math.h"
+#include "../common/row_math.h"
 #include "arrangements.h"
 #include "launch.h"
 

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../row_math.h"
+#include "../common/row_math.h"
 
 namespace fused_kd {
 namespace cuda {

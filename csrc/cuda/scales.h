@@ -2,7 +2,7 @@
 // csrc/cpu/core.cpp.
 #pragma once
 
-#include "../row_math.h"
+#include "../common/row_math.h"
 #include "launch.h"
 
 namespace fused_kd {

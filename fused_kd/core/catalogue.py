@@ -1,8 +1,8 @@
 """What there is: every loss with its formula and paper, and the row losses as the kernels know them.
 
 A row loss is one whose gradient is, row by row, a combination of a few exponentials of the logits; one op and one
-kernel serve them all, and a loss is a policy there: its number here, its function in ``csrc/row_losses.h`` and in
-``fused_kd/backends/triton_losses.py``.
+kernel serve them all, and a loss is a policy there: its number here, its function in ``csrc/losses/row_losses.h`` and
+in ``fused_kd/backends/triton/kernels/losses.py``.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ Weights = tuple[float, ...]
 class RowLoss:
     """How the kernels know a row loss.
 
-    ``kind`` is its number in ``csrc/row_losses.h``; ``parts`` which of the op's three parts it has; ``bound`` what the
-    magnitude of its gradient's entries cannot exceed, CE left out, for weights (first, second, temperature), or inf.
+    ``kind`` is its number in ``csrc/losses/row_losses.h``; ``parts`` which of the op's three parts it has; ``bound`` what
+    the magnitude of its gradient's entries cannot exceed, CE left out, for weights (first, second, temperature), or
+    inf.
     """
 
     kind: int

@@ -1,13 +1,14 @@
 """The CUDA library as nvcc compiles it, CUB and host code too, on the interpreter of PTX (tools/ptx).
 
-A selection: all of tests/test_cuda_on_cpu.py runs so with ``-p tools.ptx.cuda.plugin``, in forty minutes of a core.
+A selection: all of tests/backends/test_cuda_on_cpu.py runs so with ``-p tools.ptx.cuda.plugin``, in forty minutes of
+a core.
 """
 
 import pytest
 import torch
 
 from fused_kd import reference
-from fused_kd.backends import native_cuda
+from fused_kd.backends.native import cuda
 from tools.ptx import Fault
 from tools.ptx.cuda.build import ROOT, BuildError, build, find_nvcc
 from tools.ptx.cuda.driver import Library
@@ -26,7 +27,7 @@ def library():
     except BuildError as reason:
         pytest.skip(str(reason))
     library = Library(build(ROOT / "build" / "ptx-cuda"))
-    with library.patched(native_cuda):
+    with library.patched(cuda):
         yield library
 
 
@@ -45,8 +46,8 @@ def inputs(rows, classes, dtype, seed=0):
 
 
 def run(library, student, weak, target, factors=None, reduction="mean", rank="normalized"):
-    sums = native_cuda.uskd_batch_sums(library.core, student, target, True, IGNORED)
-    return sums, *native_cuda.uskd(
+    sums = cuda.uskd_batch_sums(library.core, student, target, True, IGNORED)
+    return sums, *cuda.uskd(
         library.core, student, weak, target, sums, factors, list(WEIGHTS), rank, True, IGNORED, reduction, True, True,
         1.0, 1.0,
     )  # fmt: skip
@@ -56,7 +57,7 @@ def check(library, student, weak, target, rank="normalized"):
     """Batch sums, loss, parts and gradients, these as the backward pass leaves them, against the reference."""
     sums, loss, parts, *gradients, student_norm, weak_norm = run(library, student, weak, target, rank=rank)
     for gradient, norm in zip(gradients, (student_norm, weak_norm), strict=True):
-        native_cuda.scale_gradient(library.core, gradient, torch.ones((), dtype=loss.dtype), norm, gradient)
+        cuda.scale_gradient(library.core, gradient, torch.ones((), dtype=loss.dtype), norm, gradient)
     exact = [x.double().requires_grad_() for x in (student, weak)]
     options = dict(zip(NAMES, WEIGHTS, strict=True))
     wanted_loss, wanted_parts = reference.uskd_loss(*exact, target, rank=rank, **options)
@@ -108,7 +109,7 @@ def test_gradients_scaled_row_by_row(library):
     gradient = torch.randn(3, 21)[:, :20].contiguous()
     each, norm = torch.tensor([2.0, -1.0, 0.5]), torch.tensor(0.25)
     out = torch.empty_like(gradient)
-    native_cuda.scale_gradient(library.core, gradient, each, norm, out)
+    cuda.scale_gradient(library.core, gradient, each, norm, out)
     assert torch.equal(out, gradient * (each * norm)[:, None])
 
 
@@ -132,4 +133,4 @@ def test_refusals_and_faults(library):
 def test_one_element_out_of_bounds_is_a_fault(library):
     student, _, target = inputs(2, 20, torch.float32)
     with pytest.raises(Fault, match="global memory out of bounds"):
-        native_cuda.uskd_batch_sums(library.core, student, target[:1], True, IGNORED)
+        cuda.uskd_batch_sums(library.core, student, target[:1], True, IGNORED)

@@ -1,4 +1,4 @@
-"""Calls like an earlier one are planned and bound once (fused_kd/backends/triton_replay.py), and give the same."""
+"""Calls like an earlier one are planned and bound once (fused_kd/backends/triton/replay.py), and give the same."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import fused_kd
 from fused_kd import check
 from fused_kd.core.catalogue import LOSSES
 
-replay = pytest.importorskip("fused_kd.backends.triton_replay")
+replay = pytest.importorskip("fused_kd.backends.triton.replay")
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def planned(gpu, monkeypatch):
         return run(launches, device)
 
     monkeypatch.setattr(replay, "_kept", {})
-    monkeypatch.setattr(replay.triton, "run", noted)
+    monkeypatch.setattr(replay.launching, "run", noted)
     return calls
 
 

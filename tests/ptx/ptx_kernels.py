@@ -22,7 +22,7 @@ def compiled(launch: Any) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import CUDABackend
 
-    from fused_kd.backends.triton_compile import TYPES, source_of
+    from fused_kd.backends.triton.compile import TYPES, source_of
 
     CUDABackend.make_cubin = lambda self, source, *rest: source.encode()  # no machine code is needed
     source, options = source_of(launch)
@@ -48,7 +48,7 @@ def compiled(launch: Any) -> dict[str, Any]:
 def main(out: str) -> None:
     import torch
 
-    from benchmarks.kernel_cases import Case
+    from tools.compile_matrix.cases import Case
 
     single = torch.float32
     calls = [Case(single, single, CLASSES, rows=ROWS), Case(single, single, CLASSES, rows=ROWS, loss="dist")]

@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     more = sum(reading.more for reading in readings)
     console.print(f"{more} of {len(readings)} ask for more than the page says by over 5 % (bold)" if more else "")
     if options.update:
-        from benchmarks.report import replace_block
+        from benchmarks.show.report import replace_block
 
         replace_block(options.update, BEGIN, END, report.markdown(readings, options.sm))
     return 0

@@ -23,7 +23,7 @@ ROOT = HERE.parents[2]
 CSRC = ROOT / "csrc"
 MODULE = "cuda_on_cpu.so"
 ARCHITECTURE = 90
-#: As tests/cuda_core.py has it: small tests take several passes of the sort in global memory.
+#: As tests/support/cuda_core.py has it: small tests take several passes of the sort in global memory.
 DEFINES = ("-DFKD_WITH_CUDA", "-DFKD_SORTED_AT_ONCE=20000")
 #: The sources that take longest first, as two compile at once.
 SLOW_FIRST = ("uskd_in_block", "uskd_sorted")

@@ -121,7 +121,7 @@ class Library:
 
     @contextlib.contextmanager
     def patched(self, native_cuda: ModuleType) -> Iterator[None]:
-        """The calls of fused_kd.backends.native_cuda take CPU tensors, and raise what was wrong with a launch."""
+        """The calls of fused_kd.backends.native.cuda take CPU tensors, and raise what was wrong with a launch."""
         before = {name: getattr(native_cuda, name) for name in (*CALLS, "_place")}
         for name in CALLS:
             setattr(native_cuda, name, self.checked(before[name]))

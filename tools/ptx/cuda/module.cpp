@@ -1,7 +1,7 @@
 // The Python module: what bindings_cuda.cpp has, and what tests/cuda_on_cpu/module.cpp has of its stand-ins.
 //
 // Includes what it binds: pybind11 takes longer to compile than either.
-#include "bindings_cuda.cpp"
+#include "python/bindings_cuda.cpp"
 
 extern "C" {
 void ptx_run_backwards(bool);

@@ -1,6 +1,6 @@
-"""tests/test_cuda_on_cpu.py on what nvcc made, in place of the stand-ins for CUDA's headers:
+"""tests/backends/test_cuda_on_cpu.py on what nvcc made, in place of the stand-ins for CUDA's headers:
 
-    python -m pytest -p tools.ptx.cuda.plugin tests/test_cuda_on_cpu.py -k ties
+    python -m pytest -p tools.ptx.cuda.plugin tests/backends/test_cuda_on_cpu.py -k ties
 
 ``--ptx-schedule``, ``--ptx-noise`` and ``--ptx-fuse`` are those of :class:`tools.ptx.Options`.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from fused_kd.backends import native_cuda
+from fused_kd.backends.native import cuda
 from tools.ptx import pytest_options
 from tools.ptx.cuda.build import ROOT, BuildError, build
 from tools.ptx.cuda.driver import Library
@@ -26,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    import cuda_core  # type: ignore[import-not-found]  # tests/cuda_core.py
+    import cuda_core  # type: ignore[import-not-found]  # tests/support/cuda_core.py
 
     torch.set_num_threads(1)
     try:
@@ -37,7 +37,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     session.config.stash[LIBRARY] = library
     stack = contextlib.ExitStack()
     session.config.add_cleanup(stack.close)
-    stack.enter_context(library.patched(native_cuda))
+    stack.enter_context(library.patched(cuda))
     cuda_core.load = lambda folder: library.core
 
 

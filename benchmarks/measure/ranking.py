@@ -1,0 +1,86 @@
+"""The ranking alone: fused_kd's argsort against PyTorch's, on the keys that a loss ranks for the case's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.forms.spec import OURS, Loss
+from benchmarks.measure import machine, timing
+from benchmarks.measure.cases import Inputs
+
+SORT = "torch.sort"
+
+Ranking = Callable[[Tensor], Tensor]  # keys (N, C) -> indices from the largest key, the lower first among equal ones
+
+
+def _torch_sort(keys: Tensor) -> Tensor:
+    return torch.sort(keys, dim=1, descending=True, stable=True).indices
+
+
+def _fused_kd(keys: Tensor) -> Tensor:
+    from fused_kd.backends import native
+
+    return native.argsort_descending(keys)
+
+
+def _no_fused_ranking(device: str) -> str | None:
+    from fused_kd.backends import native
+
+    if device != "cpu":
+        return "on a GPU the ranking is part of other kernels and no function of its own"
+    return native.unavailable(device)
+
+
+class Bench:
+    """The rankings of one case: verified here, timed by the calls it gives, in turn with the providers of the loss."""
+
+    def __init__(self, loss: Loss, inputs: Inputs) -> None:
+        assert loss.rank_keys is not None
+        self.keys = loss.rank_keys(*inputs[:3])
+        self.entries: dict[str, dict[str, Any]] = {}
+        self._functions: dict[str, Ranking] = {}
+        device = self.keys.device.type
+        expected = _torch_sort(self.keys)
+        for name, function, reason in (
+            (SORT, _torch_sort, None),
+            (OURS, _fused_kd, _no_fused_ranking(device)),
+        ):
+            status = "unavailable" if reason else "ok"
+            if reason is None:
+                try:
+                    if not torch.equal(function(self.keys), expected):
+                        status, reason = "wrong", "another order than a stable descending sort of the same keys"
+                except Exception as error:  # a line of the report, as for the providers
+                    status = "failed"
+                    reason = f"{type(error).__name__}: {machine.without_paths(str(error))}"[:300]
+            self.entries[name] = {"name": name, "status": status, "reason": reason}
+            if status == "ok":
+                self._functions[name] = function
+
+    def calls(self) -> dict[str, Callable[[timing.Samples], None]]:
+        timed = timing.plain_timer(self.keys.device.type)
+
+        def call(function: Ranking) -> Callable[[timing.Samples], None]:
+            return lambda samples: timed(lambda: function(self.keys), samples)
+
+        return {name: call(function) for name, function in self._functions.items()}
+
+
+def add_ratios(case: dict[str, Any]) -> None:
+    """How many times as fast as torch.sort the ranking is, and its share of the whole loss, forward and backward."""
+    medians = {
+        entry["name"]: entry["milliseconds"]["median"]
+        for entry in case["ranking"]["entries"]
+        if entry["status"] == "ok"
+    }
+    if OURS not in medians:
+        return
+    if SORT in medians:
+        case["ranking"]["speedup"] = medians[SORT] / medians[OURS]
+    for entry in case["providers"]:
+        if entry["name"] == OURS and entry["status"] == "ok":
+            case["ranking"]["share_of_loss"] = medians[OURS] / entry["milliseconds"]["both"]["median"]

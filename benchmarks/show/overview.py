@@ -1,0 +1,147 @@
+"""All losses at a glance: one table for the README and one chart, both made from a result alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.forms.spec import BASELINE, COMPILED, OURS
+from benchmarks.show.plot import COLORS, GRID, INK, MUTED
+from benchmarks.show.report import case_name, entry_of, label, lines, note, provenance, significant, times
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BEGIN, END = "<!-- losses-benchmark:begin -->", "<!-- losses-benchmark:end -->"
+YARDSTICK = "nkd"  # the loss that the others are compared with
+SHADES = ("#d1495b", "#edae49", "#00798c", "#30638e")  # of the cases
+
+
+def cases(result: dict[str, Any]) -> list[str]:
+    """Names of the cases in which every loss was measured, as fused_kd and as published."""
+    names = [[case_name(case) for case in part["cases"] if _both(case, BASELINE)] for part in result["losses"]]
+    common = [name for name in names[0] if all(name in others for others in names)] if names else []
+    if not common:
+        raise ValueError(f"expected a case with a time of {label(BASELINE)} and of {label(OURS)} for every loss")
+    return common
+
+
+def _both(case: dict[str, Any], provider: str) -> float | None:
+    """Median milliseconds of forward and backward, if fused_kd was measured as well."""
+    entry, ours = entry_of(case, provider), entry_of(case, OURS)
+    return float(entry["milliseconds"]["both"]["median"]) if entry and ours else None
+
+
+def _title(part: dict[str, Any]) -> str:
+    title: str = part["title"]
+    return title.removesuffix(" loss")
+
+
+def _case(part: dict[str, Any], name: str) -> dict[str, Any]:
+    found: dict[str, Any] = next(case for case in part["cases"] if case_name(case) == name)
+    return found
+
+
+def _milliseconds(part: dict[str, Any], name: str, provider: str) -> float:
+    value = _both(_case(part, name), provider)
+    assert value is not None  # as cases() says
+    return value
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The README's block: a line per loss; in each case both times, their ratio, and the time in units of NKD's."""
+    names = cases(result)
+    yardstick = next((part for part in result["losses"] if part["loss"] == YARDSTICK), None)
+    header = ["loss"]
+    for name in names:
+        header += [f"{name}: {label(BASELINE)}", label(OURS), "faster", "× NKD"]
+    rows = [header, ["---", *("---:" for _ in header[1:])]]
+    for part in result["losses"]:
+        row = [_title(part)]
+        for name in names:
+            published, ours = (_milliseconds(part, name, provider) for provider in (BASELINE, OURS))
+            row += [significant(published), f"**{significant(ours)}**", times(published / ours)]
+            row.append(significant(ours / _milliseconds(yardstick, name, OURS), 2) if yardstick else "–")
+        rows.append(row)
+    text = (
+        "Forward + backward through the public function, each loss with its defaults: median milliseconds of the "
+        f"{label(BASELINE)} form and of fused_kd, how many times as fast that is, and fused_kd's time as a multiple of "
+        "its time for NKD in the same run."
+    )
+    for part in result["losses"]:
+        positions = _case(part, names[0]).get("dense_positions")
+        if positions:
+            text += f" {_title(part)} also reads the logits of {positions} positions of each row."
+    return "\n\n".join([text, lines(rows), *provenance(result)])
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Writes the PNG: for each loss and case the speed of fused_kd over the published form, and torch.compile's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = cases(result)
+    with plt.rc_context({"font.size": 10, "text.color": INK, "axes.labelcolor": INK}):
+        height = 0.3 * len(result["losses"]) * (len(names) + 0.6) + 1.8
+        figure, axes = plt.subplots(figsize=(8.6, height), layout="constrained")
+        _draw(result, names, axes)
+        figure.supxlabel(note(result, 130), x=0.01, ha="left", fontsize=7, color=MUTED)
+        figure.savefig(path, dpi=160, facecolor="white")
+        plt.close(figure)
+
+
+def _draw(result: dict[str, Any], names: list[str], axes: Axes) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    parts, thick = result["losses"], 0.8 / len(names)
+    largest = smallest = 1.0
+    for row, part in enumerate(parts):
+        for number, name in enumerate(names):
+            at = row + (number - (len(names) - 1) / 2) * thick
+            published, ours = (_milliseconds(part, name, provider) for provider in (BASELINE, OURS))
+            speed = published / ours
+            axes.barh(
+                at,
+                speed - 1,
+                thick * 0.88,
+                left=1,
+                color=SHADES[number % len(SHADES)],
+                label=f"fused_kd, {name}" if row == 0 else None,
+                zorder=3,
+            )
+            axes.annotate(
+                f"{times(speed)}  {significant(published)} → {significant(ours)} ms",
+                (max(speed, 1.0), at),
+                xytext=(5, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+                zorder=2,
+            )
+            compiled = _both(_case(part, name), COMPILED)
+            if compiled:
+                style: dict[str, Any] = {"color": "white", "edgecolors": COLORS[COMPILED], "linewidths": 1.6}
+                axes.scatter(published / compiled, at, 26, **style, zorder=5)
+                smallest = min(smallest, published / compiled)
+            largest, smallest = max(largest, speed), min(smallest, speed)
+    if any(_both(_case(part, name), COMPILED) for part in parts for name in names):
+        axes.scatter([], [], 26, color="white", edgecolors=COLORS[COMPILED], linewidths=1.6, label=label(COMPILED))
+    axes.set_xscale("log")
+    axes.set_xlim(min(0.92, smallest / 1.2), largest * 4)  # room for the figures
+    axes.set_ylim(len(parts) - 0.45, -0.55)
+    axes.set_yticks(range(len(parts)), [_title(part) for part in parts])
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.axvline(1, color=INK, lw=1, zorder=4)
+    axes.grid(axis="x", color=GRID, lw=0.8, zorder=0)
+    axes.tick_params(length=0, colors=INK)
+    axes.tick_params(axis="y", labelsize=11)
+    axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
+    axes.set_xlabel(f"speed over the {label(BASELINE)} form (log scale)")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, frameon=False, fontsize=9, borderaxespad=0.2)
+    title = f"Forward + backward of every loss: speed over the {label(BASELINE)} form"
+    axes.set_title(title, x=0, ha="left", fontsize=12, fontweight="bold", pad=26)

@@ -1,0 +1,118 @@
+"""The picture for the README: how many times as fast as the published eager form each provider is."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.forms.spec import BASELINE, OURS
+from benchmarks.show.report import case_name, entry_of, label, note, times
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+INK, MUTED, GRID = "#1f2933", "#616e7c", "#e4e7eb"
+PANELS = 3  # of more losses than this there is one chart, overview.py's
+COLUMNS = 4  # of the legend, for which the narrowest picture has room
+COLORS = {
+    "published": "#9aa5b1",
+    "reference": "#c3b59b",
+    "compile": "#7ba3cc",
+    "cross_entropy": "#d5d9de",
+    "liger": "#b7a6cf",
+    "mdistiller": "#9cc3a5",
+    "fused_kd": "#d1495b",
+}
+
+
+def speeds(part: dict[str, Any]) -> tuple[list[str], dict[str, list[float | None]]]:
+    """Names of a loss's cases, and for each provider its speed over the published eager form in each case."""
+    cases = [case for case in part["cases"] if entry_of(case, BASELINE)]
+    by_provider: dict[str, list[float | None]] = {}
+    for name in dict.fromkeys(entry["name"] for case in cases for entry in case["providers"]):
+        values: list[float | None] = []
+        for case in cases:
+            baseline, entry = entry_of(case, BASELINE), entry_of(case, name)
+            assert baseline is not None
+            values.append(_both(baseline) / _both(entry) if entry else None)
+        if any(value is not None for value in values):
+            by_provider[name] = values
+    return [case_name(case) for case in cases], by_provider
+
+
+def _both(entry: dict[str, Any]) -> float:
+    return float(entry["milliseconds"]["both"]["median"])
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Writes the PNG: a panel for each loss."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    parts = [part for part in result["losses"] if speeds(part)[0]]
+    if not parts:
+        raise ValueError(f"the result holds no time of {label(BASELINE)}, to which the plot relates all others")
+    widest = max(len(speeds(part)[0]) for part in parts)
+    with plt.rc_context({"font.size": 10, "text.color": INK, "axes.labelcolor": INK}):
+        size = (max(8.4, 2.1 * widest + 1.2), 4.1 * len(parts) + 0.5)
+        figure, panels = plt.subplots(len(parts), figsize=size, layout="constrained", squeeze=False)
+        for part, axes in zip(parts, panels[:, 0], strict=True):
+            _draw(part, axes)
+        figure.supxlabel(note(result, 120), x=0.01, ha="left", fontsize=7, color=MUTED)
+        figure.savefig(path, dpi=160, facecolor="white")
+        plt.close(figure)
+
+
+def _draw(part: dict[str, Any], axes: Axes) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    cases, by_provider = speeds(part)
+    # The published form is the line at 1, so it needs no bar.
+    bars = {name: values for name, values in by_provider.items() if name != BASELINE}
+    other_losses = {entry["name"] for case in part["cases"] for entry in case["providers"] if not entry["same_loss"]}
+    width = 0.84 / max(len(bars), 1)
+    largest = max((value for values in bars.values() for value in values if value), default=1.0)
+    smallest = min((value for values in bars.values() for value in values if value), default=1.0)
+    for number, (name, values) in enumerate(bars.items()):
+        ours = name == OURS
+        offset = (number - (len(bars) - 1) / 2) * width
+        text: str | None = label(name) + (" (another loss)" if name in other_losses else "")
+        for position, value in enumerate(values):
+            if value is None:
+                continue
+            # From 1 upwards, or downwards where a provider is slower than the published form.
+            x, below = position + offset, value < 1
+            axes.bar(x, value - 1, width * 0.92, bottom=1, color=COLORS.get(name, MUTED), label=text, zorder=3)
+            text = None  # one entry in the legend
+            axes.annotate(
+                times(value),
+                (x, value),
+                xytext=(0, -3 if below else 3),
+                textcoords="offset points",
+                ha="center",
+                va="top" if below else "bottom",
+                fontsize=10 if ours else 9,
+                fontweight="bold" if ours else "normal",
+                color=INK if ours else MUTED,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},  # no grid line through the figure
+                zorder=2,
+            )
+    axes.set_yscale("log")
+    axes.set_ylim(min(0.92, smallest / 1.3), largest * 1.5)
+    spare = max(0.0, 2 - len(cases)) / 2  # a single case has no bars as wide as the picture
+    axes.set_xlim(-0.55 - spare, len(cases) - 0.45 + spare)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(range(len(cases)), [name.replace(" ", "\n") for name in cases])
+    axes.set_ylabel(f"speed over {label(BASELINE)} (log scale)")
+    axes.axhline(1, color=INK, lw=1, zorder=4)
+    axes.grid(axis="y", color=GRID, lw=0.8, zorder=0)
+    axes.tick_params(length=0, colors=INK)
+    axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=COLUMNS, frameon=False, fontsize=9, borderaxespad=0.2)
+    title = f"{part['title']}, forward + backward: speed over the {label(BASELINE)} form"
+    axes.set_title(title, x=0, ha="left", fontsize=11, fontweight="bold", pad=8 + 16 * math.ceil(len(bars) / COLUMNS))

@@ -1,0 +1,251 @@
+// Pieces of a row, of any dtype and stride, as contiguous floats or doubles, and back.
+// Included by sources compiled once per instruction set, like simd.h.
+#pragma once
+
+#include "../kernels.h"
+#include "simd.h"
+
+namespace fused_kd {
+namespace FKD_ISA {
+
+FKD_INLINE float float_of_bits(uint32_t bits) {
+    float x;
+    __builtin_memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+FKD_INLINE uint32_t bits_of_float(float x) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+struct BFloat16 {
+    typedef uint16_t Storage;
+    static FKD_INLINE float load(uint16_t h) { return float_of_bits(uint32_t(h) << 16); }
+    static FKD_INLINE uint16_t store(float x) {
+        const uint32_t bits = bits_of_float(x);
+        const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u); // to nearest, ties to even
+        return uint16_t(x != x ? 0x7fc0u : rounded >> 16);
+    }
+};
+
+struct Float16 {
+    typedef uint16_t Storage;
+    static FKD_INLINE float load(uint16_t h) {
+        // The exponent moves up by multiplying with 2^112, which also makes subnormals right; inf and NaN by hand.
+        const uint32_t magnitude = (uint32_t(h) & 0x7fffu) << 13;
+        const float finite = float_of_bits(magnitude) * float_of_bits(0x77800000u);
+        const uint32_t bits = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : bits_of_float(finite);
+        return float_of_bits(bits | (uint32_t(h) & 0x8000u) << 16);
+    }
+    static FKD_INLINE uint16_t store(float x) {
+        const uint32_t sign = bits_of_float(x) & 0x80000000u, magnitude = bits_of_float(x) ^ sign;
+        // Below 2^-14 an addition of 0.5 rounds to the subnormals' step, to nearest even.
+        const uint32_t subnormal = bits_of_float(float_of_bits(magnitude) + 0.5f) - 0x3f000000u;
+        const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+        uint32_t h = magnitude < 0x38800000u ? subnormal : normal;
+        h = magnitude >= 0x477ff000u ? 0x7c00u : h;
+        h = magnitude > 0x7f800000u ? 0x7e00u : h;
+        return uint16_t(h | sign >> 16);
+    }
+};
+
+template <class T>
+struct Native {
+    typedef T Storage;
+    static FKD_INLINE T load(T x) { return x; }
+    static FKD_INLINE T store(T x) { return x; }
+};
+
+// Loops that the compiler vectorises; the 16-bit floats have vector instructions of their own below.
+template <class Format, class A>
+FKD_INLINE void gather(const void* base, int64_t stride, int64_t n, A* out) {
+    const typename Format::Storage* p = static_cast<const typename Format::Storage*>(base);
+    if (stride == 1)
+        for (int64_t j = 0; j < n; ++j)
+            out[j] = A(Format::load(p[j]));
+    else
+        for (int64_t j = 0; j < n; ++j)
+            out[j] = A(Format::load(p[j * stride]));
+}
+
+template <class Format, class A>
+FKD_INLINE void put(const A* in, int64_t n, void* base) {
+    typename Format::Storage* p = static_cast<typename Format::Storage*>(base);
+    for (int64_t j = 0; j < n; ++j)
+        p[j] = typename Format::Storage(Format::store(in[j]));
+}
+
+// The 16-bit floats by vectors, while fetching what the next call will want. Return how many elements they did.
+constexpr int64_t kAhead = 2048;
+
+#if defined(__AVX512F__)
+#define FKD_HALF_LANES 16
+#define FKD_LOAD_HALF(p) _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))
+#define FKD_LOAD_BFLOAT(p)                                                                                             \
+    _mm512_castsi512_ps(                                                                                               \
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16))
+#define FKD_STORE_FLOATS(p, v) _mm512_storeu_ps(p, v)
+#elif defined(__F16C__) && defined(__AVX2__)
+#define FKD_HALF_LANES 8
+#define FKD_LOAD_HALF(p) _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))
+#define FKD_LOAD_BFLOAT(p)                                                                                             \
+    _mm256_castsi256_ps(                                                                                               \
+        _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16))
+#define FKD_STORE_FLOATS(p, v) _mm256_storeu_ps(p, v)
+#endif
+
+FKD_INLINE int64_t half_to_float_vectors(const uint16_t* p, int64_t n, float* out) {
+    int64_t j = 0;
+#if defined(FKD_HALF_LANES)
+    for (; j + FKD_HALF_LANES <= n; j += FKD_HALF_LANES) {
+        __builtin_prefetch(p + j + kAhead);
+        FKD_STORE_FLOATS(out + j, FKD_LOAD_HALF(p + j));
+    }
+    // The rest, and so a target alone, by the same instruction: of subnormals it makes what Float16 does only as long
+    // as PyTorch is not told to flush those (torch.set_flush_denormal).
+    if (j < n) {
+        uint16_t halves[FKD_HALF_LANES] = {};
+        float floats[FKD_HALF_LANES];
+        __builtin_memcpy(halves, p + j, sizeof(uint16_t) * size_t(n - j));
+        FKD_STORE_FLOATS(floats, FKD_LOAD_HALF(halves));
+        __builtin_memcpy(out + j, floats, sizeof(float) * size_t(n - j));
+        j = n;
+    }
+#else
+    (void)p, (void)n, (void)out;
+#endif
+    return j;
+}
+
+FKD_INLINE int64_t bfloat_to_float_vectors(const uint16_t* p, int64_t n, float* out) {
+    int64_t j = 0;
+#if defined(FKD_HALF_LANES)
+    for (; j + FKD_HALF_LANES <= n; j += FKD_HALF_LANES) {
+        __builtin_prefetch(p + j + kAhead);
+        FKD_STORE_FLOATS(out + j, FKD_LOAD_BFLOAT(p + j));
+    }
+#else
+    (void)p, (void)n, (void)out;
+#endif
+    return j;
+}
+
+FKD_INLINE int64_t float_to_half_vectors(const float* in, int64_t n, uint16_t* p) {
+    int64_t j = 0;
+#if defined(__AVX512F__)
+    for (; j + 16 <= n; j += 16)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + j), _mm512_cvtps_ph(_mm512_loadu_ps(in + j), 0));
+#elif defined(__F16C__) && defined(__AVX2__)
+    for (; j + 8 <= n; j += 8)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p + j), _mm256_cvtps_ph(_mm256_loadu_ps(in + j), 0));
+#else
+    (void)in, (void)n, (void)p;
+#endif
+    return j;
+}
+
+FKD_INLINE int64_t bfloat_to_float_vectors(const uint16_t*, int64_t, double*) {
+    return 0;
+}
+FKD_INLINE int64_t half_to_float_vectors(const uint16_t*, int64_t, double*) {
+    return 0;
+}
+FKD_INLINE int64_t float_to_half_vectors(const double*, int64_t, uint16_t*) {
+    return 0;
+}
+
+constexpr int64_t element_size(DType dtype) {
+    return dtype == kFloat64 || dtype == kInt64 ? 8 : dtype == kFloat32 ? 4 : 2;
+}
+
+FKD_INLINE const char* element(const Matrix& m, int64_t row, int64_t column) {
+    return static_cast<const char*>(m.data) + (row * m.row_stride + column * m.col_stride) * element_size(m.dtype);
+}
+
+template <class A>
+constexpr DType dtype_of() {
+    return sizeof(A) == 8 ? kFloat64 : kFloat32;
+}
+
+template <class A>
+FKD_NOINLINE void convert(const void* p, DType dtype, int64_t stride, int64_t n, A* out) {
+    const uint16_t* half = static_cast<const uint16_t*>(p);
+    int64_t done = 0;
+    switch (dtype) {
+    case kFloat32:
+        gather<Native<float>>(p, stride, n, out);
+        break;
+    case kFloat64:
+        gather<Native<double>>(p, stride, n, out);
+        break;
+    case kBFloat16:
+        if (stride == 1) done = bfloat_to_float_vectors(half, n, out);
+        gather<BFloat16>(half + done * stride, stride, n - done, out + done);
+        break;
+    default:
+        if (stride == 1) done = half_to_float_vectors(half, n, out);
+        gather<Float16>(half + done * stride, stride, n - done, out + done);
+    }
+}
+
+// n elements from (row, column): where they lie if they can be used as they are, else converted into `staging`.
+template <class A>
+FKD_INLINE const A* read(const Matrix& m, int64_t row, int64_t column, int64_t n, A* staging) {
+    const char* p = element(m, row, column);
+    if (m.dtype == dtype_of<A>() && m.col_stride == 1) return reinterpret_cast<const A*>(p);
+    convert(p, m.dtype, m.col_stride, n, staging);
+    return staging;
+}
+
+// n elements into a contiguous row of another dtype than A, or of A itself.
+template <class A>
+FKD_NOINLINE void write(const A* in, int64_t n, void* out, DType dtype) {
+    uint16_t* half = static_cast<uint16_t*>(out);
+    int64_t done = 0;
+    switch (dtype) {
+    case kFloat32:
+        put<Native<float>>(in, n, out);
+        break;
+    case kFloat64:
+        put<Native<double>>(in, n, out);
+        break;
+    case kBFloat16:
+        put<BFloat16>(in, n, out);
+        break;
+    default:
+        done = float_to_half_vectors(in, n, half);
+        put<Float16>(in + done, n - done, half + done);
+    }
+}
+
+// n elements to memory that will not be read soon, past the caches: a store that misses them would otherwise first read
+// the line that it overwrites. The caller fences.
+template <class A>
+FKD_NOINLINE void stream(const A* in, int64_t n, A* out) {
+    int64_t j = 0;
+#if defined(__AVX512F__) || defined(__AVX2__)
+    for (; j < n && (reinterpret_cast<uintptr_t>(out + j) & uintptr_t(kBytes - 1)); ++j)
+        out[j] = in[j];
+    for (; j + kLanes<A> <= n; j += kLanes<A>) {
+#if defined(__AVX512F__)
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(out + j), _mm512_loadu_si512(in + j));
+#else
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(out + j),
+                            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + j)));
+#endif
+    }
+#endif
+    for (; j < n; ++j)
+        out[j] = in[j];
+}
+
+FKD_INLINE void fence() {
+#if defined(__AVX512F__) || defined(__AVX2__)
+    _mm_sfence();
+#endif
+}
+
+} // namespace FKD_ISA
+} // namespace fused_kd

@@ -1,0 +1,70 @@
+"""Triton kernels on CUDA tensors; on CPU tensors too, for tests, under Triton's interpreter.
+
+``plans`` has for each op the launches that carry it out, decided by the table in ``layout``; ``launch`` launches them,
+and ``replay`` those of a call like an earlier one; ``kernels`` is what Triton compiles. Importing this module imports
+neither Triton nor any of them: the first call does.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from fused_kd.backends import cuda_devices
+
+#: What Triton compiles for, at least: the major number of the compute capability.
+OLDEST = 7
+#: The plan of each op of :mod:`fused_kd.ops`.
+OPS = {"row_loss": "rows", "uskd": "uskd", "uskd_batch_sums": "uskd", "zipf_ls": "zipf_ls", "scale_gradient": "scale"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in OPS:
+        return getattr(importlib.import_module(f"fused_kd.backends.triton.plans.{OPS[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@lru_cache(maxsize=1)
+def _import_failure() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "triton"
+        return "triton is not installed: pip install triton" if missing else f"triton cannot be imported: {error}"
+    return None
+
+
+def unavailable(device: torch.device | str) -> str | None:
+    kind = torch.device(device).type
+    if kind not in ("cuda", "cpu"):
+        return f"Triton kernels run CUDA tensors, not {kind} tensors"
+    if kind == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton kernels run CUDA tensors; CPU tensors only under its interpreter (TRITON_INTERPRET=1), for tests"
+    failure = _import_failure()
+    if failure is not None or kind == "cpu":
+        return failure
+    if torch.version.hip:
+        return "the Triton kernels are made for NVIDIA GPUs, not for ROCm"
+    device = cuda_devices.resolved(device)
+    return cuda_devices.missing(device) or _too_old(device) or _driver_failure()
+
+
+def _too_old(device: torch.device) -> str | None:
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= OLDEST:
+        return None
+    return f"Triton needs compute capability {OLDEST}.0, and {cuda_devices.named(device)} has {major}.{minor}"
+
+
+@lru_cache(maxsize=1)
+def _driver_failure() -> str | None:
+    """Triton builds a small library at its first launch, which takes a C compiler and the CUDA driver's library."""
+    try:
+        importlib.import_module("triton.runtime").driver.active.utils  # noqa: B018 - to ask for it is to build it
+    except Exception as error:
+        return f"Triton cannot reach the GPU: {error}"
+    return None

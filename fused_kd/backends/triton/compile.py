@@ -1,0 +1,192 @@
+"""Compiles planned launches for GPUs that are not there, and reads the compiler's own report out of the machine code.
+
+:func:`compile_launch` needs Triton, no GPU, and a process without TRITON_INTERPRET; :func:`read_cubin` needs cuobjdump,
+which Triton ships. Which calls are compiled, and what is made of the reports, is in tools/compile_matrix/__main__.py.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_kd.backends.triton.launch import Launch, kernels
+
+TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+class Report(NamedTuple):
+    """What the compiler made of a kernel. ``stack`` is the local memory of a thread and ``local`` the number of
+    instructions on it: 0 and 0 mean that nothing spills.
+
+    ``loads`` and ``stores`` count the instructions on global memory by bytes per thread; ``instructions`` are all, and
+    ``exponentials`` those that make one, as they stand in the code: once in a loop, however often that runs.
+    ``seconds`` is the time that the compiler took.
+    """
+
+    registers: int
+    stack: int
+    shared: int
+    local: int
+    loads: dict[int, int]
+    stores: dict[int, int]
+    instructions: int
+    exponentials: int
+    seconds: float
+
+
+class MachineCode(NamedTuple):
+    """A kernel of a cubin. ``threads`` is the most that a block of it may have, 0 where that is not said."""
+
+    registers: int
+    stack: int
+    shared: int
+    threads: int
+    local: int
+    loads: dict[int, int]
+    stores: dict[int, int]
+    instructions: int
+    exponentials: int
+
+
+def source_of(launch: Launch) -> tuple[Any, dict[str, Any]]:
+    """What Triton's compiler is given at a launch: its source, specialised as the JIT does, and its options."""
+    from triton.backends.nvidia.compiler import CUDAOptions
+    from triton.compiler import ASTSource
+
+    function = kernels()[launch.kernel]
+    signature: dict[str, str] = {}
+    attributes: dict[tuple[int], Any] = {}
+    arguments, options = iter(launch.arguments), dict(launch.options)
+    for parameter in function.params:
+        if parameter.is_constexpr:
+            signature[parameter.name] = "constexpr"
+            continue
+        argument = next(arguments)
+        if argument is None:
+            signature[parameter.name], options[parameter.name] = "constexpr", None
+        elif isinstance(argument, Tensor):
+            signature[parameter.name] = "*" + TYPES[argument.dtype]
+            if argument.data_ptr() % 16 == 0:  # as the JIT specialises; meta tensors count as aligned
+                attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = parameter.annotation_type
+    parameters = {parameter.name for parameter in function.params}
+    compiler_options = {name: options.pop(name) for name in launch.options if name not in parameters}
+    # The compiler itself drops what it does not know without a word.
+    if unknown := compiler_options.keys() - {field.name for field in fields(CUDAOptions)}:
+        raise ValueError(f"{launch.kernel}: neither an argument nor an option of the compiler: {sorted(unknown)}")
+    return ASTSource(function, signature, options, attributes), compiler_options
+
+
+def compile_launch(launch: Launch, capability: int) -> Report:
+    """Compile a planned launch for a compute capability (90 for 9.0) as Triton would at its first call."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    source, compiler_options = source_of(launch)
+    start = time.perf_counter()
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=compiler_options)
+    seconds = time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(kernel.asm["cubin"])
+        (code,) = read_cubin(path).values()
+    # All of Triton's shared memory is dynamic: only the launcher's metadata has it.
+    shared = kernel.metadata.shared
+    return Report(
+        code.registers,
+        code.stack,
+        shared,
+        code.local,
+        code.loads,
+        code.stores,
+        code.instructions,
+        code.exponentials,
+        seconds,
+    )
+
+
+def cuobjdump() -> str | None:
+    """The program that reads cubins: Triton's, whose version is its compiler's or newer, else CUDA's."""
+    triton = find_spec("triton")
+    for folder in (triton.submodule_search_locations if triton else None) or ():
+        path = Path(folder) / "backends" / "nvidia" / "bin" / "cuobjdump"
+        if path.exists():
+            return str(path)
+    return shutil.which("cuobjdump")
+
+
+def read_cubin(path: Path) -> dict[str, MachineCode]:
+    """The kernels of a cubin, by their mangled names."""
+    program = cuobjdump()
+    if program is None:
+        raise RuntimeError("cuobjdump is needed to read machine code: it comes with Triton and with CUDA")
+
+    def dump(option: str) -> str:
+        command = [program, option, str(path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    # Its tables come before the sections that they are of, so a section's own header must open a part.
+    threads = {
+        name: int(text[1], 16) * int(text[2], 16) * int(text[3], 16)
+        for name, part in _parts(r"^\.nv\.info\.(\S+)$", dump("-elf"))
+        if (text := re.search(r"EIATTR_MAX_THREADS\s+Format:\s*\S+\s+Value:\s*(\w+) (\w+) (\w+)", part))
+    }
+    code = dict(_parts(r"^\s*Function : (\S+)$", dump("-sass")))
+    kernels = {}
+    for name, usage in _parts(r"^\s*Function (\S+):$", dump("-res-usage")):
+        found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+        if found is None or name not in code:
+            raise RuntimeError(f"cuobjdump: expected resource usage and code of {name}, got {usage!r}")
+        registers, stack, shared, local = map(int, found.groups())
+        instructions = code[name]
+        kernels[name] = MachineCode(
+            registers,
+            stack + local,
+            shared,
+            threads.get(name, 0),
+            len(re.findall(r"\b(?:LDL|STL)\b", instructions)),
+            widths("LDG", instructions),
+            widths("STG", instructions),
+            len(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?!NOP)", instructions)),
+            len(re.findall(r"\bMUFU\.EX2\b", instructions)),
+        )
+    if not kernels:
+        raise RuntimeError(f"cuobjdump: found no kernel in {path.name}")
+    return kernels
+
+
+def _parts(header: str, text: str) -> Iterator[tuple[str, str]]:
+    """(name, text up to the next header) for each line that matches ``header``, whose group is the name."""
+    pieces = re.split(header, text, flags=re.MULTILINE)
+    yield from zip(pieces[1::2], pieces[2::2], strict=True)
+
+
+def widths(instruction: str, sass: str) -> dict[int, int]:
+    """How many such instructions have each width, in bytes per thread. They say it unless it is a register's."""
+    counts: Counter[int] = Counter()
+    for modifiers in re.findall(rf"\b{instruction}((?:\.\w+)*)", sass):
+        bits = [
+            int(word.lstrip("US")) for word in modifiers.split(".") if re.fullmatch(r"[US]?(8|16)|64|128|256", word)
+        ]
+        counts[bits[0] // 8 if bits else 4] += 1
+    return dict(sorted(counts.items()))

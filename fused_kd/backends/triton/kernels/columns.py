@@ -1,0 +1,301 @@
+# mypy: ignore-errors
+# Triton compiles these functions; to a type checker they are not Python.
+"""DIST's column term: for every class the correlation r_j, over the rows that count, of both softmaxes' columns.
+
+``normalize_rows`` reads the logits and keeps six numbers of each row, with which a probability is
+exp2((x - maximum) scale) share. ``column_moments`` reads them once more, in blocks of classes and chunks of rows, and
+keeps means and second moments; ``finish_columns`` merges the chunks, which takes no more time than their number. What
+is left of a column is its part of the loss and a slope that is linear in p and q, for the row kernels.
+
+The moments are centred from the first row on (Welford's recurrence; merged by Chan's formula): sums of p^2 less n times
+the square of a mean would cancel wherever a column varies less than its mean. No sum depends on how programs are
+scheduled: same input, same bits.
+
+Constexpr arguments are those of :mod:`.on_chip`, besides
+
+ROWS   rows of a program, or of its tile
+BLOCK  classes of a tile
+CHUNKS chunks of a tile
+LANES  threads of a row, each with WIDTH classes of a tile
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fused_kd.backends.triton.kernels.pointwise import correlation_terms
+from fused_kd.backends.triton.kernels.rows import LOG2E, zero_if_empty
+from fused_kd.backends.triton.kernels.targets import load_tile
+
+_NEG_INF = tl.constexpr(float("-inf"))
+
+
+@triton.jit
+def counted_rows(target, row, inside, stride, ignore_index, PROB: tl.constexpr):
+    """Which rows count: every one of probabilities."""
+    if PROB:
+        return inside
+    return inside & (tl.load(target + row * stride, mask=inside, other=0).to(tl.int64) != ignore_index)
+
+
+@triton.jit
+def _row_totals(x, ROWS: tl.constexpr, LANES: tl.constexpr):
+    """Sums over the lanes of each row, for each lane."""
+    total = tl.sum(tl.reshape(x, [ROWS, LANES]), 1)
+    return tl.reshape(tl.broadcast_to(total[:, None], [ROWS, LANES]), [ROWS * LANES])
+
+
+@triton.jit
+def _deviation(
+    view, counted, lane_cols, classes,
+    ROWS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The unbiased deviation of the classes that can occur, of each lane's row."""
+    # About some logit first, so that a constant row comes out as one.
+    about = zero_if_empty(tl.load(view[0], mask=counted, other=0.0).to(ACC))
+    total = tl.zeros([ROWS * LANES], ACC)
+    number = tl.zeros([ROWS * LANES], ACC)
+    for start in range(0, classes, LANES * WIDTH):
+        cols = start + lane_cols
+        x = load_tile(view, cols, counted[:, None] & (cols < classes), _NEG_INF, UNIT, ACC)
+        total += tl.sum(tl.where(x == _NEG_INF, 0.0, x - about[:, None]), 1)
+        number += tl.sum(tl.where(x == _NEG_INF, 0.0, 1.0).to(ACC), 1)
+    number = _row_totals(number, ROWS, LANES)
+    mean = about + _row_totals(total, ROWS, LANES) / tl.maximum(number, 1.0)
+    square = tl.zeros([ROWS * LANES], ACC)
+    for start in range(0, classes, LANES * WIDTH):
+        cols = start + lane_cols
+        x = load_tile(view, cols, counted[:, None] & (cols < classes), _NEG_INF, UNIT, ACC)
+        centred = tl.where(x == _NEG_INF, 0.0, x - mean[:, None])
+        square += tl.sum(centred * centred, 1)
+    return tl.sqrt(_row_totals(square, ROWS, LANES) / tl.maximum(number - 1.0, 1.0))
+
+
+@triton.jit
+def _normalize(
+    view, states, rows, first, counted, lane_cols, classes, temperature,
+    ROWS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, STD: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    scale = tl.zeros([ROWS * LANES], ACC) + LOG2E
+    if STD:
+        scale /= _deviation(view, counted, lane_cols, classes, ROWS, LANES, WIDTH, UNIT, ACC) + 1e-7
+    scale /= temperature
+    lane_maximum = tl.full([ROWS * LANES], _NEG_INF, ACC)
+    total = tl.zeros([ROWS * LANES], ACC)
+    for start in range(0, classes, LANES * WIDTH):
+        cols = start + lane_cols
+        x = load_tile(view, cols, counted[:, None] & (cols < classes), _NEG_INF, UNIT, ACC)
+        higher = tl.maximum(lane_maximum, tl.max(x, 1))
+        origin = zero_if_empty(higher)
+        total = total * tl.exp2((lane_maximum - origin) * scale)
+        total += tl.sum(tl.exp2((x - origin[:, None]) * scale[:, None]), 1)
+        lane_maximum = higher
+    by_row = tl.reshape(lane_maximum, [ROWS, LANES])
+    maximum = tl.max(by_row, 1)
+    scale = tl.reshape(scale, [ROWS, LANES])
+    factor = tl.exp2((by_row - zero_if_empty(maximum)[:, None]) * scale)
+    total = tl.sum(tl.reshape(total, [ROWS, LANES]) * factor, 1)
+    row = first + tl.arange(0, ROWS)
+    tl.store(states + row, maximum, mask=row < rows)
+    tl.store(states + rows + row, tl.max(scale, 1), mask=row < rows)
+    tl.store(states + 2 * rows + row, 1.0 / total, mask=row < rows)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "rows", "classes", "student_row", "student_col", "teacher_row", "teacher_col", "target_row", "ignore_index",
+    ]
+)  # fmt: skip
+def normalize_rows(
+    student,
+    teacher,
+    target,
+    states,
+    rows: tl.int64,
+    classes: tl.int32,
+    student_row: tl.int64,
+    student_col: tl.int64,
+    teacher_row: tl.int64,
+    teacher_col: tl.int64,
+    target_row: tl.int64,
+    ignore_index: tl.int64,
+    temperature: tl.float64,
+    ACC: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VEC: tl.constexpr,
+    UNIT: tl.constexpr,
+    PROB: tl.constexpr,
+    STD: tl.constexpr,
+):
+    """states (6, rows): the largest logit, the scale and the share of the student's rows, and of the teacher's."""
+    temperature = tl.full((), temperature, ACC)
+    classes = classes // VEC * VEC
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    lane = tl.arange(0, ROWS * LANES)
+    row = first + lane // LANES
+    counted = counted_rows(target, row, row < rows, target_row, ignore_index, PROB)
+    # Neighbours go to one lane where they make a vector, else to neighbouring lanes.
+    LANE_STEP: tl.constexpr = WIDTH if VEC > 1 else 1
+    WIDTH_STEP: tl.constexpr = 1 if VEC > 1 else LANES
+    cols = (lane % LANES)[:, None] * LANE_STEP + tl.arange(0, WIDTH)[None, :] * WIDTH_STEP
+    s = (student + row * (student_row // VEC * VEC), student_col)
+    t = (teacher + row * (teacher_row // VEC * VEC), teacher_col)
+    _normalize(s, states, rows, first, counted, cols, classes, temperature, ROWS, LANES, WIDTH, UNIT, STD, ACC)
+    states += 3 * rows
+    _normalize(t, states, rows, first, counted, cols, classes, temperature, ROWS, LANES, WIDTH, UNIT, STD, ACC)
+
+
+@triton.jit
+def _probabilities(view, states, rows, row, inside, cols, mask, UNIT: tl.constexpr, ACC: tl.constexpr):
+    maximum = tl.load(states + row, mask=inside, other=0.0)[:, None]
+    scale = tl.load(states + rows + row, mask=inside, other=0.0)[:, None]
+    share = tl.load(states + 2 * rows + row, mask=inside, other=0.0)[:, None]
+    return tl.exp2((load_tile(view, cols, mask, _NEG_INF, UNIT, ACC) - maximum) * scale) * share
+
+
+@triton.jit
+def _merge(number, mean_p, mean_q, pp, pq, qq):
+    """The moments of columns from those of parts (parts, columns) of their rows, of which there may be none."""
+    total = tl.sum(number, 0)
+    by = 1.0 / tl.maximum(total, 1.0)
+    # About the largest of the means, so that equal ones are kept as they are.
+    about_p = zero_if_empty(tl.max(tl.where(number > 0.0, mean_p, _NEG_INF), 0))
+    about_q = zero_if_empty(tl.max(tl.where(number > 0.0, mean_q, _NEG_INF), 0))
+    new_p = about_p + tl.sum(number * (mean_p - about_p[None, :]), 0) * by
+    new_q = about_q + tl.sum(number * (mean_q - about_q[None, :]), 0) * by
+    d_p = mean_p - new_p[None, :]
+    d_q = mean_q - new_q[None, :]
+    return (
+        total, new_p, new_q,
+        tl.sum(pp + number * d_p * d_p, 0), tl.sum(pq + number * d_p * d_q, 0), tl.sum(qq + number * d_q * d_q, 0),
+    )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=[
+        "rows", "classes", "student_row", "student_col", "teacher_row", "teacher_col", "target_row", "ignore_index",
+        "chunk",
+    ]
+)  # fmt: skip
+def column_moments(
+    student,
+    teacher,
+    target,
+    states,
+    moments,
+    numbers,
+    rows: tl.int64,
+    classes: tl.int32,
+    student_row: tl.int64,
+    student_col: tl.int64,
+    teacher_row: tl.int64,
+    teacher_col: tl.int64,
+    target_row: tl.int64,
+    ignore_index: tl.int64,
+    chunk: tl.int64,
+    ACC: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
+    UNIT: tl.constexpr,
+    PROB: tl.constexpr,
+):
+    """moments (chunks, 5, classes): the means of p and q over a chunk's rows that count, which numbers (chunks,) has,
+    and the sums of their centred squares and product, pp, pq, qq."""
+    classes = classes // VEC * VEC
+    blocks = (classes + (BLOCK - 1)) // BLOCK
+    this_chunk = tl.program_id(0) // blocks
+    block = tl.program_id(0) - this_chunk * blocks
+    cols = block * BLOCK + tl.arange(0, BLOCK)[None, :]
+    first = this_chunk * chunk
+    last = tl.minimum(rows, first + chunk)
+    number = tl.zeros([ROWS], ACC)
+    mean_p, mean_q = tl.zeros([ROWS, BLOCK], ACC), tl.zeros([ROWS, BLOCK], ACC)
+    pp, pq, qq = tl.zeros([ROWS, BLOCK], ACC), tl.zeros([ROWS, BLOCK], ACC), tl.zeros([ROWS, BLOCK], ACC)
+    for start in range(first, last, ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = row < last
+        # Rows that do not count are read and left out below, so that no logit waits for its row's target.
+        counted = counted_rows(target, row, inside, target_row, ignore_index, PROB)
+        mask = inside[:, None] & (cols < classes)
+        s = (student + row * (student_row // VEC * VEC), student_col)
+        t = (teacher + row * (teacher_row // VEC * VEC), teacher_col)
+        p = _probabilities(s, states, rows, row, inside, cols, mask, UNIT, ACC)
+        q = _probabilities(t, states + 3 * rows, rows, row, inside, cols, mask, UNIT, ACC)
+        mask = counted[:, None] & (cols < classes)
+        number += counted.to(ACC)
+        # A quotient may be two units off: 1 for the first row, or its mean would not be the row itself.
+        by = tl.where(number > 1.0, 1.0 / tl.maximum(number, 1.0), 1.0)[:, None]
+        d_p = tl.where(mask, p - mean_p, 0.0)
+        d_q = tl.where(mask, q - mean_q, 0.0)
+        mean_p += d_p * by
+        mean_q += d_q * by
+        # Not d times the distance from the new mean: where both are rounding, that may be below 0.
+        e_p = d_p * (1.0 - by)
+        e_q = d_q * (1.0 - by)
+        pp += d_p * e_p
+        pq += d_p * e_q
+        qq += d_q * e_q
+    total, mean_p, mean_q, pp, pq, qq = _merge(number[:, None], mean_p, mean_q, pp, pq, qq)
+    at = moments + this_chunk.to(tl.int64) * 5 * classes + block * BLOCK + tl.arange(0, BLOCK)
+    inside = block * BLOCK + tl.arange(0, BLOCK) < classes
+    tl.store(at, mean_p, mask=inside)
+    tl.store(at + classes, mean_q, mask=inside)
+    tl.store(at + 2 * classes, pp, mask=inside)
+    tl.store(at + 3 * classes, pq, mask=inside)
+    tl.store(at + 4 * classes, qq, mask=inside)
+    tl.store(numbers + this_chunk + tl.arange(0, 1), total, mask=block == 0)
+
+
+@triton.jit(do_not_specialize=["classes", "chunks"])
+def finish_columns(
+    moments,
+    numbers,
+    columns,
+    correlations,
+    classes: tl.int32,
+    chunks: tl.int32,
+    gamma: tl.float64,
+    temperature: tl.float64,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """correlations (programs,): the sums of r_j of each program's classes; columns (4, classes and some more): of
+    which :mod:`.pointwise` makes a column's slope, for a row's T^2 gamma (1 - mean r)."""
+    weight = tl.full((), gamma, ACC) * tl.full((), temperature, ACC) * tl.full((), temperature, ACC) / classes
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = cols < classes
+    part = tl.arange(0, CHUNKS)
+    number = tl.zeros([CHUNKS], ACC)
+    mean_p, mean_q = tl.zeros([CHUNKS, BLOCK], ACC), tl.zeros([CHUNKS, BLOCK], ACC)
+    pp, pq, qq = tl.zeros([CHUNKS, BLOCK], ACC), tl.zeros([CHUNKS, BLOCK], ACC), tl.zeros([CHUNKS, BLOCK], ACC)
+    for start in range(0, chunks, CHUNKS):
+        chunk = start + part
+        mask = (chunk < chunks)[:, None] & inside[None, :]
+        at = moments + chunk.to(tl.int64)[:, None] * 5 * classes + cols[None, :]
+        more = tl.load(numbers + chunk, mask=chunk < chunks, other=0.0)
+        number += more
+        # Chan's formula for two.
+        share = tl.where(more < number, more / tl.maximum(number, 1.0), 1.0)[:, None]
+        d_p = tl.where(mask, tl.load(at, mask=mask, other=0.0) - mean_p, 0.0)
+        d_q = tl.where(mask, tl.load(at + classes, mask=mask, other=0.0) - mean_q, 0.0)
+        mean_p += d_p * share
+        mean_q += d_q * share
+        between = (number - more)[:, None] * share
+        pp += tl.load(at + 2 * classes, mask=mask, other=0.0) + between * d_p * d_p
+        pq += tl.load(at + 3 * classes, mask=mask, other=0.0) + between * d_p * d_q
+        qq += tl.load(at + 4 * classes, mask=mask, other=0.0) + between * d_q * d_q
+    total, mean_p, mean_q, pp, pq, qq = _merge(number[:, None], mean_p, mean_q, pp, pq, qq)
+    # What a row counted among n gives a mean, its own n-th part, it is given here n-fold: every row has the whole term.
+    r, by_b, by_a = correlation_terms(pq, pp, qq, total * weight)
+    stride = (classes + 3) // 4 * 4
+    tl.store(columns + cols, by_b, mask=inside)
+    tl.store(columns + stride + cols, by_a, mask=inside)
+    tl.store(columns + 2 * stride + cols, mean_q, mask=inside)
+    tl.store(columns + 3 * stride + cols, mean_p, mask=inside)
+    tl.store(correlations + tl.program_id(0), tl.sum(tl.where(inside, r, 0.0), 0))

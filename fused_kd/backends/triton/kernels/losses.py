@@ -1,0 +1,226 @@
+# mypy: ignore-errors
+# Triton compiles these functions; to a type checker they are not Python.
+"""The row losses in Triton's language: from the statistics of a row to its parts and the coefficients of its gradient.
+
+The same formulas as in ``csrc/losses/row_losses.h``, where each loss has its derivation; logarithms are in base 2 here.
+:mod:`.rows` has the statistics and the conventions, :mod:`.pointwise` the losses that are no combination of
+exponentials. ``weights`` are (first, second, temperature, ce_weight, label_smoothing); Tf-KD's first three are instead
+what its virtual teacher gives every other class, what it gives the target, and its negative entropy
+(:func:`fused_kd.backends.triton.kernel_weights`).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fused_kd.backends.triton.kernels.pointwise import pointwise
+from fused_kd.backends.triton.kernels.rows import DKD, KD, LN2, LOG2E, NKD, POINTWISE, TF_KD, WSLD, join_target, times
+
+_NEG_INF = tl.constexpr(float("-inf"))
+_INF = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def _weighted(weight, value):
+    """A part times its hyper-parameter, which switches it off at 0, whatever the part is."""
+    return tl.where(weight == 0.0, 0.0, weight * value)
+
+
+@triton.jit
+def _log2_1p(x):
+    """log2(1 + x) with the digits of a small x: what 1 + x loses, the ratio brings back."""
+    u = 1.0 + x
+    lost = tl.where(u == 1.0, 1.0, x / tl.where(u == 1.0, 1.0, u - 1.0))
+    return tl.where(u == 1.0, x * LOG2E, tl.log2(u) * lost)
+
+
+@triton.jit
+def _one_minus_exp(x):
+    """1 - exp(-x) of x >= 0, with the digits of a small x."""
+    series = tl.zeros_like(x)
+    for i in tl.static_range(8):
+        series = x / (8 - i) * (1.0 - series)
+    return tl.where(x < 0.05, series, 1.0 - tl.exp2(-x * LOG2E))
+
+
+@triton.jit
+def _cross_entropy(stats, s_y, v_y, z, weights, classes, PROB: tl.constexpr, LINEAR: tl.constexpr):
+    """weight CE(s, V'), V' = (1 - e) V + e / C, of raw logits: the part, and the gradient's (raw, v, constant, at y).
+
+    p_y sum V' - V'_y is written p_y (sum of the others) - V'_y (1 - p_y), which does not cancel as p_y -> 1.
+    """
+    _first, _second, _temperature, ce_weight, smoothing = weights
+    p_y, p_rest, p_factor, log_z, nll = join_target(s_y, stats[0], z, LOG2E)
+    if PROB:
+        ce = times(v_y, nll) + stats[7] * log_z - stats[8] * LOG2E
+        others = stats[7]
+    else:
+        ce = nll
+        others = tl.zeros_like(p_y)
+        v_y = tl.full(p_y.shape, 1.0, p_y.dtype)
+    constant = tl.zeros_like(p_y)
+    kept = ce_weight
+    if LINEAR:
+        share = smoothing / classes
+        everything = nll + (classes - 1) * log_z - stats[10] * LOG2E
+        ce = (1.0 - smoothing) * ce + times(share, everything)
+        others = (1.0 - smoothing) * others + (smoothing - share)
+        v_y = (1.0 - smoothing) * v_y + share
+        constant = -ce_weight * share + constant
+        kept = ce_weight * (1.0 - smoothing)
+    raw = ce_weight * (others + v_y) * p_factor
+    return _weighted(ce_weight, ce * LN2), raw, kept, constant, ce_weight * (p_y * others - v_y * p_rest)
+
+
+@triton.jit
+def _nkd(stats, s_y, t_y, z_sharp, z_tsharp, weights, scales):
+    gamma, _second, temperature, _ce_weight, _smoothing = weights
+    z_s, z_t, dot = stats[1], stats[4], stats[6]
+    _p_y, p_rest, p_factor, _log_z, nll = join_target(s_y, stats[0], z_sharp, scales[2])
+    q_y, _q_rest, _q_factor, _log_q, _nll_q = join_target(t_y, stats[3], z_tsharp, scales[3])
+    # A teacher that excludes every other class has no q_hat: nothing is asked of the student there.
+    asked = tl.where(z_t == 0.0, 0.0, 1.0).to(z_t.dtype)
+    z_s = tl.where(z_s == 0.0, 1.0, z_s)
+    z_t = tl.where(z_t == 0.0, 1.0, z_t)
+    non_target = _weighted(gamma * temperature * temperature, (asked * tl.log2(z_s) - dot / z_t) * LN2)
+    soft = gamma * temperature * asked / z_s
+    return times(q_y, nll * LN2), non_target, soft, q_y * p_factor, -gamma * temperature / z_t, -q_y * p_rest
+
+
+@triton.jit
+def _both_soft(stats, s_y, t_y, scales):
+    """What KD, DKD and WSLD need of both softmaxes at T."""
+    p_y, p_rest, p_factor, p_log_z, p_nll = join_target(s_y, stats[0], stats[1], scales[0])
+    q_y, q_rest, q_factor, q_log_z, q_nll = join_target(t_y, stats[3], stats[4], scales[1])
+    difference = tl.where((p_y > 0.5) & (q_y > 0.5), q_rest - p_rest, p_y - q_y)
+    p_rest_nll = p_log_z - tl.log2(stats[1])
+    q_rest_nll = q_log_z - tl.log2(stats[4])
+    # Logarithms of q / p: where p and q are close, by one difference for both, whose error then cancels.
+    small = tl.abs(difference) < 0.25 * tl.minimum(p_y, p_rest)
+    log_target = tl.where(small, _log2_1p(-difference / tl.where(small, p_y, 1.0)), p_nll - q_nll)
+    log_rest = tl.where(small, _log2_1p(difference / tl.where(small, p_rest, 1.0)), p_rest_nll - q_rest_nll)
+    log_target = tl.where(q_y == 0.0, 0.0, log_target)
+    log_rest = tl.where(q_rest == 0.0, 0.0, log_rest)
+    return p_nll, p_rest_nll, p_factor, q_y, q_rest, q_factor, difference, log_target, log_rest
+
+
+@triton.jit
+def _decoupled(stats, s_y, t_y, weights, scales, WHOLE: tl.constexpr):
+    """DKD; KD, which is alpha = 1 and beta = 1 - q_y. ``second`` is 0 for two classes, whose rest is one class."""
+    first, second, temperature, _ce_weight, _smoothing = weights
+    z_s, z_t, dot = stats[1], stats[4], stats[6]
+    _p, _r, _factor, q_y, q_rest, _q, difference, log_target, log_rest = _both_soft(stats, s_y, t_y, scales)
+    alpha = tl.full(q_y.shape, 1.0, q_y.dtype) if WHOLE else tl.zeros_like(q_y) + first
+    asked = tl.where(z_t == 0.0, 0.0, 1.0).to(z_t.dtype)
+    beta = second * (q_rest if WHOLE else 1.0) * asked
+    binary = q_y * log_target + q_rest * log_rest
+    safe_s = tl.where(z_s == 0.0, 1.0, z_s)
+    safe_t = tl.where(z_t == 0.0, 1.0, z_t)
+    rest = tl.log2(safe_s / safe_t) - dot / safe_t
+    square = temperature * temperature
+    binary = _weighted(alpha * square, binary * LN2)
+    rest = _weighted(beta * square, rest * LN2)
+    soft = temperature * (beta - alpha * difference) / safe_s
+    target = alpha * temperature * difference
+    if WHOLE:
+        return binary + rest, tl.zeros_like(rest), soft, tl.zeros_like(soft), -beta * temperature / safe_t, target
+    return binary, rest, soft, tl.zeros_like(soft), -beta * temperature / safe_t, target
+
+
+@triton.jit
+def _wsld(stats, s_y, t_y, v_y, z_sharp, z_tsharp, weights, scales, PROB: tl.constexpr):
+    alpha, _second, temperature, _ce_weight, _smoothing = weights
+    z_s, z_t, dot = stats[1], stats[4], stats[6]
+    _p, s_rest, _f, s_log_z, s_ce = join_target(s_y, stats[0], z_sharp, scales[2])
+    _q, t_rest, _qf, t_log_z, t_ce = join_target(t_y, stats[3], z_tsharp, scales[3])
+    # u is a ratio of the two, which as p_y -> 1 are nearly 1 - p_y.
+    s_ce = tl.where(s_rest < 0.5, -_log2_1p(-s_rest), s_ce)
+    t_ce = tl.where(t_rest < 0.5, -_log2_1p(-t_rest), t_ce)
+    if PROB:
+        s_ce = times(v_y, s_ce) + stats[7] * s_log_z - stats[8] * scales[2]
+        t_ce = times(v_y, t_ce) + stats[7] * t_log_z - stats[9] * scales[3]
+    # A student that rules the target out has all to learn, and would be inf / inf where the teacher does so too.
+    u = tl.where(s_ce == _INF, 1.0, _one_minus_exp(s_ce * LN2 / (t_ce * LN2 + 1e-7)))
+    p_nll, p_rest_nll, p_factor, q_y, q_rest, q_factor, difference, _t, _r = _both_soft(stats, s_y, t_y, scales)
+    weight = alpha * temperature * u
+    safe_s = tl.where(z_s == 0.0, 1.0, z_s)
+    safe_t = tl.where(z_t == 0.0, 1.0, z_t)
+    rest = tl.log2(safe_s) - dot / safe_t + tl.where(z_s == 0.0, 0.0, p_rest_nll)
+    part = times(weight * q_y, p_nll * LN2) + times(weight * q_rest, rest * LN2)
+    soft = weight * p_factor
+    return part * temperature, tl.zeros_like(part), soft, tl.zeros_like(soft), -weight * q_factor, weight * difference
+
+
+@triton.jit
+def coefficients(
+    stats,
+    sums,
+    column,
+    s_y,
+    t_y,
+    v_y,
+    weights,
+    scales,
+    moments,
+    classes,
+    LOSS: tl.constexpr,
+    SINGLE: tl.constexpr,
+    PROB: tl.constexpr,
+    STD: tl.constexpr,
+    LINEAR: tl.constexpr,
+    RAW: tl.constexpr,
+):
+    """A loss's three parts, and its gradient's (soft, sharp, teacher, raw, v, constant, slope, value at y) and what
+    else a pointwise loss has, from ``sums`` and its column term's part; of rows that count and are valid."""
+    z_sharp = stats[1] if SINGLE else stats[2]
+    z_tsharp = stats[4] if SINGLE else stats[5]
+    z_ce = stats[12] if RAW else z_sharp
+    ce, raw, v_weight, constant, at_ce = _cross_entropy(stats, s_y, v_y, z_ce, weights, classes, PROB, LINEAR)
+    if LOSS == NKD:
+        one, two, soft, sharp, teacher, at_y = _nkd(stats, s_y, t_y, z_sharp, z_tsharp, weights, scales)
+    elif LOSS == KD:
+        one, two, soft, sharp, teacher, at_y = _decoupled(stats, s_y, t_y, weights, scales, True)
+    elif LOSS == DKD:
+        one, two, soft, sharp, teacher, at_y = _decoupled(stats, s_y, t_y, weights, scales, False)
+    elif LOSS == WSLD:
+        one, two, soft, sharp, teacher, at_y = _wsld(stats, s_y, t_y, v_y, z_sharp, z_tsharp, weights, scales, PROB)
+    elif LOSS == TF_KD:
+        others, own, entropy, _ce_weight, _smoothing = weights
+        p_y, p_rest, p_factor, log_z, nll = join_target(s_y, stats[0], stats[1], LOG2E)
+        everything = (classes - 1) * log_z - stats[10] * LOG2E
+        one = entropy + own * nll * LN2 + others * everything * LN2  # neither weight is 0
+        two = tl.zeros_like(one)
+        raw += p_factor
+        constant -= others
+        at_y = tl.where(own > 0.5, (classes - 1) * others - p_rest, p_y - own)
+        soft, sharp, teacher = tl.zeros_like(raw), tl.zeros_like(raw), tl.zeros_like(raw)
+    else:
+        soft, sharp, teacher, at_y = tl.zeros_like(raw), tl.zeros_like(raw), tl.zeros_like(raw), tl.zeros_like(raw)
+    slope = tl.zeros_like(soft)
+    more, with_s = (slope,), slope
+    if LOSS >= POINTWISE:
+        one, more, with_s = pointwise(sums, weights, LOSS, STD)
+        two = tl.zeros_like(one) + column
+    possible = s_y != _NEG_INF
+    at_y = tl.where(possible, at_y, 0.0)
+    if STD:
+        # Backwards through z = f (x - mean), f = 1 / (d + 1e-7): f g_j - z_j sum(g z) / ((n - 1) d); g sums to 0.
+        mean, deviation, number = moments
+        f = 1.0 / (deviation + 1e-7)
+        w_sharp = stats[13] if SINGLE else stats[14]
+        centred = tl.where(possible, s_y - mean, 0.0)
+        with_z = (
+            with_s if LOSS >= POINTWISE else soft * stats[13] + sharp * w_sharp + teacher * stats[15] + at_y * centred
+        )
+        flat = deviation == 0.0
+        slope = tl.where(flat, 0.0, f * f * with_z / (tl.maximum(number - 1.0, 1.0) * tl.where(flat, 1.0, deviation)))
+        soft, sharp, teacher, at_y = soft * f, sharp * f, teacher * f, at_y * f - slope * centred
+        if LOSS >= POINTWISE:
+            more = (more[0] * f, more[1] * f, more[2] * f, more[3] * f)
+    if not RAW:  # the CE's exponentials are the sharp ones
+        sharp += raw
+    if SINGLE:
+        soft += sharp
+    at_y = tl.where(possible, at_y + at_ce, 0.0)
+    return one, two, ce, soft, sharp, teacher, raw, v_weight, constant, slope, at_y, more

@@ -1,0 +1,266 @@
+# mypy: ignore-errors
+# Triton compiles these functions; to a type checker they are not Python.
+"""The kernel of the row losses that holds its rows on chip, and what it shares with the one in :mod:`.looped`,
+which walks them twice. :mod:`.rows` has the conventions.
+
+Meaning of the constexpr arguments that both kernels take:
+
+ACC      dtype of all arithmetic: float32, or float64 when any logits are
+VEC      a power of two that divides the class count and every row stride, up to 16 bytes of the narrowest logits: it
+         lets the compiler see that rows start aligned and that a vector lies in a row or outside it as a whole
+UNIT     every column stride is 1
+LOSS     which one, see :mod:`.losses`
+SINGLE   one exponential of each logit serves both softmaxes, the sharp and the soft one
+PROB     the target holds probabilities (N, C) instead of indices (N,)
+GRAD     the gradient is wanted
+COUNT    how to find the number of rows that the stored gradient is divided by: 0 not at all, 1 from the targets,
+         2 from partial counts
+HALF     float16 logits: a mean's gradient is also stored times the power of two next to that number
+PER_ROW  reduction "none": the loss and norm are final here, and the parts are the op's output
+STD      logit standardization: every row has scales of its own
+LINEAR   the sum of the logits is wanted, for label smoothing or Tf-KD
+RAW      with STD, the CE's exponentials are none of the others
+COLUMNS  DIST's column term is wanted: ``states`` has its rows' softmaxes, ``columns`` four numbers of each class, and
+         ``correlations`` what becomes its part of the loss (:mod:`.columns`)
+
+``factors`` is None where rows weigh the same, else (2, rows): see fused_kd/ops.py.
+
+Hyper-parameters come as float64, which Triton would otherwise round to float32, and are never specialised on, so that
+another temperature or gamma compiles nothing.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fused_kd.backends.triton.kernels.losses import coefficients
+from fused_kd.backends.triton.kernels.pointwise import (
+    add_slopes,
+    add_sums,
+    column_part,
+    load_columns,
+    no_sums,
+    softmaxes,
+)
+from fused_kd.backends.triton.kernels.rows import (
+    LOG2E,
+    POINTWISE,
+    TF_KD,
+    accumulate,
+    combine,
+    count_rows,
+    empty_statistics,
+    load_factor,
+    load_index,
+    make_scales,
+    narrowed,
+    power_of_two_below,
+    tile_moments,
+)
+
+_NEG_INF = tl.constexpr(float("-inf"))
+_COUNT_BLOCK = tl.constexpr(512)
+RUNTIME = [
+    "rows",
+    "classes",
+    "student_row",
+    "student_col",
+    "teacher_row",
+    "teacher_col",
+    "target_row",
+    "target_col",
+    "count_items",
+    "correlation_items",
+    "ignore_index",
+]
+
+
+@triton.jit
+def all_weights(first, second, temperature, ce_weight, smoothing, ACC: tl.constexpr):
+    return (
+        tl.full((), first, ACC),
+        tl.full((), second, ACC),
+        tl.full((), temperature, ACC),
+        tl.full((), ce_weight, ACC),
+        tl.full((), smoothing, ACC),
+    )
+
+
+@triton.jit
+def at(base, cols, stride, UNIT: tl.constexpr):
+    """Pointers to columns of a row: 64-bit only where a column stride may carry the offset past 2^31."""
+    if UNIT:
+        return base + cols
+    return base + cols.to(tl.int64) * stride
+
+
+@triton.jit
+def store_parts(parts, loss, norm, norm_value, rows, row, inside, target, non_target, ce, PER_ROW: tl.constexpr):
+    tl.store(parts + row, target, mask=inside)
+    tl.store(parts + rows + row, non_target, mask=inside)
+    tl.store(parts + 2 * rows + row, ce, mask=inside)
+    if PER_ROW:
+        tl.store(loss + row, target + non_target + ce, mask=inside)
+        tl.store(norm + row, tl.full(row.shape, norm_value, loss.dtype.element_ty), mask=row == 0)
+
+
+@triton.jit
+def gradient_scale(
+    counts, target_row, count_items, ignore_index, scale, ACC: tl.constexpr, COUNT: tl.constexpr, HALF: tl.constexpr
+):
+    """What a row's gradient is stored times: the op's power of two, over the rows that count for a mean.
+
+    HALF multiplies by the power of two next to that count, which ``norm`` undoes: a float16 would underflow.
+    """
+    scale = tl.full((), scale, ACC)
+    if COUNT == 0:
+        return scale
+    count = tl.maximum(count_rows(counts, target_row, count_items, ignore_index, COUNT == 2, _COUNT_BLOCK), 1)
+    if HALF:
+        scale *= power_of_two_below(count).to(ACC)
+    return scale / count.to(ACC)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def rows_on_chip(
+    student,
+    teacher,
+    target,
+    gradient,
+    loss,
+    parts,
+    norm,
+    counts,
+    factors,
+    states,
+    columns,
+    correlations,
+    rows: tl.int64,
+    classes: tl.int32,
+    student_row: tl.int64,
+    student_col: tl.int64,
+    teacher_row: tl.int64,
+    teacher_col: tl.int64,
+    target_row: tl.int64,
+    target_col: tl.int64,
+    count_items: tl.int32,
+    correlation_items: tl.int32,
+    ignore_index: tl.int64,
+    first: tl.float64,
+    second: tl.float64,
+    temperature: tl.float64,
+    ce_weight: tl.float64,
+    smoothing: tl.float64,
+    scale: tl.float64,
+    norm_value: tl.float64,
+    ACC: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
+    UNIT: tl.constexpr,
+    LOSS: tl.constexpr,
+    SINGLE: tl.constexpr,
+    PROB: tl.constexpr,
+    GRAD: tl.constexpr,
+    COUNT: tl.constexpr,
+    HALF: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    STD: tl.constexpr,
+    LINEAR: tl.constexpr,
+    RAW: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """ROWS whole rows per program, BLOCK >= classes: one read of each input and one write of the gradient."""
+    weights = all_weights(first, second, temperature, ce_weight, smoothing, ACC)
+    k = tl.full((), LOG2E, ACC)
+    # n // VEC * VEC is n, and tells the compiler what divides it.
+    classes = classes // VEC * VEC
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    cols = tl.arange(0, BLOCK)[None, :]
+    student_base = student + row * (student_row // VEC * VEC)
+    teacher_base = teacher + row * (teacher_row // VEC * VEC)
+    if PROB:
+        probability_base = target + row * (target_row // VEC * VEC)
+        mask = inside[:, None] & (cols < classes)
+        v = tl.load(at(probability_base[:, None], cols, target_col, UNIT), mask=mask, other=_NEG_INF).to(ACC)
+        # The lowest index among the largest; a row of NaN finds none, and stays in range.
+        y = tl.min(tl.where(v == tl.max(v, 1)[:, None], cols, classes - 1), 1)
+        v = tl.where(cols < classes, v, 0.0)
+        counted = inside
+    else:
+        y, counted, valid = load_index(target, row, inside, target_row, ignore_index, classes)
+        mask = counted[:, None] & (cols < classes)
+        v = tl.zeros([ROWS, BLOCK], ACC)
+    if factors is not None:
+        factor = load_factor(factors, 0, rows, row, inside, ACC)
+        counted &= factor != 0.0
+        mask &= counted[:, None]
+    s = tl.load(at(student_base[:, None], cols, student_col, UNIT), mask=mask, other=_NEG_INF).to(ACC)
+    s_y = tl.load(at(student_base, y, student_col, UNIT), mask=counted, other=0.0).to(ACC)
+    t = s
+    t_y = s_y
+    if LOSS != TF_KD:
+        t = tl.load(at(teacher_base[:, None], cols, teacher_col, UNIT), mask=mask, other=_NEG_INF).to(ACC)
+        t_y = tl.load(at(teacher_base, y, teacher_col, UNIT), mask=counted, other=0.0).to(ACC)
+    s_moments = (s_y, s_y, s_y)
+    t_moments = s_moments
+    if STD:
+        s_moments = tile_moments(s)
+        t_moments = tile_moments(t)
+    scales = make_scales(weights[2], s_moments, t_moments, k, LOSS, STD)
+    is_target = cols == y[:, None]
+    whole_s, whole_t = s, t
+    s = tl.where(is_target, _NEG_INF, s)
+    t = tl.where(is_target, _NEG_INF, t)
+    if PROB:
+        v_y = tl.load(at(probability_base, y, target_col, UNIT), mask=counted, other=0.0).to(ACC)
+        v = tl.where(is_target, 0.0, v)
+    else:
+        v_y = s_y
+    present = mask & (cols != y[:, None])
+    stats = accumulate(empty_statistics(ROWS, ACC), s, t, v, present, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
+    if PROB:
+        valid = 1.0 + 0.0 * (stats[7] + v_y)
+    sums = stats
+    of_column = tl.zeros([1], ACC)
+    if LOSS >= POINTWISE:
+        of_rows = softmaxes(stats, s_y, t_y, states, rows, row, counted, scales, COLUMNS)
+        of_columns = load_columns(columns, cols, cols < classes, classes, True, COLUMNS)
+        # At the target its distance from the mean is read, and with COLUMNS it is a class as any other.
+        s_tile = whole_s if STD or COLUMNS else s
+        t_tile = whole_t if COLUMNS else t
+        constants = (weights[0], 1.0 / classes.to(ACC))
+        sums = add_sums(
+            no_sums(ROWS, ACC), s_tile, t_tile, of_columns, is_target, mask, stats, of_rows, constants, scales,
+            LOSS, STD, COLUMNS,
+        )  # fmt: skip
+        of_column = column_part(correlations, correlation_items, weights, classes, ACC, COLUMNS, _COUNT_BLOCK)
+    part_y, part_rest, part_ce, soft, sharp, teach, raw, v_weight, constant, slope, at_target, more = coefficients(
+        stats, sums, of_column, s_y, t_y, v_y, weights, scales, s_moments, classes, LOSS, SINGLE, PROB, STD, LINEAR, RAW
+    )
+    of_loss = valid
+    of_gradient = valid
+    if factors is not None:
+        of_loss *= factor
+        of_gradient *= load_factor(factors, 1, rows, row, inside, ACC)
+    part_y = tl.where(counted, part_y * of_loss, 0.0)
+    part_rest = tl.where(counted, part_rest * of_loss, 0.0)
+    part_ce = tl.where(counted, part_ce * of_loss, 0.0)
+    store_parts(parts, loss, norm, norm_value, rows, row, inside, part_y, part_rest, part_ce, PER_ROW)
+    if GRAD:
+        by = of_gradient * gradient_scale(counts, target_row, count_items, ignore_index, scale, ACC, COUNT, HALF)
+        scaled = (
+            soft * by, sharp * by, teach * by, raw * by, v_weight * by, constant * by, slope * by, at_target * by,
+        )  # fmt: skip
+        g = combine(s, t, v, stats, scaled, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
+        g = tl.where(is_target, scaled[7][:, None], g)
+        if LOSS >= POINTWISE:
+            more = (more[0] * by, more[1] * by, more[2] * by, more[3] * by)
+            g = add_slopes(
+                g, s_tile, t_tile, of_columns, is_target, stats, of_rows, constants, more, scales, LOSS, STD, COLUMNS
+            )
+        g = tl.where(counted[:, None], g, 0.0)
+        pointers = gradient + (row * classes)[:, None] + cols
+        tl.store(pointers, narrowed(g, gradient.dtype.element_ty), mask=inside[:, None] & (cols < classes))

@@ -1,0 +1,274 @@
+# mypy: ignore-errors
+# Triton compiles these functions; to a type checker they are not Python.
+"""Losses of both softmaxes p and q at T whose gradient is no combination of exponentials, but has at every class, the
+target included,
+
+    g_j = p_j (h_j - sum_k p_k h_k) / T,        h_j = c_1 f_1(p_j, q_j) + c_2 f_2(p_j, q_j) [+ the column's slope]
+
+(and the CE as always). Such a loss is three functions: what its row sums (:func:`_summed`, three terms), its slopes f
+(:func:`_slopes`), and from the sums its part, c_1 and c_2 (:func:`_terms`). ``row_losses.h`` has the same three
+with their derivations; logarithms are in base 2 here. A row's sums need its normalisers, so they take a look of their
+own at its classes: in registers on chip, a third walk where rows are walked. sum_k p_k h_k is summed as it stands, so
+that what all h_j have in common, rounding included, leaves the gradient.
+
+``of_rows`` are the softmaxes of rows: (p_y, factor, log_z, -log p_y), twice, with p_j = factor e_j and log p_j = the
+exponent less log_z outside the target (:func:`.rows.join_target`). ``constants`` are (first weight, 1 / C).
+
+With COLUMNS, DIST's column term, there are four numbers of each class for its slope c_0 (q - c_2) + c_1 (p - c_3),
+times the number of rows that count. Where a column's correlation is near 1 that is a small difference, so p and q are
+to be the very numbers that the moments were taken of: ``of_rows`` are then (maximum, scale, share) as
+:mod:`.columns` has them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fused_kd.backends.triton.kernels.rows import DIST, JS, LN2, join_target, per_row, zero_if_empty
+
+_NEG_INF = tl.constexpr(float("-inf"))
+
+
+@triton.jit
+def _summed(p, q, log_p, log_q, constants, LOSS: tl.constexpr):
+    if LOSS == DIST:
+        a = p - constants[1]
+        b = q - constants[1]
+        return a * b, a * a, b * b
+    elif LOSS == JS:
+        to_p, to_q = _mixture_logs(log_p, log_q, constants[0])
+        return tl.where(p == 0.0, 0.0, -p * to_p), p, tl.where(q == 0.0, 0.0, -q * to_q)
+
+
+@triton.jit
+def _slopes(p, q, log_p, log_q, constants, LOSS: tl.constexpr):
+    """f_1 and f_2; what a loss of one slope gives for the second is not used."""
+    if LOSS == DIST:
+        return q - constants[1], p - constants[1]
+    elif LOSS == JS:
+        to_p, _to_q = _mixture_logs(log_p, log_q, constants[0])
+        return -to_p, p
+
+
+@triton.jit
+def _terms(sums, weights, LOSS: tl.constexpr):
+    """The part, c_1 and c_2 of rows."""
+    first, _second, temperature, _ce_weight, _smoothing = weights
+    if LOSS == DIST:
+        weight = first * temperature * temperature
+        r, c_1, c_2 = correlation_terms(sums[0], sums[1], sums[2], weight)
+        part = weight * (1.0 - r)
+    elif LOSS == JS:
+        rest = tl.where(first == 1.0, 1.0, 1.0 - first)
+        weight = temperature * temperature * LN2
+        part = weight * (rest * sums[0] + tl.where(first == 1.0, 0.0, first * sums[2]))
+        c_1 = weight * rest + tl.zeros_like(part)
+        c_2 = tl.zeros_like(part)
+    return part, c_1, c_2
+
+
+@triton.jit
+def _mixture_logs(log_p, log_q, beta):
+    """log(m / p) and log(m / q), m = beta q + (1 - beta) p, relative to the larger of the two, so that none underflows.
+    At beta = 1, where the loss is KL(p || q), m is q."""
+    d = log_q - log_p
+    smaller = tl.exp2(-tl.abs(d))
+    near = tl.log2(tl.where(d > 0.0, beta + (1.0 - beta) * smaller, 1.0 - beta + beta * smaller))
+    to_p = tl.where(d > 0.0, near + d, near)
+    return tl.where(beta == 1.0, d, to_p), tl.where(d > 0.0, near, near - d)
+
+
+@triton.jit
+def correlation_terms(ab, aa, bb, weight):
+    """r = ab / D, D = sqrt(aa bb) + 1e-8, and the factors of b and of a in the slope of weight (1 - r): -weight / D
+    and, unless a vanishes, weight r sqrt(bb) / (sqrt(aa) D)."""
+    a_norm = tl.sqrt(aa)
+    b_norm = tl.sqrt(bb)
+    d = a_norm * b_norm + 1e-8
+    flat = a_norm == 0.0
+    by_a = tl.where(flat, 0.0, ab / tl.where(flat, 1.0, a_norm) / d * (b_norm / d))
+    return ab / d, -weight / d, weight * by_a
+
+
+@triton.jit
+def softmaxes(stats, s_y, t_y, states, rows, row, counted, scales, COLUMNS: tl.constexpr):
+    """``of_rows``."""
+    if COLUMNS:
+        at = states + row
+        return (
+            (
+                tl.load(at, mask=counted, other=0.0),
+                tl.load(at + rows, mask=counted, other=0.0),
+                tl.load(at + 2 * rows, mask=counted, other=0.0),
+            ),
+            (
+                tl.load(at + 3 * rows, mask=counted, other=0.0),
+                tl.load(at + 4 * rows, mask=counted, other=0.0),
+                tl.load(at + 5 * rows, mask=counted, other=0.0),
+            ),
+        )
+    else:
+        p_y, _p_rest, p_factor, p_log_z, p_nll = join_target(s_y, stats[0], stats[1], scales[0])
+        q_y, _q_rest, q_factor, q_log_z, q_nll = join_target(t_y, stats[3], stats[4], scales[1])
+        return (p_y, p_factor, p_log_z, p_nll), (q_y, q_factor, q_log_z, q_nll)
+
+
+@triton.jit
+def _softmax_tile(x, is_target, maximum, of_rows, scale, STD: tl.constexpr, COLUMNS: tl.constexpr):
+    """p and log p of tiles; without the logarithm with COLUMNS."""
+    if COLUMNS:
+        p = tl.exp2((x - of_rows[0][:, None]) * of_rows[1][:, None]) * of_rows[2][:, None]
+        return p, p
+    else:
+        p_y, factor, log_z, nll = of_rows
+        u = (x - zero_if_empty(maximum)[:, None]) * per_row(scale, STD)
+        p = tl.where(is_target, p_y[:, None], tl.exp2(u) * factor[:, None])
+        return p, tl.where(is_target, -nll[:, None], u - log_z[:, None])
+
+
+@triton.jit
+def load_columns(columns, cols, inside, classes, MASKED: tl.constexpr, COLUMNS: tl.constexpr):
+    """Tiles of what there is for each class; nothing of use without COLUMNS."""
+    if COLUMNS:
+        pointers = columns + cols
+        stride = (classes + 3) // 4 * 4  # rows of it start aligned
+        if MASKED:
+            return (
+                tl.load(pointers, mask=inside, other=0.0),
+                tl.load(pointers + stride, mask=inside, other=0.0),
+                tl.load(pointers + 2 * stride, mask=inside, other=0.0),
+                tl.load(pointers + 3 * stride, mask=inside, other=0.0),
+            )
+        else:
+            at = pointers + 2 * stride
+            return tl.load(pointers), tl.load(pointers + stride), tl.load(at), tl.load(at + stride)
+    else:
+        return cols, cols, cols, cols
+
+
+@triton.jit
+def _column_slope(columns, p, q):
+    return columns[0] * (q - columns[2]) + columns[1] * (p - columns[3])
+
+
+@triton.jit
+def column_part(correlations, items, weights, classes, ACC: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """The part of DIST's column term that every row is given, from partial sums of the columns' correlations."""
+    total = tl.zeros([BLOCK], ACC)
+    if COLUMNS:
+        for start in range(0, items, BLOCK):
+            index = start + tl.arange(0, BLOCK)
+            total += tl.load(correlations + index, mask=index < items, other=0.0)
+    _first, gamma, temperature, _ce_weight, _smoothing = weights
+    part = gamma * temperature * temperature * (1.0 - tl.sum(total, 0, keep_dims=True) / classes)
+    return part if COLUMNS else part * 0.0
+
+
+@triton.jit
+def no_sums(LANES: tl.constexpr, ACC: tl.constexpr):
+    zero = tl.zeros([LANES], ACC)
+    return zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
+
+
+@triton.jit
+def add_sums(
+    sums,
+    s,
+    t,
+    columns,
+    is_target,
+    inside,
+    stats,
+    of_rows,
+    constants,
+    scales,
+    LOSS: tl.constexpr,
+    STD: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Add tiles (lanes, classes) to sums of lanes: the loss's three; those of p f_1, p f_2 (or p, where there is no
+    f_2) and p column; and with STD those of p, p f_1, p f_2 and p column, each times s - mean."""
+    x_1, x_2, x_3, y_1, y_2, y_column, w, w_1, w_2, w_column = sums
+    p, log_p = _softmax_tile(s, is_target, stats[0], of_rows[0], scales[0], STD, COLUMNS)
+    q, log_q = _softmax_tile(t, is_target, stats[3], of_rows[1], scales[1], STD, COLUMNS)
+    one, two, three = _summed(p, q, log_p, log_q, constants, LOSS)
+    x_1 += tl.sum(tl.where(inside, one, 0.0), 1)
+    if LOSS != JS:  # which has one slope
+        x_2 += tl.sum(tl.where(inside, two, 0.0), 1)
+    x_3 += tl.sum(tl.where(inside, three, 0.0), 1)
+    f_1, f_2 = _slopes(p, q, log_p, log_q, constants, LOSS)
+    # Where p vanishes a logarithm is infinite, or the class cannot occur.
+    none = (p == 0.0) | (inside == 0)
+    by_1 = tl.where(none, 0.0, p * f_1)
+    by_2 = tl.where(none, 0.0, p * f_2)
+    y_1 += tl.sum(by_1, 1)
+    y_2 += tl.sum(tl.where(none, 0.0, p) if LOSS == JS else by_2, 1)
+    by_column = p
+    if COLUMNS:
+        by_column = tl.where(none, 0.0, p * _column_slope(columns, p, q))
+        y_column += tl.sum(by_column, 1)
+    if STD:
+        centred = tl.where(none, 0.0, s - scales[4][:, None])
+        w += tl.sum(tl.where(none, 0.0, p * centred), 1)
+        w_1 += tl.sum(by_1 * centred, 1)
+        if LOSS != JS:
+            w_2 += tl.sum(by_2 * centred, 1)
+        if COLUMNS:
+            w_column += tl.sum(by_column * centred, 1)
+    return x_1, x_2, x_3, y_1, y_2, y_column, w, w_1, w_2, w_column
+
+
+@triton.jit
+def merge_sums(sums):
+    """The sums (1,) of a row from those of its lanes."""
+    x_1, x_2, x_3, y_1, y_2, y_column, w, w_1, w_2, w_column = sums
+    return (
+        tl.sum(x_1, 0, keep_dims=True), tl.sum(x_2, 0, keep_dims=True), tl.sum(x_3, 0, keep_dims=True),
+        tl.sum(y_1, 0, keep_dims=True), tl.sum(y_2, 0, keep_dims=True), tl.sum(y_column, 0, keep_dims=True),
+        tl.sum(w, 0, keep_dims=True), tl.sum(w_1, 0, keep_dims=True), tl.sum(w_2, 0, keep_dims=True),
+        tl.sum(w_column, 0, keep_dims=True),
+    )  # fmt: skip
+
+
+@triton.jit
+def pointwise(sums, weights, LOSS: tl.constexpr, STD: tl.constexpr):
+    """The loss's part, (c_1, c_2, the column's factor, -sum p_k h_k) / T, and with STD the sum of g_j (s_j - mean)."""
+    part, c_1, c_2 = _terms(sums, weights, LOSS)
+    by = 1.0 / weights[2]
+    if LOSS == JS:
+        # The p_k add up to 1 but for their rounding, which times a slope of 7 is more than a saturated row's gradient
+        # may be off: it is in both sums, and leaves their quotient.
+        mean_slope = c_1 * (sums[3] / sums[4])
+    else:
+        mean_slope = c_1 * sums[3] + c_2 * sums[4] + sums[5]
+    with_s = by * (c_1 * sums[7] + c_2 * sums[8] + sums[9] - mean_slope * sums[6])
+    return part, (c_1 * by, c_2 * by, tl.zeros_like(c_1) + by, -mean_slope * by), with_s
+
+
+@triton.jit
+def add_slopes(
+    g,
+    s,
+    t,
+    columns,
+    is_target,
+    stats,
+    of_rows,
+    constants,
+    more,
+    scales,
+    LOSS: tl.constexpr,
+    STD: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """g, tiles of the CE's gradient, and the loss's own, from ``more`` of :func:`pointwise`."""
+    p, log_p = _softmax_tile(s, is_target, stats[0], of_rows[0], scales[0], STD, COLUMNS)
+    q, log_q = _softmax_tile(t, is_target, stats[3], of_rows[1], scales[1], STD, COLUMNS)
+    f_1, f_2 = _slopes(p, q, log_p, log_q, constants, LOSS)
+    h = more[0][:, None] * f_1 + more[3][:, None]
+    if LOSS != JS:
+        h += more[1][:, None] * f_2
+    if COLUMNS:
+        h += more[2][:, None] * _column_slope(columns, p, q)
+    return g + tl.where(p == 0.0, 0.0, p * h)

@@ -1,0 +1,137 @@
+# mypy: ignore-errors
+# Triton compiles these functions; to a type checker they are not Python.
+"""The small Triton kernels around the row kernels: counting rows, reducing their parts, scaling the stored gradient.
+
+Every sum is taken in an order that the shapes alone decide, without atomics: same input, same bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fused_kd.backends.triton.kernels.rows import count_rows, narrowed, power_of_two_below
+
+_BLOCK = tl.constexpr(1024)
+
+
+@triton.jit(do_not_specialize=["stride", "rows", "chunk", "ignore_index"])
+def count_chunks(target, partial, stride: tl.int64, rows: tl.int64, chunk: tl.int64, ignore_index: tl.int64):
+    """partial[i]: how many rows of chunk i count."""
+    start = tl.program_id(0).to(tl.int64) * chunk
+    items = tl.minimum(rows - start, chunk).to(tl.int32)
+    count = count_rows(target + start * stride, stride, items, ignore_index, False, _BLOCK)
+    tl.store(partial + tl.program_id(0), count)
+
+
+@triton.jit
+def _sum_rows(values, items, ACC: tl.constexpr):
+    total = tl.zeros([_BLOCK], ACC)
+    for start in range(0, items, _BLOCK):
+        index = start + tl.arange(0, _BLOCK)
+        total += tl.load(values + index, mask=index < items, other=0.0).to(ACC)
+    return tl.sum(total, 0)
+
+
+@triton.jit(do_not_specialize=["rows", "chunk", "count_stride", "count_items", "ignore_index"])
+def reduce_parts(
+    row_parts,
+    parts,
+    loss,
+    norm,
+    other_norm,
+    counts,
+    rows: tl.int64,
+    chunk: tl.int64,
+    count_stride: tl.int64,
+    count_items: tl.int32,
+    ignore_index: tl.int64,
+    norm_value: tl.float64,
+    other_norm_value: tl.float64,
+    ACC: tl.constexpr,
+    PARTS: tl.constexpr,
+    FINAL: tl.constexpr,
+    MEAN: tl.constexpr,
+    COUNT: tl.constexpr,
+    HALF: tl.constexpr,
+    OTHER_HALF: tl.constexpr,
+):
+    """Sums of chunks of the row parts (PARTS, rows) into parts (PARTS, programs); with FINAL, one program, the whole
+    result.
+
+    MEAN divides by the rows that count: COUNT as for the row kernels, 0 meaning that all of them do. HALF leaves
+    the power of two next to that divisor to ``norm``, for a gradient stored in float16 (see fused_kd/ops.py), and
+    OTHER_HALF to ``other_norm``. A loss with one gradient passes one norm twice.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    programs = tl.num_programs(0)
+    start = program * chunk
+    items = tl.minimum(rows - start, chunk).to(tl.int32)
+    count = count_items
+    if FINAL and MEAN and COUNT > 0:
+        count = count_rows(counts, count_stride, count_items, ignore_index, COUNT == 2, _BLOCK)
+    count = tl.maximum(count, 1)
+    total = tl.zeros([], ACC)
+    for part in tl.static_range(PARTS):
+        value = _sum_rows(row_parts + part * rows + start, items, ACC)
+        if FINAL and MEAN:
+            # Rounded once: a plain quotient of float32 may be two units off, and the mean of equal rows another number.
+            value = tl.div_rn(value, count.to(ACC)) if ACC == tl.float32 else value / count.to(ACC)
+        tl.store(parts + part * programs + program, value)
+        total += value
+    if FINAL:
+        norm_here = tl.full((), norm_value, ACC)
+        other_here = tl.full((), other_norm_value, ACC)
+        if MEAN and HALF:
+            norm_here /= power_of_two_below(count).to(ACC)
+        if MEAN and OTHER_HALF:
+            other_here /= power_of_two_below(count).to(ACC)
+        tl.store(loss, total)
+        tl.store(norm, norm_here)
+        tl.store(other_norm, other_here)
+
+
+@triton.jit(do_not_specialize=["rows", "width", "stride"])
+def scale_rows(
+    gradient,
+    out,
+    grad_output,
+    norm,
+    rows: tl.int64,
+    width: tl.int64,
+    stride: tl.int64,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+):
+    """out = gradient * grad_output * norm, by a fixed number of programs that share tiles of BLOCK neighbours.
+
+    A row's first tile starts at the multiple of VEC elements at or before the row, so that the tiles inside it are
+    whole vectors wherever the row starts. In place, a factor of 1 leaves its tile untouched: that is how a mean's
+    gradient costs no second pass. What is stored as 0 stays 0, though the factor be infinite or NaN.
+    """
+    tiles = (width + (VEC - 1) + (BLOCK - 1)) // BLOCK
+    multiplier = tl.load(norm).to(ACC)
+    end = rows * tiles
+    if IN_PLACE:  # one factor for all: not even the tiles are walked, of which a program may have hundreds
+        untouched = (rows == 1) & (tl.load(grad_output).to(ACC) * multiplier == 1.0)
+        end = tl.where(untouched, 0, end)
+    for tile in range(tl.program_id(0), end, tl.num_programs(0)):
+        row = tile // tiles
+        factor = tl.load(grad_output + row * stride).to(ACC) * multiplier
+        touch = True
+        if IN_PLACE:
+            touch = factor != 1.0
+        if touch:
+            first = row * width
+            start = first // VEC * VEC + (tile - row * tiles) * BLOCK
+            offsets = start + tl.arange(0, BLOCK)
+            if (start >= first) & (start + BLOCK <= first + width):
+                x = tl.load(gradient + offsets).to(ACC)
+                tl.store(out + offsets, narrowed(x * tl.where(x == 0.0, 0.0, factor), out.dtype.element_ty))
+            else:
+                inside = (offsets >= first) & (offsets < first + width)
+                x = tl.load(gradient + offsets, mask=inside, other=0.0).to(ACC)
+                scaled = x * tl.where(x == 0.0, 0.0, factor)
+                tl.store(out + offsets, narrowed(scaled, out.dtype.element_ty), mask=inside)

@@ -1,0 +1,339 @@
+# mypy: ignore-errors
+# Triton compiles these functions; to a type checker they are not Python.
+"""What the row kernels do with a row's logits: statistics, and the combination that is the gradient.
+
+A row's gradient is, outside the target class y, a combination of exponentials with per-row coefficients,
+
+    g_j = soft e_j(soft_s) + sharp e_j(sharp_s) + teacher f_j + constant - v V_j,        and a value of its own at y,
+
+with e_j(k) = 2^((s_j - m_s) k), f_j = 2^((t_j - m_t) soft_t) and m_s, m_t the largest logits *outside* y. The sums
+behind the coefficients run over the classes outside y too, and y joins afterwards as one more term, so neither a
+saturated target (s_y - m_s may be hundreds) nor p_y -> 1 costs anything by cancellation. A loss of the family is a
+function in :mod:`.losses`; one whose gradient is another function of both softmaxes has it in
+:mod:`.pointwise`, and only its CE is such a combination.
+
+``scales`` are (soft_s, soft_t, sharp_s, sharp_t, mean_s): log2(e) over the temperature T, twice, and log2(e), twice, as
+scalars; with STD (logit standardization) of each row's own, since z-scores are the logits at another scale, and the
+mean that the student's row has. RAW asks for exponentials of the student at log2(e) too, for the CE.
+
+Conventions: a statistics tuple is (m_s, z_s, z_sharp, m_t, z_t, z_tsharp, dot, v_sum, v_dot, v_dot_t, linear, number,
+z_raw, w_soft, w_sharp, w_teacher), where z are sums of exponentials relative to the maximum; dot = sum f_j u_j with u_j
+= (s_j - m_s) soft_s, less (t_j - m_t) soft_t where a loss wants KL's logarithms; v are class
+probabilities: v_sum = sum V_j, v_dot = sum V_j (s_j - m_s), v_dot_t the same of the teacher; linear = sum (s_j - m_s)
+of ``number`` classes; w are sums of exponentials times s_j - mean_s. What a variant does not use stays a constant that
+the compiler drops. A class left out of a sum, for being the target or past the end of the row, has the logit -inf and
+the probability 0.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# NaN is no constant of a module here: the JIT compares these with != at every launch, and would refuse the second.
+_NEG_INF = tl.constexpr(float("-inf"))
+_INF = tl.constexpr(float("inf"))
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
+#: The row losses, as in fused_kd/core/catalogue.py.
+NKD = tl.constexpr(0)
+KD = tl.constexpr(1)
+DKD = tl.constexpr(2)
+WSLD = tl.constexpr(3)
+TF_KD = tl.constexpr(4)
+#: From here on losses that are no combination of exponentials, see :mod:`.pointwise`.
+DIST = tl.constexpr(5)
+JS = tl.constexpr(6)
+POINTWISE = DIST
+
+
+@triton.jit
+def zero_if_empty(maximum):
+    """A maximum to subtract: -inf - -inf would be NaN, -inf - 0 gives the exponential 0 that is meant."""
+    return tl.where(maximum == _NEG_INF, 0.0, maximum)
+
+
+@triton.jit
+def times(weight, value):
+    """weight * value with 0 * inf = 0, for a loss, which is +inf if anything; NaN stays."""
+    return weight * tl.where(weight == 0.0, tl.where(value == _INF, 0.0, value), value)
+
+
+@triton.jit
+def join_target(x_y, m, z, k):
+    """Softmax at y from the sum z over the other classes, relative to their maximum m.
+
+    Returns p_y, 1 - p_y, the factor that turns exp(x_j - m) into p_j, log2 of the whole sum relative to m, and
+    -log2 p_y. With u = (x_y - m) k and M = max(u, 0) the whole sum is 2^M (z 2^-M + 2^(u - M)).
+    """
+    u = (x_y - zero_if_empty(m)) * k
+    top = tl.where(m == _NEG_INF, u, tl.maximum(u, 0.0))
+    outside = tl.where(m == _NEG_INF, 0.0, tl.exp2(-top))
+    inside = tl.exp2(u - top)
+    total = z * outside + inside
+    log_total = tl.log2(total)
+    return inside / total, z * outside / total, outside / total, log_total + top, log_total + (top - u)
+
+
+@triton.jit
+def per_row(x, STD: tl.constexpr):
+    """A scale beside a tile of rows."""
+    if STD:
+        return x[:, None]
+    else:  # to Triton's compiler a return ends the branch, not the function
+        return x
+
+
+@triton.jit
+def _rescale(stats, m_s, m_t, scales, LOSS: tl.constexpr, SINGLE: tl.constexpr):
+    """The same statistics relative to other maxima, at least as large. No sum of anything is taken here."""
+    (
+        old_s, z_s, z_sharp, old_t, z_t, z_tsharp, dot, v_sum, v_dot, v_dot_t, linear, number, z_raw,
+        w_soft, w_sharp, w_teacher,
+    ) = stats  # fmt: skip
+    soft_s, soft_t, sharp_s, sharp_t, _mean = scales
+    down_s = old_s - zero_if_empty(m_s)
+    # Where nothing finite was seen, the sums are 0 or -inf, and moving the origin changes neither.
+    moved_s = tl.where(old_s == _NEG_INF, 0.0, down_s)
+    factor_s = tl.exp2(down_s * soft_s)
+    z_s = z_s * factor_s
+    w_soft = w_soft * factor_s
+    if not SINGLE:
+        sharp = tl.exp2(down_s * sharp_s)
+        z_sharp = z_sharp * sharp
+        w_sharp = w_sharp * sharp
+    z_raw = z_raw * tl.exp2(down_s * LOG2E)
+    v_dot = v_dot + moved_s * v_sum
+    linear = linear + moved_s * number
+    if LOSS != TF_KD:
+        down_t = old_t - zero_if_empty(m_t)
+        moved_t = tl.where(old_t == _NEG_INF, 0.0, down_t)
+        factor_t = tl.exp2(down_t * soft_t)
+        if LOSS < POINTWISE:
+            moved = moved_s * soft_s
+            if (LOSS == KD) or (LOSS == DKD):
+                moved -= moved_t * soft_t
+            dot = tl.where(factor_t == 0.0, 0.0, factor_t * (dot + moved * z_t))
+        z_t = z_t * factor_t
+        w_teacher = w_teacher * factor_t
+        if (not SINGLE) and (LOSS < POINTWISE):
+            z_tsharp = z_tsharp * tl.exp2(down_t * sharp_t)
+        v_dot_t = v_dot_t + moved_t * v_sum
+    return z_s, z_sharp, z_t, z_tsharp, dot, v_sum, v_dot, v_dot_t, linear, number, z_raw, w_soft, w_sharp, w_teacher
+
+
+@triton.jit
+def empty_statistics(LANES: tl.constexpr, ACC: tl.constexpr):
+    nothing = tl.full([LANES], _NEG_INF, ACC)
+    zero = tl.zeros([LANES], ACC)
+    return (
+        nothing, zero, zero, nothing, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero,
+    )  # fmt: skip
+
+
+@triton.jit
+def accumulate(
+    stats,
+    s,
+    t,
+    v,
+    present,
+    scales,
+    LOSS: tl.constexpr,
+    SINGLE: tl.constexpr,
+    PROB: tl.constexpr,
+    STD: tl.constexpr,
+    LINEAR: tl.constexpr,
+    RAW: tl.constexpr,
+):
+    """Add tiles (lanes, classes) to the statistics of their lanes; ``present`` marks the classes to be counted."""
+    TEACHER: tl.constexpr = LOSS != TF_KD
+    DIVERGENCE: tl.constexpr = (LOSS == KD) or (LOSS == DKD)
+    soft_s, soft_t, sharp_s, sharp_t, mean = scales
+    m_s = tl.maximum(stats[0], tl.max(s, 1))
+    m_t = tl.maximum(stats[3], tl.max(t, 1)) if TEACHER else stats[3]
+    (
+        z_s, z_sharp, z_t, z_tsharp, dot, v_sum, v_dot, v_dot_t, linear, number, z_raw, w_soft, w_sharp, w_teacher,
+    ) = _rescale(stats, m_s, m_t, scales, LOSS, SINGLE)  # fmt: skip
+    d_s = s - zero_if_empty(m_s)[:, None]
+    u = d_s * per_row(soft_s, STD)
+    e = tl.exp2(u)
+    z_s += tl.sum(e, 1)
+    if STD and (LOSS < POINTWISE):
+        centred = tl.where(s == _NEG_INF, 0.0, s - mean[:, None])
+        w_soft += tl.sum(e * centred, 1)
+    if not SINGLE:
+        sharp = tl.exp2(d_s * per_row(sharp_s, STD))
+        z_sharp += tl.sum(sharp, 1)
+        if STD and (LOSS < POINTWISE):
+            w_sharp += tl.sum(sharp * centred, 1)
+    if RAW:
+        z_raw += tl.sum(tl.exp2(d_s * LOG2E), 1)
+    if TEACHER:
+        d_t = t - zero_if_empty(m_t)[:, None]
+        u_t = d_t * per_row(soft_t, STD)
+        f = tl.exp2(u_t)
+        z_t += tl.sum(f, 1)
+        if DIVERGENCE:
+            u = u - u_t
+        if LOSS < POINTWISE:
+            # 0 log 0 = 0: an impossible class costs only where the teacher gives it mass.
+            dot += tl.sum(f * tl.where(f == 0.0, 0.0, u), 1)
+            if STD:
+                w_teacher += tl.sum(f * centred, 1)
+        if not SINGLE:
+            if (not DIVERGENCE) and (LOSS < POINTWISE):
+                z_tsharp += tl.sum(tl.exp2(d_t * per_row(sharp_t, STD)), 1)
+    if PROB:
+        v_sum += tl.sum(v, 1)
+        v_dot += tl.sum(v * tl.where(v == 0.0, 0.0, d_s), 1)
+        if LOSS == WSLD:
+            v_dot_t += tl.sum(v * tl.where(v == 0.0, 0.0, d_t), 1)
+    if LINEAR:
+        linear += tl.sum(tl.where(present, d_s, 0.0), 1)
+        number += tl.sum(tl.where(present, 1.0, 0.0), 1)
+    return (
+        m_s, z_s, z_sharp, m_t, z_t, z_tsharp, dot, v_sum, v_dot, v_dot_t, linear, number, z_raw,
+        w_soft, w_sharp, w_teacher,
+    )  # fmt: skip
+
+
+@triton.jit
+def _total(x):
+    return tl.sum(x, 0, keep_dims=True)
+
+
+@triton.jit
+def merge_lanes(stats, scales, LOSS: tl.constexpr, SINGLE: tl.constexpr):
+    """The statistics (1,) of a row from those of its lanes."""
+    m_s = tl.max(stats[0], 0, keep_dims=True)
+    m_t = tl.max(stats[3], 0, keep_dims=True)
+    (
+        z_s, z_sharp, z_t, z_tsharp, dot, v_sum, v_dot, v_dot_t, linear, number, z_raw, w_soft, w_sharp, w_teacher,
+    ) = _rescale(stats, m_s, m_t, scales, LOSS, SINGLE)  # fmt: skip
+    return (
+        m_s, _total(z_s), _total(z_sharp), m_t, _total(z_t), _total(z_tsharp), _total(dot), _total(v_sum),
+        _total(v_dot), _total(v_dot_t), _total(linear), _total(number), _total(z_raw),
+        _total(w_soft), _total(w_sharp), _total(w_teacher),
+    )  # fmt: skip
+
+
+@triton.jit
+def tile_moments(x):
+    """(mean, unbiased deviation, number) of the classes that can occur, of rows held whole."""
+    possible = x != _NEG_INF
+    # About the largest first, so that a constant row comes out as one.
+    largest = zero_if_empty(tl.max(x, 1))
+    number = tl.sum(tl.where(possible, 1.0, 0.0).to(x.dtype), 1)
+    mean = largest + tl.sum(tl.where(possible, x - largest[:, None], 0.0), 1) / tl.maximum(number, 1.0)
+    centred = tl.where(possible, x - mean[:, None], 0.0)
+    return mean, tl.sqrt(tl.sum(centred * centred, 1) / tl.maximum(number - 1.0, 1.0)), number
+
+
+@triton.jit
+def make_scales(temperature, s_moments, t_moments, k, LOSS: tl.constexpr, STD: tl.constexpr):
+    """The scales; of moments (mean, deviation, number) with STD."""
+    if STD:
+        sharp_s = k / (s_moments[1] + 1e-7)
+        sharp_t = k / (t_moments[1] + 1e-7)
+        soft_s = sharp_s / temperature
+        soft_t = sharp_t / temperature
+        mean = s_moments[0]
+        if (LOSS == KD) or (LOSS == DKD) or (LOSS >= POINTWISE):  # whose sharp exponentials are the CE's
+            sharp_s = tl.zeros_like(sharp_s) + k
+            sharp_t = tl.zeros_like(sharp_t) + k
+    else:
+        sharp_s = k
+        sharp_t = k
+        soft_s = k if LOSS == TF_KD else k / temperature
+        soft_t = soft_s
+        mean = k
+    return soft_s, soft_t, sharp_s, sharp_t, mean
+
+
+@triton.jit
+def combine(
+    s,
+    t,
+    v,
+    stats,
+    coefficients,
+    scales,
+    LOSS: tl.constexpr,
+    SINGLE: tl.constexpr,
+    PROB: tl.constexpr,
+    STD: tl.constexpr,
+    LINEAR: tl.constexpr,
+    RAW: tl.constexpr,
+):
+    """The gradient of tiles from the row's statistics and coefficients (:func:`.losses.coefficients`), outside
+    the target: there it is the last of them."""
+    soft, sharp, teacher, raw, v_weight, constant, slope, _at_target = coefficients
+    soft_s, soft_t, sharp_s, _sharp_t, mean = scales
+    d_s = s - zero_if_empty(stats[0])[:, None]
+    if SINGLE or (LOSS < POINTWISE):
+        g = soft[:, None] * tl.exp2(d_s * per_row(soft_s, STD))
+        if not SINGLE:
+            g += sharp[:, None] * tl.exp2(d_s * per_row(sharp_s, STD))
+    else:  # the CE's alone
+        g = sharp[:, None] * tl.exp2(d_s * per_row(sharp_s, STD))
+    if RAW:
+        g += raw[:, None] * tl.exp2(d_s * LOG2E)
+    if (LOSS != TF_KD) and (LOSS < POINTWISE):
+        d_t = t - zero_if_empty(stats[3])[:, None]
+        g += teacher[:, None] * tl.exp2(d_t * per_row(soft_t, STD))
+    if PROB:
+        g -= v_weight[:, None] * v
+    if LINEAR:
+        g += constant[:, None]
+    if STD:
+        g -= slope[:, None] * (s - mean[:, None])
+    # A class that cannot occur gets no gradient, whatever the teacher says of it.
+    return tl.where(s == _NEG_INF, 0.0, g)
+
+
+@triton.jit
+def count_rows(source, stride, items, ignore_index, PARTIAL: tl.constexpr, BLOCK: tl.constexpr):
+    """How many rows count: targets other than ignore_index, or the sum of partial counts."""
+    total = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, items, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        inside = index < items
+        if PARTIAL:
+            total += tl.load(source + index, mask=inside, other=0)
+        else:
+            value = tl.load(source + index.to(tl.int64) * stride, mask=inside, other=0)
+            total += (inside & (value != ignore_index)).to(tl.int32)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def load_factor(factors, which, rows, row, inside, ACC: tl.constexpr):
+    """What weighs rows: of their parts (which = 0), or of a gradient. 0 is a row that does not count."""
+    return tl.load(factors + which * rows + row, mask=inside, other=0.0).to(ACC)
+
+
+@triton.jit
+def narrowed(x, DTYPE: tl.constexpr):
+    """x in the dtype it is stored in; float64 reaches the 16-bit formats through float32, as eager PyTorch does."""
+    if x.dtype == tl.float64 and tl.float64 != DTYPE:
+        x = x.to(tl.float32)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def power_of_two_below(count):
+    """The largest power of two of at most an integer from 1 on, as float32: its exponent alone."""
+    # Above 2^24 float32 would round up, to the next power perhaps: 24 bits are enough to know.
+    count = tl.where(count >= 16777216, count & -256, count)
+    bits = count.to(tl.float32).to(tl.int32, bitcast=True)
+    return (bits & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_index(target, row, inside, stride, ignore_index, classes):
+    """Target class of rows, clamped into range; whether the row counts; and 1, or NaN for an index out of range."""
+    index = tl.load(target + row * stride, mask=inside, other=0).to(tl.int64)
+    counted = inside & (index != ignore_index)
+    in_range = (index >= 0) & (index < classes)
+    return tl.where(in_range, index, 0).to(tl.int32), counted, tl.where(in_range, 1.0, float("nan"))

@@ -1,0 +1,233 @@
+# mypy: ignore-errors
+# Triton compiles these functions; to a type checker they are not Python.
+"""Rows whose at most two targets are set apart, as USKD and Zipf's label smoothing have them: finding the targets, the
+softmax split into targets and rest, the cross-entropy, the student's gradient.
+
+As in :mod:`.rows` sums run over the classes that are no target, relative to the largest logit among them, and the
+targets join afterwards. The student's gradient is at a class j that is no target
+
+    d/ds_j = factor * exp(s_j - m_s) + zipf * z_j - uniform - kept V_j
+
+and at a target a value of its own; ``uniform`` and ``kept`` are the CE's, whose labels are smoothed with LINEAR.
+
+Functions that walk rows take tiles (ROWS, BLOCK). With HELD a row fits one tile, and the compiler then unrolls every
+walk and loads each tile once. ``view`` is (base pointers of rows (ROWS,), column stride) of a matrix, ``rows`` whether
+a row is to be read. A target that there is not has the class -1, the logit -inf and the label 0.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fused_kd.backends.triton.kernels.rows import load_index, times, zero_if_empty
+
+_NEG_INF = tl.constexpr(float("-inf"))
+_INF = tl.constexpr(float("inf"))
+_LN2 = tl.constexpr(0.6931471805599453)
+_NO_CLASS = tl.constexpr(2147483647)
+
+
+@triton.jit
+def load_tile(view, cols, mask, other, UNIT: tl.constexpr, ACC: tl.constexpr):
+    base, stride = view
+    if UNIT:
+        return tl.load(base[:, None] + cols, mask=mask, other=other).to(ACC)
+    return tl.load(base[:, None] + cols.to(tl.int64) * stride, mask=mask, other=other).to(ACC)
+
+
+@triton.jit
+def load_at(view, y, rows, other, UNIT: tl.constexpr, ACC: tl.constexpr):
+    """One entry of each row, or ``other`` where the class is -1."""
+    base, stride = view
+    pointers = base + y if UNIT else base + y.to(tl.int64) * stride
+    return tl.load(pointers, mask=rows & (y >= 0), other=other).to(ACC)
+
+
+@triton.jit
+def _largest(
+    labels, rows, classes, skip,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, HELD: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The largest label besides that of the class ``skip``, the lowest class that has it, and the smallest label."""
+    best = tl.full([ROWS, BLOCK], _NEG_INF, ACC)
+    at = tl.full([ROWS, BLOCK], _NO_CLASS, tl.int32)
+    smallest = tl.full([ROWS, BLOCK], _INF, ACC)
+    for start in range(0, BLOCK if HELD else classes, BLOCK):
+        cols = start + tl.arange(0, BLOCK)[None, :]
+        mask = rows[:, None] & (cols < classes)
+        v = load_tile(labels, cols, mask, _NEG_INF, UNIT, ACC)
+        smallest = tl.minimum(smallest, tl.where(mask, v, _INF))
+        better = (v > best) & (cols != skip[:, None])
+        best, at = tl.where(better, v, best), tl.where(better, cols, at)
+    largest = tl.max(best, 1)
+    return largest, tl.min(tl.where(best == largest[:, None], at, _NO_CLASS), 1), tl.min(smallest, 1)
+
+
+@triton.jit
+def find_targets(
+    target, row, inside, target_row, target_col, ignore_index, classes,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, HELD: tl.constexpr, UNIT: tl.constexpr,
+    PROB: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """(y_0, y_1, V_0, V_1), whether rows count, 1 or NaN for an index out of range, and the view of the labels.
+
+    Of probabilities the targets are the at most two largest that exceed the row's smallest; NaN is passed over here.
+    """
+    nothing = tl.full([ROWS], -1, tl.int32)
+    if not PROB:
+        y, counted, valid = load_index(target, row, inside, target_row, ignore_index, classes)
+        one = tl.full([ROWS], 1.0, ACC)
+        return (y, nothing, one, one - one), counted, valid.to(ACC), (target + row, target_col)
+    labels = (target + row * (target_row // VEC * VEC), target_col)
+    v_0, y_0, smallest = _largest(labels, inside, classes, nothing, ROWS, BLOCK, HELD, UNIT, ACC)
+    v_1, y_1, _ = _largest(labels, inside, classes, y_0, ROWS, BLOCK, HELD, UNIT, ACC)
+    found_0 = v_0 > smallest
+    found_1 = v_1 > smallest
+    targets = (
+        tl.where(found_0, y_0, -1),
+        tl.where(found_1, y_1, -1),
+        tl.where(found_0, v_0, 0.0),
+        tl.where(found_1, v_1, 0.0),
+    )
+    return targets, inside, tl.full([ROWS], 1.0, ACC), labels
+
+
+@triton.jit
+def is_rest(cols, classes, rows, targets):
+    return rows[:, None] & (cols < classes) & (cols != targets[0][:, None]) & (cols != targets[1][:, None])
+
+
+@triton.jit
+def rest_sum(
+    view, targets, rows, classes, k,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, HELD: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """(m, z) of one matrix: the largest logit outside the targets, 0 if all are -inf, and the sum of exponentials."""
+    top = tl.full([ROWS, BLOCK], _NEG_INF, ACC)
+    for start in range(0, BLOCK if HELD else classes, BLOCK):
+        cols = start + tl.arange(0, BLOCK)[None, :]
+        mask = rows[:, None] & (cols < classes)
+        rest = is_rest(cols, classes, rows, targets)
+        top = tl.maximum(top, tl.where(rest, load_tile(view, cols, mask, _NEG_INF, UNIT, ACC), _NEG_INF))
+    m = zero_if_empty(tl.max(top, 1))
+    z = tl.zeros([ROWS, BLOCK], ACC)
+    for start in range(0, BLOCK if HELD else classes, BLOCK):
+        cols = start + tl.arange(0, BLOCK)[None, :]
+        mask = rows[:, None] & (cols < classes)
+        rest = is_rest(cols, classes, rows, targets)
+        x = tl.where(rest, load_tile(view, cols, mask, _NEG_INF, UNIT, ACC), _NEG_INF)
+        z += tl.exp2((x - m[:, None]) * k)
+    return m, tl.sum(z, 1)
+
+
+@triton.jit
+def rest_number(targets, classes):
+    """How many classes are no target."""
+    return classes - (targets[0] >= 0).to(tl.int32) - (targets[1] >= 0).to(tl.int32)
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) for x >= 0 to the last digits: the quotient undoes what rounding 1 + x did."""
+    u = 1.0 + x
+    exact = u == 1.0
+    return tl.where(exact, x, tl.log2(u) * _LN2 * (x / tl.where(exact, 1.0, u - 1.0)))
+
+
+@triton.jit
+def gradual_exp2(x):
+    """2^x with the subnormal results that the hardware's instruction flushes to 0, where order or sign hang on them."""
+    low = x < -64.0
+    return tl.exp2(tl.where(low, x + 64.0, x)) * tl.where(low, 5.421010862427522e-20, 1.0)  # 2^-64
+
+
+@triton.jit
+def split_softmax(x_0, x_1, m, z, k):
+    """Softmax of rows split into two targets and the rest, of which the largest logit m and the sum z are known.
+
+    Returns -log p_0, -log p_1, p_0, p_1, the rest's probability, the factor with which p_j = factor * exp(x_j - m), and
+    the number from which x_j - m is taken to have -log p_j. NaN where a logit is NaN or +inf.
+    """
+    no_rest = z == 0.0
+    top = tl.maximum(tl.maximum(x_0, x_1), tl.where(no_rest, _NEG_INF, m))
+    factor = tl.where(no_rest, 0.0, gradual_exp2((m - top) * k))
+    rest = z * factor
+    e_0 = tl.exp2((x_0 - top) * k)
+    e_1 = tl.exp2((x_1 - top) * k)
+    # A target above the rest has the exponential 1, which is added last, so that p near 1 keeps the digits of log p.
+    below = rest + tl.where(x_0 == top, e_1, tl.where(x_1 == top, e_0, e_0 + e_1))
+    led = (x_0 == top) | (x_1 == top)
+    total = tl.where(led, 1.0 + below, below)
+    log_total = tl.where(led, _log1p(below), tl.log2(total) * _LN2)
+    total += 0.0 * top  # NaN if that is infinite
+    log_rest = tl.where(no_rest, 0.0, log_total + (top - m))
+    nll_0 = log_total + (top - x_0)
+    nll_1 = log_total + (top - x_1)
+    return nll_0, nll_1, e_0 / total, e_1 / total, rest / total, factor / total, log_rest
+
+
+@triton.jit
+def ce_labels(ce_weight, smoothing, classes, LINEAR: tl.constexpr):
+    """ce_weight times (1 - e) and e / C: what the CE's labels V' = (1 - e) V + e / C keep of V, and give everyone."""
+    if not LINEAR:
+        return ce_weight, ce_weight * 0.0
+    return ce_weight * (1.0 - smoothing), ce_weight * smoothing / classes.to(ce_weight.dtype)
+
+
+@triton.jit
+def cross_entropy(
+    of_labels, linear, targets, p, ce_weight, smoothing, classes, PROB: tl.constexpr, LINEAR: tl.constexpr
+):
+    """ce_weight CE(s, V') and its gradient's (factor of exp(s_j - m_s), values at the targets); from (v_rest, v_cross,
+    v_blocked) and linear = sum s_j - m_s, -inf if a class cannot occur."""
+    y_0, y_1, label_0, label_1 = targets
+    v_rest, v_cross, v_blocked = of_labels
+    ce = times(label_0, p[0]) + times(label_1, p[1])
+    mass = label_0 + label_1
+    if PROB:
+        mass += v_rest
+        free = v_rest - v_blocked
+        ce += tl.where(free == 0.0, 0.0, free * p[6] - v_cross)
+        ce = tl.where(v_blocked > 0.0, _INF, ce)
+    if LINEAR:
+        uniform = smoothing / classes.to(mass.dtype)
+        rest = rest_number(targets, classes).to(mass.dtype)
+        # Every class has a share of a smoothed label, so one that cannot occur makes the CE infinite.
+        all_logs = rest * p[6] - linear + tl.where(y_0 >= 0, p[0], 0.0) + tl.where(y_1 >= 0, p[1], 0.0)
+        ce = (1.0 - smoothing) * ce + times(uniform, all_logs)
+        v_rest = (1.0 - smoothing) * v_rest + rest * uniform
+        label_0 = smoothed_at(y_0, label_0, 1.0 - smoothing, uniform)
+        label_1 = smoothed_at(y_1, label_1, 1.0 - smoothing, uniform)
+        mass = (1.0 - smoothing) * mass + smoothing
+    # p_k sum V - V_k, with 1 - p_k as what the others have: nothing cancels as p_k -> 1.
+    at_0 = ce_weight * (p[2] * (v_rest + label_1) - label_0 * (p[4] + p[3]))
+    at_1 = ce_weight * (p[3] * (v_rest + label_0) - label_1 * (p[4] + p[2]))
+    return times(ce_weight, ce), ce_weight * mass * p[5], at_0, at_1
+
+
+@triton.jit
+def smoothed_at(y, label, kept, uniform):
+    return tl.where(y >= 0, kept * label + uniform, 0.0)
+
+
+@triton.jit
+def by_rows(x, factors):
+    """Beside rows' terms, what is the same for all of them unless they are weighted."""
+    if factors is None:
+        return x[None]
+    else:
+        return x
+
+
+@triton.jit
+def student_gradient(s, d_s, z, v, cols, targets, terms, k, PROB: tl.constexpr, LINEAR: tl.constexpr):
+    """Tiles of it, from terms = (factor, at the first target, at the second, factor of z, kept, uniform)."""
+    g = terms[0][:, None] * tl.exp2(d_s * k) + terms[3][:, None] * z
+    if LINEAR:
+        g -= terms[5][:, None]
+    if PROB:
+        g -= terms[4][:, None] * v
+    g = tl.where(cols == targets[0][:, None], terms[1][:, None], g)
+    g = tl.where(cols == targets[1][:, None], terms[2][:, None], g)
+    return tl.where(s == _NEG_INF, 0.0, g)

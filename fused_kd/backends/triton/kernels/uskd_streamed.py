@@ -1,0 +1,240 @@
+# mypy: ignore-errors
+# Triton compiles these functions; to a type checker they are not Python.
+"""The USKD kernels around a sort by PyTorch, for rows that no program holds and for float64.
+
+``write_keys`` makes keys, which are then sorted; ``write_zipf`` brings 1 / rank into the classes' order, and
+``combine_ranked`` finishes. The sort moves several times what these do, so they read their rows as often as is simple.
+The arguments are those of :mod:`.uskd`; a launch does the rows from ``first`` to ``last``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fused_kd.backends.triton.kernels.rows import load_factor
+from fused_kd.backends.triton.kernels.targets import by_rows, ce_labels, find_targets, load_tile, student_gradient
+from fused_kd.backends.triton.kernels.uskd import (
+    _IGNORED,
+    _LOG2E,
+    _NEG_INF,
+    _RUNTIME,
+    _keys_and_weak_gradient,
+    _row_mean,
+    _scaled,
+    _store_norms,
+    _terms,
+    _with_poison,
+)
+from fused_kd.backends.triton.kernels.uskd_rows import rank_terms
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def write_keys(
+    student,
+    weak,
+    target,
+    batch_sums,
+    weak_gradients,
+    parts,
+    counts,
+    factors,
+    keys,
+    states,
+    columns,
+    rows: tl.int64,
+    first: tl.int64,
+    last: tl.int64,
+    classes: tl.int32,
+    student_row: tl.int64,
+    student_col: tl.int64,
+    weak_row: tl.int64,
+    weak_col: tl.int64,
+    target_row: tl.int64,
+    target_col: tl.int64,
+    count_items: tl.int32,
+    ignore_index: tl.int64,
+    alpha: tl.float64,
+    mu: tl.float64,
+    ce_weight: tl.float64,
+    smoothing: tl.float64,
+    weak_scale: tl.float64,
+    ACC: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
+    HELD: tl.constexpr,
+    UNIT: tl.constexpr,
+    PROB: tl.constexpr,
+    LINEAR: tl.constexpr,
+    RANK: tl.constexpr,
+    SQUARE: tl.constexpr,
+    GRAD_W: tl.constexpr,
+    COUNT: tl.constexpr,
+    HALF_W: tl.constexpr,
+):
+    """Keys of ROWS rows, the parts that need no ranks, the weak logits' gradient; and what combine_ranked needs:
+    states (6, rows), and as columns (2, rows) the targets."""
+    k = tl.full((), _LOG2E, ACC)
+    classes = classes // VEC * VEC
+    local_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = first + local_row
+    inside = row < last
+    targets, counted, valid, labels = find_targets(
+        target, row, inside, target_row, target_col, ignore_index, classes, ROWS, BLOCK, VEC, HELD, UNIT, PROB, ACC
+    )
+    views = (
+        (student + row * (student_row // VEC * VEC), student_col),
+        (weak + row * (weak_row // VEC * VEC), weak_col),
+    )
+    if factors is not None:
+        factor = load_factor(factors, 0, rows, row, inside, ACC)
+        counted &= factor != 0.0
+    row_parts, of_student, of_weak, key_terms, stats, poison = _terms(
+        views, targets, counted, valid, labels, batch_sums, alpha, mu, ce_weight, smoothing, classes, k,
+        ROWS, BLOCK, HELD, UNIT, PROB, LINEAR, RANK, SQUARE, ACC,
+    )  # fmt: skip
+    if factors is not None:
+        row_parts = (row_parts[0] * factor, row_parts[1] * factor, row_parts[2] * factor)
+    tl.store(parts + row, row_parts[0], mask=inside)
+    tl.store(parts + 2 * rows + row, row_parts[1], mask=inside)
+    tl.store(parts + 3 * rows + row, row_parts[2], mask=inside)
+    tl.store(columns + row, tl.where(counted, targets[0], _IGNORED), mask=inside)
+    tl.store(columns + rows + row, targets[1], mask=inside)
+    tl.store(states + row, stats[0], mask=inside)
+    tl.store(states + rows + row, stats[1], mask=inside)
+    tl.store(states + 2 * rows + row, of_student[0], mask=inside)
+    tl.store(states + 3 * rows + row, of_student[1], mask=inside)
+    tl.store(states + 4 * rows + row, of_student[2], mask=inside)
+    tl.store(states + 5 * rows + row, poison, mask=inside)
+    by = _scaled(weak_scale, _row_mean(counts, target_row, count_items, ignore_index, COUNT), ACC, HALF_W)
+    if factors is not None:
+        by *= load_factor(factors, 2, rows, row, inside, ACC)
+    for start in range(0, BLOCK if HELD else classes, BLOCK):
+        key = _keys_and_weak_gradient(
+            views, targets, counted, labels, of_weak, key_terms, stats[0], stats[2], poison, weak_gradients, by,
+            factors, row, inside, start, classes, k, BLOCK, UNIT, PROB, RANK, GRAD_W, ACC,
+        )  # fmt: skip
+        cols = start + tl.arange(0, BLOCK)[None, :]
+        tl.store(keys + (local_row * classes)[:, None] + cols, key, mask=inside[:, None] & (cols < classes))
+
+
+@triton.jit(do_not_specialize=["classes"])
+def write_zipf(order, zipf, classes: tl.int32, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    """zipf of the class at each place of a row's order: 1 / (place + 1)."""
+    tiles = (classes + (BLOCK - 1)) // BLOCK
+    row = tl.program_id(0) // tiles
+    place = (tl.program_id(0) - row * tiles) * BLOCK + tl.arange(0, BLOCK)
+    start = row.to(tl.int64) * classes
+    column = tl.load(order + start + place, mask=place < classes, other=0)
+    tl.store(zipf + start + column, 1.0 / (place + 1).to(ACC), mask=place < classes)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def combine_ranked(
+    student,
+    target,
+    student_gradients,
+    loss,
+    parts,
+    student_norm,
+    weak_norm,
+    counts,
+    factors,
+    zipf,
+    states,
+    columns,
+    rows: tl.int64,
+    first: tl.int64,
+    last: tl.int64,
+    classes: tl.int32,
+    student_row: tl.int64,
+    student_col: tl.int64,
+    target_row: tl.int64,
+    target_col: tl.int64,
+    count_items: tl.int32,
+    ignore_index: tl.int64,
+    beta: tl.float64,
+    ce_weight: tl.float64,
+    smoothing: tl.float64,
+    student_scale: tl.float64,
+    student_norm_value: tl.float64,
+    weak_norm_value: tl.float64,
+    ACC: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
+    HELD: tl.constexpr,
+    UNIT: tl.constexpr,
+    PROB: tl.constexpr,
+    LINEAR: tl.constexpr,
+    GRAD_S: tl.constexpr,
+    COUNT: tl.constexpr,
+    HALF_S: tl.constexpr,
+    PER_ROW: tl.constexpr,
+):
+    """The part that waits for the ranks, and the student's gradient."""
+    k = tl.full((), _LOG2E, ACC)
+    classes = classes // VEC * VEC
+    local_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = first + local_row
+    inside = row < last
+    targets = (
+        tl.load(columns + row, mask=inside, other=_IGNORED),
+        tl.load(columns + rows + row, mask=inside, other=-1),
+    )
+    counted = inside & (targets[0] != _IGNORED)
+    m_s = tl.load(states + row, mask=inside, other=0.0)
+    z_s = tl.load(states + rows + row, mask=inside, other=0.0)
+    poison = tl.load(states + 5 * rows + row, mask=inside, other=0.0)
+    view = (student + row * (student_row // VEC * VEC), student_col)
+    of_rank = (zipf + local_row * classes, student_col)
+    sums = tl.zeros([ROWS, BLOCK], ACC)
+    cross = tl.zeros([ROWS, BLOCK], ACC)
+    for start in range(0, BLOCK if HELD else classes, BLOCK):
+        cols = start + tl.arange(0, BLOCK)[None, :]
+        mask = counted[:, None] & (cols < classes)
+        s = load_tile(view, cols, mask, _NEG_INF, UNIT, ACC)
+        z = load_tile(of_rank, cols, mask, 0.0, True, ACC)
+        takes = (s != _NEG_INF) & (cols != targets[0][:, None]) & (cols != targets[1][:, None])
+        sums += tl.where(takes, z, 0.0)
+        cross += tl.where(takes, z * (s - m_s[:, None]), 0.0)
+    beta = tl.full((), beta, ACC)
+    zipf_sum, zipf_cross = tl.sum(sums, 1), tl.sum(cross, 1)
+    non_target, more, by_zipf = rank_terms(zipf_sum, zipf_cross, z_s, targets[0], targets[1], classes, beta)
+    non_target = tl.where(counted, non_target + poison, 0.0)
+    if factors is not None:
+        non_target *= load_factor(factors, 0, rows, row, inside, ACC)
+    tl.store(parts + rows + row, non_target, mask=inside)
+    if PER_ROW:
+        total = tl.load(parts + row, mask=inside, other=0.0) + non_target
+        total += tl.load(parts + 2 * rows + row, mask=inside, other=0.0)
+        tl.store(loss + row, total + tl.load(parts + 3 * rows + row, mask=inside, other=0.0), mask=inside)
+        _store_norms((student_norm, weak_norm), (student_norm_value, weak_norm_value), row, ACC)
+    if GRAD_S:
+        count = _row_mean(counts, target_row, count_items, ignore_index, COUNT)
+        by = _scaled(student_scale, count, ACC, HALF_S)
+        if factors is not None:
+            by *= load_factor(factors, 1, rows, row, inside, ACC)
+        kept, uniform = ce_labels(tl.full((), ce_weight, ACC), tl.full((), smoothing, ACC), classes, LINEAR)
+        of_rows = (
+            (tl.load(states + 2 * rows + row, mask=inside, other=0.0) + more) * by,
+            tl.load(states + 3 * rows + row, mask=inside, other=0.0) * by,
+            tl.load(states + 4 * rows + row, mask=inside, other=0.0) * by,
+            by_zipf * by,
+            by_rows(kept * by, factors),
+            by_rows(uniform * by, factors),
+        )
+        labels = (target + row * (target_row // VEC * VEC if PROB else target_row), target_col)
+        for start in range(0, BLOCK if HELD else classes, BLOCK):
+            cols = start + tl.arange(0, BLOCK)[None, :]
+            mask = counted[:, None] & (cols < classes)
+            s = load_tile(view, cols, mask, _NEG_INF, UNIT, ACC)
+            z = load_tile(of_rank, cols, mask, 0.0, True, ACC)
+            v = s
+            if PROB:
+                v = load_tile(labels, cols, mask, 0.0, UNIT, ACC)
+            g = student_gradient(s, s - m_s[:, None], z, v, cols, targets, of_rows, k, PROB, LINEAR)
+            pointers = student_gradients + (row * classes)[:, None] + cols
+            stored = inside[:, None] & (cols < classes)
+            tl.store(pointers, _with_poison(g, counted, poison, student_gradients.dtype.element_ty), mask=stored)

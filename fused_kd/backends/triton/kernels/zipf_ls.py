@@ -1,0 +1,350 @@
+# mypy: ignore-errors
+# Triton compiles these functions; to a type checker they are not Python.
+"""The kernels of Zipf's label smoothing: votes, their ranks, and the rows. :mod:`.targets` has the conventions.
+
+``find_votes`` reads the dense logits, which are nearly all that there is to read. At most P of a row's classes have a
+vote, and all the others share one rank, 1 + the number of those that have; so ``rank_votes`` compares votes with votes,
+P x P of them, instead of sorting classes, and ``zipf_rows`` takes every class for one without a vote and corrects what
+the voted ones add. Nothing of the classes' number is kept between kernels.
+
+With z_j = rank_j^-power over the classes that are no target and can occur, and d_j = s_j - m_s, a row's divergence is
+
+    weight (sum z log z / sum z - log sum z + log sum exp(d) - sum z d / sum z)
+
+where z log z and z d are z_0 times those sums over all classes, and what the voted ones have beyond z_0.
+
+Meaning of the constexpr arguments besides those that :mod:`.on_chip` and :mod:`.uskd` explain:
+
+POSITIONS, CLASSES    a tile of the dense logits
+POSITION_UNIT         their positions are neighbours in memory; CLASS_UNIT, their classes
+VOTES                 votes of a tile
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fused_kd.backends.triton.kernels.on_chip import gradient_scale
+from fused_kd.backends.triton.kernels.rows import LN2, LOG2E, load_factor, narrowed, zero_if_empty
+from fused_kd.backends.triton.kernels.targets import (
+    by_rows,
+    ce_labels,
+    cross_entropy,
+    find_targets,
+    is_rest,
+    load_at,
+    load_tile,
+    split_softmax,
+    student_gradient,
+)
+
+_NEG_INF = tl.constexpr(float("-inf"))
+_NO_CLASS = tl.constexpr(2147483647)
+#: What a position votes for that has a NaN, and the number of voted classes of its row.
+BROKEN = tl.constexpr(-1)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "rows", "positions", "classes", "dense_row", "dense_position", "dense_class", "target_row", "ignore_index",
+    ]
+)  # fmt: skip
+def find_votes(
+    dense,
+    target,
+    votes,
+    rows: tl.int64,
+    positions: tl.int32,
+    classes: tl.int32,
+    dense_row: tl.int64,
+    dense_position: tl.int64,
+    dense_class: tl.int64,
+    target_row: tl.int64,
+    ignore_index: tl.int64,
+    ACC: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    CLASSES: tl.constexpr,
+    VEC: tl.constexpr,
+    POSITION_UNIT: tl.constexpr,
+    CLASS_UNIT: tl.constexpr,
+    PROB: tl.constexpr,
+):
+    """votes (rows, positions): the lowest class among a position's largest; a row that does not count is not read.
+
+    ACC is float64 for such logits, else float32, which every other format fits in. VEC divides the strides that are
+    not 1 and the length of what is contiguous.
+    """
+    blocks = (positions + (POSITIONS - 1)) // POSITIONS
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    position = (tl.program_id(0) % blocks) * POSITIONS + tl.arange(0, POSITIONS)
+    if POSITION_UNIT:
+        positions = positions // VEC * VEC
+        at_position = position
+        dense_class = dense_class // VEC * VEC
+    else:
+        at_position = position.to(tl.int64) * (dense_position // VEC * VEC)
+    if CLASS_UNIT:
+        classes = classes // VEC * VEC
+    base = dense + row * (dense_row // VEC * VEC)
+    end = classes
+    if not PROB:
+        counted = tl.load(target + row * target_row).to(tl.int64) != ignore_index
+        end = tl.where(counted, classes, 0)
+    best = tl.full([POSITIONS, CLASSES], _NEG_INF, ACC)
+    at = tl.full([POSITIONS, CLASSES], _NO_CLASS, tl.int32)
+    broken = tl.zeros([POSITIONS, CLASSES], tl.int1)
+    for start in range(0, end, CLASSES):
+        column = start + tl.arange(0, CLASSES)
+        at_class = column if CLASS_UNIT else column.to(tl.int64) * dense_class
+        mask = (position < positions)[:, None] & (column < classes)[None, :]
+        x = tl.load(base + at_position[:, None] + at_class[None, :], mask=mask, other=_NEG_INF).to(ACC)
+        better = x > best
+        best = tl.where(better, x, best)
+        at = tl.where(better, column[None, :], at)
+        broken |= x != x
+    largest = tl.max(best, 1)
+    vote = tl.min(tl.where(best == largest[:, None], at, _NO_CLASS), 1)
+    vote = tl.where(vote == _NO_CLASS, 0, vote)  # all are -inf
+    vote = tl.where(tl.max(broken.to(tl.int32), 1) == 1, BROKEN, vote)
+    tl.store(votes + row * positions + position, vote, mask=position < positions)
+
+
+@triton.jit(do_not_specialize=["positions"])
+def rank_votes(votes, counts, ranks, voted, positions: tl.int32, VOTES: tl.constexpr):
+    """ranks (rows, positions): of the class that a position votes for, where it is the first to, else 0. voted (rows,):
+    how many classes have a vote. counts (rows, positions) is scratch: votes, where ranks has a rank."""
+    row = tl.program_id(0).to(tl.int64)
+    first = row * positions
+    number = tl.zeros([1], tl.int32)
+    broken = tl.zeros([1], tl.int32)
+    for start in range(0, positions, VOTES):
+        i = start + tl.arange(0, VOTES)
+        mine = tl.load(votes + first + i, mask=i < positions, other=-2)
+        count = tl.zeros([VOTES], tl.int32)
+        earlier = tl.zeros([VOTES], tl.int32)
+        for other_start in range(0, positions, VOTES):
+            j = other_start + tl.arange(0, VOTES)
+            other = tl.load(votes + first + j, mask=j < positions, other=-3)
+            same = (mine[:, None] == other[None, :]).to(tl.int32)
+            count += tl.sum(same, 1)
+            earlier += tl.sum(tl.where(j[None, :] < i[:, None], same, 0), 1)
+        count = tl.where(earlier == 0, count, 0)
+        tl.store(counts + first + i, count, mask=i < positions)
+        number += tl.sum((count > 0).to(tl.int32), 0, keep_dims=True)
+        broken += tl.sum((mine == BROKEN).to(tl.int32), 0, keep_dims=True)
+    tl.store(voted + row + tl.arange(0, 1), tl.where(broken > 0, BROKEN, number))
+    tl.debug_barrier()  # the counts are written by other threads than read them
+    for start in range(0, positions, VOTES):
+        i = start + tl.arange(0, VOTES)
+        mine = tl.load(counts + first + i, mask=i < positions, other=0)
+        more = tl.zeros([VOTES], tl.int32)
+        for other_start in range(0, positions, VOTES):
+            j = other_start + tl.arange(0, VOTES)
+            other = tl.load(counts + first + j, mask=j < positions, other=0)
+            more += tl.sum((other[None, :] > mine[:, None]).to(tl.int32), 1)
+        tl.store(ranks + first + i, tl.where(mine > 0, 1 + more, 0), mask=i < positions)
+
+
+@triton.jit
+def _row_sums(
+    view, labels, targets, rows, classes, k,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, HELD: tl.constexpr, UNIT: tl.constexpr, PROB: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """(m, z, linear, number, v_rest, v_cross, v_blocked), sums over the classes that are no target: of exponentials; of
+    s_j - m and of 1 where s_j is not -inf; and of probabilities V, else 0: of V_j, of V_j (s_j - m) where it is not
+    -inf, and of V_j where it is."""
+    zero = tl.zeros([ROWS, BLOCK], ACC)
+    top = zero + _NEG_INF
+    for start in range(0, BLOCK if HELD else classes, BLOCK):
+        cols = start + tl.arange(0, BLOCK)[None, :]
+        rest = is_rest(cols, classes, rows, targets)
+        x = load_tile(view, cols, rows[:, None] & (cols < classes), _NEG_INF, UNIT, ACC)
+        top = tl.maximum(top, tl.where(rest, x, _NEG_INF))
+    m = zero_if_empty(tl.max(top, 1))
+    z, linear, number, v_rest, v_cross, v_blocked = zero, zero, zero, zero, zero, zero
+    for start in range(0, BLOCK if HELD else classes, BLOCK):
+        cols = start + tl.arange(0, BLOCK)[None, :]
+        rest = is_rest(cols, classes, rows, targets)
+        x = load_tile(view, cols, rows[:, None] & (cols < classes), _NEG_INF, UNIT, ACC)
+        d = tl.where(rest, x, _NEG_INF) - m[:, None]
+        possible = d != _NEG_INF
+        z += tl.exp2(d * k)
+        linear += tl.where(possible, d, 0.0)
+        number += tl.where(possible, 1.0, 0.0)
+        if PROB:
+            v = tl.where(rest, load_tile(labels, cols, rows[:, None] & (cols < classes), 0.0, UNIT, ACC), 0.0)
+            v_rest += v
+            v_cross += tl.where(possible, v * d, 0.0)
+            v_blocked += tl.where(possible, 0.0, v)
+    return (
+        m, tl.sum(z, 1), tl.sum(linear, 1), tl.sum(number, 1), tl.sum(v_rest, 1), tl.sum(v_cross, 1),
+        tl.sum(v_blocked, 1),
+    )  # fmt: skip
+
+
+@triton.jit
+def _zipf(rank, power):
+    """rank^-power and its logarithm, of ranks from 1 on."""
+    log_rank = tl.log2(rank)
+    return tl.where(power == 1.0, 1.0 / rank, tl.exp2(-power * log_rank)), -power * (log_rank * LN2)
+
+
+@triton.jit
+def _load_votes(votes, ranks, row, start, positions, rows, VOTES: tl.constexpr):
+    """The classes of a tile of votes, and their ranks, 1 where there is none; and whether there is one."""
+    j = start + tl.arange(0, VOTES)[None, :]
+    at = (row * positions)[:, None] + j
+    mask = rows[:, None] & (j < positions)
+    rank = tl.load(ranks + at, mask=mask, other=0)
+    return tl.load(votes + at, mask=mask, other=0), tl.maximum(rank, 1), rank > 0
+
+
+@triton.jit(
+    do_not_specialize=[
+        "rows", "positions", "classes", "student_row", "student_col", "target_row", "target_col", "count_items",
+        "ignore_index",
+    ]
+)  # fmt: skip
+def zipf_rows(
+    student,
+    target,
+    votes,
+    ranks,
+    voted,
+    gradient,
+    loss,
+    parts,
+    norm,
+    counts,
+    factors,
+    rows: tl.int64,
+    positions: tl.int32,
+    classes: tl.int32,
+    student_row: tl.int64,
+    student_col: tl.int64,
+    target_row: tl.int64,
+    target_col: tl.int64,
+    count_items: tl.int32,
+    ignore_index: tl.int64,
+    weight: tl.float64,
+    power: tl.float64,
+    ce_weight: tl.float64,
+    smoothing: tl.float64,
+    scale: tl.float64,
+    norm_value: tl.float64,
+    ACC: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VOTES: tl.constexpr,
+    VEC: tl.constexpr,
+    HELD: tl.constexpr,
+    UNIT: tl.constexpr,
+    PROB: tl.constexpr,
+    LINEAR: tl.constexpr,
+    GRAD: tl.constexpr,
+    COUNT: tl.constexpr,
+    HALF: tl.constexpr,
+    PER_ROW: tl.constexpr,
+):
+    """Parts and gradient of ROWS rows. The gradient is written as if no class had a vote, and then again where one
+    has."""
+    k = tl.full((), LOG2E, ACC)
+    weight = tl.full((), weight, ACC)
+    power = tl.full((), power, ACC)
+    ce_weight = tl.full((), ce_weight, ACC)
+    smoothing = tl.full((), smoothing, ACC)
+    classes = classes // VEC * VEC
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    targets, counted, valid, labels = find_targets(
+        target, row, inside, target_row, target_col, ignore_index, classes, ROWS, BLOCK, VEC, HELD, UNIT, PROB, ACC
+    )
+    if factors is not None:
+        factor = load_factor(factors, 0, rows, row, inside, ACC)
+        counted &= factor != 0.0
+    view = (student + row * (student_row // VEC * VEC), student_col)
+    m, z, linear, number, v_rest, v_cross, v_blocked = _row_sums(
+        view, labels, targets, counted, classes, k, ROWS, BLOCK, HELD, UNIT, PROB, ACC
+    )
+    s_0 = load_at(view, targets[0], counted, _NEG_INF, UNIT, ACC)
+    s_1 = load_at(view, targets[1], counted, _NEG_INF, UNIT, ACC)
+    p = split_softmax(s_0, s_1, m, z, k)
+    is_0, is_1 = (targets[0] >= 0).to(tl.int32), (targets[1] >= 0).to(tl.int32)
+    all_linear = tl.where(number < (classes - is_0 - is_1).to(ACC), _NEG_INF, linear)
+    ce, ce_factor, ce_0, ce_1 = cross_entropy(
+        (v_rest, v_cross, v_blocked), all_linear, targets, p, ce_weight, smoothing, classes, PROB, LINEAR
+    )
+    here = tl.load(voted + row, mask=counted, other=0)
+    broken = (here == BROKEN) | (s_0 != s_0) | (s_1 != s_1) | (s_0 == float("inf")) | (s_1 == float("inf"))
+    poison = tl.where(broken, float("nan"), 0.0 * (valid + z + targets[2] + targets[3] + v_rest))
+    # An infinite logit of a target has no cross-entropy, which need not be wanted.
+    wanted = ce_weight != 0.0
+    ce = tl.where(wanted, ce, 0.0)
+    ce_factor = tl.where(wanted, ce_factor, 0.0)
+    ce_0 = tl.where(s_0 == _NEG_INF, 0.0, tl.where(wanted, ce_0, 0.0))
+    ce_1 = tl.where(s_1 == _NEG_INF, 0.0, tl.where(wanted, ce_1, 0.0))
+
+    z_0, log_z_0 = _zipf(tl.maximum(here, 0).to(ACC) + 1.0, power)
+    more, more_cross, entropy = tl.zeros([ROWS], ACC), tl.zeros([ROWS], ACC), tl.zeros([ROWS], ACC)
+    for start in range(0, positions, VOTES):
+        column, rank, takes = _load_votes(votes, ranks, row, start, positions, counted, VOTES)
+        takes &= (column >= 0) & (column != targets[0][:, None]) & (column != targets[1][:, None])
+        d = load_tile(view, column, takes, _NEG_INF, UNIT, ACC) - m[:, None]
+        takes &= d != _NEG_INF
+        z_j, log_z_j = _zipf(rank.to(ACC), power)
+        beyond = tl.where(takes, z_j - z_0[:, None], 0.0)
+        more += tl.sum(beyond, 1)
+        more_cross += tl.sum(tl.where(takes, beyond * d, 0.0), 1)
+        entropy += tl.sum(tl.where(takes, z_j * (log_z_j - log_z_0[:, None]), 0.0), 1)
+    total = z_0 * number + more
+    # One class is sure of itself, and none has nothing to say.
+    some = (number > 1.0) & (total != 0.0)
+    total = tl.where(some, total, 1.0)
+    z = tl.where(some, z, 1.0)
+    weight = tl.where(some, weight, 0.0)
+    divergence = (entropy - z_0 * linear - more_cross) / total + log_z_0 + tl.log2(z / total) * LN2
+    divergence = tl.where(counted, weight * divergence + poison, 0.0)
+    ce = tl.where(counted, ce + poison, 0.0)
+    if factors is not None:
+        divergence *= factor
+        ce *= factor
+    tl.store(parts + row, divergence, mask=inside)
+    tl.store(parts + rows + row, ce, mask=inside)
+    if PER_ROW:
+        tl.store(loss + row, divergence + ce, mask=inside)
+        tl.store(norm + row * 0, tl.full(row.shape, norm_value, ACC), mask=row == 0)
+    if GRAD:
+        by = gradient_scale(counts, target_row, count_items, ignore_index, scale, ACC, COUNT, HALF)
+        if factors is not None:
+            by *= load_factor(factors, 1, rows, row, inside, ACC)
+        kept, uniform = ce_labels(ce_weight, smoothing, classes, LINEAR)
+        terms = (
+            (weight / z + ce_factor) * by, ce_0 * by, ce_1 * by, -weight / total * by, by_rows(kept * by, factors),
+            by_rows(uniform * by, factors),
+        )  # fmt: skip
+        out = gradient + row * classes
+        for start in range(0, BLOCK if HELD else classes, BLOCK):
+            cols = start + tl.arange(0, BLOCK)[None, :]
+            mask = counted[:, None] & (cols < classes)
+            s = load_tile(view, cols, mask, _NEG_INF, UNIT, ACC)
+            v = s
+            if PROB:
+                v = load_tile(labels, cols, mask, 0.0, UNIT, ACC)
+            g = student_gradient(s, s - m[:, None], z_0[:, None], v, cols, targets, terms, k, PROB, LINEAR)
+            g = tl.where(counted[:, None], g + poison[:, None], 0.0)
+            tl.store(
+                out[:, None] + cols, narrowed(g, gradient.dtype.element_ty), mask=inside[:, None] & (cols < classes)
+            )
+        tl.debug_barrier()  # what follows is written over it, by other threads
+        for start in range(0, positions, VOTES):
+            column, rank, takes = _load_votes(votes, ranks, row, start, positions, counted, VOTES)
+            takes &= column >= 0
+            s = load_tile(view, column, takes, _NEG_INF, UNIT, ACC)
+            v = s
+            if PROB:
+                v = load_tile(labels, column, takes, 0.0, UNIT, ACC)
+            z_j, _ = _zipf(rank.to(ACC), power)
+            g = student_gradient(s, s - m[:, None], z_j, v, column, targets, terms, k, PROB, LINEAR)
+            tl.store(out[:, None] + column, narrowed(g + poison[:, None], gradient.dtype.element_ty), mask=takes)

@@ -1,0 +1,77 @@
+"""Launches of Triton's kernels: what a plan lists, and what carries it out. The kernels are imported at the first."""
+
+from __future__ import annotations
+
+import importlib
+from functools import lru_cache
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_kd.backends import cuda_devices
+
+
+class Launch(NamedTuple):
+    """One kernel launch: ``kernel`` names a Triton function of the kernels' modules, or one of ``HOST``."""
+
+    kernel: str
+    programs: int
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+def planned(kernel: str, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> Launch:
+    """A launch whose products and sums are not fused. A compiler fuses here and not there: then equal logits have
+    different keys, probabilities are not those whose moments were taken, and the lanes of a reduction, each of which
+    fuses its own product and gets its neighbour's rounded, end with different sums. NKD takes 3 % more instructions so.
+    To be said each time: Triton's default changes with its releases."""
+    return Launch(kernel, programs, arguments, {**options, "enable_fp_fusion": False})
+
+
+@lru_cache(maxsize=1)
+def kernels() -> dict[str, Any]:
+    modules: list[ModuleType] = [
+        importlib.import_module(f"fused_kd.backends.triton.kernels.{name}")
+        for name in (
+            "on_chip",
+            "looped",
+            "columns",
+            "reductions",
+            "uskd",
+            "uskd_streamed",
+            "zipf_ls",
+        )
+    ]
+    names = (
+        "rows_on_chip", "rows_looped", "count_chunks", "reduce_parts", "scale_rows",
+        "normalize_rows", "column_moments", "finish_columns",
+        "target_probabilities", "ranked_on_chip", "write_keys", "write_zipf", "combine_ranked",
+        "find_votes", "rank_votes", "zipf_rows",
+    )  # fmt: skip
+    return {name: getattr(module, name) for module in modules for name in names if hasattr(module, name)}
+
+
+def _sort_rows(keys: Tensor, values: Tensor, order: Tensor) -> None:
+    torch.sort(keys, dim=1, descending=True, stable=True, out=(values, order))
+
+
+#: What a plan may ask of PyTorch between its launches.
+HOST = {"sort_rows": _sort_rows}
+
+
+def run(launches: list[Launch], device: torch.device) -> list[Any]:
+    """Launch on the tensors' device, in its current stream. Returns the compiled kernels, None where there is none."""
+    known = kernels()
+    with cuda_devices.current(device):
+        return [
+            HOST[kernel](*arguments) if kernel in HOST else known[kernel][(programs,)](*arguments, **options)
+            for kernel, programs, arguments, options in launches
+        ]
+
+
+@lru_cache(maxsize=1)
+def acc_types() -> dict[torch.dtype, Any]:
+    language = importlib.import_module("triton.language")
+    return {torch.float32: language.float32, torch.float64: language.float64}

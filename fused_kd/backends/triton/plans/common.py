@@ -1,0 +1,87 @@
+"""What the plans of all losses share: the rows that count, and the reduction of the loss's parts."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_kd.backends.triton.launch import Launch, acc_types, planned
+
+#: Up to so many rows every program counts the targets itself, which saves a launch; they are in its cache line by line.
+COUNT_ROWS = 2048
+#: Up to so many rows one program sums the parts; beyond, chunks of as many are summed side by side first.
+CHUNK = 16384
+#: How the kernels find the number of rows that count (their argument COUNT; 0 is "not at all").
+COUNT_TARGETS, COUNT_PARTIAL = 1, 2
+
+
+class Counts(NamedTuple):
+    """Where kernels find the number of rows that count, and ``how``: their argument COUNT."""
+
+    source: Tensor
+    stride: int
+    items: int
+    how: int
+
+
+def plan_count(
+    launches: list[Launch], target: Tensor, ignore_index: int, reduction: str, every_row: bool = True
+) -> Counts:
+    """Where to find the number of rows that count, for which a mean over many index targets appends a launch. With
+    ``every_row`` each program of a row kernel will count, else only the one that reduces the parts."""
+    rows, stride = target.shape[0], target.stride(0)
+    if reduction != "mean" or target.is_floating_point():
+        return Counts(target, stride, rows, 0)
+    if rows <= (COUNT_ROWS if every_row else CHUNK):
+        return Counts(target, stride, rows, COUNT_TARGETS)
+    chunk = max(COUNT_ROWS, -(-rows // 1024))
+    items = -(-rows // chunk)
+    counts = torch.empty(items, dtype=torch.int32, device=target.device)
+    arguments = (target, counts, stride, rows, chunk, ignore_index)
+    launches.append(planned("count_chunks", items, arguments, {"num_warps": 4}))
+    return Counts(counts, 1, items, COUNT_PARTIAL)
+
+
+#: The loss, and for each of two gradients (or twice for one) its norm, that norm's value, and whether it is kept in
+#: float16, where the divisor's power of two goes into the norm.
+Finish = tuple[Tensor, tuple[Tensor, Tensor], tuple[float, float], tuple[bool, bool]]
+
+
+def plan_reduction(
+    launches: list[Launch],
+    row_parts: Tensor,
+    parts: Tensor,
+    counts: Counts | None,
+    ignore_index: int,
+    reduction: str,
+    finish: Finish | None,
+) -> None:
+    """Append the launches that reduce ``row_parts`` (parts, rows) to ``parts`` (parts,) and ``finish``; without that,
+    to plain sums."""
+    width, rows = row_parts.shape
+    counts = counts or Counts(row_parts, 1, rows, 0)
+    loss, norms, norm_values, halves = finish or (parts, (parts, parts), (1.0, 1.0), (False, False))
+    while True:
+        programs = -(-rows // CHUNK)
+        last = programs == 1
+        sums = parts if last else torch.empty((width, programs), dtype=parts.dtype, device=parts.device)
+        arguments = (
+            row_parts, sums, loss, *norms, counts.source,
+            rows, CHUNK, counts.stride, counts.items, ignore_index, *norm_values,
+        )  # fmt: skip
+        options = {
+            "ACC": acc_types()[parts.dtype],
+            "PARTS": width,
+            "FINAL": last and finish is not None,
+            "MEAN": reduction == "mean",
+            "COUNT": counts.how,
+            "HALF": halves[0],
+            "OTHER_HALF": halves[1],
+            "num_warps": 8,
+        }
+        launches.append(planned("reduce_parts", programs, arguments, options))
+        if last:
+            return
+        row_parts, rows = sums, programs

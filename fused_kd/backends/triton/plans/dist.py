@@ -1,0 +1,83 @@
+"""DIST's column term by Triton: the launches before its row kernel. :mod:`fused_kd.backends.triton` imports this when
+it is asked for one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_kd.backends.triton import layout
+from fused_kd.backends.triton.launch import Launch, acc_types, planned
+
+
+class ColumnTerm(NamedTuple):
+    """What the row kernel reads of it (their arguments of these names)."""
+
+    states: Tensor
+    columns: Tensor
+    correlations: Tensor
+
+
+def plan_columns(
+    launches: list[Launch],
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    dtype: torch.dtype,
+    weights: Sequence[float],
+    standardize: bool,
+    ignore_index: int,
+) -> ColumnTerm:
+    """Append what makes DIST's column term; ``dtype`` is that of the arithmetic."""
+    rows, classes = student.shape
+    _, gamma, temperature, *_ = weights
+    acc, probabilities = acc_types()[dtype], target.is_floating_point()
+    narrow = min(student.element_size(), teacher.element_size())
+    unit = student.stride(1) == teacher.stride(1) == 1
+    vector = math.gcd(16 // narrow if unit else 1, classes, student.stride(0), teacher.stride(0))
+    shared = {"ACC": acc, "VEC": vector, "UNIT": unit, "PROB": probabilities}
+    strides = (*student.stride(), *teacher.stride(), target.stride(0), ignore_index)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=student.device)
+
+    states = empty(6, rows)
+    normalize = layout.normalize_config(classes, narrow)
+    arguments = (student, teacher, target, states, rows, classes, *strides, temperature)
+    options = {
+        **shared,
+        "ROWS": normalize.rows,
+        "LANES": normalize.lanes,
+        "WIDTH": normalize.width,
+        "STD": standardize,
+        "num_warps": normalize.warps,
+        "maxnreg": min(255, 2048 // normalize.warps),
+    }
+    launches.append(planned("normalize_rows", -(-rows // normalize.rows), arguments, options))
+
+    config = layout.column_config(rows, classes, wide=dtype == torch.float64, neighbours=unit, vectors=vector > 1)
+    chunks, blocks = -(-rows // config.chunk), -(-classes // config.block)
+    moments, numbers = empty(chunks, 5, classes), empty(chunks)
+    arguments = (student, teacher, target, states, moments, numbers, rows, classes, *strides, config.chunk)
+    options = {
+        **shared,
+        "ROWS": config.rows,
+        "BLOCK": config.block,
+        "num_warps": config.warps,
+        "maxnreg": config.registers,
+    }
+    launches.append(planned("column_moments", chunks * blocks, arguments, options))
+
+    tile_chunks, tile_classes = layout.FINISH_TILE
+    items = -(-classes // tile_classes)
+    # Each of the four rows of columns starts at a multiple of four elements.
+    term = ColumnTerm(states, empty(4, -(-classes // 4) * 4), empty(items))
+    arguments = (moments, numbers, term.columns, term.correlations, classes, chunks, gamma, temperature)
+    # Left alone some releases of Triton spill a few words of it to reach a rounder occupancy.
+    options = {"ACC": acc, "BLOCK": tile_classes, "CHUNKS": tile_chunks, "num_warps": 4, "maxnreg": 255}
+    launches.append(planned("finish_columns", items, arguments, options))
+    return term

@@ -1,0 +1,186 @@
+"""The plan of the row losses: one kernel, what it counts before, DIST's columns, and what it reduces behind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_kd.backends.triton import layout, replay
+from fused_kd.backends.triton.launch import Launch, acc_types, planned
+from fused_kd.backends.triton.plans.common import plan_count, plan_reduction
+from fused_kd.backends.triton.plans.dist import plan_columns
+from fused_kd.core.catalogue import ROW_LOSSES, has_column_term
+from fused_kd.reference import accumulation_dtype
+
+
+def row_loss(
+    student: Tensor,
+    teacher: Tensor | None,
+    target: Tensor,
+    factors: Tensor | None,
+    loss_name: str,
+    weights: list[float],
+    standardize: bool,
+    ignore_index: int,
+    reduction: str,
+    need_gradient: bool,
+    gradient_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, _classes = student.shape
+    other = student if teacher is None else teacher  # not read where the loss has no teacher
+    dtype, device = accumulation_dtype(student, other), student.device
+    shape = (rows,) if reduction == "none" else ()
+    loss = torch.empty(shape, dtype=dtype, device=device)
+    parts = torch.empty((3, *shape), dtype=dtype, device=device)
+    gradient = torch.empty(student.shape if need_gradient else (0,), dtype=student.dtype, device=device)
+    norm = torch.empty((), dtype=dtype, device=device)
+    if rows == 0:
+        return loss.zero_(), parts.zero_(), gradient, norm.fill_(1.0)
+    settings: tuple[Any, ...] = (
+        loss_name,
+        tuple(weights),
+        standardize,
+        ignore_index,
+        reduction,
+        need_gradient,
+        gradient_scale,
+    )
+    outputs = gradient, loss, parts, norm
+    replay.run(
+        "row_loss",
+        (student, other, target, factors),
+        outputs,
+        settings,
+        lambda: plan_row_loss(student, other, target, factors, *outputs, *settings),
+    )
+    return loss, parts, gradient, norm
+
+
+def kernel_weights(loss_name: str, weights: Sequence[float], classes: int) -> tuple[float, ...]:
+    """The weights as :mod:`.kernels.losses` has them."""
+    first, second, temperature, ce_weight, smoothing = weights
+    if loss_name == "tf_kd":
+        rest = classes - 1
+        gap = (first - (1.0 - first) / rest) / temperature
+        log_others = -(max(gap, 0.0) + math.log(math.exp(gap - max(gap, 0.0)) + rest * math.exp(-max(gap, 0.0))))
+        others, own = math.exp(log_others), math.exp(log_others + gap)
+        return others, own, rest * others * log_others + own * (log_others + gap), ce_weight, smoothing
+    if loss_name == "kd":
+        second = 1.0
+    if classes == 2 and loss_name in (
+        "nkd",
+        "kd",
+        "dkd",
+        "wsld",
+    ):  # two classes leave one outside the target: its term and gradient are 0
+        first, second = (0.0 if loss_name == "nkd" else first), 0.0
+    return first, second, temperature, ce_weight, smoothing
+
+
+def plan_row_loss(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    factors: Tensor | None,
+    gradient: Tensor,
+    loss: Tensor,
+    parts: Tensor,
+    norm: Tensor,
+    loss_name: str,
+    weights: Sequence[float],
+    standardize: bool,
+    ignore_index: int,
+    reduction: str,
+    need_gradient: bool,
+    gradient_scale: float,
+) -> list[Launch]:
+    """The launches that fill the outputs, in order."""
+    rows, classes = student.shape
+    if loss_name == "js" and weights[0] == 0.0:
+        loss_name = "kd"
+    acc = acc_types()[loss.dtype]
+    probabilities = target.is_floating_point()
+    per_row, mean = reduction == "none", reduction == "mean"
+    # As row_needs and one_temperature of csrc have it.
+    _, _, temperature, ce_weight, smoothing = weights
+    sharp_distilled, ce = loss_name in ("nkd", "wsld"), ce_weight != 0.0
+    single = (
+        loss_name == "tf_kd"
+        or not (sharp_distilled or ce)
+        or (temperature == 1.0 and (not standardize or (sharp_distilled and not ce)))
+    )
+    linear = loss_name == "tf_kd" or (ce and smoothing != 0.0)
+    # float16 might underflow when divided by the row count, so the power of two next to it stays for the backward op.
+    half = mean and student.dtype == torch.float16
+    target_row, target_col = target.stride() if probabilities else (target.stride(0), 0)
+    launches: list[Launch] = []
+    counts = plan_count(launches, target, ignore_index, reduction, need_gradient)
+    columns: tuple[Tensor, Tensor, Tensor] | None = None
+    if has_column_term(loss_name, weights):
+        assert factors is None  # see dist_terms
+        columns = plan_columns(launches, student, teacher, target, loss.dtype, weights, standardize, ignore_index)
+    row_parts = parts if per_row else torch.empty((3, rows), dtype=loss.dtype, device=student.device)
+    narrow = min(t.element_size() for t in (student, teacher, target) if t.is_floating_point())
+    row_strides = [student.stride(0), teacher.stride(0), *([target_row] if probabilities else [])]
+    unit = student.stride(1) == teacher.stride(1) == 1 and (target_col == 1 or not probabilities)
+    vector = 16 // narrow if unit else 1
+    # Rows that start alike modulo a vector can be walked in vectors, from the same column on.
+    together = unit and all((stride - classes) % vector == 0 for stride in row_strides)
+    config = layout.row_config(
+        classes,
+        narrow,
+        wide=loss.dtype == torch.float64,
+        probabilities=probabilities,
+        unit_temperature=single,
+        neighbours=unit,
+        vectors=together,
+        mixed=student.dtype != teacher.dtype,
+        loss=loss_name,
+        scores=standardize,
+        smoothed=ce and smoothing != 0.0,
+    )
+    options = {
+        "ACC": acc,
+        "UNIT": unit,
+        "LOSS": ROW_LOSSES[loss_name].kind,
+        "SINGLE": single,
+        "PROB": probabilities,
+        "GRAD": need_gradient,
+        "COUNT": counts.how if need_gradient else 0,
+        "HALF": half,
+        "PER_ROW": per_row,
+        "STD": standardize,
+        "LINEAR": linear,
+        "RAW": standardize and sharp_distilled and ce,
+        "COLUMNS": columns is not None,
+        "num_warps": config.warps,
+        "maxnreg": config.registers,
+    }
+    if isinstance(config, layout.OnChip):
+        kernel, programs = "rows_on_chip", -(-rows // config.rows)
+        options |= {"ROWS": config.rows, "BLOCK": config.block, "VEC": math.gcd(vector, classes, *row_strides)}
+    else:
+        kernel, programs = "rows_looped", rows
+        options |= {"LANES": config.lanes, "WIDTH": config.width, "VEC": vector if together else 1}
+        # The column term's numbers lie alike for every row: where the logits do too, they are vectors as well.
+        options["EDGES"] = together and not (columns and classes % vector == 0)
+    # Every row of probabilities counts.
+    known = 1.0 / rows if mean and probabilities else 1.0
+    if half and probabilities:
+        known *= 2.0 ** (rows.bit_length() - 1)
+    arguments = (
+        student, teacher, target, gradient, loss, row_parts, norm, counts.source, factors,
+        *(columns or (loss, loss, loss)), rows, classes, *student.stride(), *teacher.stride(), target_row, target_col,
+        counts.items, columns[2].shape[0] if columns else 0, ignore_index,
+        *kernel_weights(loss_name, weights, classes), gradient_scale * known, 1.0 / gradient_scale,
+    )  # fmt: skip
+    launches.append(planned(kernel, programs, arguments, options))
+
+    if not per_row:
+        finish = (loss, (norm, norm), (1.0 / gradient_scale,) * 2, (half, half))
+        plan_reduction(launches, row_parts, parts, counts, ignore_index, reduction, finish)
+    return launches

@@ -1,0 +1,246 @@
+"""USKD by Triton: plans of its launches. :mod:`fused_kd.backends.triton` runs them, and imports this when asked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_kd.backends.triton import layout, replay
+from fused_kd.backends.triton.launch import Launch, acc_types, planned
+from fused_kd.backends.triton.plans.common import plan_count, plan_reduction
+from fused_kd.reference import accumulation_dtype
+
+#: Where PyTorch sorts, so many keys at once: a key takes some fifty bytes of memory while it is sorted.
+SORTED_AT_ONCE = 1 << 24
+#: Places of the order that a program of write_zipf does.
+ZIPF_BLOCK = 1024
+
+
+def uskd_batch_sums(student: Tensor, target: Tensor, square: bool, ignore_index: int) -> Tensor:
+    sums = torch.empty(3, dtype=torch.float64, device=student.device)
+    if student.shape[0] == 0:
+        return sums.zero_()
+    replay.run(
+        "uskd_batch_sums",
+        (student, target),
+        (sums,),
+        (square, ignore_index),
+        lambda: plan_batch_sums(student, target, sums, square, ignore_index),
+    )
+    return sums
+
+
+def uskd(
+    student: Tensor,
+    weak: Tensor,
+    target: Tensor,
+    batch_sums: Tensor,
+    factors: Tensor | None,
+    weights: list[float],
+    rank: str,
+    square: bool,
+    ignore_index: int,
+    reduction: str,
+    need_student: bool,
+    need_weak: bool,
+    student_scale: float,
+    weak_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows, _classes = student.shape
+    dtype, device = accumulation_dtype(student, weak), student.device
+    shape = (rows,) if reduction == "none" else ()
+    loss = torch.empty(shape, dtype=dtype, device=device)
+    parts = torch.empty((4, *shape), dtype=dtype, device=device)
+    gradients = (
+        torch.empty(student.shape if need_student else (0,), dtype=student.dtype, device=device),
+        torch.empty(weak.shape if need_weak else (0,), dtype=weak.dtype, device=device),
+    )
+    norms = torch.empty((), dtype=dtype, device=device), torch.empty((), dtype=dtype, device=device)
+    if rows == 0:
+        return loss.zero_(), parts.zero_(), *gradients, norms[0].fill_(1.0), norms[1].fill_(1.0)
+    settings: tuple[Any, ...] = (
+        tuple(weights), rank, square, ignore_index, reduction, need_student, need_weak, student_scale, weak_scale,
+    )  # fmt: skip
+    inputs = (student, weak, target, batch_sums, factors)
+    replay.run(
+        "uskd",
+        inputs,
+        (*gradients, loss, parts, *norms),
+        settings,
+        lambda: plan_uskd(*inputs, gradients, loss, parts, norms, *settings),
+    )
+    return loss, parts, *gradients, *norms
+
+
+def _layout(
+    target: Tensor, logits: tuple[Tensor, ...], wide: bool, config: layout.OnChip | layout.Streamed
+) -> dict[str, Any]:
+    """The options that row kernels share."""
+    classes = logits[0].shape[1]
+    probabilities = target.is_floating_point()
+    matrices = [*logits, *([target] if probabilities else [])]
+    unit = _neighbours(target, logits)
+    vector = 16 // min(t.element_size() for t in matrices) if unit else 1
+    return {
+        "ACC": acc_types()[torch.float64 if wide else torch.float32],
+        "ROWS": config.rows,
+        "BLOCK": config.block,
+        "VEC": math.gcd(vector, classes, *(t.stride(0) for t in matrices)),
+        "HELD": classes <= config.block,
+        "UNIT": unit,
+        "PROB": probabilities,
+        "num_warps": config.warps,
+        "maxnreg": config.registers,
+    }
+
+
+def _neighbours(target: Tensor, logits: tuple[Tensor, ...]) -> bool:
+    return all(t.stride(1) == 1 for t in logits) and (not target.is_floating_point() or target.stride(1) == 1)
+
+
+def _target_strides(target: Tensor) -> tuple[int, int]:
+    return (target.stride(0), target.stride(1)) if target.is_floating_point() else (target.stride(0), 0)
+
+
+def plan_batch_sums(student: Tensor, target: Tensor, sums: Tensor, square: bool, ignore_index: int) -> list[Launch]:
+    """The launches that fill ``sums`` (3,)."""
+    rows, classes = student.shape
+    dtype = accumulation_dtype(student)
+    wide = dtype == torch.float64
+    config = layout.streamed_config(
+        classes,
+        wide=wide,
+        probabilities=target.is_floating_point(),
+        neighbours=_neighbours(target, (student,)),
+    )
+    row_sums = torch.empty((3, rows), dtype=dtype, device=student.device)
+    arguments = (
+        student, target, row_sums, rows, classes, *student.stride(), *_target_strides(target), ignore_index,
+    )  # fmt: skip
+    options = {**_layout(target, (student,), wide, config), "SQUARE": square}
+    launches = [planned("target_probabilities", -(-rows // config.rows), arguments, options)]
+    plan_reduction(launches, row_sums, sums, None, ignore_index, "sum", None)
+    return launches
+
+
+def plan_uskd(
+    student: Tensor,
+    weak: Tensor,
+    target: Tensor,
+    batch_sums: Tensor,
+    factors: Tensor | None,
+    gradients: tuple[Tensor, Tensor],
+    loss: Tensor,
+    parts: Tensor,
+    norms: tuple[Tensor, Tensor],
+    weights: Sequence[float],
+    rank: str,
+    square: bool,
+    ignore_index: int,
+    reduction: str,
+    need_student: bool,
+    need_weak: bool,
+    student_scale: float,
+    weak_scale: float,
+) -> list[Launch]:
+    """The launches that fill the outputs, in order; a sort by PyTorch counts as one."""
+    rows, classes = student.shape
+    alpha, beta, mu, ce_weight, smoothing = weights
+    wide = loss.dtype == torch.float64
+    per_row, mean = reduction == "none", reduction == "mean"
+    probabilities = target.is_floating_point()
+    target_strides = _target_strides(target)
+    # float16 might underflow when divided by the row count, so the power of two next to it stays for the backward op.
+    halves = mean and student.dtype == torch.float16, mean and weak.dtype == torch.float16
+    launches: list[Launch] = []
+    counts = plan_count(launches, target, ignore_index, reduction, need_student or need_weak)
+    row_parts = parts if per_row else torch.empty((4, rows), dtype=loss.dtype, device=student.device)
+    # Every row of probabilities counts.
+    scales = [student_scale, weak_scale]
+    if mean and probabilities:
+        power = 2.0 ** (rows.bit_length() - 1)
+        scales = [scale / rows * (power if half else 1.0) for scale, half in zip(scales, halves, strict=True)]
+    norm_values = 1.0 / student_scale, 1.0 / weak_scale
+    linear = ce_weight != 0.0 and smoothing != 0.0
+    config = layout.uskd_config(
+        classes,
+        wide=wide,
+        probabilities=probabilities,
+        neighbours=_neighbours(target, (student, weak)),
+        smoothed=linear,
+    )
+    seen = _layout(target, (student, weak), wide, config)
+    shared = {**seen, "LINEAR": linear, "COUNT": counts.how}
+    ranking = {"RANK": rank, "SQUARE": square}
+    strides = (*student.stride(), *weak.stride(), *target_strides)
+    # A divisor that is known has its power of two in the scale already.
+    half_options = {
+        "HALF_S": halves[0] and counts.how > 0,
+        "HALF_W": halves[1] and counts.how > 0,
+    }
+    arguments: tuple[Any, ...]
+    if isinstance(config, layout.OnChip):
+        options = {
+            **shared,
+            **ranking,
+            "GRAD_S": need_student,
+            "GRAD_W": need_weak,
+            **half_options,
+            "PER_ROW": per_row,
+            "COUNT": counts.how if need_student or need_weak else 0,
+        }
+        arguments = (
+            student, weak, target, batch_sums, *gradients, loss, row_parts, *norms, counts.source, factors,
+            rows, classes, *strides, counts.items, ignore_index,
+            alpha, beta, mu, ce_weight, smoothing, *scales, *norm_values,
+        )  # fmt: skip
+        launches.append(planned("ranked_on_chip", -(-rows // config.rows), arguments, options))
+    else:
+        device, dtype = student.device, loss.dtype
+        at_once = min(rows, max(1, SORTED_AT_ONCE // classes))
+        keys, sorted_keys = (torch.empty((at_once, classes), dtype=dtype, device=device) for _ in range(2))
+        order = torch.empty((at_once, classes), dtype=torch.int64, device=device)
+        states = torch.empty((6, rows), dtype=dtype, device=device)
+        columns = torch.empty((2, rows), dtype=torch.int32, device=device)
+        write = {
+            **shared,
+            **ranking,
+            "GRAD_W": need_weak,
+            "HALF_W": half_options["HALF_W"],
+            "COUNT": counts.how if need_weak else 0,
+        }
+        combine = {
+            **shared,
+            "GRAD_S": need_student,
+            "HALF_S": half_options["HALF_S"],
+            "PER_ROW": per_row,
+            "COUNT": counts.how if need_student else 0,
+        }
+        for first in range(0, rows, at_once):
+            last = min(rows, first + at_once)
+            programs, here = -(-(last - first) // config.rows), slice(0, last - first)
+            arguments = (
+                student, weak, target, batch_sums, gradients[1], row_parts, counts.source, factors, keys, states,
+                columns, rows, first, last, classes, *strides, counts.items, ignore_index, alpha, mu, ce_weight,
+                smoothing, scales[1],
+            )  # fmt: skip
+            launches.append(planned("write_keys", programs, arguments, write))
+            launches.append(Launch("sort_rows", 1, (keys[here], sorted_keys[here], order[here]), {}))
+            # The sorted keys have served: their place takes the Zipf weights.
+            zipf_options = {"ACC": seen["ACC"], "BLOCK": ZIPF_BLOCK, "num_warps": 4}
+            tiles = (last - first) * -(-classes // ZIPF_BLOCK)
+            launches.append(planned("write_zipf", tiles, (order, sorted_keys, classes), zipf_options))
+            arguments = (
+                student, target, gradients[0], loss, row_parts, *norms, counts.source, factors, sorted_keys, states,
+                columns, rows, first, last, classes, *student.stride(), *target_strides, counts.items, ignore_index,
+                beta, ce_weight, smoothing, scales[0], *norm_values,
+            )  # fmt: skip
+            launches.append(planned("combine_ranked", programs, arguments, combine))
+    if not per_row:
+        finish = (loss, norms, norm_values, halves)
+        plan_reduction(launches, row_parts, parts, counts, ignore_index, reduction, finish)
+    return launches

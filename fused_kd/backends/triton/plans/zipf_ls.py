@@ -1,0 +1,138 @@
+"""Zipf's label smoothing by Triton: the plan of its launches. :mod:`fused_kd.backends.triton` runs them, and imports
+this when asked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_kd.backends.triton import layout, replay
+from fused_kd.backends.triton.launch import Launch, acc_types, planned
+from fused_kd.backends.triton.plans.common import plan_count, plan_reduction
+from fused_kd.reference import accumulation_dtype
+
+
+def zipf_ls(
+    student: Tensor,
+    dense: Tensor,
+    target: Tensor,
+    factors: Tensor | None,
+    weights: list[float],
+    ignore_index: int,
+    reduction: str,
+    need_gradient: bool,
+    gradient_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, _classes = student.shape
+    dtype, device = accumulation_dtype(student), student.device
+    shape = (rows,) if reduction == "none" else ()
+    loss = torch.empty(shape, dtype=dtype, device=device)
+    parts = torch.empty((2, *shape), dtype=dtype, device=device)
+    gradient = torch.empty(student.shape if need_gradient else (0,), dtype=student.dtype, device=device)
+    norm = torch.empty((), dtype=dtype, device=device)
+    if rows == 0:
+        return loss.zero_(), parts.zero_(), gradient, norm.fill_(1.0)
+    settings: tuple[Any, ...] = (tuple(weights), ignore_index, reduction, need_gradient, gradient_scale)
+    inputs, outputs = (student, dense, target, factors), (gradient, loss, parts, norm)
+    replay.run("zipf_ls", inputs, outputs, settings, lambda: plan_zipf_ls(*inputs, *outputs, *settings))
+    return loss, parts, gradient, norm
+
+
+def plan_zipf_ls(
+    student: Tensor,
+    dense: Tensor,
+    target: Tensor,
+    factors: Tensor | None,
+    gradient: Tensor,
+    loss: Tensor,
+    parts: Tensor,
+    norm: Tensor,
+    weights: Sequence[float],
+    ignore_index: int,
+    reduction: str,
+    need_gradient: bool,
+    gradient_scale: float,
+) -> list[Launch]:
+    """The launches that fill the outputs, in order."""
+    rows, positions, classes = dense.shape
+    probabilities = target.is_floating_point()
+    per_row, mean = reduction == "none", reduction == "mean"
+    # float16 might underflow when divided by the row count, so the power of two next to it stays for the backward op.
+    half = mean and student.dtype == torch.float16
+    launches: list[Launch] = []
+    counts = plan_count(launches, target, ignore_index, reduction, need_gradient)
+
+    def integers(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=student.device)
+
+    votes, ranks, voted = integers(rows, positions), integers(rows, positions), integers(rows)
+    launches.append(_plan_votes(dense, target, votes, ignore_index))
+    tile = min(layout.VOTES, max(16, 1 << (positions - 1).bit_length()))
+    options: dict[str, Any] = {"VOTES": tile, "num_warps": max(1, tile * tile // 1024), "maxnreg": 255}
+    arguments: tuple[Any, ...] = (votes, integers(rows, positions), ranks, voted, positions)
+    launches.append(planned("rank_votes", rows, arguments, options))
+
+    row_parts = parts if per_row else torch.empty((2, rows), dtype=loss.dtype, device=student.device)
+    unit = student.stride(1) == 1 and (not probabilities or target.stride(1) == 1)
+    matrices = [student, *([target] if probabilities else [])]
+    vector = 16 // min(t.element_size() for t in matrices) if unit else 1
+    config = layout.zipf_config(classes, wide=loss.dtype == torch.float64, probabilities=probabilities, neighbours=unit)
+    # Every row of probabilities counts.
+    known = 1.0 / rows if mean and probabilities else 1.0
+    if half and probabilities:
+        known *= 2.0 ** (rows.bit_length() - 1)
+    options = {
+        "ACC": acc_types()[loss.dtype],
+        "ROWS": config.rows,
+        "BLOCK": config.block,
+        "VOTES": tile,
+        "VEC": math.gcd(vector, classes, *(t.stride(0) for t in matrices)),
+        "HELD": classes <= config.block,
+        "UNIT": unit,
+        "PROB": probabilities,
+        "LINEAR": weights[2] != 0.0 and weights[3] != 0.0,
+        "GRAD": need_gradient,
+        "COUNT": counts.how if need_gradient else 0,
+        "HALF": half,
+        "PER_ROW": per_row,
+        "num_warps": config.warps,
+        "maxnreg": config.registers,
+    }
+    target_strides = target.stride() if probabilities else (target.stride(0), 0)
+    arguments = (
+        student, target, votes, ranks, voted, gradient, loss, row_parts, norm, counts.source, factors,
+        rows, positions, classes, *student.stride(), *target_strides, counts.items, ignore_index,
+        *weights, gradient_scale * known, 1.0 / gradient_scale,
+    )  # fmt: skip
+    launches.append(planned("zipf_rows", -(-rows // config.rows), arguments, options))
+    if not per_row:
+        finish = (loss, (norm, norm), (1.0 / gradient_scale,) * 2, (half, half))
+        plan_reduction(launches, row_parts, parts, counts, ignore_index, reduction, finish)
+    return launches
+
+
+def _plan_votes(dense: Tensor, target: Tensor, votes: Tensor, ignore_index: int) -> Launch:
+    """The launch that finds what each position votes for, in the order in which the logits lie."""
+    rows, positions, classes = dense.shape
+    by_class = dense.stride(2) == 1 or classes == 1
+    by_position = not by_class and dense.stride(1) == 1
+    config = layout.vote_config(positions, classes, by_position=by_position)
+    across, length = (dense.stride(1), classes) if by_class else (dense.stride(2), positions)
+    vector = 16 // dense.element_size() if by_class or by_position else 1
+    options = {
+        "ACC": acc_types()[accumulation_dtype(dense)],
+        "POSITIONS": config.positions,
+        "CLASSES": config.classes,
+        "VEC": math.gcd(vector, length, dense.stride(0), across),
+        "POSITION_UNIT": by_position,
+        "CLASS_UNIT": by_class,
+        "PROB": target.is_floating_point(),
+        "num_warps": config.warps,
+        "maxnreg": 255,  # left alone the compiler may spill to reach a rounder occupancy
+    }
+    arguments = (dense, target, votes, rows, positions, classes, *dense.stride(), target.stride(0), ignore_index)
+    return planned("find_votes", rows * -(-positions // config.positions), arguments, options)

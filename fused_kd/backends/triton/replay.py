@@ -1,0 +1,116 @@
+"""Calls like an earlier one: their launches are planned once.
+
+To plan a loss and to bind its launches, where Triton looks at each of some forty arguments, takes the host several
+times as long as the kernels take for a thousand rows of a thousand classes. A call that differs from an earlier one
+only in what its tensors hold and where they lie asks for the same kernels with the same numbers. So those are kept,
+with places for the tensors, and the compiled kernels are launched without asking Triton which they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_kd.backends import cuda_devices
+from fused_kd.backends.triton import launch as launching
+from fused_kd.backends.triton.launch import Launch
+
+#: Kinds of calls that are kept; then all are forgotten. A schedule of hyper-parameters has one for each value.
+MOST = 1024
+
+
+class Step(NamedTuple):
+    """``launch`` takes the kernel's ``arguments``, in which ``tensors`` are missing: (where, which of the call's)."""
+
+    launch: Callable[..., None]
+    arguments: list[Any]
+    tensors: tuple[tuple[int, int], ...]
+
+
+class Replay(NamedTuple):
+    """``temporaries`` are (shape, dtype) of the tensors that the call needs beside its inputs and outputs, and that
+    are counted after those in :attr:`Step.tensors`."""
+
+    temporaries: tuple[tuple[torch.Size, torch.dtype], ...]
+    steps: tuple[Step, ...]
+
+
+#: None for a call that cannot be kept.
+_kept: dict[tuple[Any, ...], Replay | None] = {}
+
+
+def run(
+    name: str,
+    inputs: tuple[Tensor | None, ...],
+    outputs: tuple[Tensor, ...],
+    settings: tuple[Any, ...],
+    plan: Callable[[], list[Launch]],
+) -> None:
+    """Launch what ``plan`` says, or what it said for a call of the same ``name``, ``settings`` and kind of ``inputs``.
+
+    ``settings`` and the inputs' dtypes, shapes, strides and alignments must decide everything in the plan but its
+    tensors, the outputs' shapes included. The plan's temporaries are fresh and hold nothing.
+    """
+    first = inputs[0]
+    assert first is not None
+    device = first.device
+    alike = [inputs[1] is first] if len(inputs) > 1 else []  # then both places have the number of one
+    key = (name, device, settings, *alike, *map(_kind, inputs))
+    replay = _kept.get(key)
+    if replay is not None:
+        with cuda_devices.current(device):
+            _launch(replay, [*inputs, *outputs], device)
+        return
+    launches = plan()
+    compiled = launching.run(launches, device)
+    if key not in _kept:
+        if len(_kept) >= MOST:
+            _kept.clear()
+        _kept[key] = _keep(launches, compiled, [*inputs, *outputs])
+
+
+def _kind(tensor: Tensor | None) -> Any:
+    """What a plan looks at; Triton compiles anew for pointers that are not multiples of 16."""
+    return tensor if tensor is None else (tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % 16)
+
+
+def _launch(replay: Replay, tensors: list[Tensor | None], device: torch.device) -> None:
+    for shape, dtype in replay.temporaries:
+        tensors.append(torch.empty(shape, dtype=dtype, device=device))
+    for launch, arguments, places in replay.steps:
+        filled = arguments.copy()  # another thread may be at the same
+        for where, which in places:
+            filled[where] = tensors[which]
+        launch(*filled)
+
+
+def _keep(launches: Sequence[Launch], compiled: Sequence[Any], known: list[Tensor | None]) -> Replay | None:
+    """What is needed to launch all this again; None where that is not known."""
+    numbers = {id(tensor): number for number, tensor in reversed(list(enumerate(known))) if tensor is not None}
+    storages = {tensor.untyped_storage().data_ptr() for tensor in known if tensor is not None and tensor.numel()}
+    temporaries: list[Tensor] = []
+    steps = []
+    for launch, kernel in zip(launches, compiled, strict=True):
+        # PyTorch's own functions have none, and Triton's interpreter gives none back.
+        if kernel is None:
+            return None
+        function = launching.kernels()[launch.kernel]
+        arguments: list[Any] = []
+        places = []
+        given = iter(launch.arguments)
+        for parameter in function.params:
+            value = launch.options[parameter.name] if parameter.is_constexpr else next(given)
+            if isinstance(value, Tensor):
+                if id(value) not in numbers:
+                    if value.untyped_storage().data_ptr() in storages or not value.is_contiguous():
+                        return None  # a part of another
+                    numbers[id(value)] = len(known) + len(temporaries)
+                    temporaries.append(value)
+                places.append((len(arguments), numbers[id(value)]))
+                value = None
+            arguments.append(value)
+        steps.append(Step(kernel[(launch.programs, 1, 1)], arguments, tuple(places)))
+    return Replay(tuple((tensor.shape, tensor.dtype) for tensor in temporaries), tuple(steps))

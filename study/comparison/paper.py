@@ -1,0 +1,92 @@
+"""The published figures for ImageNet, the order that they say, and whether results show it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from study.comparison.plan import METHODS
+
+#: Where the figures below stand; each was read there.
+CLS_KD = "[cls_KD](https://github.com/yzd-v/cls_KD/blob/master/nkd.md), the paper's own code"
+MDISTILLER = "[mdistiller](https://github.com/megvii-research/mdistiller), the code of DKD's authors"
+#: Top-1 accuracy in % of a ResNet-18 on ImageNet, with a ResNet-34 as the teacher where there is one; and its source.
+IMAGENET: dict[str, tuple[float, str]] = {
+    "ce": (69.90, CLS_KD),
+    "nkd": (71.96, CLS_KD),
+    "uskd": (70.79, CLS_KD),
+    "kd": (71.03, MDISTILLER),
+    "dkd": (71.70, MDISTILLER),
+}
+#: That of the teacher, a ResNet-34, and its source.
+TEACHER = (73.62, "[mmrazor](https://github.com/open-mmlab/mmrazor/blob/main/configs/distill/mmcls/dkd/metafile.yml)")
+#: (better, worse) as the paper has them, neighbours in its order and each method against the baseline.
+WITH_TEACHER = (
+    ("nkd", "dkd"), ("dkd", "kd"), ("kd", "label-smoothing"), ("kd", "ce"), ("dkd", "ce"), ("nkd", "ce"),
+)  # fmt: skip
+TEACHER_FREE = (
+    ("uskd", "zipf-ls"), ("uskd", "tf-kd"), ("zipf-ls", "label-smoothing"), ("tf-kd", "label-smoothing"),
+    ("label-smoothing", "ce"), ("tf-kd", "ce"), ("zipf-ls", "ce"), ("uskd", "ce"),
+)  # fmt: skip
+#: 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; for more of them the last one is safe.
+T_QUANTILES = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+)  # fmt: skip
+VERDICTS = AGREES, DISAGREES, UNDECIDED = ("agrees", "disagrees", "cannot tell")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Whether ``better`` is better, by the paired differences over the seeds that both have.
+
+    ``half_width`` is that of the 95 % interval of the mean difference (Student's t); None with fewer than two seeds.
+    """
+
+    better: str
+    worse: str
+    seeds: int
+    difference: float
+    half_width: float | None
+
+    @property
+    def verdict(self) -> str:
+        if self.half_width is None or abs(self.difference) <= self.half_width:
+            return UNDECIDED
+        return AGREES if self.difference > 0 else DISAGREES
+
+
+def compare(better: str, worse: str, accuracy: Mapping[str, Mapping[int, float]]) -> Comparison | None:
+    """Of accuracies by method and seed; None if the two have no seed in common."""
+    first, second = accuracy.get(better, {}), accuracy.get(worse, {})
+    differences = [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
+    if not differences:
+        return None
+    half_width = None
+    if len(differences) > 1:
+        quantile = T_QUANTILES[min(len(differences) - 1, len(T_QUANTILES)) - 1]
+        half_width = quantile * statistics.stdev(differences) / math.sqrt(len(differences))
+    return Comparison(better, worse, len(differences), statistics.fmean(differences), half_width)
+
+
+def compare_all(pairs: Sequence[tuple[str, str]], accuracy: Mapping[str, Mapping[int, float]]) -> list[Comparison]:
+    """Those of the pairs that have results."""
+    made = (compare(better, worse, accuracy) for better, worse in pairs)
+    return [comparison for comparison in made if comparison is not None]
+
+
+def sentence(comparisons: Sequence[Comparison]) -> str:
+    """What the comparisons come to, in words."""
+    parts = []
+    for verdict, words in (
+        (AGREES, "The paper's order shows in"),
+        (DISAGREES, "The opposite of it shows in"),
+        (UNDECIDED, "Nothing can be told of"),
+    ):
+        chosen = [c for c in comparisons if c.verdict == verdict]
+        if chosen:
+            pairs = ", ".join(f"{METHODS[c.better].title} over {METHODS[c.worse].title}" for c in chosen)
+            parts.append(f"{words} {len(chosen)} of {len(comparisons)} pairs: {pairs}.")
+    return " ".join(parts)

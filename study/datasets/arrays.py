@@ -1,0 +1,186 @@
+"""Data sets as memory-mapped arrays: every source is decoded once into a folder that later runs open.
+
+A folder has, for each split, ``<split>.images.npy`` (N, C, H, W) and ``<split>.labels.npy`` (N,), and a manifest with
+what was asked for and the hash of every file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from study.training.errors import RunError
+
+MANIFEST = "manifest.json"
+#: Files up to this size are hashed whole; of longer ones evenly spaced blocks are, so that opening stays quick.
+HASHED_WHOLE = 256 * 2**20
+BLOCK = 2**20
+
+
+class DataError(RunError):
+    """Data that cannot be used."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images (N, C, H, W) uint8 and labels (N,) int64, memory-mapped."""
+
+    images: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A training split, the test splits by name, and what a run must know of them.
+
+    ``fingerprint`` changes with any image, label or their order. ``mean`` and ``std`` are per channel, of the training
+    images in [0, 1].
+    """
+
+    name: str
+    train: Split
+    tests: dict[str, Split]
+    classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    fingerprint: str
+    notes: dict[str, Any]
+
+    @property
+    def channels(self) -> int:
+        return int(self.train.images.shape[1])
+
+    @property
+    def size(self) -> int:
+        return int(self.train.images.shape[2])
+
+
+def cache_root() -> Path:
+    """Where arrays go unless the command line says otherwise: the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused_kd"
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of the file's length and contents; beyond :data:`HASHED_WHOLE` of 256 blocks of it."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        if size <= HASHED_WHOLE:
+            while block := file.read(BLOCK):
+                digest.update(block)
+        else:
+            for i in range(256):
+                file.seek((size - BLOCK) * i // 255)
+                digest.update(file.read(BLOCK))
+    return digest.hexdigest()
+
+
+def key_of(request: dict[str, Any]) -> str:
+    """A short name of a request, for the cache's folder."""
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def write_folder(folder: Path, manifest: dict[str, Any], fill: Callable[[Path], dict[str, Any]]) -> None:
+    """Make ``folder`` whole or not at all: ``fill`` writes files into a temporary one and returns more of the manifest.
+
+    If another process made the folder in the meantime, that one stays.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        temporary.chmod(0o755)
+        manifest = {**manifest, **fill(temporary)}
+        manifest["files"] = {path.name: content_hash(path) for path in sorted(temporary.iterdir())}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not (folder / MANIFEST).exists():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder of :func:`write_folder`, after comparing every file with it."""
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files: dict[str, str] = manifest["files"]
+        for name, expected in files.items():
+            if content_hash(folder / name) != expected:
+                raise DataError(f"{folder / name}: corrupt cache, its contents are not those written; delete {folder}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{folder}: corrupt cache ({type(error).__name__}: {error}); delete the folder") from None
+    return manifest
+
+
+def write_split(folder: Path, name: str, images: npt.NDArray[np.uint8], labels: Iterable[int]) -> None:
+    """Write one split."""
+    np.save(folder / f"{name}.images.npy", images)
+    np.save(folder / f"{name}.labels.npy", np.asarray(labels, dtype=np.int64))
+
+
+def statistics(images: npt.NDArray[np.uint8]) -> dict[str, list[float]]:
+    """Mean and standard deviation per channel of images in [0, 1], for the manifest."""
+    counts = np.zeros((images.shape[1], 256), dtype=np.int64)
+    for begin in range(0, len(images), 1024):
+        for channel in range(images.shape[1]):
+            counts[channel] += np.bincount(images[begin : begin + 1024, channel].ravel(), minlength=256)
+    levels = np.arange(256) / 255
+    mean = (counts * levels).sum(axis=1) / counts.sum(axis=1)
+    std = np.sqrt((counts * (levels - mean[:, None]) ** 2).sum(axis=1) / counts.sum(axis=1))
+    return {"mean": mean.tolist(), "std": np.maximum(std, 1e-3).tolist()}
+
+
+def dataset(folder: Path, manifest: dict[str, Any], fill: Callable[[Path], dict[str, Any]]) -> Dataset:
+    """Open the data set in ``folder``, made there first by :func:`write_folder` where there is none.
+
+    Raises:
+        DataError: The cache cannot be written to, or is corrupt.
+    """
+    try:
+        if not folder.exists():
+            write_folder(folder, manifest, fill)
+    except OSError as error:
+        raise DataError(f"--cache: cannot write to {folder.parent} ({error.strerror or error})") from None
+    return _open(folder)
+
+
+def _open(folder: Path) -> Dataset:
+    manifest = read_manifest(folder)
+    try:
+        splits = {name: _open_split(folder, name) for name in manifest["splits"]}
+        classes = int(manifest["classes"])
+        train = splits.pop("train")
+        for name, split in {"train": train, **splits}.items():
+            if len(split) == 0 or split.labels.min() < 0 or split.labels.max() >= classes:
+                raise ValueError(f"the labels of {name} are not those of {classes} classes")
+        digest = hashlib.sha256(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest()
+        mean, std = tuple(manifest["mean"]), tuple(manifest["std"])
+        return Dataset(manifest["name"], train, splits, classes, mean, std, digest, manifest.get("notes", {}))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder}: corrupt cache ({type(error).__name__}: {error}); delete the folder") from None
+
+
+def _open_split(folder: Path, name: str) -> Split:
+    images = np.load(folder / f"{name}.images.npy", mmap_mode="r")
+    labels = np.load(folder / f"{name}.labels.npy", mmap_mode="r")
+    if images.ndim != 4 or images.dtype != np.uint8 or labels.shape != images.shape[:1]:
+        raise ValueError(f"{name} is not (N, C, H, W) bytes with N labels")
+    return Split(images, labels)

@@ -1,0 +1,120 @@
+"""A teacher's logits of the training images, computed once and memory-mapped.
+
+They are of the images as they are in the data set: with a cache the teacher does not see the random shift and flip
+that the student does, and mixed images have no cached logits. ``logits`` are (N, C) bfloat16. With top-k, of each row
+only the k largest log-probabilities and the logarithm of the remaining mass are kept; the rest shares that mass
+equally.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from study.datasets import arrays
+from study.datasets.arrays import DataError, Dataset
+from study.training.batches import plain_batches
+from study.training.errors import RunError
+from study.training.report import Bar
+
+
+class TeacherCache:
+    """Cached logits, opened by :func:`open_cache`."""
+
+    def __init__(self, folder: Path, classes: int, top_k: int) -> None:
+        self.classes, self.top_k = classes, top_k
+        self.values = np.load(folder / "values.npy", mmap_mode="r")
+        self.classes_of = np.load(folder / "classes.npy", mmap_mode="r") if top_k else None
+        self.rest = np.load(folder / "rest.npy", mmap_mode="r") if top_k else None
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Logits (N, C) of these rows of the training split: bfloat16, with top-k float32."""
+        index = rows.numpy()
+        values = torch.from_numpy(self.values[index]).view(torch.bfloat16)
+        if self.classes_of is None or self.rest is None:
+            return values
+        each = torch.from_numpy(self.rest[index]) - math.log(self.classes - self.top_k)
+        logits = each[:, None].expand(-1, self.classes).clone()
+        return logits.scatter_(1, torch.from_numpy(self.classes_of[index].astype(np.int64)), values.float())
+
+
+def open_cache(
+    folder: Path, data: Dataset, teacher: str, top_k: int, predict: Callable[[Tensor], Tensor], bar: Bar
+) -> TeacherCache:
+    """Open the cache in ``folder``, and make it first where there is none.
+
+    Args:
+        folder: Of the cache.
+        data: Whose training split the rows are.
+        teacher: Whose logits they are: :func:`study.training.checkpoint.weights_hash` of it.
+        top_k: How many of each row's logits are kept; 0 for all.
+        predict: Images (N, C, H, W) in [0, 1] to the teacher's logits on the CPU.
+        bar: Shows the progress of making it.
+
+    Raises:
+        RunError: The cache there is of other data, another teacher or another top-k, is corrupt, or cannot be written.
+    """
+    if top_k < 0 or top_k >= data.classes:
+        raise RunError(f"--cache-top-k: expected 0 (all) to {data.classes - 1}, got {top_k}")
+    wanted: dict[str, Any] = {
+        "what": "teacher logits",
+        "data": data.fingerprint,
+        "teacher": teacher,
+        "rows": len(data.train),
+        "classes": data.classes,
+        "top_k": top_k,
+    }
+    try:
+        if not folder.exists():
+            arrays.write_folder(folder, wanted, lambda into: _fill(into, data, top_k, predict, bar))
+        manifest = arrays.read_manifest(folder)
+    except OSError as error:
+        raise RunError(f"--cache-teacher {folder}: cannot be written ({error.strerror})") from None
+    except DataError as error:
+        raise RunError(f"--cache-teacher {error}") from None
+    for name, value in wanted.items():
+        if manifest.get(name) != value:
+            raise RunError(
+                f"--cache-teacher {folder}: made with another {_TITLES.get(name, name)} ({_short(manifest.get(name))}, "
+                f"not {_short(value)}); delete the folder or name another"
+            )
+    return TeacherCache(folder, data.classes, top_k)
+
+
+_TITLES = {"data": "data set, or one in another order", "rows": "number of images", "top_k": "--cache-top-k"}
+
+
+def _short(value: object) -> str:
+    return str(value)[:12]
+
+
+def _fill(folder: Path, data: Dataset, top_k: int, predict: Callable[[Tensor], Tensor], bar: Bar) -> dict[str, Any]:
+    rows, kept = len(data.train), top_k or data.classes
+    values = _create(folder / "values.npy", np.int16, (rows, kept))
+    classes = _create(folder / "classes.npy", np.int32, (rows, kept)) if top_k else None
+    rest = _create(folder / "rest.npy", np.float32, (rows,)) if top_k else None
+    with bar.task("teacher's logits", rows) as advance:
+        for part, images, _ in plain_batches(data.train, 1024, 0, rows):
+            logits = predict(images).float()
+            if classes is not None and rest is not None:
+                log_p, order = logits.log_softmax(1).sort(stable=True, dim=1, descending=True)
+                classes[part] = order[:, :top_k].numpy()
+                rest[part] = log_p[:, top_k:].logsumexp(1).numpy()
+                logits = log_p[:, :top_k]
+            values[part] = logits.bfloat16().contiguous().view(torch.int16).numpy()
+            advance(len(images))
+    for array in (values, classes, rest):
+        if array is not None:
+            array.flush()
+    return {}
+
+
+def _create(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> np.memmap[Any, Any]:
+    array: np.memmap[Any, Any] = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    return array

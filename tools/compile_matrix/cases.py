@@ -1,0 +1,373 @@
+"""Which calls the compile matrix covers.
+
+A case is a call on meta tensors, planned by the very functions that dispatch a real one, so what is compiled is what
+would run.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fused_kd.backends.triton.compile import TYPES
+from fused_kd.backends.triton.launch import HOST, Launch
+from fused_kd.backends.triton.plans import uskd, zipf_ls
+from fused_kd.backends.triton.plans.rows import plan_row_loss
+from fused_kd.backends.triton.plans.scale import plan_scale
+from fused_kd.core.catalogue import LOSSES, ROW_LOSSES
+from fused_kd.reference import accumulation_dtype
+
+
+class Call(Protocol):
+    """A call whose kernels are compiled; picklable, since other processes do that."""
+
+    @property
+    def rows(self) -> int:
+        """N."""
+
+    @property
+    def weighted(self) -> bool:
+        """Whether they have weights."""
+
+    @property
+    def element_bytes(self) -> int:
+        """Of the widest logits."""
+
+    def launches(self) -> list[Launch]:
+        """Every launch of a kernel that the call makes."""
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _logits(rows: int, classes: int, dtype: torch.dtype, layout: str) -> Tensor:
+    """Contiguous; "strided", whose neighbours are rows apart; or "offset", whose address no vector divides."""
+    if layout == "strided":
+        return _empty(classes, rows, dtype=dtype).t()
+    return _empty(rows * classes + 1, dtype=dtype)[int(layout == "offset") :][: rows * classes].view(rows, classes)
+
+
+def _describe(dtypes: Iterable[torch.dtype]) -> str:
+    return "/".join(dict.fromkeys(TYPES[dtype] for dtype in dtypes))
+
+
+def _target(rows: int, classes: int, labels: torch.dtype | None) -> Tensor:
+    return _empty(rows, dtype=torch.int64) if labels is None else _empty(rows, classes, dtype=labels)
+
+
+def _factors(call: Call, kinds: int) -> Tensor | None:
+    """What weighs the rows; such calls reach a kernel with the reduction "sum" or "none"."""
+    return _empty(kinds, call.rows, dtype=torch.float64) if call.weighted else None
+
+
+class Case(NamedTuple):
+    """A call of a row loss; ``labels`` is the dtype of probability targets, None for class indices, ``layout`` the
+    student's (:func:`_logits`), and ``weighted`` says whether the rows have weights."""
+
+    student: torch.dtype
+    teacher: torch.dtype
+    classes: int
+    temperature: float = 1.0
+    labels: torch.dtype | None = None
+    reduction: str = "mean"
+    rows: int = 1024
+    layout: str = ""
+    loss: str = "nkd"
+    ce_weight: float = 1.0
+    smoothing: float = 0.0
+    standardize: bool = False
+    gradient: bool = True
+    weighted: bool = False
+
+    def __str__(self) -> str:
+        words = [f"{self.rows}x{self.classes}", _describe((self.student, self.teacher))]
+        words += [*([self.loss] if self.loss != "nkd" else []), *([] if self.ce_weight else ["no CE"])]
+        words += [*(["smoothed"] if self.smoothing else []), *(["z-scores"] if self.standardize else [])]
+        words += _prob(self.labels, self.student)
+        words += [f"T={self.temperature:g}", self.reduction, *([] if self.gradient else ["no gradient"])]
+        return " ".join([*words, *(["weighted"] if self.weighted else []), *([self.layout] if self.layout else [])])
+
+    @property
+    def element_bytes(self) -> int:
+        return max(self.student.itemsize, self.teacher.itemsize)
+
+    def launches(self) -> list[Launch]:
+        """Every launch of the forward and of the backward op."""
+        student = _logits(self.rows, self.classes, self.student, self.layout)
+        teacher = _empty(self.rows, self.classes, dtype=self.teacher)
+        acc = accumulation_dtype(student, teacher)
+        shape = (self.rows,) if self.reduction == "none" else ()
+        loss, norm = _empty(*shape, dtype=acc), _empty(dtype=acc)
+        gradient = _empty(*(student.shape if self.gradient else (0,)), dtype=self.student)
+        # Weighted rows of DIST have their column term apart.
+        second = 0.0 if self.weighted and self.loss == "dist" else 1.0
+        weights = [0.5, second, self.temperature, self.ce_weight, self.smoothing]
+        plan = plan_row_loss(
+            student, teacher, _target(self.rows, self.classes, self.labels), _factors(self, 2), gradient, loss,
+            _empty(3, *shape, dtype=acc), norm, self.loss, weights, self.standardize, -100, self.reduction,
+            self.gradient, 1.0,
+        )  # fmt: skip
+        return [*plan, *([plan_scale(gradient, loss, norm, gradient)] if self.gradient else [])]
+
+
+def _prob(labels: torch.dtype | None, student: torch.dtype) -> list[str]:
+    return [] if labels is None else ["prob"] if labels == student else [f"{TYPES[labels]} prob"]
+
+
+class RankedCase(NamedTuple):
+    """A call of USKD; as :class:`Case`. ``gradient`` says of which logits it is wanted."""
+
+    student: torch.dtype
+    weak: torch.dtype
+    classes: int
+    rank: str = "normalized"
+    labels: torch.dtype | None = None
+    reduction: str = "mean"
+    rows: int = 1024
+    layout: str = ""
+    square: bool = True
+    smoothing: float = 0.0
+    gradient: tuple[bool, bool] = (True, True)
+    weighted: bool = False
+
+    def __str__(self) -> str:
+        words = [f"{self.rows}x{self.classes}", _describe((self.student, self.weak)), *_prob(self.labels, self.student)]
+        words += [self.rank] if self.rank != "normalized" else []
+        words += [*([] if self.square else ["p"]), *(["smoothed"] if self.smoothing else []), self.reduction]
+        words += [] if all(self.gradient) else [f"gradient {'s' * self.gradient[0]}{'w' * self.gradient[1] or 'none'}"]
+        return " ".join([*words, *(["weighted"] if self.weighted else []), *([self.layout] if self.layout else [])])
+
+    @property
+    def element_bytes(self) -> int:
+        return max(self.student.itemsize, self.weak.itemsize)
+
+    def launches(self) -> list[Launch]:
+        """Every launch of a kernel, of the batch sums and of the forward op; the backward op is NKD's."""
+        student = _logits(self.rows, self.classes, self.student, self.layout)
+        weak = _empty(self.rows, self.classes, dtype=self.weak)
+        acc = accumulation_dtype(student, weak)
+        shape = (self.rows,) if self.reduction == "none" else ()
+        target = _target(self.rows, self.classes, self.labels)
+        sums, norm = _empty(3, dtype=torch.float64), _empty(dtype=acc)
+        gradients = (
+            _empty(*(student.shape if self.gradient[0] else (0,)), dtype=self.student),
+            _empty(*(weak.shape if self.gradient[1] else (0,)), dtype=self.weak),
+        )
+        plan = uskd.plan_uskd(
+            student, weak, target, sums, _factors(self, 3), gradients, _empty(*shape, dtype=acc),
+            _empty(4, *shape, dtype=acc), (norm, norm), [1.0, 0.1, 0.005, 1.0, self.smoothing],
+            self.rank, self.square, -100, self.reduction, *self.gradient, 1.0, 1.0,
+        )  # fmt: skip
+        plan = [*uskd.plan_batch_sums(student, target, sums, self.square, -100), *plan]
+        return [launch for launch in plan if launch.kernel not in HOST]
+
+
+class ZipfCase(NamedTuple):
+    """A call of Zipf's label smoothing; as :class:`Case`. ``order`` says what lies side by side in the dense logits."""
+
+    student: torch.dtype
+    dense: torch.dtype
+    classes: int
+    positions: int = 49
+    order: str = "positions"
+    labels: torch.dtype | None = None
+    reduction: str = "mean"
+    rows: int = 1024
+    layout: str = ""
+    smoothing: float = 0.0
+    gradient: bool = True
+    loss: str = "zipf_ls"
+    weighted: bool = False
+
+    def __str__(self) -> str:
+        words = [f"{self.rows}x{self.classes}", f"{self.positions} {self.order}", _describe((self.student, self.dense))]
+        words += [*_prob(self.labels, self.student), *(["smoothed"] if self.smoothing else []), self.reduction]
+        words += [] if self.gradient else ["forward"]
+        return " ".join([*words, *(["weighted"] if self.weighted else []), *([self.layout] if self.layout else [])])
+
+    @property
+    def element_bytes(self) -> int:
+        return max(self.student.itemsize, self.dense.itemsize)
+
+    def launches(self) -> list[Launch]:
+        """Every launch of the forward op; the backward op is NKD's."""
+        student = _logits(self.rows, self.classes, self.student, self.layout)
+        dense = _empty(self.rows, self.positions, self.classes, dtype=self.dense)
+        if self.order == "positions":  # as a feature map has them
+            dense = _empty(self.rows, self.classes, self.positions, dtype=self.dense).transpose(1, 2)
+        elif self.order == "neither":
+            dense = _empty(self.rows, 2 * self.positions, 2 * self.classes, dtype=self.dense)[:, ::2, ::2]
+        acc = accumulation_dtype(student)
+        shape = (self.rows,) if self.reduction == "none" else ()
+        gradient = _empty(*(student.shape if self.gradient else (0,)), dtype=self.student)
+        return zipf_ls.plan_zipf_ls(
+            student, dense, _target(self.rows, self.classes, self.labels), _factors(self, 2), gradient,
+            _empty(*shape, dtype=acc), _empty(2, *shape, dtype=acc), _empty(dtype=acc),
+            [0.1, 1.0, 1.0, self.smoothing], -100, self.reduction, self.gradient, 1.0,
+        )  # fmt: skip
+
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+DTYPES = (BF16, FP16, FP32, FP64)
+#: The others are as these two to the compiler, but for a conversion.
+MIXED = ((BF16, FP32), (FP32, BF16))
+#: One class count of each row of the dispatch table, where several rows share a program and where one has its own.
+REGIMES = (100, 1000, 2048, 4096, 8192, 21841, 128256)
+
+
+def has_triton(loss: str) -> bool:
+    return "triton" in LOSSES[loss].backends["cuda"]
+
+
+def cases(full: bool) -> Iterator[Case]:
+    """NKD: calls that reach every row of the dispatch table; a selection that covers each regime, or every
+    configuration."""
+    if not full:
+        yield from (Case(BF16, BF16, classes) for classes in REGIMES)
+        yield from (Case(FP32, FP32, classes) for classes in (1000, 8192, 21841))
+        yield from (Case(BF16, BF16, classes, 3.0, BF16, "none") for classes in (1000, 4096, 21841))
+        yield from (Case(FP64, FP64, classes, 3.0, FP64) for classes in (2048, 128256))
+        yield Case(BF16, FP32, 21841, 3.0)
+        yield from (Case(dtype, dtype, 1000, rows=40000) for dtype in (FP16, BF16))
+        yield Case(BF16, BF16, 21841, 1.0, BF16)
+        yield Case(BF16, BF16, 21841, 3.0, BF16, layout="strided")
+        return
+    for student, teacher in (*((dtype, dtype) for dtype in DTYPES), *MIXED):
+        for classes, temperature, labels in itertools.product((10, 256, *REGIMES), (1.0, 3.0), (None, student)):
+            case = Case(student, teacher, classes, temperature, labels)
+            yield from (case, case._replace(reduction="none"))
+            if student == teacher:
+                yield from (case._replace(rows=40000), case._replace(reduction="sum"), case._replace(gradient=False))
+        for classes, temperature in itertools.product((1000, 21841), (1.0, 3.0)):
+            case = Case(student, teacher, classes, temperature)
+            for changed in (case, case._replace(labels=FP32)):
+                yield from (changed._replace(classes=1001), changed._replace(layout="strided"))
+                yield from (changed._replace(layout="offset"), changed)
+
+
+def row_cases(full: bool) -> Iterator[Case]:
+    """The same for the row losses beside NKD, and for the options that they share with it."""
+    losses = [loss for loss in ROW_LOSSES if loss != "nkd" and has_triton(loss)]
+    if not full:
+        yield from (Case(BF16, BF16, classes, 4.0, loss=loss) for loss in losses for classes in (1000, 21841))
+        yield Case(BF16, BF16, 21841, 4.0, loss="dist", rows=8192)
+        yield from (Case(BF16, BF16, classes, 2.0, BF16, standardize=True) for classes in (1000, 21841))
+        yield Case(FP32, FP32, 8192, 2.0, loss="wsld", smoothing=0.1, standardize=True)
+        yield Case(BF16, BF16, 4096, labels=BF16, loss="wsld", smoothing=0.1)
+        yield Case(BF16, BF16, 4096, loss="js", smoothing=0.1, standardize=True)
+        weighted = Case(BF16, BF16, 1000, reduction="sum", weighted=True)
+        yield from (weighted, weighted._replace(classes=21841, temperature=3.0, labels=BF16))
+        yield weighted._replace(student=FP64, teacher=FP64, classes=2048, loss="dkd")
+        return
+    for loss in (*losses, "nkd"):
+        for temperature, (ce_weight, smoothing), standardize in itertools.product(
+            (1.0, 4.0), ((0.0, 0.0), (1.0, 0.0), (1.0, 0.1)), (False, True)
+        ):
+            if loss == "tf_kd" and standardize:
+                continue  # without a teacher there are no z-scores
+            given = Case(
+                BF16, BF16, 1000, temperature, loss=loss,
+                ce_weight=ce_weight, smoothing=smoothing, standardize=standardize,
+            )  # fmt: skip
+            for dtype, classes, soft in itertools.product(DTYPES, REGIMES, (False, True)):
+                labels = dtype if soft else None
+                yield given._replace(student=dtype, teacher=dtype, classes=classes, labels=labels)
+        for standardize in (False, True) if loss != "tf_kd" else (False,):
+            case = Case(BF16, BF16, 1000, 4.0, loss=loss, smoothing=0.1, standardize=standardize)
+            for classes in (1000, 21841):
+                case = case._replace(classes=classes)
+                yield from (case._replace(rows=40000), case._replace(reduction="none"), case._replace(reduction="sum"))
+                yield from (case._replace(layout=layout) for layout in ("strided", "offset"))
+                yield from (case._replace(gradient=False), case._replace(labels=FP32), case._replace(teacher=FP32))
+            yield case._replace(classes=1001)
+            if loss == "dist":  # whose columns are laid out by the number of rows too
+                for rows, dtype, labels in itertools.product((1024, 40000), DTYPES, (None, FP32)):
+                    yield case._replace(
+                        rows=rows, student=dtype, teacher=FP64 if dtype == FP64 else FP32, labels=labels
+                    )
+        for dtype, classes, soft in itertools.product(DTYPES, REGIMES, (False, True)):
+            case = Case(dtype, dtype, classes, 4.0, dtype if soft else None, "sum", loss=loss, weighted=True)
+            yield case
+            if loss != "tf_kd":
+                yield case._replace(reduction="none", smoothing=0.1, standardize=True)
+
+
+def ranked_cases(full: bool) -> Iterator[RankedCase]:
+    """The same for USKD."""
+    if not full:
+        yield from (RankedCase(BF16, BF16, classes) for classes in (100, 1000, 21841))
+        yield RankedCase(FP16, FP32, 4096, "cls_kd", FP16)
+        yield RankedCase(FP32, FP32, 21841, "sum", FP32, "none")
+        yield RankedCase(FP64, FP64, 2048, "cls_kd", FP64)
+        yield from (RankedCase(BF16, BF16, classes, reduction="sum", weighted=True) for classes in (1000, 21841))
+        return
+    for student, weak in (*((dtype, dtype) for dtype in DTYPES), *MIXED):
+        for classes, labels in itertools.product((10, 100, 1000, 2048, 4096, 21841), (None, student)):
+            yield RankedCase(student, weak, classes, "normalized", labels)
+            yield RankedCase(student, weak, classes, "cls_kd", labels, "none", smoothing=0.1)
+    for dtype, classes, soft in itertools.product((BF16, FP16, FP64), (1000, 21841), (False, True)):
+        case = RankedCase(dtype, dtype, classes, "normalized", dtype if soft else None)
+        yield from (case._replace(rows=40000), case._replace(reduction="sum"), case._replace(classes=1001))
+        yield from (case._replace(layout=layout) for layout in ("strided", "offset"))
+        yield from (case._replace(rank=rank) for rank in ("weak", "final", "sum"))
+        yield from (case._replace(gradient=wanted) for wanted in ((True, False), (False, True), (False, False)))
+        yield from (case._replace(square=False), case._replace(labels=FP32))
+    for dtype, classes, soft in itertools.product(DTYPES, (100, 1000, 2048, 4096, 21841), (False, True)):
+        case = RankedCase(dtype, dtype, classes, labels=dtype if soft else None, reduction="sum", weighted=True)
+        yield from (case, case._replace(reduction="none", smoothing=0.1))
+
+
+def zipf_cases(full: bool) -> Iterator[ZipfCase]:
+    """The same for Zipf's label smoothing."""
+    if not full:
+        yield from (ZipfCase(BF16, BF16, classes) for classes in (100, 1000, 21841))
+        yield ZipfCase(FP32, FP32, 1000, 196, labels=FP32, smoothing=0.1)
+        yield from (ZipfCase(BF16, BF16, 1000, order=order) for order in ("classes", "neither"))
+        yield ZipfCase(FP64, FP64, 100, labels=FP64)
+        yield ZipfCase(BF16, BF16, 1000, reduction="sum", weighted=True)
+        return
+    for dtype, classes, soft in itertools.product(DTYPES, (10, 100, 1000, 1001, 4096, 21841), (False, True)):
+        case = ZipfCase(dtype, dtype, classes, labels=dtype if soft else None)
+        yield from (case, case._replace(smoothing=0.1, reduction="none"), case._replace(layout="strided"))
+        yield case._replace(reduction="sum", weighted=True)
+    for dtype, classes, order in itertools.product(DTYPES, (10, 1000, 21841), ("positions", "classes", "neither")):
+        case = ZipfCase(dtype, dtype, classes, order=order)
+        yield from (case._replace(positions=positions) for positions in (1, 4, 49, 64, 196, 3136))
+        yield from (case._replace(dense=FP32), case._replace(rows=40000), case._replace(reduction="sum"))
+        yield from (case._replace(gradient=False), case._replace(layout="offset"), case._replace(labels=FP32))
+
+
+#: What has Triton kernels, NKD and the further row losses apart, with its calls: all of them, or a selection.
+CASES: dict[str, Callable[[bool], Iterator[Call]]] = {
+    "nkd": cases,
+    "rows": row_cases,
+    "uskd": ranked_cases,
+    "zipf_ls": zipf_cases,
+}
+
+
+class Job(NamedTuple):
+    """A kernel to compile: which launch of a call, and of which entry of CASES that is."""
+
+    loss: str
+    call: Call
+    number: int
+    launch: Launch
+
+
+def distinct(losses: Iterable[str], full: bool) -> list[Job]:
+    """The kernels of calls that differ in what the compiler sees. The count kernels and reductions of two calls are
+    mostly the same, and a hyper-parameter is an argument."""
+    found: dict[tuple[Any, ...], Job] = {}
+    for loss in losses:
+        for call in CASES[loss](full):
+            for number, launch in enumerate(call.launches()):
+                tensors = [(a.dtype, a.data_ptr() % 16) for a in launch.arguments if isinstance(a, Tensor)]
+                key = (launch.kernel, str(launch.options), *tensors)
+                found.setdefault(key, Job(loss, call, number, launch))
+    return list(found.values())
