@@ -21,9 +21,9 @@ Weights = tuple[float, ...]
 class RowLoss:
     """How the kernels know a row loss.
 
-    ``kind`` is its number in ``csrc/losses/row_losses.h``; ``parts`` which of the op's three parts it has; ``bound`` what
-    the magnitude of its gradient's entries cannot exceed, CE left out, for weights (first, second, temperature), or
-    inf.
+    ``kind`` is its number in ``csrc/losses/row_losses.h``; ``parts`` which of the op's three parts it has; ``bound``
+    what the magnitude of its gradient's entries cannot exceed, CE left out, for weights (first, second, temperature),
+    or inf.
     """
 
     kind: int

@@ -153,9 +153,10 @@ def _task(results: dict[str, Any]) -> list[str]:
         f"`python -m study {options} --seeds {seeds}`: {setting['student']} has "
         f"{run['parameters']:,} parameters and is trained {setting['epochs']} epochs long on the 32 × 32 images that "
         f"`study/datasets/glyphs.py` draws, {images} of a character in each font family; SGD with Nesterov momentum, "
-        f"batches of {setting['batch_size']}, a linear warm-up and a cosine to zero, random shifts of up to two pixels. "
-        "All methods share that; weights, order and shifts are a seed's. The teacher is trained once, with cross-entropy, "
-        f"for as many epochs and with seed {TEACHER_SEED}; it sees the images as they are shifted for the student.",
+        f"batches of {setting['batch_size']}, a linear warm-up and a cosine to zero, random shifts of up to two "
+        "pixels. All methods share that; weights, order and shifts are a seed's. The teacher is trained once, with "
+        f"cross-entropy, for as many epochs and with seed {TEACHER_SEED}; it sees the images as they are "
+        "shifted for the student.",
         "How the setting was chosen: by the accuracy of the baseline, with a seed that is not among these, before any "
         "other method was run. In the usual size of `make train` the baseline leaves no method room to be better; so "
         "the training images were made fewer until it ended between 60 and 85 %. The hyper-parameters are published "

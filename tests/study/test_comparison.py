@@ -5,9 +5,9 @@ import math
 import sys
 from pathlib import Path
 
-import example_runs
 import pytest
 import torch
+import train_runs
 from study_results import ACCURACY, made_up
 
 pytest.importorskip("safetensors")
@@ -29,8 +29,8 @@ TINY = (
 @pytest.fixture
 def tiny(monkeypatch):
     """Runs are of the tiny data, and no fonts are looked for."""
-    monkeypatch.setattr(runs, "TRAIN", (sys.executable, example_runs.__file__))
-    monkeypatch.setattr(study, "COST", (sys.executable, example_runs.__file__, "cost"))
+    monkeypatch.setattr(runs, "TRAIN", (sys.executable, train_runs.__file__))
+    monkeypatch.setattr(study, "COST", (sys.executable, train_runs.__file__, "cost"))
     monkeypatch.setattr(study, "most_classes", lambda: 3755)
 
 

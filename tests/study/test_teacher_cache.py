@@ -1,10 +1,10 @@
 """Cached logits of a teacher: what they are, and which cache is refused."""
 
-import example_runs
 import numpy as np
 import pytest
 import torch
-from example_runs import run
+import train_runs
+from train_runs import run
 
 pytest.importorskip("safetensors")
 
@@ -17,14 +17,14 @@ from study.training.report import read_table
 
 @pytest.fixture(autouse=True)
 def here():
-    with example_runs.here():
+    with train_runs.here():
         yield
 
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teachers")
-    with example_runs.here():
+    with train_runs.here():
         for seed in (0, 1):
             run("--out", folder / str(seed), "--epochs", 3, "--lr", 0.1, "--seed", seed)
     return [folder / str(seed) / "best.safetensors" for seed in (0, 1)]
@@ -35,13 +35,13 @@ def nkd(teacher, out, cache, *arguments):
 
 
 def opened(folder, teacher, top_k):
-    tiny = example_runs.tiny()
+    tiny = train_runs.tiny()
     weights = checkpoint.weights_hash(checkpoint.load_teacher(teacher, tiny))
     return teacher_cache.open_cache(folder, tiny, weights, top_k, None, None)
 
 
 def true_logits(teacher):
-    tiny = example_runs.tiny()
+    tiny = train_runs.tiny()
     network = checkpoint.load_teacher(teacher, tiny)
     return torch.cat([network(images) for _, images, _ in plain_batches(tiny.train, 50, 0, len(tiny.train))])
 
@@ -110,7 +110,7 @@ def test_refusals(tmp_path, teachers, monkeypatch):
     with pytest.raises(RunError, match="not with --mixup or --cutmix"):
         nkd(teachers[0], tmp_path / "other", cache, "--mixup", 1)
     with monkeypatch.context() as changed:
-        changed.setattr(datasets, "load", lambda args, bar: example_runs.tiny(seed=1))
+        changed.setattr(datasets, "load", lambda args, bar: train_runs.tiny(seed=1))
         with pytest.raises(RunError, match=f"{cache}: made with another data set, or one in another order"):
             nkd(teachers[0], tmp_path / "other", cache)
     values = bytearray((cache / "values.npy").read_bytes())

@@ -4,11 +4,11 @@ import json
 import sys
 import types
 
-import example_runs
 import numpy as np
 import pytest
 import torch
-from example_runs import run
+import train_runs
+from train_runs import run
 
 pytest.importorskip("safetensors")
 
@@ -22,7 +22,7 @@ from study.training.report import read_table
 
 @pytest.fixture(autouse=True)
 def here():
-    with example_runs.here():
+    with train_runs.here():
         yield
 
 
@@ -30,7 +30,7 @@ def here():
 def teacher(tmp_path_factory):
     """The best.safetensors of a run with cross-entropy."""
     folder = tmp_path_factory.mktemp("teacher")
-    with example_runs.here():
+    with train_runs.here():
         run("--out", folder, "--epochs", 1)
     return folder / "best.safetensors"
 
@@ -43,8 +43,8 @@ def test_learns(tmp_path):
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"best.safetensors", "last.pt", "steps.csv", "epochs.csv", "curves.png", "run.json", "tensorboard"} <= names
     network, description = checkpoint.load_network(tmp_path / "run" / "best.safetensors", "--teacher")
-    assert (description["epoch"], description["classes"]) == (result.best_epoch, example_runs.CLASSES)
-    split = example_runs.tiny().tests["test"]
+    assert (description["epoch"], description["classes"]) == (result.best_epoch, train_runs.CLASSES)
+    split = train_runs.tiny().tests["test"]
     logits = network(torch.tensor(split.images).float() / 255)
     assert (logits.argmax(1).numpy() == split.labels).mean() == pytest.approx(result.best["test"])
 
@@ -89,7 +89,7 @@ def test_accumulation_is_the_batch(tmp_path):
     """Without BatchNorm, whose statistics are a piece's."""
     for pieces in (1, 4):
         run("--out", tmp_path / str(pieces), "--accumulate", pieces, "--norm", "group", "--loss", "tf-kd")
-    one, four = (example_runs.state(tmp_path / name)["student"] for name in "14")
+    one, four = (train_runs.state(tmp_path / name)["student"] for name in "14")
     for name in one:
         torch.testing.assert_close(one[name], four[name], rtol=1e-4, atol=1e-6)
 
@@ -104,8 +104,8 @@ def test_autocast(tmp_path):
 def test_seed_decides(tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         run("--out", tmp_path / name, "--seed", seed, "--epochs", 1)
-    a, b, c = (example_runs.state(tmp_path / name)["student"] for name in "abc")
-    assert example_runs.same(a, b) and not example_runs.same(a, c)
+    a, b, c = (train_runs.state(tmp_path / name)["student"] for name in "abc")
+    assert train_runs.same(a, b) and not train_runs.same(a, c)
 
 
 def test_shift_repeats_edges():
@@ -122,8 +122,8 @@ def test_shift_repeats_edges():
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 def test_mixed_labels_are_the_images_shares(kind):
     """Of one white class and one black: an image's mean is the white's share of its label."""
-    tiny = example_runs.tiny(classes=2)
-    images = np.repeat((tiny.train.labels * 255).astype(np.uint8), example_runs.SIZE**2).reshape(
+    tiny = train_runs.tiny(classes=2)
+    images = np.repeat((tiny.train.labels * 255).astype(np.uint8), train_runs.SIZE**2).reshape(
         tiny.train.images.shape
     )
     split = type(tiny.train)(images, tiny.train.labels)
@@ -135,7 +135,7 @@ def test_mixed_labels_are_the_images_shares(kind):
 
 
 def test_epoch_has_each_image_once_in_an_order_of_its_own():
-    split = example_runs.tiny().train
+    split = train_runs.tiny().train
     make = batches.Batches(split, 20, 16, batches.Augmentation(), 0, 0, 1)
     first, second = (torch.cat([batch.rows for batch in make.epoch(epoch, 0)]) for epoch in (0, 1))
     assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(128))
@@ -143,7 +143,7 @@ def test_epoch_has_each_image_once_in_an_order_of_its_own():
 
 
 def test_processes_share_the_global_batch():
-    split, augmentation = example_runs.tiny().train, batches.Augmentation(shift=2, mixup=0.5, cutmix=0.5)
+    split, augmentation = train_runs.tiny().train, batches.Augmentation(shift=2, mixup=0.5, cutmix=0.5)
     whole = list(batches.Batches(split, 20, 16, augmentation, 3, 0, 1).epoch(2, 5))
     shares = [list(batches.Batches(split, 20, 16, augmentation, 3, rank, 2).epoch(2, 5)) for rank in range(2)]
     for one, first, second in zip(whole, *shares, strict=True):
@@ -236,14 +236,14 @@ def test_refusals_are_one_line_and_status_2(case, tmp_path, teacher, capsys, mon
     arguments = [str(teacher) if argument == "TEACHER" else argument for argument in arguments]
     monkeypatch.setattr(backends, "unavailable", lambda name, *_: "not here" if name == "triton" else None)
     monkeypatch.setattr(backends, "_chosen", {})  # what tests before this one could run, and what this one says it can
-    assert train.main([*example_runs.SMALL, "--out", str(tmp_path), *arguments]) == 2
+    assert train.main([*train_runs.SMALL, "--out", str(tmp_path), *arguments]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith("train.py: ") and message in lines[-1]
     assert "Traceback" not in "".join(lines)
 
 
 def test_teacher_of_other_classes(tmp_path, teacher, monkeypatch):
-    monkeypatch.setattr(datasets, "load", lambda args, bar: example_runs.tiny(classes=10))
+    monkeypatch.setattr(datasets, "load", lambda args, bar: train_runs.tiny(classes=10))
     with pytest.raises(RunError, match="trained with 20 classes, but the data set has 10"):
         run("--loss", "kd", "--teacher", teacher, "--out", tmp_path)
 
@@ -267,7 +267,7 @@ def test_data_errors_are_one_line(tmp_path, monkeypatch, capsys):
 
 def test_unwritable_output(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert train.main([*example_runs.SMALL, "--out", str(tmp_path / "file" / "run")]) == 2
+    assert train.main([*train_runs.SMALL, "--out", str(tmp_path / "file" / "run")]) == 2
     assert "cannot be written (Not a directory)" in capsys.readouterr().err
 
 
@@ -294,12 +294,12 @@ def test_interruption_is_one_line(tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(engine.Trainer, "step", interrupted)
-    assert train.main([*example_runs.SMALL, "--out", str(tmp_path)]) == 130
+    assert train.main([*train_runs.SMALL, "--out", str(tmp_path)]) == 130
     assert capsys.readouterr().err.splitlines()[-1].endswith("--resume goes on from the last checkpoint")
 
 
 def test_result_is_written(tmp_path, capsys):
-    assert train.main([*example_runs.SMALL, "--out", str(tmp_path)]) == 0
+    assert train.main([*train_runs.SMALL, "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["epochs"] == 2 and set(result["accuracy"]) == {"test", "other"}
     assert "last epoch" in capsys.readouterr().out

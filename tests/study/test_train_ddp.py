@@ -4,10 +4,10 @@ import os
 import subprocess
 import sys
 
-import example_runs
 import pytest
 import torch
-from example_runs import ROOT
+import train_runs
+from train_runs import ROOT
 
 pytest.importorskip("safetensors")
 if not torch.distributed.is_available():
@@ -27,8 +27,8 @@ def teacher(tmp_path_factory):
 
 
 def single(out, *arguments):
-    with example_runs.here():
-        example_runs.run("--out", out, *arguments)
+    with train_runs.here():
+        train_runs.run("--out", out, *arguments)
 
 
 @pytest.mark.parametrize("loss", ["nkd", "uskd"])
@@ -39,14 +39,14 @@ def test_two_processes_are_one(loss, tmp_path, teacher):
     else:
         arguments += ["--set", "alpha=3"]  # the term with the batch mean
     single(tmp_path / "one", *arguments)
-    two = example_runs.start("--out", tmp_path / "two", *arguments, processes=2)
+    two = train_runs.start("--out", tmp_path / "two", *arguments, processes=2)
     assert two.returncode == 0, two.stderr
     rows = [read_table(tmp_path / name / "steps.csv") for name in ("one", "two")]
     assert len(rows[0]) == len(rows[1]) == 16
     for one, other in zip(*rows, strict=True):
         for name in one:
             assert float(one[name]) == pytest.approx(float(other[name]), rel=2e-5), (one["step"], name)
-    weights = [example_runs.state(tmp_path / name)["student"] for name in ("one", "two")]
+    weights = [train_runs.state(tmp_path / name)["student"] for name in ("one", "two")]
     for name in weights[0]:
         torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-3, atol=1e-5)
     epochs = [read_table(tmp_path / name / "epochs.csv")[-1] for name in ("one", "two")]
@@ -54,7 +54,7 @@ def test_two_processes_are_one(loss, tmp_path, teacher):
 
 
 def test_error_in_two_processes(tmp_path):
-    two = example_runs.start("--out", tmp_path / "run", "--batch-size", "15", processes=2)
+    two = train_runs.start("--out", tmp_path / "run", "--batch-size", "15", processes=2)
     assert two.returncode != 0
     assert "train.py: --batch-size 15: cannot be divided among 2 processes" in two.stderr
 
@@ -72,7 +72,7 @@ def test_one_of_several_processes_leaves_at_once(environment):
 
 def test_the_result_of_one_epoch_in_two_processes(tmp_path):
     """Only the first process writes it; the other one has no file to read before."""
-    two = example_runs.start("--out", tmp_path / "run", "--epochs", "1", "--device", "cpu", processes=2)
+    two = train_runs.start("--out", tmp_path / "run", "--epochs", "1", "--device", "cpu", processes=2)
     assert two.returncode == 0, two.stderr
     assert len(read_table(tmp_path / "run" / "epochs.csv")) == 1
     assert (tmp_path / "run" / "result.json").exists()

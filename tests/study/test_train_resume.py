@@ -4,10 +4,10 @@ import errno
 import os
 import signal
 
-import example_runs
 import pytest
 import torch
-from example_runs import run
+import train_runs
+from train_runs import run
 
 pytest.importorskip("safetensors")
 
@@ -35,14 +35,14 @@ RICH = (
 
 @pytest.fixture(autouse=True)
 def here():
-    with example_runs.here():
+    with train_runs.here():
         yield
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
-    assert example_runs.start("--out", folder, *RICH).returncode == 0
+    assert train_runs.start("--out", folder, *RICH).returncode == 0
     return folder
 
 
@@ -54,15 +54,15 @@ def uninterrupted(tmp_path_factory):
     ids=str,
 )
 def test_killed_and_resumed_has_the_bits_of_an_uninterrupted_run(kill, tmp_path, uninterrupted):
-    killed = example_runs.start("--out", tmp_path, *RICH, **kill)
+    killed = train_runs.start("--out", tmp_path, *RICH, **kill)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     step = checkpoint.load(tmp_path / "last.pt", train.STATE)["step"]
     assert step == {"10": 9, "8": 8}.get(kill.get("KILL_AT_STEP"), 6)
     run("--out", tmp_path, *RICH, "--resume")
-    assert example_runs.same(example_runs.state(tmp_path), example_runs.state(uninterrupted))
+    assert train_runs.same(train_runs.state(tmp_path), train_runs.state(uninterrupted))
     assert (tmp_path / "steps.csv").read_text() == (uninterrupted / "steps.csv").read_text()
     best = [checkpoint.load_network(folder / "best.safetensors", "") for folder in (tmp_path, uninterrupted)]
-    assert best[0][1] == best[1][1] and example_runs.same(*(network.state_dict() for network, _ in best))
+    assert best[0][1] == best[1][1] and train_runs.same(*(network.state_dict() for network, _ in best))
     kept = ("epoch", "loss", "accuracy_test", "test_loss_test", "accuracy_other")
     first, second = (
         [[row[name] for name in kept] for row in read_table(f / "epochs.csv")] for f in (tmp_path, uninterrupted)
@@ -101,7 +101,7 @@ def test_other_options_are_not_resumed(other, tmp_path):
 
 def test_other_data_are_not_resumed(tmp_path, monkeypatch):
     run("--out", tmp_path)
-    monkeypatch.setattr(datasets, "load", lambda args, bar: example_runs.tiny(seed=1))
+    monkeypatch.setattr(datasets, "load", lambda args, bar: train_runs.tiny(seed=1))
     with pytest.raises(RunError, match="other options: the data set was tiny-20-0, is tiny-20-1"):
         run("--out", tmp_path, "--resume")
 
@@ -112,7 +112,7 @@ def test_corrupt_checkpoint(tmp_path, capsys):
     capsys.readouterr()
     for damaged in (whole[: len(whole) // 2], b"", b"no checkpoint"):
         (tmp_path / "last.pt").write_bytes(damaged)
-        assert train.main([*example_runs.SMALL, "--out", str(tmp_path), "--resume"]) == 2
+        assert train.main([*train_runs.SMALL, "--out", str(tmp_path), "--resume"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"train.py: {tmp_path / 'last.pt'}: corrupt checkpoint")
         assert (tmp_path / "last.pt").read_bytes() == damaged
