@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-TRITON_TESTS := $(addprefix tests/backends/triton/test_triton,.py _dist.py _looped.py _uskd.py _zipf.py)
+TRITON_TESTS := $(addprefix tests/backends/triton/,test_triton.py test_triton_dist.py test_triton_looped.py test_triton_uskd.py \
+  test_triton_zipf.py)
 CXX_FILES := $(shell find csrc tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal

@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from torch import Tensor, distributed, nn
 
-from study import datasets
+from study.datasets import registry
 from study.datasets.arrays import Dataset
 from study.training import checkpoint, methods, networks, options, teacher_cache
 from study.training.batches import Augmentation, Batch, Batches
@@ -326,7 +326,7 @@ def run(args: argparse.Namespace, console: Console | None = None) -> Result:
     console = console or Console(stderr=True)
     with processes(args.device) as where:
         bar = Bar(console, quiet=args.quiet or not where.first)
-        dataset = where.first_then_others(lambda: datasets.load(args, bar))
+        dataset = where.first_then_others(lambda: registry.load(args, bar))
         this = Run(args, where, dataset, bar)
         if where.first:
             _announce(this, console)
@@ -343,7 +343,7 @@ def _announce(this: Run, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    for line in datasets.about(dataset):
+    for line in registry.about(dataset):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     if args.cache_teacher:
         console.print("the teacher's logits are cached: of images without the student's shift and flip", soft_wrap=True)

@@ -24,7 +24,7 @@ LEVELS = ("-O1", "-O2", "-O3")
 CONTRACTIONS = ("off", "fast")
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1"
 #: What of the tests is about the core's own memory, arithmetic and ties.
-TESTS = ("backends/test_native.py", "test_ties.py", "test_constant_rows.py", "test_uskd.py")
+TESTS = ("backends/test_native.py", "losses/test_ties.py", "losses/test_constant_rows.py", "losses/test_uskd.py")
 
 
 class Build(NamedTuple):

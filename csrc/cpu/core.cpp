@@ -156,7 +156,7 @@ std::vector<double> label_sums(const Matrix& target, int64_t rows) {
 }
 
 // The first row whose probabilities do not sum to 1, or -1. Labels in half precision miss it by up to half a per cent;
-// NaN is a row's own affair. The same is in fused_kd/checks.py.
+// NaN is a row's own affair. The same is in fused_kd/core/checks.py.
 int64_t no_probabilities(const std::vector<double>& sums) {
     for (size_t row = 0; row < sums.size(); ++row)
         if (std::abs(sums[row] - 1.0) > 0.02) return int64_t(row);

@@ -1,4 +1,4 @@
-// Keys as integers whose ascending order is the keys' descending order, as in csrc/cpu/rank.cpp.
+// Keys as integers whose ascending order is the keys' descending order, as in csrc/cpu/rank.h.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-"""What a step costs, in a process of its own: ``python -m study.cost --steps N``, then options of train.py.
+"""What a step costs, in a process of its own: ``python -m study.comparison.cost --steps N``, then options of train.py.
 
 Each form of the loss trains a network of its own, in turns, a step each, so that other work on the machine slows all of
 them alike. What is written, one line of JSON, are medians over the steps. A teacher has random weights here: its values
@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import fused_kd
-from study import datasets
+from study.datasets import registry
 from study.datasets.arrays import Dataset
 from study.train import Run
 from study.training import checkpoint, methods, networks, options
@@ -126,7 +126,7 @@ def measure(arguments: Sequence[str], steps: int, teacher: str | None) -> dict[s
         first = options.parse([*arguments, "--out", str(folder)])
         _check_fused(first.loss)
         where, bar = Processes(0, 1, torch.device("cpu")), Bar(Console(stderr=True), quiet=True)
-        dataset = datasets.load(first, bar)
+        dataset = registry.load(first, bar)
         if teacher:
             _save_random(folder / "teacher.safetensors", teacher, dataset)
             arguments = [*arguments, "--teacher", str(folder / "teacher.safetensors")]

@@ -14,8 +14,8 @@ if __name__ == "__main__":
 
 from rich.console import Console
 
-from study.datasets import about, add_arguments, load, sheet
 from study.datasets.arrays import DataError
+from study.datasets.registry import about, add_arguments, load, sheet
 from study.training.report import Bar
 
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from study import datasets
+from study.datasets import registry
 from study.training import methods, networks, processes
 from study.training.engine import AMP
 from study.training.errors import RunError
@@ -27,7 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
         "train.py --loss nkd --teacher runs/teacher/best.safetensors --out runs/nkd. "
         "More processes: torchrun --nproc-per-node 2 -m study.train, with the same arguments.",
     )
-    datasets.add_arguments(parser)
+    registry.add_arguments(parser)
     what = parser.add_argument_group("what is trained")
     what.add_argument("--model", default="cnn-small", help=f"{', '.join(networks.NETWORKS)}, or timm:NAME (cnn-small)")
     what.add_argument("--norm", choices=networks.NORMS, default="batch", help="of the CNNs (batch)")

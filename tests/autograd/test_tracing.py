@@ -187,8 +187,10 @@ def test_compiled_transforms(place, name, fullgraph):
     else:
         made = {**TRANSFORMS, "dual": tangent_of}[name](value)
         ask = torch.compile(made, backend="aot_eager", fullgraph=fullgraph)
-    # PyTorch 2.14 refuses such an input to any compiled function itself.
-    refusal = f"{REFUSAL}|dual tensor input" if name == "dual-outside" else REFUSAL
+    # PyTorch 2.14 refuses such an input to any compiled function itself; 2.11 on Python 3.10 cannot leave the level of
+    # dual numbers by our error, and gives its own of that.
+    also = {"dual-outside": "|dual tensor input", "dual": "|Observed exception"}.get(name, "")
+    refusal = f"{REFUSAL}{also}"
     with pytest.raises(RuntimeError, match=refusal):
         ask(*logits)
 

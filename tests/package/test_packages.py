@@ -100,7 +100,7 @@ def test_the_build_requirements_named_are_those_of_pyproject(build):
         ("study/train.py", "train.py: not installed: torch, rich, numpy, Pillow, fonttools, safetensors; run `"),
         ("-m study.train", "train.py: not installed: torch, rich, numpy, Pillow, fonttools, safetensors; run `"),
         ("-m study.datasets", "study.datasets: not installed: torch"),
-        ("-m study", "study.comparison: not installed: torch"),
+        ("-m study", "study: not installed: torch"),
         ("-m benchmarks", "benchmarks: not installed: torch, rich, numpy; run `"),
     ),
 )

@@ -12,7 +12,7 @@ import pytest
 from pages import needs
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = Path(__file__).parent / "typed_user.py"
+SCRIPT = ROOT / "tests" / "support" / "typed_user.py"
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,9 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image
 from rich.console import Console
 
-from study import datasets, train
-from study.datasets import fonts, glyphs
+from study import train
+from study.datasets import __main__ as command_line
+from study.datasets import fonts, glyphs, registry
 from study.datasets.arrays import DataError
 from study.training.report import Bar
 
@@ -64,12 +65,12 @@ def installed(tmp_path, monkeypatch):
 
 def parse(*options):
     parser = argparse.ArgumentParser()
-    datasets.add_arguments(parser)
+    registry.add_arguments(parser)
     return parser.parse_args([str(option) for option in options])
 
 
 def load(*options):
-    return datasets.load(parse(*options), BAR)
+    return registry.load(parse(*options), BAR)
 
 
 def test_glyphs(installed, tmp_path):
@@ -102,12 +103,12 @@ def test_few_families_make_as_many_images_and_are_told(installed, tmp_path, caps
     """An epoch of six families has 36 images of a class; of two with six draws it would have 12, too few to learn."""
     made = load("--classes", 10, "--image-size", 16, "--cache", tmp_path / "cache")
     assert (np.bincount(made.train.labels) == 36).all()
-    what, warning = datasets.about(made)
+    what, warning = registry.about(made)
     assert what == "glyphs: 2 font families (Alpha, Beta), 18 draws of a character in each; held out: Gamma"
     assert warning.startswith("warning: the recommended fonts make 6 families to train on, here are 2")
     assert fonts.INSTALL in warning
     made.notes["families"] = ["A", "B", "C", "D", "E", "F"]
-    assert [line.startswith("glyphs: 6 font families") for line in datasets.about(made)] == [True]
+    assert [line.startswith("glyphs: 6 font families") for line in registry.about(made)] == [True]
     cache, out = tmp_path / "cache", tmp_path / "run"
     options = ["--classes", "10", "--image-size", "16", "--cache", str(cache), "--out", str(out), "--model", "cnn-tiny"]
     assert train.main([*options, "--epochs", "1", "--batch-size", "60", "--quiet"]) == 0
@@ -210,16 +211,16 @@ def test_what_cannot_be(installed, tmp_path, options, words):
 
 def test_command_line(installed, tmp_path, capsys):
     options = ["--classes", "10", "--image-size", "16", "--cache", str(tmp_path / "cache")]
-    assert datasets.main([*options, "--sheet", str(tmp_path / "sheet.png")]) == 0
+    assert command_line.main([*options, "--sheet", str(tmp_path / "sheet.png")]) == 0
     assert "glyphs: 10 classes, 360 images; tests: test 40, held-out 20" in capsys.readouterr().out
     assert Image.open(tmp_path / "sheet.png").size == (24 * 16, 10 * 16)
-    assert datasets.main(["--classes", "41"]) == 2
+    assert command_line.main(["--classes", "41"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_the_sheet_shows_every_family(installed, tmp_path):
     made = load("--classes", 10, "--image-size", 16, "--draws", 20, "--cache", tmp_path / "cache")
-    datasets.sheet(made, tmp_path / "sheet.png", rows=1, columns=30)
+    registry.sheet(made, tmp_path / "sheet.png", rows=1, columns=30)
     sheet = np.asarray(Image.open(tmp_path / "sheet.png")).reshape(16, 30, 16).transpose(1, 0, 2)
     of_first_class = made.train.images[:40, 0]  # 20 draws of Alpha, then 20 of Beta
     families = [int((of_first_class == image).all((1, 2)).argmax()) // 20 for image in sheet]

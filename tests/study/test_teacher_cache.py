@@ -8,7 +8,7 @@ from train_runs import run
 
 pytest.importorskip("safetensors")
 
-from study import datasets
+from study.datasets import registry
 from study.training import checkpoint, teacher_cache
 from study.training.batches import plain_batches
 from study.training.errors import RunError
@@ -110,7 +110,7 @@ def test_refusals(tmp_path, teachers, monkeypatch):
     with pytest.raises(RunError, match="not with --mixup or --cutmix"):
         nkd(teachers[0], tmp_path / "other", cache, "--mixup", 1)
     with monkeypatch.context() as changed:
-        changed.setattr(datasets, "load", lambda args, bar: train_runs.tiny(seed=1))
+        changed.setattr(registry, "load", lambda args, bar: train_runs.tiny(seed=1))
         with pytest.raises(RunError, match=f"{cache}: made with another data set, or one in another order"):
             nkd(teachers[0], tmp_path / "other", cache)
     values = bytearray((cache / "values.npy").read_bytes())

@@ -13,7 +13,7 @@ from train_runs import run
 pytest.importorskip("safetensors")
 
 from fused_kd import backends
-from study import datasets, train
+from study.datasets import registry, train
 from study.datasets.arrays import DataError
 from study.training import batches, checkpoint, engine, methods, networks, options, report
 from study.training.errors import RunError
@@ -123,9 +123,7 @@ def test_shift_repeats_edges():
 def test_mixed_labels_are_the_images_shares(kind):
     """Of one white class and one black: an image's mean is the white's share of its label."""
     tiny = train_runs.tiny(classes=2)
-    images = np.repeat((tiny.train.labels * 255).astype(np.uint8), train_runs.SIZE**2).reshape(
-        tiny.train.images.shape
-    )
+    images = np.repeat((tiny.train.labels * 255).astype(np.uint8), train_runs.SIZE**2).reshape(tiny.train.images.shape)
     split = type(tiny.train)(images, tiny.train.labels)
     augmentation = batches.Augmentation(**{kind: 1.0})
     made = list(batches.Batches(split, 2, 16, augmentation, 0, 0, 1).epoch(0, 0))
@@ -243,7 +241,7 @@ def test_refusals_are_one_line_and_status_2(case, tmp_path, teacher, capsys, mon
 
 
 def test_teacher_of_other_classes(tmp_path, teacher, monkeypatch):
-    monkeypatch.setattr(datasets, "load", lambda args, bar: train_runs.tiny(classes=10))
+    monkeypatch.setattr(registry, "load", lambda args, bar: train_runs.tiny(classes=10))
     with pytest.raises(RunError, match="trained with 20 classes, but the data set has 10"):
         run("--loss", "kd", "--teacher", teacher, "--out", tmp_path)
 
@@ -260,7 +258,7 @@ def test_data_errors_are_one_line(tmp_path, monkeypatch, capsys):
     def load(args, bar):
         raise DataError("/none: no such folder")
 
-    monkeypatch.setattr(datasets, "load", load)
+    monkeypatch.setattr(registry, "load", load)
     assert train.main(["--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err == "train.py: /none: no such folder\n"
 

@@ -11,7 +11,7 @@ from train_runs import run
 
 pytest.importorskip("safetensors")
 
-from study import datasets, train
+from study.datasets import registry, train
 from study.training import checkpoint
 from study.training.errors import RunError
 from study.training.report import read_table
@@ -101,7 +101,7 @@ def test_other_options_are_not_resumed(other, tmp_path):
 
 def test_other_data_are_not_resumed(tmp_path, monkeypatch):
     run("--out", tmp_path)
-    monkeypatch.setattr(datasets, "load", lambda args, bar: train_runs.tiny(seed=1))
+    monkeypatch.setattr(registry, "load", lambda args, bar: train_runs.tiny(seed=1))
     with pytest.raises(RunError, match="other options: the data set was tiny-20-0, is tiny-20-1"):
         run("--out", tmp_path, "--resume")
 

@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from study import datasets, train  # noqa: E402
+from study.datasets import registry, train  # noqa: E402
 from study.datasets.arrays import Dataset, Split  # noqa: E402
 from study.training import checkpoint, options  # noqa: E402
 
@@ -44,7 +44,7 @@ def here():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(datasets, "load", lambda args, bar: tiny())
+        monkeypatch.setattr(registry, "load", lambda args, bar: tiny())
         yield
     torch.set_num_threads(threads)
 
@@ -113,7 +113,7 @@ def state(folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    datasets.load = lambda args, bar: tiny()
+    registry.load = lambda args, bar: tiny()
     if sys.argv[1:2] == ["cost"]:
         from study.comparison import cost
 

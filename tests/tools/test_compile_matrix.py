@@ -21,12 +21,12 @@ from fused_kd.backends.triton import layout
 from fused_kd.backends.triton.plans.rows import plan_row_loss
 
 pytest.importorskip("rich")
-from tools.compile_matrix import __main__
+from tools.compile_matrix import __main__, compiling, tables
 from tools.compile_matrix.rules import problems
 
 ROOT = Path(__file__).parents[2]
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-needs_nvcc = pytest.mark.skipif(__main__.nvcc() is None or find_spec("triton") is None, reason="there is no nvcc")
+needs_nvcc = pytest.mark.skipif(compiling.nvcc() is None or find_spec("triton") is None, reason="there is no nvcc")
 #: Every second kernel of the selection, and all of it.
 parts = pytest.mark.parametrize("part", ("1/2", pytest.param("1/1", marks=pytest.mark.slow)))
 
@@ -170,12 +170,6 @@ def test_rules_of_odd_rows_and_wide_logits():
     assert problems({**GOOD, "writes": False, "stores": {4: 3}}) == [], "forward only"
 
 
-def test_weighted_calls_alone():
-    tasks = __main__.tasks_of(["nkd", "uskd"], False, [90], True)
-    assert tasks and all(arguments[0].weighted for _, arguments in tasks)
-    assert len(tasks) < len(__main__.tasks_of(["nkd", "uskd"], False, [90]))
-
-
 def test_rows_of_an_earlier_run(tmp_path, capsys):
     more = {"source": "triton", "loss": "nkd", "instructions": 9, "exponentials": 1, "seconds": 0.5}
     path, document = tmp_path / "kernels.json", tmp_path / "kernels.md"
@@ -187,12 +181,6 @@ def test_rows_of_an_earlier_run(tmp_path, capsys):
     assert "| rows_on_chip | 90 | 2 | 64–72 | 512 | 1 spill | 16 B | 1 s | 0.5 s |" in text
     assert "2 kernels, of which 1 break a rule." in text
     assert f"{__main__.BEGIN}\n{__main__.END}" in text, "the selection's block is another"
-    document.write_text(
-        f"{__main__.FULL_BEGIN}\n{__main__.FULL_END}\n{__main__.WEIGHTED_BEGIN}\n{__main__.WEIGHTED_END}\n"
-    )
-    assert __main__.main(["--read", str(path), str(path), "--full", "--weighted", "--update", str(document)]) == 1
-    assert "4 kernels, 2 problems" in capsys.readouterr().out
-    assert "| rows_on_chip | 90 | 4 |" in document.read_text().partition(__main__.WEIGHTED_BEGIN)[2]
     path.write_text("[{}]")
     with pytest.raises(SystemExit, match="2"):
         __main__.main(["--read", str(path)])
@@ -200,24 +188,24 @@ def test_rows_of_an_earlier_run(tmp_path, capsys):
 
 
 def test_parts_of_the_matrix():
-    tasks = [(__main__.compile_triton, (i,)) for i in range(11)]
-    parts = [__main__.part_of(tasks, f"{part}/3") for part in (1, 2, 3)]
+    tasks = [(compiling.compile_triton, (i,)) for i in range(11)]
+    parts = [compiling.part_of(tasks, f"{part}/3") for part in (1, 2, 3)]
     assert sorted(task for part in parts for task in part) == tasks
     for text in ("0/3", "4/3", "1", "a/b"):
         with pytest.raises(ValueError, match="expected a part such as 1/4"):
-            __main__.part_of(tasks, text)
+            compiling.part_of(tasks, text)
 
 
 def test_summary():
     rows = [{**GOOD, "seconds": 1.0}, {**GOOD, "registers": 80, "local": 2, "loads": {2: 1, 8: 1}, "seconds": 2.5}]
-    (line,) = __main__.summarise(rows)
+    (line,) = tables.summarise(rows)
     assert line == ("rows_on_chip", "90", "2", "64–80", "512", "1 spill", "8 B", "4 s", "2.5 s")
 
 
 def test_command_line_refuses(monkeypatch, capsys):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for arguments in (["--arch", "Hopper"], ["--part", "3/2"], ["--loss", "none", "--sources", "missing.cu"]):
-        if arguments[0] == "--loss" and __main__.nvcc() is None:
+        if arguments[0] == "--loss" and compiling.nvcc() is None:
             continue
         with pytest.raises(SystemExit) as caught:
             __main__.main(arguments)

@@ -30,8 +30,12 @@ ROOT = Path(__file__).parents[2]
 #: enough for 2205 of 2225 tests on 16 cores beside an H200.
 LIMIT = 1800.0
 #: Tests that give Triton's kernels CPU tensors in small tiles and odd layouts; the plugin takes those to the GPU.
-TRITON_TESTS = tuple(
-    f"tests/backends/triton/test_triton{name}.py" for name in ("", "_dist", "_looped", "_uskd", "_zipf")
+TRITON_TESTS = (
+    "tests/backends/triton/test_triton.py",
+    "tests/backends/triton/test_triton_dist.py",
+    "tests/backends/triton/test_triton_looped.py",
+    "tests/backends/triton/test_triton_uskd.py",
+    "tests/backends/triton/test_triton_zipf.py",
 )
 #: What the sanitizer ends with where it found something.
 FOUND = 9

@@ -1,0 +1,57 @@
+"""What documents and comments name is there, and what is told twice is told alike."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fused_kd.core.catalogue import ROW_LOSSES
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("benchmarks", "csrc", "docs", "examples", "fused_kd", "study", "tests", "tools")
+SOURCES = [
+    path
+    for folder in FOLDERS
+    for path in sorted((ROOT / folder).rglob("*"))
+    if path.suffix in (".py", ".h", ".cpp", ".cu")
+]
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "Makefile", *(ROOT / "benchmarks").glob("*.md")]
+)
+#: A path from the root, perhaps with a pattern; no part of a longer one, and of no URL.
+PATH = re.compile(rf"(?<![\w/.-])(?:{'|'.join(FOLDERS)})/[\w/.*+-]*[\w*/]")
+#: What a build makes, and the loss that CONTRIBUTING adds as an example.
+MADE_UP = {"fused_kd/_native_missing.txt", "fused_kd/losses/trusted_kd.py", "fused_kd/reference/trusted_kd.py"}
+MODULE = re.compile(r"python3? -m ((?:benchmarks|study|tools|fused_kd)[\w.]*\w)")
+
+
+def missing(text):
+    """Paths and modules that a text names and that are not there."""
+    for name in sorted({*PATH.findall(text)} - MADE_UP):
+        if not any(ROOT.glob(name.rstrip("/"))):
+            yield name
+    for name in sorted({*MODULE.findall(text)}):
+        path = ROOT / name.replace(".", "/")
+        if not (path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()):
+            yield f"python -m {name}"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_what_a_page_names_is_there(path):
+    assert not list(missing(path.read_text(encoding="utf-8")))
+
+
+def test_what_sources_name_is_there():
+    found = {path.relative_to(ROOT).as_posix(): [*missing(path.read_text(encoding="utf-8"))] for path in SOURCES}
+    assert not {path: names for path, names in found.items() if names}
+
+
+def test_a_row_loss_has_one_number():
+    """In the catalogue, in C++ and in Triton."""
+    kinds = {name: loss.kind for name, loss in ROW_LOSSES.items()}
+    (enum,) = re.findall(r"enum RowLoss[^{]*\{([^}]*)\}", (ROOT / "csrc/losses/row_losses.h").read_text())
+    numbers = {name.lower(): int(number) for name, number in re.findall(r"k(\w+) = (\d+)", enum)}
+    assert numbers == {name.replace("_", ""): kind for name, kind in kinds.items()}
+    kernels = (ROOT / "fused_kd/backends/triton/kernels/rows.py").read_text()
+    for name, kind in kinds.items():
+        assert re.search(rf"^{name.upper()} = tl\.constexpr\({kind}\)$", kernels, re.MULTILINE), name

@@ -1,0 +1,186 @@
+"""Compiles launches and sources, many side by side. The functions run in processes of their own."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from fused_kd.backends.triton.launch import Launch
+from tools.compile_matrix import cases
+from tools.compile_matrix.rules import ONE_INPUT, RANKED_SHARED, SHARED_LIMIT, Row, problems
+
+
+def compile_triton(case: cases.Call, number: int, capability: int, loss: str) -> Row:
+    """One launch of a call; run in processes of its own."""
+    from fused_kd.backends.triton.compile import compile_launch
+
+    launch = case.launches()[number]
+    report = compile_launch(launch, capability)
+    elements = _elements(launch)
+    # VEC is of a row, of which a thread may have less.
+    most = min(launch.options.get("VEC", 1), elements or math.inf)
+    # A call's first tensors are its logits, and no vector divides an address that is offset.
+    aligned = all(tensor.data_ptr() % 16 == 0 for tensor in launch.arguments[:2])
+    return {
+        "source": "triton",
+        "loss": loss,
+        "case": str(case),
+        "kernel": launch.kernel,
+        "capability": capability,
+        "registers": report.registers,
+        "threads": 32 * launch.options["num_warps"],
+        "shared": report.shared,
+        "shared_limit": RANKED_SHARED if loss == "uskd" else SHARED_LIMIT[capability],
+        "stack": report.stack,
+        "local": report.local,
+        "spilled": 0,
+        "loads": report.loads,
+        "stores": report.stores,
+        "vector": 2 * most if aligned else 2,
+        "element_bytes": case.element_bytes,
+        # Tf-KD reads the student's logits alone, and so do the kernels before and after USKD's ranking.
+        "inputs": 1 if launch.options.get("LOSS") == 4 or launch.kernel in ONE_INPUT else 2,
+        "writes": launch.options.get("GRAD", True),
+        "instructions": report.instructions,
+        "exponentials": report.exponentials,
+        "elements": elements,
+        "seconds": report.seconds,
+        "library": False,
+    }
+
+
+def _elements(launch: Launch) -> int:
+    """Of a tile, for each thread."""
+    options = launch.options
+    tile = options.get("ROWS", 1) * options.get("BLOCK", options.get("LANES", 0) * options.get("WIDTH", 0))
+    return int(tile) // (32 * int(options["num_warps"]))
+
+
+def nvcc() -> str | None:
+    return os.environ.get("CUDACXX") or shutil.which("nvcc")
+
+
+def compile_cuda(source: Path, capability: int) -> list[Row]:
+    """Every kernel of a CUDA source."""
+    from fused_kd.backends.triton.compile import read_cubin
+
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "out.cubin"
+        command = [str(nvcc()), "-std=c++17", "-O3", f"-arch=sm_{capability}", "-Xptxas", "-v", "-cubin", str(source)]
+        start = time.perf_counter()
+        finished = subprocess.run([*command, "-o", str(cubin)], capture_output=True, text=True, check=False)
+        seconds = time.perf_counter() - start
+        if finished.returncode:
+            raise RuntimeError(f"nvcc: {source.name} for sm_{capability}: {finished.stderr[-2000:]}")
+        kernels = read_cubin(cubin)
+    spilled = {}
+    for part in finished.stderr.split("Compiling entry function '")[1:]:
+        counts = re.findall(r"(\d+) bytes spill (?:stores|loads)", part)[:2]
+        spilled[part.split("'")[0]] = sum(map(int, counts))
+    rows = []
+    for name, code in kernels.items():
+        if "EmptyKernel" in name:
+            continue
+        threads = re.search(r"rank_in_blockILi(\d+)E", name)
+        rows.append(
+            {
+                "source": "cuda",
+                "loss": "uskd",
+                "case": source.name,
+                "kernel": _readable(name),
+                "capability": capability,
+                "registers": code.registers,
+                "threads": int(threads[1]) if threads else code.threads,
+                "shared": code.shared,
+                "shared_limit": 48 * 1024,  # what is static; arrangements.h bounds what is not
+                "stack": code.stack,
+                "local": code.local,
+                "spilled": spilled.get(name, 0),
+                "loads": code.loads,
+                "stores": code.stores,
+                "vector": 0,
+                "element_bytes": 0,
+                "inputs": 0,
+                "writes": False,
+                "instructions": code.instructions,
+                "exponentials": code.exponentials,
+                "elements": 0,
+                "seconds": seconds,
+                "library": "3cub" in name,
+            }
+        )
+    return rows
+
+
+def _readable(name: str) -> str:
+    """The function of a mangled name, and its numbers."""
+    if "3cub" in name:
+        return "CUB's segmented sort"
+    own = re.findall(r"(?<=\d)([a-z]+(?:_[a-z]+)*)(?=I|E|P)", name)
+    function = next((word for word in own if word not in ("fused_kd", "common")), name)
+    numbers = re.findall(r"Li(\d+)E", name)
+    return function + (f"<{','.join(numbers)}>" if numbers else "")
+
+
+Task = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+def tasks_of(losses: Sequence[str], full: bool, capabilities: Sequence[int]) -> list[Task]:
+    """A compilation of every distinct kernel for every GPU."""
+    jobs = cases.distinct(losses, full)
+    return [(compile_triton, (job.call, job.number, c, job.loss)) for job in jobs for c in capabilities]
+
+
+def part_of(tasks: list[Task], text: str) -> list[Task]:
+    """The K-th of N parts of about equal work, for "K/N"."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise ValueError(f"expected a part such as 1/4, got {text!r}")
+    return tasks[int(found[1]) - 1 :: int(found[2])]
+
+
+def _longest_first(task: Task) -> int:
+    """So that no process is left alone with one at the end: nvcc takes half a minute, a sort on chip some seconds."""
+    function, arguments = task
+    return 0 if function is compile_cuda else 1 if arguments[3] == "uskd" else 2
+
+
+def compile_all(tasks: list[Task], workers: int, console: Console) -> tuple[list[Row], int]:
+    """The rows of all tasks, in the tasks' order, and how many problems there are; tells of each when it is found."""
+    columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    results: list[list[Row]] = [[] for _ in tasks]
+    broken = 0
+    # Fresh processes, since forking one whose threads have started is unsafe.
+    context = multiprocessing.get_context("spawn")
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("", total=len(tasks))
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            order = sorted(range(len(tasks)), key=lambda i: _longest_first(tasks[i]))
+            futures = {pool.submit(tasks[i][0], *tasks[i][1]): i for i in order}
+            for future in as_completed(futures):
+                progress.advance(bar)
+                task = futures[future]
+                try:
+                    result = future.result()
+                except Exception as error:  # of an hour's work, what does not compile is one line
+                    found = [f"{' '.join(map(str, tasks[task][1]))}: {type(error).__name__}: {error}"]
+                else:
+                    results[task] = result if isinstance(result, list) else [result]
+                    found = [problem for row in results[task] for problem in problems(row)]
+                broken += len(found)
+                for problem in found:
+                    console.print(f"error: {problem}", highlight=False, markup=False, soft_wrap=True)
+    return [row for rows in results for row in rows], broken
