@@ -9,6 +9,7 @@ import torch
 
 import fused_kd
 from fused_kd import check
+from fused_kd.backends.triton.plans import rows
 from fused_kd.core.catalogue import LOSSES
 
 replay = pytest.importorskip("fused_kd.backends.triton.replay")
@@ -18,7 +19,7 @@ replay = pytest.importorskip("fused_kd.backends.triton.replay")
 def planned(gpu, monkeypatch):
     """The names of the kernels that have been launched by Triton's JIT, call by call."""
     calls = []
-    run = replay.triton.run
+    run = replay.launching.run
 
     def noted(launches, device):
         calls.append([launch.kernel for launch in launches])
@@ -85,7 +86,7 @@ def test_one_tensor_for_both(planned):
     student, teacher, target = make("nkd", 0)
     args = "nkd", [1.5, 0.0, 1.0, 0.0, 0.0], False, -100, "mean", True, 1.0
     for pair in ((student, student), (student, teacher), (student, student), (teacher, student)):
-        loss = replay.triton.row_loss(*pair, target, None, *args)[0]
+        loss = rows.row_loss(*pair, target, None, *args)[0]
         wanted = fused_kd.nkd_loss(*pair, target, backend="reference")
         assert abs(loss - wanted) < 1e-5 * wanted.abs().clamp(min=1.0)
 

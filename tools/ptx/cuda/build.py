@@ -68,7 +68,7 @@ def architecture_of(folder: Path) -> int:
 def _common_state(nvcc: Path) -> str:
     """What all steps depend on, their own source apart."""
     digest = hashlib.sha256()
-    for path in (*sorted(CSRC.rglob("*.h")), CSRC / "bindings_cuda.cpp"):
+    for path in (*sorted(CSRC.rglob("*.h")), CSRC / "python" / "bindings_cuda.cpp"):
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     digest.update("\0".join((version, sys.version)).encode())
