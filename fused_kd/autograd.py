@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fused_kd import ops
 from fused_kd.core import transforms
-from fused_kd.core.catalogue import Weights, has_column_term
+from fused_kd.core.catalogue import has_column_term
+from fused_kd.core.options import HyperParameters
 from fused_kd.core.stored import counted_weight
 
 __all__ = ["row_loss", "uskd", "uskd_batch_sums", "zipf_ls"]
@@ -78,10 +79,10 @@ class _DistRows(torch.autograd.Function):
         ctx: Any, student_logits: Tensor, op: Any, kept: tuple[Tensor, Tensor, Tensor], further: tuple[Any, ...]
     ) -> Any:
         outputs = op(student_logits, *further)
-        _, _, row_weight, _, weights, standardize, ignore_index, _, _, backend = further
-        scheduled = isinstance(weights, Tensor)
-        ctx.save_for_backward(*kept, row_weight, weights if scheduled else None)
-        ctx.weights, ctx.options, ctx.backend = None if scheduled else weights, (standardize, ignore_index), backend
+        _, _, row_weight, _, hyper, standardize, ignore_index, _, _, backend = further
+        scheduled = isinstance(hyper, Tensor)
+        ctx.save_for_backward(*kept, row_weight, hyper if scheduled else None)
+        ctx.hyper, ctx.options, ctx.backend = None if scheduled else hyper, (standardize, ignore_index), backend
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
@@ -90,13 +91,13 @@ class _DistRows(torch.autograd.Function):
         compiling = torch.compiler.is_compiling()
         if torch.is_grad_enabled() and not compiling:
             raise RuntimeError(transforms.DOUBLE_BACKWARD)
-        *kept, row_weight, weights = ctx.saved_tensors
+        *kept, row_weight, hyper = ctx.saved_tensors
         student, teacher, target = (each if each.dim() == 1 else each.reshape(-1, each.shape[-1]) for each in kept)
-        op = ops.DIST_GRADIENT[int(weights is not None)]
-        weights = ctx.weights if weights is None else weights
+        op = ops.DIST_GRADIENT[int(hyper is not None)]
+        hyper = ctx.hyper if hyper is None else hyper
 
         def gradient(student: Tensor, *grads: Tensor) -> Tensor:
-            given = (student, teacher, target, row_weight, weights, *ctx.options)
+            given = (student, teacher, target, row_weight, hyper, *ctx.options)
             return op(*given, *grads, ctx.backend)  # type: ignore[no-any-return]
 
         # What comes in for the term of the columns, by way of every row that has it.
@@ -164,7 +165,7 @@ def row_loss(
     target: Tensor,
     row_weight: Tensor | None,
     loss: str,
-    weights: Weights,
+    hyper: HyperParameters,
     standardize: bool,
     ignore_index: int,
     reduction: str,
@@ -178,7 +179,7 @@ def row_loss(
     """
     transforms.refuse(student_logits)
     need_gradient = student_logits.requires_grad and torch.is_grad_enabled()
-    scheduled, given = _given(weights)
+    scheduled, given = _given(hyper)
     options = (loss, given, standardize, ignore_index, reduction, need_gradient and kept is None, backend)
     further = (teacher_logits, target, row_weight, *options)
     if kept is not None and need_gradient and not torch.compiler.is_exporting():
@@ -192,22 +193,22 @@ def zipf_ls(
     dense_logits: Tensor,
     target: Tensor,
     row_weight: Tensor | None,
-    weights: Weights,
+    hyper: HyperParameters,
     ignore_index: int,
     reduction: str,
     backend: str,
     want_parts: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Zipf's label smoothing of checked rows, and if wanted its two parts, stacked; differentiable in the student's
-    logits. ``weights`` are those of the divergence, the power, the CE and its label smoothing."""
+    logits."""
     transforms.refuse(student_logits)
     need_gradient = student_logits.requires_grad and torch.is_grad_enabled()
-    scheduled, given = _given(weights)
+    scheduled, given = _given(hyper)
     further = (dense_logits.detach(), target, row_weight, given, ignore_index, reduction, need_gradient, backend)
     return _apply_fused(_ZIPF_LS[int(scheduled)], student_logits, further, need_gradient, want_parts)
 
 
-def _given(weights: Weights) -> tuple[bool, Weights | Tensor]:
+def _given(hyper: HyperParameters) -> tuple[bool, tuple[float, ...] | Tensor]:
     """Whether hyper-parameters may change in the graph that is being compiled, and they as the op then takes them.
 
     A float is a constant of a compiled graph until a call brings another value; then the graph is compiled once more,
@@ -217,10 +218,10 @@ def _given(weights: Weights) -> tuple[bool, Weights | Tensor]:
         # Asks for no bound: the checks of a range have left their guards, which settle a comparison of a symbol, too.
         from torch.fx.experimental.symbolic_shapes import has_static_value
 
-        for weight in weights:
-            if not has_static_value(weight):
-                return True, torch.stack([torch.ones((), dtype=torch.float64) * each for each in weights])
-    return False, weights
+        for value in hyper:
+            if not has_static_value(value):
+                return True, torch.stack([torch.ones((), dtype=torch.float64) * each for each in hyper])
+    return False, tuple(hyper)
 
 
 def _apply_fused(
@@ -246,7 +247,7 @@ def uskd(
     target: Tensor,
     batch_sums: Tensor,
     row_weight: Tensor | None,
-    weights: Weights,
+    hyper: HyperParameters,
     rank: str,
     square: bool,
     ignore_index: int,
@@ -254,12 +255,11 @@ def uskd(
     backend: str,
     want_parts: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The loss and, if wanted, its four parts, stacked, of checked rows; differentiable in both logits. ``weights`` are
-    alpha, beta, mu, those of the CE and its label smoothing."""
+    """The loss and, if wanted, its four parts, stacked, of checked rows; differentiable in both logits."""
     transforms.refuse(student_logits, weak_logits)
     grad = torch.is_grad_enabled()
     need_student, need_weak = grad and student_logits.requires_grad, grad and weak_logits.requires_grad
-    scheduled, given = _given(weights)
+    scheduled, given = _given(hyper)
     op = _USKD[int(scheduled)]
     options = (given, rank, square, ignore_index, reduction)
     further = (target, batch_sums, row_weight, *options, need_student, need_weak, backend)
@@ -317,9 +317,10 @@ def _autograd_of(op: Any, wanted: int) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*arguments)
         if op._opname.startswith("exported_row_loss"):
-            labels, _, loss, weights, _, _, reduction, _ = others
-            # Of a schedule's weights no value is known while a graph is recorded.
-            coupled = loss == "dist" if isinstance(weights, Tensor) else has_column_term(loss, weights)
+            labels, _, loss, hyper, _, _, reduction, _ = others
+            # Of a schedule no value is known while a graph is recorded.
+            known = not isinstance(hyper, Tensor)
+            coupled = has_column_term(loss, HyperParameters(*hyper)) if known else loss == "dist"
             if coupled and reduction == "none":
                 further = (other_logits, *others[:-1], False, backend)
                 return _DistRows.apply(student_logits, op, (student_logits, other_logits, labels), further)  # type: ignore[no-untyped-call]

@@ -35,6 +35,7 @@ from fused_kd import backends
 from fused_kd.backends import dist_terms
 from fused_kd.core import transforms
 from fused_kd.core.catalogue import ROW_LOSSES, has_column_term
+from fused_kd.core.options import HyperParameters
 from fused_kd.core.stored import counted_weight, row_factors, stored_scale, to_half
 from fused_kd.reference import accumulation_dtype
 
@@ -50,7 +51,7 @@ __all__ = [
 ]
 
 _LOSSES = ("row_loss", "uskd", "zipf_ls")
-#: Of an op and its twin: suffix, type of the hyper-parameters, tags. See :func:`_define_loss`.
+#: Of an op and its twin: suffix, type of the hyper-parameters, tags.
 _TWINS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("", "float[]", ()),
     ("_scheduled", "Tensor", (torch.Tag.cudagraph_unsafe,)),
@@ -58,56 +59,35 @@ _TWINS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
 _library: Any = torch.library.Library("fused_kd", "DEF")  # type: ignore[no-untyped-call]
 
 
-def _define_loss(name: str, before: str, after: str, gradients: str) -> None:
-    """An op whose hyper-parameters are numbers, and its twin ``_scheduled`` that takes them as a CPU tensor.
+def _define(
+    name: str,
+    arguments: str,
+    results: str,
+    function: Callable[..., Any],
+    fake: Callable[..., Any],
+    scheduled: bool = False,
+    exported: bool = False,
+) -> None:
+    """Register an op, whose last argument is the backend: its schema, its implementation and its fake.
 
-    A compiled graph holds a number as a constant, and would be compiled anew for each value of a schedule; a tensor is
-    an input. But a CUDA graph would replay the values that it was captured with, so the twin is kept out of those.
-    Of each there is one more for torch.export, ``exported_``, which :mod:`fused_kd.autograd` gives an autograd kernel:
-    it would be a tenth of a call.
+    ``{hyper}`` among the arguments are the hyper-parameters, numbers. With ``scheduled`` there is a twin ``_scheduled``
+    that takes them as a CPU tensor: a compiled graph holds a number as a constant, and would be compiled anew for each
+    value of a schedule; a tensor is an input. But a CUDA graph would replay the values that it was captured with, so
+    the twin is kept out of those. With ``exported`` there is one more of each for torch.export, ``exported_``, which
+    :mod:`fused_kd.autograd` gives an autograd kernel: it would be a tenth of a call.
     """
-    for suffix, weights, tags in _TWINS:
-        arguments = f"{before}, {weights} weights, {after}, str backend"
-        for prefix in ("", "exported_"):
-            schema = f"{prefix}{name}{suffix}({arguments}) -> (Tensor loss, Tensor parts, {gradients})"
-            _library.define(schema, tags=tags)
+    for suffix, numbers, tags in _TWINS if scheduled else _TWINS[:1]:
+        schema = f"({arguments.format(hyper=f'{numbers} hyper')}, str backend) -> {results}"
+        for prefix in ("", "exported_") if exported else ("",):
+            op = f"{prefix}{name}{suffix}"
+            _library.define(op + schema, tags=tags)
+            for key in ("CPU", "CUDA"):
+                _library.impl(op, function, key)
+            torch.library.register_fake(f"fused_kd::{op}", fake, lib=_library)
 
 
-_define_loss(
-    "row_loss",
-    "Tensor student_logits, Tensor? teacher_logits, Tensor target, Tensor? row_weight, str loss",
-    "bool standardize, int ignore_index, str reduction, bool need_gradient",
-    "Tensor gradient, Tensor norm",
-)
-_define_loss(
-    "uskd",
-    "Tensor student_logits, Tensor weak_logits, Tensor target, Tensor batch_sums, Tensor? row_weight",
-    "str rank, bool square, int ignore_index, str reduction, bool need_student, bool need_weak",
-    "Tensor student_gradient, Tensor weak_gradient, Tensor student_norm, Tensor weak_norm",
-)
-_define_loss(
-    "zipf_ls",
-    "Tensor student_logits, Tensor dense_logits, Tensor target, Tensor? row_weight",
-    "int ignore_index, str reduction, bool need_gradient",
-    "Tensor gradient, Tensor norm",
-)
-_library.define(
-    "uskd_batch_sums(Tensor student_logits, Tensor target, bool square, int ignore_index, str backend) -> Tensor"
-)
-for _suffix, _weights, _tags in _TWINS:
-    _library.define(
-        f"dist_gradient{_suffix}(Tensor student_logits, Tensor teacher_logits, Tensor target, Tensor? row_weight, "
-        f"{_weights} weights, bool standardize, int ignore_index, Tensor grad_rows, Tensor grad_columns, str backend) "
-        "-> Tensor",
-        tags=_tags,
-    )
-_library.define("scale_gradient(Tensor gradient, Tensor grad_output, Tensor norm, str backend) -> Tensor")
-_library.define("scale_gradient_compiled(Tensor gradient, Tensor grad_output, Tensor norm, str backend) -> Tensor")
-_library.define("scale_gradient_(Tensor(a!) gradient, Tensor grad_output, Tensor norm, str backend) -> ()")
-
-
-def _numbers(weights: list[float] | Tensor) -> list[float]:
-    return weights.tolist() if isinstance(weights, Tensor) else weights
+def _named(hyper: list[float] | Tensor) -> HyperParameters:
+    return HyperParameters._make(hyper.tolist() if isinstance(hyper, Tensor) else hyper)
 
 
 def _multiply(norm: Tensor, by: Tensor | None) -> None:
@@ -121,7 +101,7 @@ def _row_loss(
     target: Tensor,
     row_weight: Tensor | None,
     loss: str,
-    weights: list[float] | Tensor,
+    hyper: list[float] | Tensor,
     standardize: bool,
     ignore_index: int,
     reduction: str,
@@ -129,19 +109,19 @@ def _row_loss(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     transforms.refuse_recorded(student_logits)
-    weights = _numbers(weights)
-    bound = ROW_LOSSES[loss].bound(*weights[:3]) + weights[3]
+    named = _named(hyper)
+    bound = ROW_LOSSES[loss].bound(named) + named.ce_weight
     if standardize:
         bound = math.inf  # one over the deviation of a row's logits is a factor of it, 1e7 for a constant row
     dtype = student_logits.dtype
     measure = need_gradient and dtype == torch.float16 and math.isinf(bound)
-    apart = row_weight is not None and has_column_term(loss, weights)
+    apart = row_weight is not None and has_column_term(loss, named)
     if measure or (apart and need_gradient):  # whose sum is to be rounded once
         student_logits = student_logits.to(accumulation_dtype(student_logits))
     factors, reduction, (by,) = row_factors(row_weight, target, ignore_index, reduction, (student_logits.dtype,))
     kernels = backends.get(backend)
     given: tuple[Any, ...] = (student_logits, teacher_logits, target, factors)
-    options: tuple[Any, ...] = (weights, standardize, ignore_index, reduction, need_gradient)
+    options: tuple[Any, ...] = (named, standardize, ignore_index, reduction, need_gradient)
     if apart:
         value, parts, gradient, norm = dist_terms.weighted(kernels, *given, *options)
     else:
@@ -153,12 +133,42 @@ def _row_loss(
     return value, parts, gradient.to(dtype), norm
 
 
+def _row_loss_fake(student_logits: Tensor, teacher_logits: Tensor | None, *further: Any) -> tuple[Tensor, ...]:
+    *_, reduction, need_gradient, _backend = further
+    dtype = accumulation_dtype(student_logits, student_logits if teacher_logits is None else teacher_logits)
+    return _outputs(student_logits, dtype, 3, reduction, need_gradient)
+
+
+def _outputs(
+    student_logits: Tensor, dtype: torch.dtype, parts: int, reduction: str, need_gradient: bool
+) -> tuple[Tensor, ...]:
+    rows = student_logits.shape[:1] if reduction == "none" else ()
+    return (
+        student_logits.new_empty(rows, dtype=dtype),
+        student_logits.new_empty((parts, *rows), dtype=dtype),
+        student_logits.new_empty(student_logits.shape if need_gradient else (0,)),
+        student_logits.new_empty((), dtype=dtype),
+    )
+
+
+_define(
+    "row_loss",
+    "Tensor student_logits, Tensor? teacher_logits, Tensor target, Tensor? row_weight, str loss, {hyper}, "
+    "bool standardize, int ignore_index, str reduction, bool need_gradient",
+    "(Tensor loss, Tensor parts, Tensor gradient, Tensor norm)",
+    _row_loss,
+    _row_loss_fake,
+    scheduled=True,
+    exported=True,
+)
+
+
 def _dist_gradient(
     student_logits: Tensor,
     teacher_logits: Tensor,
     target: Tensor,
     row_weight: Tensor | None,
-    weights: list[float] | Tensor,
+    hyper: list[float] | Tensor,
     standardize: bool,
     ignore_index: int,
     grad_rows: Tensor,
@@ -176,7 +186,7 @@ def _dist_gradient(
         target,
         factors,
         counted_weight(row_weight, target, ignore_index, torch.float64) != 0,
-        _numbers(weights),
+        _named(hyper),
         standardize,
         ignore_index,
         grad_rows,
@@ -185,9 +195,37 @@ def _dist_gradient(
     return gradient.to(student_logits.dtype)
 
 
+def _dist_gradient_fake(student_logits: Tensor, *_: Any) -> Tensor:
+    return student_logits.new_empty(student_logits.shape)
+
+
+_define(
+    "dist_gradient",
+    "Tensor student_logits, Tensor teacher_logits, Tensor target, Tensor? row_weight, {hyper}, bool standardize, "
+    "int ignore_index, Tensor grad_rows, Tensor grad_columns",
+    "Tensor",
+    _dist_gradient,
+    _dist_gradient_fake,
+    scheduled=True,
+)
+
+
 def _uskd_batch_sums(student_logits: Tensor, target: Tensor, square: bool, ignore_index: int, backend: str) -> Tensor:
     sums: Tensor = backends.get(backend).uskd_batch_sums(student_logits, target, square, ignore_index)
     return sums
+
+
+def _uskd_batch_sums_fake(student_logits: Tensor, *_: Any) -> Tensor:
+    return student_logits.new_empty((3,), dtype=torch.float64)
+
+
+_define(
+    "uskd_batch_sums",
+    "Tensor student_logits, Tensor target, bool square, int ignore_index",
+    "Tensor",
+    _uskd_batch_sums,
+    _uskd_batch_sums_fake,
+)
 
 
 def _uskd(
@@ -196,7 +234,7 @@ def _uskd(
     target: Tensor,
     batch_sums: Tensor,
     row_weight: Tensor | None,
-    weights: list[float] | Tensor,
+    hyper: list[float] | Tensor,
     rank: str,
     square: bool,
     ignore_index: int,
@@ -206,10 +244,9 @@ def _uskd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     transforms.refuse_recorded(student_logits, weak_logits)
-    weights = _numbers(weights)
-    alpha, beta, mu, ce_weight, _ = weights
+    named = _named(hyper)
     # P_k and P_1 + P_2 are from -1 to 2. At a target, p_k (P_1 + P_2) - P_k averages -P_k and the other target's P.
-    student_scale = stored_scale(student_logits.dtype, 2.0 * alpha + beta + ce_weight)
+    student_scale = stored_scale(student_logits.dtype, 2.0 * named.alpha + named.beta + named.ce_weight)
     dtypes = (student_logits.dtype, weak_logits.dtype)
     factors, reduction, (by_student, by_weak) = row_factors(row_weight, target, ignore_index, reduction, dtypes)
     result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = backends.get(backend).uskd(
@@ -218,7 +255,7 @@ def _uskd(
         target,
         batch_sums,
         factors,
-        weights,
+        named,
         rank,
         square,
         ignore_index,
@@ -226,11 +263,31 @@ def _uskd(
         need_student,
         need_weak,
         student_scale,
-        stored_scale(weak_logits.dtype, mu),
+        stored_scale(weak_logits.dtype, named.mu),
     )
     _multiply(result[-2], by_student)
     _multiply(result[-1], by_weak)
     return result
+
+
+def _uskd_fake(student_logits: Tensor, weak_logits: Tensor, *further: Any) -> tuple[Tensor, ...]:
+    *_, reduction, need_student, need_weak, _backend = further
+    dtype = accumulation_dtype(student_logits, weak_logits)
+    loss, parts, student_gradient, student_norm = _outputs(student_logits, dtype, 4, reduction, need_student)
+    weak_gradient = weak_logits.new_empty(weak_logits.shape if need_weak else (0,))
+    return loss, parts, student_gradient, weak_gradient, student_norm, torch.empty_like(student_norm)
+
+
+_define(
+    "uskd",
+    "Tensor student_logits, Tensor weak_logits, Tensor target, Tensor batch_sums, Tensor? row_weight, {hyper}, "
+    "str rank, bool square, int ignore_index, str reduction, bool need_student, bool need_weak",
+    "(Tensor loss, Tensor parts, Tensor student_gradient, Tensor weak_gradient, Tensor student_norm, Tensor weak_norm)",
+    _uskd,
+    _uskd_fake,
+    scheduled=True,
+    exported=True,
+)
 
 
 def _zipf_ls(
@@ -238,21 +295,38 @@ def _zipf_ls(
     dense_logits: Tensor,
     target: Tensor,
     row_weight: Tensor | None,
-    weights: list[float] | Tensor,
+    hyper: list[float] | Tensor,
     ignore_index: int,
     reduction: str,
     need_gradient: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     transforms.refuse_recorded(student_logits)
-    weights = _numbers(weights)
-    scale = stored_scale(student_logits.dtype, weights[0] + weights[2])
+    named = _named(hyper)
+    scale = stored_scale(student_logits.dtype, named.beta + named.ce_weight)
     factors, reduction, (by,) = row_factors(row_weight, target, ignore_index, reduction, (student_logits.dtype,))
     result: tuple[Tensor, Tensor, Tensor, Tensor] = backends.get(backend).zipf_ls(
-        student_logits, dense_logits, target, factors, weights, ignore_index, reduction, need_gradient, scale
+        student_logits, dense_logits, target, factors, named, ignore_index, reduction, need_gradient, scale
     )
     _multiply(result[-1], by)
     return result
+
+
+def _zipf_ls_fake(student_logits: Tensor, *further: Any) -> tuple[Tensor, ...]:
+    *_, reduction, need_gradient, _backend = further
+    return _outputs(student_logits, accumulation_dtype(student_logits), 2, reduction, need_gradient)
+
+
+_define(
+    "zipf_ls",
+    "Tensor student_logits, Tensor dense_logits, Tensor target, Tensor? row_weight, {hyper}, int ignore_index, "
+    "str reduction, bool need_gradient",
+    "(Tensor loss, Tensor parts, Tensor gradient, Tensor norm)",
+    _zipf_ls,
+    _zipf_ls_fake,
+    scheduled=True,
+    exported=True,
+)
 
 
 def _scale_gradient(gradient: Tensor, grad_output: Tensor, norm: Tensor, backend: str) -> Tensor:
@@ -273,131 +347,14 @@ def _scale_gradient_(gradient: Tensor, grad_output: Tensor, norm: Tensor, backen
     backends.get(backend).scale_gradient(gradient, grad_output, norm, gradient)
 
 
-for _name, _function in (
-    ("row_loss", _row_loss),
-    ("row_loss_scheduled", _row_loss),
-    ("uskd_batch_sums", _uskd_batch_sums),
-    ("uskd", _uskd),
-    ("uskd_scheduled", _uskd),
-    ("zipf_ls", _zipf_ls),
-    ("zipf_ls_scheduled", _zipf_ls),
-    ("dist_gradient", _dist_gradient),
-    ("dist_gradient_scheduled", _dist_gradient),
-    ("scale_gradient", _scale_gradient),
-    ("scale_gradient_compiled", _scale_gradient_compiled),
-    ("scale_gradient_", _scale_gradient_),
-):
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_name, _function, _key)
-        if _name.removesuffix("_scheduled") in _LOSSES:
-            _library.impl(f"exported_{_name}", _function, _key)
-
-
-def _row_loss_fake(
-    student_logits: Tensor,
-    teacher_logits: Tensor | None,
-    target: Tensor,
-    row_weight: Tensor | None,
-    loss: str,
-    weights: list[float] | Tensor,
-    standardize: bool,
-    ignore_index: int,
-    reduction: str,
-    need_gradient: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = accumulation_dtype(student_logits, student_logits if teacher_logits is None else teacher_logits)
-    return _fake_outputs(student_logits, dtype, 3, reduction, need_gradient)
-
-
-def _fake_outputs(
-    student_logits: Tensor, dtype: torch.dtype, parts: int, reduction: str, need_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = student_logits.shape[:1] if reduction == "none" else ()
-    return (
-        student_logits.new_empty(rows, dtype=dtype),
-        student_logits.new_empty((parts, *rows), dtype=dtype),
-        student_logits.new_empty(student_logits.shape if need_gradient else (0,)),
-        student_logits.new_empty((), dtype=dtype),
-    )
-
-
-def _zipf_ls_fake(
-    student_logits: Tensor,
-    dense_logits: Tensor,
-    target: Tensor,
-    row_weight: Tensor | None,
-    weights: list[float] | Tensor,
-    ignore_index: int,
-    reduction: str,
-    need_gradient: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _fake_outputs(student_logits, accumulation_dtype(student_logits), 2, reduction, need_gradient)
-
-
-def _uskd_batch_sums_fake(
-    student_logits: Tensor, target: Tensor, square: bool, ignore_index: int, backend: str
-) -> Tensor:
-    return student_logits.new_empty((3,), dtype=torch.float64)
-
-
-def _uskd_fake(
-    student_logits: Tensor,
-    weak_logits: Tensor,
-    target: Tensor,
-    batch_sums: Tensor,
-    row_weight: Tensor | None,
-    weights: list[float] | Tensor,
-    rank: str,
-    square: bool,
-    ignore_index: int,
-    reduction: str,
-    need_student: bool,
-    need_weak: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = accumulation_dtype(student_logits, weak_logits)
-    rows = student_logits.shape[:1] if reduction == "none" else ()
-    return (
-        student_logits.new_empty(rows, dtype=dtype),
-        student_logits.new_empty((4, *rows), dtype=dtype),
-        student_logits.new_empty(student_logits.shape if need_student else (0,)),
-        weak_logits.new_empty(weak_logits.shape if need_weak else (0,)),
-        student_logits.new_empty((), dtype=dtype),
-        student_logits.new_empty((), dtype=dtype),
-    )
-
-
-def _dist_gradient_fake(student_logits: Tensor, *_: Any) -> Tensor:
-    return student_logits.new_empty(student_logits.shape)
-
-
-def _scale_gradient_fake(gradient: Tensor, grad_output: Tensor, norm: Tensor, backend: str) -> Tensor:
+def _scaled_fake(gradient: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(gradient)
 
 
-def _scale_gradient_inplace_fake(gradient: Tensor, grad_output: Tensor, norm: Tensor, backend: str) -> None:
-    return None
-
-
-for _name, _fake in (
-    ("row_loss", _row_loss_fake),
-    ("row_loss_scheduled", _row_loss_fake),
-    ("uskd_batch_sums", _uskd_batch_sums_fake),
-    ("uskd", _uskd_fake),
-    ("uskd_scheduled", _uskd_fake),
-    ("zipf_ls", _zipf_ls_fake),
-    ("zipf_ls_scheduled", _zipf_ls_fake),
-    ("dist_gradient", _dist_gradient_fake),
-    ("dist_gradient_scheduled", _dist_gradient_fake),
-    ("scale_gradient", _scale_gradient_fake),
-    ("scale_gradient_compiled", _scale_gradient_fake),
-    ("scale_gradient_", _scale_gradient_inplace_fake),
-):
-    torch.library.register_fake(f"fused_kd::{_name}", _fake, lib=_library)
-    if _name.removesuffix("_scheduled") in _LOSSES:
-        torch.library.register_fake(f"fused_kd::exported_{_name}", _fake, lib=_library)
+_SCALE = "Tensor gradient, Tensor grad_output, Tensor norm"
+_define("scale_gradient", _SCALE, "Tensor", _scale_gradient, _scaled_fake)
+_define("scale_gradient_compiled", _SCALE, "Tensor", _scale_gradient_compiled, _scaled_fake)
+_define("scale_gradient_", _SCALE.replace("Tensor", "Tensor(a!)", 1), "()", _scale_gradient_, lambda *_: None)
 
 
 def _op(name: str) -> Any:

@@ -12,6 +12,8 @@
 
 #include <math.h>
 
+#include "hyper_parameters.h"
+
 #if defined(__CUDACC__)
 #define FKD_HD __host__ __device__ inline
 #else
@@ -78,8 +80,7 @@ FKD_HD R weighted(R weight, R value) {
 // The last is that of Zipf's label smoothing, by votes (cpu/votes.h).
 enum Rank { kNormalized = 0, kClsKd = 1, kWeak = 2, kFinal = 3, kSum = 4, kVotes = 5 };
 
-struct UskdParams {
-    double alpha, beta, mu, ce_weight, label_smoothing;
+struct UskdParams : HyperParameters {
     double mean[2]; // of p_k^2, or p_k, over the batch, per target column
     double classes;
     bool square;

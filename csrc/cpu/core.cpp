@@ -230,12 +230,12 @@ double dist_columns(const Kernels& kernels, RowArgs rows, std::vector<char>& col
     kernels.row_losses(rows);
     columns.resize(size_t(4 * rows.classes) * (rows.accumulate == kFloat64 ? sizeof(double) : sizeof(float)));
     std::vector<double> correlations(size_t(rows.classes));
-    kernels.dist_columns({rows.student, rows.teacher, origins.data(), rows.rows, rows.classes, rows.second,
-                          rows.temperature, columns.data(), correlations.data(), rows.accumulate, rows.threads});
+    kernels.dist_columns({rows.student, rows.teacher, origins.data(), rows.rows, rows.classes, rows.hyper,
+                          columns.data(), correlations.data(), rows.accumulate, rows.threads});
     double sum = 0;
     for (double correlation : correlations)
         sum += correlation;
-    return rows.second * rows.temperature * rows.temperature * (1 - sum / double(rows.classes));
+    return rows.hyper.gamma * rows.hyper.temperature * rows.hyper.temperature * (1 - sum / double(rows.classes));
 }
 
 bool counts(const RowArgs& args, int64_t row) {
@@ -254,7 +254,7 @@ int64_t row_loss(const Kernels& kernels, RowArgs args, const LossOutputs& out) {
     args.parts = parts.data();
     args.label_sums = sums.empty() ? nullptr : sums.data();
     std::vector<char> columns;
-    const bool coupled = args.loss == common::kDist && args.second != 0 && counted.rows > 0;
+    const bool coupled = args.loss == common::kDist && args.hyper.gamma != 0 && counted.rows > 0;
     const double by_columns = coupled ? dist_columns(kernels, args, columns) : 0;
     args.columns = coupled ? columns.data() : nullptr;
     if (!coupled || args.gradient) kernels.row_losses(args);

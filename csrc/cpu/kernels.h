@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../common/hyper_parameters.h"
+
 namespace fused_kd {
 
 enum DType { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3, kInt64 = 4 };
@@ -28,9 +30,8 @@ struct RowArgs {
                              // does not count; null for 1
     void* gradient;          // contiguous, of the student's dtype; null when it is not wanted
     int64_t rows, classes;
-    int loss;             // RowLoss of row_losses.h
-    double first, second; // the loss's own weights
-    double temperature, ce_weight, label_smoothing;
+    int loss; // RowLoss of row_losses.h
+    HyperParameters hyper;
     bool standardize;
     int64_t ignore_index;
     double gradient_scale; // multiplies every stored gradient
@@ -48,10 +49,10 @@ struct ColumnArgs {
     Matrix student, teacher;
     const SoftmaxOrigin* origins;
     int64_t rows, classes;
-    double weight, temperature; // gamma
-    void* columns;              // (4, classes), of the accumulating dtype: mean p, mean q, and for a gradient that is a
-                                // mean over the counted rows, of column_j = by_q (q - mean q) + by_p (p - mean p)
-    double* correlations;       // of each column
+    HyperParameters hyper; // gamma and the temperature
+    void* columns;         // (4, classes), of the accumulating dtype: mean p, mean q, and for a gradient that is a
+                           // mean over the counted rows, of column_j = by_q (q - mean q) + by_p (p - mean p)
+    double* correlations;  // of each column
     DType accumulate;
     int threads;
 };
@@ -63,7 +64,7 @@ struct UskdArgs {
     const double* factors;                  // (3, rows), by votes (2, rows), or null: as above
     void *student_gradient, *weak_gradient; // contiguous, each of its logits' dtype; null when not wanted
     int64_t rows, classes;
-    double alpha, beta, mu, ce_weight, label_smoothing;
+    HyperParameters hyper;
     double mean[2];
     int rank; // Rank of row_math.h
     bool square;
@@ -77,7 +78,6 @@ struct UskdArgs {
     // By votes only: the logits of the positions, whose rows are a batch row's positions.
     Matrix dense;
     int64_t dense_stride, positions; // from batch row to batch row
-    double power;                    // of the rank
 };
 
 struct TargetProbsArgs {

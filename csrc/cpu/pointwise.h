@@ -38,7 +38,7 @@ template <class A>
 struct Js {
     static constexpr bool kKept = true;
     A b, rest;
-    explicit Js(const RowParams& params) : b(A(params.first)), rest(A(1 - params.first)) {}
+    explicit Js(const RowParams& params) : b(A(params.beta)), rest(A(1 - params.beta)) {}
     // log(p / m) and log(q / m), from the exponential of -|log q - log p|, which cannot overflow. Of what is 0 there is
     // 0.
     FKD_INLINE void logarithms(const Probabilities<A>& x, Vec<A>& of_p, Vec<A>& of_q) const {

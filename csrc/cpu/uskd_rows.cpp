@@ -176,10 +176,8 @@ FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch,
     double* const parts = args.parts + 4 * row;
 
     UskdStats<double> x = {};
-    UskdParams params = {
-        args.alpha,      args.beta,  args.mu, args.ce_weight, args.label_smoothing, {args.mean[0], args.mean[1]},
-        double(classes), args.square};
-    const bool smoothed = args.ce_weight != 0 && args.label_smoothing != 0;
+    UskdParams params = {args.hyper, {args.mean[0], args.mean[1]}, double(classes), args.square};
+    const bool smoothed = args.hyper.ce_weight != 0 && args.hyper.label_smoothing != 0;
     // The batch means are of the largest label's column and the second's; the loops want ascending positions.
     if (targets.count == 2 && targets.at.at[0] > targets.at.at[1]) {
         params.mean[0] = args.mean[1];
@@ -233,10 +231,12 @@ FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch,
 
     double log_sum = 0; // z log z, of the classes that are no target and can occur
     if (by_votes)
-        vote_weights<A>(votes, args.positions, classes, args.power, scratch.votes, z, [&](int64_t j, double z_log_z) {
-            const bool target = targets.at.at[0] == j || targets.at.at[1] == j;
-            if (!target && *read(args.student, row, j, 1, scratch.student) != -A(INFINITY)) log_sum += z_log_z;
-        });
+        vote_weights<A>(votes, args.positions, classes, args.hyper.power, scratch.votes, z,
+                        [&](int64_t j, double z_log_z) {
+                            const bool target = targets.at.at[0] == j || targets.at.at[1] == j;
+                            if (!target && *read(args.student, row, j, 1, scratch.student) != -A(INFINITY))
+                                log_sum += z_log_z;
+                        });
     else
         weights_by_keys<A>(args, scratch, row, targets, x, p, v, e_s, e_w);
 

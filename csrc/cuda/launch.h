@@ -20,7 +20,7 @@ struct UskdCall {
     void *student_gradient, *weak_gradient; // contiguous, each of its logits' dtype; null when not wanted
     int64_t rows;
     int classes;
-    double alpha, beta, mu, ce_weight, label_smoothing;
+    HyperParameters hyper;
     int rank; // Rank of row_math.h
     bool square;
     int64_t ignore_index;

@@ -266,14 +266,8 @@ __device__ __forceinline__ void finish_row(const RowsArguments& args, int64_t in
     zipf = block_reduce(zipf, state.room);
     if (threadIdx.x == 0) {
         const double batch = call.batch_sums[2] < 1 ? 1 : call.batch_sums[2];
-        const UskdParams params = {call.alpha,
-                                   call.beta,
-                                   call.mu,
-                                   call.ce_weight,
-                                   call.label_smoothing,
-                                   {call.batch_sums[0] / batch, call.batch_sums[1] / batch},
-                                   double(classes),
-                                   call.square};
+        const UskdParams params = {
+            call.hyper, {call.batch_sums[0] / batch, call.batch_sums[1] / batch}, double(classes), call.square};
         const UskdRow<A> result = common::uskd_row(known.x, params, known.p, known.v, zipf.sum, zipf.cross);
         const double* const factors = call.factors ? call.factors + index : nullptr;
         const A factor = factors ? A(factors[0]) : A(1);

@@ -15,10 +15,9 @@ namespace FKD_ISA {
 enum RowLoss { kNkd = 0, kKd = 1, kDkd = 2, kWsld = 3, kTfKd = 4, kDist = 5, kJs = 6 };
 constexpr int kRowParts = 3;
 
-struct RowParams {
+struct RowParams : HyperParameters {
     RowLoss loss;
-    double first, second; // the weights of the loss, see its function
-    double temperature, ce_weight, label_smoothing, classes;
+    double classes;
     bool standardize;
 };
 
@@ -143,7 +142,7 @@ FKD_HD void nkd(const RowStats& x, const RowParams& params, RowResult& out) {
     out.sharp = q.p[0] * p.p_scale;
     out.target = -q.p[0] * p.rest;
     if (params.classes == 2 || x.t_soft == 0) return; // NaN is not 0, so that it spreads
-    const double weight = params.first * params.temperature;
+    const double weight = params.gamma * params.temperature;
     const double entropy = log(x.s_soft) - x.cross / x.t_soft;
     out.parts[1] = x.blocked > 0 ? weighted(weight, double(INFINITY)) : weight * params.temperature * entropy;
     out.soft = x.s_soft == 0 ? 0 : weight / x.s_soft;
@@ -155,7 +154,7 @@ FKD_HD void nkd(const RowStats& x, const RowParams& params, RowResult& out) {
 FKD_HD void decoupled(const RowStats& x, const RowParams& params, bool whole, RowResult& out) {
     const double T = params.temperature;
     const Split p = split_at(x.s_target, x.soft_s, x.s_soft), q = split_at(x.t_target, x.soft_t, x.t_soft);
-    const double alpha = whole ? 1 : params.first, beta = whole ? q.rest : params.second;
+    const double alpha = whole ? 1 : params.alpha, beta = whole ? q.rest : params.beta;
     const double p_rest = log_rest(p, x.s_soft), q_rest = log_rest(q, x.t_soft);
     out.parts[0] = binary_divergence(alpha * T * T, p, p_rest, q, q_rest);
     const double difference = target_difference(p, q);
@@ -181,7 +180,7 @@ FKD_HD void wsld(const RowStats& x, const RowParams& params, RowResult& out) {
     // A student that rules the target out has all to learn, and would be inf / inf where the teacher does so too.
     const double u = s_ce == INFINITY ? 1 : -expm1(-s_ce / (t_ce + 1e-7));
     const Split p = split_at(x.s_target, x.soft_s, x.s_soft), q = split_at(x.t_target, x.soft_t, x.t_soft);
-    const double weight = params.first * T * u;
+    const double weight = params.alpha * T * u;
     double ce = -weighted(weight * q.p[0], p.log_p[0]);
     if (x.t_soft != 0) {
         const double entropy = x.blocked > 0 ? double(INFINITY) : log(x.s_soft) - x.cross / x.t_soft;
@@ -195,7 +194,7 @@ FKD_HD void wsld(const RowStats& x, const RowParams& params, RowResult& out) {
 
 // KL(softmax(u / T) || p), u_y = correct, u_j = (1 - correct) / (C - 1). d/ds_j = p_j - softmax(u / T)_j
 FKD_HD void tf_kd(const RowStats& x, const RowParams& params, RowResult& out) {
-    const double rest = params.classes - 1, correct = params.first;
+    const double rest = params.classes - 1, correct = params.correct;
     const double gap = (correct - (1 - correct) / rest) / params.temperature;
     const double log_others = -(gap > 0 ? gap + log1p(rest * exp(-gap)) : log(exp(gap) + rest)); // log of u_j, j != y
     const double others = exp(log_others), own = exp(log_others + gap);
@@ -220,7 +219,7 @@ FKD_HD Correlation correlation(double ab, double aa, double bb) {
 
 // T^2 beta (1 - correlation of p - 1/C with q - 1/C); f_1 = q - 1/C, f_2 = p - 1/C.
 FKD_HD void dist(const RowStats& x, const RowParams& params, RowResult& out) {
-    const double weight = params.first * params.temperature;
+    const double weight = params.beta * params.temperature;
     const Correlation r = correlation(x.pointwise.of[0], x.pointwise.of[1], x.pointwise.of[2]);
     out.parts[0] = weight * params.temperature * (1 - r.value);
     out.slopes[0] = -weight * r.by_b;
@@ -230,7 +229,7 @@ FKD_HD void dist(const RowStats& x, const RowParams& params, RowResult& out) {
 // T^2 (b KL(q || m) + (1 - b) KL(p || m)), m = b q + (1 - b) p; b = 1 is T^2 KL(p || q), and b = 0 KD.
 // f_1 = log(p / m), the sums are those of p log(p / m) and, the third, of q log(q / m).
 FKD_HD void js(const RowStats& x, const RowParams& params, RowResult& out) {
-    const double T = params.temperature, b = params.first, of_p = b == 1 ? 1 : 1 - b;
+    const double T = params.temperature, b = params.beta, of_p = b == 1 ? 1 : 1 - b;
     out.parts[0] = T * T * (of_p * x.pointwise.of[0] + b * x.pointwise.of[2]);
     out.slopes[0] = T * of_p;
 }

@@ -1,17 +1,14 @@
-// The Python module fused_kd._native. It takes addresses, sizes and strides as plain integers, so that it needs no
-// PyTorch headers and one build works with every PyTorch; fused_kd/backends/native/__init__.py is its only caller.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <array>
-
+// The Python module fused_kd._native, and its CPU functions: fused_kd/backends/native/__init__.py calls them.
 #include "../common/row_math.h"
 #include "../cpu/core.h"
+#include "boundary.h"
 
 namespace py = pybind11;
 using namespace fused_kd;
 
 namespace {
+
+typedef std::tuple<std::string, int> Where; // instruction set, threads
 
 const Kernels& kernels_named(const std::string& name) {
     static const std::vector<const Kernels*> runnable = runnable_kernels();
@@ -20,157 +17,135 @@ const Kernels& kernels_named(const std::string& name) {
     throw py::value_error("instruction_set: expected one of instruction_sets(), got '" + name + "'");
 }
 
-Matrix matrix(uintptr_t data, int dtype, const py::tuple& strides) {
-    const int64_t col = strides.size() > 1 ? strides[1].cast<int64_t>() : 1;
-    return {reinterpret_cast<const void*>(data), DType(dtype), strides[0].cast<int64_t>(), col};
-}
+// What a loss writes: loss, parts, norm of each gradient, and the dtype of all of them.
+typedef std::tuple<uintptr_t, uintptr_t, uintptr_t, int> Results;
+typedef std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int> PairResults;
+typedef std::tuple<uintptr_t, double> Gradient; // address, 0 where it is not wanted, and what it is multiplied by
 
-void* address(uintptr_t data) {
-    return reinterpret_cast<void*>(data);
-}
-
-int64_t run_row_loss(const std::string& instruction_set, uintptr_t student, int student_dtype,
-                     const py::tuple& student_strides, uintptr_t teacher, int teacher_dtype,
-                     const py::tuple& teacher_strides, uintptr_t target, int target_dtype,
-                     const py::tuple& target_strides, uintptr_t factors, uintptr_t gradient, uintptr_t loss,
-                     uintptr_t parts, uintptr_t norm, int accumulate, int64_t rows, int64_t classes, int loss_kind,
-                     const std::array<double, 5>& weights, bool standardize, int64_t ignore_index, int reduction,
-                     double gradient_scale, int threads) {
+int64_t run_row_loss(const Where& where, const Given& student, const Given& teacher, const Given& target,
+                     const Shape& shape, int loss, const GivenHyperParameters& hyper,
+                     const std::tuple<bool, int64_t, int>& options, uintptr_t factors, const Gradient& gradient,
+                     const Results& results) {
+    const auto [instruction_set, threads] = where;
+    const auto [standardize, ignore_index, reduction] = options;
+    const auto [loss_out, parts_out, norm, accumulate] = results;
     RowArgs args = {};
-    args.student = matrix(student, student_dtype, student_strides);
-    args.teacher = matrix(teacher, teacher_dtype, teacher_strides);
-    args.target = matrix(target, target_dtype, target_strides);
-    args.factors = reinterpret_cast<const double*>(factors);
-    args.gradient = reinterpret_cast<void*>(gradient);
-    args.rows = rows;
-    args.classes = classes;
-    args.loss = loss_kind;
-    args.first = weights[0];
-    args.second = weights[1];
-    args.temperature = weights[2];
-    args.ce_weight = weights[3];
-    args.label_smoothing = weights[4];
+    args.student = matrix(student);
+    args.teacher = matrix(teacher);
+    args.target = matrix(target);
+    args.factors = doubles(factors);
+    args.gradient = address(std::get<0>(gradient));
+    args.rows = shape[0];
+    args.classes = shape[1];
+    args.loss = loss;
+    args.hyper = hyper_parameters(hyper);
     args.standardize = standardize;
     args.ignore_index = ignore_index;
-    args.gradient_scale = gradient_scale;
+    args.gradient_scale = std::get<1>(gradient);
     args.accumulate = DType(accumulate);
     args.threads = threads;
-    const LossOutputs out = {
-        Reduction(reduction), reinterpret_cast<void*>(loss), reinterpret_cast<void*>(parts), {address(norm), nullptr}};
+    const LossOutputs out = {Reduction(reduction), address(loss_out), address(parts_out), {address(norm), nullptr}};
     const Kernels& kernels = kernels_named(instruction_set);
     py::gil_scoped_release release;
     return row_loss(kernels, args, out);
 }
 
-int64_t run_uskd_batch_sums(const std::string& instruction_set, uintptr_t student, int student_dtype,
-                            const py::tuple& student_strides, uintptr_t target, int target_dtype,
-                            const py::tuple& target_strides, uintptr_t sums, int accumulate, int64_t rows,
-                            int64_t classes, bool square, int64_t ignore_index, int threads) {
+int64_t run_uskd_batch_sums(const Where& where, const Given& student, const Given& target, const Shape& shape,
+                            bool square, int64_t ignore_index, int accumulate, uintptr_t sums) {
     TargetProbsArgs args = {};
-    args.student = matrix(student, student_dtype, student_strides);
-    args.target = matrix(target, target_dtype, target_strides);
-    args.rows = rows;
-    args.classes = classes;
+    args.student = matrix(student);
+    args.target = matrix(target);
+    args.rows = shape[0];
+    args.classes = shape[1];
     args.square = square;
     args.ignore_index = ignore_index;
     args.accumulate = DType(accumulate);
-    args.threads = threads;
-    const Kernels& kernels = kernels_named(instruction_set);
+    args.threads = std::get<1>(where);
+    const Kernels& kernels = kernels_named(std::get<0>(where));
     py::gil_scoped_release release;
     return uskd_batch_sums(kernels, args, reinterpret_cast<double*>(sums));
 }
 
-int64_t run_uskd(const std::string& instruction_set, uintptr_t student, int student_dtype,
-                 const py::tuple& student_strides, uintptr_t weak, int weak_dtype, const py::tuple& weak_strides,
-                 uintptr_t target, int target_dtype, const py::tuple& target_strides, uintptr_t batch_sums,
-                 uintptr_t factors, uintptr_t student_gradient, uintptr_t weak_gradient, uintptr_t loss,
-                 uintptr_t parts, uintptr_t student_norm, uintptr_t weak_norm, int accumulate, int64_t rows,
-                 int64_t classes, const std::array<double, 5>& weights, int rank, bool square, int64_t ignore_index,
-                 int reduction, double student_scale, double weak_scale, int threads) {
+int64_t run_uskd(const Where& where, const Given& student, const Given& weak, const Given& target, const Shape& shape,
+                 const GivenHyperParameters& hyper, const std::tuple<int, bool, int64_t, int>& options,
+                 uintptr_t batch_sums, uintptr_t factors, const std::array<Gradient, 2>& gradients,
+                 const PairResults& results) {
+    const auto [instruction_set, threads] = where;
+    const auto [rank, square, ignore_index, reduction] = options;
+    const auto [loss_out, parts_out, student_norm, weak_norm, accumulate] = results;
     UskdArgs args = {};
-    args.student = matrix(student, student_dtype, student_strides);
-    args.weak = matrix(weak, weak_dtype, weak_strides);
-    args.target = matrix(target, target_dtype, target_strides);
-    args.factors = reinterpret_cast<const double*>(factors);
-    args.student_gradient = address(student_gradient);
-    args.weak_gradient = address(weak_gradient);
-    args.rows = rows;
-    args.classes = classes;
-    args.alpha = weights[0];
-    args.beta = weights[1];
-    args.mu = weights[2];
-    args.ce_weight = weights[3];
-    args.label_smoothing = weights[4];
+    args.student = matrix(student);
+    args.weak = matrix(weak);
+    args.target = matrix(target);
+    args.factors = doubles(factors);
+    args.student_gradient = address(std::get<0>(gradients[0]));
+    args.weak_gradient = address(std::get<0>(gradients[1]));
+    args.rows = shape[0];
+    args.classes = shape[1];
+    args.hyper = hyper_parameters(hyper);
     args.rank = rank;
     args.square = square;
     args.ignore_index = ignore_index;
-    args.student_scale = student_scale;
-    args.weak_scale = weak_scale;
+    args.student_scale = std::get<1>(gradients[0]);
+    args.weak_scale = std::get<1>(gradients[1]);
     args.accumulate = DType(accumulate);
     args.threads = threads;
     const LossOutputs out = {
-        Reduction(reduction), address(loss), address(parts), {address(student_norm), address(weak_norm)}};
+        Reduction(reduction), address(loss_out), address(parts_out), {address(student_norm), address(weak_norm)}};
     const Kernels& kernels = kernels_named(instruction_set);
     py::gil_scoped_release release;
-    return uskd(kernels, args, reinterpret_cast<const double*>(batch_sums), out);
+    return uskd(kernels, args, doubles(batch_sums), out);
 }
 
-int64_t run_zipf_ls(const std::string& instruction_set, uintptr_t student, int student_dtype,
-                    const py::tuple& student_strides, uintptr_t dense, int dense_dtype, const py::tuple& dense_strides,
-                    int64_t positions, uintptr_t target, int target_dtype, const py::tuple& target_strides,
-                    uintptr_t factors, uintptr_t gradient, uintptr_t loss, uintptr_t parts, uintptr_t norm,
-                    int accumulate, int64_t rows, int64_t classes, const std::array<double, 4>& weights,
-                    int64_t ignore_index, int reduction, double scale, int threads) {
+// The dense logits come as their address, dtype and three strides, and the number of positions.
+int64_t run_zipf_ls(const Where& where, const Given& student, const Given& dense, int64_t positions,
+                    const Given& target, const Shape& shape, const GivenHyperParameters& hyper,
+                    const std::tuple<int64_t, int>& options, uintptr_t factors, const Gradient& gradient,
+                    const Results& results) {
+    const auto [instruction_set, threads] = where;
+    const auto [ignore_index, reduction] = options;
+    const auto [loss_out, parts_out, norm, accumulate] = results;
+    const auto& [dense_data, dense_dtype, dense_strides] = dense;
     UskdArgs args = {};
-    args.student = matrix(student, student_dtype, student_strides);
+    args.student = matrix(student);
     args.weak = args.student;
-    args.target = matrix(target, target_dtype, target_strides);
-    args.factors = reinterpret_cast<const double*>(factors);
-    args.student_gradient = address(gradient);
-    args.rows = rows;
-    args.classes = classes;
-    args.beta = weights[0];
-    args.power = weights[1];
-    args.ce_weight = weights[2];
-    args.label_smoothing = weights[3];
+    args.target = matrix(target);
+    args.factors = doubles(factors);
+    args.student_gradient = address(std::get<0>(gradient));
+    args.rows = shape[0];
+    args.classes = shape[1];
+    args.hyper = hyper_parameters(hyper);
     args.rank = common::kVotes;
     args.ignore_index = ignore_index;
-    args.student_scale = scale;
+    args.student_scale = std::get<1>(gradient);
     args.weak_scale = 1;
     args.accumulate = DType(accumulate);
     args.threads = threads;
-    args.dense = {address(dense), DType(dense_dtype), dense_strides[1].cast<int64_t>(),
+    args.dense = {address(dense_data), DType(dense_dtype), dense_strides[1].cast<int64_t>(),
                   dense_strides[2].cast<int64_t>()};
     args.dense_stride = dense_strides[0].cast<int64_t>();
     args.positions = positions;
-    const LossOutputs out = {Reduction(reduction), address(loss), address(parts), {address(norm), nullptr}};
+    const LossOutputs out = {Reduction(reduction), address(loss_out), address(parts_out), {address(norm), nullptr}};
     const Kernels& kernels = kernels_named(instruction_set);
     py::gil_scoped_release release;
     return zipf_ls(kernels, args, out);
 }
 
-void run_argsort_descending(const std::string& instruction_set, uintptr_t keys, int64_t rows, int64_t classes,
-                            uintptr_t order, int threads) {
-    const Kernels& kernels = kernels_named(instruction_set);
+void run_argsort_descending(const Where& where, uintptr_t keys, const Shape& shape, uintptr_t order) {
+    const Kernels& kernels = kernels_named(std::get<0>(where));
+    const ArgsortArgs args = {reinterpret_cast<const float*>(keys), reinterpret_cast<int64_t*>(order), shape[0],
+                              shape[1], std::get<1>(where)};
     py::gil_scoped_release release;
-    kernels.argsort_descending(
-        {reinterpret_cast<const float*>(keys), reinterpret_cast<int64_t*>(order), rows, classes, threads});
+    kernels.argsort_descending(args);
 }
 
-void run_scale_gradient(const std::string& instruction_set, uintptr_t gradient, uintptr_t out, int dtype,
-                        uintptr_t grad_output, int grad_output_dtype, int64_t grad_output_stride, double norm,
-                        int64_t rows, int64_t classes, int threads) {
-    const ScaleArgs args = {reinterpret_cast<const void*>(gradient),
-                            reinterpret_cast<void*>(out),
-                            DType(dtype),
-                            reinterpret_cast<const void*>(grad_output),
-                            DType(grad_output_dtype),
-                            grad_output_stride,
-                            norm,
-                            rows,
-                            classes,
-                            threads};
-    const Kernels& kernels = kernels_named(instruction_set);
+// What comes in has a stride of 0 where it is one number for all rows.
+void run_scale_gradient(const Where& where, uintptr_t gradient, uintptr_t out, int dtype, const Given& grad_output,
+                        double norm, const Shape& shape) {
+    const Matrix incoming = matrix(grad_output);
+    const ScaleArgs args = {address(gradient),   address(out), DType(dtype), incoming.data, incoming.dtype,
+                            incoming.row_stride, norm,         shape[0],     shape[1],      std::get<1>(where)};
+    const Kernels& kernels = kernels_named(std::get<0>(where));
     py::gil_scoped_release release;
     kernels.scale_gradient(args);
 }

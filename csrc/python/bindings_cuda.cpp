@@ -1,15 +1,12 @@
-// What fused_kd._native has of CUDA, and what it says where that was left out. Like bindings.cpp: addresses, sizes and
-// strides as plain integers. fused_kd/backends/native/cuda.py is the only caller.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <array>
+// What fused_kd._native has of CUDA, and what it says where that was left out: fused_kd/backends/native/cuda.py calls
+// it.
 #include <stdexcept>
 
 #include "../cuda/arrangements.h"
 #include "../cuda/key_bits.h"
 #include "../cuda/launch.h"
 #include "../cuda/scales.h"
+#include "boundary.h"
 #include "cuda_build.h" // written by CMake
 
 namespace py = pybind11;
@@ -19,16 +16,10 @@ namespace {
 
 #if defined(FKD_WITH_CUDA)
 
-// (address, dtype, strides)
-Matrix matrix(const py::tuple& m) {
-    const py::tuple strides = m[2].cast<py::tuple>();
-    const int64_t col = strides.size() > 1 ? strides[1].cast<int64_t>() : 1;
-    return {reinterpret_cast<const void*>(m[0].cast<uintptr_t>()), DType(m[1].cast<int>()), strides[0].cast<int64_t>(),
-            col};
-}
+typedef std::tuple<int, uintptr_t> Where; // device, stream
 
-void* address(uintptr_t data) {
-    return reinterpret_cast<void*>(data);
+cuda::Place place(const Where& where) {
+    return {std::get<0>(where), std::get<1>(where)};
 }
 
 int as_int(int64_t classes) {
@@ -48,32 +39,33 @@ int64_t uskd_workspace(int device, int64_t rows, int64_t classes, int accumulate
     return bytes;
 }
 
-void run_uskd(int device, uintptr_t stream, const py::tuple& student, const py::tuple& weak, const py::tuple& target,
-              uintptr_t batch_sums, uintptr_t factors, uintptr_t student_gradient, uintptr_t weak_gradient,
-              uintptr_t loss, uintptr_t parts, uintptr_t student_norm, uintptr_t weak_norm, uintptr_t workspace,
-              int accumulate, int64_t rows, int64_t classes, const std::array<double, 5>& weights, int rank,
-              bool square, int64_t ignore_index, int reduction, double student_scale, double weak_scale) {
+// What the loss writes: loss, parts, norm of each gradient, the workspace, and the dtype of all but the last.
+typedef std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int> Results;
+typedef std::tuple<uintptr_t, double> Gradient; // address, 0 where it is not wanted, and what it is multiplied by
+
+void run_uskd(const Where& where, const Given& student, const Given& weak, const Given& target, const Shape& shape,
+              const GivenHyperParameters& hyper, const std::tuple<int, bool, int64_t, int>& options,
+              uintptr_t batch_sums, uintptr_t factors, const std::array<Gradient, 2>& gradients,
+              const Results& results) {
+    const auto [rank, square, ignore_index, reduction] = options;
+    const auto [loss, parts, student_norm, weak_norm, workspace, accumulate] = results;
     cuda::UskdCall call = {};
     call.student = matrix(student);
     call.weak = matrix(weak);
     call.target = matrix(target);
-    call.factors = reinterpret_cast<const double*>(factors);
-    call.student_gradient = address(student_gradient);
-    call.weak_gradient = address(weak_gradient);
-    call.rows = rows;
-    call.classes = as_int(classes);
-    call.alpha = weights[0];
-    call.beta = weights[1];
-    call.mu = weights[2];
-    call.ce_weight = weights[3];
-    call.label_smoothing = weights[4];
+    call.factors = doubles(factors);
+    call.student_gradient = address(std::get<0>(gradients[0]));
+    call.weak_gradient = address(std::get<0>(gradients[1]));
+    call.rows = shape[0];
+    call.classes = as_int(shape[1]);
+    call.hyper = hyper_parameters(hyper);
     call.rank = rank;
     call.square = square;
     call.ignore_index = ignore_index;
     call.reduction = Reduction(reduction);
-    call.student_scale = student_scale;
-    call.weak_scale = weak_scale;
-    call.batch_sums = reinterpret_cast<const double*>(batch_sums);
+    call.student_scale = std::get<1>(gradients[0]);
+    call.weak_scale = std::get<1>(gradients[1]);
+    call.batch_sums = doubles(batch_sums);
     call.accumulate = DType(accumulate);
     call.loss = address(loss);
     call.parts = address(parts);
@@ -81,40 +73,32 @@ void run_uskd(int device, uintptr_t stream, const py::tuple& student, const py::
     call.norms[1] = address(weak_norm);
     call.workspace = address(workspace);
     py::gil_scoped_release release;
-    check(cuda::uskd({device, stream}, call));
+    check(cuda::uskd(place(where), call));
 }
 
-void run_batch_sums(int device, uintptr_t stream, const py::tuple& student, const py::tuple& target, uintptr_t sums,
-                    uintptr_t workspace, int accumulate, int64_t rows, int64_t classes, bool square,
-                    int64_t ignore_index) {
+void run_batch_sums(const Where& where, const Given& student, const Given& target, const Shape& shape, bool square,
+                    int64_t ignore_index, int accumulate, uintptr_t sums, uintptr_t workspace) {
     const cuda::BatchSumsCall call = {matrix(student),
                                       matrix(target),
-                                      rows,
-                                      as_int(classes),
+                                      shape[0],
+                                      as_int(shape[1]),
                                       square,
                                       ignore_index,
                                       DType(accumulate),
                                       reinterpret_cast<double*>(sums),
                                       reinterpret_cast<double*>(workspace)};
     py::gil_scoped_release release;
-    check(cuda::uskd_batch_sums({device, stream}, call));
+    check(cuda::uskd_batch_sums(place(where), call));
 }
 
-void run_scale_gradient(int device, uintptr_t stream, uintptr_t gradient, uintptr_t out, int dtype,
-                        uintptr_t grad_output, int grad_output_dtype, int64_t grad_output_stride, uintptr_t norm,
-                        int norm_dtype, int64_t rows, int64_t classes) {
-    const cuda::ScaleCall call = {address(gradient),
-                                  address(out),
-                                  DType(dtype),
-                                  address(grad_output),
-                                  DType(grad_output_dtype),
-                                  grad_output_stride,
-                                  address(norm),
-                                  DType(norm_dtype),
-                                  rows,
-                                  classes};
+// What comes in has a stride of 0 where it is one number for all rows.
+void run_scale_gradient(const Where& where, uintptr_t gradient, uintptr_t out, int dtype, const Given& grad_output,
+                        uintptr_t norm, int norm_dtype, const Shape& shape) {
+    const Matrix incoming = matrix(grad_output);
+    const cuda::ScaleCall call = {address(gradient),   address(out),  DType(dtype),      incoming.data, incoming.dtype,
+                                  incoming.row_stride, address(norm), DType(norm_dtype), shape[0],      shape[1]};
     py::gil_scoped_release release;
-    check(cuda::scale_gradient({device, stream}, call));
+    check(cuda::scale_gradient(place(where), call));
 }
 
 #endif

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_kd.core.options import HyperParameters
+
 #: As a backend's ``row_loss`` gives them: the loss, its parts, the gradient and its norm.
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -22,7 +24,7 @@ def weighted(
     teacher: Tensor | None,
     target: Tensor,
     factors: Tensor,
-    weights: list[float],
+    hyper: HyperParameters,
     standardize: bool,
     ignore_index: int,
     reduction: str,
@@ -30,8 +32,8 @@ def weighted(
 ) -> Outputs:
     """DIST of rows that weigh ``factors`` (2, N), see :mod:`fused_kd.ops`; a row of 0 is in neither term."""
     options = (standardize, ignore_index, reduction, need_gradient)
-    loss, parts, gradient, norm = _of_rows(kernels, student, teacher, target, factors, weights, *options)
-    columns = _of_columns(kernels, student, teacher, factors[0] != 0, weights, standardize, need_gradient)
+    loss, parts, gradient, norm = _of_rows(kernels, student, teacher, target, factors, hyper, *options)
+    columns = _of_columns(kernels, student, teacher, factors[0] != 0, hyper, standardize, need_gradient)
     share = factors[0] if reduction == "none" else factors[0].sum()
     # Of a row that does not count it is 0, even where the number has no value.
     parts[1] = torch.where(share == 0, 0.0, share * columns[0])
@@ -47,7 +49,7 @@ def gradient_for(
     target: Tensor,
     factors: Tensor | None,
     counted: Tensor,
-    weights: list[float],
+    hyper: HyperParameters,
     standardize: bool,
     ignore_index: int,
     grad_rows: Tensor,
@@ -56,9 +58,9 @@ def gradient_for(
     """The gradient where ``grad_rows`` (N,) came in for the terms of rows and ``grad_columns`` () for the columns', in
     which the rows are that are ``counted`` (N,)."""
     options = (standardize, ignore_index, "none", True)
-    _, _, gradient, norm = _of_rows(kernels, student, teacher, target, factors, weights, *options)
+    _, _, gradient, norm = _of_rows(kernels, student, teacher, target, factors, hyper, *options)
     kernels.scale_gradient(gradient, grad_rows, norm, gradient)
-    columns = _of_columns(kernels, student, teacher, counted, weights, standardize, True)
+    columns = _of_columns(kernels, student, teacher, counted, hyper, standardize, True)
     _add(kernels, gradient, columns, grad_columns)
     return gradient
 
@@ -69,11 +71,11 @@ def _of_rows(
     teacher: Tensor | None,
     target: Tensor,
     factors: Tensor | None,
-    weights: list[float],
+    hyper: HyperParameters,
     *options: Any,
 ) -> Outputs:
-    beta, _, *others = weights
-    outputs: Outputs = kernels.row_loss(student, teacher, target, factors, "dist", [beta, 0.0, *others], *options, 1.0)
+    own = hyper._replace(gamma=0.0)
+    outputs: Outputs = kernels.row_loss(student, teacher, target, factors, "dist", own, *options, 1.0)
     return outputs
 
 
@@ -82,12 +84,11 @@ def _of_columns(
     student: Tensor,
     teacher: Tensor | None,
     counted: Tensor,
-    weights: list[float],
+    hyper: HyperParameters,
     standardize: bool,
     need_gradient: bool,
 ) -> Outputs:
-    _, gamma, temperature, *_ = weights
-    own, target = [0.0, gamma, temperature, 0.0, 0.0], counted.long() - 1
+    own, target = HyperParameters(gamma=hyper.gamma, temperature=hyper.temperature), counted.long() - 1
     options = (standardize, -1, "mean", need_gradient)
     outputs: Outputs = kernels.row_loss(student, teacher, target, None, "dist", own, *options, 1.0)
     return outputs

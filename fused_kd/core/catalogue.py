@@ -9,47 +9,47 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-#: (first, second, temperature, ce_weight, label_smoothing); the first two are the loss's own, 0 where it has none.
-Weights = tuple[float, ...]
+from fused_kd.core.options import HyperParameters
 
 
 @dataclass(frozen=True)
 class RowLoss:
     """How the kernels know a row loss.
 
-    ``kind`` is its number in ``csrc/losses/row_losses.h``; ``parts`` which of the op's three parts it has; ``bound``
-    what the magnitude of its gradient's entries cannot exceed, CE left out, for weights (first, second, temperature),
-    or inf.
+    ``kind`` is its number in ``csrc/losses/row_losses.h``; ``own`` are its own hyper-parameters, in the order in which
+    Triton's kernels take them; ``parts`` which of the op's three parts it has; ``bound`` what the magnitude of its
+    gradient's entries cannot exceed, CE left out, or inf.
     """
 
     kind: int
+    own: tuple[str, ...]
     parts: tuple[int, ...]
-    bound: Callable[[float, float, float], float]
+    bound: Callable[[HyperParameters], float]
 
 
 # |q_y (p - 1)|, |p - q| and |p^ - q^| are at most 1.
 ROW_LOSSES = {
-    "nkd": RowLoss(0, (0, 1, 2), lambda gamma, _, temperature: 1.0 + gamma * temperature),
-    "kd": RowLoss(1, (0, 2), lambda _, __, temperature: temperature),
-    "dkd": RowLoss(2, (0, 1, 2), lambda alpha, beta, temperature: (alpha + beta) * temperature),
-    "wsld": RowLoss(3, (0, 2), lambda alpha, _, temperature: alpha * temperature),
-    "tf_kd": RowLoss(4, (0, 2), lambda _, __, ___: 1.0),
+    "nkd": RowLoss(0, ("gamma",), (0, 1, 2), lambda x: 1.0 + x.gamma * x.temperature),
+    "kd": RowLoss(1, (), (0, 2), lambda x: x.temperature),
+    "dkd": RowLoss(2, ("alpha", "beta"), (0, 1, 2), lambda x: (x.alpha + x.beta) * x.temperature),
+    "wsld": RowLoss(3, ("alpha",), (0, 2), lambda x: x.alpha * x.temperature),
+    "tf_kd": RowLoss(4, ("correct",), (0, 2), lambda x: 1.0),
     # A correlation's gradient has the deviation of the probabilities in its denominator: of a constant row or column,
     # which a head that starts at zero gives, it is the 1e-8 beside it that is left.
-    "dist": RowLoss(5, (0, 1, 2), lambda beta, gamma, temperature: math.inf),
+    "dist": RowLoss(5, ("beta", "gamma"), (0, 1, 2), lambda x: math.inf),
     # (1 - beta) p (log(p / m) - KL(p, m)): p log(m / p) <= m / e, and (1 - beta) KL <= (1 - beta) log(1 / (1 - beta))
     # <= 1 / e. At beta = 0 it is p - q, at 1 p (log(p / q) - KL(p, q)), as large as the logits make it.
-    "js": RowLoss(6, (0, 2), lambda beta, _, temperature: temperature if beta < 1.0 else math.inf),
+    "js": RowLoss(6, ("beta",), (0, 2), lambda x: x.temperature if x.beta < 1.0 else math.inf),
 }
 
 
-def has_column_term(loss: str, weights: Sequence[float]) -> bool:
-    """Whether a row loss with such :data:`Weights` has a term of the batch's columns, which every row depends on."""
-    return loss == "dist" and weights[1] != 0.0
+def has_column_term(loss: str, hyper: HyperParameters) -> bool:
+    """Whether a row loss has a term of the batch's columns, which every row depends on."""
+    return loss == "dist" and hyper.gamma != 0.0
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from fused_kd import autograd, backends
 from fused_kd.core import checks
 from fused_kd.core.catalogue import ROW_LOSSES, has_column_term
+from fused_kd.core.options import HyperParameters
 from fused_kd.core.transforms import readable
 
 Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
@@ -36,8 +37,7 @@ def row_loss(
     return_parts: bool,
     has_teacher: bool = True,
 ) -> Tensor | tuple[Tensor, Parts]:
-    """Run a row loss; ``own`` has its own weights, at most two, in the order of
-    :data:`fused_kd.core.catalogue.Weights`.
+    """Run a row loss; ``own`` has its own hyper-parameters.
 
     Without a teacher there are no ``teacher_logits`` and no ``logit_standardization``: both are None.
     """
@@ -76,9 +76,9 @@ def row_loss(
             **options,
         )
     else:
-        weights = (*(*own.values(), 0.0, 0.0)[:2], temperature, ce_weight, label_smoothing)
+        hyper = HyperParameters(**own, temperature=temperature, ce_weight=ce_weight, label_smoothing=label_smoothing)
         kept = None
-        if reduction == "none" and teacher_logits is not None and has_column_term(name, weights):
+        if reduction == "none" and teacher_logits is not None and has_column_term(name, hyper):
             dim = checks.class_dimension(student_logits, class_dim)
             labels = target if target is not None and target.is_floating_point() else None
             kept = (
@@ -92,7 +92,7 @@ def row_loss(
             rows.target,
             weight,
             name,
-            weights,
+            hyper,
             bool(logit_standardization),
             ignore_index,
             reduction,
@@ -102,10 +102,17 @@ def row_loss(
         )
         if return_parts:
             packed = [packed[part] for part in ROW_LOSSES[name].parts]
+    return returned(loss, packed if return_parts else None, parts_type, rows, reduction)
+
+
+def returned(
+    loss: Tensor, packed: Iterable[Tensor] | None, parts_type: type[Parts], rows: checks.Rows, reduction: str
+) -> Tensor | tuple[Tensor, Parts]:
+    """What the caller gets, of its rows' shape: the loss, and its parts where there are some."""
     if reduction == "none" and len(rows.shape) != 1:
         loss = loss.reshape(rows.shape)
-        packed = [part.reshape(rows.shape) for part in packed] if return_parts else None
-    return (loss, parts_type(*packed)) if return_parts else loss
+        packed = None if packed is None else [part.reshape(rows.shape) for part in packed]
+    return loss if packed is None else (loss, parts_type(*packed))
 
 
 def check_targets_if_cheap(rows: checks.Rows, ignore_index: int, weight: Tensor | None = None) -> None:

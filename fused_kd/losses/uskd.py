@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, distributed, nn
 
 from fused_kd import autograd, backends, reference
 from fused_kd.core import checks
-from fused_kd.losses._call import check_targets_if_cheap
+from fused_kd.core.options import HyperParameters
+from fused_kd.losses._call import check_targets_if_cheap, returned
 from fused_kd.losses._criterion import Criterion, Scheduled
 from fused_kd.losses._infinities import infinities
 from fused_kd.reference import USKDParts
@@ -167,9 +168,9 @@ def uskd_loss(
     if chosen == "reference":
         check_targets_if_cheap(rows, ignore_index, weight)
     batch_sums = _batch_sums(rows, square, ignore_index, chosen, process_group)
-    parts: USKDParts | None
+    packed: Any
     if chosen == "reference":
-        loss, parts = reference.uskd_loss(
+        loss, packed = reference.uskd_loss(
             *rows[:3],
             alpha=alpha,
             beta=beta,
@@ -185,23 +186,11 @@ def uskd_loss(
         )
     else:
         assert batch_sums is not None
+        hyper = HyperParameters(alpha=alpha, beta=beta, mu=mu, ce_weight=ce_weight, label_smoothing=label_smoothing)
         loss, packed = autograd.uskd(
-            *rows[:3],
-            batch_sums,
-            weight,
-            (alpha, beta, mu, ce_weight, label_smoothing),
-            rank,
-            square,
-            ignore_index,
-            reduction,
-            chosen,
-            return_parts,
+            *rows[:3], batch_sums, weight, hyper, rank, square, ignore_index, reduction, chosen, return_parts
         )
-        parts = USKDParts(*packed.unbind()) if packed is not None and return_parts else None
-    if reduction == "none" and len(rows.shape) != 1:
-        loss = loss.reshape(rows.shape)
-        parts = USKDParts(*(part.reshape(rows.shape) for part in parts)) if parts is not None else None
-    return (loss, parts) if parts is not None and return_parts else loss
+    return returned(loss, packed if return_parts else None, USKDParts, rows, reduction)
 
 
 class USKDLoss(Criterion):

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fused_kd import autograd, backends, reference
 from fused_kd.core import checks
-from fused_kd.losses._call import check_targets_if_cheap
+from fused_kd.core.options import HyperParameters
+from fused_kd.losses._call import check_targets_if_cheap, returned
 from fused_kd.losses._criterion import Criterion, Scheduled
 from fused_kd.losses._infinities import infinities
 from fused_kd.reference import DistillationParts
@@ -135,14 +136,11 @@ def zipf_ls_loss(
             weight=weight,
         )
     else:
-        weights = (beta, power, ce_weight, label_smoothing)
+        hyper = HyperParameters(beta=beta, power=power, ce_weight=ce_weight, label_smoothing=label_smoothing)
         loss, packed = autograd.zipf_ls(
-            rows.student_logits, dense, rows.target, weight, weights, ignore_index, reduction, chosen, return_parts
+            rows.student_logits, dense, rows.target, weight, hyper, ignore_index, reduction, chosen, return_parts
         )
-    if reduction == "none" and len(rows.shape) != 1:
-        loss = loss.reshape(rows.shape)
-        packed = [part.reshape(rows.shape) for part in packed] if return_parts else None
-    return (loss, DistillationParts(*packed)) if return_parts else loss
+    return returned(loss, packed if return_parts else None, DistillationParts, rows, reduction)
 
 
 class ZipfLSLoss(Criterion):

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fused_kd
 from fused_kd import NKDLoss, nkd_loss
+from fused_kd.core.options import HyperParameters
 
 
 def inputs(device="cpu", rows=6, classes=11, dtype=torch.float64):
@@ -46,7 +47,7 @@ def test_gradcheck(backend, temperature, reduction, soft):
 def test_opcheck(fused, dtype, reduction):
     name, device = fused
     student, teacher, target = inputs(device, dtype=dtype)
-    weights = [1.5, 0.0, 2.0, 1.0, 0.0]
+    hyper = list(HyperParameters(gamma=1.5, temperature=2.0, ce_weight=1.0))
     for need_gradient in (True, False):
         arguments = (
             student.detach(),
@@ -54,7 +55,7 @@ def test_opcheck(fused, dtype, reduction):
             target,
             None,
             "nkd",
-            weights,
+            hyper,
             False,
             -100,
             reduction,

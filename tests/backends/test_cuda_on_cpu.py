@@ -13,6 +13,7 @@ import torch
 
 from fused_kd import reference
 from fused_kd.backends.native import cuda
+from fused_kd.core.options import HyperParameters
 
 INF, NAN = float("inf"), float("nan")
 #: A few units in the last place: of the accumulating dtype for the loss, of its own for a gradient.
@@ -37,8 +38,8 @@ DEFAULTS = {"rank": "normalized", "square": True, "ignore_index": -100, "reducti
 
 
 def arguments(**changed):
-    weights = [changed.pop(name, value) for name, value in WEIGHTS.items()]
-    return weights, *{**DEFAULTS, **changed}.values()
+    hyper = HyperParameters(**{name: changed.pop(name, value) for name, value in WEIGHTS.items()})
+    return hyper, *{**DEFAULTS, **changed}.values()
 
 
 def ours(core, student, weak, target, scale=1.0, **changed):

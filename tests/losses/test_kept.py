@@ -12,6 +12,7 @@ from torch.library import opcheck
 from torch.profiler import ProfilerActivity, profile
 
 import fused_kd
+from fused_kd.core.options import HyperParameters
 
 ROWS, CLASSES = 4, 600
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -217,13 +218,13 @@ def test_nothing_counts(place):
 def test_opcheck(native, dtype):
     student, (teacher,), target = make("dist", dtype=dtype)
     accumulate = torch.promote_types(dtype, torch.float32)
-    numbers = [1.0, 0.5, 2.0, 0.7, 0.1]
+    numbers = list(HyperParameters(beta=1.0, gamma=0.5, temperature=2.0, ce_weight=0.7, label_smoothing=0.1))
     for weight in (None, torch.arange(6.0)):
         given = (student, teacher, target, weight)
         after = (False, -100, torch.rand(6, dtype=accumulate), torch.tensor(0.5, dtype=accumulate), "native")
         opcheck(torch.ops.fused_kd.dist_gradient.default, (*given, numbers, *after))
-        weights = torch.tensor(numbers, dtype=torch.float64)
-        opcheck(torch.ops.fused_kd.dist_gradient_scheduled.default, (*given, weights, *after))
+        scheduled = torch.tensor(numbers, dtype=torch.float64)
+        opcheck(torch.ops.fused_kd.dist_gradient_scheduled.default, (*given, scheduled, *after))
 
 
 @pytest.mark.parametrize("name", ("beta", "gamma", "temperature", "ce_weight"))

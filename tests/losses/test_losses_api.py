@@ -14,6 +14,7 @@ import fused_kd
 from fused_kd import backends
 from fused_kd.core import catalogue
 from fused_kd.core.catalogue import LOSSES, ROW_LOSSES
+from fused_kd.core.options import HyperParameters
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # NumPy, of the interpreter's inf and NaN
@@ -144,21 +145,21 @@ def test_sizes_of_uskd():
 @pytest.mark.parametrize("standardize", (False, True))
 def test_opcheck(loss, standardize, native):
     student, others, target = make(loss, dtype=torch.float32)
-    weights = [1.0, 0.5, 2.0, 0.7, 0.1]
+    own = dict(zip(ROW_LOSSES[loss].own, (1.0, 0.5), strict=False))
+    hyper = list(HyperParameters(**own, temperature=2.0, ce_weight=0.7, label_smoothing=0.1))
     teacher = others[0] if others else None
     after = (standardize and bool(others), -100, "mean", True, "native")
     for row_weight in (None, torch.arange(6.0)):
-        opcheck(torch.ops.fused_kd.row_loss.default, (student, teacher, target, row_weight, loss, weights, *after))
-    weights = torch.tensor(weights, dtype=torch.float64)
-    opcheck(
-        torch.ops.fused_kd.row_loss_scheduled.default, (student, teacher, target, row_weight, loss, weights, *after)
-    )
+        opcheck(torch.ops.fused_kd.row_loss.default, (student, teacher, target, row_weight, loss, hyper, *after))
+    hyper = torch.tensor(hyper, dtype=torch.float64)
+    opcheck(torch.ops.fused_kd.row_loss_scheduled.default, (student, teacher, target, row_weight, loss, hyper, *after))
 
 
 def test_opcheck_of_votes(native):
     student, (dense,), target = make("zipf_ls", dtype=torch.float32)
     for reduction in ("mean", "none"):
-        after = ([0.1, 1.0, 0.7, 0.1], -100, reduction, True, "native")
+        hyper = HyperParameters(beta=0.1, power=1.0, ce_weight=0.7, label_smoothing=0.1)
+        after = (list(hyper), -100, reduction, True, "native")
         for row_weight in (None, torch.arange(6.0)):
             opcheck(torch.ops.fused_kd.zipf_ls.default, (student, dense, target, row_weight, *after))
 

@@ -12,6 +12,7 @@ import fused_kd
 from fused_kd import backends
 from fused_kd.backends.triton import layout
 from fused_kd.core.catalogue import LOSSES
+from fused_kd.core.options import HyperParameters
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # NumPy, of the interpreter's inf and NaN
@@ -233,7 +234,7 @@ def test_a_negative_weight_where_values_are_not_read(native):
     student, (teacher,), target = make("nkd")
     row_weight = torch.ones(6)
     row_weight[1] = -1.0
-    rest = ("nkd", [1.5, 0.0, 1.0, 0.0, 0.0], False, -100)
+    rest = ("nkd", list(HyperParameters(gamma=1.5)), False, -100)
     loss, _, gradient, _ = torch.ops.fused_kd.row_loss(
         student, teacher, target, row_weight, *rest, "none", True, "native"
     )

@@ -12,6 +12,7 @@ from torch.library import opcheck
 from uskd_cases import FUSED, make, run
 
 from fused_kd import USKDLoss, uskd_loss
+from fused_kd.core.options import HyperParameters
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # NumPy, of the interpreter's inf and NaN
@@ -34,7 +35,16 @@ def test_opcheck_and_second_backward(fused):
     opcheck(sums, (student, target, True, -100, fused))
     totals = sums(student, target, True, -100, fused)
     for reduction in ("mean", "none"):
-        options = ([1.0, 0.1, 0.005, 1.0, 0.1], "normalized", True, -100, reduction, True, True, fused)
+        options = (
+            list(HyperParameters(1.0, 0.1, mu=0.005, ce_weight=1.0, label_smoothing=0.1)),
+            "normalized",
+            True,
+            -100,
+            reduction,
+            True,
+            True,
+            fused,
+        )
         for row_weight in (None, torch.arange(6.0)):
             opcheck(torch.ops.fused_kd.uskd.default, (student, weak, target, totals, row_weight, *options))
     leaves = student.requires_grad_(), weak.requires_grad_()

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fused_kd.core.catalogue import ROW_LOSSES
+from fused_kd.core.catalogue import LOSSES, ROW_LOSSES
+from fused_kd.core.options import HyperParameters
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("benchmarks", "csrc", "docs", "examples", "fused_kd", "study", "tests", "tools")
@@ -55,3 +56,20 @@ def test_a_row_loss_has_one_number():
     kernels = (ROOT / "fused_kd/backends/triton/kernels/rows.py").read_text()
     for name, kind in kinds.items():
         assert re.search(rf"^{name.upper()} = tl\.constexpr\({kind}\)$", kernels, re.MULTILINE), name
+
+
+def test_hyper_parameters_have_one_order():
+    """In Python, in C++, and where C++ takes them from Python."""
+    header = re.sub(r"//.*", "", (ROOT / "csrc/common/hyper_parameters.h").read_text())
+    fields = [name for names in re.findall(r"double ([^;]+);", header) for name in re.split(r",\s*", names)]
+    assert tuple(fields) == HyperParameters._fields
+    boundary = (ROOT / "csrc/python/boundary.h").read_text()
+    assert f"std::array<double, {len(fields)}>" in boundary
+    assert re.findall(r"x\[(\d+)\]", boundary) == [str(number) for number in range(len(fields))]
+
+
+def test_a_row_loss_names_its_own():
+    """As its function does, so that a hyper-parameter has one name from the call to the kernels' door."""
+    for name, loss in ROW_LOSSES.items():
+        shared = {"temperature", "ce_weight", "label_smoothing", "logit_standardization"}
+        assert {*loss.own} == {*LOSSES[name].defaults} - shared

@@ -19,6 +19,7 @@ import torch
 
 from fused_kd.backends.triton import layout
 from fused_kd.backends.triton.plans.rows import plan_row_loss
+from fused_kd.core.options import HyperParameters
 
 pytest.importorskip("rich")
 from tools.compile_matrix import __main__, compiling, tables
@@ -231,9 +232,9 @@ def test_launches(rows, reduction, dtype, launches):
     student = torch.empty(rows, 1000, dtype=dtype)
     loss = torch.empty(rows if reduction == "none" else ())
     target = torch.zeros(rows, dtype=torch.int64)
-    weights = [1.5, 0.0, 1.0, 0.0, 0.0]
+    hyper = HyperParameters(gamma=1.5)
     plan = plan_row_loss(
-        student, student, target, None, student, loss, loss, loss, "nkd", weights, False, -100, reduction, True, 1.0
+        student, student, target, None, student, loss, loss, loss, "nkd", hyper, False, -100, reduction, True, 1.0
     )
     assert [launch.kernel for launch in plan] == launches
 

@@ -19,6 +19,7 @@ from fused_kd.backends.triton.plans import uskd, zipf_ls
 from fused_kd.backends.triton.plans.rows import plan_row_loss
 from fused_kd.backends.triton.plans.scale import plan_scale
 from fused_kd.core.catalogue import LOSSES, ROW_LOSSES
+from fused_kd.core.options import HyperParameters
 from fused_kd.reference import accumulation_dtype
 
 
@@ -106,10 +107,13 @@ class Case(NamedTuple):
         gradient = _empty(*(student.shape if self.gradient else (0,)), dtype=self.student)
         # Weighted rows of DIST have their column term apart.
         second = 0.0 if self.weighted and self.loss == "dist" else 1.0
-        weights = [0.5, second, self.temperature, self.ce_weight, self.smoothing]
+        own = dict(zip(ROW_LOSSES[self.loss].own, (0.5, second), strict=False))
+        hyper = HyperParameters(
+            **own, temperature=self.temperature, ce_weight=self.ce_weight, label_smoothing=self.smoothing
+        )
         plan = plan_row_loss(
             student, teacher, _target(self.rows, self.classes, self.labels), _factors(self, 2), gradient, loss,
-            _empty(3, *shape, dtype=acc), norm, self.loss, weights, self.standardize, -100, self.reduction,
+            _empty(3, *shape, dtype=acc), norm, self.loss, hyper, self.standardize, -100, self.reduction,
             self.gradient, 1.0,
         )  # fmt: skip
         return [*plan, *([plan_scale(gradient, loss, norm, gradient)] if self.gradient else [])]
@@ -158,9 +162,10 @@ class RankedCase(NamedTuple):
             _empty(*(student.shape if self.gradient[0] else (0,)), dtype=self.student),
             _empty(*(weak.shape if self.gradient[1] else (0,)), dtype=self.weak),
         )
+        hyper = HyperParameters(1.0, 0.1, mu=0.005, ce_weight=1.0, label_smoothing=self.smoothing)
         plan = uskd.plan_uskd(
             student, weak, target, sums, _factors(self, 3), gradients, _empty(*shape, dtype=acc),
-            _empty(4, *shape, dtype=acc), (norm, norm), [1.0, 0.1, 0.005, 1.0, self.smoothing],
+            _empty(4, *shape, dtype=acc), (norm, norm), hyper,
             self.rank, self.square, -100, self.reduction, *self.gradient, 1.0, 1.0,
         )  # fmt: skip
         plan = [*uskd.plan_batch_sums(student, target, sums, self.square, -100), *plan]
@@ -205,10 +210,11 @@ class ZipfCase(NamedTuple):
         acc = accumulation_dtype(student)
         shape = (self.rows,) if self.reduction == "none" else ()
         gradient = _empty(*(student.shape if self.gradient else (0,)), dtype=self.student)
+        hyper = HyperParameters(beta=0.1, power=1.0, ce_weight=1.0, label_smoothing=self.smoothing)
         return zipf_ls.plan_zipf_ls(
             student, dense, _target(self.rows, self.classes, self.labels), _factors(self, 2), gradient,
             _empty(*shape, dtype=acc), _empty(2, *shape, dtype=acc), _empty(dtype=acc),
-            [0.1, 1.0, 1.0, self.smoothing], -100, self.reduction, self.gradient, 1.0,
+            hyper, -100, self.reduction, self.gradient, 1.0,
         )  # fmt: skip
 
 

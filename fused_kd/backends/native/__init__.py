@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from fused_kd.backends.native import core, cuda
+from fused_kd.backends.native.boundary import DTYPES, RANKS, REDUCTIONS, address, incoming, matrix
 from fused_kd.core import checks
 from fused_kd.core.catalogue import ROW_LOSSES
+from fused_kd.core.options import HyperParameters
 from fused_kd.reference import accumulation_dtype
 
 _core: Any
@@ -22,10 +24,6 @@ _folder: Path | None
 _failure: str | None
 # torch is imported first: the core uses the OpenMP runtime that PyTorch has loaded, and its threads.
 _core, _folder, _failure = core.find()
-
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4}
-_REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
-_RANKS = {"normalized": 0, "cls_kd": 1, "weak": 2, "final": 3, "sum": 4}
 
 #: The instruction set whose kernels run: one of ``instruction_sets()``. Tests set it to reach each build.
 instruction_set: str = _core.instruction_sets()[0] if _core else ""
@@ -80,7 +78,7 @@ def row_loss(
     target: Tensor,
     factors: Tensor | None,
     loss_name: str,
-    weights: list[float],
+    hyper: HyperParameters,
     standardize: bool,
     ignore_index: int,
     reduction: str,
@@ -96,31 +94,17 @@ def row_loss(
     gradient = torch.empty((rows, num_classes) if need_gradient else (0,), dtype=student.dtype)
     norm = torch.empty((), dtype=dtype)
     bad_row = _core.row_loss(
-        instruction_set,
-        student.data_ptr(),
-        _DTYPES[student.dtype],
-        student.stride(),
-        other.data_ptr(),
-        _DTYPES[other.dtype],
-        other.stride(),
-        target.data_ptr(),
-        _DTYPES[target.dtype],
-        target.stride(),
-        0 if factors is None else factors.data_ptr(),
-        gradient.data_ptr() if need_gradient else 0,
-        loss.data_ptr(),
-        parts.data_ptr(),
-        norm.data_ptr(),
-        _DTYPES[dtype],
-        rows,
-        num_classes,
+        (instruction_set, torch.get_num_threads()),
+        matrix(student),
+        matrix(other),
+        matrix(target),
+        (rows, num_classes),
         ROW_LOSSES[loss_name].kind,
-        weights,
-        standardize,
-        ignore_index,
-        _REDUCTIONS[reduction],
-        gradient_scale,
-        torch.get_num_threads(),
+        hyper,
+        (standardize, ignore_index, REDUCTIONS[reduction]),
+        address(factors),
+        (gradient.data_ptr() if need_gradient else 0, gradient_scale),
+        (loss.data_ptr(), parts.data_ptr(), norm.data_ptr(), DTYPES[dtype]),
     )
     if bad_row >= 0:
         raise checks.row_error(target, bad_row, num_classes, ignore_index)
@@ -133,20 +117,14 @@ def uskd_batch_sums(student: Tensor, target: Tensor, square: bool, ignore_index:
     rows, num_classes = student.shape
     sums = torch.empty(3, dtype=torch.float64)
     bad_row = _core.uskd_batch_sums(
-        instruction_set,
-        student.data_ptr(),
-        _DTYPES[student.dtype],
-        student.stride(),
-        target.data_ptr(),
-        _DTYPES[target.dtype],
-        target.stride(),
-        sums.data_ptr(),
-        _DTYPES[accumulation_dtype(student)],
-        rows,
-        num_classes,
+        (instruction_set, torch.get_num_threads()),
+        matrix(student),
+        matrix(target),
+        (rows, num_classes),
         square,
         ignore_index,
-        torch.get_num_threads(),
+        DTYPES[accumulation_dtype(student)],
+        sums.data_ptr(),
     )
     if bad_row >= 0:
         raise checks.row_error(target, bad_row, num_classes, ignore_index)
@@ -159,7 +137,7 @@ def uskd(
     target: Tensor,
     batch_sums: Tensor,
     factors: Tensor | None,
-    weights: list[float],
+    hyper: HyperParameters,
     rank: str,
     square: bool,
     ignore_index: int,
@@ -171,7 +149,7 @@ def uskd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if student.is_cuda:
         return cuda.uskd(
-            _core, student, weak, target, batch_sums, factors, weights, rank, square, ignore_index, reduction,
+            _core, student, weak, target, batch_sums, factors, hyper, rank, square, ignore_index, reduction,
             need_student, need_weak, student_scale, weak_scale,
         )  # fmt: skip
     rows, num_classes = student.shape
@@ -183,35 +161,20 @@ def uskd(
     weak_gradient = torch.empty((rows, num_classes) if need_weak else (0,), dtype=weak.dtype)
     student_norm, weak_norm = torch.empty((), dtype=dtype), torch.empty((), dtype=dtype)
     bad_row = _core.uskd(
-        instruction_set,
-        student.data_ptr(),
-        _DTYPES[student.dtype],
-        student.stride(),
-        weak.data_ptr(),
-        _DTYPES[weak.dtype],
-        weak.stride(),
-        target.data_ptr(),
-        _DTYPES[target.dtype],
-        target.stride(),
+        (instruction_set, torch.get_num_threads()),
+        matrix(student),
+        matrix(weak),
+        matrix(target),
+        (rows, num_classes),
+        hyper,
+        (RANKS[rank], square, ignore_index, REDUCTIONS[reduction]),
         batch_sums.data_ptr(),
-        0 if factors is None else factors.data_ptr(),
-        student_gradient.data_ptr() if need_student else 0,
-        weak_gradient.data_ptr() if need_weak else 0,
-        loss.data_ptr(),
-        parts.data_ptr(),
-        student_norm.data_ptr(),
-        weak_norm.data_ptr(),
-        _DTYPES[dtype],
-        rows,
-        num_classes,
-        weights,
-        _RANKS[rank],
-        square,
-        ignore_index,
-        _REDUCTIONS[reduction],
-        student_scale,
-        weak_scale,
-        torch.get_num_threads(),
+        address(factors),
+        (
+            (student_gradient.data_ptr() if need_student else 0, student_scale),
+            (weak_gradient.data_ptr() if need_weak else 0, weak_scale),
+        ),
+        (loss.data_ptr(), parts.data_ptr(), student_norm.data_ptr(), weak_norm.data_ptr(), DTYPES[dtype]),
     )
     if bad_row >= 0:
         raise checks.row_error(target, bad_row, num_classes, ignore_index)
@@ -223,7 +186,7 @@ def zipf_ls(
     dense: Tensor,
     target: Tensor,
     factors: Tensor | None,
-    weights: list[float],
+    hyper: HyperParameters,
     ignore_index: int,
     reduction: str,
     need_gradient: bool,
@@ -237,30 +200,17 @@ def zipf_ls(
     gradient = torch.empty((rows, num_classes) if need_gradient else (0,), dtype=student.dtype)
     norm = torch.empty((), dtype=dtype)
     bad_row = _core.zipf_ls(
-        instruction_set,
-        student.data_ptr(),
-        _DTYPES[student.dtype],
-        student.stride(),
-        dense.data_ptr(),
-        _DTYPES[dense.dtype],
-        dense.stride(),
+        (instruction_set, torch.get_num_threads()),
+        matrix(student),
+        matrix(dense),
         dense.shape[1],
-        target.data_ptr(),
-        _DTYPES[target.dtype],
-        target.stride(),
-        0 if factors is None else factors.data_ptr(),
-        gradient.data_ptr() if need_gradient else 0,
-        loss.data_ptr(),
-        parts.data_ptr(),
-        norm.data_ptr(),
-        _DTYPES[dtype],
-        rows,
-        num_classes,
-        weights,
-        ignore_index,
-        _REDUCTIONS[reduction],
-        gradient_scale,
-        torch.get_num_threads(),
+        matrix(target),
+        (rows, num_classes),
+        hyper,
+        (ignore_index, REDUCTIONS[reduction]),
+        address(factors),
+        (gradient.data_ptr() if need_gradient else 0, gradient_scale),
+        (loss.data_ptr(), parts.data_ptr(), norm.data_ptr(), DTYPES[dtype]),
     )
     if bad_row >= 0:
         raise checks.row_error(target, bad_row, num_classes, ignore_index)
@@ -270,7 +220,7 @@ def zipf_ls(
 def argsort_descending(keys: Tensor) -> Tensor:
     """The ranking alone, of contiguous float32 rows: indices from the largest to the smallest, stable."""
     order = torch.empty(keys.shape, dtype=torch.int64)
-    _core.argsort_descending(instruction_set, keys.data_ptr(), *keys.shape, order.data_ptr(), torch.get_num_threads())
+    _core.argsort_descending((instruction_set, torch.get_num_threads()), keys.data_ptr(), keys.shape, order.data_ptr())
     return order
 
 
@@ -279,17 +229,12 @@ def scale_gradient(gradient: Tensor, grad_output: Tensor, norm: Tensor, out: Ten
     if gradient.is_cuda:
         cuda.scale_gradient(_core, gradient, grad_output, norm, out)
         return
-    rows, num_classes = gradient.shape
     _core.scale_gradient(
-        instruction_set,
+        (instruction_set, torch.get_num_threads()),
         gradient.data_ptr(),
         out.data_ptr(),
-        _DTYPES[gradient.dtype],
-        grad_output.data_ptr(),
-        _DTYPES[grad_output.dtype],
-        grad_output.stride(0) if grad_output.dim() else 0,
+        DTYPES[gradient.dtype],
+        incoming(grad_output),
         norm.item(),
-        rows,
-        num_classes,
-        torch.get_num_threads(),
+        gradient.shape,
     )

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from fused_kd.backends import cuda_devices
+from fused_kd.backends.native.boundary import DTYPES, RANKS, REDUCTIONS, address, incoming, matrix
+from fused_kd.core.options import HyperParameters
 from fused_kd.reference import accumulation_dtype
-
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4}
-_REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
-_RANKS = {"normalized": 0, "cls_kd": 1, "weak": 2, "final": 3, "sum": 4}
 
 
 def unavailable(core: Any, device: torch.device | str = "cuda") -> str | None:
@@ -34,10 +32,6 @@ def _problem(core: Any, device: torch.device) -> str | None:
     return f"the CUDA kernels, built for {core.cuda_architectures}, do not run on {where} or its driver: {problem}"
 
 
-def _matrix(tensor: Tensor) -> tuple[int, int, tuple[int, ...]]:
-    return tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.stride()
-
-
 def _place(device: torch.device) -> tuple[int, int]:
     """The device and its current stream, on which PyTorch's allocator keeps order."""
     return device.index, torch.cuda.current_stream(device).cuda_stream
@@ -50,16 +44,15 @@ def uskd_batch_sums(core: Any, student: Tensor, target: Tensor, square: bool, ig
     workspace = torch.empty(2 * rows, dtype=torch.float64, device=device)
     with cuda_devices.current(device):
         core.cuda_uskd_batch_sums(
-            *_place(device),
-            _matrix(student),
-            _matrix(target),
-            sums.data_ptr(),
-            workspace.data_ptr(),
-            _DTYPES[accumulation_dtype(student)],
-            rows,
-            num_classes,
+            _place(device),
+            matrix(student),
+            matrix(target),
+            (rows, num_classes),
             square,
             ignore_index,
+            DTYPES[accumulation_dtype(student)],
+            sums.data_ptr(),
+            workspace.data_ptr(),
         )
     return sums
 
@@ -71,7 +64,7 @@ def uskd(
     target: Tensor,
     batch_sums: Tensor,
     factors: Tensor | None,
-    weights: list[float],
+    hyper: HyperParameters,
     rank: str,
     square: bool,
     ignore_index: int,
@@ -93,50 +86,40 @@ def uskd(
     with cuda_devices.current(device):
         place = _place(device)
         # Freed when this returns; the allocator gives it to nobody but later work of the same stream.
-        bytes_needed = core.cuda_uskd_workspace(place[0], rows, num_classes, _DTYPES[dtype])
+        bytes_needed = core.cuda_uskd_workspace(place[0], rows, num_classes, DTYPES[dtype])
         workspace = torch.empty(bytes_needed, dtype=torch.uint8, device=device)
         core.cuda_uskd(
-            *place,
-            _matrix(student),
-            _matrix(weak),
-            _matrix(target),
+            place,
+            matrix(student),
+            matrix(weak),
+            matrix(target),
+            (rows, num_classes),
+            hyper,
+            (RANKS[rank], square, ignore_index, REDUCTIONS[reduction]),
             batch_sums.data_ptr(),
-            0 if factors is None else factors.data_ptr(),
-            student_gradient.data_ptr() if need_student else 0,
-            weak_gradient.data_ptr() if need_weak else 0,
-            loss.data_ptr(),
-            parts.data_ptr(),
-            student_norm.data_ptr(),
-            weak_norm.data_ptr(),
-            workspace.data_ptr(),
-            _DTYPES[dtype],
-            rows,
-            num_classes,
-            weights,
-            _RANKS[rank],
-            square,
-            ignore_index,
-            _REDUCTIONS[reduction],
-            student_scale,
-            weak_scale,
+            address(factors),
+            (
+                (student_gradient.data_ptr() if need_student else 0, student_scale),
+                (weak_gradient.data_ptr() if need_weak else 0, weak_scale),
+            ),
+            (
+                *(tensor.data_ptr() for tensor in (loss, parts, student_norm, weak_norm, workspace)),
+                DTYPES[dtype],
+            ),
         )
     return loss, parts, student_gradient, weak_gradient, student_norm, weak_norm
 
 
 def scale_gradient(core: Any, gradient: Tensor, grad_output: Tensor, norm: Tensor, out: Tensor) -> None:
-    rows, num_classes = gradient.shape
     device = gradient.device
     with cuda_devices.current(device):
         core.cuda_scale_gradient(
-            *_place(device),
+            _place(device),
             gradient.data_ptr(),
             out.data_ptr(),
-            _DTYPES[gradient.dtype],
-            grad_output.data_ptr(),
-            _DTYPES[grad_output.dtype],
-            grad_output.stride(0) if grad_output.dim() else 0,
+            DTYPES[gradient.dtype],
+            incoming(grad_output),
             norm.data_ptr(),
-            _DTYPES[norm.dtype],
-            rows,
-            num_classes,
+            DTYPES[norm.dtype],
+            gradient.shape,
         )

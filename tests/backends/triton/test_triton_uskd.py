@@ -16,6 +16,7 @@ from fused_kd import uskd_loss
 from fused_kd.backends import triton as backend
 from fused_kd.backends.triton import layout
 from fused_kd.backends.triton.plans import uskd
+from fused_kd.core.options import HyperParameters
 
 pytest.importorskip("triton")
 pytestmark = [
@@ -165,7 +166,16 @@ def test_no_value_in_one_row(regime, where):
         target[2] = 2**40
     else:
         (weak if where == "weak" else student)[2, 17] = INF if where == "infinite" else NAN
-    options = ([1.0, 0.1, 0.005, 1.0, 0.0], "normalized", True, -100, "none", True, True, "triton")
+    options = (
+        list(HyperParameters(1.0, 0.1, mu=0.005, ce_weight=1.0)),
+        "normalized",
+        True,
+        -100,
+        "none",
+        True,
+        True,
+        "triton",
+    )
     loss, parts, *gradients = torch.ops.fused_kd.uskd(student, weak, target, sums, None, *options)[:4]
     for result in (loss, parts.sum(0), *(gradient.sum(1) for gradient in gradients)):
         assert result.isnan().tolist() == [False, False, True, False]
@@ -265,7 +275,7 @@ def test_launches(rows, classes, reduction, expected):
     sums = torch.empty(3, dtype=torch.float64, device="meta")
     plan = uskd.plan_uskd(
         logits, logits, target, sums, None, (logits, logits), loss, parts, (norm, norm),
-        [1.0, 0.1, 0.005, 0.0, 0.0], "normalized", True, -100, reduction, True, True, 1.0, 1.0,
+        HyperParameters(1.0, 0.1, mu=0.005), "normalized", True, -100, reduction, True, True, 1.0, 1.0,
     )  # fmt: skip
     assert [launch.kernel for launch in plan] == expected
     before = uskd.plan_batch_sums(logits, target, sums, True, -100)

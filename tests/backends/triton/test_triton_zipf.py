@@ -15,6 +15,7 @@ from fused_kd import check, zipf_ls_loss
 from fused_kd.backends import triton as backend
 from fused_kd.backends.triton import layout
 from fused_kd.backends.triton.plans import common, zipf_ls
+from fused_kd.core.options import HyperParameters
 
 pytest.importorskip("triton")
 pytestmark = [
@@ -163,8 +164,9 @@ def test_no_value_in_one_row(regime, where):
         target[2] = 2**40
     else:
         student[2, target[2] if where == "target logit" else (target[2] + 1) % 45] = INF if where == "infinite" else NAN
-    for weights in ([1.0, 1.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [1.0, 1.0, 0.5, 0.1]):
-        loss, parts, gradient, _ = backend.zipf_ls(student, dense, target, None, weights, -100, "none", True, 1.0)
+    for beta, ce_weight, smoothing in ((1.0, 0.0, 0.0), (0.0, 0.0, 0.0), (1.0, 0.5, 0.1)):
+        hyper = HyperParameters(beta=beta, power=1.0, ce_weight=ce_weight, label_smoothing=smoothing)
+        loss, parts, gradient, _ = backend.zipf_ls(student, dense, target, None, hyper, -100, "none", True, 1.0)
         for result in (loss, *parts, gradient.sum(1)):
             assert result.isnan().tolist() == [False, False, True, False]
         assert gradient[2].isnan().all()
@@ -246,9 +248,9 @@ def test_launches(rows, reduction, expected):
     target = torch.empty(rows, dtype=torch.int64, device="meta")
     loss = torch.empty((rows,) if reduction == "none" else (), device="meta")
     parts = torch.empty((2, *loss.shape), device="meta")
-    weights = [0.1, 1.0, 1.0, 0.0]
+    hyper = HyperParameters(beta=0.1, power=1.0, ce_weight=1.0)
     plan = zipf_ls.plan_zipf_ls(
-        student, dense, target, None, student, loss, parts, loss, weights, -100, reduction, True, 1.0
+        student, dense, target, None, student, loss, parts, loss, hyper, -100, reduction, True, 1.0
     )
     assert [launch.kernel for launch in plan] == expected
     votes = next(launch for launch in plan if launch.kernel == "find_votes")

@@ -4,7 +4,6 @@ it is asked for one."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from fused_kd.backends.triton import layout
 from fused_kd.backends.triton.launch import Launch, acc_types, planned
+from fused_kd.core.options import HyperParameters
 
 
 class ColumnTerm(NamedTuple):
@@ -28,13 +28,13 @@ def plan_columns(
     teacher: Tensor,
     target: Tensor,
     dtype: torch.dtype,
-    weights: Sequence[float],
+    hyper: HyperParameters,
     standardize: bool,
     ignore_index: int,
 ) -> ColumnTerm:
     """Append what makes DIST's column term; ``dtype`` is that of the arithmetic."""
     rows, classes = student.shape
-    _, gamma, temperature, *_ = weights
+    gamma, temperature = hyper.gamma, hyper.temperature
     acc, probabilities = acc_types()[dtype], target.is_floating_point()
     narrow = min(student.element_size(), teacher.element_size())
     unit = student.stride(1) == teacher.stride(1) == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from fused_kd.backends.triton.launch import Launch, acc_types, planned
 from fused_kd.backends.triton.plans.common import plan_count, plan_reduction
 from fused_kd.backends.triton.plans.dist import plan_columns
 from fused_kd.core.catalogue import ROW_LOSSES, has_column_term
+from fused_kd.core.options import HyperParameters
 from fused_kd.reference import accumulation_dtype
 
 
@@ -23,7 +23,7 @@ def row_loss(
     target: Tensor,
     factors: Tensor | None,
     loss_name: str,
-    weights: list[float],
+    hyper: HyperParameters,
     standardize: bool,
     ignore_index: int,
     reduction: str,
@@ -42,7 +42,7 @@ def row_loss(
         return loss.zero_(), parts.zero_(), gradient, norm.fill_(1.0)
     settings: tuple[Any, ...] = (
         loss_name,
-        tuple(weights),
+        hyper,
         standardize,
         ignore_index,
         reduction,
@@ -60,9 +60,10 @@ def row_loss(
     return loss, parts, gradient, norm
 
 
-def kernel_weights(loss_name: str, weights: Sequence[float], classes: int) -> tuple[float, ...]:
-    """The weights as :mod:`.kernels.losses` has them."""
-    first, second, temperature, ce_weight, smoothing = weights
+def kernel_weights(loss_name: str, hyper: HyperParameters, classes: int) -> tuple[float, ...]:
+    """The weights as :mod:`.kernels.losses` has them: two of the loss's own, and those that all losses have."""
+    first, second = (*(getattr(hyper, name) for name in ROW_LOSSES[loss_name].own), 0.0, 0.0)[:2]
+    temperature, ce_weight, smoothing = hyper.temperature, hyper.ce_weight, hyper.label_smoothing
     if loss_name == "tf_kd":
         rest = classes - 1
         gap = (first - (1.0 - first) / rest) / temperature
@@ -91,7 +92,7 @@ def plan_row_loss(
     parts: Tensor,
     norm: Tensor,
     loss_name: str,
-    weights: Sequence[float],
+    hyper: HyperParameters,
     standardize: bool,
     ignore_index: int,
     reduction: str,
@@ -100,29 +101,29 @@ def plan_row_loss(
 ) -> list[Launch]:
     """The launches that fill the outputs, in order."""
     rows, classes = student.shape
-    if loss_name == "js" and weights[0] == 0.0:
+    if loss_name == "js" and hyper.beta == 0.0:
         loss_name = "kd"
     acc = acc_types()[loss.dtype]
     probabilities = target.is_floating_point()
     per_row, mean = reduction == "none", reduction == "mean"
     # As row_needs and one_temperature of csrc have it.
-    _, _, temperature, ce_weight, smoothing = weights
-    sharp_distilled, ce = loss_name in ("nkd", "wsld"), ce_weight != 0.0
+    temperature, ce, smoothed = hyper.temperature, hyper.ce_weight != 0.0, hyper.label_smoothing != 0.0
+    sharp_distilled = loss_name in ("nkd", "wsld")
     single = (
         loss_name == "tf_kd"
         or not (sharp_distilled or ce)
         or (temperature == 1.0 and (not standardize or (sharp_distilled and not ce)))
     )
-    linear = loss_name == "tf_kd" or (ce and smoothing != 0.0)
+    linear = loss_name == "tf_kd" or (ce and smoothed)
     # float16 might underflow when divided by the row count, so the power of two next to it stays for the backward op.
     half = mean and student.dtype == torch.float16
     target_row, target_col = target.stride() if probabilities else (target.stride(0), 0)
     launches: list[Launch] = []
     counts = plan_count(launches, target, ignore_index, reduction, need_gradient)
     columns: tuple[Tensor, Tensor, Tensor] | None = None
-    if has_column_term(loss_name, weights):
+    if has_column_term(loss_name, hyper):
         assert factors is None  # see dist_terms
-        columns = plan_columns(launches, student, teacher, target, loss.dtype, weights, standardize, ignore_index)
+        columns = plan_columns(launches, student, teacher, target, loss.dtype, hyper, standardize, ignore_index)
     row_parts = parts if per_row else torch.empty((3, rows), dtype=loss.dtype, device=student.device)
     narrow = min(t.element_size() for t in (student, teacher, target) if t.is_floating_point())
     row_strides = [student.stride(0), teacher.stride(0), *([target_row] if probabilities else [])]
@@ -141,7 +142,7 @@ def plan_row_loss(
         mixed=student.dtype != teacher.dtype,
         loss=loss_name,
         scores=standardize,
-        smoothed=ce and smoothing != 0.0,
+        smoothed=ce and smoothed,
     )
     options = {
         "ACC": acc,
@@ -176,7 +177,7 @@ def plan_row_loss(
         student, teacher, target, gradient, loss, row_parts, norm, counts.source, factors,
         *(columns or (loss, loss, loss)), rows, classes, *student.stride(), *teacher.stride(), target_row, target_col,
         counts.items, columns[2].shape[0] if columns else 0, ignore_index,
-        *kernel_weights(loss_name, weights, classes), gradient_scale * known, 1.0 / gradient_scale,
+        *kernel_weights(loss_name, hyper, classes), gradient_scale * known, 1.0 / gradient_scale,
     )  # fmt: skip
     launches.append(planned(kernel, programs, arguments, options))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from fused_kd.backends.triton import layout, replay
 from fused_kd.backends.triton.launch import Launch, acc_types, planned
 from fused_kd.backends.triton.plans.common import plan_count, plan_reduction
+from fused_kd.core.options import HyperParameters
 from fused_kd.reference import accumulation_dtype
 
 #: Where PyTorch sorts, so many keys at once: a key takes some fifty bytes of memory while it is sorted.
@@ -40,7 +40,7 @@ def uskd(
     target: Tensor,
     batch_sums: Tensor,
     factors: Tensor | None,
-    weights: list[float],
+    hyper: HyperParameters,
     rank: str,
     square: bool,
     ignore_index: int,
@@ -63,7 +63,7 @@ def uskd(
     if rows == 0:
         return loss.zero_(), parts.zero_(), *gradients, norms[0].fill_(1.0), norms[1].fill_(1.0)
     settings: tuple[Any, ...] = (
-        tuple(weights), rank, square, ignore_index, reduction, need_student, need_weak, student_scale, weak_scale,
+        hyper, rank, square, ignore_index, reduction, need_student, need_weak, student_scale, weak_scale,
     )  # fmt: skip
     inputs = (student, weak, target, batch_sums, factors)
     replay.run(
@@ -137,7 +137,7 @@ def plan_uskd(
     loss: Tensor,
     parts: Tensor,
     norms: tuple[Tensor, Tensor],
-    weights: Sequence[float],
+    hyper: HyperParameters,
     rank: str,
     square: bool,
     ignore_index: int,
@@ -149,7 +149,8 @@ def plan_uskd(
 ) -> list[Launch]:
     """The launches that fill the outputs, in order; a sort by PyTorch counts as one."""
     rows, classes = student.shape
-    alpha, beta, mu, ce_weight, smoothing = weights
+    alpha, beta, mu = hyper.alpha, hyper.beta, hyper.mu
+    ce_weight, smoothing = hyper.ce_weight, hyper.label_smoothing
     wide = loss.dtype == torch.float64
     per_row, mean = reduction == "none", reduction == "mean"
     probabilities = target.is_floating_point()

@@ -4,7 +4,6 @@ this when asked."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from fused_kd.backends.triton import layout, replay
 from fused_kd.backends.triton.launch import Launch, acc_types, planned
 from fused_kd.backends.triton.plans.common import plan_count, plan_reduction
+from fused_kd.core.options import HyperParameters
 from fused_kd.reference import accumulation_dtype
 
 
@@ -21,7 +21,7 @@ def zipf_ls(
     dense: Tensor,
     target: Tensor,
     factors: Tensor | None,
-    weights: list[float],
+    hyper: HyperParameters,
     ignore_index: int,
     reduction: str,
     need_gradient: bool,
@@ -36,7 +36,7 @@ def zipf_ls(
     norm = torch.empty((), dtype=dtype, device=device)
     if rows == 0:
         return loss.zero_(), parts.zero_(), gradient, norm.fill_(1.0)
-    settings: tuple[Any, ...] = (tuple(weights), ignore_index, reduction, need_gradient, gradient_scale)
+    settings: tuple[Any, ...] = (hyper, ignore_index, reduction, need_gradient, gradient_scale)
     inputs, outputs = (student, dense, target, factors), (gradient, loss, parts, norm)
     replay.run("zipf_ls", inputs, outputs, settings, lambda: plan_zipf_ls(*inputs, *outputs, *settings))
     return loss, parts, gradient, norm
@@ -51,7 +51,7 @@ def plan_zipf_ls(
     loss: Tensor,
     parts: Tensor,
     norm: Tensor,
-    weights: Sequence[float],
+    hyper: HyperParameters,
     ignore_index: int,
     reduction: str,
     need_gradient: bool,
@@ -94,7 +94,7 @@ def plan_zipf_ls(
         "HELD": classes <= config.block,
         "UNIT": unit,
         "PROB": probabilities,
-        "LINEAR": weights[2] != 0.0 and weights[3] != 0.0,
+        "LINEAR": hyper.ce_weight != 0.0 and hyper.label_smoothing != 0.0,
         "GRAD": need_gradient,
         "COUNT": counts.how if need_gradient else 0,
         "HALF": half,
@@ -106,7 +106,7 @@ def plan_zipf_ls(
     arguments = (
         student, target, votes, ranks, voted, gradient, loss, row_parts, norm, counts.source, factors,
         rows, positions, classes, *student.stride(), *target_strides, counts.items, ignore_index,
-        *weights, gradient_scale * known, 1.0 / gradient_scale,
+        hyper.beta, hyper.power, hyper.ce_weight, hyper.label_smoothing, gradient_scale * known, 1.0 / gradient_scale,
     )  # fmt: skip
     launches.append(planned("zipf_rows", -(-rows // config.rows), arguments, options))
     if not per_row:

@@ -1,0 +1,14 @@
+// What scales the terms of a loss, by the names that its function has; a loss reads those that it has.
+// fused_kd/core/options.py has the same fields in the same order.
+#pragma once
+
+namespace fused_kd {
+
+struct HyperParameters {
+    double alpha, beta, gamma, mu; // weights of terms
+    double correct;                // Tf-KD: the probability of the target
+    double power;                  // Zipf's label smoothing: of the rank
+    double temperature, ce_weight, label_smoothing;
+};
+
+} // namespace fused_kd

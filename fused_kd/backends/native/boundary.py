@@ -1,0 +1,27 @@
+"""How tensors and options cross to C++: as csrc/python/boundary.h has them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: (address, dtype, strides in elements)
+Matrix = tuple[int, int, tuple[int, ...]]
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4}
+REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
+RANKS = {"normalized": 0, "cls_kd": 1, "weak": 2, "final": 3, "sum": 4}
+
+
+def matrix(tensor: Tensor) -> Matrix:
+    return tensor.data_ptr(), DTYPES[tensor.dtype], tensor.stride()
+
+
+def incoming(grad_output: Tensor) -> Matrix:
+    """What comes in for every row, or a number for all of them, which has a stride of 0."""
+    return grad_output.data_ptr(), DTYPES[grad_output.dtype], grad_output.stride() or (0,)
+
+
+def address(tensor: Tensor | None) -> int:
+    """0 where there is none, or nothing in it."""
+    return 0 if tensor is None else tensor.data_ptr()
