@@ -49,3 +49,53 @@ def test_a_file_has_the_function_and_the_module():
         tree = ast.parse((PACKAGE / "losses" / f"{name}.py").read_text(encoding="utf-8"))
         made = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
         assert {loss.function, loss.module} <= made
+
+
+ROOT = PACKAGE.parent
+WRITTEN = [
+    path
+    for folder in ("benchmarks", "csrc", "examples", "fused_kd", "study", "tests", "tools")
+    for path in sorted((ROOT / folder).rglob("*"))
+    if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")
+]
+
+
+def test_files_are_short():
+    lengths = {
+        path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines()) for path in [*WRITTEN, ROOT / "setup.py"]
+    }
+    assert not {path: length for path, length in lengths.items() if length > 400}
+
+
+@pytest.mark.parametrize("folder", ("fused_kd", "examples", "benchmarks"))
+def test_nothing_imports_what_is_around_it(folder):
+    """Users copy from examples/, and have fused_kd alone; a benchmark needs no more."""
+    around = {"benchmarks", "examples", "study", "tests", "tools"} - {folder}
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            modules = [name.name for name in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [name for name in modules if name.partition(".")[0] in around], path
+
+
+def test_no_circle_of_imports():
+    """Of what is imported when a module is."""
+    names = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in PACKAGE.rglob("*.py")
+    }
+    wanted = {}
+    for name, path in names.items():
+        wanted[name] = set()
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            found = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                inner = [f"{node.module}.{each.name}" for each in node.names]
+                found = inner if {*inner} <= {*names} else [*inner, node.module]
+            wanted[name] |= {each for each in found if each in names} - {name}
+    while leaves := [name for name, others in wanted.items() if not others]:
+        for name in leaves:
+            del wanted[name]
+        for others in wanted.values():
+            others -= {*leaves}
+    assert not wanted

@@ -1,7 +1,7 @@
 # mypy: ignore-errors
 # Triton compiles these functions; to a type checker they are not Python.
 """The kernel of the row losses for rows too long to be held on chip. :mod:`.on_chip` has its constexpr arguments,
-:mod:`.rows` the conventions."""
+:mod:`.rows` the conventions, :mod:`.tiles` what is done with a part of a row."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ import triton.language as tl
 from fused_kd.backends.triton.kernels.losses import coefficients
 from fused_kd.backends.triton.kernels.on_chip import RUNTIME, all_weights, at, gradient_scale, store_parts
 from fused_kd.backends.triton.kernels.pointwise import (
-    add_slopes,
-    add_sums,
     column_part,
-    load_columns,
     merge_sums,
     no_sums,
     softmaxes,
@@ -23,164 +20,25 @@ from fused_kd.backends.triton.kernels.rows import (
     LOG2E,
     POINTWISE,
     TF_KD,
-    accumulate,
-    combine,
     empty_statistics,
     load_factor,
     load_index,
     make_scales,
     merge_lanes,
     narrowed,
-    zero_if_empty,
+)
+from fused_kd.backends.triton.kernels.tiles import (
+    accumulate_others,
+    accumulate_whole,
+    gradient_tile,
+    keep_largest,
+    load_part,
+    load_tiles,
+    row_moments,
+    sum_tile,
 )
 
 _NEG_INF = tl.constexpr(float("-inf"))
-
-
-@triton.jit
-def _load_tile(
-    base, offsets, stride, mask, MASKED: tl.constexpr, UNIT: tl.constexpr, LAST: tl.constexpr, ACC: tl.constexpr
-):
-    """LAST says that nothing will be read again: what will be is to stay in L2, and much of it only just does."""
-    pointers = at(base, offsets, stride, UNIT)
-    if MASKED:
-        return tl.load(pointers, mask=mask, other=_NEG_INF).to(ACC)
-    elif LAST:
-        return tl.load(pointers, eviction_policy="evict_first").to(ACC)
-    else:
-        return tl.load(pointers, eviction_policy="evict_last").to(ACC)
-
-
-@triton.jit
-def _load_tiles(
-    bases,
-    strides,
-    offsets,
-    mask,
-    MASKED: tl.constexpr,
-    UNIT: tl.constexpr,
-    LOSS: tl.constexpr,
-    PROB: tl.constexpr,
-    LAST: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """Tiles of s, t and v at offsets from their bases."""
-    s = _load_tile(bases[0], offsets, strides[0], mask, MASKED, UNIT, LAST, ACC)
-    t = s
-    if LOSS != TF_KD:
-        t = _load_tile(bases[1], offsets, strides[1], mask, MASKED, UNIT, LAST, ACC)
-    v = s
-    if PROB:
-        v = _load_tile(bases[2], offsets, strides[2], mask, MASKED, UNIT, LAST, ACC)
-        if MASKED:
-            v = tl.where(mask, v, 0.0)
-    return s, t, v
-
-
-@triton.jit
-def _accumulate_others(
-    stats, s, t, v, is_target, inside, scales,
-    LOSS: tl.constexpr, SINGLE: tl.constexpr, PROB: tl.constexpr, STD: tl.constexpr, LINEAR: tl.constexpr,
-    RAW: tl.constexpr,
-):  # fmt: skip
-    """Accumulate the classes other than the target, of those inside the row."""
-    s, t, v = _without_target(s, t, v, is_target, PROB)
-    present = inside & (is_target == 0)
-    return accumulate(stats, s, t, v, present, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
-
-
-@triton.jit
-def _without_target(s, t, v, is_target, PROB: tl.constexpr):
-    s = tl.where(is_target, _NEG_INF, s)
-    t = tl.where(is_target, _NEG_INF, t)
-    if PROB:
-        v = tl.where(is_target, 0.0, v)
-    return s, t, v
-
-
-@triton.jit
-def _accumulate_whole(
-    stats, s, t, v, is_target, target_here, inside, scales,
-    LOSS: tl.constexpr, SINGLE: tl.constexpr, PROB: tl.constexpr, STD: tl.constexpr, LINEAR: tl.constexpr,
-    RAW: tl.constexpr,
-):  # fmt: skip
-    """As :func:`_accumulate_others`, for a tile inside the row. One tile of a row has the target, and only there does
-    a class ask whether it is that; label smoothing asks which classes count."""
-    if LINEAR:
-        return _accumulate_others(stats, s, t, v, is_target, inside, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
-    else:
-        if target_here:
-            s, t, v = _without_target(s, t, v, is_target, PROB)
-        return accumulate(stats, s, t, v, inside, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
-
-
-@triton.jit
-def _sum_tile(
-    sums, bases, strides, offsets, mask, is_target, columns, classes, stats, of_rows, constants, scales,
-    MASKED: tl.constexpr, UNIT: tl.constexpr, LOSS: tl.constexpr, STD: tl.constexpr, COLUMNS: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
-    """Add a tile to what a pointwise loss sums."""
-    s, t, _v = _load_tiles(bases, strides, offsets, mask, MASKED, UNIT, LOSS, False, False, ACC)
-    tile = load_columns(columns, offsets, mask, classes, MASKED, COLUMNS)
-    return add_sums(sums, s, t, tile, is_target, mask, stats, of_rows, constants, scales, LOSS, STD, COLUMNS)
-
-
-@triton.jit
-def _gradient_tile(
-    bases, strides, offsets, mask, is_target, target_here, columns, classes, stats, scaled, of_rows, constants, more,
-    scales,
-    MASKED: tl.constexpr, UNIT: tl.constexpr, LOSS: tl.constexpr, SINGLE: tl.constexpr, PROB: tl.constexpr,
-    STD: tl.constexpr, LINEAR: tl.constexpr, RAW: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    s, t, v = _load_tiles(bases, strides, offsets, mask, MASKED, UNIT, LOSS, PROB, True, ACC)
-    g = combine(s, t, v, stats, scaled, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
-    if target_here:
-        g = tl.where(is_target, scaled[7][:, None], g)
-    if LOSS >= POINTWISE:
-        tile = load_columns(columns, offsets, mask, classes, MASKED, COLUMNS)
-        g = add_slopes(g, s, t, tile, is_target, stats, of_rows, constants, more, scales, LOSS, STD, COLUMNS)
-    return g
-
-
-@triton.jit
-def _row_moments(
-    base, stride, before, at_edge, in_edge, lane, end,
-    LANES: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, EDGES: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """(mean, unbiased deviation, number) of the classes of a row that can occur, in two walks of their own."""
-    # About some logit first, so that a constant row comes out as one.
-    about = zero_if_empty(tl.load(base - before * stride).to(ACC)) + tl.zeros([1], ACC)
-    total = tl.zeros([LANES], ACC)
-    count = tl.zeros([LANES], ACC)
-    if EDGES:
-        x_edge = _load_tile(base, at_edge, stride, in_edge, True, UNIT, False, ACC)
-        total += tl.sum(tl.where(x_edge == _NEG_INF, 0.0, x_edge - about), 1)
-        count += tl.sum(tl.where(x_edge == _NEG_INF, 0.0, 1.0), 1)
-    for start in range(0, end, LANES * WIDTH):
-        x = _load_tile(base, start + lane, stride, start + lane < end, True, UNIT, False, ACC)
-        total += tl.sum(tl.where(x == _NEG_INF, 0.0, x - about), 1)
-        count += tl.sum(tl.where(x == _NEG_INF, 0.0, 1.0), 1)
-    number = tl.sum(count, 0, keep_dims=True)
-    mean = about + tl.sum(total, 0, keep_dims=True) / tl.maximum(number, 1.0)
-    square = tl.zeros([LANES], ACC)
-    if EDGES:
-        centred_edge = tl.where(x_edge == _NEG_INF, 0.0, x_edge - mean)
-        square += tl.sum(centred_edge * centred_edge, 1)
-    for start in range(0, end, LANES * WIDTH):
-        x = _load_tile(base, start + lane, stride, start + lane < end, True, UNIT, False, ACC)
-        centred = tl.where(x == _NEG_INF, 0.0, x - mean)
-        square += tl.sum(centred * centred, 1)
-    return mean, tl.sqrt(tl.sum(square, 0, keep_dims=True) / tl.maximum(number - 1.0, 1.0)), number
-
-
-@triton.jit
-def _largest(best, index, v, cols):
-    """Per lane, the largest probability so far and the lowest class that has it."""
-    tile_best = tl.max(v, 1)
-    tile_index = tl.min(tl.where(v == tile_best[:, None], cols, 2147483647), 1)
-    lower = (tile_best > best) | ((tile_best == best) & (tile_index < index))
-    return tl.where(lower, tile_best, best), tl.where(lower, tile_index, index)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -276,14 +134,14 @@ def rows_looped(
         body = end // BLOCK
         best, y = tl.full([LANES], _NEG_INF, ACC), tl.full([LANES], 2147483647, tl.int32)
         if EDGES:
-            v_edge = _load_tile(target_head, at_edge, target_col, in_edge, True, UNIT, False, ACC)
-            best, y = _largest(best, y, v_edge, at_edge)
+            v_edge = load_part(target_head, at_edge, target_col, in_edge, True, UNIT, False, ACC)
+            best, y = keep_largest(best, y, v_edge, at_edge)
         for i in range(body):
-            v = _load_tile(target_head, i * BLOCK + lane, target_col, lane >= 0, False, UNIT, False, ACC)
-            best, y = _largest(best, y, v, i * BLOCK + lane)
+            v = load_part(target_head, i * BLOCK + lane, target_col, lane >= 0, False, UNIT, False, ACC)
+            best, y = keep_largest(best, y, v, i * BLOCK + lane)
         for start in range(body * BLOCK, end, BLOCK):
-            v = _load_tile(target_head, start + lane, target_col, start + lane < end, True, UNIT, False, ACC)
-            best, y = _largest(best, y, v, start + lane)
+            v = load_part(target_head, start + lane, target_col, start + lane < end, True, UNIT, False, ACC)
+            best, y = keep_largest(best, y, v, start + lane)
         largest = tl.max(best, 0, keep_dims=True)
         # A row of NaN has no largest entry, and stays in range.
         y = tl.minimum(tl.min(tl.where(best == largest, y, 2147483647), 0, keep_dims=True), classes - 1 - before)
@@ -310,30 +168,30 @@ def rows_looped(
     s_moments = (v_y, v_y, v_y)
     t_moments = s_moments
     if STD:
-        s_moments = _row_moments(
+        s_moments = row_moments(
             student_head, student_col, head, at_edge, in_edge, lane, end, LANES, WIDTH, UNIT, EDGES, ACC
         )
-        t_moments = _row_moments(
+        t_moments = row_moments(
             teacher_head, teacher_col, head, at_edge, in_edge, lane, end, LANES, WIDTH, UNIT, EDGES, ACC
         )
     scales = make_scales(weights[2], s_moments, t_moments, k, LOSS, STD)
     stats = empty_statistics(LANES, ACC)
     edge_target = at_edge == y[:, None]
     if EDGES:
-        s_edge, t_edge, v_edge = _load_tiles(bases, strides, at_edge, in_edge, True, UNIT, LOSS, PROB, False, ACC)
-        stats = _accumulate_others(
+        s_edge, t_edge, v_edge = load_tiles(bases, strides, at_edge, in_edge, True, UNIT, LOSS, PROB, False, ACC)
+        stats = accumulate_others(
             stats, s_edge, t_edge, v_edge, edge_target, in_edge, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW
         )
     for i in range(body):
-        s, t, v = _load_tiles(bases, strides, i * BLOCK + lane, lane >= 0, False, UNIT, LOSS, PROB, False, ACC)
+        s, t, v = load_tiles(bases, strides, i * BLOCK + lane, lane >= 0, False, UNIT, LOSS, PROB, False, ACC)
         here = width == (y_lane - i * BLOCK)[:, None]
-        stats = _accumulate_whole(
+        stats = accumulate_whole(
             stats, s, t, v, here, target_tile == i, lane >= 0, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW
         )
     for start in range(body * BLOCK, end, BLOCK):
-        s, t, v = _load_tiles(bases, strides, start + lane, start + lane < end, True, UNIT, LOSS, PROB, False, ACC)
+        s, t, v = load_tiles(bases, strides, start + lane, start + lane < end, True, UNIT, LOSS, PROB, False, ACC)
         here = width == (y_lane - start)[:, None]
-        stats = _accumulate_others(
+        stats = accumulate_others(
             stats, s, t, v, here, start + lane < end, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW
         )
     merged = merge_lanes(stats, scales, LOSS, SINGLE)
@@ -352,19 +210,19 @@ def rows_looped(
         of_column = column_part(correlations, correlation_items, weights, classes, ACC, COLUMNS, BLOCK)
         sums = no_sums(LANES, ACC)
         if EDGES:
-            sums = _sum_tile(
+            sums = sum_tile(
                 sums, bases, strides, at_edge, in_edge, edge_target, of_classes, classes, merged, of_rows, constants,
                 scales, True, UNIT, LOSS, STD, COLUMNS, ACC,
             )  # fmt: skip
         for i in range(body):
             here = width == (y_lane - i * BLOCK)[:, None]
-            sums = _sum_tile(
+            sums = sum_tile(
                 sums, bases, strides, i * BLOCK + lane, lane >= 0, here, of_classes, classes, merged, of_rows,
                 constants, scales, False, UNIT, LOSS, STD, COLUMNS, ACC,
             )  # fmt: skip
         for start in range(body * BLOCK, end, BLOCK):
             here = width == (y_lane - start)[:, None]
-            sums = _sum_tile(
+            sums = sum_tile(
                 sums, bases, strides, start + lane, start + lane < end, here, of_classes, classes, merged, of_rows,
                 constants, scales, True, UNIT, LOSS, STD, COLUMNS, ACC,
             )  # fmt: skip
@@ -407,7 +265,7 @@ def rows_looped(
         dtype = gradient.dtype.element_ty
         for start in range(body * BLOCK, end, BLOCK):
             here = width == (y_lane - start)[:, None]
-            g = _gradient_tile(
+            g = gradient_tile(
                 bases, strides, start + lane, start + lane < end, here, True, of_classes, classes, merged, scaled,
                 of_rows, constants, more, scales, True, UNIT, LOSS, SINGLE, PROB, STD, LINEAR, RAW, COLUMNS, ACC,
             )  # fmt: skip
@@ -415,14 +273,14 @@ def rows_looped(
         for i in range(body):
             start = (body - 1 - i) * BLOCK
             here = width == (y_lane - start)[:, None]
-            g = _gradient_tile(
+            g = gradient_tile(
                 bases, strides, start + lane, lane >= 0, here, target_tile == body - 1 - i, of_classes, classes, merged,
                 scaled, of_rows, constants, more, scales, False, UNIT, LOSS, SINGLE, PROB, STD, LINEAR, RAW, COLUMNS,
                 ACC,
             )  # fmt: skip
             tl.store(gradient_head + (start + lane), narrowed(g, dtype), eviction_policy="evict_first")
         if EDGES:
-            g_edge = _gradient_tile(
+            g_edge = gradient_tile(
                 bases, strides, at_edge, in_edge, edge_target, True, of_classes, classes, merged, scaled, of_rows,
                 constants, more, scales, True, UNIT, LOSS, SINGLE, PROB, STD, LINEAR, RAW, COLUMNS, ACC,
             )  # fmt: skip

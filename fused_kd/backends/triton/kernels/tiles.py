@@ -1,0 +1,170 @@
+# mypy: ignore-errors
+# Triton compiles these functions; to a type checker they are not Python.
+"""Tiles of a row that is walked: loaded, added to its statistics, turned into its gradient, for :mod:`.looped`."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fused_kd.backends.triton.kernels.on_chip import at
+from fused_kd.backends.triton.kernels.pointwise import (
+    add_slopes,
+    add_sums,
+    load_columns,
+)
+from fused_kd.backends.triton.kernels.rows import (
+    POINTWISE,
+    TF_KD,
+    accumulate,
+    combine,
+    zero_if_empty,
+)
+
+_NEG_INF = tl.constexpr(float("-inf"))
+
+
+@triton.jit
+def load_part(
+    base, offsets, stride, mask, MASKED: tl.constexpr, UNIT: tl.constexpr, LAST: tl.constexpr, ACC: tl.constexpr
+):
+    """LAST says that nothing will be read again: what will be is to stay in L2, and much of it only just does."""
+    pointers = at(base, offsets, stride, UNIT)
+    if MASKED:
+        return tl.load(pointers, mask=mask, other=_NEG_INF).to(ACC)
+    elif LAST:
+        return tl.load(pointers, eviction_policy="evict_first").to(ACC)
+    else:
+        return tl.load(pointers, eviction_policy="evict_last").to(ACC)
+
+
+@triton.jit
+def load_tiles(
+    bases,
+    strides,
+    offsets,
+    mask,
+    MASKED: tl.constexpr,
+    UNIT: tl.constexpr,
+    LOSS: tl.constexpr,
+    PROB: tl.constexpr,
+    LAST: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Tiles of s, t and v at offsets from their bases."""
+    s = load_part(bases[0], offsets, strides[0], mask, MASKED, UNIT, LAST, ACC)
+    t = s
+    if LOSS != TF_KD:
+        t = load_part(bases[1], offsets, strides[1], mask, MASKED, UNIT, LAST, ACC)
+    v = s
+    if PROB:
+        v = load_part(bases[2], offsets, strides[2], mask, MASKED, UNIT, LAST, ACC)
+        if MASKED:
+            v = tl.where(mask, v, 0.0)
+    return s, t, v
+
+
+@triton.jit
+def accumulate_others(
+    stats, s, t, v, is_target, inside, scales,
+    LOSS: tl.constexpr, SINGLE: tl.constexpr, PROB: tl.constexpr, STD: tl.constexpr, LINEAR: tl.constexpr,
+    RAW: tl.constexpr,
+):  # fmt: skip
+    """Accumulate the classes other than the target, of those inside the row."""
+    s, t, v = _without_target(s, t, v, is_target, PROB)
+    present = inside & (is_target == 0)
+    return accumulate(stats, s, t, v, present, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
+
+
+@triton.jit
+def _without_target(s, t, v, is_target, PROB: tl.constexpr):
+    s = tl.where(is_target, _NEG_INF, s)
+    t = tl.where(is_target, _NEG_INF, t)
+    if PROB:
+        v = tl.where(is_target, 0.0, v)
+    return s, t, v
+
+
+@triton.jit
+def accumulate_whole(
+    stats, s, t, v, is_target, target_here, inside, scales,
+    LOSS: tl.constexpr, SINGLE: tl.constexpr, PROB: tl.constexpr, STD: tl.constexpr, LINEAR: tl.constexpr,
+    RAW: tl.constexpr,
+):  # fmt: skip
+    """As :func:`accumulate_others`, for a tile inside the row. One tile of a row has the target, and only there does
+    a class ask whether it is that; label smoothing asks which classes count."""
+    if LINEAR:
+        return accumulate_others(stats, s, t, v, is_target, inside, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
+    else:
+        if target_here:
+            s, t, v = _without_target(s, t, v, is_target, PROB)
+        return accumulate(stats, s, t, v, inside, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
+
+
+@triton.jit
+def sum_tile(
+    sums, bases, strides, offsets, mask, is_target, columns, classes, stats, of_rows, constants, scales,
+    MASKED: tl.constexpr, UNIT: tl.constexpr, LOSS: tl.constexpr, STD: tl.constexpr, COLUMNS: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Add a tile to what a pointwise loss sums."""
+    s, t, _v = load_tiles(bases, strides, offsets, mask, MASKED, UNIT, LOSS, False, False, ACC)
+    tile = load_columns(columns, offsets, mask, classes, MASKED, COLUMNS)
+    return add_sums(sums, s, t, tile, is_target, mask, stats, of_rows, constants, scales, LOSS, STD, COLUMNS)
+
+
+@triton.jit
+def gradient_tile(
+    bases, strides, offsets, mask, is_target, target_here, columns, classes, stats, scaled, of_rows, constants, more,
+    scales,
+    MASKED: tl.constexpr, UNIT: tl.constexpr, LOSS: tl.constexpr, SINGLE: tl.constexpr, PROB: tl.constexpr,
+    STD: tl.constexpr, LINEAR: tl.constexpr, RAW: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    s, t, v = load_tiles(bases, strides, offsets, mask, MASKED, UNIT, LOSS, PROB, True, ACC)
+    g = combine(s, t, v, stats, scaled, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
+    if target_here:
+        g = tl.where(is_target, scaled[7][:, None], g)
+    if LOSS >= POINTWISE:
+        tile = load_columns(columns, offsets, mask, classes, MASKED, COLUMNS)
+        g = add_slopes(g, s, t, tile, is_target, stats, of_rows, constants, more, scales, LOSS, STD, COLUMNS)
+    return g
+
+
+@triton.jit
+def row_moments(
+    base, stride, before, at_edge, in_edge, lane, end,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, EDGES: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """(mean, unbiased deviation, number) of the classes of a row that can occur, in two walks of their own."""
+    # About some logit first, so that a constant row comes out as one.
+    about = zero_if_empty(tl.load(base - before * stride).to(ACC)) + tl.zeros([1], ACC)
+    total = tl.zeros([LANES], ACC)
+    count = tl.zeros([LANES], ACC)
+    if EDGES:
+        x_edge = load_part(base, at_edge, stride, in_edge, True, UNIT, False, ACC)
+        total += tl.sum(tl.where(x_edge == _NEG_INF, 0.0, x_edge - about), 1)
+        count += tl.sum(tl.where(x_edge == _NEG_INF, 0.0, 1.0), 1)
+    for start in range(0, end, LANES * WIDTH):
+        x = load_part(base, start + lane, stride, start + lane < end, True, UNIT, False, ACC)
+        total += tl.sum(tl.where(x == _NEG_INF, 0.0, x - about), 1)
+        count += tl.sum(tl.where(x == _NEG_INF, 0.0, 1.0), 1)
+    number = tl.sum(count, 0, keep_dims=True)
+    mean = about + tl.sum(total, 0, keep_dims=True) / tl.maximum(number, 1.0)
+    square = tl.zeros([LANES], ACC)
+    if EDGES:
+        centred_edge = tl.where(x_edge == _NEG_INF, 0.0, x_edge - mean)
+        square += tl.sum(centred_edge * centred_edge, 1)
+    for start in range(0, end, LANES * WIDTH):
+        x = load_part(base, start + lane, stride, start + lane < end, True, UNIT, False, ACC)
+        centred = tl.where(x == _NEG_INF, 0.0, x - mean)
+        square += tl.sum(centred * centred, 1)
+    return mean, tl.sqrt(tl.sum(square, 0, keep_dims=True) / tl.maximum(number - 1.0, 1.0)), number
+
+
+@triton.jit
+def keep_largest(best, index, v, cols):
+    """Per lane, the largest probability so far and the lowest class that has it."""
+    tile_best = tl.max(v, 1)
+    tile_index = tl.min(tl.where(v == tile_best[:, None], cols, 2147483647), 1)
+    lower = (tile_best > best) | ((tile_best == best) & (tile_index < index))
+    return tl.where(lower, tile_best, best), tl.where(lower, tile_index, index)
