@@ -15,18 +15,28 @@ PICTURE = Path(__file__).parents[1] / "docs" / "architecture.png"
 INK, MUTED, LINE = "#1f2937", "#6b7280", "#9ca3af"
 USER, PYTHON, KERNELS, SPECIFICATION = "#fef3c7", "#dbeafe", "#dcfce7", "#f3e8ff"
 
-#: Left, bottom, width, height, colour, name, what it is.
+#: (left, bottom, width, height), colour, name, what it is.
 ROOMS = (
-    (2, 84, 62, 11, USER, "nkd_loss(student_logits, teacher_logits, target)", "or a Module: NKDLoss, USKDLoss, ..."),
-    (2, 67, 62, 11, PYTHON, "losses/", "a loss is one file: checks the call, makes logits into rows, names the options"),
-    (2, 50, 62, 11, PYTHON, "autograd.py", "one differentiable function: keeps the gradient that forward made"),
-    (2, 33, 62, 11, PYTHON, "ops.py", "torch.library ops with fakes: the one boundary of a compiled graph"),
-    (2, 15, 28, 12, PYTHON, "backends/native/", "pointers, sizes, strides"),
-    (36, 15, 28, 12, PYTHON, "backends/triton/", "layout → plans → launch, replay"),
-    (2, 1, 28, 9, KERNELS, "csrc/", "C++ for CPUs, CUDA for USKD"),
-    (36, 1, 28, 9, KERNELS, "backends/triton/kernels/", "what Triton compiles"),
-    (72, 50, 26, 28, SPECIFICATION, "reference/", "eager PyTorch, the definition:\nwhat tests compare with,\nand what runs where\nno kernel does"),
-    (72, 15, 26, 29, PYTHON, "core/", "what every layer shares:\nthe catalogue of losses,\nhyper-parameters by name,\nchecks, float16's powers\nof two, refusals"),
+    ((2, 84, 62, 11), USER, "nkd_loss(student_logits, teacher_logits, target)", "or a Module: NKDLoss, USKDLoss, ..."),
+    (
+        (2, 67, 62, 11), PYTHON, "losses/",
+        "a loss is one file: checks the call, makes logits into rows, names the options",
+    ),
+    ((2, 50, 62, 11), PYTHON, "autograd.py", "one differentiable function: keeps the gradient that forward made"),
+    ((2, 33, 62, 11), PYTHON, "ops.py", "torch.library ops with fakes: the one boundary of a compiled graph"),
+    ((2, 15, 28, 12), PYTHON, "backends/native/", "pointers, sizes, strides"),
+    ((36, 15, 28, 12), PYTHON, "backends/triton/", "layout → plans → launch, replay"),
+    ((2, 1, 28, 9), KERNELS, "csrc/", "C++ for CPUs, CUDA for USKD"),
+    ((36, 1, 28, 9), KERNELS, "backends/triton/kernels/", "what Triton compiles"),
+    (
+        (72, 50, 26, 28), SPECIFICATION, "reference/",
+        "eager PyTorch, the definition:\nwhat tests compare with,\nand what runs where\nno kernel does",
+    ),
+    (
+        (72, 15, 26, 29), PYTHON, "core/",
+        "what every layer shares:\nthe catalogue of losses,\nhyper-parameters by name,\nchecks, float16's powers\n"
+        "of two, refusals",
+    ),
 )  # fmt: skip
 #: From, to, what goes along.
 WAYS = (
@@ -41,7 +51,8 @@ WAYS = (
 )
 
 
-def room(axes: Axes, left: float, bottom: float, width: float, height: float, colour: str, name: str, what: str) -> None:
+def room(axes: Axes, place: tuple[float, float, float, float], colour: str, name: str, what: str) -> None:
+    left, bottom, width, height = place
     box = FancyBboxPatch((left, bottom), width, height, boxstyle="round,pad=0,rounding_size=1.2", fc=colour, ec=LINE)
     axes.add_patch(box)
     lines = what.count("\n") + 1

@@ -13,7 +13,8 @@ from train_runs import run
 pytest.importorskip("safetensors")
 
 from fused_kd import backends
-from study.datasets import registry, train
+from study import train
+from study.datasets import registry
 from study.datasets.arrays import DataError
 from study.training import batches, checkpoint, engine, methods, networks, options, report
 from study.training.errors import RunError

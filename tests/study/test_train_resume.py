@@ -11,7 +11,8 @@ from train_runs import run
 
 pytest.importorskip("safetensors")
 
-from study.datasets import registry, train
+from study import train
+from study.datasets import registry
 from study.training import checkpoint
 from study.training.errors import RunError
 from study.training.report import read_table

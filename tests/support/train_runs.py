@@ -15,7 +15,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from study.datasets import registry, train  # noqa: E402
+from study import train  # noqa: E402
+from study.datasets import registry  # noqa: E402
 from study.datasets.arrays import Dataset, Split  # noqa: E402
 from study.training import checkpoint, options  # noqa: E402
 

@@ -26,6 +26,7 @@ from fused_kd.backends.triton.kernels.rows import (
     make_scales,
     merge_lanes,
     narrowed,
+    scaled_by,
 )
 from fused_kd.backends.triton.kernels.tiles import (
     accumulate_others,
@@ -37,6 +38,7 @@ from fused_kd.backends.triton.kernels.tiles import (
     row_moments,
     sum_tile,
 )
+from fused_kd.backends.triton.kernels.values import Constants, Moments, Slopes
 
 _NEG_INF = tl.constexpr(float("-inf"))
 
@@ -165,7 +167,7 @@ def rows_looped(
     y_lane = y - lane_start
     target_tile = tl.where(tl.max(y, 0) >= 0, tl.max(y, 0) // BLOCK, -1)
 
-    s_moments = (v_y, v_y, v_y)
+    s_moments = Moments(v_y, v_y, v_y)
     t_moments = s_moments
     if STD:
         s_moments = row_moments(
@@ -174,7 +176,7 @@ def rows_looped(
         t_moments = row_moments(
             teacher_head, teacher_col, head, at_edge, in_edge, lane, end, LANES, WIDTH, UNIT, EDGES, ACC
         )
-    scales = make_scales(weights[2], s_moments, t_moments, k, LOSS, STD)
+    scales = make_scales(weights.temperature, s_moments, t_moments, k, LOSS, STD)
     stats = empty_statistics(LANES, ACC)
     edge_target = at_edge == y[:, None]
     if EDGES:
@@ -201,12 +203,12 @@ def rows_looped(
     if LOSS != TF_KD:
         t_y = tl.load(at(teacher_head, y, teacher_col, UNIT), mask=counted, other=0.0).to(ACC)
     if PROB:
-        valid = 1.0 + 0.0 * (merged[7] + v_y)
+        valid = 1.0 + 0.0 * (merged.v_sum + v_y)
     sums, of_rows, constants = merged, merged, merged
     of_column = tl.zeros([1], ACC)
     if LOSS >= POINTWISE:
         of_rows = softmaxes(merged, s_y, t_y, states, rows, one_row, counted, scales, COLUMNS)
-        constants = (weights[0], 1.0 / classes.to(ACC))
+        constants = Constants(weights.first, 1.0 / classes.to(ACC))
         of_column = column_part(correlations, correlation_items, weights, classes, ACC, COLUMNS, BLOCK)
         sums = no_sums(LANES, ACC)
         if EDGES:
@@ -227,7 +229,7 @@ def rows_looped(
                 constants, scales, True, UNIT, LOSS, STD, COLUMNS, ACC,
             )  # fmt: skip
         sums = merge_sums(sums)
-    part_y, part_rest, part_ce, soft, sharp, teach, raw, v_weight, constant, slope, at_target, more = coefficients(
+    part_y, part_rest, part_ce, gradient_of, more = coefficients(
         merged,
         sums,
         of_column,
@@ -256,11 +258,9 @@ def rows_looped(
     store_parts(parts, loss, norm, norm_value, rows, one_row, inside, part_y, part_rest, part_ce, PER_ROW)
     if GRAD:
         by = of_gradient * gradient_scale(counts, target_row, count_items, ignore_index, scale, ACC, COUNT, HALF)
-        scaled = (
-            soft * by, sharp * by, teach * by, raw * by, v_weight * by, constant * by, slope * by, at_target * by,
-        )  # fmt: skip
+        scaled = scaled_by(gradient_of, by)
         if LOSS >= POINTWISE:
-            more = (more[0] * by, more[1] * by, more[2] * by, more[3] * by)
+            more = Slopes(more.by_1 * by, more.by_2 * by, more.by_column * by, more.offset * by)
         gradient_head = gradient + (row * classes + head) // VEC * VEC
         dtype = gradient.dtype.element_ty
         for start in range(body * BLOCK, end, BLOCK):

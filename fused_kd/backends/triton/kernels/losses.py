@@ -4,9 +4,9 @@
 
 The same formulas as in ``csrc/losses/row_losses.h``, where each loss has its derivation; logarithms are in base 2 here.
 :mod:`.rows` has the statistics and the conventions, :mod:`.pointwise` the losses that are no combination of
-exponentials. ``weights`` are (first, second, temperature, ce_weight, label_smoothing); Tf-KD's first three are instead
-what its virtual teacher gives every other class, what it gives the target, and its negative entropy
-(:func:`fused_kd.backends.triton.kernel_weights`).
+exponentials. Of the :class:`.values.Weights` the first two are a loss's own; Tf-KD's first three are instead what its
+virtual teacher gives every other class, what it gives the target, and its negative entropy
+(:func:`fused_kd.backends.triton.plans.rows.kernel_weights`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,19 @@ import triton
 import triton.language as tl
 
 from fused_kd.backends.triton.kernels.pointwise import pointwise
-from fused_kd.backends.triton.kernels.rows import DKD, KD, LN2, LOG2E, NKD, POINTWISE, TF_KD, WSLD, join_target, times
+from fused_kd.backends.triton.kernels.rows import (
+    DKD,
+    KD,
+    LN2,
+    LOG2E,
+    NKD,
+    POINTWISE,
+    TF_KD,
+    WSLD,
+    join_target,
+    times,
+)
+from fused_kd.backends.triton.kernels.values import Coefficients, Slopes
 
 _NEG_INF = tl.constexpr(float("-inf"))
 _INF = tl.constexpr(float("inf"))
@@ -51,10 +63,10 @@ def _cross_entropy(stats, s_y, v_y, z, weights, classes, PROB: tl.constexpr, LIN
     p_y sum V' - V'_y is written p_y (sum of the others) - V'_y (1 - p_y), which does not cancel as p_y -> 1.
     """
     _first, _second, _temperature, ce_weight, smoothing = weights
-    p_y, p_rest, p_factor, log_z, nll = join_target(s_y, stats[0], z, LOG2E)
+    p_y, p_rest, p_factor, log_z, nll = join_target(s_y, stats.s_max, z, LOG2E)
     if PROB:
-        ce = times(v_y, nll) + stats[7] * log_z - stats[8] * LOG2E
-        others = stats[7]
+        ce = times(v_y, nll) + stats.v_sum * log_z - stats.v_cross * LOG2E
+        others = stats.v_sum
     else:
         ce = nll
         others = tl.zeros_like(p_y)
@@ -63,7 +75,7 @@ def _cross_entropy(stats, s_y, v_y, z, weights, classes, PROB: tl.constexpr, LIN
     kept = ce_weight
     if LINEAR:
         share = smoothing / classes
-        everything = nll + (classes - 1) * log_z - stats[10] * LOG2E
+        everything = nll + (classes - 1) * log_z - stats.linear * LOG2E
         ce = (1.0 - smoothing) * ce + times(share, everything)
         others = (1.0 - smoothing) * others + (smoothing - share)
         v_y = (1.0 - smoothing) * v_y + share
@@ -76,9 +88,9 @@ def _cross_entropy(stats, s_y, v_y, z, weights, classes, PROB: tl.constexpr, LIN
 @triton.jit
 def _nkd(stats, s_y, t_y, z_sharp, z_tsharp, weights, scales):
     gamma, _second, temperature, _ce_weight, _smoothing = weights
-    z_s, z_t, dot = stats[1], stats[4], stats[6]
-    _p_y, p_rest, p_factor, _log_z, nll = join_target(s_y, stats[0], z_sharp, scales[2])
-    q_y, _q_rest, _q_factor, _log_q, _nll_q = join_target(t_y, stats[3], z_tsharp, scales[3])
+    z_s, z_t, dot = stats.s_soft, stats.t_soft, stats.cross
+    _p_y, p_rest, p_factor, _log_z, nll = join_target(s_y, stats.s_max, z_sharp, scales.sharp_s)
+    q_y, _q_rest, _q_factor, _log_q, _nll_q = join_target(t_y, stats.t_max, z_tsharp, scales.sharp_t)
     # A teacher that excludes every other class has no q_hat: nothing is asked of the student there.
     asked = tl.where(z_t == 0.0, 0.0, 1.0).to(z_t.dtype)
     z_s = tl.where(z_s == 0.0, 1.0, z_s)
@@ -91,11 +103,11 @@ def _nkd(stats, s_y, t_y, z_sharp, z_tsharp, weights, scales):
 @triton.jit
 def _both_soft(stats, s_y, t_y, scales):
     """What KD, DKD and WSLD need of both softmaxes at T."""
-    p_y, p_rest, p_factor, p_log_z, p_nll = join_target(s_y, stats[0], stats[1], scales[0])
-    q_y, q_rest, q_factor, q_log_z, q_nll = join_target(t_y, stats[3], stats[4], scales[1])
+    p_y, p_rest, p_factor, p_log_z, p_nll = join_target(s_y, stats.s_max, stats.s_soft, scales.soft_s)
+    q_y, q_rest, q_factor, q_log_z, q_nll = join_target(t_y, stats.t_max, stats.t_soft, scales.soft_t)
     difference = tl.where((p_y > 0.5) & (q_y > 0.5), q_rest - p_rest, p_y - q_y)
-    p_rest_nll = p_log_z - tl.log2(stats[1])
-    q_rest_nll = q_log_z - tl.log2(stats[4])
+    p_rest_nll = p_log_z - tl.log2(stats.s_soft)
+    q_rest_nll = q_log_z - tl.log2(stats.t_soft)
     # Logarithms of q / p: where p and q are close, by one difference for both, whose error then cancels.
     small = tl.abs(difference) < 0.25 * tl.minimum(p_y, p_rest)
     log_target = tl.where(small, _log2_1p(-difference / tl.where(small, p_y, 1.0)), p_nll - q_nll)
@@ -109,7 +121,7 @@ def _both_soft(stats, s_y, t_y, scales):
 def _decoupled(stats, s_y, t_y, weights, scales, WHOLE: tl.constexpr):
     """DKD; KD, which is alpha = 1 and beta = 1 - q_y. ``second`` is 0 for two classes, whose rest is one class."""
     first, second, temperature, _ce_weight, _smoothing = weights
-    z_s, z_t, dot = stats[1], stats[4], stats[6]
+    z_s, z_t, dot = stats.s_soft, stats.t_soft, stats.cross
     _p, _r, _factor, q_y, q_rest, _q, difference, log_target, log_rest = _both_soft(stats, s_y, t_y, scales)
     alpha = tl.full(q_y.shape, 1.0, q_y.dtype) if WHOLE else tl.zeros_like(q_y) + first
     asked = tl.where(z_t == 0.0, 0.0, 1.0).to(z_t.dtype)
@@ -131,15 +143,15 @@ def _decoupled(stats, s_y, t_y, weights, scales, WHOLE: tl.constexpr):
 @triton.jit
 def _wsld(stats, s_y, t_y, v_y, z_sharp, z_tsharp, weights, scales, PROB: tl.constexpr):
     alpha, _second, temperature, _ce_weight, _smoothing = weights
-    z_s, z_t, dot = stats[1], stats[4], stats[6]
-    _p, s_rest, _f, s_log_z, s_ce = join_target(s_y, stats[0], z_sharp, scales[2])
-    _q, t_rest, _qf, t_log_z, t_ce = join_target(t_y, stats[3], z_tsharp, scales[3])
+    z_s, z_t, dot = stats.s_soft, stats.t_soft, stats.cross
+    _p, s_rest, _f, s_log_z, s_ce = join_target(s_y, stats.s_max, z_sharp, scales.sharp_s)
+    _q, t_rest, _qf, t_log_z, t_ce = join_target(t_y, stats.t_max, z_tsharp, scales.sharp_t)
     # u is a ratio of the two, which as p_y -> 1 are nearly 1 - p_y.
     s_ce = tl.where(s_rest < 0.5, -_log2_1p(-s_rest), s_ce)
     t_ce = tl.where(t_rest < 0.5, -_log2_1p(-t_rest), t_ce)
     if PROB:
-        s_ce = times(v_y, s_ce) + stats[7] * s_log_z - stats[8] * scales[2]
-        t_ce = times(v_y, t_ce) + stats[7] * t_log_z - stats[9] * scales[3]
+        s_ce = times(v_y, s_ce) + stats.v_sum * s_log_z - stats.v_cross * scales.sharp_s
+        t_ce = times(v_y, t_ce) + stats.v_sum * t_log_z - stats.v_cross_t * scales.sharp_t
     # A student that rules the target out has all to learn, and would be inf / inf where the teacher does so too.
     u = tl.where(s_ce == _INF, 1.0, _one_minus_exp(s_ce * LN2 / (t_ce * LN2 + 1e-7)))
     p_nll, p_rest_nll, p_factor, q_y, q_rest, q_factor, difference, _t, _r = _both_soft(stats, s_y, t_y, scales)
@@ -171,11 +183,11 @@ def coefficients(
     LINEAR: tl.constexpr,
     RAW: tl.constexpr,
 ):
-    """A loss's three parts, and its gradient's (soft, sharp, teacher, raw, v, constant, slope, value at y) and what
-    else a pointwise loss has, from ``sums`` and its column term's part; of rows that count and are valid."""
-    z_sharp = stats[1] if SINGLE else stats[2]
-    z_tsharp = stats[4] if SINGLE else stats[5]
-    z_ce = stats[12] if RAW else z_sharp
+    """A loss's three parts, its gradient's :class:`.values.Coefficients` and :class:`.values.Slopes`, from the
+    statistics, and a pointwise loss's sums and its column term's part; of rows that count and are valid."""
+    z_sharp = stats.s_soft if SINGLE else stats.s_sharp
+    z_tsharp = stats.t_soft if SINGLE else stats.t_sharp
+    z_ce = stats.s_raw if RAW else z_sharp
     ce, raw, v_weight, constant, at_ce = _cross_entropy(stats, s_y, v_y, z_ce, weights, classes, PROB, LINEAR)
     if LOSS == NKD:
         one, two, soft, sharp, teacher, at_y = _nkd(stats, s_y, t_y, z_sharp, z_tsharp, weights, scales)
@@ -187,8 +199,8 @@ def coefficients(
         one, two, soft, sharp, teacher, at_y = _wsld(stats, s_y, t_y, v_y, z_sharp, z_tsharp, weights, scales, PROB)
     elif LOSS == TF_KD:
         others, own, entropy, _ce_weight, _smoothing = weights
-        p_y, p_rest, p_factor, log_z, nll = join_target(s_y, stats[0], stats[1], LOG2E)
-        everything = (classes - 1) * log_z - stats[10] * LOG2E
+        p_y, p_rest, p_factor, log_z, nll = join_target(s_y, stats.s_max, stats.s_soft, LOG2E)
+        everything = (classes - 1) * log_z - stats.linear * LOG2E
         one = entropy + own * nll * LN2 + others * everything * LN2  # neither weight is 0
         two = tl.zeros_like(one)
         raw += p_factor
@@ -198,7 +210,7 @@ def coefficients(
     else:
         soft, sharp, teacher, at_y = tl.zeros_like(raw), tl.zeros_like(raw), tl.zeros_like(raw), tl.zeros_like(raw)
     slope = tl.zeros_like(soft)
-    more, with_s = (slope,), slope
+    more, with_s = Slopes(slope, slope, slope, slope), slope
     if LOSS >= POINTWISE:
         one, more, with_s = pointwise(sums, weights, LOSS, STD)
         two = tl.zeros_like(one) + column
@@ -208,19 +220,21 @@ def coefficients(
         # Backwards through z = f (x - mean), f = 1 / (d + 1e-7): f g_j - z_j sum(g z) / ((n - 1) d); g sums to 0.
         mean, deviation, number = moments
         f = 1.0 / (deviation + 1e-7)
-        w_sharp = stats[13] if SINGLE else stats[14]
+        w_sharp = stats.w_soft if SINGLE else stats.w_sharp
         centred = tl.where(possible, s_y - mean, 0.0)
         with_z = (
-            with_s if LOSS >= POINTWISE else soft * stats[13] + sharp * w_sharp + teacher * stats[15] + at_y * centred
+            with_s
+            if LOSS >= POINTWISE
+            else soft * stats.w_soft + sharp * w_sharp + teacher * stats.w_teacher + at_y * centred
         )
         flat = deviation == 0.0
         slope = tl.where(flat, 0.0, f * f * with_z / (tl.maximum(number - 1.0, 1.0) * tl.where(flat, 1.0, deviation)))
         soft, sharp, teacher, at_y = soft * f, sharp * f, teacher * f, at_y * f - slope * centred
         if LOSS >= POINTWISE:
-            more = (more[0] * f, more[1] * f, more[2] * f, more[3] * f)
+            more = Slopes(more.by_1 * f, more.by_2 * f, more.by_column * f, more.offset * f)
     if not RAW:  # the CE's exponentials are the sharp ones
         sharp += raw
     if SINGLE:
         soft += sharp
     at_y = tl.where(possible, at_y + at_ce, 0.0)
-    return one, two, ce, soft, sharp, teacher, raw, v_weight, constant, slope, at_y, more
+    return one, two, ce, Coefficients(soft, sharp, teacher, raw, v_weight, constant, slope, at_y), more

@@ -56,8 +56,10 @@ from fused_kd.backends.triton.kernels.rows import (
     make_scales,
     narrowed,
     power_of_two_below,
+    scaled_by,
     tile_moments,
 )
+from fused_kd.backends.triton.kernels.values import Constants, Moments, Slopes, Weights
 
 _NEG_INF = tl.constexpr(float("-inf"))
 _COUNT_BLOCK = tl.constexpr(512)
@@ -78,7 +80,7 @@ RUNTIME = [
 
 @triton.jit
 def all_weights(first, second, temperature, ce_weight, smoothing, ACC: tl.constexpr):
-    return (
+    return Weights(
         tl.full((), first, ACC),
         tl.full((), second, ACC),
         tl.full((), temperature, ACC),
@@ -204,12 +206,12 @@ def rows_on_chip(
     if LOSS != TF_KD:
         t = tl.load(at(teacher_base[:, None], cols, teacher_col, UNIT), mask=mask, other=_NEG_INF).to(ACC)
         t_y = tl.load(at(teacher_base, y, teacher_col, UNIT), mask=counted, other=0.0).to(ACC)
-    s_moments = (s_y, s_y, s_y)
+    s_moments = Moments(s_y, s_y, s_y)
     t_moments = s_moments
     if STD:
         s_moments = tile_moments(s)
         t_moments = tile_moments(t)
-    scales = make_scales(weights[2], s_moments, t_moments, k, LOSS, STD)
+    scales = make_scales(weights.temperature, s_moments, t_moments, k, LOSS, STD)
     is_target = cols == y[:, None]
     whole_s, whole_t = s, t
     s = tl.where(is_target, _NEG_INF, s)
@@ -222,7 +224,7 @@ def rows_on_chip(
     present = mask & (cols != y[:, None])
     stats = accumulate(empty_statistics(ROWS, ACC), s, t, v, present, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
     if PROB:
-        valid = 1.0 + 0.0 * (stats[7] + v_y)
+        valid = 1.0 + 0.0 * (stats.v_sum + v_y)
     sums = stats
     of_column = tl.zeros([1], ACC)
     if LOSS >= POINTWISE:
@@ -231,13 +233,13 @@ def rows_on_chip(
         # At the target its distance from the mean is read, and with COLUMNS it is a class as any other.
         s_tile = whole_s if STD or COLUMNS else s
         t_tile = whole_t if COLUMNS else t
-        constants = (weights[0], 1.0 / classes.to(ACC))
+        constants = Constants(weights.first, 1.0 / classes.to(ACC))
         sums = add_sums(
             no_sums(ROWS, ACC), s_tile, t_tile, of_columns, is_target, mask, stats, of_rows, constants, scales,
             LOSS, STD, COLUMNS,
         )  # fmt: skip
         of_column = column_part(correlations, correlation_items, weights, classes, ACC, COLUMNS, _COUNT_BLOCK)
-    part_y, part_rest, part_ce, soft, sharp, teach, raw, v_weight, constant, slope, at_target, more = coefficients(
+    part_y, part_rest, part_ce, gradient_of, more = coefficients(
         stats, sums, of_column, s_y, t_y, v_y, weights, scales, s_moments, classes, LOSS, SINGLE, PROB, STD, LINEAR, RAW
     )
     of_loss = valid
@@ -251,13 +253,11 @@ def rows_on_chip(
     store_parts(parts, loss, norm, norm_value, rows, row, inside, part_y, part_rest, part_ce, PER_ROW)
     if GRAD:
         by = of_gradient * gradient_scale(counts, target_row, count_items, ignore_index, scale, ACC, COUNT, HALF)
-        scaled = (
-            soft * by, sharp * by, teach * by, raw * by, v_weight * by, constant * by, slope * by, at_target * by,
-        )  # fmt: skip
+        scaled = scaled_by(gradient_of, by)
         g = combine(s, t, v, stats, scaled, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
-        g = tl.where(is_target, scaled[7][:, None], g)
+        g = tl.where(is_target, scaled.target[:, None], g)
         if LOSS >= POINTWISE:
-            more = (more[0] * by, more[1] * by, more[2] * by, more[3] * by)
+            more = Slopes(more.by_1 * by, more.by_2 * by, more.by_column * by, more.offset * by)
             g = add_slopes(
                 g, s_tile, t_tile, of_columns, is_target, stats, of_rows, constants, more, scales, LOSS, STD, COLUMNS
             )

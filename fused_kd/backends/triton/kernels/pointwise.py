@@ -12,7 +12,7 @@ own at its classes: in registers on chip, a third walk where rows are walked. su
 that what all h_j have in common, rounding included, leaves the gradient.
 
 ``of_rows`` are the softmaxes of rows: (p_y, factor, log_z, -log p_y), twice, with p_j = factor e_j and log p_j = the
-exponent less log_z outside the target (:func:`.rows.join_target`). ``constants`` are (first weight, 1 / C).
+exponent less log_z outside the target (:func:`.rows.join_target`).
 
 With COLUMNS, DIST's column term, there are four numbers of each class for its slope c_0 (q - c_2) + c_1 (p - c_3),
 times the number of rows that count. Where a column's correlation is near 1 that is a small difference, so p and q are
@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from fused_kd.backends.triton.kernels.rows import DIST, JS, LN2, join_target, per_row, zero_if_empty
+from fused_kd.backends.triton.kernels.values import PointwiseSums, Slopes
 
 _NEG_INF = tl.constexpr(float("-inf"))
 
@@ -33,11 +34,11 @@ _NEG_INF = tl.constexpr(float("-inf"))
 @triton.jit
 def _summed(p, q, log_p, log_q, constants, LOSS: tl.constexpr):
     if LOSS == DIST:
-        a = p - constants[1]
-        b = q - constants[1]
+        a = p - constants.share
+        b = q - constants.share
         return a * b, a * a, b * b
     elif LOSS == JS:
-        to_p, to_q = _mixture_logs(log_p, log_q, constants[0])
+        to_p, to_q = _mixture_logs(log_p, log_q, constants.first)
         return tl.where(p == 0.0, 0.0, -p * to_p), p, tl.where(q == 0.0, 0.0, -q * to_q)
 
 
@@ -45,9 +46,9 @@ def _summed(p, q, log_p, log_q, constants, LOSS: tl.constexpr):
 def _slopes(p, q, log_p, log_q, constants, LOSS: tl.constexpr):
     """f_1 and f_2; what a loss of one slope gives for the second is not used."""
     if LOSS == DIST:
-        return q - constants[1], p - constants[1]
+        return q - constants.share, p - constants.share
     elif LOSS == JS:
-        to_p, _to_q = _mixture_logs(log_p, log_q, constants[0])
+        to_p, _to_q = _mixture_logs(log_p, log_q, constants.first)
         return -to_p, p
 
 
@@ -57,12 +58,12 @@ def _terms(sums, weights, LOSS: tl.constexpr):
     first, _second, temperature, _ce_weight, _smoothing = weights
     if LOSS == DIST:
         weight = first * temperature * temperature
-        r, c_1, c_2 = correlation_terms(sums[0], sums[1], sums[2], weight)
+        r, c_1, c_2 = correlation_terms(sums.of_1, sums.of_2, sums.of_3, weight)
         part = weight * (1.0 - r)
     elif LOSS == JS:
         rest = tl.where(first == 1.0, 1.0, 1.0 - first)
         weight = temperature * temperature * LN2
-        part = weight * (rest * sums[0] + tl.where(first == 1.0, 0.0, first * sums[2]))
+        part = weight * (rest * sums.of_1 + tl.where(first == 1.0, 0.0, first * sums.of_3))
         c_1 = weight * rest + tl.zeros_like(part)
         c_2 = tl.zeros_like(part)
     return part, c_1, c_2
@@ -109,8 +110,8 @@ def softmaxes(stats, s_y, t_y, states, rows, row, counted, scales, COLUMNS: tl.c
             ),
         )
     else:
-        p_y, _p_rest, p_factor, p_log_z, p_nll = join_target(s_y, stats[0], stats[1], scales[0])
-        q_y, _q_rest, q_factor, q_log_z, q_nll = join_target(t_y, stats[3], stats[4], scales[1])
+        p_y, _p_rest, p_factor, p_log_z, p_nll = join_target(s_y, stats.s_max, stats.s_soft, scales.soft_s)
+        q_y, _q_rest, q_factor, q_log_z, q_nll = join_target(t_y, stats.t_max, stats.t_soft, scales.soft_t)
         return (p_y, p_factor, p_log_z, p_nll), (q_y, q_factor, q_log_z, q_nll)
 
 
@@ -168,7 +169,7 @@ def column_part(correlations, items, weights, classes, ACC: tl.constexpr, COLUMN
 @triton.jit
 def no_sums(LANES: tl.constexpr, ACC: tl.constexpr):
     zero = tl.zeros([LANES], ACC)
-    return zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
+    return PointwiseSums(zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
 
 
 @triton.jit
@@ -187,11 +188,10 @@ def add_sums(
     STD: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Add tiles (lanes, classes) to sums of lanes: the loss's three; those of p f_1, p f_2 (or p, where there is no
-    f_2) and p column; and with STD those of p, p f_1, p f_2 and p column, each times s - mean."""
+    """Add tiles (lanes, classes) to sums of lanes."""
     x_1, x_2, x_3, y_1, y_2, y_column, w, w_1, w_2, w_column = sums
-    p, log_p = _softmax_tile(s, is_target, stats[0], of_rows[0], scales[0], STD, COLUMNS)
-    q, log_q = _softmax_tile(t, is_target, stats[3], of_rows[1], scales[1], STD, COLUMNS)
+    p, log_p = _softmax_tile(s, is_target, stats.s_max, of_rows[0], scales.soft_s, STD, COLUMNS)
+    q, log_q = _softmax_tile(t, is_target, stats.t_max, of_rows[1], scales.soft_t, STD, COLUMNS)
     one, two, three = _summed(p, q, log_p, log_q, constants, LOSS)
     x_1 += tl.sum(tl.where(inside, one, 0.0), 1)
     if LOSS != JS:  # which has one slope
@@ -209,41 +209,43 @@ def add_sums(
         by_column = tl.where(none, 0.0, p * _column_slope(columns, p, q))
         y_column += tl.sum(by_column, 1)
     if STD:
-        centred = tl.where(none, 0.0, s - scales[4][:, None])
+        centred = tl.where(none, 0.0, s - scales.mean_s[:, None])
         w += tl.sum(tl.where(none, 0.0, p * centred), 1)
         w_1 += tl.sum(by_1 * centred, 1)
         if LOSS != JS:
             w_2 += tl.sum(by_2 * centred, 1)
         if COLUMNS:
             w_column += tl.sum(by_column * centred, 1)
-    return x_1, x_2, x_3, y_1, y_2, y_column, w, w_1, w_2, w_column
+    return PointwiseSums(x_1, x_2, x_3, y_1, y_2, y_column, w, w_1, w_2, w_column)
+
+
+@triton.jit
+def _total(x):
+    return tl.sum(x, 0, keep_dims=True)
 
 
 @triton.jit
 def merge_sums(sums):
     """The sums (1,) of a row from those of its lanes."""
-    x_1, x_2, x_3, y_1, y_2, y_column, w, w_1, w_2, w_column = sums
-    return (
-        tl.sum(x_1, 0, keep_dims=True), tl.sum(x_2, 0, keep_dims=True), tl.sum(x_3, 0, keep_dims=True),
-        tl.sum(y_1, 0, keep_dims=True), tl.sum(y_2, 0, keep_dims=True), tl.sum(y_column, 0, keep_dims=True),
-        tl.sum(w, 0, keep_dims=True), tl.sum(w_1, 0, keep_dims=True), tl.sum(w_2, 0, keep_dims=True),
-        tl.sum(w_column, 0, keep_dims=True),
+    return PointwiseSums(
+        _total(sums.of_1), _total(sums.of_2), _total(sums.of_3), _total(sums.by_1), _total(sums.by_2),
+        _total(sums.by_column), _total(sums.w), _total(sums.w_1), _total(sums.w_2), _total(sums.w_column),
     )  # fmt: skip
 
 
 @triton.jit
 def pointwise(sums, weights, LOSS: tl.constexpr, STD: tl.constexpr):
-    """The loss's part, (c_1, c_2, the column's factor, -sum p_k h_k) / T, and with STD the sum of g_j (s_j - mean)."""
+    """The loss's part, its :class:`.values.Slopes`, and with STD the sum of g_j (s_j - mean)."""
     part, c_1, c_2 = _terms(sums, weights, LOSS)
-    by = 1.0 / weights[2]
+    by = 1.0 / weights.temperature
     if LOSS == JS:
         # The p_k add up to 1 but for their rounding, which times a slope of 7 is more than a saturated row's gradient
         # may be off: it is in both sums, and leaves their quotient.
-        mean_slope = c_1 * (sums[3] / sums[4])
+        mean_slope = c_1 * (sums.by_1 / sums.by_2)
     else:
-        mean_slope = c_1 * sums[3] + c_2 * sums[4] + sums[5]
-    with_s = by * (c_1 * sums[7] + c_2 * sums[8] + sums[9] - mean_slope * sums[6])
-    return part, (c_1 * by, c_2 * by, tl.zeros_like(c_1) + by, -mean_slope * by), with_s
+        mean_slope = c_1 * sums.by_1 + c_2 * sums.by_2 + sums.by_column
+    with_s = by * (c_1 * sums.w_1 + c_2 * sums.w_2 + sums.w_column - mean_slope * sums.w)
+    return part, Slopes(c_1 * by, c_2 * by, tl.zeros_like(c_1) + by, -mean_slope * by), with_s
 
 
 @triton.jit
@@ -262,13 +264,13 @@ def add_slopes(
     STD: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """g, tiles of the CE's gradient, and the loss's own, from ``more`` of :func:`pointwise`."""
-    p, log_p = _softmax_tile(s, is_target, stats[0], of_rows[0], scales[0], STD, COLUMNS)
-    q, log_q = _softmax_tile(t, is_target, stats[3], of_rows[1], scales[1], STD, COLUMNS)
+    """g, tiles of the CE's gradient, and the loss's own, from its slopes."""
+    p, log_p = _softmax_tile(s, is_target, stats.s_max, of_rows[0], scales.soft_s, STD, COLUMNS)
+    q, log_q = _softmax_tile(t, is_target, stats.t_max, of_rows[1], scales.soft_t, STD, COLUMNS)
     f_1, f_2 = _slopes(p, q, log_p, log_q, constants, LOSS)
-    h = more[0][:, None] * f_1 + more[3][:, None]
+    h = more.by_1[:, None] * f_1 + more.offset[:, None]
     if LOSS != JS:
-        h += more[1][:, None] * f_2
+        h += more.by_2[:, None] * f_2
     if COLUMNS:
-        h += more[2][:, None] * _column_slope(columns, p, q)
+        h += more.by_column[:, None] * _column_slope(columns, p, q)
     return g + tl.where(p == 0.0, 0.0, p * h)

@@ -12,23 +12,17 @@ saturated target (s_y - m_s may be hundreds) nor p_y -> 1 costs anything by canc
 function in :mod:`.losses`; one whose gradient is another function of both softmaxes has it in
 :mod:`.pointwise`, and only its CE is such a combination.
 
-``scales`` are (soft_s, soft_t, sharp_s, sharp_t, mean_s): log2(e) over the temperature T, twice, and log2(e), twice, as
-scalars; with STD (logit standardization) of each row's own, since z-scores are the logits at another scale, and the
-mean that the student's row has. RAW asks for exponentials of the student at log2(e) too, for the CE.
-
-Conventions: a statistics tuple is (m_s, z_s, z_sharp, m_t, z_t, z_tsharp, dot, v_sum, v_dot, v_dot_t, linear, number,
-z_raw, w_soft, w_sharp, w_teacher), where z are sums of exponentials relative to the maximum; dot = sum f_j u_j with u_j
-= (s_j - m_s) soft_s, less (t_j - m_t) soft_t where a loss wants KL's logarithms; v are class
-probabilities: v_sum = sum V_j, v_dot = sum V_j (s_j - m_s), v_dot_t the same of the teacher; linear = sum (s_j - m_s)
-of ``number`` classes; w are sums of exponentials times s_j - mean_s. What a variant does not use stays a constant that
-the compiler drops. A class left out of a sum, for being the target or past the end of the row, has the logit -inf and
-the probability 0.
+Of :mod:`.values`, what a variant does not use stays a constant that the compiler drops. A class left out of a sum, for
+being the target or past the end of the row, has the logit -inf and the probability 0. RAW asks for exponentials of the
+student at log2(e), for the CE.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from fused_kd.backends.triton.kernels.values import Coefficients, Moments, Scales, Statistics
 
 # NaN is no constant of a module here: the JIT compares these with != at every launch, and would refuse the second.
 _NEG_INF = tl.constexpr(float("-inf"))
@@ -88,7 +82,7 @@ def per_row(x, STD: tl.constexpr):
 def _rescale(stats, m_s, m_t, scales, LOSS: tl.constexpr, SINGLE: tl.constexpr):
     """The same statistics relative to other maxima, at least as large. No sum of anything is taken here."""
     (
-        old_s, z_s, z_sharp, old_t, z_t, z_tsharp, dot, v_sum, v_dot, v_dot_t, linear, number, z_raw,
+        old_s, s_soft, s_sharp, old_t, t_soft, t_sharp, cross, v_sum, v_cross, v_cross_t, linear, number, s_raw,
         w_soft, w_sharp, w_teacher,
     ) = stats  # fmt: skip
     soft_s, soft_t, sharp_s, sharp_t, _mean = scales
@@ -96,14 +90,14 @@ def _rescale(stats, m_s, m_t, scales, LOSS: tl.constexpr, SINGLE: tl.constexpr):
     # Where nothing finite was seen, the sums are 0 or -inf, and moving the origin changes neither.
     moved_s = tl.where(old_s == _NEG_INF, 0.0, down_s)
     factor_s = tl.exp2(down_s * soft_s)
-    z_s = z_s * factor_s
+    s_soft = s_soft * factor_s
     w_soft = w_soft * factor_s
     if not SINGLE:
         sharp = tl.exp2(down_s * sharp_s)
-        z_sharp = z_sharp * sharp
+        s_sharp = s_sharp * sharp
         w_sharp = w_sharp * sharp
-    z_raw = z_raw * tl.exp2(down_s * LOG2E)
-    v_dot = v_dot + moved_s * v_sum
+    s_raw = s_raw * tl.exp2(down_s * LOG2E)
+    v_cross = v_cross + moved_s * v_sum
     linear = linear + moved_s * number
     if LOSS != TF_KD:
         down_t = old_t - zero_if_empty(m_t)
@@ -113,20 +107,23 @@ def _rescale(stats, m_s, m_t, scales, LOSS: tl.constexpr, SINGLE: tl.constexpr):
             moved = moved_s * soft_s
             if (LOSS == KD) or (LOSS == DKD):
                 moved -= moved_t * soft_t
-            dot = tl.where(factor_t == 0.0, 0.0, factor_t * (dot + moved * z_t))
-        z_t = z_t * factor_t
+            cross = tl.where(factor_t == 0.0, 0.0, factor_t * (cross + moved * t_soft))
+        t_soft = t_soft * factor_t
         w_teacher = w_teacher * factor_t
         if (not SINGLE) and (LOSS < POINTWISE):
-            z_tsharp = z_tsharp * tl.exp2(down_t * sharp_t)
-        v_dot_t = v_dot_t + moved_t * v_sum
-    return z_s, z_sharp, z_t, z_tsharp, dot, v_sum, v_dot, v_dot_t, linear, number, z_raw, w_soft, w_sharp, w_teacher
+            t_sharp = t_sharp * tl.exp2(down_t * sharp_t)
+        v_cross_t = v_cross_t + moved_t * v_sum
+    return Statistics(
+        m_s, s_soft, s_sharp, m_t, t_soft, t_sharp, cross, v_sum, v_cross, v_cross_t, linear, number, s_raw,
+        w_soft, w_sharp, w_teacher,
+    )  # fmt: skip
 
 
 @triton.jit
 def empty_statistics(LANES: tl.constexpr, ACC: tl.constexpr):
     nothing = tl.full([LANES], _NEG_INF, ACC)
     zero = tl.zeros([LANES], ACC)
-    return (
+    return Statistics(
         nothing, zero, zero, nothing, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero,
     )  # fmt: skip
 
@@ -150,50 +147,51 @@ def accumulate(
     TEACHER: tl.constexpr = LOSS != TF_KD
     DIVERGENCE: tl.constexpr = (LOSS == KD) or (LOSS == DKD)
     soft_s, soft_t, sharp_s, sharp_t, mean = scales
-    m_s = tl.maximum(stats[0], tl.max(s, 1))
-    m_t = tl.maximum(stats[3], tl.max(t, 1)) if TEACHER else stats[3]
+    m_s = tl.maximum(stats.s_max, tl.max(s, 1))
+    m_t = tl.maximum(stats.t_max, tl.max(t, 1)) if TEACHER else stats.t_max
     (
-        z_s, z_sharp, z_t, z_tsharp, dot, v_sum, v_dot, v_dot_t, linear, number, z_raw, w_soft, w_sharp, w_teacher,
+        m_s, s_soft, s_sharp, m_t, t_soft, t_sharp, cross, v_sum, v_cross, v_cross_t, linear, number, s_raw,
+        w_soft, w_sharp, w_teacher,
     ) = _rescale(stats, m_s, m_t, scales, LOSS, SINGLE)  # fmt: skip
     d_s = s - zero_if_empty(m_s)[:, None]
     u = d_s * per_row(soft_s, STD)
     e = tl.exp2(u)
-    z_s += tl.sum(e, 1)
+    s_soft += tl.sum(e, 1)
     if STD and (LOSS < POINTWISE):
         centred = tl.where(s == _NEG_INF, 0.0, s - mean[:, None])
         w_soft += tl.sum(e * centred, 1)
     if not SINGLE:
         sharp = tl.exp2(d_s * per_row(sharp_s, STD))
-        z_sharp += tl.sum(sharp, 1)
+        s_sharp += tl.sum(sharp, 1)
         if STD and (LOSS < POINTWISE):
             w_sharp += tl.sum(sharp * centred, 1)
     if RAW:
-        z_raw += tl.sum(tl.exp2(d_s * LOG2E), 1)
+        s_raw += tl.sum(tl.exp2(d_s * LOG2E), 1)
     if TEACHER:
         d_t = t - zero_if_empty(m_t)[:, None]
         u_t = d_t * per_row(soft_t, STD)
         f = tl.exp2(u_t)
-        z_t += tl.sum(f, 1)
+        t_soft += tl.sum(f, 1)
         if DIVERGENCE:
             u = u - u_t
         if LOSS < POINTWISE:
             # 0 log 0 = 0: an impossible class costs only where the teacher gives it mass.
-            dot += tl.sum(f * tl.where(f == 0.0, 0.0, u), 1)
+            cross += tl.sum(f * tl.where(f == 0.0, 0.0, u), 1)
             if STD:
                 w_teacher += tl.sum(f * centred, 1)
         if not SINGLE:
             if (not DIVERGENCE) and (LOSS < POINTWISE):
-                z_tsharp += tl.sum(tl.exp2(d_t * per_row(sharp_t, STD)), 1)
+                t_sharp += tl.sum(tl.exp2(d_t * per_row(sharp_t, STD)), 1)
     if PROB:
         v_sum += tl.sum(v, 1)
-        v_dot += tl.sum(v * tl.where(v == 0.0, 0.0, d_s), 1)
+        v_cross += tl.sum(v * tl.where(v == 0.0, 0.0, d_s), 1)
         if LOSS == WSLD:
-            v_dot_t += tl.sum(v * tl.where(v == 0.0, 0.0, d_t), 1)
+            v_cross_t += tl.sum(v * tl.where(v == 0.0, 0.0, d_t), 1)
     if LINEAR:
         linear += tl.sum(tl.where(present, d_s, 0.0), 1)
         number += tl.sum(tl.where(present, 1.0, 0.0), 1)
-    return (
-        m_s, z_s, z_sharp, m_t, z_t, z_tsharp, dot, v_sum, v_dot, v_dot_t, linear, number, z_raw,
+    return Statistics(
+        m_s, s_soft, s_sharp, m_t, t_soft, t_sharp, cross, v_sum, v_cross, v_cross_t, linear, number, s_raw,
         w_soft, w_sharp, w_teacher,
     )  # fmt: skip
 
@@ -206,39 +204,37 @@ def _total(x):
 @triton.jit
 def merge_lanes(stats, scales, LOSS: tl.constexpr, SINGLE: tl.constexpr):
     """The statistics (1,) of a row from those of its lanes."""
-    m_s = tl.max(stats[0], 0, keep_dims=True)
-    m_t = tl.max(stats[3], 0, keep_dims=True)
-    (
-        z_s, z_sharp, z_t, z_tsharp, dot, v_sum, v_dot, v_dot_t, linear, number, z_raw, w_soft, w_sharp, w_teacher,
-    ) = _rescale(stats, m_s, m_t, scales, LOSS, SINGLE)  # fmt: skip
-    return (
-        m_s, _total(z_s), _total(z_sharp), m_t, _total(z_t), _total(z_tsharp), _total(dot), _total(v_sum),
-        _total(v_dot), _total(v_dot_t), _total(linear), _total(number), _total(z_raw),
-        _total(w_soft), _total(w_sharp), _total(w_teacher),
+    m_s = tl.max(stats.s_max, 0, keep_dims=True)
+    m_t = tl.max(stats.t_max, 0, keep_dims=True)
+    at = _rescale(stats, m_s, m_t, scales, LOSS, SINGLE)
+    return Statistics(
+        m_s, _total(at.s_soft), _total(at.s_sharp), m_t, _total(at.t_soft), _total(at.t_sharp), _total(at.cross),
+        _total(at.v_sum), _total(at.v_cross), _total(at.v_cross_t), _total(at.linear), _total(at.number),
+        _total(at.s_raw), _total(at.w_soft), _total(at.w_sharp), _total(at.w_teacher),
     )  # fmt: skip
 
 
 @triton.jit
 def tile_moments(x):
-    """(mean, unbiased deviation, number) of the classes that can occur, of rows held whole."""
+    """:class:`.values.Moments` of rows held whole."""
     possible = x != _NEG_INF
     # About the largest first, so that a constant row comes out as one.
     largest = zero_if_empty(tl.max(x, 1))
     number = tl.sum(tl.where(possible, 1.0, 0.0).to(x.dtype), 1)
     mean = largest + tl.sum(tl.where(possible, x - largest[:, None], 0.0), 1) / tl.maximum(number, 1.0)
     centred = tl.where(possible, x - mean[:, None], 0.0)
-    return mean, tl.sqrt(tl.sum(centred * centred, 1) / tl.maximum(number - 1.0, 1.0)), number
+    return Moments(mean, tl.sqrt(tl.sum(centred * centred, 1) / tl.maximum(number - 1.0, 1.0)), number)
 
 
 @triton.jit
 def make_scales(temperature, s_moments, t_moments, k, LOSS: tl.constexpr, STD: tl.constexpr):
-    """The scales; of moments (mean, deviation, number) with STD."""
+    """The scales; of moments with STD."""
     if STD:
-        sharp_s = k / (s_moments[1] + 1e-7)
-        sharp_t = k / (t_moments[1] + 1e-7)
+        sharp_s = k / (s_moments.deviation + 1e-7)
+        sharp_t = k / (t_moments.deviation + 1e-7)
         soft_s = sharp_s / temperature
         soft_t = sharp_t / temperature
-        mean = s_moments[0]
+        mean = s_moments.mean
         if (LOSS == KD) or (LOSS == DKD) or (LOSS >= POINTWISE):  # whose sharp exponentials are the CE's
             sharp_s = tl.zeros_like(sharp_s) + k
             sharp_t = tl.zeros_like(sharp_t) + k
@@ -248,7 +244,16 @@ def make_scales(temperature, s_moments, t_moments, k, LOSS: tl.constexpr, STD: t
         soft_s = k if LOSS == TF_KD else k / temperature
         soft_t = soft_s
         mean = k
-    return soft_s, soft_t, sharp_s, sharp_t, mean
+    return Scales(soft_s, soft_t, sharp_s, sharp_t, mean)
+
+
+@triton.jit
+def scaled_by(at, by):
+    """The coefficients of a gradient that is multiplied by a number of each row's own."""
+    return Coefficients(
+        at.soft * by, at.sharp * by, at.teacher * by, at.raw * by, at.v * by, at.constant * by, at.slope * by,
+        at.target * by,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -270,7 +275,7 @@ def combine(
     the target: there it is the last of them."""
     soft, sharp, teacher, raw, v_weight, constant, slope, _at_target = coefficients
     soft_s, soft_t, sharp_s, _sharp_t, mean = scales
-    d_s = s - zero_if_empty(stats[0])[:, None]
+    d_s = s - zero_if_empty(stats.s_max)[:, None]
     if SINGLE or (LOSS < POINTWISE):
         g = soft[:, None] * tl.exp2(d_s * per_row(soft_s, STD))
         if not SINGLE:
@@ -280,7 +285,7 @@ def combine(
     if RAW:
         g += raw[:, None] * tl.exp2(d_s * LOG2E)
     if (LOSS != TF_KD) and (LOSS < POINTWISE):
-        d_t = t - zero_if_empty(stats[3])[:, None]
+        d_t = t - zero_if_empty(stats.t_max)[:, None]
         g += teacher[:, None] * tl.exp2(d_t * per_row(soft_t, STD))
     if PROB:
         g -= v_weight[:, None] * v

@@ -20,6 +20,7 @@ from fused_kd.backends.triton.kernels.rows import (
     combine,
     zero_if_empty,
 )
+from fused_kd.backends.triton.kernels.values import Moments
 
 _NEG_INF = tl.constexpr(float("-inf"))
 
@@ -123,7 +124,7 @@ def gradient_tile(
     s, t, v = load_tiles(bases, strides, offsets, mask, MASKED, UNIT, LOSS, PROB, True, ACC)
     g = combine(s, t, v, stats, scaled, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
     if target_here:
-        g = tl.where(is_target, scaled[7][:, None], g)
+        g = tl.where(is_target, scaled.target[:, None], g)
     if LOSS >= POINTWISE:
         tile = load_columns(columns, offsets, mask, classes, MASKED, COLUMNS)
         g = add_slopes(g, s, t, tile, is_target, stats, of_rows, constants, more, scales, LOSS, STD, COLUMNS)
@@ -135,7 +136,7 @@ def row_moments(
     base, stride, before, at_edge, in_edge, lane, end,
     LANES: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, EDGES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """(mean, unbiased deviation, number) of the classes of a row that can occur, in two walks of their own."""
+    """:class:`.values.Moments` of a row, in two walks of their own."""
     # About some logit first, so that a constant row comes out as one.
     about = zero_if_empty(tl.load(base - before * stride).to(ACC)) + tl.zeros([1], ACC)
     total = tl.zeros([LANES], ACC)
@@ -158,7 +159,7 @@ def row_moments(
         x = load_part(base, start + lane, stride, start + lane < end, True, UNIT, False, ACC)
         centred = tl.where(x == _NEG_INF, 0.0, x - mean)
         square += tl.sum(centred * centred, 1)
-    return mean, tl.sqrt(tl.sum(square, 0, keep_dims=True) / tl.maximum(number - 1.0, 1.0)), number
+    return Moments(mean, tl.sqrt(tl.sum(square, 0, keep_dims=True) / tl.maximum(number - 1.0, 1.0)), number)
 
 
 @triton.jit

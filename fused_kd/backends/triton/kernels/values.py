@@ -1,0 +1,107 @@
+# mypy: ignore-errors
+# Triton compiles these functions; to a type checker they are not Python.
+"""What goes from stage to stage of a row kernel, by the names of csrc/losses/row_losses.h; :mod:`.rows` has the
+notation.
+
+All are blocks: of rows, or of a row's lanes, or of one row.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton.language as tl
+
+
+class Statistics(NamedTuple):
+    """Of a row, or of a lane's share of it, (rows or lanes,) each, over the classes other than the target."""
+
+    s_max: tl.tensor  # m_s
+    s_soft: tl.tensor  # sum of e_j(soft_s), relative to the maximum as all such sums
+    s_sharp: tl.tensor
+    t_max: tl.tensor  # m_t
+    t_soft: tl.tensor  # sum of f_j
+    t_sharp: tl.tensor
+    cross: tl.tensor  # sum f_j (s_j - m_s) soft_s, less f_j (t_j - m_t) soft_t where a loss wants KL's logarithms
+    v_sum: tl.tensor  # of the class probabilities V_j
+    v_cross: tl.tensor  # sum V_j (s_j - m_s)
+    v_cross_t: tl.tensor  # sum V_j (t_j - m_t)
+    linear: tl.tensor  # sum s_j - m_s
+    number: tl.tensor  # of the classes in it
+    s_raw: tl.tensor  # sum of e_j(log2(e))
+    w_soft: tl.tensor  # sums of exponentials times s_j - mean_s
+    w_sharp: tl.tensor
+    w_teacher: tl.tensor
+
+
+class Scales(NamedTuple):
+    """log2(e) over the temperature T, twice, and log2(e), twice, as scalars; with STD (logit standardization) of each
+    row's own, since z-scores are the logits at another scale."""
+
+    soft_s: tl.tensor
+    soft_t: tl.tensor
+    sharp_s: tl.tensor
+    sharp_t: tl.tensor
+    mean_s: tl.tensor  # the mean of the student's row, with STD
+
+
+class Moments(NamedTuple):
+    """Of the classes of a row that can occur."""
+
+    mean: tl.tensor
+    deviation: tl.tensor  # unbiased
+    number: tl.tensor
+
+
+class Coefficients(NamedTuple):
+    """Of a row's gradient: of each exponential, of V_j, what is added, of s_j - mean_s, and the value at the target."""
+
+    soft: tl.tensor
+    sharp: tl.tensor
+    teacher: tl.tensor
+    raw: tl.tensor
+    v: tl.tensor
+    constant: tl.tensor
+    slope: tl.tensor
+    target: tl.tensor
+
+
+class Weights(NamedTuple):
+    """Hyper-parameters as scalars: two of the loss's own, see :mod:`.losses`, and those that all losses have."""
+
+    first: tl.tensor
+    second: tl.tensor
+    temperature: tl.tensor
+    ce_weight: tl.tensor
+    label_smoothing: tl.tensor
+
+
+class Constants(NamedTuple):
+    """What a loss's functions of a class need beside its probabilities."""
+
+    first: tl.tensor  # of the weights
+    share: tl.tensor  # 1 / C
+
+
+class PointwiseSums(NamedTuple):
+    """Of a row, or of a lane's share of it, over all its classes."""
+
+    of_1: tl.tensor  # the loss's own three
+    of_2: tl.tensor
+    of_3: tl.tensor
+    by_1: tl.tensor  # p f_1
+    by_2: tl.tensor  # p f_2, or p where there is no f_2
+    by_column: tl.tensor  # p times the column's slope
+    w: tl.tensor  # with STD, p, p f_1, p f_2 and p times the column's slope, each times s - mean
+    w_1: tl.tensor
+    w_2: tl.tensor
+    w_column: tl.tensor
+
+
+class Slopes(NamedTuple):
+    """h_j - sum p_k h_k is, of each, and with an offset: (c_1, c_2, 1, -sum p_k h_k) / T."""
+
+    by_1: tl.tensor
+    by_2: tl.tensor
+    by_column: tl.tensor
+    offset: tl.tensor
