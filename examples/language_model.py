@@ -51,7 +51,7 @@ def train(model: nn.Module, teacher: nn.Module | None, text: Tensor, steps: int,
             else:
                 with torch.no_grad():
                     teacher_logits = teacher(tokens)
-                loss = kd_loss(student_logits, teacher_logits, target, temperature=2.0, ce_weight=1.0, reduction="sum")
+                loss = kd_loss(student_logits, teacher_logits, target, temperature=1.0, ce_weight=0.5, reduction="sum")
             (loss / counted).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -144,7 +144,7 @@ def explain(student_logits: Tensor | torch.device | str = "cpu", loss: str = "nk
 
     Of several GPUs each has a choice of its own; ``"cuda"`` is the current one.
 
-    ``loss`` is one of the names that :func:`fused_kd.losses` has, such as ``"nkd"`` or ``"uskd"``.
+    ``loss`` is one of the names that :func:`fused_kd.catalogue` has, such as ``"nkd"`` or ``"uskd"``.
 
     Example:
         >>> print(fused_kd.explain(student_logits, loss="uskd"))
