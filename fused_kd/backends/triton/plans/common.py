@@ -44,6 +44,20 @@ def plan_count(
     return Counts(counts, 1, items, COUNT_PARTIAL)
 
 
+def divided(target: Tensor, reduction: str, dtype: torch.dtype) -> tuple[bool, float]:
+    """How a gradient of this dtype, a mean's, is divided by the number of rows that count.
+
+    Returns:
+        Whether the power of two next to that number stays for the backward op, since float16 might underflow when it is
+        divided; and what to multiply by at once, as far as it is known here: every row of probabilities counts.
+    """
+    mean, rows = reduction == "mean", target.shape[0]
+    half = mean and dtype == torch.float16
+    if not mean or not target.is_floating_point():
+        return half, 1.0
+    return half, (2.0 ** (rows.bit_length() - 1) if half else 1.0) / rows
+
+
 #: The loss, and for each of two gradients (or twice for one) its norm, that norm's value, and whether it is kept in
 #: float16, where the divisor's power of two goes into the norm.
 Finish = tuple[Tensor, tuple[Tensor, Tensor], tuple[float, float], tuple[bool, bool]]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_kd.backends.triton import layout, replay
 from fused_kd.backends.triton.launch import Launch, acc_types, planned
-from fused_kd.backends.triton.plans.common import plan_count, plan_reduction
+from fused_kd.backends.triton.plans.common import divided, plan_count, plan_reduction
 from fused_kd.backends.triton.plans.dist import plan_columns
 from fused_kd.core.catalogue import ROW_LOSSES, has_column_term
 from fused_kd.core.options import HyperParameters
@@ -105,7 +105,7 @@ def plan_row_loss(
         loss_name = "kd"
     acc = acc_types()[loss.dtype]
     probabilities = target.is_floating_point()
-    per_row, mean = reduction == "none", reduction == "mean"
+    per_row = reduction == "none"
     # As row_needs and one_temperature of csrc have it.
     temperature, ce, smoothed = hyper.temperature, hyper.ce_weight != 0.0, hyper.label_smoothing != 0.0
     sharp_distilled = loss_name in ("nkd", "wsld")
@@ -115,8 +115,7 @@ def plan_row_loss(
         or (temperature == 1.0 and (not standardize or (sharp_distilled and not ce)))
     )
     linear = loss_name == "tf_kd" or (ce and smoothed)
-    # float16 might underflow when divided by the row count, so the power of two next to it stays for the backward op.
-    half = mean and student.dtype == torch.float16
+    half, known = divided(target, reduction, student.dtype)
     target_row, target_col = target.stride() if probabilities else (target.stride(0), 0)
     launches: list[Launch] = []
     counts = plan_count(launches, target, ignore_index, reduction, need_gradient)
@@ -169,10 +168,6 @@ def plan_row_loss(
         options |= {"LANES": config.lanes, "WIDTH": config.width, "VEC": vector if together else 1}
         # The column term's numbers lie alike for every row: where the logits do too, they are vectors as well.
         options["EDGES"] = together and not (columns and classes % vector == 0)
-    # Every row of probabilities counts.
-    known = 1.0 / rows if mean and probabilities else 1.0
-    if half and probabilities:
-        known *= 2.0 ** (rows.bit_length() - 1)
     arguments = (
         student, teacher, target, gradient, loss, row_parts, norm, counts.source, factors,
         *(columns or (loss, loss, loss)), rows, classes, *student.stride(), *teacher.stride(), target_row, target_col,

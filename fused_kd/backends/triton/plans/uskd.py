@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_kd.backends.triton import layout, replay
 from fused_kd.backends.triton.launch import Launch, acc_types, planned
-from fused_kd.backends.triton.plans.common import plan_count, plan_reduction
+from fused_kd.backends.triton.plans.common import divided, plan_count, plan_reduction
 from fused_kd.core.options import HyperParameters
 from fused_kd.reference import accumulation_dtype
 
@@ -152,19 +152,14 @@ def plan_uskd(
     alpha, beta, mu = hyper.alpha, hyper.beta, hyper.mu
     ce_weight, smoothing = hyper.ce_weight, hyper.label_smoothing
     wide = loss.dtype == torch.float64
-    per_row, mean = reduction == "none", reduction == "mean"
+    per_row = reduction == "none"
     probabilities = target.is_floating_point()
     target_strides = _target_strides(target)
-    # float16 might underflow when divided by the row count, so the power of two next to it stays for the backward op.
-    halves = mean and student.dtype == torch.float16, mean and weak.dtype == torch.float16
+    (half_s, known_s), (half_w, known_w) = (divided(target, reduction, each.dtype) for each in (student, weak))
+    halves, scales = (half_s, half_w), (student_scale * known_s, weak_scale * known_w)
     launches: list[Launch] = []
     counts = plan_count(launches, target, ignore_index, reduction, need_student or need_weak)
     row_parts = parts if per_row else torch.empty((4, rows), dtype=loss.dtype, device=student.device)
-    # Every row of probabilities counts.
-    scales = [student_scale, weak_scale]
-    if mean and probabilities:
-        power = 2.0 ** (rows.bit_length() - 1)
-        scales = [scale / rows * (power if half else 1.0) for scale, half in zip(scales, halves, strict=True)]
     norm_values = 1.0 / student_scale, 1.0 / weak_scale
     linear = ce_weight != 0.0 and smoothing != 0.0
     config = layout.uskd_config(

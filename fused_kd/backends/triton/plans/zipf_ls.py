@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fused_kd.backends.triton import layout, replay
 from fused_kd.backends.triton.launch import Launch, acc_types, planned
-from fused_kd.backends.triton.plans.common import plan_count, plan_reduction
+from fused_kd.backends.triton.plans.common import divided, plan_count, plan_reduction
 from fused_kd.core.options import HyperParameters
 from fused_kd.reference import accumulation_dtype
 
@@ -60,9 +60,8 @@ def plan_zipf_ls(
     """The launches that fill the outputs, in order."""
     rows, positions, classes = dense.shape
     probabilities = target.is_floating_point()
-    per_row, mean = reduction == "none", reduction == "mean"
-    # float16 might underflow when divided by the row count, so the power of two next to it stays for the backward op.
-    half = mean and student.dtype == torch.float16
+    per_row = reduction == "none"
+    half, known = divided(target, reduction, student.dtype)
     launches: list[Launch] = []
     counts = plan_count(launches, target, ignore_index, reduction, need_gradient)
 
@@ -81,10 +80,6 @@ def plan_zipf_ls(
     matrices = [student, *([target] if probabilities else [])]
     vector = 16 // min(t.element_size() for t in matrices) if unit else 1
     config = layout.zipf_config(classes, wide=loss.dtype == torch.float64, probabilities=probabilities, neighbours=unit)
-    # Every row of probabilities counts.
-    known = 1.0 / rows if mean and probabilities else 1.0
-    if half and probabilities:
-        known *= 2.0 ** (rows.bit_length() - 1)
     options = {
         "ACC": acc_types()[loss.dtype],
         "ROWS": config.rows,
