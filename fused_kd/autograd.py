@@ -165,7 +165,7 @@ def row_loss(
     target: Tensor,
     row_weight: Tensor | None,
     loss: str,
-    hyper: HyperParameters,
+    hyper: list[float],
     standardize: bool,
     ignore_index: int,
     reduction: str,
@@ -174,6 +174,8 @@ def row_loss(
     kept: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The loss and, if wanted, its three parts, stacked, of checked rows; differentiable in the student's logits.
+
+    ``hyper`` are the fields of :class:`fused_kd.core.options.HyperParameters`.
 
     With ``kept`` the backward pass makes the gradient, of these: see :class:`_DistRows`.
     """
@@ -193,7 +195,7 @@ def zipf_ls(
     dense_logits: Tensor,
     target: Tensor,
     row_weight: Tensor | None,
-    hyper: HyperParameters,
+    hyper: list[float],
     ignore_index: int,
     reduction: str,
     backend: str,
@@ -208,7 +210,7 @@ def zipf_ls(
     return _apply_fused(_ZIPF_LS[int(scheduled)], student_logits, further, need_gradient, want_parts)
 
 
-def _given(hyper: HyperParameters) -> tuple[bool, tuple[float, ...] | Tensor]:
+def _given(hyper: list[float]) -> tuple[bool, list[float] | Tensor]:
     """Whether hyper-parameters may change in the graph that is being compiled, and they as the op then takes them.
 
     A float is a constant of a compiled graph until a call brings another value; then the graph is compiled once more,
@@ -221,7 +223,7 @@ def _given(hyper: HyperParameters) -> tuple[bool, tuple[float, ...] | Tensor]:
         for value in hyper:
             if not has_static_value(value):
                 return True, torch.stack([torch.ones((), dtype=torch.float64) * each for each in hyper])
-    return False, tuple(hyper)
+    return False, hyper
 
 
 def _apply_fused(
@@ -247,7 +249,7 @@ def uskd(
     target: Tensor,
     batch_sums: Tensor,
     row_weight: Tensor | None,
-    hyper: HyperParameters,
+    hyper: list[float],
     rank: str,
     square: bool,
     ignore_index: int,
@@ -320,7 +322,7 @@ def _autograd_of(op: Any, wanted: int) -> Any:
             labels, _, loss, hyper, _, _, reduction, _ = others
             # Of a schedule no value is known while a graph is recorded.
             known = not isinstance(hyper, Tensor)
-            coupled = has_column_term(loss, HyperParameters(*hyper)) if known else loss == "dist"
+            coupled = has_column_term(loss, HyperParameters._make(hyper)) if known else loss == "dist"
             if coupled and reduction == "none":
                 further = (other_logits, *others[:-1], False, backend)
                 return _DistRows.apply(student_logits, op, (student_logits, other_logits, labels), further)  # type: ignore[no-untyped-call]

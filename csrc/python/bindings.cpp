@@ -1,4 +1,8 @@
 // The Python module fused_kd._native, and its CPU functions: fused_kd/backends/native/__init__.py calls them.
+#include <cstring>
+#include <string>
+#include <vector>
+
 #include "../common/row_math.h"
 #include "../cpu/core.h"
 #include "boundary.h"
@@ -8,146 +12,171 @@ using namespace fused_kd;
 
 namespace {
 
-typedef std::tuple<std::string, int> Where; // instruction set, threads
+// (instruction set, threads)
+struct Where {
+    explicit Where(const py::tuple& given) {
+        Fields fields(given, 2);
+        const char* const name = fields.text();
+        threads = int(fields.integer());
+        static const std::vector<const Kernels*> runnable = runnable_kernels();
+        for (const Kernels* each : runnable)
+            if (std::strcmp(name, each->name) == 0) kernels = each;
+        if (!kernels)
+            throw py::value_error("instruction_set: expected one of instruction_sets(), got '" + std::string(name) +
+                                  "'");
+    }
+    const Kernels* kernels = nullptr;
+    int threads;
+};
 
-const Kernels& kernels_named(const std::string& name) {
-    static const std::vector<const Kernels*> runnable = runnable_kernels();
-    for (const Kernels* kernels : runnable)
-        if (name == kernels->name) return *kernels;
-    throw py::value_error("instruction_set: expected one of instruction_sets(), got '" + name + "'");
+// What a loss writes: the loss, its parts, the norm of each gradient, and the dtype of them all.
+LossOutputs outputs(const py::tuple& given, int gradients, int64_t reduction, DType& accumulate) {
+    Fields fields(given, 3 + gradients);
+    LossOutputs out = {};
+    out.reduction = Reduction(reduction);
+    out.loss = fields.address();
+    out.parts = fields.address();
+    for (int k = 0; k < gradients; ++k)
+        out.norms[k] = fields.address();
+    accumulate = fields.dtype();
+    return out;
 }
 
-// What a loss writes: loss, parts, norm of each gradient, and the dtype of all of them.
-typedef std::tuple<uintptr_t, uintptr_t, uintptr_t, int> Results;
-typedef std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int> PairResults;
-typedef std::tuple<uintptr_t, double> Gradient; // address, 0 where it is not wanted, and what it is multiplied by
-
-int64_t run_row_loss(const Where& where, const Given& student, const Given& teacher, const Given& target,
-                     const Shape& shape, int loss, const GivenHyperParameters& hyper,
-                     const std::tuple<bool, int64_t, int>& options, uintptr_t factors, const Gradient& gradient,
-                     const Results& results) {
-    const auto [instruction_set, threads] = where;
-    const auto [standardize, ignore_index, reduction] = options;
-    const auto [loss_out, parts_out, norm, accumulate] = results;
+// options: (standardize, ignore_index, reduction)
+int64_t run_row_loss(const py::tuple& where, const py::tuple& student, const py::tuple& teacher,
+                     const py::tuple& target, const py::tuple& shape, int loss, const py::tuple& hyper,
+                     const py::tuple& options, uintptr_t factors, const py::tuple& gradient, const py::tuple& results) {
+    const Where place(where);
+    const Shape size(shape);
+    const Gradient stored(gradient);
+    Fields asked(options, 3);
     RowArgs args = {};
     args.student = matrix(student);
     args.teacher = matrix(teacher);
     args.target = matrix(target);
-    args.factors = doubles(factors);
-    args.gradient = address(std::get<0>(gradient));
-    args.rows = shape[0];
-    args.classes = shape[1];
+    args.factors = reinterpret_cast<const double*>(factors);
+    args.gradient = stored.data;
+    args.rows = size.rows;
+    args.classes = size.classes;
     args.loss = loss;
     args.hyper = hyper_parameters(hyper);
-    args.standardize = standardize;
-    args.ignore_index = ignore_index;
-    args.gradient_scale = std::get<1>(gradient);
-    args.accumulate = DType(accumulate);
-    args.threads = threads;
-    const LossOutputs out = {Reduction(reduction), address(loss_out), address(parts_out), {address(norm), nullptr}};
-    const Kernels& kernels = kernels_named(instruction_set);
+    args.standardize = asked.flag();
+    args.ignore_index = asked.integer();
+    args.gradient_scale = stored.scale;
+    args.threads = place.threads;
+    const LossOutputs out = outputs(results, 1, asked.integer(), args.accumulate);
     py::gil_scoped_release release;
-    return row_loss(kernels, args, out);
+    return row_loss(*place.kernels, args, out);
 }
 
-int64_t run_uskd_batch_sums(const Where& where, const Given& student, const Given& target, const Shape& shape,
-                            bool square, int64_t ignore_index, int accumulate, uintptr_t sums) {
+int64_t run_uskd_batch_sums(const py::tuple& where, const py::tuple& student, const py::tuple& target,
+                            const py::tuple& shape, bool square, int64_t ignore_index, int accumulate, uintptr_t sums) {
+    const Where place(where);
+    const Shape size(shape);
     TargetProbsArgs args = {};
     args.student = matrix(student);
     args.target = matrix(target);
-    args.rows = shape[0];
-    args.classes = shape[1];
+    args.rows = size.rows;
+    args.classes = size.classes;
     args.square = square;
     args.ignore_index = ignore_index;
     args.accumulate = DType(accumulate);
-    args.threads = std::get<1>(where);
-    const Kernels& kernels = kernels_named(std::get<0>(where));
+    args.threads = place.threads;
     py::gil_scoped_release release;
-    return uskd_batch_sums(kernels, args, reinterpret_cast<double*>(sums));
+    return uskd_batch_sums(*place.kernels, args, reinterpret_cast<double*>(sums));
 }
 
-int64_t run_uskd(const Where& where, const Given& student, const Given& weak, const Given& target, const Shape& shape,
-                 const GivenHyperParameters& hyper, const std::tuple<int, bool, int64_t, int>& options,
-                 uintptr_t batch_sums, uintptr_t factors, const std::array<Gradient, 2>& gradients,
-                 const PairResults& results) {
-    const auto [instruction_set, threads] = where;
-    const auto [rank, square, ignore_index, reduction] = options;
-    const auto [loss_out, parts_out, student_norm, weak_norm, accumulate] = results;
+// options: (rank, square, ignore_index, reduction)
+int64_t run_uskd(const py::tuple& where, const py::tuple& student, const py::tuple& weak, const py::tuple& target,
+                 const py::tuple& shape, const py::tuple& hyper, const py::tuple& options, uintptr_t batch_sums,
+                 uintptr_t factors, const py::tuple& gradients, const py::tuple& results) {
+    const Where place(where);
+    const Shape size(shape);
+    Fields both(gradients, 2);
+    const Gradient of_student(both.tuple()), of_weak(both.tuple());
+    Fields asked(options, 4);
     UskdArgs args = {};
     args.student = matrix(student);
     args.weak = matrix(weak);
     args.target = matrix(target);
-    args.factors = doubles(factors);
-    args.student_gradient = address(std::get<0>(gradients[0]));
-    args.weak_gradient = address(std::get<0>(gradients[1]));
-    args.rows = shape[0];
-    args.classes = shape[1];
+    args.factors = reinterpret_cast<const double*>(factors);
+    args.student_gradient = of_student.data;
+    args.weak_gradient = of_weak.data;
+    args.rows = size.rows;
+    args.classes = size.classes;
     args.hyper = hyper_parameters(hyper);
-    args.rank = rank;
-    args.square = square;
-    args.ignore_index = ignore_index;
-    args.student_scale = std::get<1>(gradients[0]);
-    args.weak_scale = std::get<1>(gradients[1]);
-    args.accumulate = DType(accumulate);
-    args.threads = threads;
-    const LossOutputs out = {
-        Reduction(reduction), address(loss_out), address(parts_out), {address(student_norm), address(weak_norm)}};
-    const Kernels& kernels = kernels_named(instruction_set);
+    args.rank = int(asked.integer());
+    args.square = asked.flag();
+    args.ignore_index = asked.integer();
+    args.student_scale = of_student.scale;
+    args.weak_scale = of_weak.scale;
+    args.threads = place.threads;
+    const LossOutputs out = outputs(results, 2, asked.integer(), args.accumulate);
     py::gil_scoped_release release;
-    return uskd(kernels, args, doubles(batch_sums), out);
+    return uskd(*place.kernels, args, reinterpret_cast<const double*>(batch_sums), out);
 }
 
-// The dense logits come as their address, dtype and three strides, and the number of positions.
-int64_t run_zipf_ls(const Where& where, const Given& student, const Given& dense, int64_t positions,
-                    const Given& target, const Shape& shape, const GivenHyperParameters& hyper,
-                    const std::tuple<int64_t, int>& options, uintptr_t factors, const Gradient& gradient,
-                    const Results& results) {
-    const auto [instruction_set, threads] = where;
-    const auto [ignore_index, reduction] = options;
-    const auto [loss_out, parts_out, norm, accumulate] = results;
-    const auto& [dense_data, dense_dtype, dense_strides] = dense;
+// The dense logits have three strides, of rows, positions and classes. options: (ignore_index, reduction)
+int64_t run_zipf_ls(const py::tuple& where, const py::tuple& student, const py::tuple& dense, int64_t positions,
+                    const py::tuple& target, const py::tuple& shape, const py::tuple& hyper, const py::tuple& options,
+                    uintptr_t factors, const py::tuple& gradient, const py::tuple& results) {
+    const Where place(where);
+    const Shape size(shape);
+    const Gradient stored(gradient);
+    Fields asked(options, 2), votes(dense, 3);
     UskdArgs args = {};
     args.student = matrix(student);
     args.weak = args.student;
     args.target = matrix(target);
-    args.factors = doubles(factors);
-    args.student_gradient = address(std::get<0>(gradient));
-    args.rows = shape[0];
-    args.classes = shape[1];
+    args.factors = reinterpret_cast<const double*>(factors);
+    args.student_gradient = stored.data;
+    args.rows = size.rows;
+    args.classes = size.classes;
     args.hyper = hyper_parameters(hyper);
     args.rank = common::kVotes;
-    args.ignore_index = ignore_index;
-    args.student_scale = std::get<1>(gradient);
+    args.ignore_index = asked.integer();
+    args.student_scale = stored.scale;
     args.weak_scale = 1;
-    args.accumulate = DType(accumulate);
-    args.threads = threads;
-    args.dense = {address(dense_data), DType(dense_dtype), dense_strides[1].cast<int64_t>(),
-                  dense_strides[2].cast<int64_t>()};
-    args.dense_stride = dense_strides[0].cast<int64_t>();
+    args.threads = place.threads;
+    args.dense.data = votes.address();
+    args.dense.dtype = votes.dtype();
+    Fields strides(votes.tuple(), 3);
+    args.dense_stride = strides.integer();
+    args.dense.row_stride = strides.integer();
+    args.dense.col_stride = strides.integer();
     args.positions = positions;
-    const LossOutputs out = {Reduction(reduction), address(loss_out), address(parts_out), {address(norm), nullptr}};
-    const Kernels& kernels = kernels_named(instruction_set);
+    const LossOutputs out = outputs(results, 1, asked.integer(), args.accumulate);
     py::gil_scoped_release release;
-    return zipf_ls(kernels, args, out);
+    return zipf_ls(*place.kernels, args, out);
 }
 
-void run_argsort_descending(const Where& where, uintptr_t keys, const Shape& shape, uintptr_t order) {
-    const Kernels& kernels = kernels_named(std::get<0>(where));
-    const ArgsortArgs args = {reinterpret_cast<const float*>(keys), reinterpret_cast<int64_t*>(order), shape[0],
-                              shape[1], std::get<1>(where)};
+void run_argsort_descending(const py::tuple& where, uintptr_t keys, const py::tuple& shape, uintptr_t order) {
+    const Where place(where);
+    const Shape size(shape);
+    const ArgsortArgs args = {reinterpret_cast<const float*>(keys), reinterpret_cast<int64_t*>(order), size.rows,
+                              size.classes, place.threads};
     py::gil_scoped_release release;
-    kernels.argsort_descending(args);
+    place.kernels->argsort_descending(args);
 }
 
 // What comes in has a stride of 0 where it is one number for all rows.
-void run_scale_gradient(const Where& where, uintptr_t gradient, uintptr_t out, int dtype, const Given& grad_output,
-                        double norm, const Shape& shape) {
+void run_scale_gradient(const py::tuple& where, uintptr_t gradient, uintptr_t out, int dtype,
+                        const py::tuple& grad_output, double norm, const py::tuple& shape) {
+    const Where place(where);
+    const Shape size(shape);
     const Matrix incoming = matrix(grad_output);
-    const ScaleArgs args = {address(gradient),   address(out), DType(dtype), incoming.data, incoming.dtype,
-                            incoming.row_stride, norm,         shape[0],     shape[1],      std::get<1>(where)};
-    const Kernels& kernels = kernels_named(std::get<0>(where));
+    const ScaleArgs args = {reinterpret_cast<const void*>(gradient),
+                            reinterpret_cast<void*>(out),
+                            DType(dtype),
+                            incoming.data,
+                            incoming.dtype,
+                            incoming.row_stride,
+                            norm,
+                            size.rows,
+                            size.classes,
+                            place.threads};
     py::gil_scoped_release release;
-    kernels.scale_gradient(args);
+    place.kernels->scale_gradient(args);
 }
 
 } // namespace

@@ -16,10 +16,11 @@ namespace {
 
 #if defined(FKD_WITH_CUDA)
 
-typedef std::tuple<int, uintptr_t> Where; // device, stream
-
-cuda::Place place(const Where& where) {
-    return {std::get<0>(where), std::get<1>(where)};
+// (device, stream)
+cuda::Place place_of(const py::tuple& given) {
+    Fields fields(given, 2);
+    const int device = int(fields.integer());
+    return {device, uintptr_t(fields.integer())};
 }
 
 int as_int(int64_t classes) {
@@ -39,66 +40,77 @@ int64_t uskd_workspace(int device, int64_t rows, int64_t classes, int accumulate
     return bytes;
 }
 
-// What the loss writes: loss, parts, norm of each gradient, the workspace, and the dtype of all but the last.
-typedef std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int> Results;
-typedef std::tuple<uintptr_t, double> Gradient; // address, 0 where it is not wanted, and what it is multiplied by
-
-void run_uskd(const Where& where, const Given& student, const Given& weak, const Given& target, const Shape& shape,
-              const GivenHyperParameters& hyper, const std::tuple<int, bool, int64_t, int>& options,
-              uintptr_t batch_sums, uintptr_t factors, const std::array<Gradient, 2>& gradients,
-              const Results& results) {
-    const auto [rank, square, ignore_index, reduction] = options;
-    const auto [loss, parts, student_norm, weak_norm, workspace, accumulate] = results;
+// options: (rank, square, ignore_index, reduction); results: the loss, its parts, the norm of each gradient, the
+// workspace, and the dtype of all but the last.
+void run_uskd(const py::tuple& where, const py::tuple& student, const py::tuple& weak, const py::tuple& target,
+              const py::tuple& shape, const py::tuple& hyper, const py::tuple& options, uintptr_t batch_sums,
+              uintptr_t factors, const py::tuple& gradients, const py::tuple& results) {
+    const cuda::Place place = place_of(where);
+    const Shape size(shape);
+    Fields both(gradients, 2), asked(options, 4), out(results, 6);
+    const Gradient of_student(both.tuple()), of_weak(both.tuple());
     cuda::UskdCall call = {};
     call.student = matrix(student);
     call.weak = matrix(weak);
     call.target = matrix(target);
-    call.factors = doubles(factors);
-    call.student_gradient = address(std::get<0>(gradients[0]));
-    call.weak_gradient = address(std::get<0>(gradients[1]));
-    call.rows = shape[0];
-    call.classes = as_int(shape[1]);
+    call.factors = reinterpret_cast<const double*>(factors);
+    call.student_gradient = of_student.data;
+    call.weak_gradient = of_weak.data;
+    call.rows = size.rows;
+    call.classes = as_int(size.classes);
     call.hyper = hyper_parameters(hyper);
-    call.rank = rank;
-    call.square = square;
-    call.ignore_index = ignore_index;
-    call.reduction = Reduction(reduction);
-    call.student_scale = std::get<1>(gradients[0]);
-    call.weak_scale = std::get<1>(gradients[1]);
-    call.batch_sums = doubles(batch_sums);
-    call.accumulate = DType(accumulate);
-    call.loss = address(loss);
-    call.parts = address(parts);
-    call.norms[0] = address(student_norm);
-    call.norms[1] = address(weak_norm);
-    call.workspace = address(workspace);
+    call.rank = int(asked.integer());
+    call.square = asked.flag();
+    call.ignore_index = asked.integer();
+    call.reduction = Reduction(asked.integer());
+    call.student_scale = of_student.scale;
+    call.weak_scale = of_weak.scale;
+    call.batch_sums = reinterpret_cast<const double*>(batch_sums);
+    call.loss = out.address();
+    call.parts = out.address();
+    call.norms[0] = out.address();
+    call.norms[1] = out.address();
+    call.workspace = out.address();
+    call.accumulate = out.dtype();
     py::gil_scoped_release release;
-    check(cuda::uskd(place(where), call));
+    check(cuda::uskd(place, call));
 }
 
-void run_batch_sums(const Where& where, const Given& student, const Given& target, const Shape& shape, bool square,
-                    int64_t ignore_index, int accumulate, uintptr_t sums, uintptr_t workspace) {
+void run_batch_sums(const py::tuple& where, const py::tuple& student, const py::tuple& target, const py::tuple& shape,
+                    bool square, int64_t ignore_index, int accumulate, uintptr_t sums, uintptr_t workspace) {
+    const cuda::Place place = place_of(where);
+    const Shape size(shape);
     const cuda::BatchSumsCall call = {matrix(student),
                                       matrix(target),
-                                      shape[0],
-                                      as_int(shape[1]),
+                                      size.rows,
+                                      as_int(size.classes),
                                       square,
                                       ignore_index,
                                       DType(accumulate),
                                       reinterpret_cast<double*>(sums),
                                       reinterpret_cast<double*>(workspace)};
     py::gil_scoped_release release;
-    check(cuda::uskd_batch_sums(place(where), call));
+    check(cuda::uskd_batch_sums(place, call));
 }
 
 // What comes in has a stride of 0 where it is one number for all rows.
-void run_scale_gradient(const Where& where, uintptr_t gradient, uintptr_t out, int dtype, const Given& grad_output,
-                        uintptr_t norm, int norm_dtype, const Shape& shape) {
+void run_scale_gradient(const py::tuple& where, uintptr_t gradient, uintptr_t out, int dtype,
+                        const py::tuple& grad_output, uintptr_t norm, int norm_dtype, const py::tuple& shape) {
+    const cuda::Place place = place_of(where);
+    const Shape size(shape);
     const Matrix incoming = matrix(grad_output);
-    const cuda::ScaleCall call = {address(gradient),   address(out),  DType(dtype),      incoming.data, incoming.dtype,
-                                  incoming.row_stride, address(norm), DType(norm_dtype), shape[0],      shape[1]};
+    const cuda::ScaleCall call = {reinterpret_cast<void*>(gradient),
+                                  reinterpret_cast<void*>(out),
+                                  DType(dtype),
+                                  incoming.data,
+                                  incoming.dtype,
+                                  incoming.row_stride,
+                                  reinterpret_cast<void*>(norm),
+                                  DType(norm_dtype),
+                                  size.rows,
+                                  size.classes};
     py::gil_scoped_release release;
-    check(cuda::scale_gradient(place(where), call));
+    check(cuda::scale_gradient(place, call));
 }
 
 #endif

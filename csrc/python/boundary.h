@@ -3,36 +3,84 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
-#include <array>
-#include <tuple>
+#include <string>
 
 #include "../cpu/kernels.h"
 
 namespace fused_kd {
 
-typedef std::tuple<uintptr_t, int, pybind11::tuple> Given; // address, dtype, strides in elements
-typedef std::array<int64_t, 2> Shape;                      // rows, classes
-typedef std::array<double, 9> GivenHyperParameters;        // the fields in their order
+// A tuple whose fields are read in order. Python's own functions and no casters: at a thousand classes a call is short.
+class Fields {
+  public:
+    Fields(const pybind11::handle& tuple, Py_ssize_t size) : tuple_(tuple.ptr()) {
+        if (!PyTuple_Check(tuple_) || PyTuple_GET_SIZE(tuple_) != size)
+            throw pybind11::value_error("fused_kd: expected a tuple of " + std::to_string(size));
+    }
 
-inline Matrix matrix(const Given& given) {
-    const pybind11::tuple& strides = std::get<2>(given);
-    const int64_t col = strides.size() > 1 ? strides[1].cast<int64_t>() : 1;
-    return {reinterpret_cast<const void*>(std::get<0>(given)), DType(std::get<1>(given)), strides[0].cast<int64_t>(),
-            col};
+    int64_t integer() { return checked(int64_t(PyLong_AsLongLong(next()))); }
+    double number() { return checked(PyFloat_AsDouble(next())); }
+    bool flag() { return integer() != 0; }
+    void* address() { return checked(PyLong_AsVoidPtr(next())); }
+    double* doubles() { return static_cast<double*>(address()); }
+    DType dtype() { return DType(integer()); }
+    pybind11::handle tuple() { return next(); }
+    const char* text() {
+        const char* const text = PyUnicode_AsUTF8(next());
+        if (!text) throw pybind11::error_already_set();
+        return text;
+    }
+
+  private:
+    PyObject* next() { return PyTuple_GET_ITEM(tuple_, at_++); }
+
+    template <class T>
+    static T checked(T value) {
+        if (PyErr_Occurred()) throw pybind11::error_already_set();
+        return value;
+    }
+
+    PyObject* tuple_;
+    Py_ssize_t at_ = 0;
+};
+
+// (address, dtype, strides in elements); what has one dimension has one stride.
+inline Matrix matrix(const pybind11::handle& given) {
+    Fields fields(given, 3);
+    const void* const data = fields.address();
+    const DType dtype = fields.dtype();
+    const pybind11::handle strides = fields.tuple();
+    const bool two = PyTuple_Check(strides.ptr()) && PyTuple_GET_SIZE(strides.ptr()) == 2;
+    Fields each(strides, two ? 2 : 1);
+    const int64_t row = each.integer();
+    return {data, dtype, row, two ? each.integer() : 1};
 }
 
-inline void* address(uintptr_t data) {
-    return reinterpret_cast<void*>(data);
-}
+struct Shape {
+    explicit Shape(const pybind11::handle& given) {
+        Fields fields(given, 2);
+        rows = fields.integer();
+        classes = fields.integer();
+    }
+    int64_t rows, classes;
+};
 
-inline const double* doubles(uintptr_t data) {
-    return reinterpret_cast<const double*>(data);
-}
+// Where a gradient goes, null where it is not wanted, and what it is multiplied by.
+struct Gradient {
+    explicit Gradient(const pybind11::handle& given) {
+        Fields fields(given, 2);
+        data = fields.address();
+        scale = fields.number();
+    }
+    void* data;
+    double scale;
+};
 
-inline HyperParameters hyper_parameters(const GivenHyperParameters& x) {
-    return {x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8]};
+// The fields in their order.
+inline HyperParameters hyper_parameters(const pybind11::handle& given) {
+    Fields x(given, 9);
+    return {x.number(), x.number(), x.number(), x.number(), x.number(),
+            x.number(), x.number(), x.number(), x.number()}; // braces: from left to right
 }
 
 } // namespace fused_kd

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 
@@ -20,3 +21,16 @@ class HyperParameters(NamedTuple):
     temperature: float = 1.0
     ce_weight: float = 0.0
     label_smoothing: float = 0.0
+
+
+_PLACES = {name: place for place, name in enumerate(HyperParameters._fields)}
+_NONE = [0.0] * _PLACES["temperature"]
+
+
+def in_order(own: Mapping[str, float], temperature: float, ce_weight: float, label_smoothing: float) -> list[float]:
+    """The fields of :class:`HyperParameters` from a loss's own and those that all losses have. To make the tuple by
+    keywords takes a microsecond, of a call's thirty; the op makes it once."""
+    numbers = [*_NONE, temperature, ce_weight, label_smoothing]
+    for name, value in own.items():
+        numbers[_PLACES[name]] = value
+    return numbers

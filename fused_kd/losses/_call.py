@@ -10,7 +10,7 @@ from torch import Tensor
 from fused_kd import autograd, backends
 from fused_kd.core import checks
 from fused_kd.core.catalogue import ROW_LOSSES, has_column_term
-from fused_kd.core.options import HyperParameters
+from fused_kd.core.options import HyperParameters, in_order
 from fused_kd.core.transforms import readable
 
 Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
@@ -76,9 +76,9 @@ def row_loss(
             **options,
         )
     else:
-        hyper = HyperParameters(**own, temperature=temperature, ce_weight=ce_weight, label_smoothing=label_smoothing)
+        hyper = in_order(own, temperature, ce_weight, label_smoothing)
         kept = None
-        if reduction == "none" and teacher_logits is not None and has_column_term(name, hyper):
+        if reduction == "none" and teacher_logits is not None and has_column_term(name, HyperParameters._make(hyper)):
             dim = checks.class_dimension(student_logits, class_dim)
             labels = target if target is not None and target.is_floating_point() else None
             kept = (

@@ -9,7 +9,7 @@ from torch import Tensor, distributed, nn
 
 from fused_kd import autograd, backends, reference
 from fused_kd.core import checks
-from fused_kd.core.options import HyperParameters
+from fused_kd.core.options import in_order
 from fused_kd.losses._call import check_targets_if_cheap, returned
 from fused_kd.losses._criterion import Criterion, Scheduled
 from fused_kd.losses._infinities import infinities
@@ -186,7 +186,7 @@ def uskd_loss(
         )
     else:
         assert batch_sums is not None
-        hyper = HyperParameters(alpha=alpha, beta=beta, mu=mu, ce_weight=ce_weight, label_smoothing=label_smoothing)
+        hyper = in_order({"alpha": alpha, "beta": beta, "mu": mu}, 1.0, ce_weight, label_smoothing)
         loss, packed = autograd.uskd(
             *rows[:3], batch_sums, weight, hyper, rank, square, ignore_index, reduction, chosen, return_parts
         )

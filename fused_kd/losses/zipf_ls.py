@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fused_kd import autograd, backends, reference
 from fused_kd.core import checks
-from fused_kd.core.options import HyperParameters
+from fused_kd.core.options import in_order
 from fused_kd.losses._call import check_targets_if_cheap, returned
 from fused_kd.losses._criterion import Criterion, Scheduled
 from fused_kd.losses._infinities import infinities
@@ -136,7 +136,7 @@ def zipf_ls_loss(
             weight=weight,
         )
     else:
-        hyper = HyperParameters(beta=beta, power=power, ce_weight=ce_weight, label_smoothing=label_smoothing)
+        hyper = in_order({"beta": beta, "power": power}, 1.0, ce_weight, label_smoothing)
         loss, packed = autograd.zipf_ls(
             rows.student_logits, dense, rows.target, weight, hyper, ignore_index, reduction, chosen, return_parts
         )
