@@ -325,7 +325,8 @@ def refused_device(core):
 
 def refused_launch(core):
     one = torch.ones(())
-    core.cuda_scale_gradient(0, 0, one.data_ptr(), one.data_ptr(), 0, one.data_ptr(), 0, 1, one.data_ptr(), 0, -1, 1)
+    at = one.data_ptr()
+    core.cuda_scale_gradient((0, 0), at, at, 0, (at, 0, (1,)), at, 0, (-1, 1))
 
 
 @pytest.mark.parametrize(

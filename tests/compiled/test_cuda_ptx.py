@@ -9,12 +9,12 @@ import torch
 
 from fused_kd import reference
 from fused_kd.backends.native import cuda
+from fused_kd.core.options import HyperParameters
 from tools.ptx import Fault
 from tools.ptx.cuda.build import ROOT, BuildError, build, find_nvcc
 from tools.ptx.cuda.driver import Library
 
-WEIGHTS = (1.0, 0.1, 0.05, 1.0, 0.1)  # alpha, beta, mu, ce_weight, label_smoothing
-NAMES = ("alpha", "beta", "mu", "ce_weight", "label_smoothing")
+WEIGHTS = {"alpha": 1.0, "beta": 0.1, "mu": 0.05, "ce_weight": 1.0, "label_smoothing": 0.1}
 #: Units in the last place, for what the loss and the gradients add up.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-8}
 IGNORED = -100
@@ -48,8 +48,8 @@ def inputs(rows, classes, dtype, seed=0):
 def run(library, student, weak, target, factors=None, reduction="mean", rank="normalized"):
     sums = cuda.uskd_batch_sums(library.core, student, target, True, IGNORED)
     return sums, *cuda.uskd(
-        library.core, student, weak, target, sums, factors, list(WEIGHTS), rank, True, IGNORED, reduction, True, True,
-        1.0, 1.0,
+        library.core, student, weak, target, sums, factors, HyperParameters(**WEIGHTS), rank, True, IGNORED, reduction,
+        True, True, 1.0, 1.0,
     )  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def check(library, student, weak, target, rank="normalized"):
     for gradient, norm in zip(gradients, (student_norm, weak_norm), strict=True):
         cuda.scale_gradient(library.core, gradient, torch.ones((), dtype=loss.dtype), norm, gradient)
     exact = [x.double().requires_grad_() for x in (student, weak)]
-    options = dict(zip(NAMES, WEIGHTS, strict=True))
+    options = dict(WEIGHTS)
     wanted_loss, wanted_parts = reference.uskd_loss(*exact, target, rank=rank, **options)
     wanted_loss.backward()
     wanted = (wanted_loss, torch.stack(list(wanted_parts)), *(x.grad for x in exact))
@@ -117,11 +117,12 @@ def test_refusals_and_faults(library):
     """A refused launch leaves nothing behind; one that faults ruins the context, and every call says so."""
     student, weak, target = inputs(1, 20, torch.float64)
     one = torch.ones(())
+    at = one.data_ptr()
     with pytest.raises(RuntimeError, match="CUDA says: invalid configuration argument"):
-        library.core.cuda_scale_gradient(0, 0, 0, one.data_ptr(), 0, one.data_ptr(), 0, 1, one.data_ptr(), 0, -1, 1)
+        library.core.cuda_scale_gradient((0, 0), 0, at, 0, (at, 0, (1,)), at, 0, (-1, 1))
     run(library, student, weak, target)
     with pytest.raises(RuntimeError, match="illegal memory access"):  # of memory that no call was given
-        library.core.cuda_scale_gradient(0, 0, 0, one.data_ptr(), 0, one.data_ptr(), 0, 1, one.data_ptr(), 0, 1, 1)
+        library.core.cuda_scale_gradient((0, 0), 0, at, 0, (at, 0, (1,)), at, 0, (1, 1))
     for _ in range(2):
         with pytest.raises(RuntimeError, match="illegal memory access"):
             library.core.cuda_uskd_workspace(0, 1, 20, 1)

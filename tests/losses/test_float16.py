@@ -8,6 +8,7 @@ from loss_cases import FUSED, function, make, run
 
 from fused_kd.core import stored
 from fused_kd.core.catalogue import ROW_LOSSES
+from fused_kd.core.options import HyperParameters
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # NumPy, of the interpreter's inf and NaN
@@ -109,10 +110,8 @@ def test_without_a_gradient(place, options):
 def test_bounds(loss):
     """Of gradients in float64, for logits from nearly equal to far apart."""
     for first, second, temperature in itertools.product((0.0, 0.3, 0.9999), (0.0, 2.0), (0.5, 4.0)):
-        bound = ROW_LOSSES[loss].bound(first, second, temperature)
-        names = {"nkd": ("gamma",), "dkd": ("alpha", "beta"), "wsld": ("alpha",), "tf_kd": ("correct",)}
-        names |= {"js": ("beta",), "dist": ("beta", "gamma")}
-        own = dict(zip(names.get(loss, ()), (first, second), strict=False))
+        own = dict(zip(ROW_LOSSES[loss].own, (first, second), strict=False))
+        bound = ROW_LOSSES[loss].bound(HyperParameters(**own, temperature=temperature))
         for scale in (1e-3, 0.3, 3.0, 30.0, 300.0):
             student, others, target = make(loss, rows=200, classes=3, scale=scale)
             gradient = run(loss, "reference", student, others, target, reduction="sum", temperature=temperature, **own)[
@@ -122,7 +121,8 @@ def test_bounds(loss):
 
 
 def test_what_has_no_bound():
-    assert ROW_LOSSES["js"].bound(1.0, 0.0, 1.0) == ROW_LOSSES["dist"].bound(1.0, 1.0, 1.0) == torch.inf
+    ones = HyperParameters(beta=1.0, gamma=1.0)
+    assert ROW_LOSSES["js"].bound(ones) == ROW_LOSSES["dist"].bound(ones) == torch.inf
 
 
 def test_what_is_stored_uses_the_range_of_float16():
