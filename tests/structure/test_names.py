@@ -1,21 +1,13 @@
 """What documents and comments name is there, and what is told twice is told alike."""
 
 import re
-from pathlib import Path
 
 import pytest
+from tree import FOLDERS, ROOT, SOURCES
 
 from fused_kd.core.catalogue import LOSSES, ROW_LOSSES
 from fused_kd.core.options import HyperParameters
 
-ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("benchmarks", "csrc", "docs", "examples", "fused_kd", "study", "tests", "tools")
-SOURCES = [
-    path
-    for folder in FOLDERS
-    for path in sorted((ROOT / folder).rglob("*"))
-    if path.suffix in (".py", ".h", ".cpp", ".cu")
-]
 PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "Makefile", *(ROOT / "benchmarks").glob("*.md")]
 )

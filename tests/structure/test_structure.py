@@ -1,13 +1,13 @@
 """Where things are: a loss has one address, and imports run one way."""
 
 import ast
-from pathlib import Path
 
 import pytest
+from tree import ROOT, SOURCES
 
 from fused_kd.core.catalogue import LOSSES
 
-PACKAGE = Path(__file__).resolve().parents[2] / "fused_kd"
+PACKAGE = ROOT / "fused_kd"
 #: From the top: each imports of those after it alone, and of its own kind.
 LAYERS = ("losses", "autograd", "ops", "backends", "core", "reference")
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0].split(".")[0] in LAYERS)
@@ -51,18 +51,9 @@ def test_a_file_has_the_function_and_the_module():
         assert {loss.function, loss.module} <= made
 
 
-ROOT = PACKAGE.parent
-WRITTEN = [
-    path
-    for folder in ("benchmarks", "csrc", "examples", "fused_kd", "study", "tests", "tools")
-    for path in sorted((ROOT / folder).rglob("*"))
-    if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")
-]
-
-
 def test_files_are_short():
     lengths = {
-        path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines()) for path in [*WRITTEN, ROOT / "setup.py"]
+        path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines()) for path in [*SOURCES, ROOT / "setup.py"]
     }
     assert not {path: length for path, length in lengths.items() if length > 400}
 
