@@ -220,8 +220,8 @@ double divisor_of(Reduction reduction, int64_t counted) {
 
 namespace {
 
-// The columns' share of DIST, for a row kernel to add to the gradient; returns the loss that each row that counts has
-// of it. What the rows' softmaxes are, the row kernel says first.
+// The columns' share of DIST, for a row kernel to add to the gradient; returns the sum of their correlations. What the
+// rows' softmaxes are, the row kernel says first.
 double dist_columns(const Kernels& kernels, RowArgs rows, std::vector<char>& columns) {
     std::vector<SoftmaxOrigin> origins(size_t(2 * rows.rows));
     rows.only_origins = rows.gradient != nullptr; // the losses come with the gradient then
@@ -230,12 +230,18 @@ double dist_columns(const Kernels& kernels, RowArgs rows, std::vector<char>& col
     kernels.row_losses(rows);
     columns.resize(size_t(4 * rows.classes) * (rows.accumulate == kFloat64 ? sizeof(double) : sizeof(float)));
     std::vector<double> correlations(size_t(rows.classes));
-    kernels.dist_columns({rows.student, rows.teacher, origins.data(), rows.rows, rows.classes, rows.hyper,
-                          columns.data(), correlations.data(), rows.accumulate, rows.threads});
+    kernels.dist_columns({rows.student, rows.teacher, origins.data(), rows.rows, rows.classes,
+                          rows.piece ? rows.piece->num_classes : rows.classes, rows.hyper, columns.data(),
+                          correlations.data(), rows.accumulate, rows.threads});
     double sum = 0;
     for (double correlation : correlations)
         sum += correlation;
-    return rows.hyper.gamma * rows.hyper.temperature * rows.hyper.temperature * (1 - sum / double(rows.classes));
+    return sum;
+}
+
+// The loss that each row that counts has of it.
+double dist_part(const HyperParameters& hyper, double correlations, int64_t classes) {
+    return hyper.gamma * hyper.temperature * hyper.temperature * (1 - correlations / double(classes));
 }
 
 bool counts(const RowArgs& args, int64_t row) {
@@ -255,12 +261,40 @@ int64_t row_loss(const Kernels& kernels, RowArgs args, const LossOutputs& out) {
     args.label_sums = sums.empty() ? nullptr : sums.data();
     std::vector<char> columns;
     const bool coupled = args.loss == common::kDist && args.hyper.gamma != 0 && counted.rows > 0;
-    const double by_columns = coupled ? dist_columns(kernels, args, columns) : 0;
+    const double by_columns = coupled ? dist_part(args.hyper, dist_columns(kernels, args, columns), args.classes) : 0;
     args.columns = coupled ? columns.data() : nullptr;
     if (!coupled || args.gradient) kernels.row_losses(args);
     for (int64_t row = 0; coupled && row < args.rows; ++row)
         if (counts(args, row)) parts[size_t(3 * row + 1)] = by_columns;
     reduce_parts(parts, 3, args.rows, divisor, out.reduction, args.accumulate, out.loss, out.parts);
+    return no_probabilities(sums);
+}
+
+int64_t row_stage(const Kernels& kernels, RowArgs args) {
+    const Piece& piece = *args.piece;
+    const Matrix target = {piece.target, kInt64, 1, 0};
+    const bool probabilities = args.target.dtype != kInt64, last = piece.stage == kGradient;
+    const Counted counted = count_rows(target, args.rows, piece.num_classes, probabilities ? -1 : args.ignore_index);
+    if (counted.bad_row >= 0) return counted.bad_row;
+    std::vector<double> sums = label_sums(args.target, args.rows);
+    args.label_sums = last && probabilities ? sums.data() : nullptr;
+    std::vector<char> columns;
+    const bool coupled = args.loss == common::kDist && args.hyper.gamma != 0 && counted.rows > 0;
+    double correlations = 0;
+    if (coupled && piece.stage >= kSums) {
+        correlations = dist_columns(kernels, args, columns);
+        args.columns = columns.data();
+    }
+    kernels.row_losses(args);
+    if (piece.stage == kSums) std::fill_n(piece.out + (kSumsFields - 1) * args.rows, args.rows, correlations);
+    if (coupled && last) {
+        correlations = 0;
+        for (int64_t i = 0; i < piece.pieces; ++i)
+            correlations += piece.sums[((i + 1) * kSumsFields - 1) * args.rows];
+        const double part = dist_part(args.hyper, correlations, piece.num_classes);
+        for (int64_t row = 0; row < args.rows; ++row)
+            if (probabilities || piece.target[row] != args.ignore_index) args.parts[3 * row + 1] = part;
+    }
     return no_probabilities(sums);
 }
 

@@ -23,6 +23,8 @@ struct LossOutputs {
 // These run a loss and reduce its rows. They return -1, or the first row whose class index is out of range or whose
 // probabilities do not sum to 1, what is written being of no use then.
 int64_t row_loss(const Kernels& kernels, RowArgs args, const LossOutputs& out);
+// A call of a staged run: `args` as for the kernel, with its piece.
+int64_t row_stage(const Kernels& kernels, RowArgs args);
 int64_t uskd(const Kernels& kernels, UskdArgs args, const double* batch_sums, const LossOutputs& out);
 int64_t zipf_ls(const Kernels& kernels, UskdArgs args, const LossOutputs& out); // two parts: the divergence and CE
 

@@ -23,6 +23,22 @@ struct SoftmaxOrigin {
     double origin, scale, by;
 };
 
+// What a staged run of a row loss does in a call. Its columns are a piece of each row's classes; what the other pieces
+// have found comes in, and goes out to them, as doubles (pieces, fields, rows).
+enum Stage { kMoments = 0, kStatistics = 1, kSums = 2, kGradient = 3 };
+constexpr int kMomentsFields = 6;     // RowMoments of the student's logits and of the teacher's
+constexpr int kStatisticsFields = 21; // Statistics of row_blocks.h
+constexpr int kSumsFields = 12;       // PointwiseSums of row_losses.h, and the correlations of DIST's columns
+
+struct Piece {
+    Stage stage;
+    const int64_t* target;            // (rows): the target class, of probabilities the largest's
+    int64_t first_class, num_classes; // where these columns begin in the row, and how many classes that has
+    int64_t pieces;
+    const double *moments, *statistics, *sums; // those of all pieces, this one among them
+    double* out;                               // (fields, rows) of this stage; not of the last
+};
+
 struct RowArgs {
     Matrix student, teacher; // the teacher of a loss without one is not read
     Matrix target;           // class indices (kInt64), or probabilities
@@ -42,17 +58,18 @@ struct RowArgs {
     SoftmaxOrigin* origins; // (rows, 2), the student's and the teacher's; null when they are not wanted
     bool only_origins;      // and nothing else is
     const void* columns;    // of a pointwise loss that the columns of the batch add to, else null: see ColumnArgs
+    const Piece* piece;     // of a staged run; else null, and `classes` are all of a row's
 };
 
 // From all rows of softmaxes p and q to DIST's term of their columns: T^2 gamma (1 - mean of the C correlations).
 struct ColumnArgs {
     Matrix student, teacher;
     const SoftmaxOrigin* origins;
-    int64_t rows, classes;
-    HyperParameters hyper; // gamma and the temperature
-    void* columns;         // (4, classes), of the accumulating dtype: mean p, mean q, and for a gradient that is a
-                           // mean over the counted rows, of column_j = by_q (q - mean q) + by_p (p - mean p)
-    double* correlations;  // of each column
+    int64_t rows, classes, num_classes; // the columns at hand, and all that a row has
+    HyperParameters hyper;              // gamma and the temperature
+    void* columns;        // (4, classes), of the accumulating dtype: mean p, mean q, and for a gradient that is a
+                          // mean over the counted rows, of column_j = by_q (q - mean q) + by_p (p - mean p)
+    double* correlations; // of each column
     DType accumulate;
     int threads;
 };

@@ -3,7 +3,7 @@
 // loss is a policy here, and a function in row_losses.h. Included by row_losses.cpp alone.
 #pragma once
 
-#include "row_blocks.h"
+#include "pieces.h"
 
 namespace fused_kd {
 namespace FKD_ISA {
@@ -245,14 +245,10 @@ struct PointwiseRow {
         return {splat(A(p.p[0])), splat(A(q.p[0])), splat(A(p.log_p[0])), splat(A(q.log_p[0]))};
     }
     PointwiseSums sums(const RowMoments* moments) {
-        // To the bit what the columns' means are of: in a column that does not vary nothing may be left of the
-        // difference, whose factor is 1e8 there.
-        fine = columns.mean_p != nullptr;
-        const PointwiseSums out = sums_of(moments, fine);
+        const PointwiseSums out = with_target(own_sums(moments));
         const double flat = kFlat / params->classes;
         if (params->loss != kDist || !(out.of[1] <= flat || out.of[2] <= flat)) return out;
-        // The same holds of a row that does not vary: equal logits need equal probabilities, the target's among them,
-        // and their mean is to be that number.
+        // Equal logits need equal probabilities, the target's among them, and their mean is to be that number.
         for (int64_t i = 0; !fine && i < count; ++i) {
             const PointwiseBlock<A> here = block(i);
             refine(here, block_length<A>(args->classes, here.start));
@@ -262,9 +258,21 @@ struct PointwiseRow {
         row_means[1] = mean_of(scratch->e_t, args->classes);
         p.p[0] = scratch->p[y];
         q.p[0] = scratch->e_t[y];
-        return sums_of(moments, false);
+        return with_target(block_sums(moments, false));
     }
-    PointwiseSums sums_of(const RowMoments* moments, bool anew) {
+    // Of a row of which this is a piece.
+    PointwiseSums merged_sums(const RowMoments* moments) {
+        own_sums(moments); // for what it leaves in the scratch
+        return with_target(FKD_ISA::merged_sums(*args, row, scratch->of_pieces));
+    }
+    // Of the columns at hand, without the target.
+    PointwiseSums own_sums(const RowMoments* moments) {
+        // To the bit what the columns' means are of: in a column that does not vary nothing may be left of the
+        // difference, whose factor is 1e8 there.
+        fine = columns.mean_p != nullptr;
+        return block_sums(moments, fine);
+    }
+    PointwiseSums block_sums(const RowMoments* moments, bool anew) const {
         PointwiseSums out = {};
         with_policy([&](const auto& policy) {
             for (int64_t i = 0; i < count; ++i) {
@@ -273,6 +281,12 @@ struct PointwiseRow {
                 if (anew) refine(here, n);
                 pointwise_sums<A>(policy, here, n, y - here.start, columns, moments, out);
             }
+        });
+        if (columns.mean_p && y >= 0 && y < args->classes) out.column = columns.at(y, scratch->p[y], scratch->e_t[y]);
+        return out;
+    }
+    PointwiseSums with_target(PointwiseSums out) {
+        with_policy([&](const auto& policy) {
             Vec<A> terms[3], slopes[2];
             policy.sums(target(), terms);
             policy.slopes(target(), slopes);
@@ -281,7 +295,7 @@ struct PointwiseRow {
             at_target[0] = slopes[0][0];
             at_target[1] = slopes[1][0];
         });
-        at_target[2] = columns.mean_p ? columns.at(y, scratch->p[y], scratch->e_t[y]) : A(0);
+        at_target[2] = out.column;
         for (int k = 0; k < 3; ++k) {
             out.slopes[k] += p.p[0] * at_target[k];
             means[k] = out.slopes[k];

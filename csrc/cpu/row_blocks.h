@@ -15,17 +15,16 @@ constexpr bool is_general(Mode mode) {
     return mode == kGeneral || mode == kAlone || mode == kPointwise;
 }
 
-// Sums over a block's classes but the target, relative to the block's own maxima, exponents in natural units of the
-// soft scale.
-struct BlockStats {
-    double s_max, t_max, s_soft, t_soft, s_sharp, t_sharp, cross, blocked;
-    double count, s_raw, linear, v_sum, v_cross, v_blocked, v_cross_t, soft_s, sharp_s, teacher_s;
+// Of some classes of a row, a block or a piece, but for its target: sums relative to their own maxima, exponents in
+// natural units of the soft scale. Those of two parts are merged into the whole's. Triton's have the same names.
+struct Statistics {
+    double s_max, t_max; // 0 where no class can occur
+    double s_soft, t_soft, s_sharp, t_sharp, cross, blocked;
+    double number, s_raw, linear, v_sum, v_cross, v_blocked, v_cross_t;
+    double w_soft, w_sharp, w_teacher;   // sums of the exponentials times s less its mean
+    double s_target, t_target, v_target; // as they stand; 0 where the target is in another part
 };
-
-// Sums of the exponentials (soft, sharp, the teacher's) times s less its mean.
-struct Products {
-    double soft, sharp, teacher;
-};
+static_assert(sizeof(Statistics) == kStatisticsFields * sizeof(double), "all that crosses between stages is double");
 
 // Scratch of a thread: a row of each kind of exponentials, as far as they are needed (the soft ones only where the
 // gradient's row cannot hold them), the student's probabilities where those are taken anew, a block of each input that
@@ -34,12 +33,14 @@ template <class A>
 struct Scratch {
     A *e_soft, *e_sharp, *e_raw, *e_t, *p;
     A *student, *teacher, *probs, *gradient;
-    BlockStats* blocks;
+    Statistics* blocks;
+    double* of_pieces; // the records of as many pieces, the longest of them
 
-    Scratch(int64_t classes, const RowNeeds& needs) {
+    Scratch(int64_t classes, const RowNeeds& needs, int64_t pieces) {
         const int64_t row = (classes + 63) / 64 * 64, kinds = 2 + needs.sharp + needs.raw + needs.fine;
         const size_t values = size_t(kinds * row + 4 * kBlock<A>);
-        const size_t bytes = values * sizeof(A) + size_t(classes / kBlock<A> + 1) * sizeof(BlockStats);
+        const int64_t records = classes / kBlock<A> + 1;
+        const size_t bytes = values * sizeof(A) + size_t(records + pieces) * sizeof(Statistics);
         e_soft = static_cast<A*>(thread_scratch(bytes));
         e_t = e_soft + row;
         e_sharp = e_t + row * needs.sharp;
@@ -49,12 +50,16 @@ struct Scratch {
         teacher = student + kBlock<A>;
         probs = teacher + kBlock<A>;
         gradient = probs + kBlock<A>;
-        blocks = reinterpret_cast<BlockStats*>(gradient + kBlock<A>);
+        blocks = reinterpret_cast<Statistics*>(gradient + kBlock<A>);
+        of_pieces = reinterpret_cast<double*>(blocks + records);
     }
 };
 
+// Over the classes that can occur; `square` is the sum of (x - mean)^2.
 struct RowMoments {
-    double mean, deviation, count; // over the classes that can occur; the unbiased deviation
+    double count, mean, square;
+
+    double deviation() const { return count > 1 && square > 0 ? sqrt(square / (count - 1)) : 0 * square; } // unbiased
 };
 
 template <class A>
@@ -62,12 +67,10 @@ FKD_NOINLINE RowMoments row_moments(const Matrix& m, int64_t row, int64_t classe
     // About some logit first, so that a constant row comes out as one; then about the mean, for the digits.
     const int64_t largest = argmax(m, row, classes, staging);
     const double first = largest < 0 ? 0.0 : double(*read(m, row, largest, 1, staging));
-    RowMoments out = {first, 0, 0};
-    double square = 0;
+    RowMoments out = {0, first, 0};
     for (int turn = 0; turn < 2; ++turn) {
         const A about = A(out.mean);
-        double sum = 0, count = 0;
-        square = 0;
+        double sum = 0, count = 0, square = 0;
         for (int64_t j = 0; j < classes; j += kBlock<A>) {
             const int64_t n = block_length<A>(classes, j);
             const A* x = read(m, row, j, n, staging);
@@ -88,9 +91,25 @@ FKD_NOINLINE RowMoments row_moments(const Matrix& m, int64_t row, int64_t classe
         const double shift = count > 0 ? sum / count : 0;
         out.mean = double(about) + shift;
         out.count = count;
-        square -= count * shift * shift;
+        out.square = square - count * shift * shift;
     }
-    out.deviation = out.count > 1 && square > 0 ? sqrt(square / (out.count - 1)) : 0 * square;
+    return out;
+}
+
+// Of the parts of a row. About the first one's mean, so that a constant row comes out as one.
+inline RowMoments merge(const RowMoments* parts, int64_t count) {
+    RowMoments out = {0, 0, 0};
+    double about = 0, sum = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        if (out.count == 0) about = parts[i].mean;
+        out.count += parts[i].count;
+        sum += parts[i].count * (parts[i].mean - about);
+    }
+    out.mean = out.count > 0 ? about + sum / out.count : about;
+    for (int64_t i = 0; i < count; ++i) {
+        const double shift = parts[i].mean - out.mean;
+        out.square += parts[i].square + parts[i].count * shift * shift;
+    }
     return out;
 }
 
@@ -112,8 +131,8 @@ inline bool one_temperature(const RowParams& params) {
 }
 
 inline Scales scales_of(const RowParams& params, const RowMoments& s, const RowMoments& t) {
-    const double f_s = params.standardize ? 1 / (s.deviation + 1e-7) : 1;
-    const double f_t = params.standardize ? 1 / (t.deviation + 1e-7) : 1;
+    const double f_s = params.standardize ? 1 / (s.deviation() + 1e-7) : 1;
+    const double f_t = params.standardize ? 1 / (t.deviation() + 1e-7) : 1;
     const double T = params.loss == kTfKd ? 1 : params.temperature;
     Scales k = {f_s / T, f_t / T, 1, 1, 1, 1, 1, 0};
     if (sharp_is_distilled(params)) {
@@ -143,7 +162,7 @@ FKD_INLINE Vec<A> sharpen(Vec<A> e, Vec<A> exponent, int squarings, A ratio) {
 template <class A, bool single, bool careful, Mode mode>
 FKD_INLINE void block_stats(const A* s, const A* t, const A* v, int64_t n, int64_t y, const Scales& k,
                             const RowNeeds& needs, const RowMoments* moments, A* e_soft, A* e_sharp, A* e_raw, A* e_t,
-                            BlockStats& out) {
+                            Statistics& out) {
     constexpr bool general = is_general(mode), alone = mode == kAlone;
     const bool divergence = mode == kDivergence || (mode == kGeneral && needs.divergence);
     const bool teacher_sharp = mode == kCross || (mode == kGeneral && !needs.divergence);
@@ -158,7 +177,7 @@ FKD_INLINE void block_stats(const A* s, const A* t, const A* v, int64_t n, int64
     const A mean = moments ? A(moments->mean) : A(0);
     Vec<A> s_soft = zero, s_sharp = zero, t_soft = zero, t_sharp = zero, cross = zero, blocked = zero;
     Vec<A> s_raw = zero, linear = zero, v_sum = zero, v_cross = zero, v_blocked = zero, v_cross_t = zero;
-    Vec<A> soft_s = zero, sharp_s = zero, teacher_s = zero;
+    Vec<A> w_soft = zero, w_sharp = zero, w_teacher = zero;
     for_lanes<A>(n, Without<1>{{y}}, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
         // The next block comes from memory while this one is computed; past the row's end lies the next row.
         __builtin_prefetch(s + j + kBlock<A>);
@@ -202,9 +221,9 @@ FKD_INLINE void block_stats(const A* s, const A* t, const A* v, int64_t n, int64
             }
             if (moments) {
                 const Vec<A> centred = keep(lanes, impossible ? zero : sj - mean, zero);
-                soft_s = mul_add(es, centred, soft_s);
-                sharp_s = mul_add(sharp, centred, sharp_s);
-                teacher_s = mul_add(et, centred, teacher_s);
+                w_soft = mul_add(es, centred, w_soft);
+                w_sharp = mul_add(sharp, centred, w_sharp);
+                w_teacher = mul_add(et, centred, w_teacher);
                 if (!single && needs.raw) {
                     const Vec<A> raw = keep(lanes, exp2_nonpositive<A>(ds * ratio_raw), zero);
                     store(e_raw + j, raw, lanes);
@@ -221,40 +240,36 @@ FKD_INLINE void block_stats(const A* s, const A* t, const A* v, int64_t n, int64
     out.t_sharp = single ? out.t_soft : double(sum_lanes<A>(t_sharp));
     out.cross = kLn2 * sum_lanes<A>(cross);
     out.blocked = careful ? sum_lanes<A>(blocked) : A(0);
+    out.s_target = out.t_target = out.v_target = 0; // the row pass knows
     if constexpr (general) {
-        out.count = double(n - (y >= 0 && y < n));
+        out.number = double(n - (y >= 0 && y < n));
         out.s_raw = sum_lanes<A>(s_raw);
         out.linear = kLn2 * sum_lanes<A>(linear);
         out.v_sum = sum_lanes<A>(v_sum);
         out.v_cross = kLn2 * sum_lanes<A>(v_cross);
         out.v_blocked = sum_lanes<A>(v_blocked);
         out.v_cross_t = kLn2 * sum_lanes<A>(v_cross_t);
-        out.soft_s = sum_lanes<A>(soft_s);
-        out.sharp_s = sum_lanes<A>(sharp_s);
-        out.teacher_s = sum_lanes<A>(teacher_s);
+        out.w_soft = sum_lanes<A>(w_soft);
+        out.w_sharp = sum_lanes<A>(w_sharp);
+        out.w_teacher = sum_lanes<A>(w_teacher);
     }
 }
 
-// The blocks' sums, brought to the row's maxima.
-FKD_NOINLINE RowStats merge(const BlockStats* blocks, int64_t count, const Scales& k, bool single, bool general,
-                            bool divergence, double& s_max, double& t_max, Products& products) {
-    RowStats row = {};
-    row.soft_s = k.soft_s;
-    row.soft_t = k.soft_t;
-    row.sharp_s = k.sharp_s;
-    row.sharp_t = k.sharp_t;
-    products = {};
-    s_max = t_max = -INFINITY;
+// Of the parts of a row, blocks or pieces, brought to their common maxima.
+FKD_NOINLINE Statistics merge(const Statistics* parts, int64_t count, const Scales& k, bool single, bool general,
+                              bool divergence) {
+    Statistics row = {};
+    double s_max = -INFINITY, t_max = -INFINITY;
     for (int64_t i = 0; i < count; ++i) {
-        // A block without a class that can occur reports 0 as its maximum, and must not raise the row's.
-        if (blocks[i].s_max > s_max && blocks[i].s_soft != 0) s_max = blocks[i].s_max;
-        if (blocks[i].t_max > t_max && blocks[i].t_soft != 0) t_max = blocks[i].t_max;
+        // A part without a class that can occur reports 0 as its maximum, and must not raise the row's.
+        if (parts[i].s_max > s_max && parts[i].s_soft != 0) s_max = parts[i].s_max;
+        if (parts[i].t_max > t_max && parts[i].t_soft != 0) t_max = parts[i].t_max;
     }
-    s_max = finite_or_zero(s_max);
-    t_max = finite_or_zero(t_max);
+    row.s_max = finite_or_zero(s_max);
+    row.t_max = finite_or_zero(t_max);
     for (int64_t i = 0; i < count; ++i) {
-        const BlockStats& b = blocks[i];
-        const double ds = b.s_max - s_max, dt = b.t_max - t_max;
+        const Statistics& b = parts[i];
+        const double ds = b.s_max - row.s_max, dt = b.t_max - row.t_max;
         const double move_s = ds * k.soft_s, move_t = dt * k.soft_t;
         const double s_soft = scaled_exp(ds, k.soft_s), t_soft = scaled_exp(dt, k.soft_t);
         const double s_sharp = single ? s_soft : scaled_exp(ds, k.sharp_s);
@@ -268,22 +283,48 @@ FKD_NOINLINE RowStats merge(const BlockStats* blocks, int64_t count, const Scale
             row.cross += t_soft * (b.cross + (divergence ? move_s - move_t : move_s) * (b.t_soft - b.blocked));
             row.blocked += t_soft * b.blocked;
         }
+        row.s_target += b.s_target;
+        row.t_target += b.t_target;
+        row.v_target += b.v_target;
         if (!general) continue;
+        row.number += b.number;
         row.s_raw += scaled_exp(ds, 1) * b.s_raw;
-        row.linear += b.linear + move_s * b.count;
+        row.linear += b.linear + move_s * b.number;
         row.v_sum += b.v_sum;
-        row.v_free += b.v_sum - b.v_blocked;
         row.v_cross += b.v_cross + move_s * (b.v_sum - b.v_blocked);
         row.v_blocked += b.v_blocked;
         row.v_cross_t += b.v_cross_t + move_t * b.v_sum;
-        products.soft += s_soft * b.soft_s;
-        products.sharp += s_sharp * b.sharp_s;
-        products.teacher += t_soft * b.teacher_s;
+        row.w_soft += s_soft * b.w_soft;
+        row.w_sharp += s_sharp * b.w_sharp;
+        row.w_teacher += t_soft * b.w_teacher;
     }
-    if (general) { // in the logits' own units
-        row.linear /= k.soft_s;
-        row.v_cross /= k.soft_s;
-        row.v_cross_t /= k.soft_t;
+    return row;
+}
+
+// As the formulas want them: logits relative to the maxima, and in their own units.
+inline RowStats row_stats(const Statistics& x, const Scales& k, bool general) {
+    RowStats row = {};
+    row.s_target = x.s_target - x.s_max;
+    row.t_target = x.t_target - x.t_max;
+    row.soft_s = k.soft_s;
+    row.soft_t = k.soft_t;
+    row.sharp_s = k.sharp_s;
+    row.sharp_t = k.sharp_t;
+    row.s_soft = x.s_soft;
+    row.t_soft = x.t_soft;
+    row.s_sharp = x.s_sharp;
+    row.t_sharp = x.t_sharp;
+    row.s_raw = x.s_raw;
+    row.cross = x.cross;
+    row.blocked = x.blocked;
+    row.v_target = x.v_target;
+    row.v_sum = x.v_sum + x.v_target;
+    if (general) {
+        row.linear = x.linear / k.soft_s;
+        row.v_cross = x.v_cross / k.soft_s;
+        row.v_free = x.v_sum - x.v_blocked;
+        row.v_blocked = x.v_blocked;
+        row.v_cross_t = x.v_cross_t / k.soft_t;
     }
     return row;
 }

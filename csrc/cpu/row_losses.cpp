@@ -9,7 +9,11 @@
 // A class whose student logit is -inf breaks the fast sums (0 * inf), and a maximum beyond kLargestShift the fast
 // shift; such a row shows by its sums not being finite and is done again with `careful` loops that leave those classes
 // out. So is a row with NaN, which stays NaN.
+//
+// In a staged run (Piece) the columns are some of each row's: a call ends with what it has found of them, the next
+// begins with that of all the row's pieces, merged like blocks, and makes its exponentials anew.
 #include "../losses/row_losses.h"
+#include "pieces.h"
 #include "pointwise.h"
 
 namespace fused_kd {
@@ -29,18 +33,18 @@ struct Coefficients {
 // Backwards through the z-scores z = f (x - mean), f = 1 / (d + 1e-7) with d the deviation of n classes:
 //   d/dx_j = f (g_j - sum(g) / n) - z_j sum(g z) / ((n - 1) d)
 // where the sum of g is 0, a softmax being indifferent to a shift, unless the student rules out what the teacher asks.
-Coefficients standardized(const RowResult& r, const RowStats& x, const RowMoments& m, const Products& w, double s_max,
+Coefficients standardized(const RowResult& r, const RowStats& x, const RowMoments& m, const Statistics& all,
                           bool pointwise) {
-    const double f = 1 / (m.deviation + 1e-7), origin = s_max - m.mean;
+    const double deviation = m.deviation(), f = 1 / (deviation + 1e-7), origin = all.s_max - m.mean;
     const bool target_possible = x.s_target != -INFINITY;
     double sum = 0;
     if (!pointwise && (x.blocked > 0 || !target_possible))
         sum = r.soft * x.s_soft + r.sharp * x.s_sharp + r.teacher * (x.t_soft - x.blocked) + r.target;
-    double with_z = r.soft * w.soft + r.sharp * w.sharp + r.teacher * w.teacher;
+    double with_z = r.soft * all.w_soft + r.sharp * all.w_sharp + r.teacher * all.w_teacher;
     for (int k = 0; pointwise && k < 3; ++k)
         with_z += r.slopes[k] * x.pointwise.centred[k];
     if (target_possible) with_z += r.target * (x.s_target + origin);
-    const double slope = m.deviation == 0 ? 0 : f * f * with_z / ((m.count - 1) * m.deviation);
+    const double slope = deviation == 0 ? 0 : f * f * with_z / ((m.count - 1) * deviation);
     const double constant = -f * sum / m.count;
     const double at_target = f * r.target + (target_possible ? constant - slope * (x.s_target + origin) : 0);
     return {f * r.soft,
@@ -106,8 +110,12 @@ FKD_NOINLINE RowResult row_pass(const RowArgs& args, const RowParams& params, co
     const bool streamed = same && args.rows * classes * int64_t(sizeof(A)) >= kStreamed;
     A* const e_soft = wanted && same && !streamed ? own_row : scratch.e_soft;
 
+    const Piece* const piece = args.piece;
     RowMoments s_moments = {}, t_moments = {};
-    if (general && params.standardize) {
+    if (general && params.standardize && piece) {
+        s_moments = merged_moments(args, row, 0, scratch.of_pieces);
+        t_moments = merged_moments(args, row, 1, scratch.of_pieces);
+    } else if (general && params.standardize) {
         s_moments = row_moments<A>(args.student, row, classes, scratch.student);
         t_moments = row_moments<A>(args.teacher, row, classes, scratch.teacher);
     }
@@ -125,24 +133,38 @@ FKD_NOINLINE RowResult row_pass(const RowArgs& args, const RowParams& params, co
             s, t, v, n, y - j, scales, needs, params.standardize ? &s_moments : nullptr, e_soft + at,
             scratch.e_sharp + at, scratch.e_raw + at, scratch.e_t + at, scratch.blocks[count]);
     }
-    double s_max, t_max;
-    Products products;
-    RowStats stats = merge(scratch.blocks, count, scales, single, general, needs.divergence, s_max, t_max, products);
-    stats.s_target = *read(args.student, row, y, 1, scratch.student) - s_max;
-    stats.t_target = mode == kAlone ? 0.0 : *read(args.teacher, row, y, 1, scratch.teacher) - t_max;
-    stats.v_target = with_probs ? double(*read(args.target, row, y, 1, scratch.probs)) : 1.0;
-    stats.v_sum += stats.v_target;
-    if (args.label_sums) args.label_sums[row] = stats.v_sum;
-    const double shows = mode == kAlone ? stats.linear : stats.cross; // what an impossible class leaves its mark on
-    if (!careful && !(shows - shows == 0 && stats.s_soft - stats.s_soft == 0))
+    const bool here = y >= 0 && y < classes;
+    Statistics all = merge(scratch.blocks, count, scales, single, general, needs.divergence);
+    if (here) {
+        all.s_target = *read(args.student, row, y, 1, scratch.student);
+        all.t_target = mode == kAlone ? 0.0 : double(*read(args.teacher, row, y, 1, scratch.teacher));
+        all.v_target = with_probs ? double(*read(args.target, row, y, 1, scratch.probs)) : 1.0;
+    }
+    const double shows = mode == kAlone ? all.linear : all.cross; // what an impossible class leaves its mark on
+    if (!careful && !(shows - shows == 0 && all.s_soft - all.s_soft == 0))
         return row_pass<A, single, true, mode>(args, params, scratch, row, y);
+    if (piece && piece->stage == kStatistics) {
+        put(all, 0, args, row);
+        return {};
+    }
+    if (piece)
+        all = merge(of_pieces<Statistics>(piece->statistics, kStatisticsFields, 0, args, row, scratch.of_pieces),
+                    piece->pieces, scales, single, general, needs.divergence);
+    const double s_max = all.s_max, t_max = all.t_max;
+    RowStats stats = row_stats(all, scales, general);
+    if (args.label_sums) args.label_sums[row] = stats.v_sum;
     PointwiseRow<A> probabilities;
     if constexpr (pointwise) {
         probabilities = pointwise_row<A>(args, params, scratch, row, y, count, e_soft, stats, s_max, t_max);
         for (int k = 0; args.origins && k < 2; ++k)
             args.origins[2 * row + k] = probabilities.origins[k];
         if (args.only_origins) return {};
-        stats.pointwise = probabilities.sums(params.standardize ? &s_moments : nullptr);
+        const RowMoments* const moments = params.standardize ? &s_moments : nullptr;
+        if (piece && piece->stage == kSums) {
+            put(probabilities.own_sums(moments), 0, args, row);
+            return {};
+        }
+        stats.pointwise = piece ? probabilities.merged_sums(moments) : probabilities.sums(moments);
     }
     RowResult result = row_loss(stats, params);
     if constexpr (pointwise) {
@@ -162,7 +184,7 @@ FKD_NOINLINE RowResult row_pass(const RowArgs& args, const RowParams& params, co
                       0,
                       result.target + result.raw_target,
                       {result.slopes[0], result.slopes[1], result.slopes[2]}};
-    if (general && params.standardize) c = standardized(result, stats, s_moments, products, s_max, pointwise);
+    if (general && params.standardize) c = standardized(result, stats, s_moments, all, pointwise);
     if (!needs.raw) {
         c.sharp += c.raw;
         c.raw = 0;
@@ -202,7 +224,7 @@ FKD_NOINLINE RowResult row_pass(const RowArgs& args, const RowParams& params, co
     }
     if (streamed) fence();
     const A at_target = A(c.target * scale);
-    write(&at_target, 1, gradient + y * element_size(out_type), out_type);
+    if (here) write(&at_target, 1, gradient + y * element_size(out_type), out_type);
     return result;
 }
 
@@ -220,17 +242,21 @@ RowResult (*pass_for(const RowArgs& args, const RowParams& params))(const RowArg
 template <class A>
 void row_losses_typed(const RowArgs& args) {
     const RowLoss loss = args.loss == kJs && args.hyper.beta == 0 ? kKd : RowLoss(args.loss);
-    const RowParams params = {args.hyper, loss, double(args.classes), args.standardize};
+    const Piece* const piece = args.piece;
+    const RowParams params = {args.hyper, loss, double(piece ? piece->num_classes : args.classes), args.standardize};
     const bool with_probs = args.target.dtype != kInt64;
     const auto pass = one_temperature(params) ? pass_for<A, true>(args, params) : pass_for<A, false>(args, params);
     const int threads = useful_threads(args.threads, args.rows, args.classes);
     share_out(threads, args.rows, [&](int64_t begin, int64_t end) {
-        const Scratch<A> scratch(args.classes, row_needs(params));
+        const Scratch<A> scratch(args.classes, row_needs(params), piece ? piece->pieces : 0);
         for (int64_t row = begin; row < end; ++row) {
             double* parts = args.parts + kRowParts * row;
             int64_t y;
             bool counts = true;
-            if (with_probs) {
+            if (piece) {
+                y = piece->target[row] - piece->first_class;
+                counts = with_probs || piece->target[row] != args.ignore_index;
+            } else if (with_probs) {
                 y = argmax(args.target, row, args.classes, scratch.probs);
                 if (y < 0) y = 0; // every probability is NaN or -inf
             } else {
@@ -246,6 +272,11 @@ void row_losses_typed(const RowArgs& args) {
                     const int64_t bytes = args.classes * element_size(args.student.dtype);
                     __builtin_memset(static_cast<char*>(args.gradient) + row * bytes, 0, size_t(bytes));
                 }
+                continue;
+            }
+            if (piece && piece->stage == kMoments) {
+                put(row_moments<A>(args.student, row, args.classes, scratch.student), 0, args, row);
+                put(row_moments<A>(args.teacher, row, args.classes, scratch.teacher), 3, args, row);
                 continue;
             }
             const RowResult result = pass(args, params, scratch, row, y);

@@ -54,6 +54,7 @@ struct PointwiseSums {
     double of[3];
     double slopes[3];     // sum p_k f_k: in a row with one p = 1 it is that f to the bit, and the gradient is 0
     double centred[3], z; // with standardization, over j not the target: f_j - slopes, and 1, times p_j (s_j - mean)
+    double column;        // f_3 at the target
 };
 
 // Sums over the classes that are not the target.

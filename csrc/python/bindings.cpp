@@ -42,14 +42,12 @@ LossOutputs outputs(const py::tuple& given, int gradients, int64_t reduction, DT
     return out;
 }
 
-// options: (standardize, ignore_index, reduction)
-int64_t run_row_loss(const py::tuple& where, const py::tuple& student, const py::tuple& teacher,
-                     const py::tuple& target, const py::tuple& shape, int loss, const py::tuple& hyper,
-                     const py::tuple& options, uintptr_t factors, const py::tuple& gradient, const py::tuple& results) {
-    const Where place(where);
+// What every call of a row loss says: options: (standardize, ignore_index, ...)
+RowArgs row_args(const Where& place, const py::tuple& student, const py::tuple& teacher, const py::tuple& target,
+                 const py::tuple& shape, int loss, const py::tuple& hyper, uintptr_t factors,
+                 const py::tuple& gradient) {
     const Shape size(shape);
     const Gradient stored(gradient);
-    Fields asked(options, 3);
     RowArgs args = {};
     args.student = matrix(student);
     args.teacher = matrix(teacher);
@@ -60,13 +58,50 @@ int64_t run_row_loss(const py::tuple& where, const py::tuple& student, const py:
     args.classes = size.classes;
     args.loss = loss;
     args.hyper = hyper_parameters(hyper);
-    args.standardize = asked.flag();
-    args.ignore_index = asked.integer();
     args.gradient_scale = stored.scale;
     args.threads = place.threads;
+    return args;
+}
+
+// options: (standardize, ignore_index, reduction)
+int64_t run_row_loss(const py::tuple& where, const py::tuple& student, const py::tuple& teacher,
+                     const py::tuple& target, const py::tuple& shape, int loss, const py::tuple& hyper,
+                     const py::tuple& options, uintptr_t factors, const py::tuple& gradient, const py::tuple& results) {
+    const Where place(where);
+    Fields asked(options, 3);
+    RowArgs args = row_args(place, student, teacher, target, shape, loss, hyper, factors, gradient);
+    args.standardize = asked.flag();
+    args.ignore_index = asked.integer();
     const LossOutputs out = outputs(results, 1, asked.integer(), args.accumulate);
     py::gil_scoped_release release;
     return row_loss(*place.kernels, args, out);
+}
+
+// piece: (stage, target, first_class, num_classes, pieces, moments, statistics, sums, out);
+// options: (standardize, ignore_index, parts, accumulate)
+int64_t run_row_stage(const py::tuple& where, const py::tuple& student, const py::tuple& teacher,
+                      const py::tuple& labels, const py::tuple& shape, int loss, const py::tuple& hyper,
+                      const py::tuple& options, uintptr_t factors, const py::tuple& gradient, const py::tuple& piece) {
+    const Where place(where);
+    Fields asked(options, 4), at(piece, 9);
+    RowArgs args = row_args(place, student, teacher, labels, shape, loss, hyper, factors, gradient);
+    args.standardize = asked.flag();
+    args.ignore_index = asked.integer();
+    args.parts = asked.doubles();
+    args.accumulate = asked.dtype();
+    Piece here = {};
+    here.stage = Stage(at.integer());
+    here.target = static_cast<const int64_t*>(at.address());
+    here.first_class = at.integer();
+    here.num_classes = at.integer();
+    here.pieces = at.integer();
+    here.moments = at.doubles();
+    here.statistics = at.doubles();
+    here.sums = at.doubles();
+    here.out = at.doubles();
+    args.piece = &here;
+    py::gil_scoped_release release;
+    return row_stage(*place.kernels, args);
 }
 
 int64_t run_uskd_batch_sums(const py::tuple& where, const py::tuple& student, const py::tuple& target,
@@ -193,6 +228,7 @@ PYBIND11_MODULE(_native, m) {
         return names;
     });
     m.def("row_loss", &run_row_loss);
+    m.def("row_stage", &run_row_stage);
     m.def("uskd_batch_sums", &run_uskd_batch_sums);
     m.def("uskd", &run_uskd);
     m.def("zipf_ls", &run_zipf_ls);

@@ -47,6 +47,11 @@ ROW_LOSSES = {
 }
 
 
+def is_pointwise(loss: str, hyper: HyperParameters) -> bool:
+    """Whether the gradient of a row loss is another function of each class's probabilities than their sum."""
+    return loss == "dist" or (loss == "js" and hyper.beta != 0.0)
+
+
 def has_column_term(loss: str, hyper: HyperParameters) -> bool:
     """Whether a row loss has a term of the batch's columns, which every row depends on."""
     return loss == "dist" and hyper.gamma != 0.0

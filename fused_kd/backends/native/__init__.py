@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_kd.backends.native import core, cuda
+from fused_kd.backends import staged as stages
+from fused_kd.backends.native import core, cuda, staged
 from fused_kd.backends.native.boundary import DTYPES, RANKS, REDUCTIONS, address, incoming, matrix
 from fused_kd.core import checks
 from fused_kd.core.catalogue import ROW_LOSSES
@@ -109,6 +110,13 @@ def row_loss(
     if bad_row >= 0:
         raise checks.row_error(target, bad_row, num_classes, ignore_index)
     return loss, parts, gradient, norm
+
+
+def row_stage(
+    stage: str, piece: stages.Piece, found: stages.Found, options: stages.RowOptions, factors: Tensor | None
+) -> Any:
+    """See :func:`fused_kd.backends.native.staged.row_stage`."""
+    return staged.row_stage(_core, (instruction_set, torch.get_num_threads()), stage, piece, found, options, factors)
 
 
 def uskd_batch_sums(student: Tensor, target: Tensor, square: bool, ignore_index: int) -> Tensor:

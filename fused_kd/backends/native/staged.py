@@ -1,0 +1,62 @@
+"""A stage of a row loss whose rows are cut into pieces, by the C++ core: see :mod:`fused_kd.backends.staged`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_kd.backends.native.boundary import DTYPES, address, matrix
+from fused_kd.backends.staged import STAGES, Found, Piece, RowOptions
+from fused_kd.core import checks
+from fused_kd.core.catalogue import ROW_LOSSES
+from fused_kd.reference import accumulation_dtype
+
+#: The fields of Statistics in csrc/cpu/row_blocks.h.
+STATISTICS = (
+    "s_max", "t_max", "s_soft", "t_soft", "s_sharp", "t_sharp", "cross", "blocked", "number", "s_raw", "linear", "v_sum",
+    "v_cross", "v_blocked", "v_cross_t", "w_soft", "w_sharp", "w_teacher", "s_target", "t_target", "v_target",
+)  # fmt: skip
+#: How many numbers of a row a stage ends with (csrc/cpu/kernels.h).
+FIELDS = {"moments": 6, "statistics": len(STATISTICS), "sums": 12, "gradient": 0}
+
+
+def row_stage(
+    core: Any, where: tuple[str, int], stage: str, piece: Piece, found: Found, options: RowOptions,
+    factors: Tensor | None,
+) -> Any:  # fmt: skip
+    """What a stage finds of a piece, (fields, N) float64; of the last, the rows' parts (3, N) and the gradient."""
+    student, teacher, labels, target, first_class, num_classes = piece
+    rows, columns = student.shape
+    other = student if teacher is None else teacher
+    dtype = accumulation_dtype(student, other)
+    last = stage == "gradient"
+    out = torch.zeros(FIELDS[stage], rows, dtype=torch.float64)
+    parts = torch.empty(rows, 3, dtype=torch.float64)
+    gradient = torch.empty(student.shape if last else (0,), dtype=student.dtype)
+    pieces = max(0 if each is None else len(each) for each in found)
+    target = target.contiguous()
+    bad_row = core.row_stage(
+        where,
+        matrix(student),
+        matrix(other),
+        matrix(target if labels is None else labels),
+        (rows, columns),
+        ROW_LOSSES[options.loss].kind,
+        options.hyper,
+        (options.standardize, options.ignore_index, parts.data_ptr(), DTYPES[dtype]),
+        address(factors),
+        (gradient.data_ptr() if last else 0, options.gradient_scale),
+        (
+            STAGES[stage], target.data_ptr(), first_class, num_classes, pieces,
+            *map(address, found), out.data_ptr(),
+        ),
+    )  # fmt: skip
+    if bad_row >= 0 and labels is None:
+        raise checks.row_error(target, bad_row, num_classes, options.ignore_index)
+    if bad_row >= 0:
+        assert found.statistics is not None
+        of_labels = [STATISTICS.index(name) for name in ("v_sum", "v_target")]
+        raise checks.row_error(found.statistics[:, of_labels].sum((0, 1))[:, None], bad_row, num_classes, -1)
+    return (parts.T.to(dtype), gradient) if last else out
