@@ -31,7 +31,7 @@ def test_pieces_are_as_exact_as_the_row(loss, standardize, dtype):
 def test_a_class_out_of_range_is_named():
     problem = staged_cases.make("nkd", 10, (4,))
     problem.target[2] = 10
-    with pytest.raises(IndexError, match="from 0 to 9.*got 10"):
+    with pytest.raises(IndexError, match=r"from 0 to 9.*got 10"):
         staged.run(native, staged_cases.pieces_of(problem), problem.options)
 
 

@@ -1,5 +1,6 @@
 """Rows cut into pieces at any columns, for the tests of the staged schedule on every backend."""
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,9 @@ class Problem(NamedTuple):
         return self._replace(student=self.student.to(dtype), teacher=teacher)
 
 
-def make(loss, classes, cuts, seed=0, rows=4, labels="index", weighted=False, impossible=0.0, spread=2.0, **options: Any):
+def make(
+    loss, classes, cuts, seed=0, rows=4, labels="index", weighted=False, impossible=0.0, spread=2.0, **options: Any
+):
     generator = torch.Generator().manual_seed(seed)
     student, teacher = (torch.randn(rows, classes, generator=generator, dtype=torch.float64) * spread for _ in "st")
     if impossible:
@@ -52,11 +55,19 @@ def make(loss, classes, cuts, seed=0, rows=4, labels="index", weighted=False, im
     return Problem(student, None if loss in NO_TEACHER else teacher, target, factors, asked, tuple(cuts))
 
 
+def without_columns(problem):
+    """DIST's rows alone."""
+    options = problem.options
+    if options.loss != "dist":
+        return problem
+    return problem._replace(options=options._replace(hyper=options.hyper._replace(gamma=0.0)))
+
+
 def pieces_of(problem):
     student, teacher, target, _, _, cuts = problem
     probabilities = target.is_floating_point()
     edges = [0, *cuts, student.shape[1]]
-    spans = [slice(*edge) for edge in zip(edges, edges[1:], strict=False)]
+    spans = [slice(*edge) for edge in itertools.pairwise(edges)]
     index = target
     if probabilities:
         found = [staged.likeliest(target[:, span], span.start) for span in spans]
@@ -103,8 +114,8 @@ def assert_within_the_whole_rows_error(kernels, problem, dtype):
 
 
 @st.composite
-def problems(draw, classes=st.integers(2, 300), losses=tuple(ROW_LOSSES)):
-    loss, number = draw(st.sampled_from(losses)), draw(classes)
+def problems(draw, most=300):
+    loss, number = draw(st.sampled_from(tuple(ROW_LOSSES))), draw(st.integers(2, most))
     cuts = sorted(draw(st.sets(st.integers(1, number - 1), max_size=5)))
     standardize = loss not in NO_TEACHER and draw(st.booleans())
     return make(

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_kd.backends.triton.compile import TYPES
 from fused_kd.backends.triton.launch import HOST, Launch
 from fused_kd.backends.triton.plans import uskd, zipf_ls
 from fused_kd.backends.triton.plans.rows import plan_row_loss
@@ -21,54 +20,13 @@ from fused_kd.backends.triton.plans.scale import plan_scale
 from fused_kd.core.catalogue import LOSSES, ROW_LOSSES
 from fused_kd.core.options import HyperParameters
 from fused_kd.reference import accumulation_dtype
-
-
-class Call(Protocol):
-    """A call whose kernels are compiled; picklable, since other processes do that."""
-
-    @property
-    def rows(self) -> int:
-        """N."""
-
-    @property
-    def weighted(self) -> bool:
-        """Whether they have weights."""
-
-    @property
-    def element_bytes(self) -> int:
-        """Of the widest logits."""
-
-    def launches(self) -> list[Launch]:
-        """Every launch of a kernel that the call makes."""
-
-
-def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _logits(rows: int, classes: int, dtype: torch.dtype, layout: str) -> Tensor:
-    """Contiguous; "strided", whose neighbours are rows apart; or "offset", whose address no vector divides."""
-    if layout == "strided":
-        return _empty(classes, rows, dtype=dtype).t()
-    return _empty(rows * classes + 1, dtype=dtype)[int(layout == "offset") :][: rows * classes].view(rows, classes)
-
-
-def _describe(dtypes: Iterable[torch.dtype]) -> str:
-    return "/".join(dict.fromkeys(TYPES[dtype] for dtype in dtypes))
-
-
-def _target(rows: int, classes: int, labels: torch.dtype | None) -> Tensor:
-    return _empty(rows, dtype=torch.int64) if labels is None else _empty(rows, classes, dtype=labels)
-
-
-def _factors(call: Call, kinds: int) -> Tensor | None:
-    """What weighs the rows; such calls reach a kernel with the reduction "sum" or "none"."""
-    return _empty(kinds, call.rows, dtype=torch.float64) if call.weighted else None
+from tools.compile_matrix.calls import Call, describe, empty, factors, logits, prob, targets
+from tools.compile_matrix.staged import staged_cases
 
 
 class Case(NamedTuple):
     """A call of a row loss; ``labels`` is the dtype of probability targets, None for class indices, ``layout`` the
-    student's (:func:`_logits`), and ``weighted`` says whether the rows have weights."""
+    student's (:func:`.calls.logits`), and ``weighted`` says whether the rows have weights."""
 
     student: torch.dtype
     teacher: torch.dtype
@@ -86,10 +44,10 @@ class Case(NamedTuple):
     weighted: bool = False
 
     def __str__(self) -> str:
-        words = [f"{self.rows}x{self.classes}", _describe((self.student, self.teacher))]
+        words = [f"{self.rows}x{self.classes}", describe((self.student, self.teacher))]
         words += [*([self.loss] if self.loss != "nkd" else []), *([] if self.ce_weight else ["no CE"])]
         words += [*(["smoothed"] if self.smoothing else []), *(["z-scores"] if self.standardize else [])]
-        words += _prob(self.labels, self.student)
+        words += prob(self.labels, self.student)
         words += [f"T={self.temperature:g}", self.reduction, *([] if self.gradient else ["no gradient"])]
         return " ".join([*words, *(["weighted"] if self.weighted else []), *([self.layout] if self.layout else [])])
 
@@ -99,12 +57,12 @@ class Case(NamedTuple):
 
     def launches(self) -> list[Launch]:
         """Every launch of the forward and of the backward op."""
-        student = _logits(self.rows, self.classes, self.student, self.layout)
-        teacher = _empty(self.rows, self.classes, dtype=self.teacher)
+        student = logits(self.rows, self.classes, self.student, self.layout)
+        teacher = empty(self.rows, self.classes, dtype=self.teacher)
         acc = accumulation_dtype(student, teacher)
         shape = (self.rows,) if self.reduction == "none" else ()
-        loss, norm = _empty(*shape, dtype=acc), _empty(dtype=acc)
-        gradient = _empty(*(student.shape if self.gradient else (0,)), dtype=self.student)
+        loss, norm = empty(*shape, dtype=acc), empty(dtype=acc)
+        gradient = empty(*(student.shape if self.gradient else (0,)), dtype=self.student)
         # Weighted rows of DIST have their column term apart.
         second = 0.0 if self.weighted and self.loss == "dist" else 1.0
         own = dict(zip(ROW_LOSSES[self.loss].own, (0.5, second), strict=False))
@@ -112,15 +70,11 @@ class Case(NamedTuple):
             **own, temperature=self.temperature, ce_weight=self.ce_weight, label_smoothing=self.smoothing
         )
         plan = plan_row_loss(
-            student, teacher, _target(self.rows, self.classes, self.labels), _factors(self, 2), gradient, loss,
-            _empty(3, *shape, dtype=acc), norm, self.loss, hyper, self.standardize, -100, self.reduction,
+            student, teacher, targets(self.rows, self.classes, self.labels), factors(self, 2), gradient, loss,
+            empty(3, *shape, dtype=acc), norm, self.loss, hyper, self.standardize, -100, self.reduction,
             self.gradient, 1.0,
         )  # fmt: skip
         return [*plan, *([plan_scale(gradient, loss, norm, gradient)] if self.gradient else [])]
-
-
-def _prob(labels: torch.dtype | None, student: torch.dtype) -> list[str]:
-    return [] if labels is None else ["prob"] if labels == student else [f"{TYPES[labels]} prob"]
 
 
 class RankedCase(NamedTuple):
@@ -140,7 +94,7 @@ class RankedCase(NamedTuple):
     weighted: bool = False
 
     def __str__(self) -> str:
-        words = [f"{self.rows}x{self.classes}", _describe((self.student, self.weak)), *_prob(self.labels, self.student)]
+        words = [f"{self.rows}x{self.classes}", describe((self.student, self.weak)), *prob(self.labels, self.student)]
         words += [self.rank] if self.rank != "normalized" else []
         words += [*([] if self.square else ["p"]), *(["smoothed"] if self.smoothing else []), self.reduction]
         words += [] if all(self.gradient) else [f"gradient {'s' * self.gradient[0]}{'w' * self.gradient[1] or 'none'}"]
@@ -152,20 +106,20 @@ class RankedCase(NamedTuple):
 
     def launches(self) -> list[Launch]:
         """Every launch of a kernel, of the batch sums and of the forward op; the backward op is NKD's."""
-        student = _logits(self.rows, self.classes, self.student, self.layout)
-        weak = _empty(self.rows, self.classes, dtype=self.weak)
+        student = logits(self.rows, self.classes, self.student, self.layout)
+        weak = empty(self.rows, self.classes, dtype=self.weak)
         acc = accumulation_dtype(student, weak)
         shape = (self.rows,) if self.reduction == "none" else ()
-        target = _target(self.rows, self.classes, self.labels)
-        sums, norm = _empty(3, dtype=torch.float64), _empty(dtype=acc)
+        target = targets(self.rows, self.classes, self.labels)
+        sums, norm = empty(3, dtype=torch.float64), empty(dtype=acc)
         gradients = (
-            _empty(*(student.shape if self.gradient[0] else (0,)), dtype=self.student),
-            _empty(*(weak.shape if self.gradient[1] else (0,)), dtype=self.weak),
+            empty(*(student.shape if self.gradient[0] else (0,)), dtype=self.student),
+            empty(*(weak.shape if self.gradient[1] else (0,)), dtype=self.weak),
         )
         hyper = HyperParameters(1.0, 0.1, mu=0.005, ce_weight=1.0, label_smoothing=self.smoothing)
         plan = uskd.plan_uskd(
-            student, weak, target, sums, _factors(self, 3), gradients, _empty(*shape, dtype=acc),
-            _empty(4, *shape, dtype=acc), (norm, norm), hyper,
+            student, weak, target, sums, factors(self, 3), gradients, empty(*shape, dtype=acc),
+            empty(4, *shape, dtype=acc), (norm, norm), hyper,
             self.rank, self.square, -100, self.reduction, *self.gradient, 1.0, 1.0,
         )  # fmt: skip
         plan = [*uskd.plan_batch_sums(student, target, sums, self.square, -100), *plan]
@@ -190,8 +144,8 @@ class ZipfCase(NamedTuple):
     weighted: bool = False
 
     def __str__(self) -> str:
-        words = [f"{self.rows}x{self.classes}", f"{self.positions} {self.order}", _describe((self.student, self.dense))]
-        words += [*_prob(self.labels, self.student), *(["smoothed"] if self.smoothing else []), self.reduction]
+        words = [f"{self.rows}x{self.classes}", f"{self.positions} {self.order}", describe((self.student, self.dense))]
+        words += [*prob(self.labels, self.student), *(["smoothed"] if self.smoothing else []), self.reduction]
         words += [] if self.gradient else ["forward"]
         return " ".join([*words, *(["weighted"] if self.weighted else []), *([self.layout] if self.layout else [])])
 
@@ -201,19 +155,19 @@ class ZipfCase(NamedTuple):
 
     def launches(self) -> list[Launch]:
         """Every launch of the forward op; the backward op is NKD's."""
-        student = _logits(self.rows, self.classes, self.student, self.layout)
-        dense = _empty(self.rows, self.positions, self.classes, dtype=self.dense)
+        student = logits(self.rows, self.classes, self.student, self.layout)
+        dense = empty(self.rows, self.positions, self.classes, dtype=self.dense)
         if self.order == "positions":  # as a feature map has them
-            dense = _empty(self.rows, self.classes, self.positions, dtype=self.dense).transpose(1, 2)
+            dense = empty(self.rows, self.classes, self.positions, dtype=self.dense).transpose(1, 2)
         elif self.order == "neither":
-            dense = _empty(self.rows, 2 * self.positions, 2 * self.classes, dtype=self.dense)[:, ::2, ::2]
+            dense = empty(self.rows, 2 * self.positions, 2 * self.classes, dtype=self.dense)[:, ::2, ::2]
         acc = accumulation_dtype(student)
         shape = (self.rows,) if self.reduction == "none" else ()
-        gradient = _empty(*(student.shape if self.gradient else (0,)), dtype=self.student)
+        gradient = empty(*(student.shape if self.gradient else (0,)), dtype=self.student)
         hyper = HyperParameters(beta=0.1, power=1.0, ce_weight=1.0, label_smoothing=self.smoothing)
         return zipf_ls.plan_zipf_ls(
-            student, dense, _target(self.rows, self.classes, self.labels), _factors(self, 2), gradient,
-            _empty(*shape, dtype=acc), _empty(2, *shape, dtype=acc), _empty(dtype=acc),
+            student, dense, targets(self.rows, self.classes, self.labels), factors(self, 2), gradient,
+            empty(*shape, dtype=acc), empty(2, *shape, dtype=acc), empty(dtype=acc),
             hyper, -100, self.reduction, self.gradient, 1.0,
         )  # fmt: skip
 
@@ -354,6 +308,7 @@ CASES: dict[str, Callable[[bool], Iterator[Call]]] = {
     "rows": row_cases,
     "uskd": ranked_cases,
     "zipf_ls": zipf_cases,
+    "staged": staged_cases,
 }
 
 

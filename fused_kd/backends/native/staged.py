@@ -15,8 +15,8 @@ from fused_kd.reference import accumulation_dtype
 
 #: The fields of Statistics in csrc/cpu/row_blocks.h.
 STATISTICS = (
-    "s_max", "t_max", "s_soft", "t_soft", "s_sharp", "t_sharp", "cross", "blocked", "number", "s_raw", "linear", "v_sum",
-    "v_cross", "v_blocked", "v_cross_t", "w_soft", "w_sharp", "w_teacher", "s_target", "t_target", "v_target",
+    "s_max", "t_max", "s_soft", "t_soft", "s_sharp", "t_sharp", "cross", "blocked", "number", "s_raw", "linear",
+    "v_sum", "v_cross", "v_blocked", "v_cross_t", "w_soft", "w_sharp", "w_teacher", "s_target", "t_target", "v_target",
 )  # fmt: skip
 #: How many numbers of a row a stage ends with (csrc/cpu/kernels.h).
 FIELDS = {"moments": 6, "statistics": len(STATISTICS), "sums": 12, "gradient": 0}

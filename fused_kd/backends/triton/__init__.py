@@ -20,6 +20,8 @@ from fused_kd.backends import cuda_devices
 OLDEST = 7
 #: The plan of each op of :mod:`fused_kd.ops`.
 OPS = {"row_loss": "rows", "uskd": "uskd", "uskd_batch_sums": "uskd", "zipf_ls": "zipf_ls", "scale_gradient": "scale"}
+#: And that of a stage, see :mod:`fused_kd.backends.staged`.
+OPS["row_stage"] = "staged"
 
 
 def __getattr__(name: str) -> Any:

@@ -42,6 +42,7 @@ def kernels() -> dict[str, Any]:
             "uskd",
             "uskd_streamed",
             "zipf_ls",
+            "staged",
         )
     ]
     names = (
@@ -49,6 +50,7 @@ def kernels() -> dict[str, Any]:
         "normalize_rows", "column_moments", "finish_columns",
         "target_probabilities", "ranked_on_chip", "write_keys", "write_zipf", "combine_ranked",
         "find_votes", "rank_votes", "zipf_rows",
+        "piece_moments", "piece_statistics", "piece_sums", "piece_gradient",
     )  # fmt: skip
     return {name: getattr(module, name) for module in modules for name in names if hasattr(module, name)}
 

@@ -171,6 +171,17 @@ def row_config(
 
 
 @lru_cache(maxsize=1024)
+def piece_config(columns: int, vector: int, *, wide: bool) -> Looped:
+    """Layout of the staged kernels, of a program for each row's piece; none has been timed. ``vector`` is how many
+    neighbours are loaded as one."""
+    width = max(vector, 2)
+    warps = LOOPED_WARPS // (2 if wide else 1)
+    while warps > 1 and 32 * warps * width >= 2 * columns:
+        warps //= 2
+    return Looped(32 * warps, width, warps, 255)
+
+
+@lru_cache(maxsize=1024)
 def scale_config(width: int) -> Flat:
     """Layout of scale_rows: 16 elements a thread, two 16-byte vectors of half precision. Short tiles, because a long
     row's first and last are masked, and so scalar where it does not start aligned."""

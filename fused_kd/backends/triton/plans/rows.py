@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,6 +82,31 @@ def kernel_weights(loss_name: str, hyper: HyperParameters, classes: int) -> tupl
     return first, second, temperature, ce_weight, smoothing
 
 
+class Variant(NamedTuple):
+    """What kernels are compiled for (:mod:`.kernels.on_chip`). ``loss`` is the one that runs: JS at 0 is KD."""
+
+    loss: str
+    kind: int
+    single: bool
+    linear: bool
+    raw: bool
+
+
+def variant(loss_name: str, hyper: HyperParameters, standardize: bool) -> Variant:
+    """As row_needs and one_temperature of csrc have it."""
+    if loss_name == "js" and hyper.beta == 0.0:
+        loss_name = "kd"
+    ce, sharp_distilled = hyper.ce_weight != 0.0, loss_name in ("nkd", "wsld")
+    single = (
+        loss_name == "tf_kd"
+        or not (sharp_distilled or ce)
+        or (hyper.temperature == 1.0 and (not standardize or (sharp_distilled and not ce)))
+    )
+    linear = loss_name == "tf_kd" or (ce and hyper.label_smoothing != 0.0)
+    raw = standardize and sharp_distilled and ce
+    return Variant(loss_name, ROW_LOSSES[loss_name].kind, single, linear, raw)
+
+
 def plan_row_loss(
     student: Tensor,
     teacher: Tensor,
@@ -101,20 +126,11 @@ def plan_row_loss(
 ) -> list[Launch]:
     """The launches that fill the outputs, in order."""
     rows, classes = student.shape
-    if loss_name == "js" and hyper.beta == 0.0:
-        loss_name = "kd"
+    seen = variant(loss_name, hyper, standardize)
+    loss_name = seen.loss
     acc = acc_types()[loss.dtype]
     probabilities = target.is_floating_point()
     per_row = reduction == "none"
-    # As row_needs and one_temperature of csrc have it.
-    temperature, ce, smoothed = hyper.temperature, hyper.ce_weight != 0.0, hyper.label_smoothing != 0.0
-    sharp_distilled = loss_name in ("nkd", "wsld")
-    single = (
-        loss_name == "tf_kd"
-        or not (sharp_distilled or ce)
-        or (temperature == 1.0 and (not standardize or (sharp_distilled and not ce)))
-    )
-    linear = loss_name == "tf_kd" or (ce and smoothed)
     half, known = divided(target, reduction, student.dtype)
     target_row, target_col = target.stride() if probabilities else (target.stride(0), 0)
     launches: list[Launch] = []
@@ -135,27 +151,27 @@ def plan_row_loss(
         narrow,
         wide=loss.dtype == torch.float64,
         probabilities=probabilities,
-        unit_temperature=single,
+        unit_temperature=seen.single,
         neighbours=unit,
         vectors=together,
         mixed=student.dtype != teacher.dtype,
         loss=loss_name,
         scores=standardize,
-        smoothed=ce and smoothed,
+        smoothed=hyper.ce_weight != 0.0 and hyper.label_smoothing != 0.0,
     )
     options = {
         "ACC": acc,
         "UNIT": unit,
-        "LOSS": ROW_LOSSES[loss_name].kind,
-        "SINGLE": single,
+        "LOSS": seen.kind,
+        "SINGLE": seen.single,
         "PROB": probabilities,
         "GRAD": need_gradient,
         "COUNT": counts.how if need_gradient else 0,
         "HALF": half,
         "PER_ROW": per_row,
         "STD": standardize,
-        "LINEAR": linear,
-        "RAW": standardize and sharp_distilled and ce,
+        "LINEAR": seen.linear,
+        "RAW": seen.raw,
         "COLUMNS": columns is not None,
         "num_warps": config.warps,
         "maxnreg": config.registers,

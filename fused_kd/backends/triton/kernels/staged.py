@@ -1,0 +1,433 @@
+# mypy: ignore-errors
+# Triton compiles these functions; to a type checker they are not Python.
+"""The row losses in stages, where a program has a piece of a row's classes at hand: :mod:`fused_kd.backends.staged` has
+the stages, :mod:`.rows`, :mod:`.pointwise` and :mod:`.losses` what is done in each, and :mod:`.on_chip` the constexpr
+arguments. Besides
+
+PIECES  a power of two, at least the number of pieces: what they have found is merged as the lanes of a program are
+LANES   threads of a program, each with WIDTH classes of a tile
+
+A program walks the piece of one row. ``target`` has the class of every row, and ``labels`` are the probabilities of the
+piece's classes. What the pieces have found is (pieces, fields, rows).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fused_kd.backends.triton.kernels.losses import coefficients
+from fused_kd.backends.triton.kernels.on_chip import all_weights, at, store_parts
+from fused_kd.backends.triton.kernels.pointwise import merge_sums, no_sums, softmaxes
+from fused_kd.backends.triton.kernels.rows import (
+    LOG2E,
+    POINTWISE,
+    TF_KD,
+    empty_statistics,
+    load_factor,
+    load_index,
+    make_scales,
+    merge_lanes,
+    narrowed,
+    scaled_by,
+    zero_if_empty,
+)
+from fused_kd.backends.triton.kernels.tiles import accumulate_others, gradient_tile, load_tiles, row_moments, sum_tile
+from fused_kd.backends.triton.kernels.values import Constants, Moments, PointwiseSums, Slopes, Statistics
+
+_NEG_INF = tl.constexpr(float("-inf"))
+#: Fields of a row: of both logits' moments, of the statistics with the target's three, and of the sums.
+MOMENTS = tl.constexpr(6)
+STATISTICS = tl.constexpr(19)
+SUMS = tl.constexpr(10)
+RUNTIME = [
+    "rows",
+    "classes",
+    "pieces",
+    "first_class",
+    "num_classes",
+    "student_row",
+    "student_col",
+    "teacher_row",
+    "teacher_col",
+    "labels_row",
+    "labels_col",
+    "ignore_index",
+]
+
+
+@triton.jit
+def _of_row(row, target, factors, rows, ignore_index, first_class, num_classes, PROB: tl.constexpr, ACC: tl.constexpr):
+    """Of a row, (1,): its target among the piece's columns or outside, whether it counts, 1 or NaN for an index out of
+    range."""
+    y, counted, valid = load_index(target, row, row < rows, 1, ignore_index, num_classes)
+    if PROB:
+        counted = row < rows
+    if factors is not None:
+        counted &= load_factor(factors, 0, rows, row, counted, ACC) != 0.0
+    return y - first_class, counted, valid
+
+
+@triton.jit
+def _lanes(LANES: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr):
+    """Columns of a tile: neighbours go to one lane where they make a vector, else to neighbouring lanes."""
+    LANE_STEP: tl.constexpr = WIDTH if VEC > 1 else 1
+    WIDTH_STEP: tl.constexpr = 1 if VEC > 1 else LANES
+    return tl.arange(0, LANES)[:, None] * LANE_STEP + tl.arange(0, WIDTH)[None, :] * WIDTH_STEP
+
+
+@triton.jit
+def _field(found, which, fields, pieces, rows, row, other, PIECES: tl.constexpr):
+    """Of the pieces, (PIECES,)."""
+    piece = tl.arange(0, PIECES)
+    return tl.load(found + (piece * fields + which) * rows + row, mask=piece < pieces, other=other)
+
+
+@triton.jit
+def _total(x):
+    return tl.sum(x, 0, keep_dims=True)
+
+
+@triton.jit
+def _merged_moments(found, first, pieces, rows, row, PIECES: tl.constexpr):
+    """Of the student's logits (first = 0) or the teacher's (3), Chan's formula."""
+    number = _field(found, first, MOMENTS, pieces, rows, row, 0.0, PIECES)
+    mean = _field(found, first + 1, MOMENTS, pieces, rows, row, 0.0, PIECES)
+    square = _field(found, first + 2, MOMENTS, pieces, rows, row, 0.0, PIECES)
+    # About one of the means, so that a constant row comes out as one.
+    about = zero_if_empty(tl.max(tl.where(number > 0.0, mean, _NEG_INF), 0, keep_dims=True))
+    total = _total(number)
+    merged = about + _total(tl.where(number > 0.0, number * (mean - about), 0.0)) / tl.maximum(total, 1.0)
+    shift = tl.where(number > 0.0, mean - merged, 0.0)
+    deviation = tl.sqrt(_total(square + number * shift * shift) / tl.maximum(total - 1.0, 1.0))
+    return Moments(merged, deviation, total)
+
+
+@triton.jit
+def _scales(
+    moments, pieces, rows, row, temperature, PIECES: tl.constexpr, LOSS: tl.constexpr, STD: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """The scales, and the moments of the student's row."""
+    k = tl.full((), LOG2E, ACC)
+    if STD:
+        s_moments = _merged_moments(moments, 0, pieces, rows, row, PIECES)
+        t_moments = _merged_moments(moments, 3, pieces, rows, row, PIECES)
+    else:
+        zero = tl.zeros([1], ACC)
+        s_moments = Moments(zero, zero, zero)
+        t_moments = s_moments
+    return make_scales(temperature, s_moments, t_moments, k, LOSS, STD), s_moments
+
+
+@triton.jit
+def _merged_statistics(
+    found, pieces, rows, row, scales, PIECES: tl.constexpr, LOSS: tl.constexpr, SINGLE: tl.constexpr
+):
+    """The row's statistics, and the target's logits and probability, which one of the pieces has."""
+    stats = Statistics(
+        _field(found, 0, STATISTICS, pieces, rows, row, _NEG_INF, PIECES),
+        _field(found, 1, STATISTICS, pieces, rows, row, 0.0, PIECES),
+        _field(found, 2, STATISTICS, pieces, rows, row, 0.0, PIECES),
+        _field(found, 3, STATISTICS, pieces, rows, row, _NEG_INF, PIECES),
+        _field(found, 4, STATISTICS, pieces, rows, row, 0.0, PIECES),
+        _field(found, 5, STATISTICS, pieces, rows, row, 0.0, PIECES),
+        _field(found, 6, STATISTICS, pieces, rows, row, 0.0, PIECES),
+        _field(found, 7, STATISTICS, pieces, rows, row, 0.0, PIECES),
+        _field(found, 8, STATISTICS, pieces, rows, row, 0.0, PIECES),
+        _field(found, 9, STATISTICS, pieces, rows, row, 0.0, PIECES),
+        _field(found, 10, STATISTICS, pieces, rows, row, 0.0, PIECES),
+        _field(found, 11, STATISTICS, pieces, rows, row, 0.0, PIECES),
+        _field(found, 12, STATISTICS, pieces, rows, row, 0.0, PIECES),
+        _field(found, 13, STATISTICS, pieces, rows, row, 0.0, PIECES),
+        _field(found, 14, STATISTICS, pieces, rows, row, 0.0, PIECES),
+        _field(found, 15, STATISTICS, pieces, rows, row, 0.0, PIECES),
+    )
+    s_y = _total(_field(found, 16, STATISTICS, pieces, rows, row, 0.0, PIECES))
+    t_y = _total(_field(found, 17, STATISTICS, pieces, rows, row, 0.0, PIECES))
+    v_y = _total(_field(found, 18, STATISTICS, pieces, rows, row, 0.0, PIECES))
+    return merge_lanes(stats, scales, LOSS, SINGLE), s_y, t_y, v_y
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def piece_moments(
+    student,
+    teacher,
+    labels,
+    target,
+    factors,
+    out,
+    rows: tl.int64,
+    classes: tl.int32,
+    first_class: tl.int32,
+    num_classes: tl.int32,
+    student_row: tl.int64,
+    student_col: tl.int64,
+    teacher_row: tl.int64,
+    teacher_col: tl.int64,
+    ignore_index: tl.int64,
+    ACC: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VEC: tl.constexpr,
+    UNIT: tl.constexpr,
+    PROB: tl.constexpr,
+):
+    """Number, mean and sum of squares about it, of the student's logits and the teacher's."""
+    classes = classes // VEC * VEC
+    program = tl.program_id(0).to(tl.int64)
+    row = program + tl.arange(0, 1)
+    _y, counted, _valid = _of_row(row, target, factors, rows, ignore_index, first_class, num_classes, PROB, ACC)
+    end = classes * tl.max(counted.to(tl.int32), 0)
+    lane = _lanes(LANES, WIDTH, VEC)
+    s = student + program * (student_row // VEC * VEC)
+    t = teacher + program * (teacher_row // VEC * VEC)
+    s_moments = row_moments(s, student_col, 0, lane, lane < 0, lane, end, LANES, WIDTH, UNIT, False, ACC)
+    t_moments = row_moments(t, teacher_col, 0, lane, lane < 0, lane, end, LANES, WIDTH, UNIT, False, ACC)
+    tl.store(out + row, s_moments.number)
+    tl.store(out + rows + row, s_moments.mean)
+    tl.store(out + 2 * rows + row, s_moments.deviation * s_moments.deviation * tl.maximum(s_moments.number - 1.0, 1.0))
+    tl.store(out + 3 * rows + row, t_moments.number)
+    tl.store(out + 4 * rows + row, t_moments.mean)
+    tl.store(out + 5 * rows + row, t_moments.deviation * t_moments.deviation * tl.maximum(t_moments.number - 1.0, 1.0))
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def piece_statistics(
+    student,
+    teacher,
+    labels,
+    target,
+    factors,
+    moments,
+    out,
+    rows: tl.int64,
+    classes: tl.int32,
+    pieces: tl.int32,
+    first_class: tl.int32,
+    num_classes: tl.int32,
+    student_row: tl.int64,
+    student_col: tl.int64,
+    teacher_row: tl.int64,
+    teacher_col: tl.int64,
+    labels_row: tl.int64,
+    labels_col: tl.int64,
+    ignore_index: tl.int64,
+    temperature: tl.float64,
+    ACC: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VEC: tl.constexpr,
+    PIECES: tl.constexpr,
+    UNIT: tl.constexpr,
+    LOSS: tl.constexpr,
+    SINGLE: tl.constexpr,
+    PROB: tl.constexpr,
+    STD: tl.constexpr,
+    LINEAR: tl.constexpr,
+    RAW: tl.constexpr,
+):
+    """The :class:`.values.Statistics` of the piece, and the target's logits and probability, 0 where it is in another
+    piece."""
+    classes = classes // VEC * VEC
+    temperature = tl.full((), temperature, ACC)
+    program = tl.program_id(0).to(tl.int64)
+    row = program + tl.arange(0, 1)
+    y, counted, _valid = _of_row(row, target, factors, rows, ignore_index, first_class, num_classes, PROB, ACC)
+    end = classes * tl.max(counted.to(tl.int32), 0)
+    bases = (
+        student + program * (student_row // VEC * VEC),
+        teacher + program * (teacher_row // VEC * VEC),
+        labels + program * (labels_row // VEC * VEC),
+    )
+    strides = (student_col, teacher_col, labels_col)
+    scales, _s_moments = _scales(moments, pieces, rows, row, temperature, PIECES, LOSS, STD, ACC)
+    lane = _lanes(LANES, WIDTH, VEC)
+    stats = empty_statistics(LANES, ACC)
+    for start in range(0, end, LANES * WIDTH):
+        cols = start + lane
+        s, t, v = load_tiles(bases, strides, cols, cols < end, True, UNIT, LOSS, PROB, False, ACC)
+        stats = accumulate_others(
+            stats, s, t, v, cols == y[:, None], cols < end, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW
+        )
+    merged = merge_lanes(stats, scales, LOSS, SINGLE)
+    for field in tl.static_range(16):
+        tl.store(out + field * rows + row, merged[field])
+    here = (y >= 0) & (y < end)
+    s_y = tl.load(at(bases[0], y, student_col, UNIT), mask=here, other=0.0).to(ACC)
+    tl.store(out + 16 * rows + row, s_y)
+    t_y = tl.zeros([1], ACC)
+    if LOSS != TF_KD:
+        t_y = tl.load(at(bases[1], y, teacher_col, UNIT), mask=here, other=0.0).to(ACC)
+    tl.store(out + 17 * rows + row, t_y)
+    v_y = tl.zeros([1], ACC)
+    if PROB:
+        v_y = tl.load(at(bases[2], y, labels_col, UNIT), mask=here, other=0.0).to(ACC)
+    tl.store(out + 18 * rows + row, v_y)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def piece_sums(
+    student,
+    teacher,
+    labels,
+    target,
+    factors,
+    moments,
+    statistics,
+    out,
+    rows: tl.int64,
+    classes: tl.int32,
+    pieces: tl.int32,
+    first_class: tl.int32,
+    num_classes: tl.int32,
+    student_row: tl.int64,
+    student_col: tl.int64,
+    teacher_row: tl.int64,
+    teacher_col: tl.int64,
+    ignore_index: tl.int64,
+    first: tl.float64,
+    temperature: tl.float64,
+    ACC: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VEC: tl.constexpr,
+    PIECES: tl.constexpr,
+    UNIT: tl.constexpr,
+    LOSS: tl.constexpr,
+    SINGLE: tl.constexpr,
+    PROB: tl.constexpr,
+    STD: tl.constexpr,
+):
+    """The :class:`.values.PointwiseSums` of the piece."""
+    classes = classes // VEC * VEC
+    temperature = tl.full((), temperature, ACC)
+    program = tl.program_id(0).to(tl.int64)
+    row = program + tl.arange(0, 1)
+    y, counted, _valid = _of_row(row, target, factors, rows, ignore_index, first_class, num_classes, PROB, ACC)
+    end = classes * tl.max(counted.to(tl.int32), 0)
+    bases = (student + program * (student_row // VEC * VEC), teacher + program * (teacher_row // VEC * VEC), student)
+    strides = (student_col, teacher_col, student_col)
+    scales, _s_moments = _scales(moments, pieces, rows, row, temperature, PIECES, LOSS, STD, ACC)
+    stats, s_y, t_y, _v_y = _merged_statistics(statistics, pieces, rows, row, scales, PIECES, LOSS, SINGLE)
+    of_rows = softmaxes(stats, s_y, t_y, statistics, rows, row, counted, scales, False)
+    constants = Constants(tl.full((), first, ACC), 1.0 / num_classes.to(ACC))
+    lane = _lanes(LANES, WIDTH, VEC)
+    sums = no_sums(LANES, ACC)
+    for start in range(0, end, LANES * WIDTH):
+        cols = start + lane
+        sums = sum_tile(
+            sums, bases, strides, cols, cols < end, cols == y[:, None], statistics, classes, stats, of_rows, constants,
+            scales, True, UNIT, LOSS, STD, False, ACC,
+        )  # fmt: skip
+    sums = merge_sums(sums)
+    for field in tl.static_range(SUMS):
+        tl.store(out + field * rows + row, sums[field])
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def piece_gradient(
+    student,
+    teacher,
+    labels,
+    target,
+    factors,
+    moments,
+    statistics,
+    sums,
+    gradient,
+    parts,
+    rows: tl.int64,
+    classes: tl.int32,
+    pieces: tl.int32,
+    first_class: tl.int32,
+    num_classes: tl.int32,
+    student_row: tl.int64,
+    student_col: tl.int64,
+    teacher_row: tl.int64,
+    teacher_col: tl.int64,
+    labels_row: tl.int64,
+    labels_col: tl.int64,
+    ignore_index: tl.int64,
+    first: tl.float64,
+    second: tl.float64,
+    temperature: tl.float64,
+    ce_weight: tl.float64,
+    smoothing: tl.float64,
+    scale: tl.float64,
+    ACC: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VEC: tl.constexpr,
+    PIECES: tl.constexpr,
+    UNIT: tl.constexpr,
+    LOSS: tl.constexpr,
+    SINGLE: tl.constexpr,
+    PROB: tl.constexpr,
+    STD: tl.constexpr,
+    LINEAR: tl.constexpr,
+    RAW: tl.constexpr,
+):
+    """The row's parts, the same on every piece, and the gradient of the piece's columns."""
+    classes = classes // VEC * VEC
+    weights = all_weights(first, second, temperature, ce_weight, smoothing, ACC)
+    program = tl.program_id(0).to(tl.int64)
+    row = program + tl.arange(0, 1)
+    y, counted, valid = _of_row(row, target, factors, rows, ignore_index, first_class, num_classes, PROB, ACC)
+    read = tl.max(counted.to(tl.int32), 0)
+    end = classes * read
+    bases = (
+        student + program * (student_row // VEC * VEC),
+        teacher + program * (teacher_row // VEC * VEC),
+        labels + program * (labels_row // VEC * VEC),
+    )
+    strides = (student_col, teacher_col, labels_col)
+    scales, s_moments = _scales(moments, pieces, rows, row, weights.temperature, PIECES, LOSS, STD, ACC)
+    stats, s_y, t_y, v_y = _merged_statistics(statistics, pieces, rows, row, scales, PIECES, LOSS, SINGLE)
+    if PROB:
+        valid = 1.0 + 0.0 * (stats.v_sum + v_y)
+    all_sums, of_rows, constants = stats, stats, stats
+    if LOSS >= POINTWISE:
+        of_rows = softmaxes(stats, s_y, t_y, statistics, rows, row, counted, scales, False)
+        constants = Constants(weights.first, 1.0 / num_classes.to(ACC))
+        all_sums = PointwiseSums(
+            _total(_field(sums, 0, SUMS, pieces, rows, row, 0.0, PIECES)),
+            _total(_field(sums, 1, SUMS, pieces, rows, row, 0.0, PIECES)),
+            _total(_field(sums, 2, SUMS, pieces, rows, row, 0.0, PIECES)),
+            _total(_field(sums, 3, SUMS, pieces, rows, row, 0.0, PIECES)),
+            _total(_field(sums, 4, SUMS, pieces, rows, row, 0.0, PIECES)),
+            _total(_field(sums, 5, SUMS, pieces, rows, row, 0.0, PIECES)),
+            _total(_field(sums, 6, SUMS, pieces, rows, row, 0.0, PIECES)),
+            _total(_field(sums, 7, SUMS, pieces, rows, row, 0.0, PIECES)),
+            _total(_field(sums, 8, SUMS, pieces, rows, row, 0.0, PIECES)),
+            _total(_field(sums, 9, SUMS, pieces, rows, row, 0.0, PIECES)),
+        )
+    part_y, part_rest, part_ce, gradient_of, more = coefficients(
+        stats, all_sums, tl.zeros([1], ACC), s_y, t_y, v_y, weights, scales, s_moments, num_classes,
+        LOSS, SINGLE, PROB, STD, LINEAR, RAW,
+    )  # fmt: skip
+    of_loss = valid
+    of_gradient = valid
+    if factors is not None:
+        of_loss *= load_factor(factors, 0, rows, row, counted, ACC)
+        of_gradient *= load_factor(factors, 1, rows, row, counted, ACC)
+    part_y = tl.where(counted, part_y * of_loss, 0.0)
+    part_rest = tl.where(counted, part_rest * of_loss, 0.0)
+    part_ce = tl.where(counted, part_ce * of_loss, 0.0)
+    store_parts(parts, parts, parts, 0.0, rows, row, row < rows, part_y, part_rest, part_ce, False)
+    by = of_gradient * tl.full((), scale, ACC)
+    scaled = scaled_by(gradient_of, by)
+    if LOSS >= POINTWISE:
+        more = Slopes(more.by_1 * by, more.by_2 * by, more.by_column * by, more.offset * by)
+    out = gradient + program * classes
+    dtype = gradient.dtype.element_ty
+    lane = _lanes(LANES, WIDTH, VEC)
+    for start in range(0, end, LANES * WIDTH):
+        cols = start + lane
+        g = gradient_tile(
+            bases, strides, cols, cols < end, cols == y[:, None], True, statistics, classes, stats, scaled, of_rows,
+            constants, more, scales, True, UNIT, LOSS, SINGLE, PROB, STD, LINEAR, RAW, False, ACC,
+        )  # fmt: skip
+        tl.store(out + cols, narrowed(g, dtype), mask=cols < end)
+    for start in range(0, tl.where(read == 1, 0, classes), LANES * WIDTH):
+        tl.store(out + (start + lane), tl.zeros_like(lane).to(dtype), mask=start + lane < classes)

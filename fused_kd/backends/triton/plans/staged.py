@@ -1,0 +1,92 @@
+"""The plans of a row loss in stages: see :mod:`fused_kd.backends.staged`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_kd.backends.staged import Found, Piece, RowOptions
+from fused_kd.backends.triton import layout
+from fused_kd.backends.triton.launch import Launch, acc_types, planned, run
+from fused_kd.backends.triton.plans.rows import kernel_weights, variant
+from fused_kd.core.catalogue import has_column_term
+from fused_kd.reference import accumulation_dtype
+
+#: How many numbers of a row a stage ends with; kernels/staged.py has which.
+FIELDS = {"moments": 6, "statistics": 19, "sums": 10}
+
+
+def row_stage(stage: str, piece: Piece, found: Found, options: RowOptions, factors: Tensor | None) -> Any:
+    """What a stage finds of a piece, (fields, N); of the last, the rows' parts (3, N) and the gradient (N, n)."""
+    student = piece.student
+    other = student if piece.teacher is None else piece.teacher
+    dtype, device, rows = accumulation_dtype(student, other), student.device, student.shape[0]
+    last = stage == "gradient"
+    out = torch.empty((3 if last else FIELDS[stage], rows), dtype=dtype, device=device)
+    gradient = torch.empty(student.shape if last else (0,), dtype=student.dtype, device=device)
+    if rows:
+        run([plan_stage(stage, piece, found, options, factors, out, gradient)], device)
+    return (out, gradient) if last else out
+
+
+def plan_stage(
+    stage: str, piece: Piece, found: Found, options: RowOptions, factors: Tensor | None, out: Tensor, gradient: Tensor
+) -> Launch:
+    """The launch that fills ``out`` and, of the last stage, ``gradient``."""
+    student, teacher, labels, target, first_class, num_classes = piece
+    if has_column_term(options.loss, options.hyper):
+        raise NotImplementedError("DIST's term of the columns has no stages in Triton")
+    teacher = student if teacher is None else teacher
+    rows, columns = student.shape
+    seen = variant(options.loss, options.hyper, options.standardize)
+    labels_seen = student if labels is None else labels
+    matrices = [student, teacher, *([] if labels is None else [labels])]
+    unit = all(each.stride(1) == 1 for each in matrices)
+    vector = 16 // min(each.element_size() for each in matrices) if unit else 1
+    vector = math.gcd(vector, columns, *(each.stride(0) for each in matrices))
+    config = layout.piece_config(columns, vector, wide=out.dtype == torch.float64)
+    pieces = max(1 if each is None else len(each) for each in found)
+    shared: dict[str, Any] = {
+        "ACC": acc_types()[out.dtype],
+        "LANES": config.lanes,
+        "WIDTH": config.width,
+        "VEC": vector,
+        "UNIT": unit,
+        "PROB": labels is not None,
+        "num_warps": config.warps,
+        "maxnreg": config.registers,
+    }
+    first, second, temperature, ce_weight, smoothing = kernel_weights(seen.loss, options.hyper, num_classes)
+    inputs = (student, teacher, labels_seen, target.contiguous(), factors)
+    strides = (*student.stride(), *teacher.stride())
+    all_strides = (*strides, *labels_seen.stride(), options.ignore_index)
+    known = tuple(out if each is None else each for each in found)
+    span = (first_class, num_classes)
+    arguments: tuple[Any, ...]
+    if stage == "moments":
+        arguments = (*inputs, out, rows, columns, *span, *strides, options.ignore_index)
+    elif stage == "statistics":
+        arguments = (*inputs, known[0], out, rows, columns, pieces, *span, *all_strides, temperature)
+    elif stage == "sums":
+        arguments = (
+            *inputs, *known[:2], out, rows, columns, pieces, *span, *strides, options.ignore_index, first, temperature,
+        )  # fmt: skip
+    else:
+        arguments = (
+            *inputs, *known, gradient, out, rows, columns, pieces, *span, *all_strides,
+            first, second, temperature, ce_weight, smoothing, options.gradient_scale,
+        )  # fmt: skip
+    kinds = {
+        "PIECES": 1 << (pieces - 1).bit_length(),
+        "LOSS": seen.kind,
+        "SINGLE": seen.single,
+        "STD": options.standardize,
+    }
+    if stage != "moments":
+        shared |= kinds
+    if stage in ("statistics", "gradient"):
+        shared |= {"LINEAR": seen.linear, "RAW": seen.raw}
+    return planned(f"piece_{stage}", rows, arguments, shared)

@@ -1,0 +1,39 @@
+"""The staged schedule of the Triton kernels: a row that is cut at any columns is the row that is not."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from fused_kd.backends import staged
+from fused_kd.backends import triton as backend
+from fused_kd.core.catalogue import ROW_LOSSES
+from tests.support import staged_cases
+
+pytest.importorskip("triton")
+pytestmark = [
+    pytest.mark.skipif(backend.unavailable("cpu") is not None, reason=str(backend.unavailable("cpu"))),
+    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # NumPy, of the interpreter's inf
+]
+
+
+@settings(max_examples=60, deadline=None)
+@given(staged_cases.problems(most=80))
+def test_pieces_are_the_row(problem):
+    staged_cases.assert_same(backend, staged_cases.without_columns(problem))
+
+
+@pytest.mark.parametrize("labels", ["index", "probability"])
+@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.parametrize("loss", ROW_LOSSES)
+def test_pieces_are_as_exact_as_the_row(loss, standardize, labels):
+    if standardize and loss in staged_cases.NO_TEACHER:
+        return
+    options = {"temperature": 3.0, "ce_weight": 1.0, "label_smoothing": 0.1, "standardize": standardize}
+    problem = staged_cases.make(loss, 1500, (7, 1024, 1400), labels=labels, **options)
+    staged_cases.assert_within_the_whole_rows_error(backend, staged_cases.without_columns(problem), torch.float32)
+
+
+def test_the_columns_of_dist_have_no_stages():
+    problem = staged_cases.make("dist", 10, (4,))
+    with pytest.raises(NotImplementedError, match="columns"):
+        staged.run(backend, staged_cases.pieces_of(problem), problem.options)

@@ -1,0 +1,28 @@
+"""The staged kernels, compiled: pieces of a row against the row, through Triton's own JIT."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fused_kd.backends import triton as backend
+from fused_kd.core.catalogue import ROW_LOSSES
+from tests.support import staged_cases
+
+
+@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize("loss", ROW_LOSSES)
+def test_pieces_are_the_row(gpu, loss, everything):
+    options = {"temperature": 3.0}
+    if everything:
+        with_scores = loss not in staged_cases.NO_TEACHER
+        options |= {"ce_weight": 1.0, "label_smoothing": 0.1, "labels": "probability", "standardize": with_scores}
+    problem = staged_cases.without_columns(staged_cases.make(loss, 700, (7, 512), rows=3, **options))
+    staged_cases.assert_within_the_whole_rows_error(backend, problem, torch.float32)
+
+
+@pytest.mark.parametrize("gpu", [80, 100], indirect=True, ids=["sm_80", "sm_100"])
+def test_other_gpus(gpu):
+    problem = staged_cases.make("nkd", 300, (160,), rows=3, weighted=True)
+    staged_cases.assert_within_the_whole_rows_error(backend, problem, torch.float32)
+    staged_cases.assert_within_the_whole_rows_error(backend, problem, torch.bfloat16)
