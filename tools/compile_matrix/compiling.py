@@ -23,7 +23,7 @@ from tools.compile_matrix import cases
 from tools.compile_matrix.rules import ONE_INPUT, RANKED_SHARED, SHARED_LIMIT, Row, problems
 
 
-def compile_triton(case: cases.Call, number: int, capability: int, loss: str) -> Row:
+def compile_triton(case: calls.Call, number: int, capability: int, loss: str) -> Row:
     """One launch of a call; run in processes of its own."""
     from fused_kd.backends.triton.compile import compile_launch
 
