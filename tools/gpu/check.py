@@ -82,10 +82,6 @@ def lacking(*packages: str) -> str | None:
 
 def stages(args: argparse.Namespace, capability: int, scratch: Path) -> list[Stage]:
     python, device = sys.executable, args.device
-    path = {}
-    if lacking("rich"):
-        shutil.copyfile(ROOT / "tools" / "gpu" / "plain_rich.py", scratch / "rich.py")
-        path = {"PYTHONPATH": os.pathsep.join(filter(None, (str(scratch), os.environ.get("PYTHONPATH"))))}
     check = (python, "-m", "fused_kd", "check", "--quick", "--device", device)
     # Those of CPU tensors pass anywhere, or do not.
     marks = "not large and not slow" if device == "cpu" else "gpu and not large and not slow"
@@ -106,10 +102,9 @@ def stages(args: argparse.Namespace, capability: int, scratch: Path) -> list[Sta
         command = (python, "-m", "benchmarks", "--quick", "--loss", loss, *options, "--output", str(scratch / loss))
         # Caches of its own, so that the time of a first call has the compilation in it.
         caches = {"TRITON_CACHE_DIR": str(scratch / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor")}
-        planned.append(Stage(f"benchmark {loss}", command, most, least, lacking("numpy"), caches))
+        planned.append(Stage(f"benchmark {loss}", command, most, least, lacking("numpy", "rich"), caches))
     table = (python, "-m", "tools.compile_matrix", "--arch", str(capability), "--json", str(scratch / "kernels.json"))
-    planned.append(Stage("kernels", table, 120, 0, lacking("triton")))
-    return [stage._replace(environment={**path, **stage.environment}) for stage in planned]
+    return [*planned, Stage("kernels", table, 120, 0, lacking("triton", "rich"))]
 
 
 def _triton_tests(device: str, found: str) -> Stage:
