@@ -90,7 +90,7 @@ def stages(args: argparse.Namespace, capability: int, scratch: Path) -> list[Sta
     planned = [
         Stage("environment", (python, "-m", "fused_kd", "env"), 40, 5),
         Stage("build", (python, "-c", BUILD, device), 150, 60, lacking("setuptools")),
-        Stage("tests", (python, *tests, "--seconds", "{seconds}"), 900, 60, lacking("pytest")),
+        Stage("tests", (python, *tests, "--seconds", "{seconds}"), 900, 60, lacking("pytest", "xdist")),
         _triton_tests(device, str(scratch / "triton-tests.json")),
         # After them, since it is one process, and by now most of what it calls is compiled.
         Stage("check", check, 300, 15),
@@ -108,7 +108,9 @@ def stages(args: argparse.Namespace, capability: int, scratch: Path) -> list[Sta
 
 
 def _triton_tests(device: str, found: str) -> Stage:
-    missing = lacking("pytest", "triton") or ("the tests run them by Triton's interpreter" if device == "cpu" else None)
+    missing = lacking("pytest", "xdist", "triton") or (
+        "the tests run them by Triton's interpreter" if device == "cpu" else None
+    )
     command = (sys.executable, "-m", "tools.gpu.tests", *TRITON_TESTS, "--json", found, "--seconds", "{seconds}")
     return Stage("Triton's tests", command, 500, 60, missing, {"PYTEST_PLUGINS": "tools.gpu.plugin"})
 
