@@ -24,7 +24,6 @@ from benchmarks.measure.ranking import SORT, Bench
 pytest.importorskip("pytest_benchmark")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SECONDS = 1.0  # of timing per test
 
 
 def _cases(loss: Loss) -> list[Case]:
@@ -68,21 +67,16 @@ def test_forward_backward(benchmark, loss: Loss, case: Case, provider: Provider)
     if provider.same_loss:
         found = agreement.Judge(loss, inputs).errors(provider, function)
         assert found.within(agreement.tolerance(loss, case, provider)), found
-    samples = timing.Samples()
-    call = timing.timer(case.device)
-    for _ in range(10):
-        call(function, inputs, samples)
-    rounds = max(5, min(1000, int(SECONDS / min(samples.both))))
 
     def step() -> None:
-        value = function(*inputs[:3])
-        value.backward()  # type: ignore[no-untyped-call]
+        inputs.drop_gradients()
+        function(*inputs[:3]).backward()  # type: ignore[no-untyped-call]
         if case.device == "cuda":
             torch.cuda.synchronize()
 
     benchmark.group = f"{loss.name} {case.name}"
     benchmark.extra_info.update(provider=provider.name, inputs=inputs.source)
-    benchmark.pedantic(step, setup=inputs.drop_gradients, rounds=rounds, warmup_rounds=1)
+    benchmark(step)
     inputs.drop_gradients()
 
 
@@ -93,10 +87,5 @@ def test_ranking(benchmark, loss: Loss, case: Case, name: str) -> None:  # type:
     if entry["status"] == "unavailable" and DEVICE == "cuda":
         pytest.skip(entry["reason"])
     assert entry["status"] == "ok", entry["reason"]
-    call = bench.calls()[name]
-    samples = timing.Samples()
-    for _ in range(10):
-        call(samples)
-    rounds = max(5, min(1000, int(SECONDS / min(samples.both))))
     benchmark.group = f"{loss.name} ranking {case.name}"
-    benchmark.pedantic(call, args=(timing.Samples(),), rounds=rounds, warmup_rounds=1)
+    benchmark(bench.calls()[name], timing.Samples())

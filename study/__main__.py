@@ -27,7 +27,6 @@ if __name__ == "__main__":
     study.require("study")
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks.measure import machine
 from study.comparison import page, runs
@@ -38,7 +37,7 @@ from study.datasets.arrays import DataError, cache_root
 from study.datasets.fonts import INSTALL, find_families
 from study.training import checkpoint
 from study.training.errors import RunError
-from study.training.report import read_table
+from study.training.report import Bar, read_table
 
 #: The program that measures a step, and the draws of the data set that it does so on.
 COST: tuple[str, ...] = (sys.executable, "-m", "study.comparison.cost")
@@ -190,13 +189,10 @@ def measure_cost(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     wanted = args.cost_classes or sorted({setting.classes, most})
     about = {"date": _now(), "machine": machine.machine(), "software": machine.software()}
     cells = [(classes, name) for classes in wanted for name in args.methods if name != CONTROL]
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
-               TextColumn("left"), TimeRemainingColumn())  # fmt: skip
     rows = []
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("cost", total=len(cells))
+    with Bar(console).task("cost", len(cells)) as advance:
         for classes, name in cells:
-            progress.update(task, description=f"cost of {name}, {classes} classes")
+            advance(0, f"{name}, {classes} classes")
             method = METHODS[name]
             options = [
                 "--steps", args.cost_steps, "--classes", classes, "--model", setting.student, "--loss", method.loss,
@@ -213,7 +209,7 @@ def measure_cost(args: argparse.Namespace, console: Console) -> dict[str, Any]:
                 raise RunError(f"cost of {name}: {lines[-1].removeprefix('study.comparison.cost: ')}")
             rows.append({"method": name, **json.loads(process.stdout.splitlines()[-1])})
             console.print(f"cost of {name} at {classes} classes measured", highlight=False)
-            progress.advance(task)
+            advance(1)
     return {"about": about, "most_classes": most, "rows": rows}
 
 

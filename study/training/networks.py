@@ -152,26 +152,6 @@ class ResidualCnn(Network):
         return logits
 
 
-class TransformerBlock(nn.Module):
-    """Attention and a two-layer perceptron, each after a LayerNorm."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, tokens, width = x.shape
-        qkv = self.qkv(self.norm1(x)).view(n, tokens, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
-        attention = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, width)
-        x = x + self.out(attention)
-        y: Tensor = x + self.mlp(self.norm2(x))
-        return y
-
-
 class VisionTransformer(Network):
     """The weak feature is the class token after block L/2; the final one all tokens, the class token first."""
 
@@ -185,7 +165,10 @@ class VisionTransformer(Network):
         self.patches = nn.Conv2d(channels, width, patch, patch)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         self.positions = nn.Parameter(torch.randn(1, 65, width) * 0.02)
-        self.blocks = nn.ModuleList(TransformerBlock(width, spec.heads) for _ in range(spec.depth))
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, spec.heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+            for _ in range(spec.depth)
+        )
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
         self.weak_width = width

@@ -310,3 +310,20 @@ def test_command_line_from_start_to_end(tmp_path: Path, capsys: pytest.CaptureFi
     ]
     captured = capsys.readouterr()
     assert "6×11 float32 on cpu" in captured.out and "verifying fused_kd" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "group"),
+    (
+        ("test_forward_backward", LOSSES["uskd"].provider("fused_kd"), "uskd 6×11 float32"),
+        ("test_ranking", "fused_kd", "uskd ranking 6×11 float32"),
+    ),
+)
+def test_pytest_benchmark_has_the_same_cases(name: str, what: Any, group: str, request: pytest.FixtureRequest) -> None:
+    """benchmarks/bench_losses.py, whose tests are not collected: once each, untimed."""
+    pytest.importorskip("pytest_benchmark")
+    from benchmarks import bench_losses
+
+    benchmark = request.getfixturevalue("benchmark")
+    getattr(bench_losses, name)(benchmark, LOSSES["uskd"], TINY, what)
+    assert benchmark.group == group

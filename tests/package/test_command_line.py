@@ -47,6 +47,9 @@ def test_check_passes_and_prints_a_table(capsys, native):
     assert text.count("ok") == 4 * len([loss for loss in fused_kd.catalogue() if "native" in loss.backends["cpu"]])
     assert "bfloat16" in text
     assert "USKD" in text
+    head, *rows = text.splitlines()[3:]
+    assert {row.rindex("ok") for row in rows} == {len(rows[0]) - 2}, "aligned"
+    assert head.endswith("gradient  allowed") and len(head) == rows[0].rindex(" ok") - 1
 
 
 def test_check_fails_on_a_miss(capsys, native, monkeypatch):
@@ -71,8 +74,8 @@ def test_check_refuses_a_backend_that_cannot_run(native):
 
 
 def test_importing_is_light():
-    """No Triton, no compiler, no command-line library: importing fused_kd costs little on top of torch."""
-    code = "import torch, sys; before = set(sys.modules); import fused_kd; print(*sorted(set(sys.modules) - before))"
+    """No Triton, no compiler, and no package but torch for the command line: it costs little on top of that."""
+    code = "import torch, sys; before = set(sys.modules); import fused_kd.__main__; print(*set(sys.modules) - before)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {name.partition(".")[0] for name in loaded} & {
         "triton",

@@ -124,7 +124,7 @@ def test_installed_in_a_clean_environment(kind, sdist, tmp_path):
     venv.create(tmp_path / "environment", with_pip=False)
     python = tmp_path / "environment" / "bin" / "python"
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", path)
-    # PyTorch and rich are those of this environment, but not its fused_kd.
+    # PyTorch is that of this environment, but not its fused_kd.
     (packages,) = (tmp_path / "environment" / "lib").glob("python*/site-packages")
     (packages / "shared.pth").write_text(f"{Path(torch.__file__).parent.parent}\n")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

@@ -82,10 +82,6 @@ def lacking(*packages: str) -> str | None:
 
 def stages(args: argparse.Namespace, capability: int, scratch: Path) -> list[Stage]:
     python, device = sys.executable, args.device
-    path = {}
-    if lacking("rich"):
-        shutil.copyfile(ROOT / "tools" / "gpu" / "plain_rich.py", scratch / "rich.py")
-        path = {"PYTHONPATH": os.pathsep.join(filter(None, (str(scratch), os.environ.get("PYTHONPATH"))))}
     check = (python, "-m", "fused_kd", "check", "--quick", "--device", device)
     # Those of CPU tensors pass anywhere, or do not.
     marks = "not large and not slow" if device == "cpu" else "gpu and not large and not slow"
@@ -94,7 +90,7 @@ def stages(args: argparse.Namespace, capability: int, scratch: Path) -> list[Sta
     planned = [
         Stage("environment", (python, "-m", "fused_kd", "env"), 40, 5),
         Stage("build", (python, "-c", BUILD, device), 150, 60, lacking("setuptools")),
-        Stage("tests", (python, *tests, "--seconds", "{seconds}"), 900, 60, lacking("pytest")),
+        Stage("tests", (python, *tests, "--seconds", "{seconds}"), 900, 60, lacking("pytest", "xdist")),
         _triton_tests(device, str(scratch / "triton-tests.json")),
         # After them, since it is one process, and by now most of what it calls is compiled.
         Stage("check", check, 300, 15),
@@ -106,14 +102,15 @@ def stages(args: argparse.Namespace, capability: int, scratch: Path) -> list[Sta
         command = (python, "-m", "benchmarks", "--quick", "--loss", loss, *options, "--output", str(scratch / loss))
         # Caches of its own, so that the time of a first call has the compilation in it.
         caches = {"TRITON_CACHE_DIR": str(scratch / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor")}
-        planned.append(Stage(f"benchmark {loss}", command, most, least, lacking("numpy"), caches))
+        planned.append(Stage(f"benchmark {loss}", command, most, least, lacking("numpy", "rich"), caches))
     table = (python, "-m", "tools.compile_matrix", "--arch", str(capability), "--json", str(scratch / "kernels.json"))
-    planned.append(Stage("kernels", table, 120, 0, lacking("triton")))
-    return [stage._replace(environment={**path, **stage.environment}) for stage in planned]
+    return [*planned, Stage("kernels", table, 120, 0, lacking("triton", "rich"))]
 
 
 def _triton_tests(device: str, found: str) -> Stage:
-    missing = lacking("pytest", "triton") or ("the tests run them by Triton's interpreter" if device == "cpu" else None)
+    missing = lacking("pytest", "xdist", "triton") or (
+        "the tests run them by Triton's interpreter" if device == "cpu" else None
+    )
     command = (sys.executable, "-m", "tools.gpu.tests", *TRITON_TESTS, "--json", found, "--seconds", "{seconds}")
     return Stage("Triton's tests", command, 500, 60, missing, {"PYTEST_PLUGINS": "tools.gpu.plugin"})
 

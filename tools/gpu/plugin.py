@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tools import cpu_tensors
+
 #: Storages begin at a multiple of this many bytes, or as far behind one as on the CPU.
 ALIGNMENT = 512
 
@@ -48,8 +50,6 @@ def install() -> None:
     """From now on fused_kd's Triton backend takes CPU tensors, and a GPU computes."""
     from triton.runtime import driver
 
-    from fused_kd.backends import triton as backend
-
     original = driver.active.launcher_cls
 
     class Launcher(original):  # type: ignore[misc, valid-type]
@@ -59,8 +59,7 @@ def install() -> None:
             carried.back()
 
     driver.active.launcher_cls = Launcher
-    real = backend.unavailable
-    backend.unavailable = lambda device: None if str(device) == "cpu" else real(device)
+    cpu_tensors.admit()
 
 
 @pytest.hookimpl(tryfirst=True)

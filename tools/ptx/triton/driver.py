@@ -12,16 +12,15 @@ import struct
 import tempfile
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler
 from triton.runtime import driver
 
+from tools import cpu_tensors
 from tools.ptx import Fault, Memory, Module, Options, Result, launch
 from tools.ptx.types import Array
 
@@ -72,8 +71,7 @@ class _Utils:
         return module, (module, name, shared), 0, 0, 1024
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        shared = _SHARED[device] * 1024
-        return {"max_shared_mem": shared, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 65536}
+        return {"max_shared_mem": _SHARED[device] * 1024}
 
 
 class _Launcher:
@@ -138,18 +136,6 @@ class _Driver:
     def get_current_stream(self, device: int) -> int:
         return 0
 
-    def set_current_device(self, device: int) -> None:
-        pass
-
-    def get_device_capability(self, device: int = 0) -> tuple[int, int]:
-        return session.capability // 10, session.capability % 10
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def get_device_interface(self) -> ModuleType:
-        return torch.cuda
-
 
 def _no_binary(self: Any, source: str, metadata: Any, options: Any, capability: int) -> bytes:
     return source.encode()
@@ -165,8 +151,5 @@ def install(capability: int = 90, options: Options | None = None) -> Session:
     session.capability, session.options = capability, options or Options()
     compiler.CUDABackend.make_cubin = _no_binary
     driver.set_active(_Driver())
-    from fused_kd.backends import triton as backend
-
-    real = backend.unavailable
-    backend.unavailable = lambda device: None if str(device) == "cpu" else real(device)
+    cpu_tensors.admit()
     return session
