@@ -7,7 +7,6 @@ from typing import Literal, overload
 from torch import Tensor
 
 from fused_kd import reference
-from fused_kd.core import checks
 from fused_kd.losses._call import row_loss
 from fused_kd.losses._criterion import Criterion, Scheduled
 from fused_kd.losses._infinities import infinities
@@ -101,26 +100,14 @@ def tf_kd_loss(
     Example:
         >>> tf_kd_loss(student_logits, target, ce_weight=1.0).backward()
     """
-    checks.check_fraction("correct", correct)
     return row_loss(
         "tf_kd",
         reference.tf_kd_loss,
         DistillationParts,
-        student_logits,
-        None,
-        target,
-        {"correct": correct},
-        temperature=temperature,
-        ce_weight=ce_weight,
-        label_smoothing=label_smoothing,
-        logit_standardization=None,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        weight=weight,
-        class_dim=class_dim,
-        backend=backend,
-        return_parts=return_parts,
-        has_teacher=False,
+        (student_logits, None, target),
+        {"correct": correct, "temperature": temperature, "ce_weight": ce_weight, "label_smoothing": label_smoothing},
+        {"reduction": reduction, "ignore_index": ignore_index},
+        (weight, class_dim, backend, return_parts),
     )
 
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, distributed, nn
 
-from fused_kd import autograd, backends, reference
+from fused_kd import autograd, reference
 from fused_kd.core import checks
-from fused_kd.core.options import in_order
-from fused_kd.losses._call import check_targets_if_cheap, returned
+from fused_kd.losses._call import call, check_targets_if_cheap
 from fused_kd.losses._criterion import Criterion, Scheduled
 from fused_kd.losses._infinities import infinities
+from fused_kd.losses._options import checked
 from fused_kd.reference import USKDParts
 
 if TYPE_CHECKING:  # it is there only where PyTorch was built with torch.distributed
@@ -155,42 +155,42 @@ def uskd_loss(
         >>> uskd_loss(student_logits, weak_logits, target, ce_weight=1.0).backward()
     """
     rows = checks.flatten(student_logits, weak_logits, "weak_logits", target, class_dim)
-    alpha = checks.check_scalar("alpha", alpha)
-    beta = checks.check_scalar("beta", beta)
-    mu = checks.check_scalar("mu", mu)
-    ce_weight = checks.check_scalar("ce_weight", ce_weight)
-    label_smoothing = checks.check_fraction("label_smoothing", label_smoothing)
-    _check_soft_label_arguments(rank, square, ignore_index)
-    checks.check_process_group(process_group)
-    checks.check_reduction(reduction)
-    weight = checks.flatten_weight(weight, rows, student_logits)
-    chosen = backends.choose(backend, student_logits.device, "uskd")
-    if chosen == "reference":
-        check_targets_if_cheap(rows, ignore_index, weight)
-    batch_sums = _batch_sums(rows, square, ignore_index, chosen, process_group)
-    packed: Any
-    if chosen == "reference":
-        loss, packed = reference.uskd_loss(
-            *rows[:3],
-            alpha=alpha,
-            beta=beta,
-            mu=mu,
-            ce_weight=ce_weight,
-            label_smoothing=label_smoothing,
-            rank=rank,
-            square=square,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            batch_sums=batch_sums,
-            weight=weight,
-        )
-    else:
-        assert batch_sums is not None
-        hyper = in_order({"alpha": alpha, "beta": beta, "mu": mu}, 1.0, ce_weight, label_smoothing)
-        loss, packed = autograd.uskd(
-            *rows[:3], batch_sums, weight, hyper, rank, square, ignore_index, reduction, chosen, return_parts
-        )
-    return returned(loss, packed if return_parts else None, USKDParts, rows, reduction)
+    numbers = {"alpha": alpha, "beta": beta, "mu": mu, "ce_weight": ce_weight, "label_smoothing": label_smoothing}
+    settings = {
+        "rank": rank,
+        "square": square,
+        "ignore_index": ignore_index,
+        "process_group": process_group,
+        "reduction": reduction,
+    }
+    numbers = checked(numbers, settings)
+    return call(
+        "uskd",
+        _eager,
+        _fused,
+        USKDParts,
+        (student_logits, rows),
+        (numbers, settings),
+        (weight, class_dim, backend, return_parts),
+    )
+
+
+def _eager(
+    student: Tensor, weak: Tensor, target: Tensor, *, process_group: ProcessGroup | None, **options: Any
+) -> tuple[Tensor, USKDParts]:
+    sums = _batch_sums((student, weak, target), options["square"], options["ignore_index"], "reference", process_group)
+    return reference.uskd_loss(student, weak, target, **options, batch_sums=sums)
+
+
+def _fused(
+    rows: checks.Rows, weight: Tensor | None, hyper: list[float], settings: dict[str, Any], chosen: str, parts: bool
+) -> tuple[Tensor, Any]:
+    student, weak, target, _ = rows
+    assert weak is not None
+    rank, square, ignore_index, process_group, reduction = settings.values()
+    sums = _batch_sums((student, weak, target), square, ignore_index, chosen, process_group)
+    asked = (rank, square, ignore_index, reduction)
+    return autograd.uskd(student, weak, (target, sums, weight), hyper, asked, chosen, parts)
 
 
 class USKDLoss(Criterion):
@@ -363,36 +363,33 @@ def uskd_soft_labels(
         >>> values, classes = labels[0].topk(5)
     """
     rows = checks.flatten(student_logits, weak_logits, "weak_logits", target, class_dim)
-    _check_soft_label_arguments(rank, square, ignore_index)
-    checks.check_process_group(process_group)
+    settings = {"rank": rank, "square": square, "ignore_index": ignore_index, "process_group": process_group}
+    checked({}, settings)
     check_targets_if_cheap(rows, ignore_index)
-    batch_sums = _batch_sums(rows, square, ignore_index, "reference", process_group)
-    labels = reference.uskd_soft_labels(
-        *rows[:3], rank=rank, square=square, ignore_index=ignore_index, batch_sums=batch_sums
-    )
+    tensors: Any = rows[:3]
+    sums = _batch_sums(tensors, square, ignore_index, "reference", process_group)
+    labels = reference.uskd_soft_labels(*tensors, rank=rank, square=square, ignore_index=ignore_index, batch_sums=sums)
     dim = checks.class_dimension(student_logits, class_dim)
     return labels.reshape(*rows.shape, -1).movedim(-1, dim)
 
 
-def _check_soft_label_arguments(rank: str, square: bool, ignore_index: int) -> None:
-    checks.check_choice("rank", rank, reference.RANKS)
-    checks.check_flag("square", square)
-    checks.check_ignore_index(ignore_index)
-
-
 def _batch_sums(
-    rows: checks.Rows, square: bool, ignore_index: int, chosen: str, process_group: ProcessGroup | None
+    tensors: tuple[Tensor, Tensor, Tensor],
+    square: bool,
+    ignore_index: int,
+    chosen: str,
+    process_group: ProcessGroup | None,
 ) -> Tensor | None:
     """The sums that couple USKD's rows, over all processes of a group; None leaves them to the reference."""
     if chosen == "reference" and process_group is None:
         return None
-    student = rows.student_logits
-    if rows.other_logits.dtype == torch.float64 != student.dtype:
+    student, weak, target = tensors
+    if weak.dtype == torch.float64 != student.dtype:
         student = student.double()  # as the loss itself will have it; the sums do not see the weak logits
     if chosen == "reference":
-        sums = reference.uskd_batch_sums(student, rows.target, square=square, ignore_index=ignore_index)
+        sums = reference.uskd_batch_sums(student, target, square=square, ignore_index=ignore_index)
     else:
-        sums = autograd.uskd_batch_sums(student, rows.target, square, ignore_index, chosen)
+        sums = autograd.uskd_batch_sums(student, target, square, ignore_index, chosen)
     if process_group is not None:
         distributed.all_reduce(sums, group=process_group)
     return sums

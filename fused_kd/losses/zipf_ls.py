@@ -6,12 +6,12 @@ from typing import Any, Literal, overload
 
 from torch import Tensor
 
-from fused_kd import autograd, backends, reference
+from fused_kd import autograd, reference
 from fused_kd.core import checks
-from fused_kd.core.options import in_order
-from fused_kd.losses._call import check_targets_if_cheap, returned
+from fused_kd.losses._call import call
 from fused_kd.losses._criterion import Criterion, Scheduled
 from fused_kd.losses._infinities import infinities
+from fused_kd.losses._options import checked
 from fused_kd.reference import DistillationParts
 
 
@@ -110,37 +110,29 @@ def zipf_ls_loss(
         >>> dense_logits = classifier(feature_map.flatten(2).transpose(1, 2))  # (N, D, H, W) to (N, H·W, C)
         >>> zipf_ls_loss(student_logits, dense_logits, target, ce_weight=1.0).backward()
     """
-    beta = checks.check_scalar("beta", beta)
-    power = checks.check_scalar("power", power)
-    ce_weight = checks.check_scalar("ce_weight", ce_weight)
-    label_smoothing = checks.check_fraction("label_smoothing", label_smoothing)
-    checks.check_reduction(reduction)
-    checks.check_ignore_index(ignore_index)
-    rows = checks.flatten(student_logits, student_logits, "student_logits", target, class_dim)
-    dense = checks.flatten_dense(dense_logits, student_logits, rows)
-    weight = checks.flatten_weight(weight, rows, student_logits)
-    chosen = backends.choose(backend, student_logits.device, "zipf_ls")
-    packed: Any
-    if chosen == "reference":
-        check_targets_if_cheap(rows, ignore_index, weight)
-        loss, packed = reference.zipf_ls_loss(
-            rows.student_logits,
-            dense,
-            rows.target,
-            beta=beta,
-            power=power,
-            ce_weight=ce_weight,
-            label_smoothing=label_smoothing,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            weight=weight,
-        )
-    else:
-        hyper = in_order({"beta": beta, "power": power}, 1.0, ce_weight, label_smoothing)
-        loss, packed = autograd.zipf_ls(
-            rows.student_logits, dense, rows.target, weight, hyper, ignore_index, reduction, chosen, return_parts
-        )
-    return returned(loss, packed if return_parts else None, DistillationParts, rows, reduction)
+    settings = {"reduction": reduction, "ignore_index": ignore_index}
+    numbers = {"beta": beta, "power": power, "ce_weight": ce_weight, "label_smoothing": label_smoothing}
+    numbers = checked(numbers, settings)
+    rows = checks.flatten(student_logits, None, None, target, class_dim)
+    rows = checks.Rows(rows[0], checks.flatten_dense(dense_logits, student_logits, rows), *rows[2:])
+    return call(
+        "zipf_ls",
+        reference.zipf_ls_loss,
+        _fused,
+        DistillationParts,
+        (student_logits, rows),
+        (numbers, settings),
+        (weight, class_dim, backend, return_parts),
+    )
+
+
+def _fused(
+    rows: checks.Rows, weight: Tensor | None, hyper: list[float], settings: dict[str, Any], chosen: str, parts: bool
+) -> tuple[Tensor, Any]:
+    student, dense, target, _ = rows
+    assert dense is not None
+    inputs, asked = (dense.detach(), target, weight), (settings["ignore_index"], settings["reduction"])
+    return autograd.zipf_ls(student, inputs, hyper, asked, chosen, parts)
 
 
 class ZipfLSLoss(Criterion):
