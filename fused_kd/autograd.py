@@ -161,29 +161,25 @@ def _scaled(gradient: Tensor, grad_output: Tensor, norm: Tensor) -> Tensor:
 
 def row_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor | None,
-    target: Tensor,
-    row_weight: Tensor | None,
+    inputs: tuple[Tensor | None, ...],
     loss: str,
     hyper: list[float],
-    standardize: bool,
-    ignore_index: int,
-    reduction: str,
+    asked: tuple[Any, ...],
     backend: str,
     want_parts: bool,
     kept: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The loss and, if wanted, its three parts, stacked, of checked rows; differentiable in the student's logits.
 
-    ``hyper`` are the fields of :class:`fused_kd.core.options.HyperParameters`.
+    ``hyper`` are the fields of :class:`fused_kd.core.options.HyperParameters`; ``inputs`` and ``asked`` what the op has
+    before the loss's name and between those and whether a gradient is wanted.
 
     With ``kept`` the backward pass makes the gradient, of these: see :class:`_DistRows`.
     """
     transforms.refuse(student_logits)
     need_gradient = student_logits.requires_grad and torch.is_grad_enabled()
     scheduled, given = _given(hyper)
-    options = (loss, given, standardize, ignore_index, reduction, need_gradient and kept is None, backend)
-    further = (teacher_logits, target, row_weight, *options)
+    further = (*inputs, loss, given, *asked, need_gradient and kept is None, backend)
     if kept is not None and need_gradient and not torch.compiler.is_exporting():
         outputs = _DistRows.apply(student_logits, _ROW_LOSS[int(scheduled)], kept, further)  # type: ignore[no-untyped-call]
         return outputs[:2]  # type: ignore[no-any-return]
@@ -192,21 +188,18 @@ def row_loss(
 
 def zipf_ls(
     student_logits: Tensor,
-    dense_logits: Tensor,
-    target: Tensor,
-    row_weight: Tensor | None,
+    inputs: tuple[Tensor | None, ...],
     hyper: list[float],
-    ignore_index: int,
-    reduction: str,
+    asked: tuple[Any, ...],
     backend: str,
     want_parts: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Zipf's label smoothing of checked rows, and if wanted its two parts, stacked; differentiable in the student's
-    logits."""
+    logits. The arguments are as :func:`row_loss` has them."""
     transforms.refuse(student_logits)
     need_gradient = student_logits.requires_grad and torch.is_grad_enabled()
     scheduled, given = _given(hyper)
-    further = (dense_logits.detach(), target, row_weight, given, ignore_index, reduction, need_gradient, backend)
+    further = (*inputs, given, *asked, need_gradient, backend)
     return _apply_fused(_ZIPF_LS[int(scheduled)], student_logits, further, need_gradient, want_parts)
 
 
@@ -246,25 +239,20 @@ def uskd_batch_sums(student_logits: Tensor, target: Tensor, square: bool, ignore
 def uskd(
     student_logits: Tensor,
     weak_logits: Tensor,
-    target: Tensor,
-    batch_sums: Tensor,
-    row_weight: Tensor | None,
+    inputs: tuple[Tensor | None, ...],
     hyper: list[float],
-    rank: str,
-    square: bool,
-    ignore_index: int,
-    reduction: str,
+    asked: tuple[Any, ...],
     backend: str,
     want_parts: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The loss and, if wanted, its four parts, stacked, of checked rows; differentiable in both logits."""
+    """The loss and, if wanted, its four parts, stacked, of checked rows; differentiable in both logits. The arguments
+    are as :func:`row_loss` has them."""
     transforms.refuse(student_logits, weak_logits)
     grad = torch.is_grad_enabled()
     need_student, need_weak = grad and student_logits.requires_grad, grad and weak_logits.requires_grad
     scheduled, given = _given(hyper)
     op = _USKD[int(scheduled)]
-    options = (given, rank, square, ignore_index, reduction)
-    further = (target, batch_sums, row_weight, *options, need_student, need_weak, backend)
+    further = (*inputs, given, *asked, need_student, need_weak, backend)
     if torch.compiler.is_exporting():
         op = _exported(op)
     elif need_student or need_weak:

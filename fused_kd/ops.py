@@ -35,7 +35,7 @@ from fused_kd import backends
 from fused_kd.backends import dist_terms
 from fused_kd.core import transforms
 from fused_kd.core.catalogue import ROW_LOSSES, has_column_term
-from fused_kd.core.options import HyperParameters
+from fused_kd.core.options import HyperParameters, Options, outputs, pair_outputs
 from fused_kd.core.stored import counted_weight, row_factors, stored_scale, to_half
 from fused_kd.reference import accumulation_dtype
 
@@ -126,29 +126,18 @@ def _row_loss(
         value, parts, gradient, norm = dist_terms.weighted(kernels, *given, *options)
     else:
         scale = stored_scale(student_logits.dtype, bound) if need_gradient else 1.0
-        value, parts, gradient, norm = kernels.row_loss(*given, loss, *options, scale)
+        asked = Options(named, ignore_index, reduction, (need_gradient,), (scale,), loss, standardize)
+        value, parts, gradient, norm = kernels.row_loss(*given, asked)
     _multiply(norm, by)
     if measure:
         gradient, norm = to_half(gradient, norm)
-    return value, parts, gradient.to(dtype), norm
+    return value, parts, gradient if gradient.dtype == dtype else gradient.to(dtype), norm
 
 
 def _row_loss_fake(student_logits: Tensor, teacher_logits: Tensor | None, *further: Any) -> tuple[Tensor, ...]:
     *_, reduction, need_gradient, _backend = further
     dtype = accumulation_dtype(student_logits, student_logits if teacher_logits is None else teacher_logits)
-    return _outputs(student_logits, dtype, 3, reduction, need_gradient)
-
-
-def _outputs(
-    student_logits: Tensor, dtype: torch.dtype, parts: int, reduction: str, need_gradient: bool
-) -> tuple[Tensor, ...]:
-    rows = student_logits.shape[:1] if reduction == "none" else ()
-    return (
-        student_logits.new_empty(rows, dtype=dtype),
-        student_logits.new_empty((parts, *rows), dtype=dtype),
-        student_logits.new_empty(student_logits.shape if need_gradient else (0,)),
-        student_logits.new_empty((), dtype=dtype),
-    )
+    return outputs(student_logits, need_gradient, 3, reduction, dtype)
 
 
 _define(
@@ -249,21 +238,11 @@ def _uskd(
     student_scale = stored_scale(student_logits.dtype, 2.0 * named.alpha + named.beta + named.ce_weight)
     dtypes = (student_logits.dtype, weak_logits.dtype)
     factors, reduction, (by_student, by_weak) = row_factors(row_weight, target, ignore_index, reduction, dtypes)
+    scales = (student_scale, stored_scale(weak_logits.dtype, named.mu))
+    wanted = (need_student, need_weak)
+    options = Options(named, ignore_index, reduction, wanted, scales, rank=rank, square=square)
     result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = backends.get(backend).uskd(
-        student_logits,
-        weak_logits,
-        target,
-        batch_sums,
-        factors,
-        named,
-        rank,
-        square,
-        ignore_index,
-        reduction,
-        need_student,
-        need_weak,
-        student_scale,
-        stored_scale(weak_logits.dtype, named.mu),
+        student_logits, weak_logits, target, batch_sums, factors, options
     )
     _multiply(result[-2], by_student)
     _multiply(result[-1], by_weak)
@@ -272,10 +251,8 @@ def _uskd(
 
 def _uskd_fake(student_logits: Tensor, weak_logits: Tensor, *further: Any) -> tuple[Tensor, ...]:
     *_, reduction, need_student, need_weak, _backend = further
-    dtype = accumulation_dtype(student_logits, weak_logits)
-    loss, parts, student_gradient, student_norm = _outputs(student_logits, dtype, 4, reduction, need_student)
-    weak_gradient = weak_logits.new_empty(weak_logits.shape if need_weak else (0,))
-    return loss, parts, student_gradient, weak_gradient, student_norm, torch.empty_like(student_norm)
+    logits = (student_logits, weak_logits)
+    return pair_outputs(*logits, (need_student, need_weak), 4, reduction, accumulation_dtype(*logits))
 
 
 _define(
@@ -305,8 +282,9 @@ def _zipf_ls(
     named = _named(hyper)
     scale = stored_scale(student_logits.dtype, named.beta + named.ce_weight)
     factors, reduction, (by,) = row_factors(row_weight, target, ignore_index, reduction, (student_logits.dtype,))
+    options = Options(named, ignore_index, reduction, (need_gradient,), (scale,))
     result: tuple[Tensor, Tensor, Tensor, Tensor] = backends.get(backend).zipf_ls(
-        student_logits, dense_logits, target, factors, named, ignore_index, reduction, need_gradient, scale
+        student_logits, dense_logits, target, factors, options
     )
     _multiply(result[-1], by)
     return result
@@ -314,7 +292,7 @@ def _zipf_ls(
 
 def _zipf_ls_fake(student_logits: Tensor, *further: Any) -> tuple[Tensor, ...]:
     *_, reduction, need_gradient, _backend = further
-    return _outputs(student_logits, accumulation_dtype(student_logits), 2, reduction, need_gradient)
+    return outputs(student_logits, need_gradient, 2, reduction, accumulation_dtype(student_logits))
 
 
 _define(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_kd.core.options import HyperParameters
+from fused_kd.core.options import HyperParameters, Options
 
 #: As a backend's ``row_loss`` gives them: the loss, its parts, the gradient and its norm.
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -72,10 +72,14 @@ def _of_rows(
     target: Tensor,
     factors: Tensor | None,
     hyper: HyperParameters,
-    *options: Any,
+    standardize: bool,
+    ignore_index: int,
+    reduction: str,
+    need_gradient: bool,
 ) -> Outputs:
     own = hyper._replace(gamma=0.0)
-    outputs: Outputs = kernels.row_loss(student, teacher, target, factors, "dist", own, *options, 1.0)
+    options = Options(own, ignore_index, reduction, (need_gradient,), (1.0,), "dist", standardize)
+    outputs: Outputs = kernels.row_loss(student, teacher, target, factors, options)
     return outputs
 
 
@@ -89,8 +93,8 @@ def _of_columns(
     need_gradient: bool,
 ) -> Outputs:
     own, target = HyperParameters(gamma=hyper.gamma, temperature=hyper.temperature), counted.long() - 1
-    options = (standardize, -1, "mean", need_gradient)
-    outputs: Outputs = kernels.row_loss(student, teacher, target, None, "dist", own, *options, 1.0)
+    options = Options(own, -1, "mean", (need_gradient,), (1.0,), "dist", standardize)
+    outputs: Outputs = kernels.row_loss(student, teacher, target, None, options)
     return outputs
 
 

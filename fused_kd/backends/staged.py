@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fused_kd.core.catalogue import is_pointwise
-from fused_kd.core.options import HyperParameters
+from fused_kd.core.options import Options
 
 #: In their order; csrc/cpu/kernels.h has the same numbers.
 STAGES = {"moments": 0, "statistics": 1, "sums": 2, "gradient": 3}
@@ -48,17 +48,7 @@ class Found(NamedTuple):
     sums: Tensor | None = None
 
 
-class RowOptions(NamedTuple):
-    """What is asked of a row loss, beside its rows."""
-
-    loss: str
-    hyper: HyperParameters
-    standardize: bool
-    ignore_index: int
-    gradient_scale: float  # that the stored gradient is multiplied by
-
-
-def stages_of(options: RowOptions) -> list[str]:
+def stages_of(options: Options) -> list[str]:
     """The stages that a loss takes, in their order."""
     needed = {"moments": options.standardize, "sums": is_pointwise(options.loss, options.hyper)}
     return [stage for stage in STAGES if needed.get(stage, True)]
@@ -78,7 +68,7 @@ def likeliest_of_all(values: Tensor, classes: Tensor) -> Tensor:
 def run(
     kernels: Any,
     pieces: list[Piece],
-    options: RowOptions,
+    options: Options,
     factors: Tensor | None = None,
     exchange: Callable[[list[Tensor]], Tensor] = torch.stack,
 ) -> tuple[Tensor, list[Tensor]]:

@@ -17,10 +17,11 @@ REDUCTIONS = ("mean", "sum", "none")
 
 class Rows(NamedTuple):
     """Arguments flattened to rows: logits ``(N, C)``, target ``(N,)`` int64 or ``(N, C)``; ``shape`` is what the rows
-    have in the logits, that of class indices."""
+    have in the logits, that of class indices. ``other_logits`` are the teacher's or the weak ones, None of a loss that
+    has no other, and dense ones ``(N, P, C)`` of Zipf's label smoothing."""
 
     student_logits: Tensor
-    other_logits: Tensor
+    other_logits: Tensor | None
     target: Tensor
     shape: tuple[int, ...]
 
@@ -70,18 +71,14 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_reduction(reduction: str) -> None:
-    check_choice("reduction", reduction, REDUCTIONS)
-
-
 def check_flag(name: str, value: bool) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
 
 
-def check_ignore_index(ignore_index: int) -> None:
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt)):
-        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+def check_index(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
 
 
 def _check_logits(name: str, logits: Tensor | None) -> Tensor:
@@ -104,27 +101,27 @@ def check_teacher_detached(teacher_logits: Tensor | None) -> None:
         )
 
 
-def check_process_group(process_group: Any) -> None:
+def check_process_group(name: str, value: Any) -> None:
     """A group of an initialised torch.distributed, or None."""
-    if process_group is None:
+    if value is None:
         return
     if not (distributed.is_available() and distributed.is_initialized()):
         raise ValueError(
-            "process_group: expected None while torch.distributed is not initialised, got "
-            f"{type(process_group).__name__}; call torch.distributed.init_process_group first"
+            f"{name}: expected None while torch.distributed is not initialised, got {type(value).__name__}; call "
+            "torch.distributed.init_process_group first"
         )
-    if not isinstance(process_group, distributed.ProcessGroup):
+    if not isinstance(value, distributed.ProcessGroup):
         raise TypeError(
-            "process_group: expected torch.distributed.group.WORLD or another ProcessGroup that this process belongs "
-            f"to, or None, got {type(process_group).__name__}"
+            f"{name}: expected torch.distributed.group.WORLD or another ProcessGroup that this process belongs to, or "
+            f"None, got {type(value).__name__}"
         )
 
 
-def check_class_dim(class_dim: int | None) -> None:
-    if class_dim is None:
+def check_class_dim(name: str, value: int | None) -> None:
+    if value is None:
         return
-    if isinstance(class_dim, bool) or not isinstance(class_dim, (int, torch.SymInt)):
-        raise TypeError(f"class_dim: expected an int or None, got {type(class_dim).__name__}")
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int or None, got {type(value).__name__}")
 
 
 def class_dimension(student_logits: Tensor, class_dim: int | None, target: Tensor | None = None) -> int:
@@ -144,7 +141,7 @@ def class_dimension(student_logits: Tensor, class_dim: int | None, target: Tenso
             f"class_dim=1 for (N, C, H, W), as F.cross_entropy has it, class_dim=-1 for (N, H, W, C); got None for "
             f"student_logits of shape {shape}{_fits(shape, target)}"
         )
-    check_class_dim(class_dim)
+    check_class_dim("class_dim", class_dim)
     if not -dims <= class_dim < dims:
         raise ValueError(
             f"class_dim: expected from {-dims} to {dims - 1} for student_logits of shape "
@@ -175,20 +172,20 @@ def _fits(shape: tuple[int, ...], given: Any, name: str = "target") -> str:
 def flatten(
     student_logits: Tensor,
     other_logits: Tensor | None,
-    other_name: str,
+    other_name: str | None,
     target: Tensor | None,
     class_dim: int | None = None,
 ) -> Rows:
     """Check logits and their target, and view them as rows, which copies where the classes are not innermost in memory.
 
-    Without a target every row gets the class 0.
+    Without a target every row gets the class 0. Without an ``other_name`` there are no other logits.
 
     Raises:
         TypeError: an argument is no Tensor or has a dtype that is not supported.
         ValueError: shapes or devices disagree, there are fewer than two classes, or a target requires grad.
     """
     _check_logits("student_logits", student_logits)
-    other_logits = _check_logits(other_name, other_logits)
+    other = None if other_name is None else _check_logits(other_name, other_logits)
     if target is not None and not isinstance(target, Tensor):
         raise TypeError(f"target: expected a Tensor, got {type(target).__name__}")
     shape = student_logits.shape
@@ -197,22 +194,23 @@ def flatten(
     if num_classes < 2:
         where = "the last dimension" if dim == len(shape) - 1 else f"dimension {dim}"
         raise ValueError(f"student_logits: expected at least 2 classes in {where}, got shape {tuple(shape)}")
-    if other_logits.shape != shape:
+    if other is not None and other.shape != shape:
         raise ValueError(
-            f"{other_name}: expected the shape of student_logits, {tuple(shape)}, got {tuple(other_logits.shape)}"
+            f"{other_name}: expected the shape of student_logits, {tuple(shape)}, got {tuple(other.shape)}"
         )
     device = student_logits.device
-    if other_logits.device != device:
-        raise ValueError(f"{other_name}: expected the device of student_logits, {device}, got {other_logits.device}")
+    if other is not None and other.device != device:
+        raise ValueError(f"{other_name}: expected the device of student_logits, {device}, got {other.device}")
     if target is None:
         target = torch.zeros(rows, dtype=torch.int64, device=device)
     else:
         target = _check_target(target, student_logits, dim)
     if len(shape) == 2 and dim == 1:
-        return Rows(student_logits, other_logits, target, rows)
+        return Rows(student_logits, other, target, rows)
     target = target.movedim(dim, -1).reshape(-1, num_classes) if target.is_floating_point() else target.reshape(-1)
     student = student_logits.movedim(dim, -1).reshape(-1, num_classes)
-    other = student if other_logits is student_logits else other_logits.movedim(dim, -1).reshape(-1, num_classes)
+    if other is not None:
+        other = student if other is student_logits else other.movedim(dim, -1).reshape(-1, num_classes)
     return Rows(student, other, target, rows)
 
 

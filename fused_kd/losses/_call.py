@@ -1,9 +1,9 @@
-"""What the functions share: the way of a row loss from checked arguments to the op, or to the reference."""
+"""The way of every loss from its arguments to the op, or to the reference, and of what comes back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor
 
@@ -12,107 +12,86 @@ from fused_kd.core import checks
 from fused_kd.core.catalogue import ROW_LOSSES, has_column_term
 from fused_kd.core.options import HyperParameters, in_order
 from fused_kd.core.transforms import readable
+from fused_kd.losses._options import checked
 
 Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
+
+#: What every loss takes alike: ``weight``, ``class_dim``, ``backend`` and ``return_parts``.
+Common: TypeAlias = "tuple[Tensor | None, int | None, str, bool]"
+#: Takes rows, their weight, hyper-parameters, settings, a backend and whether parts are wanted: an op.
+Fused: TypeAlias = Callable[[checks.Rows, "Tensor | None", list[float], dict[str, Any], str, bool], tuple[Tensor, Any]]
+
+
+def call(
+    name: str,
+    eager: Callable[..., tuple[Tensor, Parts]],
+    fused: Fused,
+    parts_type: type[Parts],
+    given: tuple[Tensor, checks.Rows],
+    options: tuple[dict[str, float], dict[str, Any]],
+    common: Common,
+) -> Tensor | tuple[Tensor, Parts]:
+    """Run a loss of checked arguments: of the student's logits as they were ``given``, and the rows of all.
+
+    ``options`` are hyper-parameters that are numbers, and the others; ``eager`` takes both by name.
+    """
+    student_logits, rows = given
+    numbers, settings = options
+    weight, _, backend, return_parts = common
+    weight = checks.flatten_weight(weight, rows, student_logits)
+    chosen = backends.choose(backend, student_logits.device, name)
+    packed: Any
+    if chosen == "reference":
+        check_targets_if_cheap(rows, settings["ignore_index"], weight)
+        tensors = [tensor for tensor in rows[:3] if tensor is not None]
+        loss, packed = eager(*tensors, **numbers, **settings, weight=weight)
+    else:
+        loss, packed = fused(rows, weight, in_order(numbers), settings, chosen, return_parts)
+    parts = [*packed] if return_parts else []
+    if settings["reduction"] == "none" and len(rows.shape) != 1:
+        loss, *parts = [each.reshape(rows.shape) for each in (loss, *parts)]
+    return (loss, parts_type(*parts)) if return_parts else loss
 
 
 def row_loss(
     name: str,
-    reference: Callable[..., tuple[Tensor, Parts]],
+    eager: Callable[..., tuple[Tensor, Parts]],
     parts_type: type[Parts],
-    student_logits: Tensor,
-    teacher_logits: Tensor | None,
-    target: Tensor | None,
-    own: dict[str, float],
-    *,
-    temperature: float,
-    ce_weight: float,
-    label_smoothing: float,
-    logit_standardization: bool | None,
-    ignore_index: int,
-    reduction: str,
-    weight: Tensor | None,
-    class_dim: int | None,
-    backend: str,
-    return_parts: bool,
-    has_teacher: bool = True,
+    tensors: tuple[Tensor, Tensor | None, Tensor | None],
+    numbers: dict[str, float],
+    settings: dict[str, Any],
+    common: Common,
 ) -> Tensor | tuple[Tensor, Parts]:
-    """Run a row loss; ``own`` has its own hyper-parameters.
-
-    Without a teacher there are no ``teacher_logits`` and no ``logit_standardization``: both are None.
-    """
-    own = {key: checks.check_scalar(key, value) for key, value in own.items()}
-    temperature = checks.check_scalar("temperature", temperature, positive=True)
-    ce_weight = checks.check_scalar("ce_weight", ce_weight)
-    label_smoothing = checks.check_fraction("label_smoothing", label_smoothing)
-    options: dict[str, Any] = {"logit_standardization": logit_standardization} if has_teacher else {}
-    for flag, value in options.items():
-        checks.check_flag(flag, value)
-    checks.check_reduction(reduction)
-    checks.check_ignore_index(ignore_index)
+    """Check a row loss and run it. ``tensors`` are the student's logits, the teacher's, and the target. A loss without
+    a teacher has None for one, and no ``logit_standardization`` among its settings."""
+    numbers = checked(numbers, settings)
+    student_logits, teacher_logits, target = tensors
     if target is None:
-        if ce_weight != 0.0:
-            raise ValueError(f"target: expected one, since ce_weight is {ce_weight}; got None")
-        ignore_index = -1  # the class that stands in for targets is 0
-    name_of_other, other = ("teacher_logits", teacher_logits) if has_teacher else ("student_logits", student_logits)
-    rows = checks.flatten(student_logits, other, name_of_other, target, class_dim)
+        if numbers["ce_weight"] != 0.0:
+            raise ValueError(f"target: expected one, since ce_weight is {numbers['ce_weight']}; got None")
+        settings["ignore_index"] = -1  # the class that stands in for targets is 0
+    other_name = "teacher_logits" if "logit_standardization" in settings else None
+    rows = checks.flatten(student_logits, teacher_logits, other_name, target, common[1])
     checks.check_teacher_detached(teacher_logits)
-    weight = checks.flatten_weight(weight, rows, student_logits)
-    chosen = backends.choose(backend, student_logits.device, name)
-    logits = rows[:2] if has_teacher else rows[:1]
-    packed: Any
-    if chosen == "reference":
-        check_targets_if_cheap(rows, ignore_index, weight)
-        loss, packed = reference(
-            *logits,
-            rows.target,
-            **own,
-            temperature=temperature,
-            ce_weight=ce_weight,
-            label_smoothing=label_smoothing,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            weight=weight,
-            **options,
-        )
-    else:
-        hyper = in_order(own, temperature, ce_weight, label_smoothing)
-        kept = None
+
+    def fused(
+        rows: checks.Rows, weight: Tensor | None, hyper: list[float], settings: dict[str, Any], chosen: str, parts: bool
+    ) -> tuple[Tensor, Any]:
+        reduction, kept = settings["reduction"], None
         if reduction == "none" and teacher_logits is not None and has_column_term(name, HyperParameters._make(hyper)):
-            dim = checks.class_dimension(student_logits, class_dim)
+            dim = checks.class_dimension(student_logits, common[1])
             labels = target if target is not None and target.is_floating_point() else None
             kept = (
                 student_logits.detach().movedim(dim, -1),
                 teacher_logits.detach().movedim(dim, -1),
                 rows.target if labels is None else labels.movedim(dim, -1),
             )
-        loss, packed = autograd.row_loss(
-            rows.student_logits,
-            rows.other_logits if has_teacher else None,
-            rows.target,
-            weight,
-            name,
-            hyper,
-            bool(logit_standardization),
-            ignore_index,
-            reduction,
-            chosen,
-            return_parts,
-            kept,
-        )
-        if return_parts:
-            packed = [packed[part] for part in ROW_LOSSES[name].parts]
-    return returned(loss, packed if return_parts else None, parts_type, rows, reduction)
+        inputs = (rows.other_logits, rows.target, weight)
+        asked = (settings.get("logit_standardization", False), settings["ignore_index"], reduction)
+        loss, packed = autograd.row_loss(rows.student_logits, inputs, name, hyper, asked, chosen, parts, kept)
+        return loss, [packed[part] for part in ROW_LOSSES[name].parts] if parts and packed is not None else None
 
-
-def returned(
-    loss: Tensor, packed: Iterable[Tensor] | None, parts_type: type[Parts], rows: checks.Rows, reduction: str
-) -> Tensor | tuple[Tensor, Parts]:
-    """What the caller gets, of its rows' shape: the loss, and its parts where there are some."""
-    if reduction == "none" and len(rows.shape) != 1:
-        loss = loss.reshape(rows.shape)
-        packed = None if packed is None else [part.reshape(rows.shape) for part in packed]
-    return loss if packed is None else (loss, parts_type(*packed))
+    return call(name, eager, fused, parts_type, (student_logits, rows), (numbers, settings), common)
 
 
 def check_targets_if_cheap(rows: checks.Rows, ignore_index: int, weight: Tensor | None = None) -> None:

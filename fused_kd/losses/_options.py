@@ -1,4 +1,4 @@
-"""The check of every hyper-parameter by its name, for modules, which make it when they are made."""
+"""The check of every hyper-parameter by its name: modules make it when they are made, functions at each call."""
 
 from __future__ import annotations
 
@@ -8,13 +8,8 @@ from typing import Any
 from fused_kd import backends, reference
 from fused_kd.core import checks
 
-Check = Callable[[str, Any], object]
-
-
-def _unnamed(check: Callable[[Any], object]) -> Check:
-    """One that knows the name itself."""
-    return lambda _, value: check(value)
-
+#: Returns a number as a float.
+Check = Callable[[str, Any], Any]
 
 _CHECKS: dict[str, Check] = {
     **dict.fromkeys(("alpha", "beta", "gamma", "mu", "power", "ce_weight"), checks.check_scalar),
@@ -22,12 +17,22 @@ _CHECKS: dict[str, Check] = {
     **dict.fromkeys(("logit_standardization", "square"), checks.check_flag),
     "temperature": lambda name, value: checks.check_scalar(name, value, positive=True),
     "rank": lambda name, value: checks.check_choice(name, value, reference.RANKS),
-    "reduction": _unnamed(checks.check_reduction),
-    "ignore_index": _unnamed(checks.check_ignore_index),
-    "process_group": _unnamed(checks.check_process_group),
-    "class_dim": _unnamed(checks.check_class_dim),
-    "backend": _unnamed(backends.check_name),
+    "reduction": lambda name, value: checks.check_choice(name, value, checks.REDUCTIONS),
+    "ignore_index": checks.check_index,
+    "process_group": checks.check_process_group,
+    "class_dim": checks.check_class_dim,
+    "backend": lambda _, value: backends.check_name(value),
 }
+
+
+def checked(numbers: Mapping[str, float], settings: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers as floats, after the checks of all, in their order."""
+    floats = {}
+    for name, value in numbers.items():
+        floats[name] = _CHECKS[name](name, value)
+    for name, value in settings.items():
+        _CHECKS[name](name, value)
+    return floats
 
 
 def check_options(options: Mapping[str, Any], own: Mapping[str, Check]) -> None:

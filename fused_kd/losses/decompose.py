@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from fused_kd import reference
 from fused_kd.core import checks
 from fused_kd.losses._call import check_targets_if_cheap
+from fused_kd.losses._options import checked
 from fused_kd.reference import Decomposition
 
 
@@ -66,11 +69,11 @@ def decompose(
     """
     rows = checks.flatten(student_logits, teacher_logits, "teacher_logits", target, class_dim)
     checks.check_teacher_detached(teacher_logits)
-    temperature = checks.check_scalar("temperature", temperature, positive=True)
-    checks.check_reduction(reduction)
-    checks.check_ignore_index(ignore_index)
+    options: dict[str, Any] = {"reduction": reduction, "ignore_index": ignore_index}
+    options |= checked({"temperature": temperature}, options)
     check_targets_if_cheap(rows, ignore_index)
-    parts = reference.decompose(*rows[:3], temperature=temperature, ignore_index=ignore_index, reduction=reduction)
+    tensors: Any = rows[:3]
+    parts = reference.decompose(*tensors, **options)
     if reduction == "none" and len(rows.shape) != 1:
         return Decomposition(*(part.reshape(rows.shape) for part in parts))
     return parts

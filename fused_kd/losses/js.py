@@ -10,7 +10,7 @@ from fused_kd import reference
 from fused_kd.core import checks
 from fused_kd.losses._call import row_loss
 from fused_kd.losses._criterion import Scheduled, UnlabelledCriterion
-from fused_kd.losses._infinities import infinities
+from fused_kd.losses._docs import documented
 from fused_kd.reference import DistillationParts
 
 
@@ -41,10 +41,11 @@ def js_loss(
 ) -> Tensor | tuple[Tensor, DistillationParts]: ...  # fmt: skip
 
 
-@infinities(
+@documented(
+    DistillationParts,
     """A teacher's -inf is a probability of 0. With beta between 0 and 1 the mixture has what either side has, and the
     loss stays finite; at 0 it is +inf where the student's probability is 0 and the teacher's is not, at 1 the other way
-    round."""
+    round.""",
 )
 def js_loss(
     student_logits: Tensor,
@@ -76,38 +77,8 @@ def js_loss(
     :math:`T^2 \mathrm{KL}(p \| q)`: what the loss divided by :math:`\beta` or :math:`1 - \beta` tends to there.
 
     Args:
-        student_logits: Unnormalised scores ``(..., C)``, C at least 2, float64, float32, float16 or bfloat16.
-        teacher_logits: The teacher's, same shape and device, any of those dtypes; must not require grad.
-        target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)``. They serve the
-            cross-entropy and ``ignore_index``; without them ``ce_weight`` must be 0 and every row counts.
         beta: From 0 to 1, as above.
-        temperature: T above.
-        ce_weight: Weight of the ordinary cross-entropy, computed in the same pass.
-        label_smoothing: Of the cross-entropy's labels, as in :func:`torch.nn.cross_entropy`.
-        logit_standardization: Put the z-scores of both logits, row by row, into all but the cross-entropy.
         ignore_index: Rows with this class index, such as the padding of a text, count nowhere and get a zero gradient.
-        reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
-        weight: What each row weighs, ``(...)``: a boolean mask, or floating-point, without gradient, at least 0. Not
-            what each class weighs, as in cross_entropy; of as many rows as classes nothing tells. ``"none"`` gives
-            :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
-            A row of weight 0 adds exactly nothing to the loss and has a zero gradient, whatever it holds.
-        class_dim: The dimension of the classes, in the logits and in probability targets; the shapes here have it last.
-            None is the last one, which logits of four or more dimensions must say themselves: 1 for (N, C, H, W), as
-            :func:`torch.nn.cross_entropy` has them, -1 for (N, H, W, C). Logits whose classes do not lie
-            side by side in memory are copied, but not (N, C, H, W) in ``torch.channels_last``.
-        backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
-        return_parts: Return ``(loss, parts)`` with the detached, weighted ``parts.distillation`` and
-            ``parts.ce``, which sum to the loss.
-
-    Shape:
-        The loss is a scalar, or has the shape of the class indices ``(...)`` for ``reduction="none"``. Its dtype is
-        float64 if any logits are, else float32. The gradient has the dtype of ``student_logits``.
-
-    Returns:
-        The loss, or the loss and its parts.
-
-    Raises:
-        TypeError, ValueError, IndexError, RuntimeError: As :func:`nkd_loss`.
 
     Example:
         >>> js_loss(student_logits, teacher_logits, token_ids, beta=0.5, ignore_index=pad_id).backward()
@@ -117,20 +88,10 @@ def js_loss(
         "js",
         reference.js_loss,
         DistillationParts,
-        student_logits,
-        teacher_logits,
-        target,
-        {"beta": beta},
-        temperature=temperature,
-        ce_weight=ce_weight,
-        label_smoothing=label_smoothing,
-        logit_standardization=logit_standardization,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        weight=weight,
-        class_dim=class_dim,
-        backend=backend,
-        return_parts=return_parts,
+        (student_logits, teacher_logits, target),
+        {"beta": beta, "temperature": temperature, "ce_weight": ce_weight, "label_smoothing": label_smoothing},
+        {"logit_standardization": logit_standardization, "reduction": reduction, "ignore_index": ignore_index},
+        (weight, class_dim, backend, return_parts),
     )
 
 

@@ -7,10 +7,9 @@ from typing import Literal, overload
 from torch import Tensor
 
 from fused_kd import reference
-from fused_kd.core import checks
 from fused_kd.losses._call import row_loss
 from fused_kd.losses._criterion import Criterion, Scheduled
-from fused_kd.losses._infinities import infinities
+from fused_kd.losses._docs import documented
 from fused_kd.reference import DistillationParts
 
 
@@ -38,7 +37,10 @@ def tf_kd_loss(
 ) -> Tensor | tuple[Tensor, DistillationParts]: ...  # fmt: skip
 
 
-@infinities("The virtual teacher gives every class some probability, so the loss is +inf where there is such a class.")
+@documented(
+    DistillationParts,
+    "The virtual teacher gives every class some probability, so the loss is +inf where there is such a class.",
+)
 def tf_kd_loss(
     student_logits: Tensor,
     target: Tensor,
@@ -67,60 +69,22 @@ def tf_kd_loss(
     as teacher, is :func:`kd_loss`.
 
     Args:
-        student_logits: Unnormalised scores ``(..., C)``, C at least 2, float64, float32, float16 or bfloat16.
         target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)`` (mixup, CutMix): the
             virtual teacher then takes each row's largest entry, the lowest index on ties, and CE the probabilities.
         correct: What the virtual teacher gives the target class, from 0 to below 1.
-        temperature: T above, of the virtual teacher alone.
-        ce_weight: Weight of the ordinary cross-entropy, computed in the same pass.
-        label_smoothing: Of the cross-entropy's labels, as in :func:`torch.nn.cross_entropy`.
-        ignore_index: Rows with this class index count nowhere and get a zero gradient.
-        reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
-        weight: What each row weighs, ``(...)``: a boolean mask, or floating-point, without gradient, at least 0. Not
-            what each class weighs, as in cross_entropy; of as many rows as classes nothing tells. ``"none"`` gives
-            :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
-            A row of weight 0 adds exactly nothing to the loss and has a zero gradient, whatever it holds.
-        class_dim: The dimension of the classes, in the logits and in probability targets; the shapes here have it last.
-            None is the last one, which logits of four or more dimensions must say themselves: 1 for (N, C, H, W), as
-            :func:`torch.nn.cross_entropy` has them, -1 for (N, H, W, C). Logits whose classes do not lie
-            side by side in memory are copied, but not (N, C, H, W) in ``torch.channels_last``.
-        backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
-        return_parts: Return ``(loss, parts)`` with the detached, weighted ``parts.distillation`` and
-            ``parts.ce``, which sum to the loss.
-
-    Shape:
-        The loss is a scalar, or has the shape of the class indices ``(...)`` for ``reduction="none"``. Its dtype is
-        float64 if any logits are, else float32. The gradient has the dtype of ``student_logits``.
-
-    Returns:
-        The loss, or the loss and its parts.
-
-    Raises:
-        TypeError, ValueError, IndexError, RuntimeError: As :func:`nkd_loss`.
+        temperature: +, of the virtual teacher alone.
 
     Example:
         >>> tf_kd_loss(student_logits, target, ce_weight=1.0).backward()
     """
-    checks.check_fraction("correct", correct)
     return row_loss(
         "tf_kd",
         reference.tf_kd_loss,
         DistillationParts,
-        student_logits,
-        None,
-        target,
-        {"correct": correct},
-        temperature=temperature,
-        ce_weight=ce_weight,
-        label_smoothing=label_smoothing,
-        logit_standardization=None,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        weight=weight,
-        class_dim=class_dim,
-        backend=backend,
-        return_parts=return_parts,
-        has_teacher=False,
+        (student_logits, None, target),
+        {"correct": correct, "temperature": temperature, "ce_weight": ce_weight, "label_smoothing": label_smoothing},
+        {"reduction": reduction, "ignore_index": ignore_index},
+        (weight, class_dim, backend, return_parts),
     )
 
 

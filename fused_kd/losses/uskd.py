@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, distributed, nn
 
-from fused_kd import autograd, backends, reference
+from fused_kd import autograd, reference
 from fused_kd.core import checks
-from fused_kd.core.options import in_order
-from fused_kd.losses._call import check_targets_if_cheap, returned
+from fused_kd.losses._call import call, check_targets_if_cheap
 from fused_kd.losses._criterion import Criterion, Scheduled
-from fused_kd.losses._infinities import infinities
+from fused_kd.losses._docs import documented
+from fused_kd.losses._options import checked
 from fused_kd.reference import USKDParts
 
 if TYPE_CHECKING:  # it is there only where PyTorch was built with torch.distributed
@@ -46,7 +46,8 @@ def uskd_loss(
 ) -> Tensor | tuple[Tensor, USKDParts]: ...  # fmt: skip
 
 
-@infinities(
+@documented(
+    USKDParts,
     """If it is no target it leaves the non-target set: it takes no Zipf mass, keeps its place in the ranking, and the
     others' weights are renormalised. The target term is +inf where it is a target of P other than 0. A weak logit of
     -inf makes the weak term, which supervises every class, +inf; no gradient flows there.""",
@@ -96,8 +97,9 @@ def uskd_loss(
     :math:`P` and :math:`\hat z` are constants to the gradient. The student's gradient comes from all terms but the weak
     one, the weak logits' from that alone.
 
+    Where one class is left outside the targets, as with C = 2, the non-target term is 0.
+
     Args:
-        student_logits: Unnormalised scores ``(..., C)``, C at least 2, float64, float32, float16 or bfloat16.
         weak_logits: The linear layer's on an earlier feature, same shape and device, any of those dtypes.
             :class:`fused_kd.USKDLoss` has that layer.
         target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)`` (mixup, CutMix, with or
@@ -106,9 +108,8 @@ def uskd_loss(
         alpha: Weight of the target term; the paper has 1 for ImageNet, 0.1 for CIFAR-100.
         beta: Weight of the non-target term; the paper has 0.1.
         mu: Weight of the weak supervision; the paper has 0.005 for ImageNet, 0.1 for CIFAR-100.
-        ce_weight: Weight of the ordinary cross-entropy, computed in the same pass; 1 gives Eq. 13.
-        label_smoothing: Of the cross-entropy's labels, as in :func:`torch.nn.cross_entropy`. The labels of
-            the weak supervision have the paper's own smoothing.
+        ce_weight: +; 1 gives Eq. 13.
+        label_smoothing: + The labels of the weak supervision have the paper's own smoothing.
         rank: The key that ranks the classes: ``"normalized"``, R above; ``"weak"``, v; ``"final"``, p; ``"sum"``,
             v + p; or ``"cls_kd"``, which has logarithms in the second fraction of R, as the published code has at its
             newest commit.
@@ -117,37 +118,18 @@ def uskd_loss(
             another: one all-reduce of three numbers. Every process of the group must make the call. By default the mean
             is over this batch. What ``reduction`` does stays within the process.
         ignore_index: Rows with this class index count nowhere, nor in the mean in P, and get a zero gradient.
-        reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
         weight: What each row weighs, ``(...)``: a boolean mask, or floating-point, without gradient, at least 0. Not
             what each class weighs, as in cross_entropy; of as many rows as classes nothing tells. ``"none"`` gives
             :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
             A row of weight 0 adds nothing to the loss and has zero gradients; the mean in P is of all rows alike.
-        class_dim: The dimension of the classes, in the logits and in probability targets; the shapes here have it last.
-            None is the last one, which logits of four or more dimensions must say themselves: 1 for (N, C, H, W), as
-            :func:`torch.nn.cross_entropy` has them, -1 for (N, H, W, C). Logits whose classes do not lie
-            side by side in memory are copied, but not (N, C, H, W) in ``torch.channels_last``.
-        backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
-        return_parts: Return ``(loss, parts)`` with the detached, weighted ``parts.target``, ``parts.non_target``,
-            ``parts.weak`` and ``parts.ce``, which sum to the loss.
-
-    Where one class is left outside the targets, as with C = 2, the non-target term is 0.
 
     Shape:
         The loss is a scalar, or has the shape of the class indices ``(...)`` for ``reduction="none"``. Its dtype is
         float64 if any logits are, else float32. Each gradient has the dtype of its logits.
 
-    Returns:
-        The loss, or the loss and its parts.
-
     Raises:
-        TypeError: An argument has a type or dtype that is not supported.
-        ValueError: Shapes, devices or hyper-parameters do not fit, probabilities do not sum to 1, as in
-            :func:`nkd_loss`, or there is a ``process_group`` but torch.distributed is not initialised.
-        IndexError: A class index is out of range, on the CPU. On a GPU, where checking would stall, that row is NaN,
-            and through the mean in P the target terms of all.
-        RuntimeError: ``backend`` names one that cannot run here, with the reason; or a fused backend is asked for what
-            only ``"reference"`` can do: a second derivative (create_graph=True, in the backward), forward mode, a
-            transform of torch.func, torch.jit.trace or an export to ONNX.
+        ValueError: + Or there is a ``process_group`` but torch.distributed is not initialised.
+        IndexError: + Through the mean in P such an index makes the target terms of all rows NaN.
 
     Example:
         >>> student_logits, weak_logits = (torch.randn(8, 1000, requires_grad=True) for _ in range(2))
@@ -155,42 +137,42 @@ def uskd_loss(
         >>> uskd_loss(student_logits, weak_logits, target, ce_weight=1.0).backward()
     """
     rows = checks.flatten(student_logits, weak_logits, "weak_logits", target, class_dim)
-    alpha = checks.check_scalar("alpha", alpha)
-    beta = checks.check_scalar("beta", beta)
-    mu = checks.check_scalar("mu", mu)
-    ce_weight = checks.check_scalar("ce_weight", ce_weight)
-    label_smoothing = checks.check_fraction("label_smoothing", label_smoothing)
-    _check_soft_label_arguments(rank, square, ignore_index)
-    checks.check_process_group(process_group)
-    checks.check_reduction(reduction)
-    weight = checks.flatten_weight(weight, rows, student_logits)
-    chosen = backends.choose(backend, student_logits.device, "uskd")
-    if chosen == "reference":
-        check_targets_if_cheap(rows, ignore_index, weight)
-    batch_sums = _batch_sums(rows, square, ignore_index, chosen, process_group)
-    packed: Any
-    if chosen == "reference":
-        loss, packed = reference.uskd_loss(
-            *rows[:3],
-            alpha=alpha,
-            beta=beta,
-            mu=mu,
-            ce_weight=ce_weight,
-            label_smoothing=label_smoothing,
-            rank=rank,
-            square=square,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            batch_sums=batch_sums,
-            weight=weight,
-        )
-    else:
-        assert batch_sums is not None
-        hyper = in_order({"alpha": alpha, "beta": beta, "mu": mu}, 1.0, ce_weight, label_smoothing)
-        loss, packed = autograd.uskd(
-            *rows[:3], batch_sums, weight, hyper, rank, square, ignore_index, reduction, chosen, return_parts
-        )
-    return returned(loss, packed if return_parts else None, USKDParts, rows, reduction)
+    numbers = {"alpha": alpha, "beta": beta, "mu": mu, "ce_weight": ce_weight, "label_smoothing": label_smoothing}
+    settings = {
+        "rank": rank,
+        "square": square,
+        "ignore_index": ignore_index,
+        "process_group": process_group,
+        "reduction": reduction,
+    }
+    numbers = checked(numbers, settings)
+    return call(
+        "uskd",
+        _eager,
+        _fused,
+        USKDParts,
+        (student_logits, rows),
+        (numbers, settings),
+        (weight, class_dim, backend, return_parts),
+    )
+
+
+def _eager(
+    student: Tensor, weak: Tensor, target: Tensor, *, process_group: ProcessGroup | None, **options: Any
+) -> tuple[Tensor, USKDParts]:
+    sums = _batch_sums((student, weak, target), options["square"], options["ignore_index"], "reference", process_group)
+    return reference.uskd_loss(student, weak, target, **options, batch_sums=sums)
+
+
+def _fused(
+    rows: checks.Rows, weight: Tensor | None, hyper: list[float], settings: dict[str, Any], chosen: str, parts: bool
+) -> tuple[Tensor, Any]:
+    student, weak, target, _ = rows
+    assert weak is not None
+    rank, square, ignore_index, process_group, reduction = settings.values()
+    sums = _batch_sums((student, weak, target), square, ignore_index, chosen, process_group)
+    asked = (rank, square, ignore_index, reduction)
+    return autograd.uskd(student, weak, (target, sums, weight), hyper, asked, chosen, parts)
 
 
 class USKDLoss(Criterion):
@@ -363,36 +345,33 @@ def uskd_soft_labels(
         >>> values, classes = labels[0].topk(5)
     """
     rows = checks.flatten(student_logits, weak_logits, "weak_logits", target, class_dim)
-    _check_soft_label_arguments(rank, square, ignore_index)
-    checks.check_process_group(process_group)
+    settings = {"rank": rank, "square": square, "ignore_index": ignore_index, "process_group": process_group}
+    checked({}, settings)
     check_targets_if_cheap(rows, ignore_index)
-    batch_sums = _batch_sums(rows, square, ignore_index, "reference", process_group)
-    labels = reference.uskd_soft_labels(
-        *rows[:3], rank=rank, square=square, ignore_index=ignore_index, batch_sums=batch_sums
-    )
+    tensors: Any = rows[:3]
+    sums = _batch_sums(tensors, square, ignore_index, "reference", process_group)
+    labels = reference.uskd_soft_labels(*tensors, rank=rank, square=square, ignore_index=ignore_index, batch_sums=sums)
     dim = checks.class_dimension(student_logits, class_dim)
     return labels.reshape(*rows.shape, -1).movedim(-1, dim)
 
 
-def _check_soft_label_arguments(rank: str, square: bool, ignore_index: int) -> None:
-    checks.check_choice("rank", rank, reference.RANKS)
-    checks.check_flag("square", square)
-    checks.check_ignore_index(ignore_index)
-
-
 def _batch_sums(
-    rows: checks.Rows, square: bool, ignore_index: int, chosen: str, process_group: ProcessGroup | None
+    tensors: tuple[Tensor, Tensor, Tensor],
+    square: bool,
+    ignore_index: int,
+    chosen: str,
+    process_group: ProcessGroup | None,
 ) -> Tensor | None:
     """The sums that couple USKD's rows, over all processes of a group; None leaves them to the reference."""
     if chosen == "reference" and process_group is None:
         return None
-    student = rows.student_logits
-    if rows.other_logits.dtype == torch.float64 != student.dtype:
+    student, weak, target = tensors
+    if weak.dtype == torch.float64 != student.dtype:
         student = student.double()  # as the loss itself will have it; the sums do not see the weak logits
     if chosen == "reference":
-        sums = reference.uskd_batch_sums(student, rows.target, square=square, ignore_index=ignore_index)
+        sums = reference.uskd_batch_sums(student, target, square=square, ignore_index=ignore_index)
     else:
-        sums = autograd.uskd_batch_sums(student, rows.target, square, ignore_index, chosen)
+        sums = autograd.uskd_batch_sums(student, target, square, ignore_index, chosen)
     if process_group is not None:
         distributed.all_reduce(sums, group=process_group)
     return sums

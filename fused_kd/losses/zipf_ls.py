@@ -6,12 +6,12 @@ from typing import Any, Literal, overload
 
 from torch import Tensor
 
-from fused_kd import autograd, backends, reference
+from fused_kd import autograd, reference
 from fused_kd.core import checks
-from fused_kd.core.options import in_order
-from fused_kd.losses._call import check_targets_if_cheap, returned
+from fused_kd.losses._call import call
 from fused_kd.losses._criterion import Criterion, Scheduled
-from fused_kd.losses._infinities import infinities
+from fused_kd.losses._docs import documented
+from fused_kd.losses._options import checked
 from fused_kd.reference import DistillationParts
 
 
@@ -39,10 +39,11 @@ def zipf_ls_loss(
 ) -> Tensor | tuple[Tensor, DistillationParts]: ...  # fmt: skip
 
 
-@infinities(
+@documented(
+    DistillationParts,
     """If it is no target it leaves the non-target set, as in USKD: it takes no Zipf mass, keeps its place in the
     ranking, and the others' weights are renormalised, so the divergence stays finite. The dense logits only vote: one
-    of -inf is a small number, +inf the largest, and a NaN among a row's counts as one of the student's."""
+    of -inf is a small number, +inf the largest, and a NaN among a row's counts as one of the student's.""",
 )
 def zipf_ls_loss(
     student_logits: Tensor,
@@ -72,7 +73,6 @@ def zipf_ls_loss(
             + \mathrm{ce\_weight} \cdot \mathrm{CE}(student, target), \quad \hat z_j \propto \mathrm{rank}_j^{-power}
 
     Args:
-        student_logits: Unnormalised scores ``(..., C)``, C at least 2, float64, float32, float16 or bfloat16.
         dense_logits: The classifier's at each of P positions, ``(..., P, C)``, any of those dtypes, same device. For a
             feature map ``(N, C, H, W)`` of logits pass ``logits.flatten(2).transpose(1, 2)``. No gradient flows here.
             ``...`` is the shape of the rows; ``class_dim`` does not concern it.
@@ -80,67 +80,38 @@ def zipf_ls_loss(
             targets as in :func:`uskd_loss`.
         beta: Weight of the divergence; the paper has 0.1.
         power: Of the rank in Zipf's law.
-        ce_weight: Weight of the ordinary cross-entropy, computed in the same pass.
-        label_smoothing: Of the cross-entropy's labels, as in :func:`torch.nn.cross_entropy`.
-        ignore_index: Rows with this class index count nowhere and get a zero gradient.
-        reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
-        weight: What each row weighs, ``(...)``: a boolean mask, or floating-point, without gradient, at least 0. Not
-            what each class weighs, as in cross_entropy; of as many rows as classes nothing tells. ``"none"`` gives
-            :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
-            A row of weight 0 adds exactly nothing to the loss and has a zero gradient, whatever it holds.
-        class_dim: The dimension of the classes, in the logits and in probability targets; the shapes here have it last.
-            None is the last one, which logits of four or more dimensions must say themselves: 1 for (N, C, H, W), as
-            :func:`torch.nn.cross_entropy` has them, -1 for (N, H, W, C). Logits whose classes do not lie
-            side by side in memory are copied, but not (N, C, H, W) in ``torch.channels_last``.
-        backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
-        return_parts: Return ``(loss, parts)`` with the detached, weighted ``parts.distillation`` and
-            ``parts.ce``, which sum to the loss.
 
     Shape:
         The loss is a scalar, or has the shape of the class indices ``(...)`` for ``reduction="none"``. Its dtype is
         float64 if the student's logits are, else float32. The gradient has the dtype of ``student_logits``.
 
-    Returns:
-        The loss, or the loss and its parts.
-
-    Raises:
-        TypeError, ValueError, IndexError, RuntimeError: As :func:`nkd_loss`.
-
     Example:
         >>> dense_logits = classifier(feature_map.flatten(2).transpose(1, 2))  # (N, D, H, W) to (N, H·W, C)
         >>> zipf_ls_loss(student_logits, dense_logits, target, ce_weight=1.0).backward()
     """
-    beta = checks.check_scalar("beta", beta)
-    power = checks.check_scalar("power", power)
-    ce_weight = checks.check_scalar("ce_weight", ce_weight)
-    label_smoothing = checks.check_fraction("label_smoothing", label_smoothing)
-    checks.check_reduction(reduction)
-    checks.check_ignore_index(ignore_index)
-    rows = checks.flatten(student_logits, student_logits, "student_logits", target, class_dim)
-    dense = checks.flatten_dense(dense_logits, student_logits, rows)
-    weight = checks.flatten_weight(weight, rows, student_logits)
-    chosen = backends.choose(backend, student_logits.device, "zipf_ls")
-    packed: Any
-    if chosen == "reference":
-        check_targets_if_cheap(rows, ignore_index, weight)
-        loss, packed = reference.zipf_ls_loss(
-            rows.student_logits,
-            dense,
-            rows.target,
-            beta=beta,
-            power=power,
-            ce_weight=ce_weight,
-            label_smoothing=label_smoothing,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            weight=weight,
-        )
-    else:
-        hyper = in_order({"beta": beta, "power": power}, 1.0, ce_weight, label_smoothing)
-        loss, packed = autograd.zipf_ls(
-            rows.student_logits, dense, rows.target, weight, hyper, ignore_index, reduction, chosen, return_parts
-        )
-    return returned(loss, packed if return_parts else None, DistillationParts, rows, reduction)
+    settings = {"reduction": reduction, "ignore_index": ignore_index}
+    numbers = {"beta": beta, "power": power, "ce_weight": ce_weight, "label_smoothing": label_smoothing}
+    numbers = checked(numbers, settings)
+    rows = checks.flatten(student_logits, None, None, target, class_dim)
+    rows = checks.Rows(rows[0], checks.flatten_dense(dense_logits, student_logits, rows), *rows[2:])
+    return call(
+        "zipf_ls",
+        reference.zipf_ls_loss,
+        _fused,
+        DistillationParts,
+        (student_logits, rows),
+        (numbers, settings),
+        (weight, class_dim, backend, return_parts),
+    )
+
+
+def _fused(
+    rows: checks.Rows, weight: Tensor | None, hyper: list[float], settings: dict[str, Any], chosen: str, parts: bool
+) -> tuple[Tensor, Any]:
+    student, dense, target, _ = rows
+    assert dense is not None
+    inputs, asked = (dense.detach(), target, weight), (settings["ignore_index"], settings["reduction"])
+    return autograd.zipf_ls(student, inputs, hyper, asked, chosen, parts)
 
 
 class ZipfLSLoss(Criterion):

@@ -10,7 +10,7 @@ import math
 import cuda_core
 import pytest
 import torch
-from cuda_cases import TOLERANCE, arguments, check, expected, inputs, mixed, ours
+from cuda_cases import TOLERANCE, asking, check, expected, inputs, mixed, ours
 
 from fused_kd import reference
 from fused_kd.backends.native import cuda
@@ -122,9 +122,8 @@ def test_target_out_of_range(core, dtype, index):
     sums = cuda.uskd_batch_sums(core, student, target, True, -100)
     assert sums.isnan().tolist() == [True, False, False]
     sums = torch.tensor([0.5, 0.0, 3.0], dtype=torch.float64)
-    loss, _, student_gradient, weak_gradient, *_ = cuda.uskd(
-        core, student, weak, target, sums, None, *arguments(reduction="none"), True, True, 1.0, 1.0
-    )  # fmt: skip
+    asked = asking(reduction="none")
+    loss, _, student_gradient, weak_gradient, *_ = cuda.uskd(core, student, weak, target, sums, None, asked)
     for result in (loss.unsqueeze(1), student_gradient, weak_gradient):
         assert result.isnan().all(dim=1).tolist() == [False, True, False]
         assert result.isnan().any(dim=1).tolist() == [False, True, False]
@@ -275,10 +274,10 @@ def test_row_weights(core, dtype, classes):
     student, weak, target = inputs(5, classes, dtype)
     sums = cuda.uskd_batch_sums(core, student, target, True, -100)
     factors = torch.tensor([[0.5, 2, 0, 1, 3], [0.25, 1, 0, 2, 1], [1, 0.5, 0, 4, 2]], dtype=torch.float64)
-    options = arguments(reduction="none", ce_weight=1.0)
+    asked = asking(reduction="none", ce_weight=1.0)
 
     def run(student, weak, factors):
-        return cuda.uskd(core, student, weak, target, sums, factors, *options, True, True, 1.0, 1.0)
+        return cuda.uskd(core, student, weak, target, sums, factors, asked)
 
     plain = run(student, weak, None)
     spoilt = weak.clone()
@@ -302,9 +301,9 @@ def test_row_weights(core, dtype, classes):
 def test_a_gradient_that_is_not_wanted(core):
     student, weak, target = inputs(3, 200)
     sums = cuda.uskd_batch_sums(core, student, target, True, -100)
-    both = cuda.uskd(core, student, weak, target, sums, None, *arguments(), True, True, 1.0, 1.0)
+    both = cuda.uskd(core, student, weak, target, sums, None, asking())
     for wanted in ((True, False), (False, True), (False, False)):
-        some = cuda.uskd(core, student, weak, target, sums, None, *arguments(), *wanted, 1.0, 1.0)
+        some = cuda.uskd(core, student, weak, target, sums, None, asking(wanted))
         assert torch.equal(some[0], both[0])
         for gradient, full, want in zip(some[2:4], both[2:4], wanted, strict=True):
             assert torch.equal(gradient, full) if want else gradient.shape == (0,)
@@ -314,7 +313,7 @@ def sorted_call(core):
     """A call whose rows are sorted in global memory."""
     student, weak, target = inputs(1, 20, torch.float64)
     sums = torch.tensor([0.5, 0.0, 1.0], dtype=torch.float64)
-    return cuda.uskd(core, student, weak, target, sums, None, *arguments(), True, True, 1.0, 1.0)
+    return cuda.uskd(core, student, weak, target, sums, None, asking())
 
 
 def refused_device(core):

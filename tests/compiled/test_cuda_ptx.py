@@ -9,7 +9,7 @@ import torch
 
 from fused_kd import reference
 from fused_kd.backends.native import cuda
-from fused_kd.core.options import HyperParameters
+from fused_kd.core.options import HyperParameters, Options
 from tools.ptx import Fault
 from tools.ptx.cuda.build import ROOT, BuildError, build, find_nvcc
 from tools.ptx.cuda.driver import Library
@@ -47,10 +47,8 @@ def inputs(rows, classes, dtype, seed=0):
 
 def run(library, student, weak, target, factors=None, reduction="mean", rank="normalized"):
     sums = cuda.uskd_batch_sums(library.core, student, target, True, IGNORED)
-    return sums, *cuda.uskd(
-        library.core, student, weak, target, sums, factors, HyperParameters(**WEIGHTS), rank, True, IGNORED, reduction,
-        True, True, 1.0, 1.0,
-    )  # fmt: skip
+    options = Options(HyperParameters(**WEIGHTS), IGNORED, reduction, (True, True), (1.0, 1.0), rank=rank)
+    return sums, *cuda.uskd(library.core, student, weak, target, sums, factors, options)
 
 
 def check(library, student, weak, target, rank="normalized"):

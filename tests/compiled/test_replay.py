@@ -11,7 +11,7 @@ import fused_kd
 from fused_kd import check
 from fused_kd.backends.triton.plans import rows
 from fused_kd.core.catalogue import LOSSES
-from fused_kd.core.options import HyperParameters
+from fused_kd.core.options import HyperParameters, Options
 
 replay = pytest.importorskip("fused_kd.backends.triton.replay")
 
@@ -85,9 +85,9 @@ def test_what_a_plan_looks_at_makes_another_one(planned):
 def test_one_tensor_for_both(planned):
     """A student that is its own teacher has one place in the plan, another teacher its own."""
     student, teacher, target = make("nkd", 0)
-    args = "nkd", HyperParameters(gamma=1.5), False, -100, "mean", True, 1.0
+    options = Options(HyperParameters(gamma=1.5), -100, "mean", (True,), (1.0,), "nkd")
     for pair in ((student, student), (student, teacher), (student, student), (teacher, student)):
-        loss = rows.row_loss(*pair, target, None, *args)[0]
+        loss = rows.row_loss(*pair, target, None, options)[0]
         wanted = fused_kd.nkd_loss(*pair, target, backend="reference")
         assert abs(loss - wanted) < 1e-5 * wanted.abs().clamp(min=1.0)
 

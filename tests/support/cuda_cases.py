@@ -4,7 +4,7 @@ import torch
 
 from fused_kd import reference
 from fused_kd.backends.native import cuda
-from fused_kd.core.options import HyperParameters
+from fused_kd.core.options import HyperParameters, Options
 
 #: A few units in the last place: of the accumulating dtype for the loss, of its own for a gradient.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
@@ -13,19 +13,17 @@ WEIGHTS = {"alpha": 1.0, "beta": 0.1, "mu": 0.005, "ce_weight": 0.0, "label_smoo
 DEFAULTS = {"rank": "normalized", "square": True, "ignore_index": -100, "reduction": "mean"}
 
 
-def arguments(**changed):
+def asking(wanted=(True, True), scale=1.0, **changed):
     hyper = HyperParameters(**{name: changed.pop(name, value) for name, value in WEIGHTS.items()})
-    return hyper, *{**DEFAULTS, **changed}.values()
+    return Options(hyper, wanted=wanted, scales=(scale, scale), **{**DEFAULTS, **changed})
 
 
 def ours(core, student, weak, target, scale=1.0, **changed):
     """Loss, parts, both gradients and the batch sums."""
-    options = {**DEFAULTS, **changed}
+    asked = asking(scale=scale, **changed)
     for_sums = student.double() if weak.dtype == torch.float64 else student
-    sums = cuda.uskd_batch_sums(core, for_sums, target, options["square"], options["ignore_index"])
-    loss, parts, *rest = cuda.uskd(
-        core, student, weak, target, sums, None, *arguments(**changed), True, True, scale, scale
-    )  # fmt: skip
+    sums = cuda.uskd_batch_sums(core, for_sums, target, asked.square, asked.ignore_index)
+    loss, parts, *rest = cuda.uskd(core, student, weak, target, sums, None, asked)
     student_gradient, weak_gradient, student_norm, weak_norm = rest
     one = torch.ones((), dtype=loss.dtype)
     cuda.scale_gradient(core, student_gradient, one, student_norm, student_gradient)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fused_kd import check
 from fused_kd.backends import staged
 from fused_kd.core.catalogue import ROW_LOSSES
-from fused_kd.core.options import HyperParameters, in_order
+from fused_kd.core.options import HyperParameters, Options, in_order
 
 NO_TEACHER = ("tf_kd",)
 
@@ -19,7 +19,7 @@ class Problem(NamedTuple):
     teacher: torch.Tensor | None
     target: torch.Tensor
     factors: torch.Tensor | None
-    options: staged.RowOptions
+    options: Options
     cuts: tuple[int, ...]
 
     def to(self, dtype):
@@ -49,8 +49,9 @@ def make(
         factors[:, rows - 1] = 0.0
     shared = {"temperature": 1.0, "ce_weight": 0.0, "label_smoothing": 0.0}
     own = dict(zip(ROW_LOSSES[loss].own, (0.7, 0.4), strict=False))
-    hyper = HyperParameters._make(in_order(own, **{name: options.pop(name, value) for name, value in shared.items()}))
-    asked = staged.RowOptions(loss, hyper, options.pop("standardize", False), -100, options.pop("gradient_scale", 1.0))
+    hyper = HyperParameters._make(in_order(own | {name: options.pop(name, value) for name, value in shared.items()}))
+    scales = (options.pop("gradient_scale", 1.0),)
+    asked = Options(hyper, -100, "none", (True,), scales, loss, options.pop("standardize", False))
     assert not options
     return Problem(student, None if loss in NO_TEACHER else teacher, target, factors, asked, tuple(cuts))
 
@@ -87,11 +88,9 @@ def pieces_of(problem):
 
 def run(kernels, problem):
     """Parts and gradient of the pieces, and of the whole rows."""
-    student, teacher, target, factors, (loss, hyper, standardize, ignore_index, scale), _ = problem
-    parts, gradients = staged.run(kernels, pieces_of(problem), problem.options, factors)
-    _, whole_parts, whole_gradient, _ = kernels.row_loss(
-        student, teacher, target, factors, loss, hyper, standardize, ignore_index, "none", True, scale
-    )
+    student, teacher, target, factors, options, _ = problem
+    parts, gradients = staged.run(kernels, pieces_of(problem), options, factors)
+    _, whole_parts, whole_gradient, _ = kernels.row_loss(student, teacher, target, factors, options)
     return (parts, torch.cat(gradients, 1)), (whole_parts, whole_gradient)
 
 

@@ -19,7 +19,7 @@ import torch
 
 from fused_kd.backends.triton import layout
 from fused_kd.backends.triton.plans.rows import plan_row_loss
-from fused_kd.core.options import HyperParameters
+from fused_kd.core.options import HyperParameters, Options
 
 pytest.importorskip("rich")
 from tools.compile_matrix import __main__, compiling, tables
@@ -232,10 +232,8 @@ def test_launches(rows, reduction, dtype, launches):
     student = torch.empty(rows, 1000, dtype=dtype)
     loss = torch.empty(rows if reduction == "none" else ())
     target = torch.zeros(rows, dtype=torch.int64)
-    hyper = HyperParameters(gamma=1.5)
-    plan = plan_row_loss(
-        student, student, target, None, student, loss, loss, loss, "nkd", hyper, False, -100, reduction, True, 1.0
-    )
+    options = Options(HyperParameters(gamma=1.5), -100, reduction, (True,), (1.0,), "nkd")
+    plan = plan_row_loss(student, student, target, None, (loss, loss, student, loss), options)
     assert [launch.kernel for launch in plan] == launches
 
 

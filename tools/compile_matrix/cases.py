@@ -18,7 +18,7 @@ from fused_kd.backends.triton.plans import uskd, zipf_ls
 from fused_kd.backends.triton.plans.rows import plan_row_loss
 from fused_kd.backends.triton.plans.scale import plan_scale
 from fused_kd.core.catalogue import LOSSES, ROW_LOSSES
-from fused_kd.core.options import HyperParameters
+from fused_kd.core.options import HyperParameters, Options, outputs, pair_outputs
 from fused_kd.reference import accumulation_dtype
 from tools.compile_matrix.calls import Call, describe, empty, factors, logits, prob, targets
 from tools.compile_matrix.staged import staged_cases
@@ -59,21 +59,17 @@ class Case(NamedTuple):
         """Every launch of the forward and of the backward op."""
         student = logits(self.rows, self.classes, self.student, self.layout)
         teacher = empty(self.rows, self.classes, dtype=self.teacher)
-        acc = accumulation_dtype(student, teacher)
-        shape = (self.rows,) if self.reduction == "none" else ()
-        loss, norm = empty(*shape, dtype=acc), empty(dtype=acc)
-        gradient = empty(*(student.shape if self.gradient else (0,)), dtype=self.student)
+        made = outputs(student, self.gradient, 3, self.reduction, accumulation_dtype(student, teacher))
         # Weighted rows of DIST have their column term apart.
         second = 0.0 if self.weighted and self.loss == "dist" else 1.0
         own = dict(zip(ROW_LOSSES[self.loss].own, (0.5, second), strict=False))
         hyper = HyperParameters(
             **own, temperature=self.temperature, ce_weight=self.ce_weight, label_smoothing=self.smoothing
         )
-        plan = plan_row_loss(
-            student, teacher, targets(self.rows, self.classes, self.labels), factors(self, 2), gradient, loss,
-            empty(3, *shape, dtype=acc), norm, self.loss, hyper, self.standardize, -100, self.reduction,
-            self.gradient, 1.0,
-        )  # fmt: skip
+        options = Options(hyper, -100, self.reduction, (self.gradient,), (1.0,), self.loss, self.standardize)
+        target = targets(self.rows, self.classes, self.labels)
+        plan = plan_row_loss(student, teacher, target, factors(self, 2), made, options)
+        loss, _, gradient, norm = made
         return [*plan, *([plan_scale(gradient, loss, norm, gradient)] if self.gradient else [])]
 
 
@@ -108,20 +104,11 @@ class RankedCase(NamedTuple):
         """Every launch of a kernel, of the batch sums and of the forward op; the backward op is NKD's."""
         student = logits(self.rows, self.classes, self.student, self.layout)
         weak = empty(self.rows, self.classes, dtype=self.weak)
-        acc = accumulation_dtype(student, weak)
-        shape = (self.rows,) if self.reduction == "none" else ()
-        target = targets(self.rows, self.classes, self.labels)
-        sums, norm = empty(3, dtype=torch.float64), empty(dtype=acc)
-        gradients = (
-            empty(*(student.shape if self.gradient[0] else (0,)), dtype=self.student),
-            empty(*(weak.shape if self.gradient[1] else (0,)), dtype=self.weak),
-        )
+        made = pair_outputs(student, weak, self.gradient, 4, self.reduction, accumulation_dtype(student, weak))
+        target, sums = targets(self.rows, self.classes, self.labels), empty(3, dtype=torch.float64)
         hyper = HyperParameters(1.0, 0.1, mu=0.005, ce_weight=1.0, label_smoothing=self.smoothing)
-        plan = uskd.plan_uskd(
-            student, weak, target, sums, factors(self, 3), gradients, empty(*shape, dtype=acc),
-            empty(4, *shape, dtype=acc), (norm, norm), hyper,
-            self.rank, self.square, -100, self.reduction, *self.gradient, 1.0, 1.0,
-        )  # fmt: skip
+        options = Options(hyper, -100, self.reduction, self.gradient, (1.0, 1.0), rank=self.rank, square=self.square)
+        plan = uskd.plan_uskd(student, weak, target, sums, factors(self, 3), made, options)
         plan = [*uskd.plan_batch_sums(student, target, sums, self.square, -100), *plan]
         return [launch for launch in plan if launch.kernel not in HOST]
 
@@ -161,15 +148,11 @@ class ZipfCase(NamedTuple):
             dense = empty(self.rows, self.classes, self.positions, dtype=self.dense).transpose(1, 2)
         elif self.order == "neither":
             dense = empty(self.rows, 2 * self.positions, 2 * self.classes, dtype=self.dense)[:, ::2, ::2]
-        acc = accumulation_dtype(student)
-        shape = (self.rows,) if self.reduction == "none" else ()
-        gradient = empty(*(student.shape if self.gradient else (0,)), dtype=self.student)
+        made = outputs(student, self.gradient, 2, self.reduction, accumulation_dtype(student))
         hyper = HyperParameters(beta=0.1, power=1.0, ce_weight=1.0, label_smoothing=self.smoothing)
-        return zipf_ls.plan_zipf_ls(
-            student, dense, targets(self.rows, self.classes, self.labels), factors(self, 2), gradient,
-            empty(*shape, dtype=acc), empty(2, *shape, dtype=acc), empty(dtype=acc),
-            hyper, -100, self.reduction, self.gradient, 1.0,
-        )  # fmt: skip
+        options = Options(hyper, -100, self.reduction, (self.gradient,), (1.0,))
+        target = targets(self.rows, self.classes, self.labels)
+        return zipf_ls.plan_zipf_ls(student, dense, target, factors(self, 2), made, options)
 
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64

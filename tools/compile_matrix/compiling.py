@@ -20,10 +20,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fused_kd.backends.triton.launch import Launch
 from tools.compile_matrix import cases
+from tools.compile_matrix.calls import Call
 from tools.compile_matrix.rules import ONE_INPUT, RANKED_SHARED, SHARED_LIMIT, Row, problems
 
 
-def compile_triton(case: calls.Call, number: int, capability: int, loss: str) -> Row:
+def compile_triton(case: Call, number: int, capability: int, loss: str) -> Row:
     """One launch of a call; run in processes of its own."""
     from fused_kd.backends.triton.compile import compile_launch
 

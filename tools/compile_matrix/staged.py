@@ -12,7 +12,7 @@ from fused_kd.backends import staged
 from fused_kd.backends.triton.launch import Launch
 from fused_kd.backends.triton.plans.staged import FIELDS, plan_stage
 from fused_kd.core.catalogue import ROW_LOSSES
-from fused_kd.core.options import HyperParameters
+from fused_kd.core.options import HyperParameters, Options
 from fused_kd.reference import accumulation_dtype
 from tools.compile_matrix.calls import describe, empty, factors, logits, prob
 
@@ -52,7 +52,7 @@ class StagedCase(NamedTuple):
         piece = staged.Piece(student, teacher, labels, target, self.classes, 8 * self.classes)
         own = dict(zip(ROW_LOSSES[self.loss].own, (0.5, 0.0), strict=False))  # DIST's rows alone
         hyper = HyperParameters(**own, temperature=self.temperature, ce_weight=1.0, label_smoothing=self.smoothing)
-        options = staged.RowOptions(self.loss, hyper, self.standardize, -100, 1.0)
+        options = Options(hyper, -100, "none", (True,), (1.0,), self.loss, self.standardize)
         acc = accumulation_dtype(student, teacher if teacher is not None else student)
         found, launches = staged.Found(), []
         for stage in staged.stages_of(options):

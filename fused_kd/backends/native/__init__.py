@@ -17,7 +17,7 @@ from fused_kd.backends.native import core, cuda, staged
 from fused_kd.backends.native.boundary import DTYPES, RANKS, REDUCTIONS, address, incoming, matrix
 from fused_kd.core import checks
 from fused_kd.core.catalogue import ROW_LOSSES
-from fused_kd.core.options import HyperParameters
+from fused_kd.core.options import Options, outputs, pair_outputs
 from fused_kd.reference import accumulation_dtype
 
 _core: Any
@@ -74,47 +74,30 @@ def cuda_architectures() -> str:
 
 
 def row_loss(
-    student: Tensor,
-    teacher: Tensor | None,
-    target: Tensor,
-    factors: Tensor | None,
-    loss_name: str,
-    hyper: HyperParameters,
-    standardize: bool,
-    ignore_index: int,
-    reduction: str,
-    need_gradient: bool,
-    gradient_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, num_classes = student.shape
+    student: Tensor, teacher: Tensor | None, target: Tensor, factors: Tensor | None, options: Options
+) -> tuple[Tensor, ...]:
     other = student if teacher is None else teacher  # not read where the loss has no teacher
     dtype = accumulation_dtype(student, other)
-    shape = (rows,) if reduction == "none" else ()
-    loss = torch.empty(shape, dtype=dtype)
-    parts = torch.empty((3, *shape), dtype=dtype)
-    gradient = torch.empty((rows, num_classes) if need_gradient else (0,), dtype=student.dtype)
-    norm = torch.empty((), dtype=dtype)
+    made = loss, parts, gradient, norm = outputs(student, options.wanted[0], 3, options.reduction, dtype)
     bad_row = _core.row_loss(
         (instruction_set, torch.get_num_threads()),
         matrix(student),
         matrix(other),
         matrix(target),
-        (rows, num_classes),
-        ROW_LOSSES[loss_name].kind,
-        hyper,
-        (standardize, ignore_index, REDUCTIONS[reduction]),
+        student.shape,
+        ROW_LOSSES[options.loss].kind,
+        options.hyper,
+        (options.standardize, options.ignore_index, REDUCTIONS[options.reduction]),
         address(factors),
-        (gradient.data_ptr() if need_gradient else 0, gradient_scale),
+        (gradient.data_ptr(), options.scales[0]),
         (loss.data_ptr(), parts.data_ptr(), norm.data_ptr(), DTYPES[dtype]),
     )
     if bad_row >= 0:
-        raise checks.row_error(target, bad_row, num_classes, ignore_index)
-    return loss, parts, gradient, norm
+        raise checks.row_error(target, bad_row, student.shape[1], options.ignore_index)
+    return made
 
 
-def row_stage(
-    stage: str, piece: stages.Piece, found: stages.Found, options: stages.RowOptions, factors: Tensor | None
-) -> Any:
+def row_stage(stage: str, piece: stages.Piece, found: stages.Found, options: Options, factors: Tensor | None) -> Any:
     """See :func:`fused_kd.backends.native.staged.row_stage`."""
     return staged.row_stage(_core, (instruction_set, torch.get_num_threads()), stage, piece, found, options, factors)
 
@@ -122,107 +105,69 @@ def row_stage(
 def uskd_batch_sums(student: Tensor, target: Tensor, square: bool, ignore_index: int) -> Tensor:
     if student.is_cuda:
         return cuda.uskd_batch_sums(_core, student, target, square, ignore_index)
-    rows, num_classes = student.shape
     sums = torch.empty(3, dtype=torch.float64)
     bad_row = _core.uskd_batch_sums(
         (instruction_set, torch.get_num_threads()),
         matrix(student),
         matrix(target),
-        (rows, num_classes),
+        student.shape,
         square,
         ignore_index,
         DTYPES[accumulation_dtype(student)],
         sums.data_ptr(),
     )
     if bad_row >= 0:
-        raise checks.row_error(target, bad_row, num_classes, ignore_index)
+        raise checks.row_error(target, bad_row, student.shape[1], ignore_index)
     return sums
 
 
 def uskd(
-    student: Tensor,
-    weak: Tensor,
-    target: Tensor,
-    batch_sums: Tensor,
-    factors: Tensor | None,
-    hyper: HyperParameters,
-    rank: str,
-    square: bool,
-    ignore_index: int,
-    reduction: str,
-    need_student: bool,
-    need_weak: bool,
-    student_scale: float,
-    weak_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    student: Tensor, weak: Tensor, target: Tensor, batch_sums: Tensor, factors: Tensor | None, options: Options
+) -> tuple[Tensor, ...]:
     if student.is_cuda:
-        return cuda.uskd(
-            _core, student, weak, target, batch_sums, factors, hyper, rank, square, ignore_index, reduction,
-            need_student, need_weak, student_scale, weak_scale,
-        )  # fmt: skip
-    rows, num_classes = student.shape
+        return cuda.uskd(_core, student, weak, target, batch_sums, factors, options)
     dtype = accumulation_dtype(student, weak)
-    shape = (rows,) if reduction == "none" else ()
-    loss = torch.empty(shape, dtype=dtype)
-    parts = torch.empty((4, *shape), dtype=dtype)
-    student_gradient = torch.empty((rows, num_classes) if need_student else (0,), dtype=student.dtype)
-    weak_gradient = torch.empty((rows, num_classes) if need_weak else (0,), dtype=weak.dtype)
-    student_norm, weak_norm = torch.empty((), dtype=dtype), torch.empty((), dtype=dtype)
+    made = pair_outputs(student, weak, options.wanted, 4, options.reduction, dtype)
+    loss, parts, student_gradient, weak_gradient, student_norm, weak_norm = made
     bad_row = _core.uskd(
         (instruction_set, torch.get_num_threads()),
         matrix(student),
         matrix(weak),
         matrix(target),
-        (rows, num_classes),
-        hyper,
-        (RANKS[rank], square, ignore_index, REDUCTIONS[reduction]),
+        student.shape,
+        options.hyper,
+        (RANKS[options.rank], options.square, options.ignore_index, REDUCTIONS[options.reduction]),
         batch_sums.data_ptr(),
         address(factors),
-        (
-            (student_gradient.data_ptr() if need_student else 0, student_scale),
-            (weak_gradient.data_ptr() if need_weak else 0, weak_scale),
-        ),
+        ((student_gradient.data_ptr(), options.scales[0]), (weak_gradient.data_ptr(), options.scales[1])),
         (loss.data_ptr(), parts.data_ptr(), student_norm.data_ptr(), weak_norm.data_ptr(), DTYPES[dtype]),
     )
     if bad_row >= 0:
-        raise checks.row_error(target, bad_row, num_classes, ignore_index)
-    return loss, parts, student_gradient, weak_gradient, student_norm, weak_norm
+        raise checks.row_error(target, bad_row, student.shape[1], options.ignore_index)
+    return made
 
 
 def zipf_ls(
-    student: Tensor,
-    dense: Tensor,
-    target: Tensor,
-    factors: Tensor | None,
-    hyper: HyperParameters,
-    ignore_index: int,
-    reduction: str,
-    need_gradient: bool,
-    gradient_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, num_classes = student.shape
+    student: Tensor, dense: Tensor, target: Tensor, factors: Tensor | None, options: Options
+) -> tuple[Tensor, ...]:
     dtype = accumulation_dtype(student)
-    shape = (rows,) if reduction == "none" else ()
-    loss = torch.empty(shape, dtype=dtype)
-    parts = torch.empty((2, *shape), dtype=dtype)
-    gradient = torch.empty((rows, num_classes) if need_gradient else (0,), dtype=student.dtype)
-    norm = torch.empty((), dtype=dtype)
+    made = loss, parts, gradient, norm = outputs(student, options.wanted[0], 2, options.reduction, dtype)
     bad_row = _core.zipf_ls(
         (instruction_set, torch.get_num_threads()),
         matrix(student),
         matrix(dense),
         dense.shape[1],
         matrix(target),
-        (rows, num_classes),
-        hyper,
-        (ignore_index, REDUCTIONS[reduction]),
+        student.shape,
+        options.hyper,
+        (options.ignore_index, REDUCTIONS[options.reduction]),
         address(factors),
-        (gradient.data_ptr() if need_gradient else 0, gradient_scale),
+        (gradient.data_ptr(), options.scales[0]),
         (loss.data_ptr(), parts.data_ptr(), norm.data_ptr(), DTYPES[dtype]),
     )
     if bad_row >= 0:
-        raise checks.row_error(target, bad_row, num_classes, ignore_index)
-    return loss, parts, gradient, norm
+        raise checks.row_error(target, bad_row, student.shape[1], options.ignore_index)
+    return made
 
 
 def argsort_descending(keys: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_kd.backends import cuda_devices
 from fused_kd.backends.native.boundary import DTYPES, RANKS, REDUCTIONS, address, incoming, matrix
-from fused_kd.core.options import HyperParameters
+from fused_kd.core.options import Options, pair_outputs
 from fused_kd.reference import accumulation_dtype
 
 
@@ -64,50 +64,33 @@ def uskd(
     target: Tensor,
     batch_sums: Tensor,
     factors: Tensor | None,
-    hyper: HyperParameters,
-    rank: str,
-    square: bool,
-    ignore_index: int,
-    reduction: str,
-    need_student: bool,
-    need_weak: bool,
-    student_scale: float,
-    weak_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows, num_classes = student.shape
+    options: Options,
+) -> tuple[Tensor, ...]:
     device, dtype = student.device, accumulation_dtype(student, weak)
-    shape = (rows,) if reduction == "none" else ()
-    loss = torch.empty(shape, dtype=dtype, device=device)
-    parts = torch.empty((4, *shape), dtype=dtype, device=device)
-    student_gradient = torch.empty((rows, num_classes) if need_student else (0,), dtype=student.dtype, device=device)
-    weak_gradient = torch.empty((rows, num_classes) if need_weak else (0,), dtype=weak.dtype, device=device)
-    student_norm = torch.empty((), dtype=dtype, device=device)
-    weak_norm = torch.empty((), dtype=dtype, device=device)
+    made = pair_outputs(student, weak, options.wanted, 4, options.reduction, dtype)
+    loss, parts, student_gradient, weak_gradient, student_norm, weak_norm = made
     with cuda_devices.current(device):
         place = _place(device)
         # Freed when this returns; the allocator gives it to nobody but later work of the same stream.
-        bytes_needed = core.cuda_uskd_workspace(place[0], rows, num_classes, DTYPES[dtype])
+        bytes_needed = core.cuda_uskd_workspace(place[0], *student.shape, DTYPES[dtype])
         workspace = torch.empty(bytes_needed, dtype=torch.uint8, device=device)
         core.cuda_uskd(
             place,
             matrix(student),
             matrix(weak),
             matrix(target),
-            (rows, num_classes),
-            hyper,
-            (RANKS[rank], square, ignore_index, REDUCTIONS[reduction]),
+            student.shape,
+            options.hyper,
+            (RANKS[options.rank], options.square, options.ignore_index, REDUCTIONS[options.reduction]),
             batch_sums.data_ptr(),
             address(factors),
-            (
-                (student_gradient.data_ptr() if need_student else 0, student_scale),
-                (weak_gradient.data_ptr() if need_weak else 0, weak_scale),
-            ),
+            ((student_gradient.data_ptr(), options.scales[0]), (weak_gradient.data_ptr(), options.scales[1])),
             (
                 *(tensor.data_ptr() for tensor in (loss, parts, student_norm, weak_norm, workspace)),
                 DTYPES[dtype],
             ),
         )
-    return loss, parts, student_gradient, weak_gradient, student_norm, weak_norm
+    return made
 
 
 def scale_gradient(core: Any, gradient: Tensor, grad_output: Tensor, norm: Tensor, out: Tensor) -> None:

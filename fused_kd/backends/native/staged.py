@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from fused_kd.backends.native.boundary import DTYPES, address, matrix
-from fused_kd.backends.staged import STAGES, Found, Piece, RowOptions
+from fused_kd.backends.staged import STAGES, Found, Piece
 from fused_kd.core import checks
 from fused_kd.core.catalogue import ROW_LOSSES
+from fused_kd.core.options import Options
 from fused_kd.reference import accumulation_dtype
 
 #: The fields of Statistics in csrc/cpu/row_blocks.h.
@@ -23,7 +24,7 @@ FIELDS = {"moments": 6, "statistics": len(STATISTICS), "sums": 12, "gradient": 0
 
 
 def row_stage(
-    core: Any, where: tuple[str, int], stage: str, piece: Piece, found: Found, options: RowOptions,
+    core: Any, where: tuple[str, int], stage: str, piece: Piece, found: Found, options: Options,
     factors: Tensor | None,
 ) -> Any:  # fmt: skip
     """What a stage finds of a piece, (fields, N) float64; of the last, the rows' parts (3, N) and the gradient."""
@@ -47,7 +48,7 @@ def row_stage(
         options.hyper,
         (options.standardize, options.ignore_index, parts.data_ptr(), DTYPES[dtype]),
         address(factors),
-        (gradient.data_ptr() if last else 0, options.gradient_scale),
+        (gradient.data_ptr() if last else 0, options.scales[0]),
         (
             STAGES[stage], target.data_ptr(), first_class, num_classes, pieces,
             *map(address, found), out.data_ptr(),

@@ -14,7 +14,7 @@ from fused_kd import check, dist_loss
 from fused_kd.backends import triton as backend
 from fused_kd.backends.triton import layout
 from fused_kd.backends.triton.plans.rows import plan_row_loss
-from fused_kd.core.options import HyperParameters
+from fused_kd.core.options import HyperParameters, Options
 
 pytest.importorskip("triton")
 pytestmark = [
@@ -179,10 +179,11 @@ def test_nan_in_one_row_is_in_every_row(regime):
 def test_target_out_of_range_is_a_row_of_nan(regime):
     student, teacher, target = make(20, 45, torch.float32)
     target[7] = 2**40
-    arguments = (target, None, "dist", HyperParameters(beta=1.0, gamma=1.0), False, -100)
-    loss, parts, gradient, _ = backend.row_loss(student, teacher, *arguments, "none", False, 1.0)
+    options = Options(HyperParameters(beta=1.0, gamma=1.0), -100, "none", (False,), (1.0,), "dist")
+    loss, parts, gradient, _ = backend.row_loss(student, teacher, target, None, options)
     assert loss.isnan().tolist() == parts[1].isnan().tolist() == [row == 7 for row in range(20)]
-    gradient = backend.row_loss(student, teacher, *arguments, "sum", True, 1.0)[2]
+    options = options._replace(reduction="sum", wanted=(True,))
+    gradient = backend.row_loss(student, teacher, target, None, options)[2]
     assert gradient.isnan().any(1).tolist() == [row == 7 for row in range(20)]
 
 
@@ -230,10 +231,8 @@ def test_launches(rows, classes, gamma, expected):
     logits = torch.empty(rows, classes, dtype=torch.bfloat16, device="meta")
     target = torch.empty(rows, dtype=torch.int64, device="meta")
     loss, parts = torch.empty((), device="meta"), torch.empty(3, device="meta")
-    hyper = HyperParameters(beta=1.0, gamma=gamma)
-    plan = plan_row_loss(
-        logits, logits, target, None, logits, loss, parts, loss, "dist", hyper, False, -100, "mean", True, 1.0
-    )
+    options = Options(HyperParameters(beta=1.0, gamma=gamma), -100, "mean", (True,), (1.0,), "dist")
+    plan = plan_row_loss(logits, logits, target, None, (loss, parts, logits, loss), options)
     assert [launch.kernel for launch in plan] == expected
 
 

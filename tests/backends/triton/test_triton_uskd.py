@@ -16,7 +16,7 @@ from fused_kd import uskd_loss
 from fused_kd.backends import triton as backend
 from fused_kd.backends.triton import layout
 from fused_kd.backends.triton.plans import uskd
-from fused_kd.core.options import HyperParameters
+from fused_kd.core.options import HyperParameters, Options
 
 pytest.importorskip("triton")
 pytestmark = [
@@ -273,10 +273,9 @@ def test_launches(rows, classes, reduction, expected):
     loss = torch.empty((rows,) if reduction == "none" else (), device="meta")
     parts, norm = torch.empty((4, *loss.shape), device="meta"), torch.empty((), device="meta")
     sums = torch.empty(3, dtype=torch.float64, device="meta")
-    plan = uskd.plan_uskd(
-        logits, logits, target, sums, None, (logits, logits), loss, parts, (norm, norm),
-        HyperParameters(1.0, 0.1, mu=0.005), "normalized", True, -100, reduction, True, True, 1.0, 1.0,
-    )  # fmt: skip
+    options = Options(HyperParameters(1.0, 0.1, mu=0.005), -100, reduction, (True, True), (1.0, 1.0))
+    made = (loss, parts, logits, logits, norm, norm)
+    plan = uskd.plan_uskd(logits, logits, target, sums, None, made, options)
     assert [launch.kernel for launch in plan] == expected
     before = uskd.plan_batch_sums(logits, target, sums, True, -100)
     assert [launch.kernel for launch in before] == ["target_probabilities"] + ["reduce_parts"] * (1 + (rows > 16384))

@@ -15,7 +15,7 @@ from fused_kd import check, zipf_ls_loss
 from fused_kd.backends import triton as backend
 from fused_kd.backends.triton import layout
 from fused_kd.backends.triton.plans import common, zipf_ls
-from fused_kd.core.options import HyperParameters
+from fused_kd.core.options import HyperParameters, Options
 
 pytest.importorskip("triton")
 pytestmark = [
@@ -166,7 +166,8 @@ def test_no_value_in_one_row(regime, where):
         student[2, target[2] if where == "target logit" else (target[2] + 1) % 45] = INF if where == "infinite" else NAN
     for beta, ce_weight, smoothing in ((1.0, 0.0, 0.0), (0.0, 0.0, 0.0), (1.0, 0.5, 0.1)):
         hyper = HyperParameters(beta=beta, power=1.0, ce_weight=ce_weight, label_smoothing=smoothing)
-        loss, parts, gradient, _ = backend.zipf_ls(student, dense, target, None, hyper, -100, "none", True, 1.0)
+        options = Options(hyper, -100, "none", (True,), (1.0,))
+        loss, parts, gradient, _ = backend.zipf_ls(student, dense, target, None, options)
         for result in (loss, *parts, gradient.sum(1)):
             assert result.isnan().tolist() == [False, False, True, False]
         assert gradient[2].isnan().all()
@@ -249,9 +250,8 @@ def test_launches(rows, reduction, expected):
     loss = torch.empty((rows,) if reduction == "none" else (), device="meta")
     parts = torch.empty((2, *loss.shape), device="meta")
     hyper = HyperParameters(beta=0.1, power=1.0, ce_weight=1.0)
-    plan = zipf_ls.plan_zipf_ls(
-        student, dense, target, None, student, loss, parts, loss, hyper, -100, reduction, True, 1.0
-    )
+    options = Options(hyper, -100, reduction, (True,), (1.0,))
+    plan = zipf_ls.plan_zipf_ls(student, dense, target, None, (loss, parts, student, loss), options)
     assert [launch.kernel for launch in plan] == expected
     votes = next(launch for launch in plan if launch.kernel == "find_votes")
     assert votes.options["POSITION_UNIT"] and not votes.options["CLASS_UNIT"]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fused_kd.backends.triton import replay
 from fused_kd.backends.triton.launch import Launch, acc_types, planned
+from fused_kd.core.options import Options
 
 #: Up to so many rows every program counts the targets itself, which saves a launch; they are in its cache line by line.
 COUNT_ROWS = 2048
@@ -24,6 +27,25 @@ class Counts(NamedTuple):
     stride: int
     items: int
     how: int
+
+
+def filled(
+    name: str,
+    plan: Callable[..., list[Launch]],
+    inputs: tuple[Tensor | None, ...],
+    made: tuple[Tensor, ...],
+    options: Options,
+) -> tuple[Tensor, ...]:
+    """What is ``made`` for an op, after the launches that its ``plan`` says."""
+    if inputs[0].shape[0] == 0:  # type: ignore[union-attr]
+        loss, parts, *gradients_and_norms = made
+        loss.zero_()
+        parts.zero_()
+        for norm in gradients_and_norms[len(options.wanted) :]:
+            norm.fill_(1.0)
+    else:
+        replay.run(name, inputs, made, options, lambda: plan(*inputs, made, options))
+    return made
 
 
 def plan_count(

@@ -3,61 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_kd.backends.triton import layout, replay
+from fused_kd.backends.triton import layout
 from fused_kd.backends.triton.launch import Launch, acc_types, planned
-from fused_kd.backends.triton.plans.common import divided, plan_count, plan_reduction
+from fused_kd.backends.triton.plans.common import divided, filled, plan_count, plan_reduction
 from fused_kd.backends.triton.plans.dist import plan_columns
 from fused_kd.core.catalogue import ROW_LOSSES, has_column_term
-from fused_kd.core.options import HyperParameters
+from fused_kd.core.options import HyperParameters, Options, outputs
 from fused_kd.reference import accumulation_dtype
 
 
 def row_loss(
-    student: Tensor,
-    teacher: Tensor | None,
-    target: Tensor,
-    factors: Tensor | None,
-    loss_name: str,
-    hyper: HyperParameters,
-    standardize: bool,
-    ignore_index: int,
-    reduction: str,
-    need_gradient: bool,
-    gradient_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, _classes = student.shape
+    student: Tensor, teacher: Tensor | None, target: Tensor, factors: Tensor | None, options: Options
+) -> tuple[Tensor, ...]:
     other = student if teacher is None else teacher  # not read where the loss has no teacher
-    dtype, device = accumulation_dtype(student, other), student.device
-    shape = (rows,) if reduction == "none" else ()
-    loss = torch.empty(shape, dtype=dtype, device=device)
-    parts = torch.empty((3, *shape), dtype=dtype, device=device)
-    gradient = torch.empty(student.shape if need_gradient else (0,), dtype=student.dtype, device=device)
-    norm = torch.empty((), dtype=dtype, device=device)
-    if rows == 0:
-        return loss.zero_(), parts.zero_(), gradient, norm.fill_(1.0)
-    settings: tuple[Any, ...] = (
-        loss_name,
-        hyper,
-        standardize,
-        ignore_index,
-        reduction,
-        need_gradient,
-        gradient_scale,
-    )
-    outputs = gradient, loss, parts, norm
-    replay.run(
-        "row_loss",
-        (student, other, target, factors),
-        outputs,
-        settings,
-        lambda: plan_row_loss(student, other, target, factors, *outputs, *settings),
-    )
-    return loss, parts, gradient, norm
+    made = outputs(student, options.wanted[0], 3, options.reduction, accumulation_dtype(student, other))
+    return filled("row_loss", plan_row_loss, (student, other, target, factors), made, options)
 
 
 def kernel_weights(loss_name: str, hyper: HyperParameters, classes: int) -> tuple[float, ...]:
@@ -112,19 +77,12 @@ def plan_row_loss(
     teacher: Tensor,
     target: Tensor,
     factors: Tensor | None,
-    gradient: Tensor,
-    loss: Tensor,
-    parts: Tensor,
-    norm: Tensor,
-    loss_name: str,
-    hyper: HyperParameters,
-    standardize: bool,
-    ignore_index: int,
-    reduction: str,
-    need_gradient: bool,
-    gradient_scale: float,
+    made: tuple[Tensor, ...],
+    options: Options,
 ) -> list[Launch]:
-    """The launches that fill the outputs, in order."""
+    """The launches that fill what is ``made``, in order."""
+    loss, parts, gradient, norm = made
+    hyper, ignore_index, reduction, (need_gradient,), (gradient_scale,), loss_name, standardize, *_ = options
     rows, classes = student.shape
     seen = variant(loss_name, hyper, standardize)
     loss_name = seen.loss
@@ -159,7 +117,7 @@ def plan_row_loss(
         scores=standardize,
         smoothed=hyper.ce_weight != 0.0 and hyper.label_smoothing != 0.0,
     )
-    options = {
+    meta = {
         "ACC": acc,
         "UNIT": unit,
         "LOSS": seen.kind,
@@ -178,19 +136,19 @@ def plan_row_loss(
     }
     if isinstance(config, layout.OnChip):
         kernel, programs = "rows_on_chip", -(-rows // config.rows)
-        options |= {"ROWS": config.rows, "BLOCK": config.block, "VEC": math.gcd(vector, classes, *row_strides)}
+        meta |= {"ROWS": config.rows, "BLOCK": config.block, "VEC": math.gcd(vector, classes, *row_strides)}
     else:
         kernel, programs = "rows_looped", rows
-        options |= {"LANES": config.lanes, "WIDTH": config.width, "VEC": vector if together else 1}
+        meta |= {"LANES": config.lanes, "WIDTH": config.width, "VEC": vector if together else 1}
         # The column term's numbers lie alike for every row: where the logits do too, they are vectors as well.
-        options["EDGES"] = together and not (columns and classes % vector == 0)
+        meta["EDGES"] = together and not (columns and classes % vector == 0)
     arguments = (
         student, teacher, target, gradient, loss, row_parts, norm, counts.source, factors,
         *(columns or (loss, loss, loss)), rows, classes, *student.stride(), *teacher.stride(), target_row, target_col,
         counts.items, columns[2].shape[0] if columns else 0, ignore_index,
         *kernel_weights(loss_name, hyper, classes), gradient_scale * known, 1.0 / gradient_scale,
     )  # fmt: skip
-    launches.append(planned(kernel, programs, arguments, options))
+    launches.append(planned(kernel, programs, arguments, meta))
 
     if not per_row:
         finish = (loss, (norm, norm), (1.0 / gradient_scale,) * 2, (half, half))

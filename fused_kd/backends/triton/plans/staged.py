@@ -8,18 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_kd.backends.staged import Found, Piece, RowOptions
+from fused_kd.backends.staged import Found, Piece
 from fused_kd.backends.triton import layout
 from fused_kd.backends.triton.launch import Launch, acc_types, planned, run
 from fused_kd.backends.triton.plans.rows import kernel_weights, variant
 from fused_kd.core.catalogue import has_column_term
+from fused_kd.core.options import Options
 from fused_kd.reference import accumulation_dtype
 
 #: How many numbers of a row a stage ends with; kernels/staged.py has which.
 FIELDS = {"moments": 6, "statistics": 19, "sums": 10}
 
 
-def row_stage(stage: str, piece: Piece, found: Found, options: RowOptions, factors: Tensor | None) -> Any:
+def row_stage(stage: str, piece: Piece, found: Found, options: Options, factors: Tensor | None) -> Any:
     """What a stage finds of a piece, (fields, N); of the last, the rows' parts (3, N) and the gradient (N, n)."""
     student = piece.student
     other = student if piece.teacher is None else piece.teacher
@@ -33,7 +34,7 @@ def row_stage(stage: str, piece: Piece, found: Found, options: RowOptions, facto
 
 
 def plan_stage(
-    stage: str, piece: Piece, found: Found, options: RowOptions, factors: Tensor | None, out: Tensor, gradient: Tensor
+    stage: str, piece: Piece, found: Found, options: Options, factors: Tensor | None, out: Tensor, gradient: Tensor
 ) -> Launch:
     """The launch that fills ``out`` and, of the last stage, ``gradient``."""
     student, teacher, labels, target, first_class, num_classes = piece
@@ -77,7 +78,7 @@ def plan_stage(
     else:
         arguments = (
             *inputs, *known, gradient, out, rows, columns, pieces, *span, *all_strides,
-            first, second, temperature, ce_weight, smoothing, options.gradient_scale,
+            first, second, temperature, ce_weight, smoothing, options.scales[0],
         )  # fmt: skip
     kinds = {
         "PIECES": 1 << (pieces - 1).bit_length(),

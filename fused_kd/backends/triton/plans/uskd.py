@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fused_kd.backends.triton import layout, replay
 from fused_kd.backends.triton.launch import Launch, acc_types, planned
-from fused_kd.backends.triton.plans.common import divided, plan_count, plan_reduction
-from fused_kd.core.options import HyperParameters
+from fused_kd.backends.triton.plans.common import divided, filled, plan_count, plan_reduction
+from fused_kd.core.options import Options, pair_outputs
 from fused_kd.reference import accumulation_dtype
 
 #: Where PyTorch sorts, so many keys at once: a key takes some fifty bytes of memory while it is sorted.
@@ -35,45 +35,10 @@ def uskd_batch_sums(student: Tensor, target: Tensor, square: bool, ignore_index:
 
 
 def uskd(
-    student: Tensor,
-    weak: Tensor,
-    target: Tensor,
-    batch_sums: Tensor,
-    factors: Tensor | None,
-    hyper: HyperParameters,
-    rank: str,
-    square: bool,
-    ignore_index: int,
-    reduction: str,
-    need_student: bool,
-    need_weak: bool,
-    student_scale: float,
-    weak_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows, _classes = student.shape
-    dtype, device = accumulation_dtype(student, weak), student.device
-    shape = (rows,) if reduction == "none" else ()
-    loss = torch.empty(shape, dtype=dtype, device=device)
-    parts = torch.empty((4, *shape), dtype=dtype, device=device)
-    gradients = (
-        torch.empty(student.shape if need_student else (0,), dtype=student.dtype, device=device),
-        torch.empty(weak.shape if need_weak else (0,), dtype=weak.dtype, device=device),
-    )
-    norms = torch.empty((), dtype=dtype, device=device), torch.empty((), dtype=dtype, device=device)
-    if rows == 0:
-        return loss.zero_(), parts.zero_(), *gradients, norms[0].fill_(1.0), norms[1].fill_(1.0)
-    settings: tuple[Any, ...] = (
-        hyper, rank, square, ignore_index, reduction, need_student, need_weak, student_scale, weak_scale,
-    )  # fmt: skip
-    inputs = (student, weak, target, batch_sums, factors)
-    replay.run(
-        "uskd",
-        inputs,
-        (*gradients, loss, parts, *norms),
-        settings,
-        lambda: plan_uskd(*inputs, gradients, loss, parts, norms, *settings),
-    )
-    return loss, parts, *gradients, *norms
+    student: Tensor, weak: Tensor, target: Tensor, batch_sums: Tensor, factors: Tensor | None, options: Options
+) -> tuple[Tensor, ...]:
+    made = pair_outputs(student, weak, options.wanted, 4, options.reduction, accumulation_dtype(student, weak))
+    return filled("uskd", plan_uskd, (student, weak, target, batch_sums, factors), made, options)
 
 
 def _layout(
@@ -133,21 +98,13 @@ def plan_uskd(
     target: Tensor,
     batch_sums: Tensor,
     factors: Tensor | None,
-    gradients: tuple[Tensor, Tensor],
-    loss: Tensor,
-    parts: Tensor,
-    norms: tuple[Tensor, Tensor],
-    hyper: HyperParameters,
-    rank: str,
-    square: bool,
-    ignore_index: int,
-    reduction: str,
-    need_student: bool,
-    need_weak: bool,
-    student_scale: float,
-    weak_scale: float,
+    made: tuple[Tensor, ...],
+    options: Options,
 ) -> list[Launch]:
-    """The launches that fill the outputs, in order; a sort by PyTorch counts as one."""
+    """The launches that fill what is ``made``, in order; a sort by PyTorch counts as one."""
+    loss, parts, *gradients, student_norm, weak_norm = made
+    norms = student_norm, weak_norm
+    hyper, ignore_index, reduction, (need_student, need_weak), (student_scale, weak_scale), *_ = options
     rows, classes = student.shape
     alpha, beta, mu = hyper.alpha, hyper.beta, hyper.mu
     ce_weight, smoothing = hyper.ce_weight, hyper.label_smoothing
@@ -171,7 +128,7 @@ def plan_uskd(
     )
     seen = _layout(target, (student, weak), wide, config)
     shared = {**seen, "LINEAR": linear, "COUNT": counts.how}
-    ranking = {"RANK": rank, "SQUARE": square}
+    ranking = {"RANK": options.rank, "SQUARE": options.square}
     strides = (*student.stride(), *weak.stride(), *target_strides)
     # A divisor that is known has its power of two in the scale already.
     half_options = {
@@ -180,7 +137,7 @@ def plan_uskd(
     }
     arguments: tuple[Any, ...]
     if isinstance(config, layout.OnChip):
-        options = {
+        meta = {
             **shared,
             **ranking,
             "GRAD_S": need_student,
@@ -194,7 +151,7 @@ def plan_uskd(
             rows, classes, *strides, counts.items, ignore_index,
             alpha, beta, mu, ce_weight, smoothing, *scales, *norm_values,
         )  # fmt: skip
-        launches.append(planned("ranked_on_chip", -(-rows // config.rows), arguments, options))
+        launches.append(planned("ranked_on_chip", -(-rows // config.rows), arguments, meta))
     else:
         device, dtype = student.device, loss.dtype
         at_once = min(rows, max(1, SORTED_AT_ONCE // classes))

@@ -9,37 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_kd.backends.triton import layout, replay
+from fused_kd.backends.triton import layout
 from fused_kd.backends.triton.launch import Launch, acc_types, planned
-from fused_kd.backends.triton.plans.common import divided, plan_count, plan_reduction
-from fused_kd.core.options import HyperParameters
+from fused_kd.backends.triton.plans.common import divided, filled, plan_count, plan_reduction
+from fused_kd.core.options import Options, outputs
 from fused_kd.reference import accumulation_dtype
 
 
 def zipf_ls(
-    student: Tensor,
-    dense: Tensor,
-    target: Tensor,
-    factors: Tensor | None,
-    hyper: HyperParameters,
-    ignore_index: int,
-    reduction: str,
-    need_gradient: bool,
-    gradient_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, _classes = student.shape
-    dtype, device = accumulation_dtype(student), student.device
-    shape = (rows,) if reduction == "none" else ()
-    loss = torch.empty(shape, dtype=dtype, device=device)
-    parts = torch.empty((2, *shape), dtype=dtype, device=device)
-    gradient = torch.empty(student.shape if need_gradient else (0,), dtype=student.dtype, device=device)
-    norm = torch.empty((), dtype=dtype, device=device)
-    if rows == 0:
-        return loss.zero_(), parts.zero_(), gradient, norm.fill_(1.0)
-    settings: tuple[Any, ...] = (hyper, ignore_index, reduction, need_gradient, gradient_scale)
-    inputs, outputs = (student, dense, target, factors), (gradient, loss, parts, norm)
-    replay.run("zipf_ls", inputs, outputs, settings, lambda: plan_zipf_ls(*inputs, *outputs, *settings))
-    return loss, parts, gradient, norm
+    student: Tensor, dense: Tensor, target: Tensor, factors: Tensor | None, options: Options
+) -> tuple[Tensor, ...]:
+    made = outputs(student, options.wanted[0], 2, options.reduction, accumulation_dtype(student))
+    return filled("zipf_ls", plan_zipf_ls, (student, dense, target, factors), made, options)
 
 
 def plan_zipf_ls(
@@ -47,17 +28,12 @@ def plan_zipf_ls(
     dense: Tensor,
     target: Tensor,
     factors: Tensor | None,
-    gradient: Tensor,
-    loss: Tensor,
-    parts: Tensor,
-    norm: Tensor,
-    hyper: HyperParameters,
-    ignore_index: int,
-    reduction: str,
-    need_gradient: bool,
-    gradient_scale: float,
+    made: tuple[Tensor, ...],
+    options: Options,
 ) -> list[Launch]:
-    """The launches that fill the outputs, in order."""
+    """The launches that fill what is ``made``, in order."""
+    loss, parts, gradient, norm = made
+    hyper, ignore_index, reduction, (need_gradient,), (gradient_scale,), *_ = options
     rows, positions, classes = dense.shape
     probabilities = target.is_floating_point()
     per_row = reduction == "none"
@@ -71,16 +47,16 @@ def plan_zipf_ls(
     votes, ranks, voted = integers(rows, positions), integers(rows, positions), integers(rows)
     launches.append(_plan_votes(dense, target, votes, ignore_index))
     tile = min(layout.VOTES, max(16, 1 << (positions - 1).bit_length()))
-    options: dict[str, Any] = {"VOTES": tile, "num_warps": max(1, tile * tile // 1024), "maxnreg": 255}
+    meta: dict[str, Any] = {"VOTES": tile, "num_warps": max(1, tile * tile // 1024), "maxnreg": 255}
     arguments: tuple[Any, ...] = (votes, integers(rows, positions), ranks, voted, positions)
-    launches.append(planned("rank_votes", rows, arguments, options))
+    launches.append(planned("rank_votes", rows, arguments, meta))
 
     row_parts = parts if per_row else torch.empty((2, rows), dtype=loss.dtype, device=student.device)
     unit = student.stride(1) == 1 and (not probabilities or target.stride(1) == 1)
     matrices = [student, *([target] if probabilities else [])]
     vector = 16 // min(t.element_size() for t in matrices) if unit else 1
     config = layout.zipf_config(classes, wide=loss.dtype == torch.float64, probabilities=probabilities, neighbours=unit)
-    options = {
+    meta = {
         "ACC": acc_types()[loss.dtype],
         "ROWS": config.rows,
         "BLOCK": config.block,
@@ -103,7 +79,7 @@ def plan_zipf_ls(
         rows, positions, classes, *student.stride(), *target_strides, counts.items, ignore_index,
         hyper.beta, hyper.power, hyper.ce_weight, hyper.label_smoothing, gradient_scale * known, 1.0 / gradient_scale,
     )  # fmt: skip
-    launches.append(planned("zipf_rows", -(-rows // config.rows), arguments, options))
+    launches.append(planned("zipf_rows", -(-rows // config.rows), arguments, meta))
     if not per_row:
         finish = (loss, (norm, norm), (1.0 / gradient_scale,) * 2, (half, half))
         plan_reduction(launches, row_parts, parts, counts, ignore_index, reduction, finish)
