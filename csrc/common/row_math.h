@@ -77,8 +77,54 @@ FKD_HD R weighted(R weight, R value) {
     return (weight == R(0) && (value == INFINITY || value == -INFINITY)) ? R(0) : weight * value;
 }
 
-// The last is that of Zipf's label smoothing, by votes (cpu/votes.h).
-enum Rank { kNormalized = 0, kClsKd = 1, kWeak = 2, kFinal = 3, kSum = 4, kVotes = 5 };
+// What the CE of a row asks whose at most two targets are set apart.
+template <class R>
+struct LabelStats {
+    int targets; // how many there are; one that there is not has the logit -inf and the label 0
+    int unused;  // where padding would be, which a GPU's copies by words would read unwritten
+    R s_target[2], label[2];
+    R s_linear; // sum over nt of s_j - s_max; only where the labels are smoothed
+    // Of probability targets V only; of class indices v_sum = 1 and the rest 0.
+    R v_sum;                      // of all V_j
+    R v_cross, v_free, v_blocked; // over nt: sum V_j (s_j - s_max), sum V_j where s_j > -inf, and where s_j = -inf
+};
+
+// w CE(s, V"), V" = (1 - e) V + e / C with e the label smoothing. d/ds_j = sum p_j - v V_j - constant
+template <class R>
+struct CrossEntropy {
+    R loss, sum, v, constant;
+    R target[2]; // d/ds at the targets
+};
+
+template <class R>
+FKD_HD CrossEntropy<R> cross_entropy(const LabelStats<R>& x, const HyperParameters& params, double classes,
+                                     const SplitSoftmax<R, 2>& p) {
+    const R weight = R(params.ce_weight), kept = R(1 - params.label_smoothing);
+    const R share = R(params.label_smoothing / classes);
+    R ce = R(0);
+    for (int k = 0; k < 2; ++k) // a fixed number of turns, so that a GPU keeps the arrays in registers
+        if (k < x.targets) ce -= weighted(x.label[k], p.log_p[k]);
+    if (x.v_free != R(0)) ce += x.v_free * p.log_normalizer - x.v_cross;
+    if (x.v_blocked > R(0)) ce = INFINITY;
+    if (share != R(0)) {
+        // Every class has a share, so one that cannot occur makes the CE infinite.
+        const R rest = R(classes) - R(x.targets);
+        R all = x.s_linear == -INFINITY ? R(INFINITY) : rest * p.log_normalizer - x.s_linear;
+        for (int k = 0; k < 2; ++k)
+            if (k < x.targets) all -= p.log_p[k];
+        ce = weighted(kept, ce) + share * all;
+    }
+    const R sum = kept * x.v_sum + R(params.label_smoothing);
+    CrossEntropy<R> out = {weighted(weight, ce), weight * sum, weight * kept, weight * share, {R(0), R(0)}};
+    for (int k = 0; k < 2; ++k) {
+        // p_k sum V" - V"_k = p_k (sum of the others) - V"_k (1 - p_k), where 1 - p_k is what the others have
+        const R label = kept * x.label[k] + share;
+        out.target[k] = weight * (p.p[k] * (sum - label) - label * (p.rest + p.p[1 - k]));
+    }
+    return out;
+}
+
+enum Rank { kNormalized = 0, kClsKd = 1, kWeak = 2, kFinal = 3, kSum = 4 };
 
 struct UskdParams : HyperParameters {
     double mean[2]; // of p_k^2, or p_k, over the batch, per target column
@@ -87,17 +133,11 @@ struct UskdParams : HyperParameters {
 };
 
 template <class R>
-struct UskdStats {
-    int targets;                  // 1 or 2; the second's logits are -inf and its label 0 where there is one
-    int unused;                   // where padding would be, which a GPU's copies by words would read unwritten
+struct UskdStats : LabelStats<R> {
     R s_max, s_sum, w_max, w_sum; // as above, of the student's and the weak logits
-    R s_target[2], w_target[2], label[2];
-    R w_linear; // sum over nt of w_j - w_max
-    R s_linear; // the same of the student; only where the CE's labels are smoothed
-    // Of probability targets V only; of class indices v_sum = 1 and the rest 0.
-    R v_sum;                      // of all V_j
-    R v_cross, v_free, v_blocked; // over nt: sum V_j (s_j - s_max), sum V_j where s_j > -inf, and where s_j = -inf
-    R v_weak, v_rest;             // over nt: sum V_j (w_j - w_max), sum V_j
+    R w_target[2];
+    R w_linear;       // sum over nt of w_j - w_max
+    R v_weak, v_rest; // of probability targets, over nt: sum V_j (w_j - w_max), sum V_j
 };
 
 // The rank key of a class is weak * exp(w_j - w_max) + student * exp(s_j - s_max) + linear * (s_j - s_max) + constant.
@@ -141,40 +181,27 @@ struct UskdRow {
 };
 
 // zipf_sum and zipf_cross: over the classes that are no target and can occur, sum z_j and sum z_j (s_j - s_max).
-// zipf_entropy: sum z^_j log z^_j of the same classes, where the loss has it; USKD leaves it out, a constant.
-// d/ds_j = alpha (p_j sum P - P_k [j=y_k]) + beta (p^_j - z^_j)[j not in Y] + ce_weight (p_j sum(V") - V"_j),
-// V" = (1 - e) V + e / C with e the label smoothing
+// d/ds_j = alpha (p_j sum P - P_k [j=y_k]) + beta (p^_j - z^_j)[j not in Y] + d CE/ds_j
 template <class R>
 FKD_HD UskdRow<R> uskd_row(const UskdStats<R>& x, const UskdParams& params, const SplitSoftmax<R, 2>& p,
-                           const SplitSoftmax<R, 2>& v, R zipf_sum, R zipf_cross, R zipf_entropy = R(0)) {
-    const R alpha = R(params.alpha), mu = R(params.mu), ce_weight = R(params.ce_weight);
-    const R kept_ce = R(1 - params.label_smoothing), share = R(params.label_smoothing / params.classes);
+                           const SplitSoftmax<R, 2>& v, R zipf_sum, R zipf_cross) {
+    const R alpha = R(params.alpha), mu = R(params.mu);
+    const CrossEntropy<R> ce = cross_entropy<R>(x, params, params.classes, p);
     const R uniform = R(0.1 / params.classes), kept = R(0.9); // V' = 0.9 V + 0.1 / C
     UskdRow<R> out;
-    R soft[2] = {R(0), R(0)}, target = R(0), ce = R(0), weak = R(0);
+    R soft[2] = {R(0), R(0)}, target = R(0), weak = R(0);
     for (int k = 0; k < 2; ++k) {
         if (k >= x.targets) continue;
         soft[k] = (params.square ? p.p[k] * p.p[k] : p.p[k]) + x.label[k] - R(params.mean[k]);
         target -= weighted(soft[k], p.log_p[k]);
-        ce -= weighted(x.label[k], p.log_p[k]);
         weak -= (kept * x.label[k] + uniform) * v.log_p[k];
     }
     out.target = weighted(alpha, target);
 
     const R rest = R(params.classes) - R(x.targets);
     const bool has_rest = rest > R(1) && zipf_sum != R(0) && x.s_sum != R(0);
-    out.non_target = has_rest ? R(params.beta) * (log(x.s_sum) - zipf_cross / zipf_sum + zipf_entropy) : R(0);
+    out.non_target = has_rest ? R(params.beta) * (log(x.s_sum) - zipf_cross / zipf_sum) : R(0);
     out.zipf = has_rest ? -R(params.beta) / zipf_sum : R(0);
-
-    if (x.v_free != R(0)) ce += x.v_free * p.log_normalizer - x.v_cross;
-    if (x.v_blocked > R(0)) ce = INFINITY;
-    if (share != R(0)) {
-        R all = x.s_linear == -INFINITY ? R(INFINITY) : rest * p.log_normalizer - x.s_linear;
-        for (int k = 0; k < 2; ++k)
-            if (k < x.targets) all -= p.log_p[k];
-        ce = weighted(kept_ce, ce) + share * all;
-    }
-    out.ce = weighted(ce_weight, ce);
 
     // Every class has a share of the smoothed label, so one that the weak logits exclude makes the term infinite.
     if (x.w_linear == -INFINITY)
@@ -183,11 +210,10 @@ FKD_HD UskdRow<R> uskd_row(const UskdStats<R>& x, const UskdParams& params, cons
         weak -= kept * (x.v_weak - x.v_rest * v.log_normalizer) + uniform * (x.w_linear - rest * v.log_normalizer);
     out.weak_part = weighted(mu, weak);
 
-    const R ce_sum = kept_ce * x.v_sum + R(params.label_smoothing);
-    out.student =
-        (alpha * (soft[0] + soft[1]) + ce_weight * ce_sum) * p.p_scale + (has_rest ? R(params.beta) / x.s_sum : R(0));
-    out.v = ce_weight * kept_ce;
-    out.constant = ce_weight * share;
+    out.student = (alpha * (soft[0] + soft[1]) + ce.sum) * p.p_scale + (has_rest ? R(params.beta) / x.s_sum : R(0));
+    out.ce = ce.loss;
+    out.v = ce.v;
+    out.constant = ce.constant;
     const R label_sum = kept * x.v_sum + R(0.1);
     out.weak = mu * label_sum * v.p_scale;
     out.weak_constant = mu * uniform;
@@ -196,10 +222,7 @@ FKD_HD UskdRow<R> uskd_row(const UskdStats<R>& x, const UskdParams& params, cons
         const int o = 1 - k;
         // alpha (p_k (P_k + P_o) - P_k), where 1 - p_k = rest + p_o
         const R by_target = alpha * (soft[o] * p.p[k] - soft[k] * (p.rest + p.p[o]));
-        // p_k sum V" - V"_k = p_k (sum of the others) - V"_k (1 - p_k)
-        const R label = kept_ce * x.label[k] + share;
-        const R by_ce = p.p[k] * (ce_sum - label) - label * (p.rest + p.p[o]);
-        out.student_target[k] = x.s_target[k] == -INFINITY ? R(0) : by_target + ce_weight * by_ce;
+        out.student_target[k] = x.s_target[k] == -INFINITY ? R(0) : by_target + ce.target[k];
         out.weak_target[k] =
             x.w_target[k] == -INFINITY ? R(0) : mu * (v.p[k] * label_sum - kept * x.label[k] - uniform);
     }

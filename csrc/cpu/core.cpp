@@ -317,19 +317,15 @@ int64_t uskd(const Kernels& kernels, UskdArgs args, const double* batch_sums, co
     return no_probabilities(sums);
 }
 
-int64_t zipf_ls(const Kernels& kernels, UskdArgs args, const LossOutputs& out) {
+int64_t zipf_ls(const Kernels& kernels, ZipfArgs args, const LossOutputs& out) {
     const Counted counted = count_rows(args.target, args.rows, args.classes, args.ignore_index);
     if (counted.bad_row >= 0) return counted.bad_row;
     const double divisor = divisor_of(out.reduction, counted.rows);
-    args.student_scale = stored_scale(args.student.dtype, args.student_scale, divisor, out.norms[0], args.accumulate);
-    std::vector<double> parts(size_t(4 * args.rows)), sums = label_sums(args.target, args.rows);
+    args.gradient_scale = stored_scale(args.student.dtype, args.gradient_scale, divisor, out.norms[0], args.accumulate);
+    std::vector<double> parts(size_t(2 * args.rows)), sums = label_sums(args.target, args.rows);
     args.parts = parts.data();
     args.label_sums = sums.empty() ? nullptr : sums.data();
-    kernels.uskd(args);
-    for (int64_t row = 0; row < args.rows; ++row) { // the other two are 0
-        parts[size_t(2 * row)] = parts[size_t(4 * row + 1)];
-        parts[size_t(2 * row + 1)] = parts[size_t(4 * row + 3)];
-    }
+    kernels.zipf_ls(args);
     reduce_parts(parts, 2, args.rows, divisor, out.reduction, args.accumulate, out.loss, out.parts);
     return no_probabilities(sums);
 }

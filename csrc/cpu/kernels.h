@@ -74,11 +74,10 @@ struct ColumnArgs {
     int threads;
 };
 
-// USKD; and Zipf's label smoothing, which is its non-target term with the entropy of the labels, ranked by votes.
 struct UskdArgs {
-    Matrix student, weak;                   // the latter is not trained by votes, and not looked at
+    Matrix student, weak;
     Matrix target;                          // class indices (kInt64), or probabilities
-    const double* factors;                  // (3, rows), by votes (2, rows), or null: as above
+    const double* factors;                  // (3, rows), or null: as above
     void *student_gradient, *weak_gradient; // contiguous, each of its logits' dtype; null when not wanted
     int64_t rows, classes;
     HyperParameters hyper;
@@ -92,9 +91,23 @@ struct UskdArgs {
     double* label_sums;               // as above
     DType accumulate;
     int threads;
-    // By votes only: the logits of the positions, whose rows are a batch row's positions.
-    Matrix dense;
+};
+
+struct ZipfArgs {
+    Matrix student;
+    Matrix dense;                    // of a batch row: the logits of its positions, which are the rows
     int64_t dense_stride, positions; // from batch row to batch row
+    Matrix target;                   // class indices (kInt64), or probabilities
+    const double* factors;           // (2, rows), or null: as above
+    void* gradient;                  // contiguous, of the student's dtype; null when it is not wanted
+    int64_t rows, classes;
+    HyperParameters hyper;
+    int64_t ignore_index;
+    double gradient_scale; // multiplies every stored gradient
+    double* parts;         // (rows, 2): divergence, ce; 0 for rows that do not count
+    double* label_sums;    // as above
+    DType accumulate;
+    int threads;
 };
 
 struct TargetProbsArgs {
@@ -132,6 +145,7 @@ struct Kernels {
     void (*dist_columns)(const ColumnArgs&);
     void (*target_probs)(const TargetProbsArgs&);
     void (*uskd)(const UskdArgs&);
+    void (*zipf_ls)(const ZipfArgs&);
     void (*scale_gradient)(const ScaleArgs&);
     void (*argsort_descending)(const ArgsortArgs&);
 };

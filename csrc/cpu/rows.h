@@ -13,6 +13,7 @@ void row_losses(const RowArgs& args);
 void dist_columns(const ColumnArgs& args);
 void target_probs(const TargetProbsArgs& args);
 void uskd(const UskdArgs& args);
+void zipf_ls(const ZipfArgs& args);
 void argsort_descending(const ArgsortArgs& args);
 
 // Calls work(begin, end) for the threads' shares of [0, n), each a run of its own in the threads' order.
@@ -38,7 +39,18 @@ FKD_INLINE A finite_or_zero(A x) {
     return x == -INFINITY ? A(0) : x;
 }
 
-// Largest logits of a block, the targets left out; -inf where none can occur.
+// Largest logit of a block, the targets left out; -inf where none can occur.
+template <class A, int K>
+FKD_INLINE A block_max(const A* s, int64_t n, const Without<K>& y) {
+    Vec<A> max = splat<A>(-INFINITY);
+    const Vec<A> lowest = max;
+    for_lanes<A>(n, y, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
+        max = max_of(keep(lanes, load(s + j, lanes), lowest), max);
+    });
+    return max_lanes<A>(max);
+}
+
+// The same of two matrices in one walk.
 template <class A, int K>
 FKD_INLINE void block_max(const A* s, const A* t, int64_t n, const Without<K>& y, A& s_largest, A& t_largest) {
     Vec<A> s_max = splat<A>(-INFINITY), t_max = s_max;

@@ -56,5 +56,38 @@ FKD_INLINE void ascending(Targets& targets) {
     }
 }
 
+// What a row's statistics have of its targets, ascending; of probabilities the rest is to come.
+template <class A>
+FKD_INLINE void read_targets(const Matrix& student, int64_t row, const Targets& targets, A* staging,
+                             LabelStats<double>& x) {
+    x.targets = targets.count;
+    for (int k = 0; k < 2; ++k) {
+        const bool there = k < targets.count;
+        x.s_target[k] = there ? double(*read(student, row, targets.at.at[k], 1, staging)) : -INFINITY;
+        x.label[k] = targets.label[k];
+        x.v_sum += targets.label[k];
+    }
+}
+
+// The rest of it, of a block of probabilities p; ds is log2(e) (s - s_max).
+template <class A>
+struct LabelSums {
+    Vec<A> sum = {}, cross = {}, blocked = {};
+
+    FKD_INLINE void add(Vec<A> p, Vec<A> ds, Mask<A> impossible) {
+        const Vec<A> zero = {};
+        sum += p;
+        cross += impossible ? zero : p * ds;
+        blocked += impossible ? p : zero;
+    }
+    FKD_INLINE void into(LabelStats<double>& x) const {
+        const double of_all = sum_lanes<A>(sum), of_blocked = sum_lanes<A>(blocked);
+        x.v_sum += of_all;
+        x.v_blocked += of_blocked;
+        x.v_free += of_all - of_blocked;
+        x.v_cross += kLn2 * sum_lanes<A>(cross);
+    }
+};
+
 } // namespace FKD_ISA
 } // namespace fused_kd

@@ -1,5 +1,4 @@
-// USKD on rows: ranking, loss parts and both gradients in one visit to each row; and Zipf's label smoothing, which
-// ranks by votes (votes.h). Compiled once per instruction set.
+// USKD on rows: ranking, loss parts and both gradients in one visit to each row. Compiled once per instruction set.
 //
 // As for NKD the exponentials of a row stay where the gradients will be, but relative to the maxima of the row, found
 // before: relative to a block's, equal logits in different blocks would get keys that differ by a rounding. They give
@@ -9,9 +8,9 @@
 //
 // A class whose student logit is -inf takes a rank but no Zipf mass: the rest is renormalised and the loss stays
 // finite.
+#include "gradient_row.h"
 #include "rank.h"
 #include "targets.h"
-#include "votes.h"
 
 namespace fused_kd {
 namespace FKD_ISA {
@@ -23,12 +22,11 @@ template <class A>
 struct Scratch {
     A *e_s, *e_w, *keys, *student, *weak, *probs;
     uint32_t* order;
-    VoteScratch votes;
 
-    Scratch(int64_t classes, int64_t positions) {
-        const int64_t row = (classes + 63) / 64 * 64, more = positions ? row + positions + 1 : 0;
+    explicit Scratch(int64_t classes) {
+        const int64_t row = (classes + 63) / 64 * 64;
         const int64_t floats = (3 * row + 3 * kBlock<A>)*int64_t(sizeof(A));
-        const int64_t indices = (row + more) * int64_t(sizeof(uint32_t));
+        const int64_t indices = row * int64_t(sizeof(uint32_t));
         char* base = static_cast<char*>(thread_scratch(size_t(floats + indices)));
         e_s = reinterpret_cast<A*>(base);
         e_w = e_s + row;
@@ -37,7 +35,6 @@ struct Scratch {
         weak = student + kBlock<A>;
         probs = weak + kBlock<A>;
         order = reinterpret_cast<uint32_t*>(base + floats);
-        votes = {order + row, order, order + 2 * row};
     }
 };
 
@@ -47,8 +44,8 @@ FKD_NOINLINE void block_sums(const A* s, const A* w, const A* v, int64_t n, cons
                              A* e_w, UskdStats<double>& row) {
     const Shift<A, true> s_shift(A(row.s_max)), w_shift(A(row.w_max));
     const Vec<A> zero = {};
-    Vec<A> s_sum = zero, w_sum = zero, w_linear = zero, s_linear = zero, v_sum = zero, v_cross = zero, v_blocked = zero,
-           v_weak = zero;
+    Vec<A> s_sum = zero, w_sum = zero, w_linear = zero, s_linear = zero, v_weak = zero;
+    LabelSums<A> labels;
     for_lanes<A>(n, y, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
         __builtin_prefetch(s + j + kBlock<A>);
         __builtin_prefetch(w + j + kBlock<A>);
@@ -64,10 +61,7 @@ FKD_NOINLINE void block_sums(const A* s, const A* w, const A* v, int64_t n, cons
         if (linear) s_linear += keep(lanes, sj == -A(INFINITY) ? sj : ds, zero);
         if (v) {
             const Vec<A> p = keep(lanes, load(v + j, lanes), zero);
-            const Mask<A> impossible = sj == -A(INFINITY);
-            v_sum += p;
-            v_cross += impossible ? zero : p * keep(lanes, ds, zero);
-            v_blocked += impossible ? p : zero;
+            labels.add(p, keep(lanes, ds, zero), sj == -A(INFINITY));
             v_weak = mul_add(p, keep(lanes, dw, zero), v_weak);
         }
     });
@@ -76,20 +70,9 @@ FKD_NOINLINE void block_sums(const A* s, const A* w, const A* v, int64_t n, cons
     row.w_linear += kLn2 * sum_lanes<A>(w_linear);
     row.s_linear += kLn2 * sum_lanes<A>(s_linear);
     if (!v) return;
-    const double sum = sum_lanes<A>(v_sum), blocked = sum_lanes<A>(v_blocked);
-    row.v_sum += sum;
-    row.v_rest += sum;
-    row.v_blocked += blocked;
-    row.v_free += sum - blocked;
-    row.v_cross += kLn2 * sum_lanes<A>(v_cross);
+    labels.into(row);
+    row.v_rest += sum_lanes<A>(labels.sum);
     row.v_weak += kLn2 * sum_lanes<A>(v_weak);
-}
-
-// The positions' logits of a batch row.
-inline Matrix positions_of(const UskdArgs& args, int64_t row) {
-    Matrix m = args.dense;
-    m.data = static_cast<const char*>(m.data) + row * args.dense_stride * element_size(m.dtype);
-    return m;
 }
 
 // Of a target's logit, as for the others; 0 where it is above them.
@@ -98,33 +81,6 @@ FKD_INLINE A exponential(double logit, double max) {
     const Shift<A, true> shift{A(max)};
     return logit <= max && logit > -INFINITY ? exp2_nonpositive<A>(shift(splat(A(logit))))[0] : A(0);
 }
-
-template <class A>
-FKD_INLINE void fill(void* out, DType dtype, int64_t n, A value, A* staging) {
-    for (int64_t j = 0; j < n; j += kBlock<A>) {
-        const int64_t length = block_length<A>(n, j);
-        for (int64_t i = 0; i < length; ++i)
-            staging[i] = value;
-        write(staging, length, static_cast<char*>(out) + j * element_size(dtype), dtype);
-    }
-}
-
-// Where a row's gradient goes, and its exponentials meanwhile.
-template <class A>
-struct GradientRow {
-    char* data; // null when not wanted
-    DType dtype;
-    A* exponentials;
-
-    GradientRow(void* gradient, DType type, int64_t row, int64_t classes, A* spare)
-        : data(gradient ? static_cast<char*>(gradient) + row * classes * element_size(type) : nullptr), dtype(type),
-          exponentials(data && type == dtype_of<A>() ? reinterpret_cast<A*>(data) : spare) {}
-    void put(int64_t j, A value) const { write(&value, 1, data + j * element_size(dtype), dtype); }
-    A* block(int64_t j, A* staging) const { return dtype == dtype_of<A>() ? reinterpret_cast<A*>(data) + j : staging; }
-    void finish(int64_t j, int64_t n, const A* staging) const {
-        if (dtype != dtype_of<A>()) write(staging, n, data + j * element_size(dtype), dtype);
-    }
-};
 
 // The Zipf weights 1 / rank of all classes, targets too, in the order of their keys; e_s and e_w are the exponentials.
 template <class A>
@@ -184,14 +140,10 @@ FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch,
         params.mean[1] = args.mean[0];
     }
     ascending(targets);
-    x.targets = targets.count;
-    for (int k = 0; k < 2; ++k) {
-        const bool there = k < targets.count;
-        x.s_target[k] = there ? double(*read(args.student, row, targets.at.at[k], 1, scratch.student)) : -INFINITY;
-        x.w_target[k] = there ? double(*read(args.weak, row, targets.at.at[k], 1, scratch.weak)) : -INFINITY;
-        x.label[k] = targets.label[k];
-        x.v_sum += targets.label[k];
-    }
+    read_targets(args.student, row, targets, scratch.student, x);
+    for (int k = 0; k < 2; ++k)
+        x.w_target[k] =
+            k < targets.count ? double(*read(args.weak, row, targets.at.at[k], 1, scratch.weak)) : -INFINITY;
 
     A s_max = -A(INFINITY), w_max = s_max;
     for (int64_t j = 0; j < classes; j += kBlock<A>) {
@@ -216,29 +168,16 @@ FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch,
     const SplitSoftmax<double, 2> p = split_softmax<double, 2>(x.s_target, x.s_max, x.s_sum);
     const SplitSoftmax<double, 2> v = split_softmax<double, 2>(x.w_target, x.w_max, x.w_sum);
 
-    const bool by_votes = args.rank == kVotes;
-    const Votes votes =
-        by_votes ? count_votes<A>(positions_of(args, row), args.positions, classes, scratch.student, scratch.votes)
-                 : Votes{};
-    const double probe = p.rest + v.rest + x.v_sum + params.mean[0] + params.mean[1] + (votes.nan ? double(NAN) : 0.0);
+    const double probe = p.rest + v.rest + x.v_sum + params.mean[0] + params.mean[1];
     if (probe != probe) { // NaN: no ranking, and nothing else to say of the row
         for (int k = 0; k < 4; ++k)
             parts[k] = NAN;
-        if (student.data) fill<A>(student.data, student.dtype, classes, A(NAN), scratch.student);
-        if (weak.data) fill<A>(weak.data, weak.dtype, classes, A(NAN), scratch.weak);
+        student.fill(A(NAN), scratch.student);
+        weak.fill(A(NAN), scratch.weak);
         return;
     }
 
-    double log_sum = 0; // z log z, of the classes that are no target and can occur
-    if (by_votes)
-        vote_weights<A>(votes, args.positions, classes, args.hyper.power, scratch.votes, z,
-                        [&](int64_t j, double z_log_z) {
-                            const bool target = targets.at.at[0] == j || targets.at.at[1] == j;
-                            if (!target && *read(args.student, row, j, 1, scratch.student) != -A(INFINITY))
-                                log_sum += z_log_z;
-                        });
-    else
-        weights_by_keys<A>(args, scratch, row, targets, x, p, v, e_s, e_w);
+    weights_by_keys<A>(args, scratch, row, targets, x, p, v, e_s, e_w);
 
     double zipf_sum = 0, zipf_cross = 0;
     const A origin = A(x.s_max);
@@ -258,8 +197,7 @@ FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch,
         zipf_sum += sum_lanes<A>(sum);
         zipf_cross += sum_lanes<A>(cross);
     }
-    const double entropy = by_votes && zipf_sum != 0 ? log_sum / zipf_sum - log(zipf_sum) : 0.0;
-    const UskdRow<double> result = uskd_row(x, params, p, v, zipf_sum, zipf_cross, entropy);
+    const UskdRow<double> result = uskd_row(x, params, p, v, zipf_sum, zipf_cross);
 
     const double* const factors = args.factors ? args.factors + row : nullptr;
     const double factor = factors ? factors[0] : 1;
@@ -311,20 +249,17 @@ template <class A>
 void uskd_typed(const UskdArgs& args) {
     const int threads = useful_threads(args.threads, args.rows, args.classes);
     share_out(threads, args.rows, [&](int64_t begin, int64_t end) {
-        const Scratch<A> scratch(args.classes, args.positions);
+        const Scratch<A> scratch(args.classes);
         for (int64_t row = begin; row < end; ++row) {
             const Targets targets = targets_of<A>(args.target, row, args.classes, scratch.probs);
             const bool ignored = args.target.dtype == kInt64 && targets.at.at[0] == args.ignore_index;
             if (ignored || (args.factors && args.factors[row] == 0)) {
                 for (int k = 0; k < 4; ++k)
                     args.parts[4 * row + k] = 0;
-                if (args.student_gradient)
-                    fill<A>(static_cast<char*>(args.student_gradient) +
-                                row * args.classes * element_size(args.student.dtype),
-                            args.student.dtype, args.classes, A(0), scratch.student);
-                if (args.weak_gradient)
-                    fill<A>(static_cast<char*>(args.weak_gradient) + row * args.classes * element_size(args.weak.dtype),
-                            args.weak.dtype, args.classes, A(0), scratch.weak);
+                GradientRow<A>(args.student_gradient, args.student.dtype, row, args.classes, nullptr)
+                    .fill(A(0), scratch.student);
+                GradientRow<A>(args.weak_gradient, args.weak.dtype, row, args.classes, nullptr)
+                    .fill(A(0), scratch.weak);
                 continue;
             }
             uskd_row_pass<A>(args, scratch, row, targets);

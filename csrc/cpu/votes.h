@@ -1,17 +1,20 @@
-// Zipf's label smoothing: the weights of classes by the votes of the network's positions, in the place that USKD's
-// ranks have. Each position votes for its largest class. A class's rank is 1 and the number of classes with more votes;
-// most have none and share one rank, so that only those that got some are ranked, by a histogram of the numbers of
-// votes. Included by sources compiled once per instruction set, like simd.h.
+// Zipf's label smoothing: the weights of classes by the votes of the network's positions. Each position votes for its
+// largest class. A class's rank is 1 and the number of classes with more votes; most have none and share one rank, so
+// that a histogram of the numbers of votes is all there is to rank. Included by sources compiled once per instruction
+// set, like simd.h.
 #pragma once
 
+#include "../losses/zipf_ls.h"
 #include "rows.h"
 
 namespace fused_kd {
 namespace FKD_ISA {
 
-// Scratch of a thread: votes of each class, those that got some, and how many got so many.
+// Scratch of a thread: votes of each class, those that got some, and by number of votes how many classes have it and
+// their Zipf weight.
 struct VoteScratch {
     uint32_t *votes, *voted, *classes_with;
+    ZipfWeight* weights;
 };
 
 // What counting came to: the number of classes with votes, and whether there is a NaN.
@@ -76,29 +79,16 @@ FKD_INLINE Votes count_votes(const Matrix& dense, int64_t positions, int64_t cla
     return out;
 }
 
-// Fills z with the weights of all classes, times a constant that makes those without a vote exactly 1: a sum of
-// thousands of equal numbers would be rounded the same way each time. For each class with votes calls more(class, z log
-// z).
-template <class A, class More>
-FKD_INLINE void vote_weights(const Votes& votes, int64_t positions, int64_t classes, double power,
-                             const VoteScratch& scratch, A* z, More more) {
-    uint32_t* const rank = scratch.classes_with; // first how many have so many votes
-    __builtin_memset(rank, 0, size_t(positions + 1) * sizeof(uint32_t));
+// weights[v], the Zipf weight of a class with v votes, for the numbers of votes that there are.
+inline void vote_weights(const Votes& votes, int64_t positions, double power, const VoteScratch& scratch) {
+    __builtin_memset(scratch.classes_with, 0, size_t(positions + 1) * sizeof(uint32_t));
     for (int64_t i = 0; i < votes.voted; ++i)
-        ++rank[scratch.votes[scratch.voted[i]]];
-    uint32_t above = 0;
+        ++scratch.classes_with[scratch.votes[scratch.voted[i]]];
+    int64_t more = 0; // classes with more than v votes
     for (int64_t v = positions; v > 0; --v) {
-        const uint32_t here = rank[v];
-        rank[v] = above + 1;
-        above += here;
-    }
-    for (int64_t j = 0; j < classes; ++j)
-        z[j] = A(1);
-    for (int64_t i = 0; i < votes.voted; ++i) {
-        const int64_t j = scratch.voted[i];
-        const double logarithm = power * log(double(votes.voted + 1) / rank[scratch.votes[j]]), weight = exp(logarithm);
-        z[j] = A(weight);
-        more(j, weight * logarithm);
+        if (scratch.classes_with[v] == 0) continue;
+        scratch.weights[v] = zipf_weight(double(votes.voted + 1) / double(more + 1), power);
+        more += scratch.classes_with[v];
     }
 }
 

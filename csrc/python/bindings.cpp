@@ -3,7 +3,6 @@
 #include <string>
 #include <vector>
 
-#include "../common/row_math.h"
 #include "../cpu/core.h"
 #include "boundary.h"
 
@@ -159,20 +158,8 @@ int64_t run_zipf_ls(const py::tuple& where, const py::tuple& student, const py::
     const Shape size(shape);
     const Gradient stored(gradient);
     Fields asked(options, 2), votes(dense, 3);
-    UskdArgs args = {};
+    ZipfArgs args = {};
     args.student = matrix(student);
-    args.weak = args.student;
-    args.target = matrix(target);
-    args.factors = reinterpret_cast<const double*>(factors);
-    args.student_gradient = stored.data;
-    args.rows = size.rows;
-    args.classes = size.classes;
-    args.hyper = hyper_parameters(hyper);
-    args.rank = common::kVotes;
-    args.ignore_index = asked.integer();
-    args.student_scale = stored.scale;
-    args.weak_scale = 1;
-    args.threads = place.threads;
     args.dense.data = votes.address();
     args.dense.dtype = votes.dtype();
     Fields strides(votes.tuple(), 3);
@@ -180,6 +167,15 @@ int64_t run_zipf_ls(const py::tuple& where, const py::tuple& student, const py::
     args.dense.row_stride = strides.integer();
     args.dense.col_stride = strides.integer();
     args.positions = positions;
+    args.target = matrix(target);
+    args.factors = reinterpret_cast<const double*>(factors);
+    args.gradient = stored.data;
+    args.rows = size.rows;
+    args.classes = size.classes;
+    args.hyper = hyper_parameters(hyper);
+    args.ignore_index = asked.integer();
+    args.gradient_scale = stored.scale;
+    args.threads = place.threads;
     const LossOutputs out = outputs(results, 1, asked.integer(), args.accumulate);
     py::gil_scoped_release release;
     return zipf_ls(*place.kernels, args, out);
