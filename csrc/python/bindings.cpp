@@ -45,7 +45,8 @@ LossOutputs outputs(const py::tuple& given, int gradients, int64_t reduction, DT
 // options: (standardize, ignore_index, reduction)
 int64_t run_row_loss(const py::tuple& where, const py::tuple& student, const py::tuple& teacher,
                      const py::tuple& target, const py::tuple& shape, int loss, const py::tuple& hyper,
-                     const py::tuple& options, uintptr_t factors, const py::tuple& gradient, const py::tuple& results) {
+                     const py::tuple& options, uintptr_t factors, uintptr_t column_factor, const py::tuple& gradient,
+                     const py::tuple& results) {
     const Where place(where);
     const Shape size(shape);
     const Gradient stored(gradient);
@@ -55,6 +56,7 @@ int64_t run_row_loss(const py::tuple& where, const py::tuple& student, const py:
     args.teacher = matrix(teacher);
     args.target = matrix(target);
     args.factors = reinterpret_cast<const double*>(factors);
+    args.column_factor = reinterpret_cast<const double*>(column_factor);
     args.gradient = stored.data;
     args.rows = size.rows;
     args.classes = size.classes;

@@ -234,7 +234,7 @@ def test_launches(rows, reduction, dtype, launches):
     target = torch.zeros(rows, dtype=torch.int64)
     hyper = HyperParameters(gamma=1.5)
     plan = plan_row_loss(
-        student, student, target, None, student, loss, loss, loss, "nkd", hyper, False, -100, reduction, True, 1.0
+        student, student, target, None, None, student, loss, loss, loss, "nkd", hyper, False, -100, reduction, True, 1.0
     )
     assert [launch.kernel for launch in plan] == launches
 

@@ -105,16 +105,15 @@ class Case(NamedTuple):
         shape = (self.rows,) if self.reduction == "none" else ()
         loss, norm = _empty(*shape, dtype=acc), _empty(dtype=acc)
         gradient = _empty(*(student.shape if self.gradient else (0,)), dtype=self.student)
-        # Weighted rows of DIST have their column term apart.
-        second = 0.0 if self.weighted and self.loss == "dist" else 1.0
-        own = dict(zip(ROW_LOSSES[self.loss].own, (0.5, second), strict=False))
+        own = dict(zip(ROW_LOSSES[self.loss].own, (0.5, 1.0), strict=False))
         hyper = HyperParameters(
             **own, temperature=self.temperature, ce_weight=self.ce_weight, label_smoothing=self.smoothing
         )
+        column_factor = _empty(dtype=torch.float64) if self.weighted and self.loss == "dist" else None
         plan = plan_row_loss(
-            student, teacher, _target(self.rows, self.classes, self.labels), _factors(self, 2), gradient, loss,
-            _empty(3, *shape, dtype=acc), norm, self.loss, hyper, self.standardize, -100, self.reduction,
-            self.gradient, 1.0,
+            student, teacher, _target(self.rows, self.classes, self.labels), _factors(self, 2), column_factor,
+            gradient, loss, _empty(3, *shape, dtype=acc), norm, self.loss, hyper, self.standardize, -100,
+            self.reduction, self.gradient, 1.0,
         )  # fmt: skip
         return [*plan, *([plan_scale(gradient, loss, norm, gradient)] if self.gradient else [])]
 

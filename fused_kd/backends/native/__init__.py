@@ -77,6 +77,7 @@ def row_loss(
     teacher: Tensor | None,
     target: Tensor,
     factors: Tensor | None,
+    column_factor: Tensor | None,
     loss_name: str,
     hyper: HyperParameters,
     standardize: bool,
@@ -103,6 +104,7 @@ def row_loss(
         hyper,
         (standardize, ignore_index, REDUCTIONS[reduction]),
         address(factors),
+        address(column_factor),
         (gradient.data_ptr() if need_gradient else 0, gradient_scale),
         (loss.data_ptr(), parts.data_ptr(), norm.data_ptr(), DTYPES[dtype]),
     )

@@ -179,7 +179,7 @@ def test_nan_in_one_row_is_in_every_row(regime):
 def test_target_out_of_range_is_a_row_of_nan(regime):
     student, teacher, target = make(20, 45, torch.float32)
     target[7] = 2**40
-    arguments = (target, None, "dist", HyperParameters(beta=1.0, gamma=1.0), False, -100)
+    arguments = (target, None, None, "dist", HyperParameters(beta=1.0, gamma=1.0), False, -100)
     loss, parts, gradient, _ = backend.row_loss(student, teacher, *arguments, "none", False, 1.0)
     assert loss.isnan().tolist() == parts[1].isnan().tolist() == [row == 7 for row in range(20)]
     gradient = backend.row_loss(student, teacher, *arguments, "sum", True, 1.0)[2]
@@ -232,7 +232,7 @@ def test_launches(rows, classes, gamma, expected):
     loss, parts = torch.empty((), device="meta"), torch.empty(3, device="meta")
     hyper = HyperParameters(beta=1.0, gamma=gamma)
     plan = plan_row_loss(
-        logits, logits, target, None, logits, loss, parts, loss, "dist", hyper, False, -100, "mean", True, 1.0
+        logits, logits, target, None, None, logits, loss, parts, loss, "dist", hyper, False, -100, "mean", True, 1.0
     )
     assert [launch.kernel for launch in plan] == expected
 

@@ -22,6 +22,7 @@ def row_loss(
     teacher: Tensor | None,
     target: Tensor,
     factors: Tensor | None,
+    column_factor: Tensor | None,
     loss_name: str,
     hyper: HyperParameters,
     standardize: bool,
@@ -49,14 +50,8 @@ def row_loss(
         need_gradient,
         gradient_scale,
     )
-    outputs = gradient, loss, parts, norm
-    replay.run(
-        "row_loss",
-        (student, other, target, factors),
-        outputs,
-        settings,
-        lambda: plan_row_loss(student, other, target, factors, *outputs, *settings),
-    )
+    inputs, outputs = (student, other, target, factors, column_factor), (gradient, loss, parts, norm)
+    replay.run("row_loss", inputs, outputs, settings, lambda: plan_row_loss(*inputs, *outputs, *settings))
     return loss, parts, gradient, norm
 
 
@@ -87,6 +82,7 @@ def plan_row_loss(
     teacher: Tensor,
     target: Tensor,
     factors: Tensor | None,
+    column_factor: Tensor | None,
     gradient: Tensor,
     loss: Tensor,
     parts: Tensor,
@@ -121,8 +117,8 @@ def plan_row_loss(
     counts = plan_count(launches, target, ignore_index, reduction, need_gradient)
     columns: tuple[Tensor, Tensor, Tensor] | None = None
     if has_column_term(loss_name, hyper):
-        assert factors is None  # see dist_terms
-        columns = plan_columns(launches, student, teacher, target, loss.dtype, hyper, standardize, ignore_index)
+        given = student, teacher, target, factors, column_factor
+        columns = plan_columns(launches, *given, loss.dtype, hyper, standardize, ignore_index)
     row_parts = parts if per_row else torch.empty((3, rows), dtype=loss.dtype, device=student.device)
     narrow = min(t.element_size() for t in (student, teacher, target) if t.is_floating_point())
     row_strides = [student.stride(0), teacher.stride(0), *([target_row] if probabilities else [])]
