@@ -16,10 +16,10 @@ bound of the gradient, or where there is none, from the gradient itself (:func:`
 row's parts by one and its gradient by another, with the reduction "sum" for a mean, and takes a row whose factor is 0
 for one to be ignored.
 
-DIST's columns are the exception: their term is one number, which depends on every row, and so is multiplied by the sum
-of what the rows are multiplied by. With weights it is a second call of the kernel, whose gradient is added to that of
-the first (:mod:`fused_kd.backends.dist_terms`). With ``reduction="none"`` the sum is known in the backward pass alone:
-nothing is stored, and there ``dist_gradient`` makes the gradient of the logits, which are kept instead.
+DIST's columns are the exception: their term is one number, which depends on every row, so its gradient is multiplied by
+the sum of what the rows are multiplied by, for all rows alike: the kernel is given it as ``column_factor``. With
+``reduction="none"`` the sum is known in the backward pass alone: nothing is stored, and there ``dist_gradient`` makes
+the gradient of the logits, which are kept instead.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ import torch
 from torch import Tensor
 
 from fused_kd import backends
-from fused_kd.backends import dist_terms
 from fused_kd.core import transforms
 from fused_kd.core.catalogue import ROW_LOSSES, has_column_term
 from fused_kd.core.options import HyperParameters, Options, outputs, pair_outputs
@@ -113,25 +112,24 @@ def _row_loss(
     bound = ROW_LOSSES[loss].bound(named) + named.ce_weight
     if standardize:
         bound = math.inf  # one over the deviation of a row's logits is a factor of it, 1e7 for a constant row
-    dtype = student_logits.dtype
-    measure = need_gradient and dtype == torch.float16 and math.isinf(bound)
-    apart = row_weight is not None and has_column_term(loss, named)
-    if measure or (apart and need_gradient):  # whose sum is to be rounded once
+    measure = need_gradient and student_logits.dtype == torch.float16 and math.isinf(bound)
+    if measure:
         student_logits = student_logits.to(accumulation_dtype(student_logits))
     factors, reduction, (by,) = row_factors(row_weight, target, ignore_index, reduction, (student_logits.dtype,))
-    kernels = backends.get(backend)
-    given: tuple[Any, ...] = (student_logits, teacher_logits, target, factors)
-    options: tuple[Any, ...] = (named, standardize, ignore_index, reduction, need_gradient)
-    if apart:
-        value, parts, gradient, norm = dist_terms.weighted(kernels, *given, *options)
-    else:
-        scale = stored_scale(student_logits.dtype, bound) if need_gradient else 1.0
-        asked = Options(named, ignore_index, reduction, (need_gradient,), (scale,), loss, standardize)
-        value, parts, gradient, norm = kernels.row_loss(*given, asked)
+    column_factor = factors[1].sum() if factors is not None and has_column_term(loss, named) else None
+    scale = stored_scale(student_logits.dtype, bound) if need_gradient else 1.0
+    value, parts, gradient, norm = backends.get(backend).row_loss(
+        student_logits,
+        teacher_logits,
+        target,
+        factors,
+        column_factor,
+        Options(named, ignore_index, reduction, (need_gradient,), (scale,), loss, standardize),
+    )
     _multiply(norm, by)
     if measure:
         gradient, norm = to_half(gradient, norm)
-    return value, parts, gradient if gradient.dtype == dtype else gradient.to(dtype), norm
+    return value, parts, gradient, norm
 
 
 def _row_loss_fake(student_logits: Tensor, teacher_logits: Tensor | None, *further: Any) -> tuple[Tensor, ...]:
@@ -167,21 +165,16 @@ def _dist_gradient(
     transforms.refuse_create_graph()
     transforms.refuse_recorded(student_logits, grad_rows, grad_columns)
     student = student_logits.to(accumulation_dtype(student_logits))
-    factors, _, _ = row_factors(row_weight, target, ignore_index, "none", (student.dtype,))
-    gradient = dist_terms.gradient_for(
-        backends.get(backend),
-        student,
-        teacher_logits,
-        target,
-        factors,
-        counted_weight(row_weight, target, ignore_index, torch.float64) != 0,
-        _named(hyper),
-        standardize,
-        ignore_index,
-        grad_rows,
-        grad_columns,
-    )
-    return gradient.to(student_logits.dtype)
+    weight = counted_weight(row_weight, target, ignore_index, torch.float64)
+    grad_rows = (weight * grad_rows).to(grad_rows.dtype)
+    # What is infinite or NaN is multiplied afterwards, as if the gradient were stored: then what is 0 stays 0.
+    after = 1.0 + 0.0 * grad_rows + 0.0 * grad_columns
+    finite, column_factor = (each.nan_to_num(1.0, 1.0, 1.0).double() for each in (grad_rows, grad_columns))
+    kernels, factors = backends.get(backend), torch.stack([weight, finite])
+    options = Options(_named(hyper), ignore_index, "none", (True,), (1.0,), "dist", standardize)
+    _, _, gradient, norm = kernels.row_loss(student, teacher_logits, target, factors, column_factor, options)
+    kernels.scale_gradient(gradient, after, norm, gradient)
+    return gradient.to(student_logits.dtype)  # type: ignore[no-any-return]
 
 
 def _dist_gradient_fake(student_logits: Tensor, *_: Any) -> Tensor:

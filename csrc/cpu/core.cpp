@@ -232,7 +232,7 @@ double dist_columns(const Kernels& kernels, RowArgs rows, std::vector<char>& col
     std::vector<double> correlations(size_t(rows.classes));
     kernels.dist_columns({rows.student, rows.teacher, origins.data(), rows.rows, rows.classes,
                           rows.piece ? rows.piece->num_classes : rows.classes, rows.hyper, columns.data(),
-                          correlations.data(), rows.accumulate, rows.threads});
+                          correlations.data(), rows.accumulate, rows.threads, rows.column_factor});
     double sum = 0;
     for (double correlation : correlations)
         sum += correlation;
@@ -244,9 +244,12 @@ double dist_part(const HyperParameters& hyper, double correlations, int64_t clas
     return hyper.gamma * hyper.temperature * hyper.temperature * (1 - correlations / double(classes));
 }
 
-bool counts(const RowArgs& args, int64_t row) {
-    return args.target.dtype != kInt64 ||
-           static_cast<const int64_t*>(args.target.data)[row * args.target.row_stride] != args.ignore_index;
+// What a row's parts are multiplied by: 0 for one that does not count.
+double part_factor(const RowArgs& args, int64_t row) {
+    if (args.target.dtype == kInt64 &&
+        static_cast<const int64_t*>(args.target.data)[row * args.target.row_stride] == args.ignore_index)
+        return 0;
+    return args.factors ? args.factors[row] : 1;
 }
 
 } // namespace
@@ -265,7 +268,7 @@ int64_t row_loss(const Kernels& kernels, RowArgs args, const LossOutputs& out) {
     args.columns = coupled ? columns.data() : nullptr;
     if (!coupled || args.gradient) kernels.row_losses(args);
     for (int64_t row = 0; coupled && row < args.rows; ++row)
-        if (counts(args, row)) parts[size_t(3 * row + 1)] = by_columns;
+        if (const double factor = part_factor(args, row); factor != 0) parts[size_t(3 * row + 1)] = factor * by_columns;
     reduce_parts(parts, 3, args.rows, divisor, out.reduction, args.accumulate, out.loss, out.parts);
     return no_probabilities(sums);
 }
@@ -293,7 +296,7 @@ int64_t row_stage(const Kernels& kernels, RowArgs args) {
             correlations += piece.sums[((i + 1) * kSumsFields - 1) * args.rows];
         const double part = dist_part(args.hyper, correlations, piece.num_classes);
         for (int64_t row = 0; row < args.rows; ++row)
-            if (probabilities || piece.target[row] != args.ignore_index) args.parts[3 * row + 1] = part;
+            if (const double factor = part_factor(args, row); factor != 0) args.parts[3 * row + 1] = factor * part;
     }
     return no_probabilities(sums);
 }

@@ -54,8 +54,9 @@ FKD_NOINLINE void column_block(const ColumnArgs& args, int64_t start, int64_t n)
     flush();
     if (counted == 0) return;
     A* const out = static_cast<A*>(args.columns) + start;
-    // d/dp of -T gamma mean(correlations); times n, since every row of the mean has the whole term.
-    const double weight = -args.hyper.gamma * args.hyper.temperature * double(counted) / double(args.num_classes);
+    // d/dp of -T gamma mean(correlations), times the column factor.
+    const double factor = args.column_factor ? *args.column_factor : double(counted);
+    const double weight = -args.hyper.gamma * args.hyper.temperature * factor / double(args.num_classes);
     for (int64_t j = 0; j < n; ++j) {
         const double by_n = 1 / double(counted), x = sums[0][j] * by_n, y = sums[1][j] * by_n;
         const double xx = sums[2][j] - sums[0][j] * x, yy = sums[3][j] - sums[1][j] * y;

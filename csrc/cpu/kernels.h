@@ -55,10 +55,11 @@ struct RowArgs {
     double* label_sums;    // (rows): of the probabilities of rows that count; null for class indices
     DType accumulate;      // kFloat32 or kFloat64
     int threads;
-    SoftmaxOrigin* origins; // (rows, 2), the student's and the teacher's; null when they are not wanted
-    bool only_origins;      // and nothing else is
-    const void* columns;    // of a pointwise loss that the columns of the batch add to, else null: see ColumnArgs
-    const Piece* piece;     // of a staged run; else null, and `classes` are all of a row's
+    SoftmaxOrigin* origins;      // (rows, 2), the student's and the teacher's; null when they are not wanted
+    bool only_origins;           // and nothing else is
+    const void* columns;         // of a pointwise loss that the columns of the batch add to, else null: see ColumnArgs
+    const double* column_factor; // their gradient is multiplied by it, with factors
+    const Piece* piece;          // of a staged run; else null, and `classes` are all of a row's
 };
 
 // From all rows of softmaxes p and q to DIST's term of their columns: T^2 gamma (1 - mean of the C correlations).
@@ -67,11 +68,12 @@ struct ColumnArgs {
     const SoftmaxOrigin* origins;
     int64_t rows, classes, num_classes; // the columns at hand, and all that a row has
     HyperParameters hyper;              // gamma and the temperature
-    void* columns;        // (4, classes), of the accumulating dtype: mean p, mean q, and for a gradient that is a
-                          // mean over the counted rows, of column_j = by_q (q - mean q) + by_p (p - mean p)
+    void* columns;        // (4, classes), of the accumulating dtype: mean p, mean q, and of the gradient of column_j
+                          // = by_q (q - mean q) + by_p (p - mean p), by_q and by_p times the column factor
     double* correlations; // of each column
     DType accumulate;
     int threads;
+    const double* column_factor; // null for the number of counted rows, each of which is given the whole term
 };
 
 struct UskdArgs {

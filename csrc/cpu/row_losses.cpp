@@ -58,6 +58,13 @@ Coefficients standardized(const RowResult& r, const RowStats& x, const RowMoment
             {f * r.slopes[0], f * r.slopes[1], f * r.slopes[2]}};
 }
 
+// A row's gradient times what the row weighs, but for its columns' slope, which has a factor already (ColumnArgs).
+void weigh(RowResult& r, double factor) {
+    double* const own[] = {&r.raw, &r.v, &r.constant, &r.raw_target, &r.slopes[0], &r.slopes[1]};
+    for (double* each : own)
+        *each *= factor;
+}
+
 // Nothing besides the exponentials.
 struct NoMore {
     template <class Lanes>
@@ -167,7 +174,12 @@ FKD_NOINLINE RowResult row_pass(const RowArgs& args, const RowParams& params, co
         stats.pointwise = piece ? probabilities.merged_sums(moments) : probabilities.sums(moments);
     }
     RowResult result = row_loss(stats, params);
+    double factor = args.factors ? args.factors[args.rows + row] : 1;
     if constexpr (pointwise) {
+        if (args.columns) {
+            weigh(result, factor);
+            factor = 1;
+        }
         if (stats.s_target != -INFINITY)
             result.target = probabilities.gradient_at_target(result.slopes);
         else if (result.parts[0] != result.parts[0])
@@ -189,7 +201,7 @@ FKD_NOINLINE RowResult row_pass(const RowArgs& args, const RowParams& params, co
         c.sharp += c.raw;
         c.raw = 0;
     }
-    const double scale = args.gradient_scale * (args.factors ? args.factors[args.rows + row] : 1);
+    const double scale = args.gradient_scale * factor;
     for (int64_t i = 0; i < count; ++i) {
         const int64_t j = i * kBlock<A>, n = block_length<A>(classes, j);
         const double ds = scratch.blocks[i].s_max - s_max, dt = scratch.blocks[i].t_max - t_max;

@@ -65,12 +65,14 @@ RowArgs row_args(const Where& place, const py::tuple& student, const py::tuple& 
 // options: (standardize, ignore_index, reduction)
 int64_t run_row_loss(const py::tuple& where, const py::tuple& student, const py::tuple& teacher,
                      const py::tuple& target, const py::tuple& shape, int loss, const py::tuple& hyper,
-                     const py::tuple& options, uintptr_t factors, const py::tuple& gradient, const py::tuple& results) {
+                     const py::tuple& options, uintptr_t factors, uintptr_t column_factor, const py::tuple& gradient,
+                     const py::tuple& results) {
     const Where place(where);
     Fields asked(options, 3);
     RowArgs args = row_args(place, student, teacher, target, shape, loss, hyper, factors, gradient);
     args.standardize = asked.flag();
     args.ignore_index = asked.integer();
+    args.column_factor = reinterpret_cast<const double*>(column_factor);
     const LossOutputs out = outputs(results, 1, asked.integer(), args.accumulate);
     py::gil_scoped_release release;
     return row_loss(*place.kernels, args, out);

@@ -12,6 +12,7 @@ from torch.library import opcheck
 from torch.profiler import ProfilerActivity, profile
 
 import fused_kd
+from fused_kd import backends
 from fused_kd.core.options import HyperParameters
 
 ROWS, CLASSES = 4, 600
@@ -177,6 +178,20 @@ def test_rows_of_dist_one_by_one(place, dtype, soft):
         assert gradient.dtype == dtype
         assert not gradient[3].any() or not options
         assert soft or not gradient[5].any()
+
+
+@dist
+@pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
+def test_one_call_of_the_kernel(place, reduction, monkeypatch):
+    """Though the rows are multiplied by other numbers than the columns."""
+    kernels, calls = backends.get(place[1]), []
+    row_loss = kernels.row_loss
+    monkeypatch.setattr(kernels, "row_loss", lambda *given: calls.append(given) or row_loss(*given))
+    leaves, call = problem(place)
+    loss = call(*leaves, weight=torch.rand(ROWS, device=place[2]), reduction=reduction)
+    assert len(calls) == 1
+    loss.sum().backward()
+    assert len(calls) == (2 if reduction == "none" else 1)
 
 
 @dist

@@ -90,7 +90,7 @@ def run(kernels, problem):
     """Parts and gradient of the pieces, and of the whole rows."""
     student, teacher, target, factors, options, _ = problem
     parts, gradients = staged.run(kernels, pieces_of(problem), options, factors)
-    _, whole_parts, whole_gradient, _ = kernels.row_loss(student, teacher, target, factors, options)
+    _, whole_parts, whole_gradient, _ = kernels.row_loss(student, teacher, target, factors, None, options)
     return (parts, torch.cat(gradients, 1)), (whole_parts, whole_gradient)
 
 

@@ -233,7 +233,7 @@ def test_launches(rows, reduction, dtype, launches):
     loss = torch.empty(rows if reduction == "none" else ())
     target = torch.zeros(rows, dtype=torch.int64)
     options = Options(HyperParameters(gamma=1.5), -100, reduction, (True,), (1.0,), "nkd")
-    plan = plan_row_loss(student, student, target, None, (loss, loss, student, loss), options)
+    plan = plan_row_loss(student, student, target, None, None, (loss, loss, student, loss), options)
     assert [launch.kernel for launch in plan] == launches
 
 

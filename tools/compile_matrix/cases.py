@@ -60,15 +60,14 @@ class Case(NamedTuple):
         student = logits(self.rows, self.classes, self.student, self.layout)
         teacher = empty(self.rows, self.classes, dtype=self.teacher)
         made = outputs(student, self.gradient, 3, self.reduction, accumulation_dtype(student, teacher))
-        # Weighted rows of DIST have their column term apart.
-        second = 0.0 if self.weighted and self.loss == "dist" else 1.0
-        own = dict(zip(ROW_LOSSES[self.loss].own, (0.5, second), strict=False))
+        own = dict(zip(ROW_LOSSES[self.loss].own, (0.5, 1.0), strict=False))
         hyper = HyperParameters(
             **own, temperature=self.temperature, ce_weight=self.ce_weight, label_smoothing=self.smoothing
         )
         options = Options(hyper, -100, self.reduction, (self.gradient,), (1.0,), self.loss, self.standardize)
         target = targets(self.rows, self.classes, self.labels)
-        plan = plan_row_loss(student, teacher, target, factors(self, 2), made, options)
+        column_factor = empty(dtype=torch.float64) if self.weighted and self.loss == "dist" else None
+        plan = plan_row_loss(student, teacher, target, factors(self, 2), column_factor, made, options)
         loss, _, gradient, norm = made
         return [*plan, *([plan_scale(gradient, loss, norm, gradient)] if self.gradient else [])]
 

@@ -74,7 +74,12 @@ def cuda_architectures() -> str:
 
 
 def row_loss(
-    student: Tensor, teacher: Tensor | None, target: Tensor, factors: Tensor | None, options: Options
+    student: Tensor,
+    teacher: Tensor | None,
+    target: Tensor,
+    factors: Tensor | None,
+    column_factor: Tensor | None,
+    options: Options,
 ) -> tuple[Tensor, ...]:
     other = student if teacher is None else teacher  # not read where the loss has no teacher
     dtype = accumulation_dtype(student, other)
@@ -89,6 +94,7 @@ def row_loss(
         options.hyper,
         (options.standardize, options.ignore_index, REDUCTIONS[options.reduction]),
         address(factors),
+        address(column_factor),
         (gradient.data_ptr(), options.scales[0]),
         (loss.data_ptr(), parts.data_ptr(), norm.data_ptr(), DTYPES[dtype]),
     )

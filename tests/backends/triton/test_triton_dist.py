@@ -180,10 +180,10 @@ def test_target_out_of_range_is_a_row_of_nan(regime):
     student, teacher, target = make(20, 45, torch.float32)
     target[7] = 2**40
     options = Options(HyperParameters(beta=1.0, gamma=1.0), -100, "none", (False,), (1.0,), "dist")
-    loss, parts, gradient, _ = backend.row_loss(student, teacher, target, None, options)
+    loss, parts, gradient, _ = backend.row_loss(student, teacher, target, None, None, options)
     assert loss.isnan().tolist() == parts[1].isnan().tolist() == [row == 7 for row in range(20)]
     options = options._replace(reduction="sum", wanted=(True,))
-    gradient = backend.row_loss(student, teacher, target, None, options)[2]
+    gradient = backend.row_loss(student, teacher, target, None, None, options)[2]
     assert gradient.isnan().any(1).tolist() == [row == 7 for row in range(20)]
 
 
@@ -232,7 +232,7 @@ def test_launches(rows, classes, gamma, expected):
     target = torch.empty(rows, dtype=torch.int64, device="meta")
     loss, parts = torch.empty((), device="meta"), torch.empty(3, device="meta")
     options = Options(HyperParameters(beta=1.0, gamma=gamma), -100, "mean", (True,), (1.0,), "dist")
-    plan = plan_row_loss(logits, logits, target, None, (loss, parts, logits, loss), options)
+    plan = plan_row_loss(logits, logits, target, None, None, (loss, parts, logits, loss), options)
     assert [launch.kernel for launch in plan] == expected
 
 

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from fused_kd.backends.triton.kernels.pointwise import correlation_terms
-from fused_kd.backends.triton.kernels.rows import LOG2E, zero_if_empty
+from fused_kd.backends.triton.kernels.rows import LOG2E, load_factor, zero_if_empty
 from fused_kd.backends.triton.kernels.targets import load_tile
 
 _NEG_INF = tl.constexpr(float("-inf"))
@@ -185,6 +185,7 @@ def column_moments(
     student,
     teacher,
     target,
+    factors,
     states,
     moments,
     numbers,
@@ -221,6 +222,8 @@ def column_moments(
         inside = row < last
         # Rows that do not count are read and left out below, so that no logit waits for its row's target.
         counted = counted_rows(target, row, inside, target_row, ignore_index, PROB)
+        if factors is not None:
+            counted &= load_factor(factors, 0, rows, row, inside, ACC) != 0.0
         mask = inside[:, None] & (cols < classes)
         s = (student + row * (student_row // VEC * VEC), student_col)
         t = (teacher + row * (teacher_row // VEC * VEC), teacher_col)
@@ -255,6 +258,7 @@ def column_moments(
 def finish_columns(
     moments,
     numbers,
+    column_factor,
     columns,
     correlations,
     classes: tl.int32,
@@ -266,7 +270,8 @@ def finish_columns(
     CHUNKS: tl.constexpr,
 ):
     """correlations (programs,): the sums of r_j of each program's classes; columns (4, classes and some more): of
-    which :mod:`.pointwise` makes a column's slope, for a row's T^2 gamma (1 - mean r)."""
+    which :mod:`.pointwise` makes a column's slope, that of T^2 gamma (1 - mean r) times ``column_factor``. None stands
+    for the number of rows that count, each of which is given the whole term."""
     weight = tl.full((), gamma, ACC) * tl.full((), temperature, ACC) * tl.full((), temperature, ACC) / classes
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < classes
@@ -291,7 +296,8 @@ def finish_columns(
         pq += tl.load(at + 3 * classes, mask=mask, other=0.0) + between * d_p * d_q
         qq += tl.load(at + 4 * classes, mask=mask, other=0.0) + between * d_q * d_q
     total, mean_p, mean_q, pp, pq, qq = _merge(number[:, None], mean_p, mean_q, pp, pq, qq)
-    # What a row counted among n gives a mean, its own n-th part, it is given here n-fold: every row has the whole term.
+    if column_factor is not None:
+        total = tl.load(column_factor).to(ACC)
     r, by_b, by_a = correlation_terms(pq, pp, qq, total * weight)
     stride = (classes + 3) // 4 * 4
     tl.store(columns + cols, by_b, mask=inside)

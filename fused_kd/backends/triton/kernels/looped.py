@@ -229,29 +229,19 @@ def rows_looped(
                 constants, scales, True, UNIT, LOSS, STD, COLUMNS, ACC,
             )  # fmt: skip
         sums = merge_sums(sums)
+    own = None
+    if COLUMNS and (factors is not None):  # the columns' numbers have a factor already
+        own = load_factor(factors, 1, rows, one_row, inside, ACC)
     part_y, part_rest, part_ce, gradient_of, more = coefficients(
-        merged,
-        sums,
-        of_column,
-        s_y,
-        t_y,
-        v_y,
-        weights,
-        scales,
-        s_moments,
-        classes,
-        LOSS,
-        SINGLE,
-        PROB,
-        STD,
-        LINEAR,
-        RAW,
-    )
+        merged, sums, of_column, own, s_y, t_y, v_y, weights, scales, s_moments, classes, LOSS, SINGLE, PROB, STD,
+        LINEAR, RAW,
+    )  # fmt: skip
     of_loss = valid
     of_gradient = valid
     if factors is not None:
         of_loss *= factor
-        of_gradient *= load_factor(factors, 1, rows, one_row, inside, ACC)
+        if not COLUMNS:
+            of_gradient *= load_factor(factors, 1, rows, one_row, inside, ACC)
     part_y = tl.where(counted, part_y * of_loss, 0.0)
     part_rest = tl.where(counted, part_rest * of_loss, 0.0)
     part_ce = tl.where(counted, part_ce * of_loss, 0.0)

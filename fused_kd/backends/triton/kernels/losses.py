@@ -169,6 +169,7 @@ def coefficients(
     stats,
     sums,
     column,
+    own,
     s_y,
     t_y,
     v_y,
@@ -184,11 +185,14 @@ def coefficients(
     RAW: tl.constexpr,
 ):
     """A loss's three parts, its gradient's :class:`.values.Coefficients` and :class:`.values.Slopes`, from the
-    statistics, and a pointwise loss's sums and its column term's part; of rows that count and are valid."""
+    statistics, and a pointwise loss's sums and its column term's part; of rows that count and are valid. ``own``, if
+    not None, multiplies the gradient of all but the column term."""
     z_sharp = stats.s_soft if SINGLE else stats.s_sharp
     z_tsharp = stats.t_soft if SINGLE else stats.t_sharp
     z_ce = stats.s_raw if RAW else z_sharp
     ce, raw, v_weight, constant, at_ce = _cross_entropy(stats, s_y, v_y, z_ce, weights, classes, PROB, LINEAR)
+    if own is not None:
+        raw, v_weight, constant, at_ce = raw * own, v_weight * own, constant * own, at_ce * own
     if LOSS == NKD:
         one, two, soft, sharp, teacher, at_y = _nkd(stats, s_y, t_y, z_sharp, z_tsharp, weights, scales)
     elif LOSS == KD:
@@ -212,7 +216,7 @@ def coefficients(
     slope = tl.zeros_like(soft)
     more, with_s = Slopes(slope, slope, slope, slope), slope
     if LOSS >= POINTWISE:
-        one, more, with_s = pointwise(sums, weights, LOSS, STD)
+        one, more, with_s = pointwise(sums, own, weights, LOSS, STD)
         two = tl.zeros_like(one) + column
     possible = s_y != _NEG_INF
     at_y = tl.where(possible, at_y, 0.0)

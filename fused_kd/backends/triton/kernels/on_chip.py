@@ -239,14 +239,19 @@ def rows_on_chip(
             LOSS, STD, COLUMNS,
         )  # fmt: skip
         of_column = column_part(correlations, correlation_items, weights, classes, ACC, COLUMNS, _COUNT_BLOCK)
+    own = None
+    if COLUMNS and (factors is not None):  # the columns' numbers have a factor already
+        own = load_factor(factors, 1, rows, row, inside, ACC)
     part_y, part_rest, part_ce, gradient_of, more = coefficients(
-        stats, sums, of_column, s_y, t_y, v_y, weights, scales, s_moments, classes, LOSS, SINGLE, PROB, STD, LINEAR, RAW
-    )
+        stats, sums, of_column, own, s_y, t_y, v_y, weights, scales, s_moments, classes, LOSS, SINGLE, PROB, STD,
+        LINEAR, RAW,
+    )  # fmt: skip
     of_loss = valid
     of_gradient = valid
     if factors is not None:
         of_loss *= factor
-        of_gradient *= load_factor(factors, 1, rows, row, inside, ACC)
+        if not COLUMNS:
+            of_gradient *= load_factor(factors, 1, rows, row, inside, ACC)
     part_y = tl.where(counted, part_y * of_loss, 0.0)
     part_rest = tl.where(counted, part_rest * of_loss, 0.0)
     part_ce = tl.where(counted, part_ce * of_loss, 0.0)

@@ -15,8 +15,8 @@ that what all h_j have in common, rounding included, leaves the gradient.
 exponent less log_z outside the target (:func:`.rows.join_target`).
 
 With COLUMNS, DIST's column term, there are four numbers of each class for its slope c_0 (q - c_2) + c_1 (p - c_3),
-times the number of rows that count. Where a column's correlation is near 1 that is a small difference, so p and q are
-to be the very numbers that the moments were taken of: ``of_rows`` are then (maximum, scale, share) as
+with its factor in them (:mod:`.columns`). Where a column's correlation is near 1 that is a small difference, so p and q
+are to be the very numbers that the moments were taken of: ``of_rows`` are then (maximum, scale, share) as
 :mod:`.columns` has them.
 """
 
@@ -234,9 +234,11 @@ def merge_sums(sums):
 
 
 @triton.jit
-def pointwise(sums, weights, LOSS: tl.constexpr, STD: tl.constexpr):
+def pointwise(sums, own, weights, LOSS: tl.constexpr, STD: tl.constexpr):
     """The loss's part, its :class:`.values.Slopes`, and with STD the sum of g_j (s_j - mean)."""
     part, c_1, c_2 = _terms(sums, weights, LOSS)
+    if own is not None:
+        c_1, c_2 = c_1 * own, c_2 * own
     by = 1.0 / weights.temperature
     if LOSS == JS:
         # The p_k add up to 1 but for their rounding, which times a slope of 7 is more than a saturated row's gradient

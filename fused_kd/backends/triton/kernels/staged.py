@@ -403,7 +403,7 @@ def piece_gradient(
             _total(_field(sums, 9, SUMS, pieces, rows, row, 0.0, PIECES)),
         )
     part_y, part_rest, part_ce, gradient_of, more = coefficients(
-        stats, all_sums, tl.zeros([1], ACC), s_y, t_y, v_y, weights, scales, s_moments, num_classes,
+        stats, all_sums, tl.zeros([1], ACC), None, s_y, t_y, v_y, weights, scales, s_moments, num_classes,
         LOSS, SINGLE, PROB, STD, LINEAR, RAW,
     )  # fmt: skip
     of_loss = valid

@@ -27,6 +27,8 @@ def plan_columns(
     student: Tensor,
     teacher: Tensor,
     target: Tensor,
+    factors: Tensor | None,
+    column_factor: Tensor | None,
     dtype: torch.dtype,
     hyper: HyperParameters,
     standardize: bool,
@@ -62,7 +64,7 @@ def plan_columns(
     config = layout.column_config(rows, classes, wide=dtype == torch.float64, neighbours=unit, vectors=vector > 1)
     chunks, blocks = -(-rows // config.chunk), -(-classes // config.block)
     moments, numbers = empty(chunks, 5, classes), empty(chunks)
-    arguments = (student, teacher, target, states, moments, numbers, rows, classes, *strides, config.chunk)
+    arguments = (student, teacher, target, factors, states, moments, numbers, rows, classes, *strides, config.chunk)
     options = {
         **shared,
         "ROWS": config.rows,
@@ -76,7 +78,7 @@ def plan_columns(
     items = -(-classes // tile_classes)
     # Each of the four rows of columns starts at a multiple of four elements.
     term = ColumnTerm(states, empty(4, -(-classes // 4) * 4), empty(items))
-    arguments = (moments, numbers, term.columns, term.correlations, classes, chunks, gamma, temperature)
+    arguments = (moments, numbers, column_factor, term.columns, term.correlations, classes, chunks, gamma, temperature)
     # Left alone some releases of Triton spill a few words of it to reach a rounder occupancy.
     options = {"ACC": acc, "BLOCK": tile_classes, "CHUNKS": tile_chunks, "num_warps": 4, "maxnreg": 255}
     launches.append(planned("finish_columns", items, arguments, options))

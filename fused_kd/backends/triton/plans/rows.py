@@ -18,11 +18,16 @@ from fused_kd.reference import accumulation_dtype
 
 
 def row_loss(
-    student: Tensor, teacher: Tensor | None, target: Tensor, factors: Tensor | None, options: Options
+    student: Tensor,
+    teacher: Tensor | None,
+    target: Tensor,
+    factors: Tensor | None,
+    column_factor: Tensor | None,
+    options: Options,
 ) -> tuple[Tensor, ...]:
     other = student if teacher is None else teacher  # not read where the loss has no teacher
     made = outputs(student, options.wanted[0], 3, options.reduction, accumulation_dtype(student, other))
-    return filled("row_loss", plan_row_loss, (student, other, target, factors), made, options)
+    return filled("row_loss", plan_row_loss, (student, other, target, factors, column_factor), made, options)
 
 
 def kernel_weights(loss_name: str, hyper: HyperParameters, classes: int) -> tuple[float, ...]:
@@ -77,6 +82,7 @@ def plan_row_loss(
     teacher: Tensor,
     target: Tensor,
     factors: Tensor | None,
+    column_factor: Tensor | None,
     made: tuple[Tensor, ...],
     options: Options,
 ) -> list[Launch]:
@@ -95,8 +101,8 @@ def plan_row_loss(
     counts = plan_count(launches, target, ignore_index, reduction, need_gradient)
     columns: tuple[Tensor, Tensor, Tensor] | None = None
     if has_column_term(loss_name, hyper):
-        assert factors is None  # see dist_terms
-        columns = plan_columns(launches, student, teacher, target, loss.dtype, hyper, standardize, ignore_index)
+        given = student, teacher, target, factors, column_factor
+        columns = plan_columns(launches, *given, loss.dtype, hyper, standardize, ignore_index)
     row_parts = parts if per_row else torch.empty((3, rows), dtype=loss.dtype, device=student.device)
     narrow = min(t.element_size() for t in (student, teacher, target) if t.is_floating_point())
     row_strides = [student.stride(0), teacher.stride(0), *([target_row] if probabilities else [])]
