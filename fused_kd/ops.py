@@ -33,7 +33,7 @@ from torch import Tensor
 
 from fused_kd import backends
 from fused_kd.core import transforms
-from fused_kd.core.catalogue import ROW_LOSSES, has_column_term
+from fused_kd.core.catalogue import ROW_LOSSES, as_run, has_column_term
 from fused_kd.core.options import HyperParameters, Options, outputs, pair_outputs
 from fused_kd.core.stored import counted_weight, row_factors, stored_scale, to_half
 from fused_kd.reference import accumulation_dtype
@@ -124,7 +124,7 @@ def _row_loss(
         target,
         factors,
         column_factor,
-        Options(named, ignore_index, reduction, (need_gradient,), (scale,), loss, standardize),
+        Options(named, ignore_index, reduction, (need_gradient,), (scale,), as_run(loss, named), standardize),
     )
     _multiply(norm, by)
     if measure:

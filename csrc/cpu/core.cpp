@@ -263,7 +263,7 @@ int64_t row_loss(const Kernels& kernels, RowArgs args, const LossOutputs& out) {
     args.parts = parts.data();
     args.label_sums = sums.empty() ? nullptr : sums.data();
     std::vector<char> columns;
-    const bool coupled = args.loss == common::kDist && args.hyper.gamma != 0 && counted.rows > 0;
+    const bool coupled = args.loss & common::kColumns && args.hyper.gamma != 0 && counted.rows > 0;
     const double by_columns = coupled ? dist_part(args.hyper, dist_columns(kernels, args, columns), args.classes) : 0;
     args.columns = coupled ? columns.data() : nullptr;
     if (!coupled || args.gradient) kernels.row_losses(args);
@@ -282,7 +282,7 @@ int64_t row_stage(const Kernels& kernels, RowArgs args) {
     std::vector<double> sums = label_sums(args.target, args.rows);
     args.label_sums = last && probabilities ? sums.data() : nullptr;
     std::vector<char> columns;
-    const bool coupled = args.loss == common::kDist && args.hyper.gamma != 0 && counted.rows > 0;
+    const bool coupled = args.loss & common::kColumns && args.hyper.gamma != 0 && counted.rows > 0;
     double correlations = 0;
     if (coupled && piece.stage >= kSums) {
         correlations = dist_columns(kernels, args, columns);

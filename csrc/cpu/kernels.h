@@ -46,7 +46,7 @@ struct RowArgs {
                              // does not count; null for 1
     void* gradient;          // contiguous, of the student's dtype; null when it is not wanted
     int64_t rows, classes;
-    int loss; // RowLoss of row_losses.h
+    int loss; // its number, see RowNeed of row_losses.h
     HyperParameters hyper;
     bool standardize;
     int64_t ignore_index;

@@ -235,7 +235,7 @@ struct PointwiseRow {
     }
     template <class F>
     FKD_INLINE void with_policy(F f) const {
-        params->loss == kDist ? f(Dist<A>{row_means[0], row_means[1]}) : f(Js<A>(*params));
+        params->number >> kKindShift == kDist ? f(Dist<A>{row_means[0], row_means[1]}) : f(Js<A>(*params));
     }
     void refine(const PointwiseBlock<A>& here, int64_t n) const {
         softmax_piece(here.s, n, origins[0], scratch->p + here.start);
@@ -247,7 +247,7 @@ struct PointwiseRow {
     PointwiseSums sums(const RowMoments* moments) {
         const PointwiseSums out = with_target(own_sums(moments));
         const double flat = kFlat / params->classes;
-        if (params->loss != kDist || !(out.of[1] <= flat || out.of[2] <= flat)) return out;
+        if (!(params->number & kFine) || !(out.of[1] <= flat || out.of[2] <= flat)) return out;
         // Equal logits need equal probabilities, the target's among them, and their mean is to be that number.
         for (int64_t i = 0; !fine && i < count; ++i) {
             const PointwiseBlock<A> here = block(i);

@@ -121,19 +121,19 @@ struct Scales {
 };
 
 inline bool sharp_is_distilled(const RowParams& params) {
-    return params.loss == kNkd || params.loss == kWsld;
+    return params.number & kSharp;
 }
 
 // Whether the soft exponentials serve everything.
 inline bool one_temperature(const RowParams& params) {
     const bool plain = !params.standardize || (sharp_is_distilled(params) && params.ce_weight == 0);
-    return !row_needs(params).sharp || params.loss == kTfKd || (params.temperature == 1 && plain);
+    return !row_needs(params).sharp || params.number & kAtOne || (params.temperature == 1 && plain);
 }
 
 inline Scales scales_of(const RowParams& params, const RowMoments& s, const RowMoments& t) {
     const double f_s = params.standardize ? 1 / (s.deviation() + 1e-7) : 1;
     const double f_t = params.standardize ? 1 / (t.deviation() + 1e-7) : 1;
-    const double T = params.loss == kTfKd ? 1 : params.temperature;
+    const double T = params.number & kAtOne ? 1 : params.temperature;
     Scales k = {f_s / T, f_t / T, 1, 1, 1, 1, 1, 0};
     if (sharp_is_distilled(params)) {
         k.sharp_s = f_s;

@@ -253,9 +253,9 @@ RowResult (*pass_for(const RowArgs& args, const RowParams& params))(const RowArg
 
 template <class A>
 void row_losses_typed(const RowArgs& args) {
-    const RowLoss loss = args.loss == kJs && args.hyper.beta == 0 ? kKd : RowLoss(args.loss);
     const Piece* const piece = args.piece;
-    const RowParams params = {args.hyper, loss, double(piece ? piece->num_classes : args.classes), args.standardize};
+    const RowParams params = {args.hyper, args.loss, double(piece ? piece->num_classes : args.classes),
+                              args.standardize};
     const bool with_probs = args.target.dtype != kInt64;
     const auto pass = one_temperature(params) ? pass_for<A, true>(args, params) : pass_for<A, false>(args, params);
     const int threads = useful_threads(args.threads, args.rows, args.classes);

@@ -13,10 +13,24 @@ namespace fused_kd {
 namespace FKD_ISA {
 
 enum RowLoss { kNkd = 0, kKd = 1, kDkd = 2, kWsld = 3, kTfKd = 4, kDist = 5, kJs = 6 };
+// What one needs, as fused_kd/core/catalogue.py tells of each: bits of its number, whose upper half is the RowLoss.
+enum RowNeed {
+    kTeacher = 1,
+    kSharp = 2,
+    kDivergence = 4,
+    kLinear = 8,
+    kAtOne = 16,
+    kTeacherCe = 32,
+    kPointwise = 64,
+    kOneSlope = 128,
+    kFine = 256,
+    kColumns = 512
+};
+constexpr int kKindShift = 16;
 constexpr int kRowParts = 3;
 
 struct RowParams : HyperParameters {
-    RowLoss loss;
+    int number; // of the loss
     double classes;
     bool standardize;
 };
@@ -33,15 +47,15 @@ struct RowNeeds {
 };
 
 FKD_HD RowNeeds row_needs(const RowParams& params) {
-    const bool ce = params.ce_weight != 0, both = params.loss == kNkd || params.loss == kWsld;
+    const bool ce = params.ce_weight != 0;
     RowNeeds needs = {};
-    needs.teacher = params.loss != kTfKd;
-    needs.sharp = both || ce;
-    needs.raw = both && ce && params.standardize;
-    needs.divergence = params.loss == kKd || params.loss == kDkd;
-    needs.linear = params.loss == kTfKd || (ce && params.label_smoothing != 0);
-    needs.pointwise = params.loss == kDist || params.loss == kJs;
-    needs.fine = params.loss == kDist;
+    needs.teacher = params.number & kTeacher;
+    needs.sharp = params.number & kSharp || ce;
+    needs.raw = params.number & kSharp && ce && params.standardize;
+    needs.divergence = params.number & kDivergence;
+    needs.linear = params.number & kLinear || (ce && params.label_smoothing != 0);
+    needs.pointwise = params.number & kPointwise;
+    needs.fine = params.number & kFine;
     return needs;
 }
 
@@ -238,10 +252,10 @@ FKD_HD void js(const RowStats& x, const RowParams& params, RowResult& out) {
 FKD_HD RowResult row_loss(const RowStats& x, const RowParams& params) {
     RowResult out = {};
     const double raw_scale = 1;
-    const bool apart = params.standardize && (params.loss == kNkd || params.loss == kWsld);
+    const bool apart = params.standardize && params.number & kSharp;
     if (params.ce_weight != 0)
         add_cross_entropy(x, params, split_at(x.s_target, raw_scale, apart ? x.s_raw : x.s_sharp), out);
-    switch (params.loss) {
+    switch (params.number >> kKindShift) {
     case kNkd:
         nkd(x, params, out);
         break;

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_kd.core.catalogue import is_pointwise
+from fused_kd.core.catalogue import ROW_LOSSES
 from fused_kd.core.options import Options
 
 #: In their order; csrc/cpu/kernels.h has the same numbers.
@@ -50,7 +50,7 @@ class Found(NamedTuple):
 
 def stages_of(options: Options) -> list[str]:
     """The stages that a loss takes, in their order."""
-    needed = {"moments": options.standardize, "sums": is_pointwise(options.loss, options.hyper)}
+    needed = {"moments": options.standardize, "sums": "pointwise" in ROW_LOSSES[options.loss].needs}
     return [stage for stage in STAGES if needed.get(stage, True)]
 
 

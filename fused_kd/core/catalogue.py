@@ -15,6 +15,20 @@ from typing import Any
 
 from fused_kd.core.options import HyperParameters
 
+#: What a row loss may ask of a kernel, beside the student's exponentials at T; each is a bit of its number.
+NEEDS = (
+    "teacher",  # its exponentials at T
+    "sharp",  # the exponentials of what is distilled at 1 as well
+    "divergence",  # the dot product of KL, sum q (log p - log q); without it that of a cross-entropy, sum q log p
+    "linear",  # the sum of the student's logits
+    "at_one",  # the student's exponentials at 1 whatever T is
+    "teacher_ce",  # the teacher's own cross-entropy with the labels
+    "pointwise",  # another round of sums: its gradient is no combination of exponentials
+    "one_slope",  # of a pointwise loss, that it has one
+    "fine",  # the student's probabilities beside the exponentials, where a row or column hardly varies
+    "columns",  # a term of the batch's columns, unless gamma is 0
+)
+
 
 @dataclass(frozen=True)
 class RowLoss:
@@ -22,39 +36,52 @@ class RowLoss:
 
     ``kind`` is its number in ``csrc/losses/row_losses.h``; ``own`` are its own hyper-parameters, in the order in which
     Triton's kernels take them; ``parts`` which of the op's three parts it has; ``bound`` what the magnitude of its
-    gradient's entries cannot exceed, CE left out, or inf.
+    gradient's entries cannot exceed, CE left out, or inf; ``needs`` are some of :data:`NEEDS`.
     """
 
     kind: int
     own: tuple[str, ...]
     parts: tuple[int, ...]
     bound: Callable[[HyperParameters], float]
+    needs: tuple[str, ...]
 
 
 # |q_y (p - 1)|, |p - q| and |p^ - q^| are at most 1.
 ROW_LOSSES = {
-    "nkd": RowLoss(0, ("gamma",), (0, 1, 2), lambda x: 1.0 + x.gamma * x.temperature),
-    "kd": RowLoss(1, (), (0, 2), lambda x: x.temperature),
-    "dkd": RowLoss(2, ("alpha", "beta"), (0, 1, 2), lambda x: (x.alpha + x.beta) * x.temperature),
-    "wsld": RowLoss(3, ("alpha",), (0, 2), lambda x: x.alpha * x.temperature),
-    "tf_kd": RowLoss(4, ("correct",), (0, 2), lambda x: 1.0),
+    "nkd": RowLoss(0, ("gamma",), (0, 1, 2), lambda x: 1.0 + x.gamma * x.temperature, ("teacher", "sharp")),
+    "kd": RowLoss(1, (), (0, 2), lambda x: x.temperature, ("teacher", "divergence")),
+    "dkd": RowLoss(
+        2, ("alpha", "beta"), (0, 1, 2), lambda x: (x.alpha + x.beta) * x.temperature, ("teacher", "divergence")
+    ),
+    "wsld": RowLoss(3, ("alpha",), (0, 2), lambda x: x.alpha * x.temperature, ("teacher", "sharp", "teacher_ce")),
+    "tf_kd": RowLoss(4, ("correct",), (0, 2), lambda x: 1.0, ("linear", "at_one")),
     # A correlation's gradient has the deviation of the probabilities in its denominator: of a constant row or column,
     # which a head that starts at zero gives, it is the 1e-8 beside it that is left.
-    "dist": RowLoss(5, ("beta", "gamma"), (0, 1, 2), lambda x: math.inf),
+    "dist": RowLoss(5, ("beta", "gamma"), (0, 1, 2), lambda x: math.inf, ("teacher", "pointwise", "fine", "columns")),
     # (1 - beta) p (log(p / m) - KL(p, m)): p log(m / p) <= m / e, and (1 - beta) KL <= (1 - beta) log(1 / (1 - beta))
     # <= 1 / e. At beta = 0 it is p - q, at 1 p (log(p / q) - KL(p, q)), as large as the logits make it.
-    "js": RowLoss(6, ("beta",), (0, 2), lambda x: x.temperature if x.beta < 1.0 else math.inf),
+    "js": RowLoss(
+        6,
+        ("beta",),
+        (0, 2),
+        lambda x: x.temperature if x.beta < 1.0 else math.inf,
+        ("teacher", "pointwise", "one_slope"),
+    ),
 }
+#: The bits of what is needed, and the number that the kernels get: those, and above them the kind.
+BITS = {need: 1 << place for place, need in enumerate(NEEDS)}
+KIND_SHIFT = 16
+NUMBERS = {name: loss.kind << KIND_SHIFT | sum(map(BITS.__getitem__, loss.needs)) for name, loss in ROW_LOSSES.items()}
 
 
-def is_pointwise(loss: str, hyper: HyperParameters) -> bool:
-    """Whether the gradient of a row loss is another function of each class's probabilities than their sum."""
-    return loss == "dist" or (loss == "js" and hyper.beta != 0.0)
+def as_run(loss: str, hyper: HyperParameters) -> str:
+    """The row loss whose kernel runs: Jensen–Shannon of beta = 0 is KD."""
+    return "kd" if loss == "js" and hyper.beta == 0.0 else loss
 
 
 def has_column_term(loss: str, hyper: HyperParameters) -> bool:
     """Whether a row loss has a term of the batch's columns, which every row depends on."""
-    return loss == "dist" and hyper.gamma != 0.0
+    return "columns" in ROW_LOSSES[loss].needs and hyper.gamma != 0.0
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import re
 import pytest
 from tree import FOLDERS, ROOT, SOURCES
 
-from fused_kd.core.catalogue import LOSSES, ROW_LOSSES
+from fused_kd.core.catalogue import BITS, KIND_SHIFT, LOSSES, ROW_LOSSES
 from fused_kd.core.options import HyperParameters
 
 PAGES = sorted(
@@ -46,8 +46,18 @@ def test_a_row_loss_has_one_number():
     numbers = {name.lower(): int(number) for name, number in re.findall(r"k(\w+) = (\d+)", enum)}
     assert numbers == {name.replace("_", ""): kind for name, kind in kinds.items()}
     kernels = (ROOT / "fused_kd/backends/triton/kernels/rows.py").read_text()
-    for name, kind in kinds.items():
-        assert re.search(rf"^{name.upper()} = tl\.constexpr\({kind}\)$", kernels, re.MULTILINE), name
+    for name in kinds:
+        assert f'{name.upper()} = tl.constexpr(NUMBERS["{name}"])' in kernels, name
+
+
+def test_what_a_row_loss_needs_has_one_bit():
+    """In the catalogue, where Triton's kernels have it from, and in C++."""
+    header = (ROOT / "csrc/losses/row_losses.h").read_text()
+    (enum,) = re.findall(r"enum RowNeed[^{]*\{([^}]*)\}", header)
+    bits = {name.lower(): int(number) for name, number in re.findall(r"k(\w+) = (\d+)", enum)}
+    assert bits == {name.replace("_", ""): bit for name, bit in BITS.items()}
+    assert f"kKindShift = {KIND_SHIFT};" in header
+    assert max(bits.values()) < 1 << KIND_SHIFT
 
 
 def test_hyper_parameters_have_one_order():

@@ -16,7 +16,7 @@ from fused_kd.backends import staged as stages
 from fused_kd.backends.native import core, cuda, staged
 from fused_kd.backends.native.boundary import DTYPES, RANKS, REDUCTIONS, address, incoming, matrix
 from fused_kd.core import checks
-from fused_kd.core.catalogue import ROW_LOSSES
+from fused_kd.core.catalogue import NUMBERS
 from fused_kd.core.options import Options, outputs, pair_outputs
 from fused_kd.reference import accumulation_dtype
 
@@ -90,7 +90,7 @@ def row_loss(
         matrix(other),
         matrix(target),
         student.shape,
-        ROW_LOSSES[options.loss].kind,
+        NUMBERS[options.loss],
         options.hyper,
         (options.standardize, options.ignore_index, REDUCTIONS[options.reduction]),
         address(factors),

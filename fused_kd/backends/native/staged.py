@@ -10,7 +10,7 @@ from torch import Tensor
 from fused_kd.backends.native.boundary import DTYPES, address, matrix
 from fused_kd.backends.staged import STAGES, Found, Piece
 from fused_kd.core import checks
-from fused_kd.core.catalogue import ROW_LOSSES
+from fused_kd.core.catalogue import NUMBERS
 from fused_kd.core.options import Options
 from fused_kd.reference import accumulation_dtype
 
@@ -44,7 +44,7 @@ def row_stage(
         matrix(other),
         matrix(target if labels is None else labels),
         (rows, columns),
-        ROW_LOSSES[options.loss].kind,
+        NUMBERS[options.loss],
         options.hyper,
         (options.standardize, options.ignore_index, parts.data_ptr(), DTYPES[dtype]),
         address(factors),

@@ -23,22 +23,29 @@ import triton
 import triton.language as tl
 
 from fused_kd.backends.triton.kernels.values import Coefficients, Moments, Scales, Statistics
+from fused_kd.core.catalogue import BITS, NUMBERS
 
 # NaN is no constant of a module here: the JIT compares these with != at every launch, and would refuse the second.
 _NEG_INF = tl.constexpr(float("-inf"))
 _INF = tl.constexpr(float("inf"))
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
-#: The row losses, as in fused_kd/core/catalogue.py.
-NKD = tl.constexpr(0)
-KD = tl.constexpr(1)
-DKD = tl.constexpr(2)
-WSLD = tl.constexpr(3)
-TF_KD = tl.constexpr(4)
-#: From here on losses that are no combination of exponentials, see :mod:`.pointwise`.
-DIST = tl.constexpr(5)
-JS = tl.constexpr(6)
-POINTWISE = DIST
+#: The row losses, for the switches of :mod:`.losses` and :mod:`.pointwise`; LOSS is one of these numbers.
+NKD = tl.constexpr(NUMBERS["nkd"])
+KD = tl.constexpr(NUMBERS["kd"])
+DKD = tl.constexpr(NUMBERS["dkd"])
+WSLD = tl.constexpr(NUMBERS["wsld"])
+TF_KD = tl.constexpr(NUMBERS["tf_kd"])
+DIST = tl.constexpr(NUMBERS["dist"])
+JS = tl.constexpr(NUMBERS["js"])
+#: What a loss needs, bits of its number: see :data:`fused_kd.core.catalogue.NEEDS`.
+TEACHER = tl.constexpr(BITS["teacher"])
+SHARP = tl.constexpr(BITS["sharp"])
+DIVERGENCE = tl.constexpr(BITS["divergence"])
+AT_ONE = tl.constexpr(BITS["at_one"])
+TEACHER_CE = tl.constexpr(BITS["teacher_ce"])
+POINTWISE = tl.constexpr(BITS["pointwise"])
+ONE_SLOPE = tl.constexpr(BITS["one_slope"])
 
 
 @triton.jit
@@ -99,18 +106,18 @@ def _rescale(stats, m_s, m_t, scales, LOSS: tl.constexpr, SINGLE: tl.constexpr):
     s_raw = s_raw * tl.exp2(down_s * LOG2E)
     v_cross = v_cross + moved_s * v_sum
     linear = linear + moved_s * number
-    if LOSS != TF_KD:
+    if LOSS & TEACHER:
         down_t = old_t - zero_if_empty(m_t)
         moved_t = tl.where(old_t == _NEG_INF, 0.0, down_t)
         factor_t = tl.exp2(down_t * soft_t)
-        if LOSS < POINTWISE:
+        if (LOSS & POINTWISE) == 0:
             moved = moved_s * soft_s
-            if (LOSS == KD) or (LOSS == DKD):
+            if LOSS & DIVERGENCE:
                 moved -= moved_t * soft_t
             cross = tl.where(factor_t == 0.0, 0.0, factor_t * (cross + moved * t_soft))
         t_soft = t_soft * factor_t
         w_teacher = w_teacher * factor_t
-        if (not SINGLE) and (LOSS < POINTWISE):
+        if (not SINGLE) and ((LOSS & POINTWISE) == 0):
             t_sharp = t_sharp * tl.exp2(down_t * sharp_t)
         v_cross_t = v_cross_t + moved_t * v_sum
     return Statistics(
@@ -144,11 +151,9 @@ def accumulate(
     RAW: tl.constexpr,
 ):
     """Add tiles (lanes, classes) to the statistics of their lanes; ``present`` marks the classes to be counted."""
-    TEACHER: tl.constexpr = LOSS != TF_KD
-    DIVERGENCE: tl.constexpr = (LOSS == KD) or (LOSS == DKD)
     soft_s, soft_t, sharp_s, sharp_t, mean = scales
     m_s = tl.maximum(stats.s_max, tl.max(s, 1))
-    m_t = tl.maximum(stats.t_max, tl.max(t, 1)) if TEACHER else stats.t_max
+    m_t = tl.maximum(stats.t_max, tl.max(t, 1)) if LOSS & TEACHER else stats.t_max
     (
         m_s, s_soft, s_sharp, m_t, t_soft, t_sharp, cross, v_sum, v_cross, v_cross_t, linear, number, s_raw,
         w_soft, w_sharp, w_teacher,
@@ -157,35 +162,35 @@ def accumulate(
     u = d_s * per_row(soft_s, STD)
     e = tl.exp2(u)
     s_soft += tl.sum(e, 1)
-    if STD and (LOSS < POINTWISE):
+    if STD and ((LOSS & POINTWISE) == 0):
         centred = tl.where(s == _NEG_INF, 0.0, s - mean[:, None])
         w_soft += tl.sum(e * centred, 1)
     if not SINGLE:
         sharp = tl.exp2(d_s * per_row(sharp_s, STD))
         s_sharp += tl.sum(sharp, 1)
-        if STD and (LOSS < POINTWISE):
+        if STD and ((LOSS & POINTWISE) == 0):
             w_sharp += tl.sum(sharp * centred, 1)
     if RAW:
         s_raw += tl.sum(tl.exp2(d_s * LOG2E), 1)
-    if TEACHER:
+    if LOSS & TEACHER:
         d_t = t - zero_if_empty(m_t)[:, None]
         u_t = d_t * per_row(soft_t, STD)
         f = tl.exp2(u_t)
         t_soft += tl.sum(f, 1)
-        if DIVERGENCE:
+        if LOSS & DIVERGENCE:
             u = u - u_t
-        if LOSS < POINTWISE:
+        if (LOSS & POINTWISE) == 0:
             # 0 log 0 = 0: an impossible class costs only where the teacher gives it mass.
             cross += tl.sum(f * tl.where(f == 0.0, 0.0, u), 1)
             if STD:
                 w_teacher += tl.sum(f * centred, 1)
         if not SINGLE:
-            if (not DIVERGENCE) and (LOSS < POINTWISE):
+            if ((LOSS & DIVERGENCE) == 0) and ((LOSS & POINTWISE) == 0):
                 t_sharp += tl.sum(tl.exp2(d_t * per_row(sharp_t, STD)), 1)
     if PROB:
         v_sum += tl.sum(v, 1)
         v_cross += tl.sum(v * tl.where(v == 0.0, 0.0, d_s), 1)
-        if LOSS == WSLD:
+        if LOSS & TEACHER_CE:
             v_cross_t += tl.sum(v * tl.where(v == 0.0, 0.0, d_t), 1)
     if LINEAR:
         linear += tl.sum(tl.where(present, d_s, 0.0), 1)
@@ -235,13 +240,13 @@ def make_scales(temperature, s_moments, t_moments, k, LOSS: tl.constexpr, STD: t
         soft_s = sharp_s / temperature
         soft_t = sharp_t / temperature
         mean = s_moments.mean
-        if (LOSS == KD) or (LOSS == DKD) or (LOSS >= POINTWISE):  # whose sharp exponentials are the CE's
+        if (LOSS & SHARP) == 0:  # whose sharp exponentials are the CE's
             sharp_s = tl.zeros_like(sharp_s) + k
             sharp_t = tl.zeros_like(sharp_t) + k
     else:
         sharp_s = k
         sharp_t = k
-        soft_s = k if LOSS == TF_KD else k / temperature
+        soft_s = k if LOSS & AT_ONE else k / temperature
         soft_t = soft_s
         mean = k
     return Scales(soft_s, soft_t, sharp_s, sharp_t, mean)
@@ -276,7 +281,7 @@ def combine(
     soft, sharp, teacher, raw, v_weight, constant, slope, _at_target = coefficients
     soft_s, soft_t, sharp_s, _sharp_t, mean = scales
     d_s = s - zero_if_empty(stats.s_max)[:, None]
-    if SINGLE or (LOSS < POINTWISE):
+    if SINGLE or ((LOSS & POINTWISE) == 0):
         g = soft[:, None] * tl.exp2(d_s * per_row(soft_s, STD))
         if not SINGLE:
             g += sharp[:, None] * tl.exp2(d_s * per_row(sharp_s, STD))
@@ -284,7 +289,7 @@ def combine(
         g = sharp[:, None] * tl.exp2(d_s * per_row(sharp_s, STD))
     if RAW:
         g += raw[:, None] * tl.exp2(d_s * LOG2E)
-    if (LOSS != TF_KD) and (LOSS < POINTWISE):
+    if ((LOSS & TEACHER) != 0) and ((LOSS & POINTWISE) == 0):
         d_t = t - zero_if_empty(stats.t_max)[:, None]
         g += teacher[:, None] * tl.exp2(d_t * per_row(soft_t, STD))
     if PROB:

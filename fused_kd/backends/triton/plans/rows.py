@@ -12,7 +12,7 @@ from fused_kd.backends.triton import layout
 from fused_kd.backends.triton.launch import Launch, acc_types, planned
 from fused_kd.backends.triton.plans.common import divided, filled, plan_count, plan_reduction
 from fused_kd.backends.triton.plans.dist import plan_columns
-from fused_kd.core.catalogue import ROW_LOSSES, has_column_term
+from fused_kd.core.catalogue import NUMBERS, ROW_LOSSES, has_column_term
 from fused_kd.core.options import HyperParameters, Options, outputs
 from fused_kd.reference import accumulation_dtype
 
@@ -53,10 +53,9 @@ def kernel_weights(loss_name: str, hyper: HyperParameters, classes: int) -> tupl
 
 
 class Variant(NamedTuple):
-    """What kernels are compiled for (:mod:`.kernels.on_chip`). ``loss`` is the one that runs: JS at 0 is KD."""
+    """What kernels are compiled for (:mod:`.kernels.on_chip`)."""
 
-    loss: str
-    kind: int
+    number: int
     single: bool
     linear: bool
     raw: bool
@@ -64,17 +63,16 @@ class Variant(NamedTuple):
 
 def variant(loss_name: str, hyper: HyperParameters, standardize: bool) -> Variant:
     """As row_needs and one_temperature of csrc have it."""
-    if loss_name == "js" and hyper.beta == 0.0:
-        loss_name = "kd"
-    ce, sharp_distilled = hyper.ce_weight != 0.0, loss_name in ("nkd", "wsld")
+    needs, ce = ROW_LOSSES[loss_name].needs, hyper.ce_weight != 0.0
+    sharp_distilled = "sharp" in needs
     single = (
-        loss_name == "tf_kd"
+        "at_one" in needs
         or not (sharp_distilled or ce)
         or (hyper.temperature == 1.0 and (not standardize or (sharp_distilled and not ce)))
     )
-    linear = loss_name == "tf_kd" or (ce and hyper.label_smoothing != 0.0)
+    linear = "linear" in needs or (ce and hyper.label_smoothing != 0.0)
     raw = standardize and sharp_distilled and ce
-    return Variant(loss_name, ROW_LOSSES[loss_name].kind, single, linear, raw)
+    return Variant(NUMBERS[loss_name], single, linear, raw)
 
 
 def plan_row_loss(
@@ -91,7 +89,6 @@ def plan_row_loss(
     hyper, ignore_index, reduction, (need_gradient,), (gradient_scale,), loss_name, standardize, *_ = options
     rows, classes = student.shape
     seen = variant(loss_name, hyper, standardize)
-    loss_name = seen.loss
     acc = acc_types()[loss.dtype]
     probabilities = target.is_floating_point()
     per_row = reduction == "none"
@@ -126,7 +123,7 @@ def plan_row_loss(
     meta = {
         "ACC": acc,
         "UNIT": unit,
-        "LOSS": seen.kind,
+        "LOSS": seen.number,
         "SINGLE": seen.single,
         "PROB": probabilities,
         "GRAD": need_gradient,

@@ -60,7 +60,7 @@ def plan_stage(
         "num_warps": config.warps,
         "maxnreg": config.registers,
     }
-    first, second, temperature, ce_weight, smoothing = kernel_weights(seen.loss, options.hyper, num_classes)
+    first, second, temperature, ce_weight, smoothing = kernel_weights(options.loss, options.hyper, num_classes)
     inputs = (student, teacher, labels_seen, target.contiguous(), factors)
     strides = (*student.stride(), *teacher.stride())
     all_strides = (*strides, *labels_seen.stride(), options.ignore_index)
@@ -82,7 +82,7 @@ def plan_stage(
         )  # fmt: skip
     kinds = {
         "PIECES": 1 << (pieces - 1).bit_length(),
-        "LOSS": seen.kind,
+        "LOSS": seen.number,
         "SINGLE": seen.single,
         "STD": options.standardize,
     }
