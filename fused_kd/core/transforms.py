@@ -125,7 +125,12 @@ def refuse_recorded(*tensors: Tensor) -> None:
 
 def wraps_values(grad_output: Tensor) -> bool:
     """Whether an incoming gradient is more than its values: a batch of them, of either vmap, or one with a tangent."""
-    return _is_legacy_batched(grad_output) or _functorch_active() or forward_ad._current_level >= 0
+    return _is_legacy_batched(grad_output) or _functorch_active() or tangents_exist()
+
+
+def tangents_exist() -> bool:
+    """Whether forward-mode differentiation is at work, so that a tensor may have a tangent."""
+    return forward_ad._current_level >= 0
 
 
 def _has_tangent(tensor: Tensor) -> bool:
