@@ -13,16 +13,16 @@ namespace FKD_ISA {
 namespace {
 
 // Columns of a block: their sums fit in the first-level cache beside a piece of two rows.
-constexpr int64_t kColumns = 256;
+constexpr int64_t kTogether = 256;
 constexpr int kSums = 5; // of x, y, x^2, y^2, xy
 // Rows whose sums are taken together before double precision takes over, which is half as wide.
 constexpr int kFew = 8;
 
 template <class A>
 FKD_NOINLINE void column_block(const ColumnArgs& args, int64_t start, int64_t n) {
-    alignas(64) A staging[kColumns], p[kColumns], q[kColumns], first_p[kColumns], first_q[kColumns];
-    alignas(64) A few[kSums][kColumns] = {};
-    alignas(64) double sums[kSums][kColumns] = {};
+    alignas(64) A staging[kTogether], p[kTogether], q[kTogether], first_p[kTogether], first_q[kTogether];
+    alignas(64) A few[kSums][kTogether] = {};
+    alignas(64) double sums[kSums][kTogether] = {};
     int64_t counted = 0;
     const auto flush = [&] {
         for (int k = 0; k < kSums; ++k)
@@ -72,11 +72,11 @@ FKD_NOINLINE void column_block(const ColumnArgs& args, int64_t start, int64_t n)
 } // namespace
 
 void dist_columns(const ColumnArgs& args) {
-    const int64_t blocks = (args.classes + kColumns - 1) / kColumns;
-    const int threads = useful_threads(args.threads, blocks, args.rows * kColumns);
+    const int64_t blocks = (args.classes + kTogether - 1) / kTogether;
+    const int threads = useful_threads(args.threads, blocks, args.rows * kTogether);
     share_out(threads, blocks, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-            const int64_t start = i * kColumns, rest = args.classes - start, n = rest < kColumns ? rest : kColumns;
+            const int64_t start = i * kTogether, rest = args.classes - start, n = rest < kTogether ? rest : kTogether;
             args.accumulate == kFloat64 ? column_block<double>(args, start, n) : column_block<float>(args, start, n);
         }
     });

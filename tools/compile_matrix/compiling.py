@@ -19,9 +19,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fused_kd.backends.triton.launch import Launch
+from fused_kd.core.catalogue import BITS
 from tools.compile_matrix import cases
 from tools.compile_matrix.calls import Call
 from tools.compile_matrix.rules import ONE_INPUT, RANKED_SHARED, SHARED_LIMIT, Row, problems
+
+TEACHER = BITS["teacher"]
 
 
 def compile_triton(case: Call, number: int, capability: int, loss: str) -> Row:
@@ -53,7 +56,7 @@ def compile_triton(case: Call, number: int, capability: int, loss: str) -> Row:
         "vector": 2 * most if aligned else 2,
         "element_bytes": case.element_bytes,
         # Tf-KD reads the student's logits alone, and so do the kernels before and after USKD's ranking.
-        "inputs": 1 if launch.options.get("LOSS") == 4 or launch.kernel in ONE_INPUT else 2,
+        "inputs": 2 if launch.kernel not in ONE_INPUT and launch.options.get("LOSS", TEACHER) & TEACHER else 1,
         "writes": launch.options.get("GRAD", True),
         "instructions": report.instructions,
         "exponentials": report.exponentials,

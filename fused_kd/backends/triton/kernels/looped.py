@@ -200,13 +200,13 @@ def rows_looped(
 
     s_y = tl.load(at(student_head, y, student_col, UNIT), mask=counted, other=0.0).to(ACC)
     t_y = s_y
-    if LOSS & TEACHER:
+    if TEACHER & LOSS:
         t_y = tl.load(at(teacher_head, y, teacher_col, UNIT), mask=counted, other=0.0).to(ACC)
     if PROB:
         valid = 1.0 + 0.0 * (merged.v_sum + v_y)
     sums, of_rows, constants = merged, merged, merged
     of_column = tl.zeros([1], ACC)
-    if LOSS & POINTWISE:
+    if POINTWISE & LOSS:
         of_rows = softmaxes(merged, s_y, t_y, states, rows, one_row, counted, scales, COLUMNS)
         constants = Constants(weights.first, 1.0 / classes.to(ACC))
         of_column = column_part(correlations, correlation_items, weights, classes, ACC, COLUMNS, BLOCK)
@@ -249,7 +249,7 @@ def rows_looped(
     if GRAD:
         by = of_gradient * gradient_scale(counts, target_row, count_items, ignore_index, scale, ACC, COUNT, HALF)
         scaled = scaled_by(gradient_of, by)
-        if LOSS & POINTWISE:
+        if POINTWISE & LOSS:
             more = Slopes(more.by_1 * by, more.by_2 * by, more.by_column * by, more.offset * by)
         gradient_head = gradient + (row * classes + head) // VEC * VEC
         dtype = gradient.dtype.element_ty

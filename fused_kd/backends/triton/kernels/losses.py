@@ -215,7 +215,7 @@ def coefficients(
         soft, sharp, teacher, at_y = tl.zeros_like(raw), tl.zeros_like(raw), tl.zeros_like(raw), tl.zeros_like(raw)
     slope = tl.zeros_like(soft)
     more, with_s = Slopes(slope, slope, slope, slope), slope
-    if LOSS & POINTWISE:
+    if POINTWISE & LOSS:
         one, more, with_s = pointwise(sums, own, weights, LOSS, STD)
         two = tl.zeros_like(one) + column
     possible = s_y != _NEG_INF
@@ -228,13 +228,13 @@ def coefficients(
         centred = tl.where(possible, s_y - mean, 0.0)
         with_z = (
             with_s
-            if LOSS & POINTWISE
+            if POINTWISE & LOSS
             else soft * stats.w_soft + sharp * w_sharp + teacher * stats.w_teacher + at_y * centred
         )
         flat = deviation == 0.0
         slope = tl.where(flat, 0.0, f * f * with_z / (tl.maximum(number - 1.0, 1.0) * tl.where(flat, 1.0, deviation)))
         soft, sharp, teacher, at_y = soft * f, sharp * f, teacher * f, at_y * f - slope * centred
-        if LOSS & POINTWISE:
+        if POINTWISE & LOSS:
             more = Slopes(more.by_1 * f, more.by_2 * f, more.by_column * f, more.offset * f)
     if not RAW:  # the CE's exponentials are the sharp ones
         sharp += raw

@@ -203,7 +203,7 @@ def rows_on_chip(
     s_y = tl.load(at(student_base, y, student_col, UNIT), mask=counted, other=0.0).to(ACC)
     t = s
     t_y = s_y
-    if LOSS & TEACHER:
+    if TEACHER & LOSS:
         t = tl.load(at(teacher_base[:, None], cols, teacher_col, UNIT), mask=mask, other=_NEG_INF).to(ACC)
         t_y = tl.load(at(teacher_base, y, teacher_col, UNIT), mask=counted, other=0.0).to(ACC)
     s_moments = Moments(s_y, s_y, s_y)
@@ -227,7 +227,7 @@ def rows_on_chip(
         valid = 1.0 + 0.0 * (stats.v_sum + v_y)
     sums = stats
     of_column = tl.zeros([1], ACC)
-    if LOSS & POINTWISE:
+    if POINTWISE & LOSS:
         of_rows = softmaxes(stats, s_y, t_y, states, rows, row, counted, scales, COLUMNS)
         of_columns = load_columns(columns, cols, cols < classes, classes, True, COLUMNS)
         # At the target its distance from the mean is read, and with COLUMNS it is a class as any other.
@@ -261,7 +261,7 @@ def rows_on_chip(
         scaled = scaled_by(gradient_of, by)
         g = combine(s, t, v, stats, scaled, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
         g = tl.where(is_target, scaled.target[:, None], g)
-        if LOSS & POINTWISE:
+        if POINTWISE & LOSS:
             more = Slopes(more.by_1 * by, more.by_2 * by, more.by_column * by, more.offset * by)
             g = add_slopes(
                 g, s_tile, t_tile, of_columns, is_target, stats, of_rows, constants, more, scales, LOSS, STD, COLUMNS

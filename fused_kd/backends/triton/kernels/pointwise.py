@@ -194,7 +194,7 @@ def add_sums(
     q, log_q = _softmax_tile(t, is_target, stats.t_max, of_rows[1], scales.soft_t, STD, COLUMNS)
     one, two, three = _summed(p, q, log_p, log_q, constants, LOSS)
     x_1 += tl.sum(tl.where(inside, one, 0.0), 1)
-    if (LOSS & ONE_SLOPE) == 0:
+    if (ONE_SLOPE & LOSS) == 0:
         x_2 += tl.sum(tl.where(inside, two, 0.0), 1)
     x_3 += tl.sum(tl.where(inside, three, 0.0), 1)
     f_1, f_2 = _slopes(p, q, log_p, log_q, constants, LOSS)
@@ -203,7 +203,7 @@ def add_sums(
     by_1 = tl.where(none, 0.0, p * f_1)
     by_2 = tl.where(none, 0.0, p * f_2)
     y_1 += tl.sum(by_1, 1)
-    y_2 += tl.sum(tl.where(none, 0.0, p) if LOSS & ONE_SLOPE else by_2, 1)
+    y_2 += tl.sum(tl.where(none, 0.0, p) if ONE_SLOPE & LOSS else by_2, 1)
     by_column = p
     if COLUMNS:
         by_column = tl.where(none, 0.0, p * _column_slope(columns, p, q))
@@ -212,7 +212,7 @@ def add_sums(
         centred = tl.where(none, 0.0, s - scales.mean_s[:, None])
         w += tl.sum(tl.where(none, 0.0, p * centred), 1)
         w_1 += tl.sum(by_1 * centred, 1)
-        if (LOSS & ONE_SLOPE) == 0:
+        if (ONE_SLOPE & LOSS) == 0:
             w_2 += tl.sum(by_2 * centred, 1)
         if COLUMNS:
             w_column += tl.sum(by_column * centred, 1)
@@ -240,7 +240,7 @@ def pointwise(sums, own, weights, LOSS: tl.constexpr, STD: tl.constexpr):
     if own is not None:
         c_1, c_2 = c_1 * own, c_2 * own
     by = 1.0 / weights.temperature
-    if LOSS & ONE_SLOPE:
+    if ONE_SLOPE & LOSS:
         # The p_k add up to 1 but for their rounding, which times a slope of 7 is more than a saturated row's gradient
         # may be off: it is in both sums, and leaves their quotient.
         mean_slope = c_1 * (sums.by_1 / sums.by_2)
@@ -271,7 +271,7 @@ def add_slopes(
     q, log_q = _softmax_tile(t, is_target, stats.t_max, of_rows[1], scales.soft_t, STD, COLUMNS)
     f_1, f_2 = _slopes(p, q, log_p, log_q, constants, LOSS)
     h = more.by_1[:, None] * f_1 + more.offset[:, None]
-    if (LOSS & ONE_SLOPE) == 0:
+    if (ONE_SLOPE & LOSS) == 0:
         h += more.by_2[:, None] * f_2
     if COLUMNS:
         h += more.by_column[:, None] * _column_slope(columns, p, q)

@@ -106,18 +106,18 @@ def _rescale(stats, m_s, m_t, scales, LOSS: tl.constexpr, SINGLE: tl.constexpr):
     s_raw = s_raw * tl.exp2(down_s * LOG2E)
     v_cross = v_cross + moved_s * v_sum
     linear = linear + moved_s * number
-    if LOSS & TEACHER:
+    if TEACHER & LOSS:
         down_t = old_t - zero_if_empty(m_t)
         moved_t = tl.where(old_t == _NEG_INF, 0.0, down_t)
         factor_t = tl.exp2(down_t * soft_t)
-        if (LOSS & POINTWISE) == 0:
+        if (POINTWISE & LOSS) == 0:
             moved = moved_s * soft_s
-            if LOSS & DIVERGENCE:
+            if DIVERGENCE & LOSS:
                 moved -= moved_t * soft_t
             cross = tl.where(factor_t == 0.0, 0.0, factor_t * (cross + moved * t_soft))
         t_soft = t_soft * factor_t
         w_teacher = w_teacher * factor_t
-        if (not SINGLE) and ((LOSS & POINTWISE) == 0):
+        if (not SINGLE) and ((POINTWISE & LOSS) == 0):
             t_sharp = t_sharp * tl.exp2(down_t * sharp_t)
         v_cross_t = v_cross_t + moved_t * v_sum
     return Statistics(
@@ -153,7 +153,7 @@ def accumulate(
     """Add tiles (lanes, classes) to the statistics of their lanes; ``present`` marks the classes to be counted."""
     soft_s, soft_t, sharp_s, sharp_t, mean = scales
     m_s = tl.maximum(stats.s_max, tl.max(s, 1))
-    m_t = tl.maximum(stats.t_max, tl.max(t, 1)) if LOSS & TEACHER else stats.t_max
+    m_t = tl.maximum(stats.t_max, tl.max(t, 1)) if TEACHER & LOSS else stats.t_max
     (
         m_s, s_soft, s_sharp, m_t, t_soft, t_sharp, cross, v_sum, v_cross, v_cross_t, linear, number, s_raw,
         w_soft, w_sharp, w_teacher,
@@ -162,35 +162,35 @@ def accumulate(
     u = d_s * per_row(soft_s, STD)
     e = tl.exp2(u)
     s_soft += tl.sum(e, 1)
-    if STD and ((LOSS & POINTWISE) == 0):
+    if STD and ((POINTWISE & LOSS) == 0):
         centred = tl.where(s == _NEG_INF, 0.0, s - mean[:, None])
         w_soft += tl.sum(e * centred, 1)
     if not SINGLE:
         sharp = tl.exp2(d_s * per_row(sharp_s, STD))
         s_sharp += tl.sum(sharp, 1)
-        if STD and ((LOSS & POINTWISE) == 0):
+        if STD and ((POINTWISE & LOSS) == 0):
             w_sharp += tl.sum(sharp * centred, 1)
     if RAW:
         s_raw += tl.sum(tl.exp2(d_s * LOG2E), 1)
-    if LOSS & TEACHER:
+    if TEACHER & LOSS:
         d_t = t - zero_if_empty(m_t)[:, None]
         u_t = d_t * per_row(soft_t, STD)
         f = tl.exp2(u_t)
         t_soft += tl.sum(f, 1)
-        if LOSS & DIVERGENCE:
+        if DIVERGENCE & LOSS:
             u = u - u_t
-        if (LOSS & POINTWISE) == 0:
+        if (POINTWISE & LOSS) == 0:
             # 0 log 0 = 0: an impossible class costs only where the teacher gives it mass.
             cross += tl.sum(f * tl.where(f == 0.0, 0.0, u), 1)
             if STD:
                 w_teacher += tl.sum(f * centred, 1)
         if not SINGLE:
-            if ((LOSS & DIVERGENCE) == 0) and ((LOSS & POINTWISE) == 0):
+            if ((DIVERGENCE & LOSS) == 0) and ((POINTWISE & LOSS) == 0):
                 t_sharp += tl.sum(tl.exp2(d_t * per_row(sharp_t, STD)), 1)
     if PROB:
         v_sum += tl.sum(v, 1)
         v_cross += tl.sum(v * tl.where(v == 0.0, 0.0, d_s), 1)
-        if LOSS & TEACHER_CE:
+        if TEACHER_CE & LOSS:
             v_cross_t += tl.sum(v * tl.where(v == 0.0, 0.0, d_t), 1)
     if LINEAR:
         linear += tl.sum(tl.where(present, d_s, 0.0), 1)
@@ -240,13 +240,13 @@ def make_scales(temperature, s_moments, t_moments, k, LOSS: tl.constexpr, STD: t
         soft_s = sharp_s / temperature
         soft_t = sharp_t / temperature
         mean = s_moments.mean
-        if (LOSS & SHARP) == 0:  # whose sharp exponentials are the CE's
+        if (SHARP & LOSS) == 0:  # whose sharp exponentials are the CE's
             sharp_s = tl.zeros_like(sharp_s) + k
             sharp_t = tl.zeros_like(sharp_t) + k
     else:
         sharp_s = k
         sharp_t = k
-        soft_s = k if LOSS & AT_ONE else k / temperature
+        soft_s = k if AT_ONE & LOSS else k / temperature
         soft_t = soft_s
         mean = k
     return Scales(soft_s, soft_t, sharp_s, sharp_t, mean)
@@ -281,7 +281,7 @@ def combine(
     soft, sharp, teacher, raw, v_weight, constant, slope, _at_target = coefficients
     soft_s, soft_t, sharp_s, _sharp_t, mean = scales
     d_s = s - zero_if_empty(stats.s_max)[:, None]
-    if SINGLE or ((LOSS & POINTWISE) == 0):
+    if SINGLE or ((POINTWISE & LOSS) == 0):
         g = soft[:, None] * tl.exp2(d_s * per_row(soft_s, STD))
         if not SINGLE:
             g += sharp[:, None] * tl.exp2(d_s * per_row(sharp_s, STD))
@@ -289,7 +289,7 @@ def combine(
         g = sharp[:, None] * tl.exp2(d_s * per_row(sharp_s, STD))
     if RAW:
         g += raw[:, None] * tl.exp2(d_s * LOG2E)
-    if ((LOSS & TEACHER) != 0) and ((LOSS & POINTWISE) == 0):
+    if ((TEACHER & LOSS) != 0) and ((POINTWISE & LOSS) == 0):
         d_t = t - zero_if_empty(stats.t_max)[:, None]
         g += teacher[:, None] * tl.exp2(d_t * per_row(soft_t, STD))
     if PROB:

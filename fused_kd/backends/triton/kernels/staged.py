@@ -257,7 +257,7 @@ def piece_statistics(
     s_y = tl.load(at(bases[0], y, student_col, UNIT), mask=here, other=0.0).to(ACC)
     tl.store(out + 16 * rows + row, s_y)
     t_y = tl.zeros([1], ACC)
-    if LOSS & TEACHER:
+    if TEACHER & LOSS:
         t_y = tl.load(at(bases[1], y, teacher_col, UNIT), mask=here, other=0.0).to(ACC)
     tl.store(out + 17 * rows + row, t_y)
     v_y = tl.zeros([1], ACC)
@@ -387,7 +387,7 @@ def piece_gradient(
     if PROB:
         valid = 1.0 + 0.0 * (stats.v_sum + v_y)
     all_sums, of_rows, constants = stats, stats, stats
-    if LOSS & POINTWISE:
+    if POINTWISE & LOSS:
         of_rows = softmaxes(stats, s_y, t_y, statistics, rows, row, counted, scales, False)
         constants = Constants(weights.first, 1.0 / num_classes.to(ACC))
         all_sums = PointwiseSums(
@@ -417,7 +417,7 @@ def piece_gradient(
     store_parts(parts, parts, parts, 0.0, rows, row, row < rows, part_y, part_rest, part_ce, False)
     by = of_gradient * tl.full((), scale, ACC)
     scaled = scaled_by(gradient_of, by)
-    if LOSS & POINTWISE:
+    if POINTWISE & LOSS:
         more = Slopes(more.by_1 * by, more.by_2 * by, more.by_column * by, more.offset * by)
     out = gradient + program * classes
     dtype = gradient.dtype.element_ty

@@ -55,7 +55,7 @@ def load_tiles(
     """Tiles of s, t and v at offsets from their bases."""
     s = load_part(bases[0], offsets, strides[0], mask, MASKED, UNIT, LAST, ACC)
     t = s
-    if LOSS & TEACHER:
+    if TEACHER & LOSS:
         t = load_part(bases[1], offsets, strides[1], mask, MASKED, UNIT, LAST, ACC)
     v = s
     if PROB:
@@ -125,7 +125,7 @@ def gradient_tile(
     g = combine(s, t, v, stats, scaled, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
     if target_here:
         g = tl.where(is_target, scaled.target[:, None], g)
-    if LOSS & POINTWISE:
+    if POINTWISE & LOSS:
         tile = load_columns(columns, offsets, mask, classes, MASKED, COLUMNS)
         g = add_slopes(g, s, t, tile, is_target, stats, of_rows, constants, more, scales, LOSS, STD, COLUMNS)
     return g
