@@ -45,7 +45,8 @@ def test_a_row_loss_has_one_number():
     (enum,) = re.findall(r"enum RowLoss[^{]*\{([^}]*)\}", (ROOT / "csrc/losses/row_losses.h").read_text())
     numbers = {name.lower(): int(number) for name, number in re.findall(r"k(\w+) = (\d+)", enum)}
     assert numbers == {name.replace("_", ""): kind for name, kind in kinds.items()}
-    kernels = (ROOT / "fused_kd/backends/triton/kernels/rows.py").read_text()
+    folder = ROOT / "fused_kd/backends/triton/kernels"
+    kernels = "".join((folder / name).read_text() for name in ("losses.py", "pointwise.py"))
     for name in kinds:
         assert f'{name.upper()} = tl.constexpr(NUMBERS["{name}"])' in kernels, name
 

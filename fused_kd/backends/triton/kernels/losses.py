@@ -15,22 +15,18 @@ import triton
 import triton.language as tl
 
 from fused_kd.backends.triton.kernels.pointwise import pointwise
-from fused_kd.backends.triton.kernels.rows import (
-    DKD,
-    KD,
-    LN2,
-    LOG2E,
-    NKD,
-    POINTWISE,
-    TF_KD,
-    WSLD,
-    join_target,
-    times,
-)
+from fused_kd.backends.triton.kernels.rows import LN2, LOG2E, POINTWISE, join_target, times
 from fused_kd.backends.triton.kernels.values import Coefficients, Slopes
+from fused_kd.core.catalogue import NUMBERS
 
 _NEG_INF = tl.constexpr(float("-inf"))
 _INF = tl.constexpr(float("inf"))
+#: LOSS is one of these, or one of :mod:`.pointwise`.
+NKD = tl.constexpr(NUMBERS["nkd"])
+KD = tl.constexpr(NUMBERS["kd"])
+DKD = tl.constexpr(NUMBERS["dkd"])
+WSLD = tl.constexpr(NUMBERS["wsld"])
+TF_KD = tl.constexpr(NUMBERS["tf_kd"])
 
 
 @triton.jit

@@ -25,10 +25,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_kd.backends.triton.kernels.rows import DIST, JS, LN2, ONE_SLOPE, join_target, per_row, zero_if_empty
+from fused_kd.backends.triton.kernels.rows import LN2, ONE_SLOPE, join_target, per_row, zero_if_empty
 from fused_kd.backends.triton.kernels.values import PointwiseSums, Slopes
+from fused_kd.core.catalogue import NUMBERS
 
 _NEG_INF = tl.constexpr(float("-inf"))
+DIST = tl.constexpr(NUMBERS["dist"])
+JS = tl.constexpr(NUMBERS["js"])
 
 
 @triton.jit

@@ -23,22 +23,14 @@ import triton
 import triton.language as tl
 
 from fused_kd.backends.triton.kernels.values import Coefficients, Moments, Scales, Statistics
-from fused_kd.core.catalogue import BITS, NUMBERS
+from fused_kd.core.catalogue import BITS
 
 # NaN is no constant of a module here: the JIT compares these with != at every launch, and would refuse the second.
 _NEG_INF = tl.constexpr(float("-inf"))
 _INF = tl.constexpr(float("inf"))
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
-#: The row losses, for the switches of :mod:`.losses` and :mod:`.pointwise`; LOSS is one of these numbers.
-NKD = tl.constexpr(NUMBERS["nkd"])
-KD = tl.constexpr(NUMBERS["kd"])
-DKD = tl.constexpr(NUMBERS["dkd"])
-WSLD = tl.constexpr(NUMBERS["wsld"])
-TF_KD = tl.constexpr(NUMBERS["tf_kd"])
-DIST = tl.constexpr(NUMBERS["dist"])
-JS = tl.constexpr(NUMBERS["js"])
-#: What a loss needs, bits of its number: see :data:`fused_kd.core.catalogue.NEEDS`.
+#: What a loss needs, bits of its number, LOSS: see :data:`fused_kd.core.catalogue.NEEDS`.
 TEACHER = tl.constexpr(BITS["teacher"])
 SHARP = tl.constexpr(BITS["sharp"])
 DIVERGENCE = tl.constexpr(BITS["divergence"])
