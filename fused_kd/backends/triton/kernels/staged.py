@@ -18,28 +18,21 @@ import triton.language as tl
 
 from fused_kd.backends.triton.kernels.losses import coefficients
 from fused_kd.backends.triton.kernels.on_chip import all_weights, at, store_parts
+from fused_kd.backends.triton.kernels.pieces import SUMS, merged_piece_sums, merged_scales, merged_statistics
 from fused_kd.backends.triton.kernels.pointwise import merge_sums, no_sums, softmaxes
 from fused_kd.backends.triton.kernels.rows import (
-    LOG2E,
     POINTWISE,
     TEACHER,
     empty_statistics,
     load_factor,
     load_index,
-    make_scales,
     merge_lanes,
     narrowed,
     scaled_by,
-    zero_if_empty,
 )
 from fused_kd.backends.triton.kernels.tiles import accumulate_others, gradient_tile, load_tiles, row_moments, sum_tile
-from fused_kd.backends.triton.kernels.values import Constants, Moments, PointwiseSums, Slopes, Statistics
+from fused_kd.backends.triton.kernels.values import Constants, Slopes
 
-_NEG_INF = tl.constexpr(float("-inf"))
-#: Fields of a row: of both logits' moments, of the statistics with the target's three, and of the sums.
-MOMENTS = tl.constexpr(6)
-STATISTICS = tl.constexpr(19)
-SUMS = tl.constexpr(10)
 RUNTIME = [
     "rows",
     "classes",
@@ -74,79 +67,6 @@ def _lanes(LANES: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr):
     LANE_STEP: tl.constexpr = WIDTH if VEC > 1 else 1
     WIDTH_STEP: tl.constexpr = 1 if VEC > 1 else LANES
     return tl.arange(0, LANES)[:, None] * LANE_STEP + tl.arange(0, WIDTH)[None, :] * WIDTH_STEP
-
-
-@triton.jit
-def _field(found, which, fields, pieces, rows, row, other, PIECES: tl.constexpr):
-    """Of the pieces, (PIECES,)."""
-    piece = tl.arange(0, PIECES)
-    return tl.load(found + (piece * fields + which) * rows + row, mask=piece < pieces, other=other)
-
-
-@triton.jit
-def _total(x):
-    return tl.sum(x, 0, keep_dims=True)
-
-
-@triton.jit
-def _merged_moments(found, first, pieces, rows, row, PIECES: tl.constexpr):
-    """Of the student's logits (first = 0) or the teacher's (3), Chan's formula."""
-    number = _field(found, first, MOMENTS, pieces, rows, row, 0.0, PIECES)
-    mean = _field(found, first + 1, MOMENTS, pieces, rows, row, 0.0, PIECES)
-    square = _field(found, first + 2, MOMENTS, pieces, rows, row, 0.0, PIECES)
-    # About one of the means, so that a constant row comes out as one.
-    about = zero_if_empty(tl.max(tl.where(number > 0.0, mean, _NEG_INF), 0, keep_dims=True))
-    total = _total(number)
-    merged = about + _total(tl.where(number > 0.0, number * (mean - about), 0.0)) / tl.maximum(total, 1.0)
-    shift = tl.where(number > 0.0, mean - merged, 0.0)
-    deviation = tl.sqrt(_total(square + number * shift * shift) / tl.maximum(total - 1.0, 1.0))
-    return Moments(merged, deviation, total)
-
-
-@triton.jit
-def _scales(
-    moments, pieces, rows, row, temperature, PIECES: tl.constexpr, LOSS: tl.constexpr, STD: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
-    """The scales, and the moments of the student's row."""
-    k = tl.full((), LOG2E, ACC)
-    if STD:
-        s_moments = _merged_moments(moments, 0, pieces, rows, row, PIECES)
-        t_moments = _merged_moments(moments, 3, pieces, rows, row, PIECES)
-    else:
-        zero = tl.zeros([1], ACC)
-        s_moments = Moments(zero, zero, zero)
-        t_moments = s_moments
-    return make_scales(temperature, s_moments, t_moments, k, LOSS, STD), s_moments
-
-
-@triton.jit
-def _merged_statistics(
-    found, pieces, rows, row, scales, PIECES: tl.constexpr, LOSS: tl.constexpr, SINGLE: tl.constexpr
-):
-    """The row's statistics, and the target's logits and probability, which one of the pieces has."""
-    stats = Statistics(
-        _field(found, 0, STATISTICS, pieces, rows, row, _NEG_INF, PIECES),
-        _field(found, 1, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 2, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 3, STATISTICS, pieces, rows, row, _NEG_INF, PIECES),
-        _field(found, 4, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 5, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 6, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 7, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 8, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 9, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 10, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 11, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 12, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 13, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 14, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 15, STATISTICS, pieces, rows, row, 0.0, PIECES),
-    )
-    s_y = _total(_field(found, 16, STATISTICS, pieces, rows, row, 0.0, PIECES))
-    t_y = _total(_field(found, 17, STATISTICS, pieces, rows, row, 0.0, PIECES))
-    v_y = _total(_field(found, 18, STATISTICS, pieces, rows, row, 0.0, PIECES))
-    return merge_lanes(stats, scales, LOSS, SINGLE), s_y, t_y, v_y
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -241,7 +161,7 @@ def piece_statistics(
         labels + program * (labels_row // VEC * VEC),
     )
     strides = (student_col, teacher_col, labels_col)
-    scales, _s_moments = _scales(moments, pieces, rows, row, temperature, PIECES, LOSS, STD, ACC)
+    scales, _s_moments = merged_scales(moments, pieces, rows, row, temperature, PIECES, LOSS, STD, ACC)
     lane = _lanes(LANES, WIDTH, VEC)
     stats = empty_statistics(LANES, ACC)
     for start in range(0, end, LANES * WIDTH):
@@ -308,8 +228,8 @@ def piece_sums(
     end = classes * tl.max(counted.to(tl.int32), 0)
     bases = (student + program * (student_row // VEC * VEC), teacher + program * (teacher_row // VEC * VEC), student)
     strides = (student_col, teacher_col, student_col)
-    scales, _s_moments = _scales(moments, pieces, rows, row, temperature, PIECES, LOSS, STD, ACC)
-    stats, s_y, t_y, _v_y = _merged_statistics(statistics, pieces, rows, row, scales, PIECES, LOSS, SINGLE)
+    scales, _s_moments = merged_scales(moments, pieces, rows, row, temperature, PIECES, LOSS, STD, ACC)
+    stats, s_y, t_y, _v_y = merged_statistics(statistics, pieces, rows, row, scales, PIECES, LOSS, SINGLE)
     of_rows = softmaxes(stats, s_y, t_y, statistics, rows, row, counted, scales, False)
     constants = Constants(tl.full((), first, ACC), 1.0 / num_classes.to(ACC))
     lane = _lanes(LANES, WIDTH, VEC)
@@ -382,26 +302,15 @@ def piece_gradient(
         labels + program * (labels_row // VEC * VEC),
     )
     strides = (student_col, teacher_col, labels_col)
-    scales, s_moments = _scales(moments, pieces, rows, row, weights.temperature, PIECES, LOSS, STD, ACC)
-    stats, s_y, t_y, v_y = _merged_statistics(statistics, pieces, rows, row, scales, PIECES, LOSS, SINGLE)
+    scales, s_moments = merged_scales(moments, pieces, rows, row, weights.temperature, PIECES, LOSS, STD, ACC)
+    stats, s_y, t_y, v_y = merged_statistics(statistics, pieces, rows, row, scales, PIECES, LOSS, SINGLE)
     if PROB:
         valid = 1.0 + 0.0 * (stats.v_sum + v_y)
     all_sums, of_rows, constants = stats, stats, stats
     if POINTWISE & LOSS:
         of_rows = softmaxes(stats, s_y, t_y, statistics, rows, row, counted, scales, False)
         constants = Constants(weights.first, 1.0 / num_classes.to(ACC))
-        all_sums = PointwiseSums(
-            _total(_field(sums, 0, SUMS, pieces, rows, row, 0.0, PIECES)),
-            _total(_field(sums, 1, SUMS, pieces, rows, row, 0.0, PIECES)),
-            _total(_field(sums, 2, SUMS, pieces, rows, row, 0.0, PIECES)),
-            _total(_field(sums, 3, SUMS, pieces, rows, row, 0.0, PIECES)),
-            _total(_field(sums, 4, SUMS, pieces, rows, row, 0.0, PIECES)),
-            _total(_field(sums, 5, SUMS, pieces, rows, row, 0.0, PIECES)),
-            _total(_field(sums, 6, SUMS, pieces, rows, row, 0.0, PIECES)),
-            _total(_field(sums, 7, SUMS, pieces, rows, row, 0.0, PIECES)),
-            _total(_field(sums, 8, SUMS, pieces, rows, row, 0.0, PIECES)),
-            _total(_field(sums, 9, SUMS, pieces, rows, row, 0.0, PIECES)),
-        )
+        all_sums = merged_piece_sums(sums, pieces, rows, row, PIECES)
     part_y, part_rest, part_ce, gradient_of, more = coefficients(
         stats, all_sums, tl.zeros([1], ACC), None, s_y, t_y, v_y, weights, scales, s_moments, num_classes,
         LOSS, SINGLE, PROB, STD, LINEAR, RAW,

@@ -1,0 +1,104 @@
+# mypy: ignore-errors
+# Triton compiles these functions; to a type checker they are not Python.
+"""What the pieces of a row have found, (pieces, fields, rows), merged: for :mod:`.staged`."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fused_kd.backends.triton.kernels.rows import LOG2E, make_scales, merge_lanes, zero_if_empty
+from fused_kd.backends.triton.kernels.values import Moments, PointwiseSums, Statistics
+
+_NEG_INF = tl.constexpr(float("-inf"))
+#: Fields of a row: of both logits' moments, of the statistics with the target's three, and of the sums.
+MOMENTS = tl.constexpr(6)
+STATISTICS = tl.constexpr(19)
+SUMS = tl.constexpr(10)
+
+
+@triton.jit
+def _field(found, which, fields, pieces, rows, row, other, PIECES: tl.constexpr):
+    """Of the pieces, (PIECES,)."""
+    piece = tl.arange(0, PIECES)
+    return tl.load(found + (piece * fields + which) * rows + row, mask=piece < pieces, other=other)
+
+
+@triton.jit
+def _total(x):
+    return tl.sum(x, 0, keep_dims=True)
+
+
+@triton.jit
+def _merged_moments(found, first, pieces, rows, row, PIECES: tl.constexpr):
+    """Of the student's logits (first = 0) or the teacher's (3), Chan's formula."""
+    number = _field(found, first, MOMENTS, pieces, rows, row, 0.0, PIECES)
+    mean = _field(found, first + 1, MOMENTS, pieces, rows, row, 0.0, PIECES)
+    square = _field(found, first + 2, MOMENTS, pieces, rows, row, 0.0, PIECES)
+    # About one of the means, so that a constant row comes out as one.
+    about = zero_if_empty(tl.max(tl.where(number > 0.0, mean, _NEG_INF), 0, keep_dims=True))
+    total = _total(number)
+    merged = about + _total(tl.where(number > 0.0, number * (mean - about), 0.0)) / tl.maximum(total, 1.0)
+    shift = tl.where(number > 0.0, mean - merged, 0.0)
+    deviation = tl.sqrt(_total(square + number * shift * shift) / tl.maximum(total - 1.0, 1.0))
+    return Moments(merged, deviation, total)
+
+
+@triton.jit
+def merged_scales(
+    moments, pieces, rows, row, temperature, PIECES: tl.constexpr, LOSS: tl.constexpr, STD: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """The scales, and the moments of the student's row."""
+    k = tl.full((), LOG2E, ACC)
+    if STD:
+        s_moments = _merged_moments(moments, 0, pieces, rows, row, PIECES)
+        t_moments = _merged_moments(moments, 3, pieces, rows, row, PIECES)
+    else:
+        zero = tl.zeros([1], ACC)
+        s_moments = Moments(zero, zero, zero)
+        t_moments = s_moments
+    return make_scales(temperature, s_moments, t_moments, k, LOSS, STD), s_moments
+
+
+@triton.jit
+def merged_statistics(found, pieces, rows, row, scales, PIECES: tl.constexpr, LOSS: tl.constexpr, SINGLE: tl.constexpr):
+    """The row's statistics, and the target's logits and probability, which one of the pieces has."""
+    stats = Statistics(
+        _field(found, 0, STATISTICS, pieces, rows, row, _NEG_INF, PIECES),
+        _field(found, 1, STATISTICS, pieces, rows, row, 0.0, PIECES),
+        _field(found, 2, STATISTICS, pieces, rows, row, 0.0, PIECES),
+        _field(found, 3, STATISTICS, pieces, rows, row, _NEG_INF, PIECES),
+        _field(found, 4, STATISTICS, pieces, rows, row, 0.0, PIECES),
+        _field(found, 5, STATISTICS, pieces, rows, row, 0.0, PIECES),
+        _field(found, 6, STATISTICS, pieces, rows, row, 0.0, PIECES),
+        _field(found, 7, STATISTICS, pieces, rows, row, 0.0, PIECES),
+        _field(found, 8, STATISTICS, pieces, rows, row, 0.0, PIECES),
+        _field(found, 9, STATISTICS, pieces, rows, row, 0.0, PIECES),
+        _field(found, 10, STATISTICS, pieces, rows, row, 0.0, PIECES),
+        _field(found, 11, STATISTICS, pieces, rows, row, 0.0, PIECES),
+        _field(found, 12, STATISTICS, pieces, rows, row, 0.0, PIECES),
+        _field(found, 13, STATISTICS, pieces, rows, row, 0.0, PIECES),
+        _field(found, 14, STATISTICS, pieces, rows, row, 0.0, PIECES),
+        _field(found, 15, STATISTICS, pieces, rows, row, 0.0, PIECES),
+    )
+    s_y = _total(_field(found, 16, STATISTICS, pieces, rows, row, 0.0, PIECES))
+    t_y = _total(_field(found, 17, STATISTICS, pieces, rows, row, 0.0, PIECES))
+    v_y = _total(_field(found, 18, STATISTICS, pieces, rows, row, 0.0, PIECES))
+    return merge_lanes(stats, scales, LOSS, SINGLE), s_y, t_y, v_y
+
+
+@triton.jit
+def merged_piece_sums(found, pieces, rows, row, PIECES: tl.constexpr):
+    return PointwiseSums(
+        _total(_field(found, 0, SUMS, pieces, rows, row, 0.0, PIECES)),
+        _total(_field(found, 1, SUMS, pieces, rows, row, 0.0, PIECES)),
+        _total(_field(found, 2, SUMS, pieces, rows, row, 0.0, PIECES)),
+        _total(_field(found, 3, SUMS, pieces, rows, row, 0.0, PIECES)),
+        _total(_field(found, 4, SUMS, pieces, rows, row, 0.0, PIECES)),
+        _total(_field(found, 5, SUMS, pieces, rows, row, 0.0, PIECES)),
+        _total(_field(found, 6, SUMS, pieces, rows, row, 0.0, PIECES)),
+        _total(_field(found, 7, SUMS, pieces, rows, row, 0.0, PIECES)),
+        _total(_field(found, 8, SUMS, pieces, rows, row, 0.0, PIECES)),
+        _total(_field(found, 9, SUMS, pieces, rows, row, 0.0, PIECES)),
+    )
