@@ -65,7 +65,7 @@ def markdown(result: dict[str, Any]) -> str:
         rows.append(row)
     text = (
         "Forward + backward through the public function, each loss with its defaults: median milliseconds of the "
-        f"{label(BASELINE)} form and of fused_kd, how many times as fast that is, and fused_kd's time as a multiple of "
+        f"{label(BASELINE)} form and of fused_kd, the speedup, and fused_kd's time as a multiple of "
         "its time for NKD in the same run."
     )
     for part in result["losses"]:

@@ -188,22 +188,22 @@ def markdown(result: dict[str, Any]) -> str:
     """The README's block: speed of each loss, memory and accuracy of each, then what it was measured on."""
     parts = result["losses"]
     paragraphs = [
-        "Forward + backward through the public function: median milliseconds, and in brackets how many times as long "
-        "as fused_kd it takes. F.cross_entropy, of the student's logits alone, is a yardstick: it computes less.",
+        "Forward + backward through the public function: median milliseconds, and in brackets the time as a multiple "
+        "of fused_kd's. F.cross_entropy of the student's logits alone is a yardstick: it computes less.",
     ]
     for part in parts:
         paragraphs += [f"**{part['title']}**", _speed_table(part)]
         ranked = [case for case in part["cases"] if "ranking" in case]
         if ranked:
             paragraphs += [
-                f"The ranking of the {part['title']} alone, milliseconds, the same float32 keys for both, and what "
-                "share that is of fused_kd's time above:",
+                f"The ranking of the {part['title']} alone, in milliseconds, on the same float32 keys for both, and "
+                "its share of fused_kd's time above:",
                 _ranking_markdown(ranked),
             ]
     paragraphs.append(
-        "Memory beyond the inputs (the gradients are part of the peak), the largest error of fused_kd's gradients "
-        "against float64 relative to the largest entry, and the bytes that must be moved at the least per second as a "
-        "share of the copy bandwidth measured in the same run; more than 100 % means that the data stayed in caches."
+        "Memory beyond the inputs (the gradients are part of the peak); the largest error of fused_kd's gradients "
+        "against float64, relative to the largest entry; and the minimum bytes to be moved, per second, as a share of "
+        "the copy bandwidth measured in the same run. More than 100 % means that the data stayed in caches."
     )
     for part in parts:
         paragraphs += [f"**{part['title']}**", _space_table(part)]
@@ -216,7 +216,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 def provenance(result: dict[str, Any]) -> list[str]:
     """What it was measured on, and what makes it doubtful."""
-    doubts = ["To be doubted: " + "; ".join(result["warnings"]) + "."] if result["warnings"] else []
+    doubts = ["Caveat: " + "; ".join(result["warnings"]) + "."] if result["warnings"] else []
     return [f"Measured on {describe_machine(result)}", *doubts]
 
 

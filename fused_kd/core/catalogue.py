@@ -222,11 +222,11 @@ def markdown_page() -> str:
     return text + f"\n{SHARED}\n"
 
 
-NOTATION = """`p`, `q` and `v` are the softmax of the student's, the teacher's and the weak logits, `y` is the target
-class and `Y` the targets of a mixed label; a hat is the softmax over the others, at temperature T. Every loss adds
-`ce_weight` times the ordinary cross-entropy in the same pass. Generated from `fused_kd/core/catalogue.py`."""
+NOTATION = """`p`, `q` and `v` are the softmax of the student's, the teacher's and the weak logits; `y` is the target
+class and `Y` the targets of a mixed label. A hat denotes the softmax over the other classes, at temperature T. Every
+loss adds `ce_weight` times the ordinary cross-entropy in the same pass. Generated from `fused_kd/core/catalogue.py`."""
 SHARED = """All of them also take `ignore_index=-100`, `reduction="mean"`, `weight=None` (a tensor, one weight per row),
-`class_dim=None` (the last dimension; logits of four or more must say theirs), `backend="auto"` and
+`class_dim=None` (the last dimension; required for logits of four or more), `backend="auto"` and
 `return_parts=False`.
 `fused_kd.decompose` gives the parts of KD, NKD and DKD side by side, for ablations."""
 

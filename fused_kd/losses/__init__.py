@@ -3,8 +3,8 @@ the shape, and the nn.Module of its name, which keeps hyper-parameters, and what
 
 A module takes the function's keyword arguments when it is made and its tensors when it is called. The attributes may be
 changed between calls. Or give a callable in place of a number, for a schedule, ``KDLoss(temperature=schedule.now)``: it
-is called without arguments whenever the loss is. Under ``torch.compile`` let it keep floats: an int that it reads is a
-constant of the graph, which is compiled anew for each.
+is called without arguments whenever the loss is. Under ``torch.compile`` let it keep floats: an int that it reads
+becomes a constant of the graph, and each new value recompiles the graph.
 """
 
 from fused_kd.losses.decompose import decompose

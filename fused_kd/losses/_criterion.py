@@ -17,8 +17,8 @@ Parts = TypeVar("Parts")
 class Criterion(nn.Module):
     """Hyper-parameters as attributes, and a function that takes them as keywords.
 
-    One that is callable is called without arguments, each time that the loss is, for its value then. All others are
-    checked here, and all at each call, as attributes may be changed.
+    A callable one is called without arguments at each call of the loss, for its current value. All others are checked
+    here, and all of them again at each call, since attributes may be changed.
     """
 
     ce_weight: Scheduled

@@ -1,6 +1,6 @@
-"""What the docstrings of the losses have in common, each said once; a function's own has what is the loss's.
+"""What the docstrings of the losses have in common, said once; a function's own has what is particular to its loss.
 
-A function has a docstring of a summary, ``Args:`` and ``Example:``, and where it differs ``Shape:`` and ``Raises:``.
+A function's docstring has a summary, ``Args:`` and ``Example:``, and ``Shape:`` and ``Raises:`` where they differ.
 :func:`documented` puts in what is shared: the arguments that are missing, in the signature's order, and the sections.
 An entry that starts with a plus sign goes on where the shared one ends, or before its full stop.
 """
@@ -22,26 +22,26 @@ _ARGS = r"""
         cross-entropy and ``ignore_index``; without them ``ce_weight`` must be 0 and every row counts.
     temperature: T above.
     ce_weight: Weight of the ordinary cross-entropy, computed in the same pass.
-    label_smoothing: Of the cross-entropy's labels, as in :func:`torch.nn.cross_entropy`.
-    logit_standardization: Put the z-scores of both logits, row by row, into all but the cross-entropy.
+    label_smoothing: Smoothing of the cross-entropy's labels, as in :func:`torch.nn.cross_entropy`.
+    logit_standardization: Use the z-scores of both logits, row by row, in all terms but the cross-entropy.
     ignore_index: Rows with this class index count nowhere and get a zero gradient.
     reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
-    weight: What each row weighs, ``(...)``: a boolean mask, or floating-point, without gradient, at least 0. Not
-        what each class weighs, as in cross_entropy; of as many rows as classes nothing tells. ``"none"`` gives
-        :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
+    weight: Weight of each row, ``(...)``: a boolean mask, or floating-point, without gradient, at least 0. Not a weight
+        per class, as in cross_entropy; with as many rows as classes, no check can tell the two apart. ``"none"``
+        gives :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
         A row of weight 0 adds exactly nothing to the loss and has a zero gradient, whatever it holds.
     class_dim: The dimension of the classes, in the logits and in probability targets; the shapes here have it last.
-        None is the last one, which logits of four or more dimensions must say themselves: 1 for (N, C, H, W), as
+        None is the last one. Logits of four or more dimensions must give it: 1 for (N, C, H, W), as
         :func:`torch.nn.cross_entropy` has them, -1 for (N, H, W, C). Logits whose classes do not lie side by side
-        in memory are copied, but not (N, C, H, W) in ``torch.channels_last``.
+        in memory are copied; (N, C, H, W) in ``torch.channels_last`` needs no copy.
     backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
     return_parts: Return ``(loss, parts)`` with the detached, weighted {parts}, which sum to the loss.
 """
 _INFINITIES = """
     A student's logit of -inf is a class that cannot occur: its probability and its gradient are 0, and 0 log 0
-    is 0. {own} The cross-entropy is +inf where a label other than 0 is there, as label smoothing makes every label.
-    A NaN or a logit of +inf makes the loss and the gradient of its row NaN, and {others}. An ignored row stays 0,
-    whatever it holds. A gradient that is 0 stays 0, whatever comes in from above.
+    is 0. {own} The cross-entropy is +inf if a class at -inf has a label other than 0; label smoothing gives every
+    class one. A NaN or a logit of +inf makes the loss and the gradient of its row NaN, and {others}. An ignored row
+    stays 0, whatever it holds. A gradient that is 0 stays 0 for any incoming gradient.
 """
 #: Of a loss whose distillation has the logarithm of the student's probabilities.
 WITH_A_TEACHER = """A teacher's -inf is a probability of 0. Where the student's is 0 and the teacher's is not, the loss
@@ -52,13 +52,13 @@ _SHAPE = """
 """
 _RAISES = """
     TypeError: An argument has a type or dtype that is not supported.
-    ValueError: Shapes, devices or hyper-parameters do not fit, a tensor requires grad that gets none, or on the CPU
-        a row's probabilities do not sum to 1, give or take 0.02. On a GPU, where checking would stall, in Triton and
-        in a compiled reference they are taken as they are.
-    IndexError: A class index is out of range, on the CPU. On a GPU, where checking would stall, that row is NaN; so
-        is there one whose weight is negative or not finite, else a ValueError.
-    RuntimeError: ``backend`` names one that cannot run here, with the reason; or a fused backend is asked for what
-        only ``"reference"`` can do: a second derivative (create_graph=True, in the backward), forward mode, a
+    ValueError: Shapes, devices or hyper-parameters do not fit; a tensor requires grad but gets none; or, on the CPU,
+        a row's probabilities do not sum to 1, give or take 0.02. On a GPU, where a check would stall, in Triton and
+        in a compiled reference the probabilities are not checked.
+    IndexError: A class index is out of range, on the CPU. On a GPU, where a check would stall, that row is NaN. A
+        weight that is negative or not finite also makes its row NaN there; elsewhere it is a ValueError.
+    RuntimeError: ``backend`` names one that cannot run here; the message says why. Or a fused backend is asked for
+        what only ``"reference"`` can do: a second derivative (create_graph=True, in the backward), forward mode, a
         transform of torch.func, torch.jit.trace or an export to ONNX.
 """
 

@@ -25,13 +25,15 @@ def decompose(
 ) -> Decomposition:
     r"""What KD, NKD and DKD are made of, as sections 5.1 and G of arXiv:2303.13005 take them apart.
 
-    For study, by the reference; with :math:`p, q` the student's and the teacher's softmax, :math:`y` the target class
-    and a hat for the softmax over the others, the parts, unweighted and differentiable in the student, are
+    It is for study, and the reference computes it. With :math:`p, q` the student's and the teacher's softmax, :math:`y`
+    the target class and a hat for the softmax over the others, these are the parts, unweighted and differentiable in
+    the student:
 
     ``kd_target``
         :math:`-T^2 q_y(T) \log p_y(T)`
     ``kd_non_target``
-        :math:`-T^2 \sum_{j \ne y} q_j(T) \log p_j(T)`; with the above KD's cross-entropy, KD plus :math:`T^2 H(q(T))`
+        :math:`-T^2 \sum_{j \ne y} q_j(T) \log p_j(T)`; with the above it is KD's cross-entropy: KD plus
+        :math:`T^2 H(q(T))`
     ``nkd_non_target``
         :math:`-T^2 \sum_{j \ne y} \hat q_j \log \hat p_j`
     ``dkd_binary``

@@ -72,8 +72,8 @@ def dist_loss(
         L_i = T^2 \Bigl(\beta (1 - \rho(p_i, q_i)) + \gamma \bigl(1 - \tfrac{1}{C} \sum_j \rho(p^j, q^j)\bigr)\Bigr)
             + \mathrm{ce\_weight} \cdot \mathrm{CE}(student, target)
 
-    The second term is one number for the batch, which every row that counts is given whole, so that the loss stays the
-    mean of its rows. It needs a batch: of one row it is constant.
+    The second term is one number for the batch. Every row that counts gets all of it, so that the loss stays the mean
+    of its rows. It needs a batch: with one row it is constant.
 
     Args:
         beta: Weight of the correlation along rows (inter-class).
@@ -81,10 +81,10 @@ def dist_loss(
         temperature: +; the paper has 4 for CIFAR-100, 1 for ImageNet.
         ce_weight: Weight of the ordinary cross-entropy.
         ignore_index: Rows with this class index are in no term and get a zero gradient.
-        reduction: + For ``"none"``, unless gamma is 0, what comes in for one row is in every row's gradient: the fused
-            backends compute that in the backward pass, until when both logits and the target are kept and must not
-            change.
-        weight: + In the correlation along columns the others are alike, whatever they weigh.
+        reduction: + For ``"none"``, unless gamma is 0, the incoming gradient of one row enters every row's gradient.
+            The fused backends compute that in the backward pass; until then both logits and the target are kept and
+            must not change.
+        weight: + The correlation along columns counts all other rows alike, whatever their weights.
 
     Example:
         >>> dist_loss(student_logits, teacher_logits, beta=1.0, gamma=1.0).backward()

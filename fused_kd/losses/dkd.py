@@ -68,7 +68,8 @@ def dkd_loss(
         L = T^2 (\alpha \mathrm{KL}(b_t \| b_s) + \beta \mathrm{KL}(\hat q \| \hat p))
             + \mathrm{ce\_weight} \cdot \mathrm{CE}(student, target)
 
-    Without the published code's masks of −1000 and logarithms of rounded probabilities: saturated rows stay finite.
+    There are no masks of −1000 and no logarithms of rounded probabilities, as in the published code, so saturated rows
+    stay finite.
 
     Args:
         target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)`` (mixup, CutMix): DKD then

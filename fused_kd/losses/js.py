@@ -43,9 +43,9 @@ def js_loss(
 
 @documented(
     DistillationParts,
-    """A teacher's -inf is a probability of 0. With beta between 0 and 1 the mixture has what either side has, and the
-    loss stays finite; at 0 it is +inf where the student's probability is 0 and the teacher's is not, at 1 the other way
-    round.""",
+    """A teacher's -inf is a probability of 0. With beta between 0 and 1 the mixture is positive where either side is,
+    and the loss stays finite; at 0 it is +inf where the student's probability is 0 and the teacher's is not, at 1 the
+    other way round.""",
 )
 def js_loss(
     student_logits: Tensor,
@@ -74,7 +74,7 @@ def js_loss(
             + \mathrm{ce\_weight} \cdot \mathrm{CE}(student, target), \quad m = \beta q(T) + (1 - \beta) p(T)
 
     :math:`\beta = 0` is :math:`T^2 \mathrm{KL}(q \| p)`, which is :func:`kd_loss`, and :math:`\beta = 1` is
-    :math:`T^2 \mathrm{KL}(p \| q)`: what the loss divided by :math:`\beta` or :math:`1 - \beta` tends to there.
+    :math:`T^2 \mathrm{KL}(p \| q)`: the limits there of the loss divided by :math:`\beta` or :math:`1 - \beta`.
 
     Args:
         beta: From 0 to 1, as above.

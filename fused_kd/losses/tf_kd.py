@@ -59,14 +59,14 @@ def tf_kd_loss(
     r"""Teacher-free distillation from a virtual teacher (Tf-KD) of Yuan et al., "Revisiting Knowledge Distillation via
     Label Smoothing Regularization" (arXiv:1909.11723).
 
-    The virtual teacher gives the target class ``correct`` and every other class an equal share of the rest, u, softened
-    at temperature T; :math:`p` is the student's softmax at temperature 1:
+    The virtual teacher gives the target class ``correct`` and every other class an equal share of the rest. These
+    numbers, u, are softened at temperature T; :math:`p` is the student's softmax at temperature 1:
 
     .. math::
         L = \mathrm{KL}(\mathrm{softmax}(u / T) \| p) + \mathrm{ce\_weight} \cdot \mathrm{CE}(student, target)
 
-    Divided by the number of rows; the published code divides by N·C. Tf-KD's other form, a frozen copy of the student
-    as teacher, is :func:`kd_loss`.
+    The mean divides by the number of rows; the published code divides by N·C. For Tf-KD's other form, with a frozen
+    copy of the student as teacher, use :func:`kd_loss`.
 
     Args:
         target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)`` (mixup, CutMix): the

@@ -48,9 +48,9 @@ def uskd_loss(
 
 @documented(
     USKDParts,
-    """If it is no target it leaves the non-target set: it takes no Zipf mass, keeps its place in the ranking, and the
-    others' weights are renormalised. The target term is +inf where it is a target of P other than 0. A weak logit of
-    -inf makes the weak term, which supervises every class, +inf; no gradient flows there.""",
+    """If that class is not a target, it leaves the non-target set: it takes no Zipf mass, keeps its place in the
+    ranking, and the others' weights are renormalised. The target term is +inf if it is a target with P other than 0. A
+    weak logit of -inf makes the weak term, which supervises every class, +inf; no gradient flows there.""",
     "both gradients of that row; among the student's logits, through the mean in P, those of all rows",
 )
 def uskd_loss(
@@ -76,9 +76,10 @@ def uskd_loss(
     r"""Universal self-knowledge distillation (USKD), Eq. 6 to 13 of "From Knowledge Distillation to Self-Knowledge
     Distillation: A Unified Approach with Normalized Loss and Customized Soft Labels" (arXiv:2303.13005).
 
-    No teacher: the student's own softmax :math:`p` and that of the weak logits, :math:`v`, a linear layer's on an
-    earlier feature, make the soft labels. :math:`Y` are the target classes of a row, one or for a mixed label two, with
-    label values :math:`V_k`, and :math:`\hat p` is the softmax over the classes outside :math:`Y`:
+    There is no teacher. The soft labels come from the student's own softmax :math:`p` and from :math:`v`, the softmax
+    of the weak logits, which a linear layer computes from an earlier feature. :math:`Y` are the target classes of a
+    row, one, or two for a mixed label, with label values :math:`V_k`, and :math:`\hat p` is the softmax over the
+    classes outside :math:`Y`:
 
     .. math::
         L = -\alpha \sum_{k \in Y} P_k \log p_k - \beta \sum_{j \notin Y} \hat z_j \log \hat p_j
@@ -89,7 +90,7 @@ def uskd_loss(
         \hat z_j = \frac{1 / r_j}{\sum_{k \notin Y} 1 / r_k}
 
     where :math:`r_j` is the class's place, from 1, when all C classes are ordered by descending rank key (the lower
-    class first among equal ones), which is by default
+    class first among equal keys). By default the key is
 
     .. math::
         R_j = \frac{v_j}{1 - \sum_{k \in Y} v_k + 10^{-6}} + \frac{p_j}{1 - \sum_{k \in Y} p_k + 10^{-6}}
@@ -117,11 +118,12 @@ def uskd_loss(
         process_group: Take the mean in P over all processes of this group, ``torch.distributed.group.WORLD`` or
             another: one all-reduce of three numbers. Every process of the group must make the call. By default the mean
             is over this batch. What ``reduction`` does stays within the process.
-        ignore_index: Rows with this class index count nowhere, nor in the mean in P, and get a zero gradient.
-        weight: What each row weighs, ``(...)``: a boolean mask, or floating-point, without gradient, at least 0. Not
-            what each class weighs, as in cross_entropy; of as many rows as classes nothing tells. ``"none"`` gives
-            :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
-            A row of weight 0 adds nothing to the loss and has zero gradients; the mean in P is of all rows alike.
+        ignore_index: Rows with this class index count nowhere, not in the mean in P either, and get a zero gradient.
+        weight: Weight of each row, ``(...)``: a boolean mask, or floating-point, without gradient, at least 0. Not a
+            weight per class, as in cross_entropy; with as many rows as classes, no check can tell the two apart.
+            ``"none"`` gives :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the
+            rows that count. A row of weight 0 adds nothing to the loss and has zero gradients; the mean in P counts all
+            rows alike.
 
     Shape:
         The loss is a scalar, or has the shape of the class indices ``(...)`` for ``reduction="none"``. Its dtype is
@@ -129,7 +131,7 @@ def uskd_loss(
 
     Raises:
         ValueError: + Or there is a ``process_group`` but torch.distributed is not initialised.
-        IndexError: + Through the mean in P such an index makes the target terms of all rows NaN.
+        IndexError: + Through the mean in P an index out of range makes the target terms of all rows NaN.
 
     Example:
         >>> student_logits, weak_logits = (torch.randn(8, 1000, requires_grad=True) for _ in range(2))
@@ -318,7 +320,8 @@ def uskd_soft_labels(
 ) -> Tensor:
     r"""The labels that USKD makes for each class: :math:`P_k` at the targets, :math:`\hat z_j` elsewhere.
 
-    To look at, log and plot, as the paper's Figure 3 does; :func:`uskd_loss` makes its own. Always by the reference.
+    They are there to inspect, log and plot, as the paper's Figure 3 does; :func:`uskd_loss` makes its own. The
+    reference always computes them.
 
     Args:
         student_logits: Unnormalised scores ``(..., C)``, as for :func:`uskd_loss`.
@@ -334,8 +337,9 @@ def uskd_soft_labels(
         That of the logits, float64 if any logits are, else float32.
 
     Returns:
-        The labels, detached. The Zipf labels of a row sum to 1; P, around the label's value, is no probability. 0 where
-        a student's logit of -inf says that a class cannot occur, NaN in a row with a NaN.
+        The labels, detached. The Zipf labels of a row sum to 1; P lies around the label's value and is not a
+        probability. A label is 0 where a student's logit of -inf says that a class cannot occur, and NaN in a row with
+        a NaN.
 
     Raises:
         TypeError, ValueError, IndexError: As :func:`uskd_loss`.

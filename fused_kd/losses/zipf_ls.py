@@ -41,9 +41,9 @@ def zipf_ls_loss(
 
 @documented(
     DistillationParts,
-    """If it is no target it leaves the non-target set, as in USKD: it takes no Zipf mass, keeps its place in the
-    ranking, and the others' weights are renormalised, so the divergence stays finite. The dense logits only vote: one
-    of -inf is a small number, +inf the largest, and a NaN among a row's counts as one of the student's.""",
+    """If that class is not a target, it leaves the non-target set, as in USKD: it takes no Zipf mass, keeps its place
+    in the ranking, and the others' weights are renormalised, so the divergence stays finite. The dense logits only
+    vote: one of -inf is a small number, +inf the largest, and a NaN among a row's counts as one of the student's.""",
 )
 def zipf_ls_loss(
     student_logits: Tensor,
@@ -64,8 +64,8 @@ def zipf_ls_loss(
     r"""Zipf's label smoothing of Liang et al., "Efficient One Pass Self-distillation with Zipf's Label Smoothing"
     (arXiv:2207.12980).
 
-    Each position of the network's last feature map votes for the class that the classifier, applied to it, gives most.
-    A class's rank is 1 and the number of classes with more votes. With :math:`\hat p` the student's softmax over the
+    The classifier is applied to each position of the network's last feature map, which votes for its top class. A
+    class's rank is 1 plus the number of classes with more votes. With :math:`\hat p` the student's softmax over the
     classes that are not targets:
 
     .. math::
@@ -73,13 +73,13 @@ def zipf_ls_loss(
             + \mathrm{ce\_weight} \cdot \mathrm{CE}(student, target), \quad \hat z_j \propto \mathrm{rank}_j^{-power}
 
     Args:
-        dense_logits: The classifier's at each of P positions, ``(..., P, C)``, any of those dtypes, same device. For a
-            feature map ``(N, C, H, W)`` of logits pass ``logits.flatten(2).transpose(1, 2)``. No gradient flows here.
-            ``...`` is the shape of the rows; ``class_dim`` does not concern it.
+        dense_logits: The classifier's logits at each of P positions, ``(..., P, C)``, any of those dtypes, same device.
+            For a feature map ``(N, C, H, W)`` of logits pass ``logits.flatten(2).transpose(1, 2)``. No gradient flows
+            here. ``...`` is the shape of the rows; ``class_dim`` does not apply here.
         target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)``, which have one or two
             targets as in :func:`uskd_loss`.
         beta: Weight of the divergence; the paper has 0.1.
-        power: Of the rank in Zipf's law.
+        power: Exponent of the rank in Zipf's law.
 
     Shape:
         The loss is a scalar, or has the shape of the class indices ``(...)`` for ``reduction="none"``. Its dtype is

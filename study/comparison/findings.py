@@ -29,9 +29,9 @@ def outcome(results: dict[str, Any]) -> str:
         best = max(names, key=lambda name: means[name])
         numbers = [sum(c.verdict == verdict for c in comparisons) for verdict in paper.VERDICTS]
         parts.append(
-            f"- **{title}** {METHODS[best].title} is best on {first}, {means[best]:.2f} % where the baseline has "
-            f"{means['ce']:.2f} %. Of {len(comparisons)} pairs that the paper puts in an order, {numbers[0]} have it "
-            f"here, {numbers[1]} have the opposite one, and {numbers[2]} cannot be told."
+            f"- **{title}** {METHODS[best].title} is best on {first}, with {means[best]:.2f} % against the baseline's "
+            f"{means['ce']:.2f} %. Of {len(comparisons)} pairs that the paper ranks, {numbers[0]} have the same order "
+            f"here, {numbers[1]} the opposite order, and {numbers[2]} are undecided."
             if "ce" in means
             else f"- **{title}** {METHODS[best].title} is best on {first}, {means[best]:.2f} %."
         )
@@ -39,7 +39,7 @@ def outcome(results: dict[str, Any]) -> str:
     if control:
         parts.append(
             f"- A control, the baseline with twice the learning rate, has {means[CONTROL]:.2f} %. Of the "
-            f"{len(control[0])} methods above the baseline {len(control[1])} are better than that as well"
+            f"{len(control[0])} methods above the baseline, {len(control[1])} are better than the control as well"
             f"{_named(control[1])}."
         )
     for row in _largest(results):
@@ -66,10 +66,10 @@ def orders(results: dict[str, Any]) -> list[str]:
     parts = [
         "The paper has NKD over DKD over KD over the baseline with a teacher, and USKD over Zipf's LS and Tf-KD over "
         "label smoothing over the baseline without one. For each pair the difference is taken seed by seed, as runs of "
-        "one seed start from the same weights and see the same batches. It counts where the 95 % interval of its mean "
-        "(Student's t) leaves out zero, in either direction; elsewhere nothing can be told. With three seeds that "
+        "one seed start from the same weights and see the same batches. It counts if the 95 % interval of its mean "
+        "(Student's t) excludes zero, in either direction; otherwise the pair is undecided. With three seeds that "
         "interval is 2.5 times the deviation of the differences to each side. The pairs are not independent of each "
-        "other, and of twenty without a difference one would be taken for one that has it.",
+        "other, and of twenty pairs without a true difference one would seem to have one.",
     ]
     for title, pairs in ORDERS:
         found = [paper.compare_all(pairs, accuracy) for accuracy in by_split]
@@ -106,7 +106,7 @@ def _remarks(results: dict[str, Any]) -> list[str]:
     deviations = [statistics.stdev(values) for values in found.values() if len(values) > 1]
     if deviations and len(means) > 1:
         parts.append(
-            f"From the worst method to the best there are {max(means.values()) - min(means.values()):.2f} points on "
+            f"The best method is {max(means.values()) - min(means.values()):.2f} points above the worst on "
             f"{first}; a method's standard deviation over the seeds is {min(deviations):.2f} to {max(deviations):.2f}."
         )
     baseline = [run for run in results["runs"] if run["method"] == "ce"]
@@ -138,8 +138,8 @@ def _remarks(results: dict[str, Any]) -> list[str]:
         )
         if gain > 0:
             parts.append(
-                "So the learning rate, the usual one of `study/train.py`, which was not tuned, is low for such a "
-                "schedule, and what the other methods gain over the baseline may be the larger steps alone."
+                "So the learning rate is low for such a schedule (it is the usual one of `study/train.py`, not tuned), "
+                "and what the other methods gain over the baseline may come from the larger steps alone."
             )
     return [" ".join(parts)] if parts else []
 
@@ -167,10 +167,10 @@ def cost(results: dict[str, Any], picture: str) -> list[str]:
     row = cost["rows"][0]
     steps, threads = count(row["steps"], "step"), count(row["threads"], "thread")
     parts = [
-        f"A step is what it takes to get a batch of {row['batch_size']}, forward, the teacher's forward where there is "
-        "one, loss, backward and update. The loss's part of it, its forward and its backward to the logits with the "
-        f"cross-entropy beside it, is measured on the same step. Medians over {steps} with {threads}; one method after "
-        'the other, while the forms of a loss take turns, a step each. "Eager" is `fused_kd.reference`, without '
+        f"A step gets a batch of {row['batch_size']} and runs forward, the teacher's forward where there is one, loss, "
+        "backward and update. The loss's part of it is measured on the same step: its forward, and its backward to the "
+        f"logits, with the cross-entropy beside it. Times are medians over {steps} with {threads}. The methods run one "
+        'after the other; the forms of a loss take turns, a step each. "Eager" is `fused_kd.reference`, without '
         'boolean masks; "published" has the operations of the authors\' releases, as in `benchmarks/`. Seconds an '
         "epoch in the tables above are fused_kd's step here times the steps of an epoch.",
         picture,
@@ -199,13 +199,12 @@ def cost(results: dict[str, Any], picture: str) -> list[str]:
             f"{FORMS[form]} {percent(min(values))} to {percent(max(values))}" for form, values in shares.items()
         )
         parts.append(
-            f"At {classes[-1]} classes{most} the loss's share of a step is, from the method with the least to that "
-            f"with the most: {ranges}."
+            f"At {classes[-1]} classes{most} the loss's share of a step ranges over the methods as follows: {ranges}."
         )
     parts += [
         "The most memory that a step allocates, teacher, activations, logits and gradients together:",
         _memory(results, classes),
-        "This is the CPU. On a GPU it was not measured.",
+        "All this is on the CPU; it was not measured on a GPU.",
     ]
     return parts
 

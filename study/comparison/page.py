@@ -37,7 +37,7 @@ def markdown(results: dict[str, Any], stem: str) -> str:
     """The page; its pictures' names begin with ``stem``."""
     parts = [
         "# The paper's comparison in small",
-        f"<!-- `make study` writes this of {stem}.json; `python -m study --only page` writes it again. -->",
+        f"<!-- `make study` writes this from {stem}.json; `python -m study --only page` writes it again. -->",
         *_beginning(results),
         findings.outcome(results),
         *_tables(results),
@@ -59,12 +59,12 @@ def _beginning(results: dict[str, Any]) -> list[str]:
     losses = len({METHODS[name].loss for name in results["methods"]})
     first = splits(results)[0]
     parts = [
-        f"{losses} losses train the same small network, {setting['student']}, on {setting['classes']} "
+        f"The same small network, {setting['student']}, is trained with {losses} losses on {setting['classes']} "
         f"Chinese characters, each with {count(len(seeds), 'seed')}; the paper trains a ResNet-18 on ImageNet's 1000 "
-        "classes. Accuracy is that of the last epoch in %, mean ± standard deviation over the seeds: on "
-        f"{first}, further draws of the font families of the training images, and on a family that no training image "
-        "has. Seconds an epoch, and memory, the most that a step allocates beside weights and momentum, are measured "
-        "apart from these runs, as [a section below](#what-a-step-costs) says.",
+        "classes. Accuracy is that of the last epoch in %, mean ± standard deviation over the seeds, on two sets: "
+        f"{first} has further draws of the font families of the training images, the other a font family that no "
+        "training image has. Seconds an epoch and memory (the most that a step allocates besides weights and "
+        "momentum) are measured apart from these runs, as [a section below](#what-a-step-costs) says.",
     ]
     missing = _missing(results)
     if missing:
@@ -90,13 +90,13 @@ def _tables(results: dict[str, Any]) -> list[str]:
     )
     parts.append(
         "ImageNet: published top-1 accuracy of a ResNet-18, with a ResNet-34 as the teacher where there is one; in "
-        f"brackets what it is over the baseline, where one source has both. {sources}. The paper's figures for label "
-        "smoothing, Tf-KD and Zipf's LS are not shown: no public source that was at hand has them."
+        f"brackets the gain over the baseline, where one source has both. {sources}. The paper's figures for label "
+        "smoothing, Tf-KD and Zipf's LS are not shown: no public source at hand has them."
     )
     peaks = [run["peak_memory"] / 2**20 for run in results["runs"]]
-    text = f"The processes of the runs have had at most {min(peaks):.0f} to {max(peaks):.0f} MiB"
+    text = f"The processes of the runs peaked at {min(peaks):.0f} to {max(peaks):.0f} MiB"
     if max(peaks) < 1.02 * min(peaks):
-        text += ", whichever the method: looking through the fonts that are installed takes more than the training"
+        text += ", whichever the method: scanning the installed fonts takes more memory than the training"
     parts.append(f"{text}.")
     return parts
 
@@ -151,19 +151,19 @@ def _task(results: dict[str, Any]) -> list[str]:
     images = count(setting["draws"], "training image")
     return [
         f"`python -m study {options} --seeds {seeds}`: {setting['student']} has "
-        f"{run['parameters']:,} parameters and is trained {setting['epochs']} epochs long on the 32 × 32 images that "
+        f"{run['parameters']:,} parameters and is trained for {setting['epochs']} epochs on the 32 × 32 images that "
         f"`study/datasets/glyphs.py` draws, {images} of a character in each font family; SGD with Nesterov momentum, "
         f"batches of {setting['batch_size']}, a linear warm-up and a cosine to zero, random shifts of up to two "
-        "pixels. All methods share that; weights, order and shifts are a seed's. The teacher is trained once, with "
+        "pixels. All methods share that; the seed sets weights, order and shifts. The teacher is trained once, with "
         f"cross-entropy, for as many epochs and with seed {TEACHER_SEED}; it sees the images as they are "
         "shifted for the student.",
-        "How the setting was chosen: by the accuracy of the baseline, with a seed that is not among these, before any "
-        "other method was run. In the usual size of `make train` the baseline leaves no method room to be better; so "
-        "the training images were made fewer until it ended between 60 and 85 %. The hyper-parameters are published "
-        "values or defaults, and none was tried out:",
+        "The setting was chosen by the accuracy of the baseline, with a seed that is not among these, before any "
+        "other method was run. At the usual size of `make train` the baseline leaves no room for improvement, so the "
+        "number of training images was reduced until it ended between 60 and 85 %. The hyper-parameters are published "
+        "values or defaults, and none was tuned:",
         hyper,
-        "Longer: more `--seeds`, `--epochs` or `--draws`, larger networks (`resnet-18`, `resnet-34`), with a folder of "
-        "their own in `--out` and `--page`.",
+        "For a longer study give more `--seeds`, `--epochs` or `--draws`, or larger networks (`resnet-18`, "
+        "`resnet-34`), and folders of its own in `--out` and `--page`.",
     ]
 
 
@@ -178,9 +178,7 @@ def _measured_on(results: dict[str, Any]) -> list[str]:
         parts.append(f"Cost: {_machine(about)}.")
         load = about["machine"]["load_average_before"]
         if load is not None and load > 0.5:
-            parts.append(
-                f"To be doubted: other work was on the machine, its load average was {load} when the cost was measured."
-            )
+            parts.append(f"Caveat: the machine was busy, with a load average of {load} when the cost was measured.")
     return parts
 
 

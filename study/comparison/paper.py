@@ -83,7 +83,7 @@ def sentence(comparisons: Sequence[Comparison]) -> str:
     for verdict, words in (
         (AGREES, "The paper's order shows in"),
         (DISAGREES, "The opposite of it shows in"),
-        (UNDECIDED, "Nothing can be told of"),
+        (UNDECIDED, "The result is open in"),
     ):
         chosen = [c for c in comparisons if c.verdict == verdict]
         if chosen:

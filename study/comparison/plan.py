@@ -43,7 +43,7 @@ METHODS: dict[str, Method] = {
     "label-smoothing": Method("label smoothing", "label-smoothing", note="ε = 0.1"),
     "kd": Method(
         "KD", "kd", teacher=True, settings=("temperature=1",),
-        note="T = 1, cross-entropy and KL one to one, as mdistiller and cls_KD have it for ImageNet, there each halved",
+        note="T = 1, cross-entropy and KL one to one, as in mdistiller and cls_KD for ImageNet, which halve each",
     ),
     "dkd": Method(
         "DKD", "dkd", teacher=True, settings=("alpha=1", "beta=0.5", "temperature=1"),
