@@ -22,7 +22,7 @@ _ARGS = r"""
         cross-entropy and ``ignore_index``; without them ``ce_weight`` must be 0 and every row counts.
     temperature: T above.
     ce_weight: Weight of the ordinary cross-entropy, computed in the same pass.
-    label_smoothing: Smoothing of the cross-entropy's labels, as in :func:`torch.nn.cross_entropy`.
+    label_smoothing: Smoothing of the cross-entropy's labels, as in :func:`torch.nn.functional.cross_entropy`.
     logit_standardization: Use the z-scores of both logits, row by row, in all terms but the cross-entropy.
     ignore_index: Rows with this class index count nowhere and get a zero gradient.
     reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
@@ -32,8 +32,8 @@ _ARGS = r"""
         A row of weight 0 adds exactly nothing to the loss and has a zero gradient, whatever it holds.
     class_dim: The dimension of the classes, in the logits and in probability targets; the shapes here have it last.
         None is the last one. Logits of four or more dimensions must give it: 1 for (N, C, H, W), as
-        :func:`torch.nn.cross_entropy` has them, -1 for (N, H, W, C). Logits whose classes do not lie side by side
-        in memory are copied; (N, C, H, W) in ``torch.channels_last`` needs no copy.
+        :func:`torch.nn.functional.cross_entropy` has them, -1 for (N, H, W, C). Logits whose classes do not lie
+        side by side in memory are copied; (N, C, H, W) in ``torch.channels_last`` needs no copy.
     backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
     return_parts: Return ``(loss, parts)`` with the detached, weighted {parts}, which sum to the loss.
 """

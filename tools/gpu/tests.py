@@ -77,7 +77,9 @@ def run(tests: Sequence[str], jobs: int, seconds: float, marks: str) -> dict[str
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "outcomes"
-        environment = {**os.environ, OUTCOMES: str(path), "OMP_NUM_THREADS": threads}
+        # Of an outer run by xdist, whose worker this would be taken for.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+        environment |= {OUTCOMES: str(path), "OMP_NUM_THREADS": threads}
         process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
         try:
             problem = _problem(process.wait(seconds))
