@@ -63,6 +63,10 @@ class Totals:
     kernels: Counter[str] = field(default_factory=Counter)
 
 
+#: What outputs and workspaces are made by.
+_MAKERS = (torch.empty, torch.empty_like, torch.Tensor.new_empty)
+
+
 class Extents(TorchFunctionMode):
     """The memory of the tensors it is shown, and of those made while it is on; all are kept alive."""
 
@@ -78,7 +82,7 @@ class Extents(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is torch.empty:
+        if func in _MAKERS:
             self.add(result)
         return result
 
