@@ -27,6 +27,7 @@ import triton.language as tl
 from fused_kd.backends.triton.kernels.pointwise import correlation_terms
 from fused_kd.backends.triton.kernels.rows import LOG2E, load_factor, zero_if_empty
 from fused_kd.backends.triton.kernels.targets import load_tile
+from fused_kd.backends.triton.kernels.tiles import lane_columns
 
 _NEG_INF = tl.constexpr(float("-inf"))
 
@@ -138,10 +139,8 @@ def normalize_rows(
     lane = tl.arange(0, ROWS * LANES)
     row = first + lane // LANES
     counted = counted_rows(target, row, row < rows, target_row, ignore_index, PROB)
-    # Neighbours go to one lane where they make a vector, else to neighbouring lanes.
-    LANE_STEP: tl.constexpr = WIDTH if VEC > 1 else 1
-    WIDTH_STEP: tl.constexpr = 1 if VEC > 1 else LANES
-    cols = (lane % LANES)[:, None] * LANE_STEP + tl.arange(0, WIDTH)[None, :] * WIDTH_STEP
+    lane_start, width = lane_columns(lane % LANES, LANES, WIDTH, VEC)
+    cols = lane_start[:, None] + width
     s = (student + row * (student_row // VEC * VEC), student_col)
     t = (teacher + row * (teacher_row // VEC * VEC), teacher_col)
     _normalize(s, states, rows, first, counted, cols, classes, temperature, ROWS, LANES, WIDTH, UNIT, STD, ACC)

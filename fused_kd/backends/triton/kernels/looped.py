@@ -14,6 +14,7 @@ from fused_kd.backends.triton.kernels.pointwise import (
     column_part,
     merge_sums,
     no_sums,
+    scaled_slopes,
     softmaxes,
 )
 from fused_kd.backends.triton.kernels.rows import (
@@ -33,12 +34,13 @@ from fused_kd.backends.triton.kernels.tiles import (
     accumulate_whole,
     gradient_tile,
     keep_largest,
+    lane_columns,
     load_part,
     load_tiles,
     row_moments,
     sum_tile,
 )
-from fused_kd.backends.triton.kernels.values import Constants, Moments, Slopes
+from fused_kd.backends.triton.kernels.values import Constants, Moments
 
 _NEG_INF = tl.constexpr(float("-inf"))
 
@@ -118,11 +120,7 @@ def rows_looped(
     before = head.to(tl.int32)
     of_classes = columns + before
     vectors = tl.maximum(classes - before, 0) // VEC * VEC
-    # Neighbours go to one lane where they make a vector, else to neighbouring lanes.
-    LANE_STEP: tl.constexpr = WIDTH if VEC > 1 else 1
-    WIDTH_STEP: tl.constexpr = 1 if VEC > 1 else LANES
-    lane_start = tl.arange(0, LANES) * LANE_STEP
-    width = tl.arange(0, WIDTH)[None, :] * WIDTH_STEP
+    lane_start, width = lane_columns(tl.arange(0, LANES), LANES, WIDTH, VEC)
     lane = lane_start[:, None] + width
     edge_lane = tl.arange(0, LANES)[:, None]
     at_edge = tl.where(edge_lane < before, edge_lane, edge_lane + vectors) - before
@@ -242,15 +240,14 @@ def rows_looped(
         of_loss *= factor
         if not COLUMNS:
             of_gradient *= load_factor(factors, 1, rows, one_row, inside, ACC)
-    part_y = tl.where(counted, part_y * of_loss, 0.0)
-    part_rest = tl.where(counted, part_rest * of_loss, 0.0)
-    part_ce = tl.where(counted, part_ce * of_loss, 0.0)
-    store_parts(parts, loss, norm, norm_value, rows, one_row, inside, part_y, part_rest, part_ce, PER_ROW)
+    store_parts(
+        parts, loss, norm, norm_value, rows, one_row, inside, counted, of_loss, part_y, part_rest, part_ce, PER_ROW
+    )
     if GRAD:
         by = of_gradient * gradient_scale(counts, target_row, count_items, ignore_index, scale, ACC, COUNT, HALF)
         scaled = scaled_by(gradient_of, by)
         if POINTWISE & LOSS:
-            more = Slopes(more.by_1 * by, more.by_2 * by, more.by_column * by, more.offset * by)
+            more = scaled_slopes(more, by)
         gradient_head = gradient + (row * classes + head) // VEC * VEC
         dtype = gradient.dtype.element_ty
         for start in range(body * BLOCK, end, BLOCK):

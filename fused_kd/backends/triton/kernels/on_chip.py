@@ -41,6 +41,7 @@ from fused_kd.backends.triton.kernels.pointwise import (
     column_part,
     load_columns,
     no_sums,
+    scaled_slopes,
     softmaxes,
 )
 from fused_kd.backends.triton.kernels.rows import (
@@ -59,7 +60,7 @@ from fused_kd.backends.triton.kernels.rows import (
     scaled_by,
     tile_moments,
 )
-from fused_kd.backends.triton.kernels.values import Constants, Moments, Slopes, Weights
+from fused_kd.backends.triton.kernels.values import Constants, Moments, Weights
 
 _NEG_INF = tl.constexpr(float("-inf"))
 _COUNT_BLOCK = tl.constexpr(512)
@@ -98,7 +99,13 @@ def at(base, cols, stride, UNIT: tl.constexpr):
 
 
 @triton.jit
-def store_parts(parts, loss, norm, norm_value, rows, row, inside, target, non_target, ce, PER_ROW: tl.constexpr):
+def store_parts(
+    parts, loss, norm, norm_value, rows, row, inside, counted, by, target, non_target, ce, PER_ROW: tl.constexpr
+):
+    """Of rows that count times what they weigh, ``by``; of others 0."""
+    target = tl.where(counted, target * by, 0.0)
+    non_target = tl.where(counted, non_target * by, 0.0)
+    ce = tl.where(counted, ce * by, 0.0)
     tl.store(parts + row, target, mask=inside)
     tl.store(parts + rows + row, non_target, mask=inside)
     tl.store(parts + 2 * rows + row, ce, mask=inside)
@@ -252,17 +259,14 @@ def rows_on_chip(
         of_loss *= factor
         if not COLUMNS:
             of_gradient *= load_factor(factors, 1, rows, row, inside, ACC)
-    part_y = tl.where(counted, part_y * of_loss, 0.0)
-    part_rest = tl.where(counted, part_rest * of_loss, 0.0)
-    part_ce = tl.where(counted, part_ce * of_loss, 0.0)
-    store_parts(parts, loss, norm, norm_value, rows, row, inside, part_y, part_rest, part_ce, PER_ROW)
+    store_parts(parts, loss, norm, norm_value, rows, row, inside, counted, of_loss, part_y, part_rest, part_ce, PER_ROW)
     if GRAD:
         by = of_gradient * gradient_scale(counts, target_row, count_items, ignore_index, scale, ACC, COUNT, HALF)
         scaled = scaled_by(gradient_of, by)
         g = combine(s, t, v, stats, scaled, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
         g = tl.where(is_target, scaled.target[:, None], g)
         if POINTWISE & LOSS:
-            more = Slopes(more.by_1 * by, more.by_2 * by, more.by_column * by, more.offset * by)
+            more = scaled_slopes(more, by)
             g = add_slopes(
                 g, s_tile, t_tile, of_columns, is_target, stats, of_rows, constants, more, scales, LOSS, STD, COLUMNS
             )

@@ -7,7 +7,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_kd.backends.triton.kernels.rows import LOG2E, make_scales, merge_lanes, zero_if_empty
+from fused_kd.backends.triton.kernels.pointwise import merge_sums
+from fused_kd.backends.triton.kernels.rows import LOG2E, make_scales, merge_lanes, total_of, zero_if_empty
 from fused_kd.backends.triton.kernels.values import Moments, PointwiseSums, Statistics
 
 _NEG_INF = tl.constexpr(float("-inf"))
@@ -25,8 +26,12 @@ def _field(found, which, fields, pieces, rows, row, other, PIECES: tl.constexpr)
 
 
 @triton.jit
-def _total(x):
-    return tl.sum(x, 0, keep_dims=True)
+def store_moments(out, first, rows, row, moments):
+    """As :func:`_merged_moments` reads them: number, mean and the sum of squares about it."""
+    tl.store(out + first * rows + row, moments.number)
+    tl.store(out + (first + 1) * rows + row, moments.mean)
+    square = moments.deviation * moments.deviation * tl.maximum(moments.number - 1.0, 1.0)
+    tl.store(out + (first + 2) * rows + row, square)
 
 
 @triton.jit
@@ -37,10 +42,10 @@ def _merged_moments(found, first, pieces, rows, row, PIECES: tl.constexpr):
     square = _field(found, first + 2, MOMENTS, pieces, rows, row, 0.0, PIECES)
     # About one of the means, so that a constant row comes out as one.
     about = zero_if_empty(tl.max(tl.where(number > 0.0, mean, _NEG_INF), 0, keep_dims=True))
-    total = _total(number)
-    merged = about + _total(tl.where(number > 0.0, number * (mean - about), 0.0)) / tl.maximum(total, 1.0)
+    total = total_of(number)
+    merged = about + total_of(tl.where(number > 0.0, number * (mean - about), 0.0)) / tl.maximum(total, 1.0)
     shift = tl.where(number > 0.0, mean - merged, 0.0)
-    deviation = tl.sqrt(_total(square + number * shift * shift) / tl.maximum(total - 1.0, 1.0))
+    deviation = tl.sqrt(total_of(square + number * shift * shift) / tl.maximum(total - 1.0, 1.0))
     return Moments(merged, deviation, total)
 
 
@@ -82,23 +87,24 @@ def merged_statistics(found, pieces, rows, row, scales, PIECES: tl.constexpr, LO
         _field(found, 14, STATISTICS, pieces, rows, row, 0.0, PIECES),
         _field(found, 15, STATISTICS, pieces, rows, row, 0.0, PIECES),
     )
-    s_y = _total(_field(found, 16, STATISTICS, pieces, rows, row, 0.0, PIECES))
-    t_y = _total(_field(found, 17, STATISTICS, pieces, rows, row, 0.0, PIECES))
-    v_y = _total(_field(found, 18, STATISTICS, pieces, rows, row, 0.0, PIECES))
+    s_y = total_of(_field(found, 16, STATISTICS, pieces, rows, row, 0.0, PIECES))
+    t_y = total_of(_field(found, 17, STATISTICS, pieces, rows, row, 0.0, PIECES))
+    v_y = total_of(_field(found, 18, STATISTICS, pieces, rows, row, 0.0, PIECES))
     return merge_lanes(stats, scales, LOSS, SINGLE), s_y, t_y, v_y
 
 
 @triton.jit
 def merged_piece_sums(found, pieces, rows, row, PIECES: tl.constexpr):
-    return PointwiseSums(
-        _total(_field(found, 0, SUMS, pieces, rows, row, 0.0, PIECES)),
-        _total(_field(found, 1, SUMS, pieces, rows, row, 0.0, PIECES)),
-        _total(_field(found, 2, SUMS, pieces, rows, row, 0.0, PIECES)),
-        _total(_field(found, 3, SUMS, pieces, rows, row, 0.0, PIECES)),
-        _total(_field(found, 4, SUMS, pieces, rows, row, 0.0, PIECES)),
-        _total(_field(found, 5, SUMS, pieces, rows, row, 0.0, PIECES)),
-        _total(_field(found, 6, SUMS, pieces, rows, row, 0.0, PIECES)),
-        _total(_field(found, 7, SUMS, pieces, rows, row, 0.0, PIECES)),
-        _total(_field(found, 8, SUMS, pieces, rows, row, 0.0, PIECES)),
-        _total(_field(found, 9, SUMS, pieces, rows, row, 0.0, PIECES)),
+    sums = PointwiseSums(
+        _field(found, 0, SUMS, pieces, rows, row, 0.0, PIECES),
+        _field(found, 1, SUMS, pieces, rows, row, 0.0, PIECES),
+        _field(found, 2, SUMS, pieces, rows, row, 0.0, PIECES),
+        _field(found, 3, SUMS, pieces, rows, row, 0.0, PIECES),
+        _field(found, 4, SUMS, pieces, rows, row, 0.0, PIECES),
+        _field(found, 5, SUMS, pieces, rows, row, 0.0, PIECES),
+        _field(found, 6, SUMS, pieces, rows, row, 0.0, PIECES),
+        _field(found, 7, SUMS, pieces, rows, row, 0.0, PIECES),
+        _field(found, 8, SUMS, pieces, rows, row, 0.0, PIECES),
+        _field(found, 9, SUMS, pieces, rows, row, 0.0, PIECES),
     )
+    return merge_sums(sums)

@@ -25,7 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_kd.backends.triton.kernels.rows import LN2, ONE_SLOPE, join_target, per_row, zero_if_empty
+from fused_kd.backends.triton.kernels.rows import LN2, ONE_SLOPE, join_target, per_row, total_of, zero_if_empty
 from fused_kd.backends.triton.kernels.values import PointwiseSums, Slopes
 from fused_kd.core.catalogue import NUMBERS
 
@@ -223,16 +223,11 @@ def add_sums(
 
 
 @triton.jit
-def _total(x):
-    return tl.sum(x, 0, keep_dims=True)
-
-
-@triton.jit
 def merge_sums(sums):
     """The sums (1,) of a row from those of its lanes."""
     return PointwiseSums(
-        _total(sums.of_1), _total(sums.of_2), _total(sums.of_3), _total(sums.by_1), _total(sums.by_2),
-        _total(sums.by_column), _total(sums.w), _total(sums.w_1), _total(sums.w_2), _total(sums.w_column),
+        total_of(sums.of_1), total_of(sums.of_2), total_of(sums.of_3), total_of(sums.by_1), total_of(sums.by_2),
+        total_of(sums.by_column), total_of(sums.w), total_of(sums.w_1), total_of(sums.w_2), total_of(sums.w_column),
     )  # fmt: skip
 
 
@@ -251,6 +246,12 @@ def pointwise(sums, own, weights, LOSS: tl.constexpr, STD: tl.constexpr):
         mean_slope = c_1 * sums.by_1 + c_2 * sums.by_2 + sums.by_column
     with_s = by * (c_1 * sums.w_1 + c_2 * sums.w_2 + sums.w_column - mean_slope * sums.w)
     return part, Slopes(c_1 * by, c_2 * by, tl.zeros_like(c_1) + by, -mean_slope * by), with_s
+
+
+@triton.jit
+def scaled_slopes(more, by):
+    """The slopes of a gradient that is multiplied by a number of each row's own."""
+    return Slopes(more.by_1 * by, more.by_2 * by, more.by_column * by, more.offset * by)
 
 
 @triton.jit

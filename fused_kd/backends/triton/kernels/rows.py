@@ -194,7 +194,8 @@ def accumulate(
 
 
 @triton.jit
-def _total(x):
+def total_of(x):
+    """Over lanes, (1,)."""
     return tl.sum(x, 0, keep_dims=True)
 
 
@@ -205,9 +206,9 @@ def merge_lanes(stats, scales, LOSS: tl.constexpr, SINGLE: tl.constexpr):
     m_t = tl.max(stats.t_max, 0, keep_dims=True)
     at = _rescale(stats, m_s, m_t, scales, LOSS, SINGLE)
     return Statistics(
-        m_s, _total(at.s_soft), _total(at.s_sharp), m_t, _total(at.t_soft), _total(at.t_sharp), _total(at.cross),
-        _total(at.v_sum), _total(at.v_cross), _total(at.v_cross_t), _total(at.linear), _total(at.number),
-        _total(at.s_raw), _total(at.w_soft), _total(at.w_sharp), _total(at.w_teacher),
+        m_s, total_of(at.s_soft), total_of(at.s_sharp), m_t, total_of(at.t_soft), total_of(at.t_sharp),
+        total_of(at.cross), total_of(at.v_sum), total_of(at.v_cross), total_of(at.v_cross_t), total_of(at.linear),
+        total_of(at.number), total_of(at.s_raw), total_of(at.w_soft), total_of(at.w_sharp), total_of(at.w_teacher),
     )  # fmt: skip
 
 

@@ -18,8 +18,14 @@ import triton.language as tl
 
 from fused_kd.backends.triton.kernels.losses import coefficients
 from fused_kd.backends.triton.kernels.on_chip import all_weights, at, store_parts
-from fused_kd.backends.triton.kernels.pieces import SUMS, merged_piece_sums, merged_scales, merged_statistics
-from fused_kd.backends.triton.kernels.pointwise import merge_sums, no_sums, softmaxes
+from fused_kd.backends.triton.kernels.pieces import (
+    SUMS,
+    merged_piece_sums,
+    merged_scales,
+    merged_statistics,
+    store_moments,
+)
+from fused_kd.backends.triton.kernels.pointwise import merge_sums, no_sums, scaled_slopes, softmaxes
 from fused_kd.backends.triton.kernels.rows import (
     POINTWISE,
     TEACHER,
@@ -30,8 +36,15 @@ from fused_kd.backends.triton.kernels.rows import (
     narrowed,
     scaled_by,
 )
-from fused_kd.backends.triton.kernels.tiles import accumulate_others, gradient_tile, load_tiles, row_moments, sum_tile
-from fused_kd.backends.triton.kernels.values import Constants, Slopes
+from fused_kd.backends.triton.kernels.tiles import (
+    accumulate_others,
+    gradient_tile,
+    lane_columns,
+    load_tiles,
+    row_moments,
+    sum_tile,
+)
+from fused_kd.backends.triton.kernels.values import Constants
 
 RUNTIME = [
     "rows",
@@ -61,19 +74,10 @@ def _of_row(row, target, factors, rows, ignore_index, first_class, num_classes, 
     return y - first_class, counted, valid
 
 
-@triton.jit
-def _lanes(LANES: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr):
-    """Columns of a tile: neighbours go to one lane where they make a vector, else to neighbouring lanes."""
-    LANE_STEP: tl.constexpr = WIDTH if VEC > 1 else 1
-    WIDTH_STEP: tl.constexpr = 1 if VEC > 1 else LANES
-    return tl.arange(0, LANES)[:, None] * LANE_STEP + tl.arange(0, WIDTH)[None, :] * WIDTH_STEP
-
-
 @triton.jit(do_not_specialize=RUNTIME)
 def piece_moments(
     student,
     teacher,
-    labels,
     target,
     factors,
     out,
@@ -99,17 +103,14 @@ def piece_moments(
     row = program + tl.arange(0, 1)
     _y, counted, _valid = _of_row(row, target, factors, rows, ignore_index, first_class, num_classes, PROB, ACC)
     end = classes * tl.max(counted.to(tl.int32), 0)
-    lane = _lanes(LANES, WIDTH, VEC)
+    lane_start, width = lane_columns(tl.arange(0, LANES), LANES, WIDTH, VEC)
+    lane = lane_start[:, None] + width
     s = student + program * (student_row // VEC * VEC)
     t = teacher + program * (teacher_row // VEC * VEC)
     s_moments = row_moments(s, student_col, 0, lane, lane < 0, lane, end, LANES, WIDTH, UNIT, False, ACC)
     t_moments = row_moments(t, teacher_col, 0, lane, lane < 0, lane, end, LANES, WIDTH, UNIT, False, ACC)
-    tl.store(out + row, s_moments.number)
-    tl.store(out + rows + row, s_moments.mean)
-    tl.store(out + 2 * rows + row, s_moments.deviation * s_moments.deviation * tl.maximum(s_moments.number - 1.0, 1.0))
-    tl.store(out + 3 * rows + row, t_moments.number)
-    tl.store(out + 4 * rows + row, t_moments.mean)
-    tl.store(out + 5 * rows + row, t_moments.deviation * t_moments.deviation * tl.maximum(t_moments.number - 1.0, 1.0))
+    store_moments(out, 0, rows, row, s_moments)
+    store_moments(out, 3, rows, row, t_moments)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -162,7 +163,8 @@ def piece_statistics(
     )
     strides = (student_col, teacher_col, labels_col)
     scales, _s_moments = merged_scales(moments, pieces, rows, row, temperature, PIECES, LOSS, STD, ACC)
-    lane = _lanes(LANES, WIDTH, VEC)
+    lane_start, width = lane_columns(tl.arange(0, LANES), LANES, WIDTH, VEC)
+    lane = lane_start[:, None] + width
     stats = empty_statistics(LANES, ACC)
     for start in range(0, end, LANES * WIDTH):
         cols = start + lane
@@ -190,7 +192,6 @@ def piece_statistics(
 def piece_sums(
     student,
     teacher,
-    labels,
     target,
     factors,
     moments,
@@ -232,7 +233,8 @@ def piece_sums(
     stats, s_y, t_y, _v_y = merged_statistics(statistics, pieces, rows, row, scales, PIECES, LOSS, SINGLE)
     of_rows = softmaxes(stats, s_y, t_y, statistics, rows, row, counted, scales, False)
     constants = Constants(tl.full((), first, ACC), 1.0 / num_classes.to(ACC))
-    lane = _lanes(LANES, WIDTH, VEC)
+    lane_start, width = lane_columns(tl.arange(0, LANES), LANES, WIDTH, VEC)
+    lane = lane_start[:, None] + width
     sums = no_sums(LANES, ACC)
     for start in range(0, end, LANES * WIDTH):
         cols = start + lane
@@ -320,17 +322,15 @@ def piece_gradient(
     if factors is not None:
         of_loss *= load_factor(factors, 0, rows, row, counted, ACC)
         of_gradient *= load_factor(factors, 1, rows, row, counted, ACC)
-    part_y = tl.where(counted, part_y * of_loss, 0.0)
-    part_rest = tl.where(counted, part_rest * of_loss, 0.0)
-    part_ce = tl.where(counted, part_ce * of_loss, 0.0)
-    store_parts(parts, parts, parts, 0.0, rows, row, row < rows, part_y, part_rest, part_ce, False)
+    store_parts(parts, parts, parts, 0.0, rows, row, row < rows, counted, of_loss, part_y, part_rest, part_ce, False)
     by = of_gradient * tl.full((), scale, ACC)
     scaled = scaled_by(gradient_of, by)
     if POINTWISE & LOSS:
-        more = Slopes(more.by_1 * by, more.by_2 * by, more.by_column * by, more.offset * by)
+        more = scaled_slopes(more, by)
     out = gradient + program * classes
     dtype = gradient.dtype.element_ty
-    lane = _lanes(LANES, WIDTH, VEC)
+    lane_start, width = lane_columns(tl.arange(0, LANES), LANES, WIDTH, VEC)
+    lane = lane_start[:, None] + width
     for start in range(0, end, LANES * WIDTH):
         cols = start + lane
         g = gradient_tile(

@@ -26,6 +26,15 @@ _NEG_INF = tl.constexpr(float("-inf"))
 
 
 @triton.jit
+def lane_columns(lane, LANES: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr):
+    """Of a tile of LANES x WIDTH columns, where each lane's begin, (lanes,), and where they go on, (1, WIDTH):
+    neighbours go to one lane where they make a vector, else to neighbouring lanes."""
+    LANE_STEP: tl.constexpr = WIDTH if VEC > 1 else 1
+    WIDTH_STEP: tl.constexpr = 1 if VEC > 1 else LANES
+    return lane * LANE_STEP, tl.arange(0, WIDTH)[None, :] * WIDTH_STEP
+
+
+@triton.jit
 def load_part(
     base, offsets, stride, mask, MASKED: tl.constexpr, UNIT: tl.constexpr, LAST: tl.constexpr, ACC: tl.constexpr
 ):

@@ -61,33 +61,31 @@ def plan_stage(
         "maxnreg": config.registers,
     }
     first, second, temperature, ce_weight, smoothing = kernel_weights(options.loss, options.hyper, num_classes)
-    inputs = (student, teacher, labels_seen, target.contiguous(), factors)
+    logits, of_rows = (student, teacher), (target.contiguous(), factors)
     strides = (*student.stride(), *teacher.stride())
     all_strides = (*strides, *labels_seen.stride(), options.ignore_index)
     known = tuple(out if each is None else each for each in found)
     span = (first_class, num_classes)
     arguments: tuple[Any, ...]
     if stage == "moments":
-        arguments = (*inputs, out, rows, columns, *span, *strides, options.ignore_index)
+        arguments = (*logits, *of_rows, out, rows, columns, *span, *strides, options.ignore_index)
     elif stage == "statistics":
-        arguments = (*inputs, known[0], out, rows, columns, pieces, *span, *all_strides, temperature)
+        arguments = (
+            *logits, labels_seen, *of_rows, known[0], out, rows, columns, pieces, *span, *all_strides, temperature,
+        )  # fmt: skip
     elif stage == "sums":
         arguments = (
-            *inputs, *known[:2], out, rows, columns, pieces, *span, *strides, options.ignore_index, first, temperature,
+            *logits, *of_rows, *known[:2], out, rows, columns, pieces, *span, *strides, options.ignore_index,
+            first, temperature,
         )  # fmt: skip
     else:
         arguments = (
-            *inputs, *known, gradient, out, rows, columns, pieces, *span, *all_strides,
+            *logits, labels_seen, *of_rows, *known, gradient, out, rows, columns, pieces, *span, *all_strides,
             first, second, temperature, ce_weight, smoothing, options.scales[0],
         )  # fmt: skip
-    kinds = {
-        "PIECES": 1 << (pieces - 1).bit_length(),
-        "LOSS": seen.number,
-        "SINGLE": seen.single,
-        "STD": options.standardize,
-    }
     if stage != "moments":
-        shared |= kinds
+        shared |= {"PIECES": 1 << (pieces - 1).bit_length(), "LOSS": seen.number, "SINGLE": seen.single}
+        shared["STD"] = options.standardize
     if stage in ("statistics", "gradient"):
         shared |= {"LINEAR": seen.linear, "RAW": seen.raw}
     return planned(f"piece_{stage}", rows, arguments, shared)
