@@ -239,9 +239,8 @@ double dist_columns(const Kernels& kernels, RowArgs rows, std::vector<char>& col
     return sum;
 }
 
-// The loss that each row that counts has of it.
-double dist_part(const HyperParameters& hyper, double correlations, int64_t classes) {
-    return hyper.gamma * hyper.temperature * hyper.temperature * (1 - correlations / double(classes));
+bool has_columns(const RowArgs& args, const Counted& counted) {
+    return args.loss & common::kColumns && args.hyper.gamma != 0 && counted.rows > 0;
 }
 
 // What a row's parts are multiplied by: 0 for one that does not count.
@@ -250,6 +249,14 @@ double part_factor(const RowArgs& args, int64_t row) {
         static_cast<const int64_t*>(args.target.data)[row * args.target.row_stride] == args.ignore_index)
         return 0;
     return args.factors ? args.factors[row] : 1;
+}
+
+// The loss that each row that counts has of the columns, of which a row has so many.
+void put_column_part(const RowArgs& args, double correlations, int64_t classes) {
+    const double temperature = args.hyper.temperature;
+    const double part = args.hyper.gamma * temperature * temperature * (1 - correlations / double(classes));
+    for (int64_t row = 0; row < args.rows; ++row)
+        if (const double factor = part_factor(args, row); factor != 0) args.parts[3 * row + 1] = factor * part;
 }
 
 } // namespace
@@ -263,12 +270,11 @@ int64_t row_loss(const Kernels& kernels, RowArgs args, const LossOutputs& out) {
     args.parts = parts.data();
     args.label_sums = sums.empty() ? nullptr : sums.data();
     std::vector<char> columns;
-    const bool coupled = args.loss & common::kColumns && args.hyper.gamma != 0 && counted.rows > 0;
-    const double by_columns = coupled ? dist_part(args.hyper, dist_columns(kernels, args, columns), args.classes) : 0;
+    const bool coupled = has_columns(args, counted);
+    const double correlations = coupled ? dist_columns(kernels, args, columns) : 0;
     args.columns = coupled ? columns.data() : nullptr;
     if (!coupled || args.gradient) kernels.row_losses(args);
-    for (int64_t row = 0; coupled && row < args.rows; ++row)
-        if (const double factor = part_factor(args, row); factor != 0) parts[size_t(3 * row + 1)] = factor * by_columns;
+    if (coupled) put_column_part(args, correlations, args.classes);
     reduce_parts(parts, 3, args.rows, divisor, out.reduction, args.accumulate, out.loss, out.parts);
     return no_probabilities(sums);
 }
@@ -282,7 +288,7 @@ int64_t row_stage(const Kernels& kernels, RowArgs args) {
     std::vector<double> sums = label_sums(args.target, args.rows);
     args.label_sums = last && probabilities ? sums.data() : nullptr;
     std::vector<char> columns;
-    const bool coupled = args.loss & common::kColumns && args.hyper.gamma != 0 && counted.rows > 0;
+    const bool coupled = has_columns(args, counted);
     double correlations = 0;
     if (coupled && piece.stage >= kSums) {
         correlations = dist_columns(kernels, args, columns);
@@ -294,9 +300,7 @@ int64_t row_stage(const Kernels& kernels, RowArgs args) {
         correlations = 0;
         for (int64_t i = 0; i < piece.pieces; ++i)
             correlations += piece.sums[((i + 1) * kSumsFields - 1) * args.rows];
-        const double part = dist_part(args.hyper, correlations, piece.num_classes);
-        for (int64_t row = 0; row < args.rows; ++row)
-            if (const double factor = part_factor(args, row); factor != 0) args.parts[3 * row + 1] = factor * part;
+        put_column_part(args, correlations, piece.num_classes);
     }
     return no_probabilities(sums);
 }

@@ -14,18 +14,18 @@ namespace {
 
 // Columns of a block: their sums fit in the first-level cache beside a piece of two rows.
 constexpr int64_t kTogether = 256;
-constexpr int kSums = 5; // of x, y, x^2, y^2, xy
+constexpr int kTotals = 5; // of x, y, x^2, y^2, xy
 // Rows whose sums are taken together before double precision takes over, which is half as wide.
 constexpr int kFew = 8;
 
 template <class A>
 FKD_NOINLINE void column_block(const ColumnArgs& args, int64_t start, int64_t n) {
     alignas(64) A staging[kTogether], p[kTogether], q[kTogether], first_p[kTogether], first_q[kTogether];
-    alignas(64) A few[kSums][kTogether] = {};
-    alignas(64) double sums[kSums][kTogether] = {};
+    alignas(64) A few[kTotals][kTogether] = {};
+    alignas(64) double sums[kTotals][kTogether] = {};
     int64_t counted = 0;
     const auto flush = [&] {
-        for (int k = 0; k < kSums; ++k)
+        for (int k = 0; k < kTotals; ++k)
             for (int64_t j = 0; j < n; ++j) {
                 sums[k][j] += double(few[k][j]);
                 few[k][j] = 0;
