@@ -14,7 +14,7 @@ from fused_kd.core.catalogue import has_column_term
 from fused_kd.core.options import HyperParameters
 from fused_kd.core.stored import counted_weight
 
-__all__ = ["row_loss", "uskd", "uskd_batch_sums", "zipf_ls"]
+__all__ = ["given_hyper", "row_loss", "scale_stored", "uskd", "uskd_batch_sums", "zipf_ls"]
 
 # By int(whether hyper-parameters may change): PyTorch 2.11's compiler takes no bool for an index.
 _ROW_LOSS, _USKD, _ZIPF_LS = (ops.LOSS_OPS[name] for name in ("row_loss", "uskd", "zipf_ls"))
@@ -40,7 +40,7 @@ class _FusedLoss(torch.autograd.Function):
         if grad_output is None:
             return None, None, None, None
         gradient, norm = ctx.saved_tensors
-        return _apply(gradient, grad_output, norm, ctx.backend), None, None, None
+        return scale_stored(gradient, grad_output, norm, ctx.backend), None, None, None
 
 
 class _FusedPairLoss(torch.autograd.Function):
@@ -59,8 +59,8 @@ class _FusedPairLoss(torch.autograd.Function):
         student, other, student_norm, other_norm = ctx.saved_tensors
         want_student, want_other = ctx.needs_input_grad[:2]
         return (
-            _apply(student, grad_output, student_norm, ctx.backend) if want_student else None,
-            _apply(other, grad_output, other_norm, ctx.backend) if want_other else None,
+            scale_stored(student, grad_output, student_norm, ctx.backend) if want_student else None,
+            scale_stored(other, grad_output, other_norm, ctx.backend) if want_other else None,
             None,
             None,
             None,
@@ -124,7 +124,7 @@ def _keep(ctx: Any, outputs: tuple[Tensor, ...], want_parts: bool, backend: str)
     return loss, parts
 
 
-def _apply(gradient: Tensor, grad_output: Tensor, norm: Tensor, backend: str, keep: bool = False) -> Tensor:
+def scale_stored(gradient: Tensor, grad_output: Tensor, norm: Tensor, backend: str, keep: bool = False) -> Tensor:
     """The stored gradient times the incoming one, in place when nobody can ask for the stored one again."""
     if torch.compiler.is_compiling():
         result: Tensor = ops.scale_gradient_compiled(gradient, grad_output, norm, backend)
@@ -178,7 +178,7 @@ def row_loss(
     """
     transforms.refuse(student_logits)
     need_gradient = student_logits.requires_grad and torch.is_grad_enabled()
-    scheduled, given = _given(hyper)
+    scheduled, given = given_hyper(hyper)
     further = (*inputs, loss, given, *asked, need_gradient and kept is None, backend)
     if kept is not None and need_gradient and not torch.compiler.is_exporting():
         outputs = _DistRows.apply(student_logits, _ROW_LOSS[int(scheduled)], kept, further)  # type: ignore[no-untyped-call]
@@ -198,12 +198,12 @@ def zipf_ls(
     logits. The arguments are as :func:`row_loss` has them."""
     transforms.refuse(student_logits)
     need_gradient = student_logits.requires_grad and torch.is_grad_enabled()
-    scheduled, given = _given(hyper)
+    scheduled, given = given_hyper(hyper)
     further = (*inputs, given, *asked, need_gradient, backend)
     return _apply_fused(_ZIPF_LS[int(scheduled)], student_logits, further, need_gradient, want_parts)
 
 
-def _given(hyper: list[float]) -> tuple[bool, list[float] | Tensor]:
+def given_hyper(hyper: list[float]) -> tuple[bool, list[float] | Tensor]:
     """Whether hyper-parameters may change in the graph that is being compiled, and they as the op then takes them.
 
     A float is a constant of a compiled graph until a call brings another value; then the graph is compiled once more,
@@ -250,7 +250,7 @@ def uskd(
     transforms.refuse(student_logits, weak_logits)
     grad = torch.is_grad_enabled()
     need_student, need_weak = grad and student_logits.requires_grad, grad and weak_logits.requires_grad
-    scheduled, given = _given(hyper)
+    scheduled, given = given_hyper(hyper)
     op = _USKD[int(scheduled)]
     further = (*inputs, given, *asked, need_student, need_weak, backend)
     if torch.compiler.is_exporting():
@@ -292,7 +292,7 @@ class _ExportedLoss(torch.autograd.Function):
                 if ctx.needs_input_grad[1 + i]:
                     gradient, norm = ctx.saved_tensors[i], ctx.saved_tensors[count + i]
                     # Not in place, since the stored gradient is an output of the op.
-                    results[i] = _apply(gradient, grad_output, norm, ctx.backend, keep=True)
+                    results[i] = scale_stored(gradient, grad_output, norm, ctx.backend, keep=True)
         return None, *results, None
 
 

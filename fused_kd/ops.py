@@ -42,7 +42,10 @@ __all__ = [
     "DIST_GRADIENT",
     "EXPORTED_OPS",
     "LOSS_OPS",
+    "define",
+    "hyper_parameters",
     "implement_autograd",
+    "registered",
     "scale_gradient",
     "scale_gradient_",
     "scale_gradient_compiled",
@@ -58,7 +61,7 @@ _TWINS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
 _library: Any = torch.library.Library("fused_kd", "DEF")  # type: ignore[no-untyped-call]
 
 
-def _define(
+def define(
     name: str,
     arguments: str,
     results: str,
@@ -85,7 +88,7 @@ def _define(
             torch.library.register_fake(f"fused_kd::{op}", fake, lib=_library)
 
 
-def _named(hyper: list[float] | Tensor) -> HyperParameters:
+def hyper_parameters(hyper: list[float] | Tensor) -> HyperParameters:
     return HyperParameters._make(hyper.tolist() if isinstance(hyper, Tensor) else hyper)
 
 
@@ -108,7 +111,7 @@ def _row_loss(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     transforms.refuse_recorded(student_logits)
-    named = _named(hyper)
+    named = hyper_parameters(hyper)
     bound = ROW_LOSSES[loss].bound(named) + named.ce_weight
     if standardize:
         bound = math.inf  # one over the deviation of a row's logits is a factor of it, 1e7 for a constant row
@@ -138,7 +141,7 @@ def _row_loss_fake(student_logits: Tensor, teacher_logits: Tensor | None, *furth
     return outputs(student_logits, need_gradient, 3, reduction, dtype)
 
 
-_define(
+define(
     "row_loss",
     "Tensor student_logits, Tensor? teacher_logits, Tensor target, Tensor? row_weight, str loss, {hyper}, "
     "bool standardize, int ignore_index, str reduction, bool need_gradient",
@@ -171,7 +174,7 @@ def _dist_gradient(
     after = 1.0 + 0.0 * grad_rows + 0.0 * grad_columns
     finite, column_factor = (each.nan_to_num(1.0, 1.0, 1.0).double() for each in (grad_rows, grad_columns))
     kernels, factors = backends.get(backend), torch.stack([weight, finite])
-    options = Options(_named(hyper), ignore_index, "none", (True,), (1.0,), "dist", standardize)
+    options = Options(hyper_parameters(hyper), ignore_index, "none", (True,), (1.0,), "dist", standardize)
     _, _, gradient, norm = kernels.row_loss(student, teacher_logits, target, factors, column_factor, options)
     kernels.scale_gradient(gradient, after, norm, gradient)
     return gradient.to(student_logits.dtype)  # type: ignore[no-any-return]
@@ -181,7 +184,7 @@ def _dist_gradient_fake(student_logits: Tensor, *_: Any) -> Tensor:
     return student_logits.new_empty(student_logits.shape)
 
 
-_define(
+define(
     "dist_gradient",
     "Tensor student_logits, Tensor teacher_logits, Tensor target, Tensor? row_weight, {hyper}, bool standardize, "
     "int ignore_index, Tensor grad_rows, Tensor grad_columns",
@@ -201,7 +204,7 @@ def _uskd_batch_sums_fake(student_logits: Tensor, *_: Any) -> Tensor:
     return student_logits.new_empty((3,), dtype=torch.float64)
 
 
-_define(
+define(
     "uskd_batch_sums",
     "Tensor student_logits, Tensor target, bool square, int ignore_index",
     "Tensor",
@@ -226,7 +229,7 @@ def _uskd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     transforms.refuse_recorded(student_logits, weak_logits)
-    named = _named(hyper)
+    named = hyper_parameters(hyper)
     # P_k and P_1 + P_2 are from -1 to 2. At a target, p_k (P_1 + P_2) - P_k averages -P_k and the other target's P.
     student_scale = stored_scale(student_logits.dtype, 2.0 * named.alpha + named.beta + named.ce_weight)
     dtypes = (student_logits.dtype, weak_logits.dtype)
@@ -248,7 +251,7 @@ def _uskd_fake(student_logits: Tensor, weak_logits: Tensor, *further: Any) -> tu
     return pair_outputs(*logits, (need_student, need_weak), 4, reduction, accumulation_dtype(*logits))
 
 
-_define(
+define(
     "uskd",
     "Tensor student_logits, Tensor weak_logits, Tensor target, Tensor batch_sums, Tensor? row_weight, {hyper}, "
     "str rank, bool square, int ignore_index, str reduction, bool need_student, bool need_weak",
@@ -272,7 +275,7 @@ def _zipf_ls(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     transforms.refuse_recorded(student_logits)
-    named = _named(hyper)
+    named = hyper_parameters(hyper)
     scale = stored_scale(student_logits.dtype, named.beta + named.ce_weight)
     factors, reduction, (by,) = row_factors(row_weight, target, ignore_index, reduction, (student_logits.dtype,))
     options = Options(named, ignore_index, reduction, (need_gradient,), (scale,))
@@ -288,7 +291,7 @@ def _zipf_ls_fake(student_logits: Tensor, *further: Any) -> tuple[Tensor, ...]:
     return outputs(student_logits, need_gradient, 2, reduction, accumulation_dtype(student_logits))
 
 
-_define(
+define(
     "zipf_ls",
     "Tensor student_logits, Tensor dense_logits, Tensor target, Tensor? row_weight, {hyper}, int ignore_index, "
     "str reduction, bool need_gradient",
@@ -323,21 +326,21 @@ def _scaled_fake(gradient: Tensor, *_: Any) -> Tensor:
 
 
 _SCALE = "Tensor gradient, Tensor grad_output, Tensor norm"
-_define("scale_gradient", _SCALE, "Tensor", _scale_gradient, _scaled_fake)
-_define("scale_gradient_compiled", _SCALE, "Tensor", _scale_gradient_compiled, _scaled_fake)
-_define("scale_gradient_", _SCALE.replace("Tensor", "Tensor(a!)", 1), "()", _scale_gradient_, lambda *_: None)
+define("scale_gradient", _SCALE, "Tensor", _scale_gradient, _scaled_fake)
+define("scale_gradient_compiled", _SCALE, "Tensor", _scale_gradient_compiled, _scaled_fake)
+define("scale_gradient_", _SCALE.replace("Tensor", "Tensor(a!)", 1), "()", _scale_gradient_, lambda *_: None)
 
 
-def _op(name: str) -> Any:
+def registered(name: str) -> Any:
     return getattr(torch.ops.fused_kd, name).default
 
 
 #: The forward ops, each with its twin for hyper-parameters that may change in a compiled graph.
-LOSS_OPS: dict[str, tuple[Any, Any]] = {name: (_op(name), _op(f"{name}_scheduled")) for name in _LOSSES}
+LOSS_OPS: dict[str, tuple[Any, Any]] = {name: (registered(name), registered(f"{name}_scheduled")) for name in _LOSSES}
 #: The gradient of DIST's rows, and its twin.
-DIST_GRADIENT: tuple[Any, Any] = (_op("dist_gradient"), _op("dist_gradient_scheduled"))
+DIST_GRADIENT: tuple[Any, Any] = (registered("dist_gradient"), registered("dist_gradient_scheduled"))
 #: By forward op, what torch.export records in its place.
-EXPORTED_OPS: dict[Any, Any] = {op: _op(f"exported_{op._opname}") for pair in LOSS_OPS.values() for op in pair}
+EXPORTED_OPS: dict[Any, Any] = {op: registered(f"exported_{op._opname}") for pair in LOSS_OPS.values() for op in pair}
 uskd_batch_sums = torch.ops.fused_kd.uskd_batch_sums.default
 scale_gradient = torch.ops.fused_kd.scale_gradient.default
 scale_gradient_compiled = torch.ops.fused_kd.scale_gradient_compiled.default

@@ -81,7 +81,7 @@ def check_index(name: str, value: int) -> None:
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
 
 
-def _check_logits(name: str, logits: Tensor | None) -> Tensor:
+def check_logits(name: str, logits: Tensor | None) -> Tensor:
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(logits).__name__}")
     if logits.dtype not in _LOGIT_DTYPES:
@@ -184,8 +184,8 @@ def flatten(
         TypeError: an argument is no Tensor or has a dtype that is not supported.
         ValueError: shapes or devices disagree, there are fewer than two classes, or a target requires grad.
     """
-    _check_logits("student_logits", student_logits)
-    other = None if other_name is None else _check_logits(other_name, other_logits)
+    check_logits("student_logits", student_logits)
+    other = None if other_name is None else check_logits(other_name, other_logits)
     if target is not None and not isinstance(target, Tensor):
         raise TypeError(f"target: expected a Tensor, got {type(target).__name__}")
     shape = student_logits.shape
@@ -204,7 +204,7 @@ def flatten(
     if target is None:
         target = torch.zeros(rows, dtype=torch.int64, device=device)
     else:
-        target = _check_target(target, student_logits, dim)
+        target = check_target(target, tuple(shape), dim, device)
     if len(shape) == 2 and dim == 1:
         return Rows(student_logits, other, target, rows)
     target = target.movedim(dim, -1).reshape(-1, num_classes) if target.is_floating_point() else target.reshape(-1)
@@ -214,19 +214,19 @@ def flatten(
     return Rows(student, other, target, rows)
 
 
-def _check_target(target: Tensor, student_logits: Tensor, dim: int) -> Tensor:
-    """Class indices of the rows' shape, as int64, or probabilities of the logits' shape."""
-    shape = student_logits.shape
-    if target.device != student_logits.device:
-        raise ValueError(f"target: expected the device of student_logits, {student_logits.device}, got {target.device}")
+def check_target(target: Tensor, shape: tuple[int, ...], dim: int, device: torch.device) -> Tensor:
+    """For logits of that ``shape`` with their classes in ``dim``: class indices of the rows' shape, as int64, or
+    probabilities of the logits' shape."""
+    if target.device != device:
+        raise ValueError(f"target: expected the device of student_logits, {device}, got {target.device}")
     if target.dtype in _INDEX_DTYPES:
         rows = rows_shape(shape, dim)
         if target.shape != rows:
             # (N, 1) indices are common in data loaders; published code reads them as soft labels of class 0.
             if target.shape != (*shape[:dim], 1, *shape[dim + 1 :]):
                 raise ValueError(
-                    f"target: expected class indices of shape {tuple(rows)} for logits of shape {tuple(shape)} with "
-                    f"the classes in dimension {dim}, got {tuple(target.shape)}{_fits(tuple(shape), target)}"
+                    f"target: expected class indices of shape {tuple(rows)} for logits of shape {shape} with "
+                    f"the classes in dimension {dim}, got {tuple(target.shape)}{_fits(shape, target)}"
                 )
             target = target.squeeze(dim)
         return target if target.dtype == torch.int64 else target.to(torch.int64)
@@ -234,8 +234,8 @@ def _check_target(target: Tensor, student_logits: Tensor, dim: int) -> Tensor:
         raise TypeError(f"target: expected integer class indices or floating-point probabilities, got {target.dtype}")
     if target.shape != shape:
         raise ValueError(
-            f"target: expected class probabilities of shape {tuple(shape)}, got {target.dtype} of shape "
-            f"{tuple(target.shape)} (class indices are integers){_moved(tuple(shape), target, dim)}"
+            f"target: expected class probabilities of shape {shape}, got {target.dtype} of shape "
+            f"{tuple(target.shape)} (class indices are integers){_moved(shape, target, dim)}"
         )
     if carries_gradient(target):
         raise ValueError("target: expected probabilities that do not require grad; pass target.detach()")
@@ -257,7 +257,7 @@ def _moved(shape: tuple[int, ...], target: Tensor, dim: int) -> str:
 
 def flatten_dense(dense_logits: Tensor, student_logits: Tensor, rows: Rows) -> Tensor:
     """Logits of the positions ``(..., P, C)``, viewed as ``(N, P, C)``; ``...`` is the rows' shape."""
-    _check_logits("dense_logits", dense_logits)
+    check_logits("dense_logits", dense_logits)
     shape, wanted = dense_logits.shape, (*rows.shape, rows.student_logits.shape[1])
     if len(shape) != len(wanted) + 1 or shape[:-2] != wanted[:-1] or shape[-1] != wanted[-1] or shape[-2] == 0:
         expected = ", ".join(map(str, (*wanted[:-1], "P", wanted[-1])))
@@ -269,8 +269,11 @@ def flatten_dense(dense_logits: Tensor, student_logits: Tensor, rows: Rows) -> T
     return dense_logits if len(shape) == 3 else dense_logits.reshape(-1, *shape[-2:])
 
 
-def flatten_weight(weight: Tensor | None, rows: Rows, student_logits: Tensor) -> Tensor | None:
-    """A weight per row, of the rows' shape ``(...)``, viewed as ``(N,)``; a boolean mask as 0 and 1.
+def flatten_weight(
+    weight: Tensor | None, rows: tuple[int, ...], shape: tuple[int, ...], num_classes: int, device: torch.device
+) -> Tensor | None:
+    """A weight per row, of the shape ``rows`` that logits of that ``shape`` have, viewed as ``(N,)``; a boolean mask as
+    0 and 1.
 
     Raises:
         TypeError: it is no Tensor, or of integers.
@@ -282,14 +285,13 @@ def flatten_weight(weight: Tensor | None, rows: Rows, student_logits: Tensor) ->
         raise TypeError(f"weight: expected a Tensor with one weight per row, or None, got {type(weight).__name__}")
     if weight.dtype not in (*_LOGIT_DTYPES, torch.bool):
         raise TypeError(f"weight: expected float64, float32, float16 or bfloat16 weights or a mask, got {weight.dtype}")
-    if weight.shape != rows.shape:
+    if weight.shape != rows:
         of_classes = "; one per class, as F.cross_entropy's weight is, cannot be had: these weigh rows"
         raise ValueError(
-            f"weight: expected one per row, of shape {tuple(rows.shape)}, got {tuple(weight.shape)}"
-            f"{_fits(tuple(student_logits.shape), weight, 'weight')}"
-            f"{of_classes if weight.shape == rows.student_logits.shape[1:] else ''}"
+            f"weight: expected one per row, of shape {tuple(rows)}, got {tuple(weight.shape)}"
+            f"{_fits(tuple(shape), weight, 'weight')}"
+            f"{of_classes if weight.shape == (num_classes,) else ''}"
         )
-    device = student_logits.device
     if weight.device != device:
         raise ValueError(f"weight: expected the device of student_logits, {device}, got {weight.device}")
     if carries_gradient(weight):

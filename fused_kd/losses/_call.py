@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 from torch import Tensor
 
@@ -12,7 +12,9 @@ from fused_kd.core import checks
 from fused_kd.core.catalogue import ROW_LOSSES, has_column_term
 from fused_kd.core.options import HyperParameters, in_order
 from fused_kd.core.transforms import readable
+from fused_kd.losses import _sources
 from fused_kd.losses._options import checked
+from fused_kd.sources import Logits, TeacherLogits
 
 Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
 
@@ -38,7 +40,9 @@ def call(
     student_logits, rows = given
     numbers, settings = options
     weight, _, backend, return_parts = common
-    weight = checks.flatten_weight(weight, rows, student_logits)
+    if weight is not None:
+        shape, classes = student_logits.shape, rows.student_logits.shape[1]
+        weight = checks.flatten_weight(weight, rows.shape, shape, classes, student_logits.device)
     chosen = backends.choose(backend, student_logits.device, name)
     packed: Any
     if chosen == "reference":
@@ -57,7 +61,7 @@ def row_loss(
     name: str,
     eager: Callable[..., tuple[Tensor, Parts]],
     parts_type: type[Parts],
-    tensors: tuple[Tensor, Tensor | None, Tensor | None],
+    tensors: tuple[Logits, TeacherLogits | None, Tensor | None],
     numbers: dict[str, float],
     settings: dict[str, Any],
     common: Common,
@@ -70,6 +74,9 @@ def row_loss(
         if numbers["ce_weight"] != 0.0:
             raise ValueError(f"target: expected one, since ce_weight is {numbers['ce_weight']}; got None")
         settings["ignore_index"] = -1  # the class that stands in for targets is 0
+    if _sources.is_source(student_logits) or _sources.is_source(teacher_logits):
+        return _sources.row_loss(name, eager, parts_type, tensors, numbers, settings, common, None)
+    student_logits, teacher_logits = cast(Tensor, student_logits), cast("Tensor | None", teacher_logits)
     other_name = "teacher_logits" if "logit_standardization" in settings else None
     rows = checks.flatten(student_logits, teacher_logits, other_name, target, common[1])
     checks.check_teacher_detached(teacher_logits)

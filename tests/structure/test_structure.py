@@ -9,7 +9,9 @@ from fused_kd.core.catalogue import LOSSES
 
 PACKAGE = ROOT / "fused_kd"
 #: From the top: each imports of those after it alone, and of its own kind.
-LAYERS = ("losses", "autograd", "ops", "backends", "core", "reference")
+LAYERS = (
+    "losses", "sources", "source_autograd", "autograd", "source_ops", "ops", "backends", "core", "reference",
+)  # fmt: skip
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0].split(".")[0] in LAYERS)
 
 

@@ -1,0 +1,126 @@
+"""The products of a last layer and of its gradients, for a chunk of rows: they accumulate in float32 or better."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fused_kd.core.source_rows import SourceRows
+
+#: Classes of a weight in half precision that are converted at a time, where no product of such gives float32.
+_CONVERTED = 4096
+_MIXED = hasattr(torch.ops.aten.mm, "dtype")  # torch.mm(..., out_dtype=), of CUDA tensors
+
+
+def room(source: SourceRows, wanted: tuple[bool, ...], dtype: torch.dtype) -> list[Tensor]:
+    """As the gradients of a source are kept until the incoming one is known: empty where one is not wanted.
+
+    That of what is in float16 is kept in the accumulating dtype, as it could underflow or overflow before it is scaled.
+    """
+    found = []
+    for want, of in zip(wanted, (source.values, source.weight, source.bias), strict=True):
+        if of is None or not want:
+            found.append(source.values.new_empty(0))
+        else:
+            found.append(of.new_empty(of.shape, dtype=dtype if of.dtype == torch.float16 else of.dtype))
+    return found
+
+
+class Gradients:
+    """Of a head, in the accumulating dtype: what is wanted of hidden states, weight and bias, summed over chunks."""
+
+    def __init__(self, head: SourceRows, wanted: tuple[bool, ...], dtype: torch.dtype) -> None:
+        hidden, weight, bias = head.values, head.weight, head.bias
+        assert weight is not None
+        self.hidden = torch.empty_like(hidden, dtype=dtype) if wanted[0] else None
+        self.weight = torch.zeros_like(weight, dtype=dtype) if wanted[1] else None
+        self.bias = torch.zeros_like(bias, dtype=dtype) if wanted[2] and bias is not None else None
+
+    def stored(self, head: SourceRows) -> list[Tensor]:
+        """As they are kept, see :func:`room`."""
+        found = []
+        for gradient, of in ((self.hidden, head.values), (self.weight, head.weight), (self.bias, head.bias)):
+            if gradient is None or of is None:
+                found.append(head.values.new_empty(0))
+            else:
+                found.append(gradient if of.dtype == torch.float16 else gradient.to(of.dtype))
+        return found
+
+
+class Products:
+    """A head's logits, and what their gradient is multiplied into, row chunk by row chunk.
+
+    ``num_classes`` are the classes at hand: what the weight has beyond them is padding. ``compute`` is the dtype of the
+    factors, autocast's where that is at work.
+    """
+
+    def __init__(self, head: SourceRows, num_classes: int, dtype: torch.dtype, compute: torch.dtype | None) -> None:
+        assert head.weight is not None
+        weight = head.weight[:num_classes]
+        self.head, self.classes, self.dtype = head, num_classes, dtype
+        self.bias = None if head.bias is None else head.bias[:num_classes].to(dtype)
+        self.mixed = _MIXED and weight.is_cuda and (compute or weight.dtype) in (torch.float16, torch.bfloat16)
+        self.weight = weight.to(compute) if self.mixed and compute is not None else weight
+
+    def logits(self, start: int, stop: int) -> Tensor:
+        """(rows, classes) in the accumulating dtype."""
+        head, hidden = self.head, self.head.values[start:stop]
+        if self.mixed:
+            out: Tensor = torch.mm(hidden.to(self.weight.dtype), self.weight.T, out_dtype=self.dtype)
+        else:
+            hidden = hidden.to(self.dtype)
+            out = hidden.new_empty(len(hidden), self.classes)
+            for classes, weight in self._tiles():
+                torch.mm(hidden, weight.T, out=out[:, classes])
+        if self.bias is not None:
+            out += self.bias
+        if head.softcap:
+            return out.mul_(head.logit_scale / head.softcap).tanh_().mul_(head.softcap)
+        return out if head.logit_scale == 1.0 else out.mul_(head.logit_scale)
+
+    def take(self, gradient: Tensor, logits: Tensor, start: int, stop: int, into: Gradients) -> None:
+        """Multiply a chunk's gradient of the logits, which is overwritten, into those of the head."""
+        head = self.head
+        if head.softcap:
+            gradient.mul_(logits.div_(head.softcap).square_().neg_().add_(1.0))
+        if head.logit_scale != 1.0:
+            gradient.mul_(head.logit_scale)
+        if into.bias is not None:
+            into.bias[: self.classes] += gradient.sum(0)
+        hidden = head.values[start:stop]
+        if self.mixed:
+            self._take_mixed(gradient, hidden, start, stop, into)
+            return
+        hidden = hidden.to(self.dtype)
+        of_hidden = torch.zeros_like(hidden) if into.hidden is not None else None
+        for classes, weight in self._tiles():
+            if of_hidden is not None:
+                of_hidden.addmm_(gradient[:, classes], weight)
+        if of_hidden is not None and into.hidden is not None:
+            into.hidden[start:stop] = of_hidden
+        if into.weight is not None:
+            into.weight[: self.classes].addmm_(gradient.T, hidden)
+
+    def _take_mixed(self, gradient: Tensor, hidden: Tensor, start: int, stop: int, into: Gradients) -> None:
+        power = None
+        if self.weight.dtype == torch.float16 and gradient.numel():
+            # A gradient that is divided by the number of rows would underflow there.
+            largest = gradient.abs().nan_to_num_(nan=0.0, posinf=0.0).amax()
+            power = torch.exp2(-torch.frexp(largest).exponent.clamp(min=-100).to(self.dtype))
+            gradient = gradient.mul_(power)
+        half = gradient.to(self.weight.dtype)
+        if into.hidden is not None:
+            of_hidden: Tensor = torch.mm(half, self.weight, out_dtype=self.dtype)
+            into.hidden[start:stop] = of_hidden if power is None else of_hidden.div_(power)
+        if into.weight is not None:
+            of_weight: Tensor = torch.mm(half.T, hidden.to(half.dtype), out_dtype=self.dtype)
+            into.weight[: self.classes] += of_weight if power is None else of_weight.div_(power)
+
+    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """The weight in the accumulating dtype, whole where it is in that already."""
+        step = self.classes if self.weight.dtype == self.dtype else _CONVERTED
+        for first in range(0, self.classes, step):
+            classes = slice(first, min(first + step, self.classes))
+            yield classes, self.weight[classes].to(self.dtype)

@@ -1,0 +1,159 @@
+"""The way of a row loss whose logits are of a source (:mod:`fused_kd.sources`), from its arguments to the op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fused_kd import backends, source_autograd
+from fused_kd.core import checks
+from fused_kd.core.catalogue import LOSSES, ROW_LOSSES, has_column_term
+from fused_kd.core.options import HyperParameters, in_order
+from fused_kd.core.source_rows import SourceRows
+from fused_kd.core.transforms import carries_gradient
+from fused_kd.reference import accumulation_dtype
+from fused_kd.sources import ClassShard, Head, Logits, TeacherLogits, TopK
+
+Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
+
+
+def is_source(logits: Any) -> bool:
+    return isinstance(logits, (Head, TopK, ClassShard))
+
+
+class _Given(NamedTuple):
+    """A source, checked and flattened."""
+
+    rows: SourceRows
+    shape: tuple[int, ...]  # of the logits that it stands for, padding included
+    chunk_rows: int  # 0 where it does not say
+
+
+def row_loss(
+    name: str,
+    eager: Callable[..., tuple[Tensor, Parts]],
+    parts_type: type[Parts],
+    tensors: tuple[Logits, TeacherLogits | None, Tensor | None],
+    numbers: dict[str, float],
+    settings: dict[str, Any],
+    common: tuple[Tensor | None, int | None, str, bool],
+    num_classes: int | None,
+) -> Tensor | tuple[Tensor, Parts]:
+    """As :func:`fused_kd.losses._call.row_loss`, of checked numbers."""
+    student_logits, teacher_logits, target = tensors
+    weight, class_dim, backend, return_parts = common
+    student = _flattened("student_logits", student_logits, class_dim)
+    device, dtype = student.rows.values.device, student.rows.values.dtype
+    teacher = None if teacher_logits is None else _flattened("teacher_logits", teacher_logits, None)
+    if teacher is not None:
+        _check_teacher(teacher, student)
+    shape = student.shape if num_classes is None else (*student.shape[:-1], num_classes)
+    if target is None:
+        target = torch.zeros(shape[:-1], dtype=torch.int64, device=device)
+    else:
+        target = checks.check_target(target, shape, len(shape) - 1, device)
+    target = target.reshape(-1, shape[-1]) if target.is_floating_point() else target.reshape(-1)
+    weight = checks.flatten_weight(weight, shape[:-1], shape, shape[-1], device)
+    hyper = in_order(numbers)
+    if has_column_term(name, HyperParameters._make(hyper)):
+        raise ValueError(
+            f"gamma: expected 0 for {LOSSES[name].title} of a Head, a TopK or a ClassShard, since the term of the "
+            f"batch's columns needs the logits of all rows at once; got {numbers['gamma']}"
+        )
+    chosen = backends.choose(backend, device, name)
+    if chosen == "reference":
+        given = [_logits(each.rows, shape[-1]) for each in (student, teacher) if each is not None]
+        loss, packed = eager(*given, target, **numbers, **settings, weight=weight)
+        parts = [*packed]
+    else:
+        asked = (settings.get("logit_standardization", False), settings["ignore_index"], settings["reduction"])
+        chunk_rows = min((each.chunk_rows for each in (student, teacher) if each and each.chunk_rows), default=0)
+        where = ([0, shape[-1]], "", chunk_rows, _products_dtype(device, dtype))
+        loss, stacked = source_autograd.source_loss(
+            student.rows, teacher and teacher.rows, (target, weight), name, hyper, asked, where, chosen
+        )
+        parts = [stacked[part] for part in ROW_LOSSES[name].parts]
+    if settings["reduction"] == "none" and len(shape) != 2:
+        loss, *parts = (each.reshape(shape[:-1]) for each in (loss, *parts))
+    return (loss, parts_type(*parts)) if return_parts else loss
+
+
+def _products_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
+    """Of the factors of a head's products where autocast is at work, as a linear layer has it."""
+    enabled = torch.is_autocast_enabled(device.type) and dtype != torch.float64
+    return torch.get_autocast_dtype(device.type) if enabled else None
+
+
+def _flattened(name: str, given: Any, class_dim: int | None) -> _Given:
+    if isinstance(given, Head):
+        return _head(name, given, class_dim)
+    if isinstance(given, Tensor):
+        logits = checks.check_logits(name, given)
+        dim = checks.class_dimension(logits, class_dim)
+        logits = logits.movedim(dim, -1)
+        return _Given(SourceRows(logits.reshape(-1, logits.shape[-1])), tuple(logits.shape), 0)
+    raise TypeError(f"{name}: expected a Tensor or a Head, got {type(given).__name__}")
+
+
+def _head(name: str, head: Head, class_dim: int | None) -> _Given:
+    if class_dim is not None:
+        raise ValueError(f"class_dim: expected None with a Head, whose hidden states are (..., D), got {class_dim}")
+    hidden, weight = (checks.check_logits(f"{name}.{at}", getattr(head, at)) for at in ("hidden", "weight"))
+    if weight.dim() != 2 or hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1] or weight.shape[0] < 2:
+        raise ValueError(
+            f"{name}: expected a Head of hidden states (..., D) and a weight (C, D) with C at least 2, got "
+            f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    tensors = [hidden, weight]
+    if head.bias is not None:
+        bias = checks.check_logits(f"{name}.bias", head.bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"{name}.bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+        tensors.append(bias)
+    for tensor in tensors:
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name}: expected a Head on one device, got {hidden.device} and {tensor.device}")
+    if (hidden.dtype == torch.float64) != (weight.dtype == torch.float64):
+        raise TypeError(
+            f"{name}: expected hidden states and weight both float64 or neither, got {hidden.dtype} and {weight.dtype}"
+        )
+    softcap = 0.0 if head.softcap is None else checks.check_scalar(f"{name}.softcap", head.softcap, positive=True)
+    scale = checks.check_scalar(f"{name}.logit_scale", head.logit_scale, positive=True)
+    chunk_rows = 0
+    if head.chunk_rows is not None:
+        checks.check_count(f"{name}.chunk_rows", head.chunk_rows, 1)
+        chunk_rows = head.chunk_rows
+    rows = SourceRows(hidden.reshape(-1, hidden.shape[-1]), weight, head.bias, scale, softcap)
+    return _Given(rows, (*hidden.shape[:-1], weight.shape[0]), chunk_rows)
+
+
+def _check_teacher(teacher: _Given, student: _Given) -> None:
+    if teacher.shape != student.shape:
+        raise ValueError(
+            f"teacher_logits: expected those of student_logits, {student.shape}, got a source of {teacher.shape}"
+        )
+    given = [each for each in teacher.rows[:3] if isinstance(each, Tensor)]
+    device = student.rows.values.device
+    for tensor in given:
+        if tensor.device != device:
+            raise ValueError(f"teacher_logits: expected the device of student_logits, {device}, got {tensor.device}")
+    if any(map(carries_gradient, given)):
+        raise ValueError(
+            "teacher_logits: expected a source whose tensors do not require grad, since no backend gives the teacher a "
+            "gradient; detach its hidden states, weight and bias"
+        )
+
+
+def _logits(source: SourceRows, num_classes: int) -> Tensor:
+    """What a source stands for, differentiable: the reference's way, which stores them all."""
+    if source.weight is None:
+        return source.values[:, :num_classes]
+    dtype = accumulation_dtype(source.values)
+    weight = source.weight[:num_classes].to(dtype)
+    bias = None if source.bias is None else source.bias[:num_classes].to(dtype)
+    logits = F.linear(source.values.to(dtype), weight, bias) * source.logit_scale
+    return source.softcap * torch.tanh(logits / source.softcap) if source.softcap else logits

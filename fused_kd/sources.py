@@ -1,0 +1,116 @@
+"""What may stand where logits stand: a last layer that is not applied yet, the few classes that were kept of a teacher,
+and the classes that one of several processes has.
+
+A loss is the same function of the logits that a source stands for; only what is stored and moved differs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from fused_kd.backends.sources import CHUNK_BYTES
+
+__all__ = ["CHUNK_BYTES", "ClassShard", "Head", "TopK"]
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    r"""The last layer, not yet applied: logits :math:`z = \mathrm{logit\_scale} \cdot (h W^\top + b)`, and with a
+    ``softcap`` :math:`c \tanh(z / c)`.
+
+    The logits of all rows never exist together: they are made for a chunk of rows, whose loss and gradient are computed
+    and multiplied into the gradients of ``hidden``, ``weight`` and ``bias`` before the next chunk. Products accumulate
+    in float32 or better, and so does the weight's gradient over the chunks, whatever their dtype. Each of the three
+    gets a gradient if it requires one. As a teacher a head has none: pass its tensors detached.
+
+    Args:
+        hidden: Hidden states ``(..., D)``, the input of the last layer.
+        weight: ``(C, D)``, as :class:`torch.nn.Linear` has it.
+        bias: ``(C,)``, or None.
+        softcap: Bound of the logits' magnitude, above 0, or None.
+        logit_scale: What logits are multiplied by before the softcap.
+        chunk_rows: Rows of a chunk. None takes as many as :data:`fused_kd.sources.CHUNK_BYTES` allows, 96 MiB on the
+            CPU and 1 GiB on a GPU.
+
+    Example:
+        >>> head = torch.nn.Linear(512, 50000)
+        >>> hidden, target = torch.randn(32, 512), torch.randint(50000, (32,))
+        >>> teacher = Head(torch.randn(32, 64), torch.randn(50000, 64))
+        >>> nkd_loss(Head(hidden, head.weight, head.bias), teacher, target).backward()
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    chunk_rows: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class TopK:
+    r"""A teacher of which only the likeliest classes were kept.
+
+    With :math:`\ell` the kept log-probabilities of its full softmax, of the classes :math:`K`, :math:`r = \max(0,
+    1 - \sum_K e^{\ell_j})` is what was not kept, and :math:`u = r / (C - k)` its even share. At temperature :math:`T`
+    the rest is taken as spread evenly: :math:`Z = \sum_K e^{\ell_j / T} + (C - k) u^{1/T}`, :math:`q_j(T) = e^{\ell_j /
+    T} / Z` of a kept class and :math:`q_{rest}(T) = (C - k) u^{1/T} / Z`.
+
+    Args:
+        log_probs: Log-probabilities ``(..., k)`` at temperature 1, of a softmax over all classes.
+        indices: Their classes ``(..., k)``, integers in any order; -1 where a row has fewer.
+        rest: What the classes that were not kept are to be:
+
+            - ``"renormalize"``: the teacher is :math:`e^{\ell_j / T} / \sum_K e^{\ell_i / T}` on :math:`K` and 0
+              elsewhere.
+            - ``"drop"``: it is :math:`q_j(T)` on :math:`K`, and the rest counts nowhere. The probabilities sum to less
+              than 1, so this is no divergence and may be below 0.
+            - ``"bucket"``: all others are one class, of the teacher's probability :math:`q_{rest}(T)` and of the
+              student's :math:`1 - \sum_K p_j(T)`.
+            - ``"uniform"``: each of the others has :math:`u^{1/T} / Z`.
+
+    An index twice in a row, or out of range, is an error on the CPU and a NaN row on a GPU.
+
+    Example:
+        >>> log_probs, indices = torch.randn(8, 1000).log_softmax(-1).topk(64)
+        >>> kd_loss(student_logits, TopK(log_probs, indices, rest="bucket"), target)
+    """
+
+    log_probs: Tensor
+    indices: Tensor
+    rest: str
+
+    @classmethod
+    def from_logits(cls, logits: Tensor, indices: Tensor, rest: str) -> TopK:
+        """Of logits ``(..., k)``, whose softmax over the kept classes is taken first: then nothing is left over."""
+        kept = logits.masked_fill(indices < 0, float("-inf"))
+        return cls(kept.log_softmax(-1), indices, rest)
+
+
+@dataclass(frozen=True, eq=False)
+class ClassShard:
+    """Some classes of each row, of which other processes have the others.
+
+    The processes exchange a few numbers of each row, no logits. The loss is the same on each, and each has the gradient
+    of its own columns. Every process of the group takes part in each call, with the same targets and options.
+
+    Args:
+        logits: ``(..., width)`` logits of the classes from ``first_class`` on, or a :class:`Head` with their weight;
+            its ``hidden`` is the same on every process, and so is that one's gradient, which is summed over them.
+        first_class: The first of these classes, among all.
+        num_classes: How many classes a row has on all processes together.
+        group: The process group, or None for the default one.
+    """
+
+    logits: Tensor | Head
+    first_class: int
+    num_classes: int
+    group: Any = None
+
+
+#: What may be given for the student's logits, and for the teacher's.
+Logits: TypeAlias = "Tensor | Head | ClassShard"
+TeacherLogits: TypeAlias = "Tensor | Head | ClassShard | TopK"
