@@ -80,8 +80,9 @@ class Products:
             return out.mul_(head.logit_scale / head.softcap).tanh_().mul_(head.softcap)
         return out if head.logit_scale == 1.0 else out.mul_(head.logit_scale)
 
-    def take(self, gradient: Tensor, logits: Tensor, start: int, stop: int, into: Gradients) -> None:
-        """Multiply a chunk's gradient of the logits, which is overwritten, into those of the head."""
+    def take(self, gradient: Tensor, logits: Tensor, counted: Tensor, rows: tuple[int, int], into: Gradients) -> None:
+        """Multiply a chunk's gradient of the logits, which is overwritten, into those of the head. Of rows that are not
+        ``counted`` the gradient is 0, whatever they hold."""
         head = self.head
         if head.softcap:
             gradient.mul_(logits.div_(head.softcap).square_().neg_().add_(1.0))
@@ -89,9 +90,10 @@ class Products:
             gradient.mul_(head.logit_scale)
         if into.bias is not None:
             into.bias[: self.classes] += gradient.sum(0)
-        hidden = head.values[start:stop]
+        start, stop = rows
+        hidden = head.values[start:stop].where(counted[:, None], 0.0)
         if self.mixed:
-            self._take_mixed(gradient, hidden, start, stop, into)
+            self._take_mixed(gradient, hidden, rows, into)
             return
         hidden = hidden.to(self.dtype)
         of_hidden = torch.zeros_like(hidden) if into.hidden is not None else None
@@ -103,7 +105,7 @@ class Products:
         if into.weight is not None:
             into.weight[: self.classes].addmm_(gradient.T, hidden)
 
-    def _take_mixed(self, gradient: Tensor, hidden: Tensor, start: int, stop: int, into: Gradients) -> None:
+    def _take_mixed(self, gradient: Tensor, hidden: Tensor, rows: tuple[int, int], into: Gradients) -> None:
         power = None
         if self.weight.dtype == torch.float16 and gradient.numel():
             # A gradient that is divided by the number of rows would underflow there.
@@ -113,7 +115,7 @@ class Products:
         half = gradient.to(self.weight.dtype)
         if into.hidden is not None:
             of_hidden: Tensor = torch.mm(half, self.weight, out_dtype=self.dtype)
-            into.hidden[start:stop] = of_hidden if power is None else of_hidden.div_(power)
+            into.hidden[slice(*rows)] = of_hidden if power is None else of_hidden.div_(power)
         if into.weight is not None:
             of_weight: Tensor = torch.mm(half.T, hidden.to(half.dtype), out_dtype=self.dtype)
             into.weight[: self.classes] += of_weight if power is None else of_weight.div_(power)

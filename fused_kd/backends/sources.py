@@ -30,7 +30,7 @@ class Asked(NamedTuple):
     """What a run is of, beside its sources and options."""
 
     target: Tensor  # (N,) int64, or (N, columns) probabilities
-    factors: Tensor | None  # (2, N) float64: of a row's parts, and of its gradient
+    factors: Tensor  # (2, N) float64: of a row's parts, and of its gradient
     span: Span
     chunk_rows: int  # 0 for as many as the budget allows
     wanted: tuple[bool, ...]  # the gradient of the logits or hidden states, of the weight, of the bias
@@ -62,7 +62,7 @@ def run(
         if product is None or into is None:
             stored[0][start:stop] = gradient
         else:
-            product.take(gradient, logits, start, stop, into)
+            product.take(gradient, logits, asked.factors[1, start:stop] != 0, (start, stop), into)
     if into is None:
         return loss, parts, stored
     if asked.span.group and into.hidden is not None:
@@ -105,7 +105,7 @@ def _rows(
     """The loss of each row of a chunk, its parts, and the gradient of its logits."""
     start, stop = which
     target = asked.target[start:stop]
-    factors = None if asked.factors is None else asked.factors[:, start:stop].contiguous()
+    factors = asked.factors[:, start:stop].contiguous()
     if not asked.span.group:
         loss, parts, gradient, _ = kernels.row_loss(logits, teacher, target, factors, None, options)
         return loss, parts, gradient

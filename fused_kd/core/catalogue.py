@@ -107,7 +107,7 @@ class Loss:
 
         shared = (
             *("target", "reduction", "weight", "ignore_index"),
-            *("class_dim", "backend", "return_parts", "process_group"),
+            *("class_dim", "num_classes", "backend", "return_parts", "process_group", "normalizer"),
         )
         parameters = inspect.signature(getattr(fused_kd, self.function)).parameters.values()
         return {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in shared}
@@ -226,8 +226,9 @@ NOTATION = """`p`, `q` and `v` are the softmax of the student's, the teacher's a
 class and `Y` the targets of a mixed label. A hat denotes the softmax over the other classes, at temperature T. Every
 loss adds `ce_weight` times the ordinary cross-entropy in the same pass. Generated from `fused_kd/core/catalogue.py`."""
 SHARED = """All of them also take `ignore_index=-100`, `reduction="mean"`, `weight=None` (a tensor, one weight per row),
-`class_dim=None` (the last dimension; required for logits of four or more), `backend="auto"` and
-`return_parts=False`.
+`normalizer=None` (a number or a tensor in place of the mean's divisor), `class_dim=None` (the last dimension; required
+for logits of four or more), `backend="auto"` and `return_parts=False`; all but USKD and Zipf's LS take
+`num_classes=None` (how many of the columns are classes, the others being padding).
 `fused_kd.decompose` gives the parts of KD, NKD and DKD side by side, for ablations."""
 
 

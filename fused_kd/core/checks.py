@@ -66,6 +66,13 @@ def check_count(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
 
 
+def check_num_classes(name: str, value: int | None, most: int | None = None, of: str = "") -> None:
+    if value is not None:
+        check_count(name, value, 2)
+        if most is not None and value > most:
+            raise ValueError(f"{name}: expected at most the {most} classes of {of}, got {value}")
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -13,13 +13,13 @@ from fused_kd.core.catalogue import ROW_LOSSES, has_column_term
 from fused_kd.core.options import HyperParameters, in_order
 from fused_kd.core.transforms import readable
 from fused_kd.losses import _sources
-from fused_kd.losses._options import checked
+from fused_kd.losses._options import checked, first_classes, normalized
 from fused_kd.sources import Logits, TeacherLogits
 
 Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
 
-#: What every loss takes alike: ``weight``, ``class_dim``, ``backend`` and ``return_parts``.
-Common: TypeAlias = "tuple[Tensor | None, int | None, str, bool]"
+#: What losses take alike: ``weight``, ``normalizer``, ``class_dim``, ``num_classes``, ``backend`` and ``return_parts``.
+Common: TypeAlias = "tuple[Tensor | None, float | Tensor | None, int | None, int | None, str, bool]"
 #: Takes rows, their weight, hyper-parameters, settings, a backend and whether parts are wanted: an op.
 Fused: TypeAlias = Callable[[checks.Rows, "Tensor | None", list[float], dict[str, Any], str, bool], tuple[Tensor, Any]]
 
@@ -39,10 +39,12 @@ def call(
     """
     student_logits, rows = given
     numbers, settings = options
-    weight, _, backend, return_parts = common
+    weight, normalizer, _, _, backend, return_parts = common
     if weight is not None:
         shape, classes = student_logits.shape, rows.student_logits.shape[1]
         weight = checks.flatten_weight(weight, rows.shape, shape, classes, student_logits.device)
+    if normalizer is not None:
+        weight = normalized(weight, normalizer, settings, rows.target)
     chosen = backends.choose(backend, student_logits.device, name)
     packed: Any
     if chosen == "reference":
@@ -75,10 +77,15 @@ def row_loss(
             raise ValueError(f"target: expected one, since ce_weight is {numbers['ce_weight']}; got None")
         settings["ignore_index"] = -1  # the class that stands in for targets is 0
     if _sources.is_source(student_logits) or _sources.is_source(teacher_logits):
-        return _sources.row_loss(name, eager, parts_type, tensors, numbers, settings, common, None)
+        return _sources.row_loss(name, eager, parts_type, tensors, numbers, settings, common)
     student_logits, teacher_logits = cast(Tensor, student_logits), cast("Tensor | None", teacher_logits)
+    class_dim, num_classes = common[2:4]
+    if num_classes is not None:
+        student_logits = first_classes("student_logits", student_logits, class_dim, num_classes)
+        if teacher_logits is not None:
+            teacher_logits = first_classes("teacher_logits", teacher_logits, class_dim, num_classes)
     other_name = "teacher_logits" if "logit_standardization" in settings else None
-    rows = checks.flatten(student_logits, teacher_logits, other_name, target, common[1])
+    rows = checks.flatten(student_logits, teacher_logits, other_name, target, class_dim)
     checks.check_teacher_detached(teacher_logits)
 
     def fused(
@@ -86,7 +93,7 @@ def row_loss(
     ) -> tuple[Tensor, Any]:
         reduction, kept = settings["reduction"], None
         if reduction == "none" and teacher_logits is not None and has_column_term(name, HyperParameters._make(hyper)):
-            dim = checks.class_dimension(student_logits, common[1])
+            dim = checks.class_dimension(student_logits, class_dim)
             labels = target if target is not None and target.is_floating_point() else None
             kept = (
                 student_logits.detach().movedim(dim, -1),

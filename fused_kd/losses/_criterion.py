@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar, overload
 from torch import Tensor, nn
 
 from fused_kd.losses import _options
+from fused_kd.sources import Logits, TeacherLogits
 
 #: A hyper-parameter: a number, or what gives it whenever the loss is called.
 Scheduled: TypeAlias = "float | Callable[[], float]"
@@ -41,13 +42,14 @@ class Criterion(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # torch.compile takes a module's int for a constant, so that each new one would compile the graph anew.
-        if type(value) is int and name not in ("ignore_index", "class_dim") and name in self.__dict__.get("_names", ()):
+        counts = name in ("ignore_index", "class_dim", "num_classes")
+        if type(value) is int and not counts and name in self.__dict__.get("_names", ()):
             value = float(value)
         super().__setattr__(name, value)
 
-    def _call(self, *tensors: Tensor | None, weight: Tensor | None, return_parts: bool) -> Any:
+    def _call(self, *tensors: Any, **given: Any) -> Any:
         options = {name: self._value(name) for name in self._names}
-        return type(self)._function(*tensors, **options, weight=weight, return_parts=return_parts)
+        return type(self)._function(*tensors, **options, **given)
 
     def _value(self, name: str) -> Any:
         value = getattr(self, name)
@@ -66,33 +68,34 @@ class TeacherCriterion(Criterion, Generic[Parts]):
 
     @overload
     def forward(
-        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, weight: Tensor | None = ...,
-        return_parts: Literal[False] = ...,
+        self, student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor, *, weight: Tensor | None = ...,
+        normalizer: float | Tensor | None = ..., return_parts: Literal[False] = ...,
     ) -> Tensor: ...  # fmt: skip
 
     @overload
     def forward(
-        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, weight: Tensor | None = ...,
-        return_parts: Literal[True],
+        self, student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor, *, weight: Tensor | None = ...,
+        normalizer: float | Tensor | None = ..., return_parts: Literal[True],
     ) -> tuple[Tensor, Parts]: ...  # fmt: skip
 
     @overload
     def forward(
-        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, weight: Tensor | None = ...,
-        return_parts: bool,
+        self, student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor, *, weight: Tensor | None = ...,
+        normalizer: float | Tensor | None = ..., return_parts: bool,
     ) -> Tensor | tuple[Tensor, Parts]: ...  # fmt: skip
 
     def forward(
         self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
+        student_logits: Logits,
+        teacher_logits: TeacherLogits,
         target: Tensor,
         *,
         weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
         return_parts: bool = False,
     ) -> Tensor | tuple[Tensor, Parts]:
         result: Tensor | tuple[Tensor, Parts] = self._call(
-            student_logits, teacher_logits, target, weight=weight, return_parts=return_parts
+            student_logits, teacher_logits, target, weight=weight, normalizer=normalizer, return_parts=return_parts
         )
         return result
 
@@ -105,32 +108,33 @@ class UnlabelledCriterion(Criterion, Generic[Parts]):
 
     @overload
     def forward(
-        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = ..., *,
-        weight: Tensor | None = ..., return_parts: Literal[False] = ...,
+        self, student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor | None = ..., *,
+        weight: Tensor | None = ..., normalizer: float | Tensor | None = ..., return_parts: Literal[False] = ...,
     ) -> Tensor: ...  # fmt: skip
 
     @overload
     def forward(
-        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = ..., *,
-        weight: Tensor | None = ..., return_parts: Literal[True],
+        self, student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor | None = ..., *,
+        weight: Tensor | None = ..., normalizer: float | Tensor | None = ..., return_parts: Literal[True],
     ) -> tuple[Tensor, Parts]: ...  # fmt: skip
 
     @overload
     def forward(
-        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = ..., *,
-        weight: Tensor | None = ..., return_parts: bool,
+        self, student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor | None = ..., *,
+        weight: Tensor | None = ..., normalizer: float | Tensor | None = ..., return_parts: bool,
     ) -> Tensor | tuple[Tensor, Parts]: ...  # fmt: skip
 
     def forward(
         self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
+        student_logits: Logits,
+        teacher_logits: TeacherLogits,
         target: Tensor | None = None,
         *,
         weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
         return_parts: bool = False,
     ) -> Tensor | tuple[Tensor, Parts]:
         result: Tensor | tuple[Tensor, Parts] = self._call(
-            student_logits, teacher_logits, target, weight=weight, return_parts=return_parts
+            student_logits, teacher_logits, target, weight=weight, normalizer=normalizer, return_parts=return_parts
         )
         return result

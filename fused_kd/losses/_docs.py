@@ -30,10 +30,15 @@ _ARGS = r"""
         per class, as in cross_entropy; with as many rows as classes, no check can tell the two apart. ``"none"``
         gives :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
         A row of weight 0 adds exactly nothing to the loss and has a zero gradient, whatever it holds.
+    normalizer: What the sum over the rows is divided by in place of the mean's divisor, such as the number of items in
+        all micro-batches of a step: a number or a Tensor without dimensions, at least 0. With 0 the loss and its
+        gradient are 0. It goes with ``reduction="mean"`` alone.
     class_dim: The dimension of the classes, in the logits and in probability targets; the shapes here have it last.
         None is the last one. Logits of four or more dimensions must give it: 1 for (N, C, H, W), as
         :func:`torch.nn.functional.cross_entropy` has them, -1 for (N, H, W, C). Logits whose classes do not lie
         side by side in memory are copied; (N, C, H, W) in ``torch.channels_last`` needs no copy.
+    num_classes: How many of the columns are classes, of logits whose last columns are padding. Padding has no
+        probability and a zero gradient; student and teacher may have different amounts of it. None is all.
     backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
     return_parts: Return ``(loss, parts)`` with the detached, weighted {parts}, which sum to the loss.
 """

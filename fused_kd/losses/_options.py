@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from fused_kd import backends, reference
 from fused_kd.core import checks
+from fused_kd.core.transforms import carries_gradient, readable
 
 #: Returns a number as a float.
 Check = Callable[[str, Any], Any]
@@ -21,6 +25,7 @@ _CHECKS: dict[str, Check] = {
     "ignore_index": checks.check_index,
     "process_group": checks.check_process_group,
     "class_dim": checks.check_class_dim,
+    "num_classes": checks.check_num_classes,
     "backend": lambda _, value: backends.check_name(value),
 }
 
@@ -40,3 +45,46 @@ def check_options(options: Mapping[str, Any], own: Mapping[str, Check]) -> None:
     for name, value in options.items():
         if not callable(value):
             (own.get(name) or _CHECKS[name])(name, value)
+
+
+def normalized(weight: Tensor | None, normalizer: float | Tensor, settings: dict[str, Any], target: Tensor) -> Tensor:
+    """The weight of each row, (N,), with which the sum is the loss over ``normalizer``; ``settings`` then ask for it.
+
+    A row's weight is in the factors of its parts and gradient already, so this costs no pass over the gradient. Of a
+    normalizer of 0 no row counts.
+
+    Raises:
+        TypeError: it is neither a number nor a Tensor.
+        ValueError: it has more than one element, requires grad or is below 0; or the reduction is no mean.
+    """
+    if settings["reduction"] != "mean":
+        raise ValueError(
+            f"normalizer: expected None unless reduction is 'mean', whose divisor it replaces; reduction is "
+            f"{settings['reduction']!r}"
+        )
+    if isinstance(normalizer, Tensor):
+        if normalizer.dim() != 0 or carries_gradient(normalizer):
+            raise ValueError(
+                "normalizer: expected a number, or a Tensor without dimensions that does not require grad, got one of "
+                f"shape {tuple(normalizer.shape)}{' that does' if normalizer.requires_grad else ''}"
+            )
+        if readable(normalizer):
+            checks.check_scalar("normalizer", float(normalizer))
+    else:
+        normalizer = checks.check_scalar("normalizer", normalizer)
+    settings["reduction"] = "sum"
+    rows = torch.ones_like(target[:, 0] if target.is_floating_point() else target, dtype=torch.float64)
+    if weight is not None:
+        rows = weight.to(torch.float64)
+    if isinstance(normalizer, Tensor):
+        divisor = normalizer.to(rows.device, torch.float64, non_blocking=True)
+    else:
+        divisor = rows.new_ones(()) * normalizer  # no copy to a GPU, which would wait
+    return torch.where(divisor == 0, 0.0, rows / divisor)
+
+
+def first_classes(name: str, logits: Tensor, class_dim: int | None, num_classes: int) -> Tensor:
+    """A view of logits, without the padding that follows their classes."""
+    dim = checks.class_dimension(checks.check_logits(name, logits), class_dim)
+    checks.check_num_classes("num_classes", num_classes, logits.shape[dim], name)
+    return logits.narrow(dim, 0, num_classes)

@@ -15,6 +15,7 @@ from fused_kd.core.catalogue import LOSSES, ROW_LOSSES, has_column_term
 from fused_kd.core.options import HyperParameters, in_order
 from fused_kd.core.source_rows import SourceRows
 from fused_kd.core.transforms import carries_gradient
+from fused_kd.losses._options import normalized
 from fused_kd.reference import accumulation_dtype
 from fused_kd.sources import ClassShard, Head, Logits, TeacherLogits, TopK
 
@@ -40,24 +41,29 @@ def row_loss(
     tensors: tuple[Logits, TeacherLogits | None, Tensor | None],
     numbers: dict[str, float],
     settings: dict[str, Any],
-    common: tuple[Tensor | None, int | None, str, bool],
-    num_classes: int | None,
+    common: tuple[Tensor | None, float | Tensor | None, int | None, int | None, str, bool],
 ) -> Tensor | tuple[Tensor, Parts]:
     """As :func:`fused_kd.losses._call.row_loss`, of checked numbers."""
     student_logits, teacher_logits, target = tensors
-    weight, class_dim, backend, return_parts = common
+    weight, normalizer, class_dim, num_classes, backend, return_parts = common
     student = _flattened("student_logits", student_logits, class_dim)
     device, dtype = student.rows.values.device, student.rows.values.dtype
     teacher = None if teacher_logits is None else _flattened("teacher_logits", teacher_logits, None)
+    if num_classes is not None:
+        student = _without_padding("student_logits", student, num_classes)
+        teacher = teacher and _without_padding("teacher_logits", teacher, num_classes)
+    shape = student.shape
     if teacher is not None:
         _check_teacher(teacher, student)
-    shape = student.shape if num_classes is None else (*student.shape[:-1], num_classes)
     if target is None:
         target = torch.zeros(shape[:-1], dtype=torch.int64, device=device)
     else:
         target = checks.check_target(target, shape, len(shape) - 1, device)
     target = target.reshape(-1, shape[-1]) if target.is_floating_point() else target.reshape(-1)
     weight = checks.flatten_weight(weight, shape[:-1], shape, shape[-1], device)
+    reduction = settings["reduction"]
+    if normalizer is not None:
+        weight = normalized(weight, normalizer, settings, target)
     hyper = in_order(numbers)
     if has_column_term(name, HyperParameters._make(hyper)):
         raise ValueError(
@@ -71,13 +77,13 @@ def row_loss(
         parts = [*packed]
     else:
         asked = (settings.get("logit_standardization", False), settings["ignore_index"], settings["reduction"])
-        chunk_rows = min((each.chunk_rows for each in (student, teacher) if each and each.chunk_rows), default=0)
+        chunk_rows = student.chunk_rows or (teacher.chunk_rows if teacher is not None else 0)
         where = ([0, shape[-1]], "", chunk_rows, _products_dtype(device, dtype))
         loss, stacked = source_autograd.source_loss(
             student.rows, teacher and teacher.rows, (target, weight), name, hyper, asked, where, chosen
         )
         parts = [stacked[part] for part in ROW_LOSSES[name].parts]
-    if settings["reduction"] == "none" and len(shape) != 2:
+    if reduction == "none" and len(shape) != 2:
         loss, *parts = (each.reshape(shape[:-1]) for each in (loss, *parts))
     return (loss, parts_type(*parts)) if return_parts else loss
 
@@ -129,6 +135,15 @@ def _head(name: str, head: Head, class_dim: int | None) -> _Given:
         chunk_rows = head.chunk_rows
     rows = SourceRows(hidden.reshape(-1, hidden.shape[-1]), weight, head.bias, scale, softcap)
     return _Given(rows, (*hidden.shape[:-1], weight.shape[0]), chunk_rows)
+
+
+def _without_padding(name: str, given: _Given, num_classes: int) -> _Given:
+    """A head keeps its whole weight, so that the gradient needs no copy."""
+    checks.check_num_classes("num_classes", num_classes, given.shape[-1], name)
+    rows = given.rows
+    if rows.weight is None and rows.indices is None:
+        rows = rows._replace(values=rows.values[:, :num_classes])
+    return given._replace(rows=rows, shape=(*given.shape[:-1], num_classes))
 
 
 def _check_teacher(teacher: _Given, student: _Given) -> None:

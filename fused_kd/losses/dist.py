@@ -11,32 +11,36 @@ from fused_kd.losses._call import row_loss
 from fused_kd.losses._criterion import Scheduled, UnlabelledCriterion
 from fused_kd.losses._docs import documented
 from fused_kd.reference import DISTParts
+from fused_kd.sources import Logits, TeacherLogits
 
 
 @overload
 def dist_loss(
-    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = ..., *, beta: float = ...,
+    student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor | None = ..., *, beta: float = ...,
     gamma: float = ..., temperature: float = ..., ce_weight: float = ..., label_smoothing: float = ...,
     logit_standardization: bool = ..., ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ...,
-    class_dim: int | None = ..., backend: str = ..., return_parts: Literal[False] = ...,
+    normalizer: float | Tensor | None = ..., class_dim: int | None = ..., num_classes: int | None = ...,
+    backend: str = ..., return_parts: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def dist_loss(
-    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = ..., *, beta: float = ...,
+    student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor | None = ..., *, beta: float = ...,
     gamma: float = ..., temperature: float = ..., ce_weight: float = ..., label_smoothing: float = ...,
     logit_standardization: bool = ..., ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ...,
-    class_dim: int | None = ..., backend: str = ..., return_parts: Literal[True],
+    normalizer: float | Tensor | None = ..., class_dim: int | None = ..., num_classes: int | None = ...,
+    backend: str = ..., return_parts: Literal[True],
 ) -> tuple[Tensor, DISTParts]: ...  # fmt: skip
 
 
 @overload
 def dist_loss(
-    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = ..., *, beta: float = ...,
+    student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor | None = ..., *, beta: float = ...,
     gamma: float = ..., temperature: float = ..., ce_weight: float = ..., label_smoothing: float = ...,
     logit_standardization: bool = ..., ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ...,
-    class_dim: int | None = ..., backend: str = ..., return_parts: bool,
+    normalizer: float | Tensor | None = ..., class_dim: int | None = ..., num_classes: int | None = ...,
+    backend: str = ..., return_parts: bool,
 ) -> Tensor | tuple[Tensor, DISTParts]: ...  # fmt: skip
 
 
@@ -46,8 +50,8 @@ def dist_loss(
     "through the columns, unless gamma is 0, those of all rows",
 )
 def dist_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: Logits,
+    teacher_logits: TeacherLogits,
     target: Tensor | None = None,
     *,
     beta: float = 1.0,
@@ -59,7 +63,9 @@ def dist_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
     class_dim: int | None = None,
+    num_classes: int | None = None,
     backend: str = "auto",
     return_parts: bool = False,
 ) -> Tensor | tuple[Tensor, DISTParts]:
@@ -102,7 +108,7 @@ def dist_loss(
             "label_smoothing": label_smoothing,
         },
         {"logit_standardization": logit_standardization, "reduction": reduction, "ignore_index": ignore_index},
-        (weight, class_dim, backend, return_parts),
+        (weight, normalizer, class_dim, num_classes, backend, return_parts),
     )
 
 
@@ -131,5 +137,6 @@ class DISTLoss(UnlabelledCriterion[DISTParts]):
         reduction: str = "mean",
         backend: str = "auto",
         class_dim: int | None = None,
+        num_classes: int | None = None,
     ) -> None:
         super().__init__(locals())

@@ -11,39 +11,40 @@ from fused_kd.losses._call import row_loss
 from fused_kd.losses._criterion import Scheduled, TeacherCriterion
 from fused_kd.losses._docs import WITH_A_TEACHER, documented
 from fused_kd.reference import LossParts
+from fused_kd.sources import Logits, TeacherLogits
 
 
 @overload
 def dkd_loss(
-    student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, alpha: float = ..., beta: float = ...,
+    student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor, *, alpha: float = ..., beta: float = ...,
     temperature: float = ..., ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ...,
-    ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ..., class_dim: int | None = ...,
-    backend: str = ..., return_parts: Literal[False] = ...,
+    ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ..., normalizer: float | Tensor | None = ...,
+    class_dim: int | None = ..., num_classes: int | None = ..., backend: str = ..., return_parts: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def dkd_loss(
-    student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, alpha: float = ..., beta: float = ...,
+    student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor, *, alpha: float = ..., beta: float = ...,
     temperature: float = ..., ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ...,
-    ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ..., class_dim: int | None = ...,
-    backend: str = ..., return_parts: Literal[True],
+    ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ..., normalizer: float | Tensor | None = ...,
+    class_dim: int | None = ..., num_classes: int | None = ..., backend: str = ..., return_parts: Literal[True],
 ) -> tuple[Tensor, LossParts]: ...  # fmt: skip
 
 
 @overload
 def dkd_loss(
-    student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, alpha: float = ..., beta: float = ...,
+    student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor, *, alpha: float = ..., beta: float = ...,
     temperature: float = ..., ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ...,
-    ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ..., class_dim: int | None = ...,
-    backend: str = ..., return_parts: bool,
+    ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ..., normalizer: float | Tensor | None = ...,
+    class_dim: int | None = ..., num_classes: int | None = ..., backend: str = ..., return_parts: bool,
 ) -> Tensor | tuple[Tensor, LossParts]: ...  # fmt: skip
 
 
 @documented(LossParts, WITH_A_TEACHER)
 def dkd_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: Logits,
+    teacher_logits: TeacherLogits,
     target: Tensor,
     *,
     alpha: float = 1.0,
@@ -55,7 +56,9 @@ def dkd_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
     class_dim: int | None = None,
+    num_classes: int | None = None,
     backend: str = "auto",
     return_parts: bool = False,
 ) -> Tensor | tuple[Tensor, LossParts]:
@@ -95,7 +98,7 @@ def dkd_loss(
             "label_smoothing": label_smoothing,
         },
         {"logit_standardization": logit_standardization, "reduction": reduction, "ignore_index": ignore_index},
-        (weight, class_dim, backend, return_parts),
+        (weight, normalizer, class_dim, num_classes, backend, return_parts),
     )
 
 
@@ -124,5 +127,6 @@ class DKDLoss(TeacherCriterion[LossParts]):
         reduction: str = "mean",
         backend: str = "auto",
         class_dim: int | None = None,
+        num_classes: int | None = None,
     ) -> None:
         super().__init__(locals())

@@ -12,32 +12,33 @@ from fused_kd.losses._call import row_loss
 from fused_kd.losses._criterion import Scheduled, UnlabelledCriterion
 from fused_kd.losses._docs import documented
 from fused_kd.reference import DistillationParts
+from fused_kd.sources import Logits, TeacherLogits
 
 
 @overload
 def js_loss(
-    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = ..., *, beta: float = ...,
+    student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor | None = ..., *, beta: float = ...,
     temperature: float = ..., ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ...,
-    ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ..., class_dim: int | None = ...,
-    backend: str = ..., return_parts: Literal[False] = ...,
+    ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ..., normalizer: float | Tensor | None = ...,
+    class_dim: int | None = ..., num_classes: int | None = ..., backend: str = ..., return_parts: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def js_loss(
-    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = ..., *, beta: float = ...,
+    student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor | None = ..., *, beta: float = ...,
     temperature: float = ..., ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ...,
-    ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ..., class_dim: int | None = ...,
-    backend: str = ..., return_parts: Literal[True],
+    ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ..., normalizer: float | Tensor | None = ...,
+    class_dim: int | None = ..., num_classes: int | None = ..., backend: str = ..., return_parts: Literal[True],
 ) -> tuple[Tensor, DistillationParts]: ...  # fmt: skip
 
 
 @overload
 def js_loss(
-    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = ..., *, beta: float = ...,
+    student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor | None = ..., *, beta: float = ...,
     temperature: float = ..., ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ...,
-    ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ..., class_dim: int | None = ...,
-    backend: str = ..., return_parts: bool,
+    ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ..., normalizer: float | Tensor | None = ...,
+    class_dim: int | None = ..., num_classes: int | None = ..., backend: str = ..., return_parts: bool,
 ) -> Tensor | tuple[Tensor, DistillationParts]: ...  # fmt: skip
 
 
@@ -48,8 +49,8 @@ def js_loss(
     other way round.""",
 )
 def js_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: Logits,
+    teacher_logits: TeacherLogits,
     target: Tensor | None = None,
     *,
     beta: float = 0.5,
@@ -60,7 +61,9 @@ def js_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
     class_dim: int | None = None,
+    num_classes: int | None = None,
     backend: str = "auto",
     return_parts: bool = False,
 ) -> Tensor | tuple[Tensor, DistillationParts]:
@@ -91,7 +94,7 @@ def js_loss(
         (student_logits, teacher_logits, target),
         {"beta": beta, "temperature": temperature, "ce_weight": ce_weight, "label_smoothing": label_smoothing},
         {"logit_standardization": logit_standardization, "reduction": reduction, "ignore_index": ignore_index},
-        (weight, class_dim, backend, return_parts),
+        (weight, normalizer, class_dim, num_classes, backend, return_parts),
     )
 
 
@@ -119,5 +122,6 @@ class JSLoss(UnlabelledCriterion[DistillationParts]):
         reduction: str = "mean",
         backend: str = "auto",
         class_dim: int | None = None,
+        num_classes: int | None = None,
     ) -> None:
         super().__init__(locals())

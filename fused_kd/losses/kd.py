@@ -11,39 +11,40 @@ from fused_kd.losses._call import row_loss
 from fused_kd.losses._criterion import Scheduled, UnlabelledCriterion
 from fused_kd.losses._docs import WITH_A_TEACHER, documented
 from fused_kd.reference import DistillationParts
+from fused_kd.sources import Logits, TeacherLogits
 
 
 @overload
 def kd_loss(
-    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = ..., *, temperature: float = ...,
+    student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor | None = ..., *, temperature: float = ...,
     ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ..., ignore_index: int = ...,
-    reduction: str = ..., weight: Tensor | None = ..., class_dim: int | None = ..., backend: str = ...,
-    return_parts: Literal[False] = ...,
+    reduction: str = ..., weight: Tensor | None = ..., normalizer: float | Tensor | None = ...,
+    class_dim: int | None = ..., num_classes: int | None = ..., backend: str = ..., return_parts: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def kd_loss(
-    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = ..., *, temperature: float = ...,
+    student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor | None = ..., *, temperature: float = ...,
     ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ..., ignore_index: int = ...,
-    reduction: str = ..., weight: Tensor | None = ..., class_dim: int | None = ..., backend: str = ...,
-    return_parts: Literal[True],
+    reduction: str = ..., weight: Tensor | None = ..., normalizer: float | Tensor | None = ...,
+    class_dim: int | None = ..., num_classes: int | None = ..., backend: str = ..., return_parts: Literal[True],
 ) -> tuple[Tensor, DistillationParts]: ...  # fmt: skip
 
 
 @overload
 def kd_loss(
-    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = ..., *, temperature: float = ...,
+    student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor | None = ..., *, temperature: float = ...,
     ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ..., ignore_index: int = ...,
-    reduction: str = ..., weight: Tensor | None = ..., class_dim: int | None = ..., backend: str = ...,
-    return_parts: bool,
+    reduction: str = ..., weight: Tensor | None = ..., normalizer: float | Tensor | None = ...,
+    class_dim: int | None = ..., num_classes: int | None = ..., backend: str = ..., return_parts: bool,
 ) -> Tensor | tuple[Tensor, DistillationParts]: ...  # fmt: skip
 
 
 @documented(DistillationParts, WITH_A_TEACHER)
 def kd_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: Logits,
+    teacher_logits: TeacherLogits,
     target: Tensor | None = None,
     *,
     temperature: float = 4.0,
@@ -53,7 +54,9 @@ def kd_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
     class_dim: int | None = None,
+    num_classes: int | None = None,
     backend: str = "auto",
     return_parts: bool = False,
 ) -> Tensor | tuple[Tensor, DistillationParts]:
@@ -79,7 +82,7 @@ def kd_loss(
         (student_logits, teacher_logits, target),
         {"temperature": temperature, "ce_weight": ce_weight, "label_smoothing": label_smoothing},
         {"logit_standardization": logit_standardization, "reduction": reduction, "ignore_index": ignore_index},
-        (weight, class_dim, backend, return_parts),
+        (weight, normalizer, class_dim, num_classes, backend, return_parts),
     )
 
 
@@ -103,5 +106,6 @@ class KDLoss(UnlabelledCriterion[DistillationParts]):
         reduction: str = "mean",
         backend: str = "auto",
         class_dim: int | None = None,
+        num_classes: int | None = None,
     ) -> None:
         super().__init__(locals())

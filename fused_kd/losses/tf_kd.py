@@ -11,29 +11,33 @@ from fused_kd.losses._call import row_loss
 from fused_kd.losses._criterion import Criterion, Scheduled
 from fused_kd.losses._docs import documented
 from fused_kd.reference import DistillationParts
+from fused_kd.sources import Logits
 
 
 @overload
 def tf_kd_loss(
-    student_logits: Tensor, target: Tensor, *, correct: float = ..., temperature: float = ..., ce_weight: float = ...,
+    student_logits: Logits, target: Tensor, *, correct: float = ..., temperature: float = ..., ce_weight: float = ...,
     label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ...,
-    class_dim: int | None = ..., backend: str = ..., return_parts: Literal[False] = ...,
+    normalizer: float | Tensor | None = ..., class_dim: int | None = ..., num_classes: int | None = ...,
+    backend: str = ..., return_parts: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def tf_kd_loss(
-    student_logits: Tensor, target: Tensor, *, correct: float = ..., temperature: float = ..., ce_weight: float = ...,
+    student_logits: Logits, target: Tensor, *, correct: float = ..., temperature: float = ..., ce_weight: float = ...,
     label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ...,
-    class_dim: int | None = ..., backend: str = ..., return_parts: Literal[True],
+    normalizer: float | Tensor | None = ..., class_dim: int | None = ..., num_classes: int | None = ...,
+    backend: str = ..., return_parts: Literal[True],
 ) -> tuple[Tensor, DistillationParts]: ...  # fmt: skip
 
 
 @overload
 def tf_kd_loss(
-    student_logits: Tensor, target: Tensor, *, correct: float = ..., temperature: float = ..., ce_weight: float = ...,
+    student_logits: Logits, target: Tensor, *, correct: float = ..., temperature: float = ..., ce_weight: float = ...,
     label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ...,
-    class_dim: int | None = ..., backend: str = ..., return_parts: bool,
+    normalizer: float | Tensor | None = ..., class_dim: int | None = ..., num_classes: int | None = ...,
+    backend: str = ..., return_parts: bool,
 ) -> Tensor | tuple[Tensor, DistillationParts]: ...  # fmt: skip
 
 
@@ -42,7 +46,7 @@ def tf_kd_loss(
     "The virtual teacher gives every class some probability, so the loss is +inf where there is such a class.",
 )
 def tf_kd_loss(
-    student_logits: Tensor,
+    student_logits: Logits,
     target: Tensor,
     *,
     correct: float = 0.99,
@@ -52,7 +56,9 @@ def tf_kd_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
     class_dim: int | None = None,
+    num_classes: int | None = None,
     backend: str = "auto",
     return_parts: bool = False,
 ) -> Tensor | tuple[Tensor, DistillationParts]:
@@ -84,7 +90,7 @@ def tf_kd_loss(
         (student_logits, None, target),
         {"correct": correct, "temperature": temperature, "ce_weight": ce_weight, "label_smoothing": label_smoothing},
         {"reduction": reduction, "ignore_index": ignore_index},
-        (weight, class_dim, backend, return_parts),
+        (weight, normalizer, class_dim, num_classes, backend, return_parts),
     )
 
 
@@ -111,31 +117,38 @@ class TfKDLoss(Criterion):
         reduction: str = "mean",
         backend: str = "auto",
         class_dim: int | None = None,
+        num_classes: int | None = None,
     ) -> None:
         super().__init__(locals())
 
     @overload
     def forward(
-        self, student_logits: Tensor, target: Tensor, *, weight: Tensor | None = ...,
-        return_parts: Literal[False] = ...,
+        self, student_logits: Logits, target: Tensor, *, weight: Tensor | None = ...,
+        normalizer: float | Tensor | None = ..., return_parts: Literal[False] = ...,
     ) -> Tensor: ...  # fmt: skip
 
     @overload
     def forward(
-        self, student_logits: Tensor, target: Tensor, *, weight: Tensor | None = ...,
-        return_parts: Literal[True],
+        self, student_logits: Logits, target: Tensor, *, weight: Tensor | None = ...,
+        normalizer: float | Tensor | None = ..., return_parts: Literal[True],
     ) -> tuple[Tensor, DistillationParts]: ...  # fmt: skip
 
     @overload
     def forward(
-        self, student_logits: Tensor, target: Tensor, *, weight: Tensor | None = ...,
-        return_parts: bool,
+        self, student_logits: Logits, target: Tensor, *, weight: Tensor | None = ...,
+        normalizer: float | Tensor | None = ..., return_parts: bool,
     ) -> Tensor | tuple[Tensor, DistillationParts]: ...  # fmt: skip
 
     def forward(
-        self, student_logits: Tensor, target: Tensor, *, weight: Tensor | None = None, return_parts: bool = False
+        self,
+        student_logits: Logits,
+        target: Tensor,
+        *,
+        weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+        return_parts: bool = False,
     ) -> Tensor | tuple[Tensor, DistillationParts]:
         result: Tensor | tuple[Tensor, DistillationParts] = self._call(
-            student_logits, target, weight=weight, return_parts=return_parts
+            student_logits, target, weight=weight, normalizer=normalizer, return_parts=return_parts
         )
         return result

@@ -24,7 +24,8 @@ def uskd_loss(
     student_logits: Tensor, weak_logits: Tensor, target: Tensor, *, alpha: float = ..., beta: float = ...,
     mu: float = ..., ce_weight: float = ..., label_smoothing: float = ..., rank: str = ..., square: bool = ...,
     process_group: ProcessGroup | None = ..., ignore_index: int = ..., reduction: str = ...,
-    weight: Tensor | None = ..., class_dim: int | None = ..., backend: str = ..., return_parts: Literal[False] = ...,
+    weight: Tensor | None = ..., normalizer: float | Tensor | None = ..., class_dim: int | None = ...,
+    backend: str = ..., return_parts: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -33,7 +34,8 @@ def uskd_loss(
     student_logits: Tensor, weak_logits: Tensor, target: Tensor, *, alpha: float = ..., beta: float = ...,
     mu: float = ..., ce_weight: float = ..., label_smoothing: float = ..., rank: str = ..., square: bool = ...,
     process_group: ProcessGroup | None = ..., ignore_index: int = ..., reduction: str = ...,
-    weight: Tensor | None = ..., class_dim: int | None = ..., backend: str = ..., return_parts: Literal[True],
+    weight: Tensor | None = ..., normalizer: float | Tensor | None = ..., class_dim: int | None = ...,
+    backend: str = ..., return_parts: Literal[True],
 ) -> tuple[Tensor, USKDParts]: ...  # fmt: skip
 
 
@@ -42,7 +44,8 @@ def uskd_loss(
     student_logits: Tensor, weak_logits: Tensor, target: Tensor, *, alpha: float = ..., beta: float = ...,
     mu: float = ..., ce_weight: float = ..., label_smoothing: float = ..., rank: str = ..., square: bool = ...,
     process_group: ProcessGroup | None = ..., ignore_index: int = ..., reduction: str = ...,
-    weight: Tensor | None = ..., class_dim: int | None = ..., backend: str = ..., return_parts: bool,
+    weight: Tensor | None = ..., normalizer: float | Tensor | None = ..., class_dim: int | None = ...,
+    backend: str = ..., return_parts: bool,
 ) -> Tensor | tuple[Tensor, USKDParts]: ...  # fmt: skip
 
 
@@ -69,6 +72,7 @@ def uskd_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
     class_dim: int | None = None,
     backend: str = "auto",
     return_parts: bool = False,
@@ -155,7 +159,7 @@ def uskd_loss(
         USKDParts,
         (student_logits, rows),
         (numbers, settings),
-        (weight, class_dim, backend, return_parts),
+        (weight, normalizer, class_dim, None, backend, return_parts),
     )
 
 
@@ -250,19 +254,19 @@ class USKDLoss(Criterion):
     @overload
     def forward(
         self, student_logits: Tensor, feature: Tensor, target: Tensor, *, weight: Tensor | None = ...,
-        return_parts: Literal[False] = ...,
+        normalizer: float | Tensor | None = ..., return_parts: Literal[False] = ...,
     ) -> Tensor: ...  # fmt: skip
 
     @overload
     def forward(
         self, student_logits: Tensor, feature: Tensor, target: Tensor, *, weight: Tensor | None = ...,
-        return_parts: Literal[True],
+        normalizer: float | Tensor | None = ..., return_parts: Literal[True],
     ) -> tuple[Tensor, USKDParts]: ...  # fmt: skip
 
     @overload
     def forward(
         self, student_logits: Tensor, feature: Tensor, target: Tensor, *, weight: Tensor | None = ...,
-        return_parts: bool,
+        normalizer: float | Tensor | None = ..., return_parts: bool,
     ) -> Tensor | tuple[Tensor, USKDParts]: ...  # fmt: skip
 
     def forward(
@@ -272,6 +276,7 @@ class USKDLoss(Criterion):
         target: Tensor,
         *,
         weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
         return_parts: bool = False,
     ) -> Tensor | tuple[Tensor, USKDParts]:
         dim = self._check(student_logits, feature)
@@ -279,7 +284,7 @@ class USKDLoss(Criterion):
             feature = feature.mean(dim=(2, 3))
         weak_logits = self.weak_classifier(feature.movedim(dim, -1)).movedim(-1, dim)
         result: Tensor | tuple[Tensor, USKDParts] = self._call(
-            student_logits, weak_logits, target, weight=weight, return_parts=return_parts
+            student_logits, weak_logits, target, weight=weight, normalizer=normalizer, return_parts=return_parts
         )
         return result
 

@@ -19,7 +19,8 @@ from fused_kd.reference import DistillationParts
 def zipf_ls_loss(
     student_logits: Tensor, dense_logits: Tensor, target: Tensor, *, beta: float = ..., power: float = ...,
     ce_weight: float = ..., label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ...,
-    weight: Tensor | None = ..., class_dim: int | None = ..., backend: str = ..., return_parts: Literal[False] = ...,
+    weight: Tensor | None = ..., normalizer: float | Tensor | None = ..., class_dim: int | None = ...,
+    backend: str = ..., return_parts: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -27,7 +28,8 @@ def zipf_ls_loss(
 def zipf_ls_loss(
     student_logits: Tensor, dense_logits: Tensor, target: Tensor, *, beta: float = ..., power: float = ...,
     ce_weight: float = ..., label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ...,
-    weight: Tensor | None = ..., class_dim: int | None = ..., backend: str = ..., return_parts: Literal[True],
+    weight: Tensor | None = ..., normalizer: float | Tensor | None = ..., class_dim: int | None = ...,
+    backend: str = ..., return_parts: Literal[True],
 ) -> tuple[Tensor, DistillationParts]: ...  # fmt: skip
 
 
@@ -35,7 +37,8 @@ def zipf_ls_loss(
 def zipf_ls_loss(
     student_logits: Tensor, dense_logits: Tensor, target: Tensor, *, beta: float = ..., power: float = ...,
     ce_weight: float = ..., label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ...,
-    weight: Tensor | None = ..., class_dim: int | None = ..., backend: str = ..., return_parts: bool,
+    weight: Tensor | None = ..., normalizer: float | Tensor | None = ..., class_dim: int | None = ...,
+    backend: str = ..., return_parts: bool,
 ) -> Tensor | tuple[Tensor, DistillationParts]: ...  # fmt: skip
 
 
@@ -57,6 +60,7 @@ def zipf_ls_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
     class_dim: int | None = None,
     backend: str = "auto",
     return_parts: bool = False,
@@ -101,7 +105,7 @@ def zipf_ls_loss(
         DistillationParts,
         (student_logits, rows),
         (numbers, settings),
-        (weight, class_dim, backend, return_parts),
+        (weight, normalizer, class_dim, None, backend, return_parts),
     )
 
 
@@ -143,19 +147,19 @@ class ZipfLSLoss(Criterion):
     @overload
     def forward(
         self, student_logits: Tensor, dense_logits: Tensor, target: Tensor, *, weight: Tensor | None = ...,
-        return_parts: Literal[False] = ...,
+        normalizer: float | Tensor | None = ..., return_parts: Literal[False] = ...,
     ) -> Tensor: ...  # fmt: skip
 
     @overload
     def forward(
         self, student_logits: Tensor, dense_logits: Tensor, target: Tensor, *, weight: Tensor | None = ...,
-        return_parts: Literal[True],
+        normalizer: float | Tensor | None = ..., return_parts: Literal[True],
     ) -> tuple[Tensor, DistillationParts]: ...  # fmt: skip
 
     @overload
     def forward(
         self, student_logits: Tensor, dense_logits: Tensor, target: Tensor, *, weight: Tensor | None = ...,
-        return_parts: bool,
+        normalizer: float | Tensor | None = ..., return_parts: bool,
     ) -> Tensor | tuple[Tensor, DistillationParts]: ...  # fmt: skip
 
     def forward(
@@ -165,9 +169,10 @@ class ZipfLSLoss(Criterion):
         target: Tensor,
         *,
         weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
         return_parts: bool = False,
     ) -> Tensor | tuple[Tensor, DistillationParts]:
         result: Tensor | tuple[Tensor, DistillationParts] = self._call(
-            student_logits, dense_logits, target, weight=weight, return_parts=return_parts
+            student_logits, dense_logits, target, weight=weight, normalizer=normalizer, return_parts=return_parts
         )
         return result

@@ -99,6 +99,7 @@ WRONG = {
     "ignore_index": (1.5, None),
     "process_group": ("WORLD",),
     "class_dim": ("1", 1.0, True),
+    "num_classes": (1, "9", 9.0),
     "backend": ("cuda", None),
 }
 
