@@ -32,8 +32,8 @@ class Head:
         bias: ``(C,)``, or None.
         softcap: Bound of the logits' magnitude, above 0, or None.
         logit_scale: What logits are multiplied by before the softcap.
-        chunk_rows: Rows of a chunk; the student's, if both heads say. None takes as many as :data:`fused_kd.sources.CHUNK_BYTES` allows, 96 MiB on the
-            CPU and 1 GiB on a GPU.
+        chunk_rows: Rows of a chunk; the student's, if both heads say. None takes as many as
+            :data:`fused_kd.sources.CHUNK_BYTES` allows: 96 MiB on the CPU, 1 GiB on a GPU.
 
     Example:
         >>> head = torch.nn.Linear(512, 50000)
