@@ -44,7 +44,7 @@ struct RowArgs {
     Matrix target;           // class indices (kInt64), or probabilities
     const double* factors;   // (2, rows): a row's parts and its gradient are multiplied by them, and 0 is a row that
                              // does not count; null for 1
-    void* gradient;          // contiguous, of the student's dtype; null when it is not wanted
+    void* gradient;          // contiguous, of the student's dtype, and may be its logits; null when it is not wanted
     int64_t rows, classes;
     int loss; // its number, see RowNeed of row_losses.h
     HyperParameters hyper;

@@ -23,7 +23,7 @@ __all__ = ["CHUNK_BYTES", "Asked", "room", "run"]
 
 
 #: Bytes, by type of device, that the logits of a chunk of rows and their gradient may take where heads make them.
-CHUNK_BYTES = {"cpu": 96 << 20, "cuda": 1 << 30}
+CHUNK_BYTES = {"cpu": 144 << 20, "cuda": 1 << 30}
 
 
 class Asked(NamedTuple):
@@ -49,7 +49,10 @@ def run(
     into = None if product is None else Gradients(student, asked.wanted, dtype)
     stored = room(student, asked.wanted, dtype) if product is None else []
     of_teacher = _maker(teacher, columns, dtype, asked.compute)
-    step = asked.chunk_rows or _chunk_rows(student, teacher, columns, dtype)
+    # A softcap's derivative needs the logits; else their chunk is where the gradient goes.
+    over = product is not None and not student.softcap and not asked.span.group
+    options = options._replace(over=over)
+    step = asked.chunk_rows or _chunk_rows(student, teacher, columns, dtype, over)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         logits = values[start:stop] if product is None else product.logits(start, stop)
@@ -71,15 +74,16 @@ def run(
     return loss, parts, into.stored(student)
 
 
-def _chunk_rows(student: SourceRows, teacher: SourceRows | None, columns: int, dtype: torch.dtype) -> int:
-    """All rows where no head is, else as many as the budget allows, in eights, which suit the products."""
+def _chunk_rows(student: SourceRows, teacher: SourceRows | None, columns: int, dtype: torch.dtype, over: bool) -> int:
+    """All rows where no head is, else as many as the budget allows, in sixteens, which suit the products."""
     heads = [each for each in (student, teacher) if each is not None and each.weight is not None]
     rows = len(student.values)
     if not heads:
         return max(rows, 1)
     budget = CHUNK_BYTES.get(student.values.device.type, CHUNK_BYTES["cuda"])
-    fitting = budget // (columns * dtype.itemsize * (1 + len(heads)))
-    return max(1, fitting // 8 * 8 or fitting)
+    matrices = len(heads) + (not over)
+    fitting = int(budget // (columns * dtype.itemsize * max(matrices, 1)))
+    return max(1, fitting // 16 * 16 or fitting)
 
 
 def _columns(student: SourceRows, span: Span) -> int:

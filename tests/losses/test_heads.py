@@ -7,8 +7,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fused_kd
-from fused_kd import Head, sources
+from fused_kd import Head, backends, sources
+from fused_kd.backends import native
 from fused_kd.core.catalogue import LOSSES, ROW_LOSSES
+from fused_kd.core.options import HyperParameters, Options
 
 ROWS, CLASSES, WIDTH, OTHER = 7, 301, 12, 5
 #: DIST's term of the batch's columns needs all rows.
@@ -93,10 +95,8 @@ def test_chunks_change_nothing(chunk_rows):
 
 
 def test_a_budget_makes_chunks(monkeypatch):
-    monkeypatch.setitem(sources.CHUNK_BYTES, "cpu", 8 * 3 * CLASSES * 2)
+    monkeypatch.setitem(sources.CHUNK_BYTES, "cpu", 8 * 2 * CLASSES * 2)
     seen = []
-    from fused_kd.backends import native
-
     inner = native.row_loss
     monkeypatch.setattr(native, "row_loss", lambda student, *rest: seen.append(len(student)) or inner(student, *rest))
     compare("kd", torch.float64, "native")
@@ -304,3 +304,28 @@ def test_messages_of_the_call():
         fused_kd.kd_loss(head, teacher, target[:3])
     with pytest.raises(TypeError, match="student_logits: expected a Tensor"):
         fused_kd.uskd_loss(head, teacher, target)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize("loss", ROW_LOSSES)
+def test_a_gradient_over_its_logits(loss, backend):
+    """To the bit what it is elsewhere: of rows that fit the caches, of a large matrix, and of those with -inf."""
+    kernels = backends.get(backend)
+    if reason := kernels.unavailable("cpu"):
+        pytest.skip(reason)
+    generator = torch.Generator().manual_seed(1)
+    named = {"alpha": 0.5, "beta": 0.4, "gamma": 0.0 if loss == "dist" else 1.2, "correct": 0.9}
+    hyper = HyperParameters(**named, temperature=2.0, ce_weight=0.3, label_smoothing=0.1)
+    for shape in ((3, 1001), (3, 9000) if backend == "triton" else (33, 70001)):
+        student, other = (torch.randn(shape, generator=generator) for _ in range(2))
+        student[0, 5], student[2] = -torch.inf, 2.0
+        teacher, target = None if loss == "tf_kd" else other, torch.randint(shape[1], shape[:1], generator=generator)
+        factors = torch.rand(2, len(student), dtype=torch.float64, generator=generator)
+        for standardize in (False, True)[: 1 + (teacher is not None)]:
+            asked = Options(hyper, -100, "none", (True,), (1.0,), loss, standardize)
+            expected = kernels.row_loss(student, teacher, target, factors, None, asked)
+            over = student.clone()
+            found = kernels.row_loss(over, teacher, target, factors, None, asked._replace(over=True))
+            assert found[2] is over
+            for each, wanted in zip(found, expected, strict=True):
+                torch.testing.assert_close(each, wanted, rtol=0, atol=0, equal_nan=True)

@@ -83,7 +83,7 @@ def row_loss(
 ) -> tuple[Tensor, ...]:
     other = student if teacher is None else teacher  # not read where the loss has no teacher
     dtype = accumulation_dtype(student, other)
-    made = loss, parts, gradient, norm = outputs(student, options.wanted[0], 3, options.reduction, dtype)
+    made = loss, parts, gradient, norm = outputs(student, options.wanted[0], 3, options.reduction, dtype, options.over)
     bad_row = _core.row_loss(
         (instruction_set, torch.get_num_threads()),
         matrix(student),
