@@ -7,23 +7,26 @@ they have found of each row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
 
 from fused_kd.backends import staged
-from fused_kd.backends.heads import Gradients, Products, room
+from fused_kd.backends.heads import Products, maker, room
 from fused_kd.core.options import Options
 from fused_kd.core.source_rows import SourceRows, Span
 from fused_kd.reference import accumulation_dtype
 
-__all__ = ["CHUNK_BYTES", "Asked", "room", "run"]
+__all__ = ["CHUNK_BYTES", "Asked", "room", "run", "run_uskd", "uskd_batch_sums"]
 
 
 #: Bytes, by type of device, that the logits of a chunk of rows and their gradient may take where heads make them.
 CHUNK_BYTES = {"cpu": 144 << 20, "cuda": 1 << 30}
+
+
+_NONE = (False, False, False)
 
 
 class Asked(NamedTuple):
@@ -33,7 +36,7 @@ class Asked(NamedTuple):
     factors: Tensor  # (2, N) float64: of a row's parts, and of its gradient
     span: Span
     chunk_rows: int  # 0 for as many as the budget allows
-    wanted: tuple[bool, ...]  # the gradient of the logits or hidden states, of the weight, of the bias
+    wanted: Sequence[bool]  # the gradient of the logits or hidden states, of the weight, of the bias
     compute: torch.dtype | None  # of the products, where autocast says
 
 
@@ -45,45 +48,74 @@ def run(
     dtype = accumulation_dtype(values, values if teacher is None else teacher.values)
     rows, columns = len(values), _columns(student, asked.span)
     loss, parts = values.new_empty(rows, dtype=dtype), values.new_empty((3, rows), dtype=dtype)
-    product = None if student.weight is None else Products(student, columns, dtype, asked.compute)
-    into = None if product is None else Gradients(student, asked.wanted, dtype)
-    stored = room(student, asked.wanted, dtype) if product is None else []
-    of_teacher = _maker(teacher, columns, dtype, asked.compute)
-    # A softcap's derivative needs the logits; else their chunk is where the gradient goes.
-    over = product is not None and not student.softcap and not asked.span.group
-    options = options._replace(over=over)
-    step = asked.chunk_rows or _chunk_rows(student, teacher, columns, dtype, over)
+    of_student = maker(student, asked.wanted, dtype, columns, asked.compute)
+    of_teacher = None if teacher is None else maker(teacher, _NONE, dtype, columns, asked.compute)
+    options = options._replace(over=of_student.over and not asked.span.group)
+    of_heads = sum(isinstance(each, Products) for each in (of_student, of_teacher))
+    step = asked.chunk_rows or _fitting(
+        values, of_heads, (of_heads + (not options.over)) * _most(columns, asked.span), dtype
+    )
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        logits = values[start:stop] if product is None else product.logits(start, stop)
-        if logits.dtype == torch.float16:
-            logits = logits.to(dtype)  # whose gradient is kept in that
-        found = _rows(kernels, logits, of_teacher(start, stop), asked, (start, stop), options)
-        loss[start:stop], parts[:, start:stop], gradient = found
-        if not any(asked.wanted):
-            continue
-        if product is None or into is None:
-            stored[0][start:stop] = gradient
-        else:
-            product.take(gradient, logits, asked.factors[1, start:stop] != 0, (start, stop), into)
-    if into is None:
-        return loss, parts, stored
-    if asked.span.group and into.hidden is not None:
+        logits = of_student.logits(start, stop)
+        other = None if of_teacher is None else of_teacher.logits(start, stop)
+        loss[start:stop], parts[:, start:stop], gradient = _rows(kernels, logits, other, asked, (start, stop), options)
+        if any(asked.wanted):
+            of_student.take(gradient, logits, asked.factors[1, start:stop] != 0, (start, stop))
+    if asked.span.group and isinstance(of_student, Products) and of_student.of_hidden is not None:
         # Each process has what its classes add to the gradient of the hidden states, which are the same on all.
-        distributed.all_reduce(into.hidden, group=_group(asked.span))
-    return loss, parts, into.stored(student)
+        distributed.all_reduce(of_student.of_hidden, group=_group(asked.span))
+    return loss, parts, of_student.gradients()
 
 
-def _chunk_rows(student: SourceRows, teacher: SourceRows | None, columns: int, dtype: torch.dtype, over: bool) -> int:
-    """All rows where no head is, else as many as the budget allows, in sixteens, which suit the products."""
-    heads = [each for each in (student, teacher) if each is not None and each.weight is not None]
-    rows = len(student.values)
+def uskd_batch_sums(kernels: Any, student: SourceRows, asked: Asked, square: bool, ignore_index: int) -> Tensor:
+    """What couples the rows of USKD, which a sweep over the chunks finds before the loss."""
+    values, dtype = student.values, accumulation_dtype(student.values)
+    columns = _columns(student, asked.span)
+    of_student = maker(student, _NONE, dtype, columns, asked.compute)
+    sums = values.new_zeros(3, dtype=torch.float64)
+    head = int(isinstance(of_student, Products))
+    step = asked.chunk_rows or _fitting(values, head, columns, dtype)
+    for start in range(0, len(values), step):
+        logits = of_student.logits(start, start + step)
+        sums += kernels.uskd_batch_sums(logits, asked.target[start : start + step], square, ignore_index)
+    return sums
+
+
+def run_uskd(
+    kernels: Any, student: SourceRows, weak: SourceRows, asked: Asked, batch_sums: Tensor, options: Options
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """As :func:`run`, of USKD: four parts, and the gradients of both, three each."""
+    values, dtype = student.values, accumulation_dtype(student.values, weak.values)
+    rows, columns = len(values), _columns(student, asked.span)
+    loss, parts = values.new_empty(rows, dtype=dtype), values.new_empty((4, rows), dtype=dtype)
+    both = [
+        maker(each, wanted, dtype, columns, asked.compute)
+        for each, wanted in ((student, asked.wanted[:3]), (weak, asked.wanted[3:]))
+    ]
+    heads = sum(isinstance(each, Products) for each in both)
+    step = asked.chunk_rows or _fitting(values, heads, (heads + 2) * columns, dtype)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        logits = [each.logits(start, stop) for each in both]
+        target, factors = asked.target[start:stop], asked.factors[:, start:stop].contiguous()
+        loss[start:stop], parts[:, start:stop], *gradients, _, _ = kernels.uskd(
+            *logits, target, batch_sums, factors, options
+        )
+        for each, want, gradient, of in zip(both, options.wanted, gradients, logits, strict=True):
+            if want:
+                each.take(gradient, of, factors[1] != 0, (start, stop))
+    return loss, parts, [*both[0].gradients(), *both[1].gradients()]
+
+
+def _fitting(values: Tensor, heads: int, columns: int, dtype: torch.dtype) -> int:
+    """All rows where no head is, else as many of so many ``columns`` as the budget allows, in sixteens, which suit the
+    products."""
     if not heads:
-        return max(rows, 1)
-    budget = CHUNK_BYTES.get(student.values.device.type, CHUNK_BYTES["cuda"])
-    matrices = len(heads) + (not over)
-    fitting = int(budget // (columns * dtype.itemsize * max(matrices, 1)))
-    return max(1, fitting // 16 * 16 or fitting)
+        return max(len(values), 1)
+    budget = CHUNK_BYTES.get(values.device.type, CHUNK_BYTES["cuda"])
+    rows = int(budget // (columns * dtype.itemsize))
+    return max(1, rows // 16 * 16 or rows)
 
 
 def _columns(student: SourceRows, span: Span) -> int:
@@ -92,15 +124,9 @@ def _columns(student: SourceRows, span: Span) -> int:
     return given if span.group else min(given, span.num_classes)
 
 
-def _maker(
-    teacher: SourceRows | None, columns: int, dtype: torch.dtype, compute: torch.dtype | None
-) -> Callable[[int, int], Tensor | None]:
-    """What gives the teacher's logits of a chunk."""
-    if teacher is None:
-        return lambda start, stop: None
-    if teacher.weight is None:
-        return lambda start, stop: teacher.values[start:stop]
-    return Products(teacher, columns, dtype, compute).logits
+def _most(columns: int, span: Span) -> int:
+    """Of uneven shards all processes have to take the same chunks."""
+    return -(-span.num_classes // distributed.get_world_size(_group(span))) if span.group else columns
 
 
 def _rows(

@@ -16,7 +16,7 @@ from fused_kd.core.options import HyperParameters, in_order
 from fused_kd.core.source_rows import SourceRows
 from fused_kd.core.transforms import carries_gradient
 from fused_kd.losses._options import normalized
-from fused_kd.reference import accumulation_dtype
+from fused_kd.reference import USKDParts, accumulation_dtype
 from fused_kd.sources import ClassShard, Head, Logits, TeacherLogits, TopK
 
 Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
@@ -79,13 +79,56 @@ def row_loss(
         asked = (settings.get("logit_standardization", False), settings["ignore_index"], settings["reduction"])
         chunk_rows = student.chunk_rows or (teacher.chunk_rows if teacher is not None else 0)
         where = ([0, shape[-1]], "", chunk_rows, _products_dtype(device, dtype))
-        loss, stacked = source_autograd.source_loss(
+        loss, stacked = source_autograd.row_loss(
             student.rows, teacher and teacher.rows, (target, weight), name, hyper, asked, where, chosen
         )
         parts = [stacked[part] for part in ROW_LOSSES[name].parts]
     if reduction == "none" and len(shape) != 2:
         loss, *parts = (each.reshape(shape[:-1]) for each in (loss, *parts))
     return (loss, parts_type(*parts)) if return_parts else loss
+
+
+def uskd(
+    eager: Callable[..., tuple[Tensor, USKDParts]],
+    summed: Callable[[Tensor], Tensor],
+    tensors: tuple[Logits, Logits, Tensor],
+    numbers: dict[str, float],
+    settings: dict[str, Any],
+    common: tuple[Tensor | None, float | Tensor | None, int | None, int | None, str, bool],
+) -> Tensor | tuple[Tensor, USKDParts]:
+    """USKD of checked numbers; ``summed`` sums what couples the rows over the processes of a group."""
+    student_logits, weak_logits, target = tensors
+    weight, normalizer, class_dim, _, backend, return_parts = common
+    student = _flattened("student_logits", student_logits, class_dim)
+    weak = _flattened("weak_logits", weak_logits, None)
+    shape, values = student.shape, student.rows.values
+    if weak.shape != shape or weak.rows.values.device != values.device:
+        raise ValueError(f"weak_logits: expected those of student_logits, {shape}, got a source of {weak.shape}")
+    if (weak.rows.values.dtype == torch.float64) != (values.dtype == torch.float64):
+        raise TypeError("weak_logits: expected float64 if student_logits are that, and another dtype if they are not")
+    target = checks.check_target(target, shape, len(shape) - 1, values.device)
+    target = target.reshape(-1, shape[-1]) if target.is_floating_point() else target.reshape(-1)
+    weight = checks.flatten_weight(weight, shape[:-1], shape, shape[-1], values.device)
+    reduction = settings["reduction"]
+    if normalizer is not None:
+        weight = normalized(weight, normalizer, settings, target)
+    chosen = backends.choose(backend, values.device, "uskd")
+    if chosen == "reference":
+        logits = [_logits(each.rows, shape[-1]) for each in (student, weak)]
+        loss, packed = eager(*logits, target, **numbers, **settings, weight=weight)
+        parts = [*packed]
+    else:
+        rank, square, ignore_index = (settings[name] for name in ("rank", "square", "ignore_index"))
+        where = (shape[-1], student.chunk_rows or weak.chunk_rows, _products_dtype(values.device, values.dtype))
+        sums = summed(source_autograd.uskd_batch_sums(student.rows, target, (square, ignore_index, *where), chosen))
+        asked = (rank, square, ignore_index, settings["reduction"])
+        loss, stacked = source_autograd.uskd(
+            student.rows, weak.rows, (target, sums, weight), in_order(numbers), asked, where, chosen
+        )
+        parts = [*stacked]
+    if reduction == "none" and len(shape) != 2:
+        loss, *parts = (each.reshape(shape[:-1]) for each in (loss, *parts))
+    return (loss, USKDParts(*parts)) if return_parts else loss
 
 
 def _products_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:

@@ -244,7 +244,7 @@ def test_the_op_is_in_order():
     (hidden, weight, bias, *of_teacher), target = tensors(torch.float32)
     given = [each.requires_grad_(False) for each in (hidden, weight, bias)]
     op = torch.ops.fused_kd.source_loss.default
-    arguments = (*given, *of_teacher, None, target, None, None, "nkd", [*[0.0] * 2, 1.5, *[0.0] * 3, 1.0, 1.0, 0.0])
+    arguments = (*given, None, *of_teacher, None, target, None, "nkd", [*[0.0] * 2, 1.5, *[0.0] * 3, 1.0, 1.0, 0.0])
     for wanted, reduction in (([True] * 3, "mean"), ([False, True, False], "sum"), ([False] * 3, "none")):
         further = (False, -100, reduction, [1.0, 0.0, 1.0, 0.0], "", [0, CLASSES], "", 3, None, wanted, "native")
         torch.library.opcheck(op, (*arguments, *further), test_utils=("test_schema", "test_faketensor"))
@@ -303,7 +303,7 @@ def test_messages_of_the_call():
     with pytest.raises(ValueError, match=r"target: expected class indices of shape \(7,\)"):
         fused_kd.kd_loss(head, teacher, target[:3])
     with pytest.raises(TypeError, match="student_logits: expected a Tensor"):
-        fused_kd.uskd_loss(head, teacher, target)
+        fused_kd.zipf_ls_loss(head, teacher, target)
 
 
 @pytest.mark.parametrize("backend", ["native", "triton"])
