@@ -120,7 +120,7 @@ class Products:
 
     def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """The weight in the accumulating dtype, whole where it is in that already."""
-        step = self.classes if self.weight.dtype == self.dtype else _CONVERTED
+        step = max(self.classes, 1) if self.weight.dtype == self.dtype else _CONVERTED
         for first in range(0, self.classes, step):
             classes = slice(first, min(first + step, self.classes))
             yield classes, self.weight[classes].to(self.dtype)

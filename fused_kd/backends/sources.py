@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed
 
-from fused_kd.backends import staged
+from fused_kd.backends import shards, staged
 from fused_kd.backends.heads import Gradients, Products, room
 from fused_kd.core.options import Options
 from fused_kd.core.source_rows import SourceRows, Span
@@ -49,13 +49,14 @@ def run(
     into = None if product is None else Gradients(student, asked.wanted, dtype)
     stored = room(student, asked.wanted, dtype) if product is None else []
     of_teacher = _maker(teacher, columns, dtype, asked.compute)
-    step = asked.chunk_rows or _chunk_rows(student, teacher, columns, dtype)
+    step = asked.chunk_rows or _chunk_rows(student, teacher, shards.rows_of_chunks(asked.span, columns), dtype)
+    exchange = shards.Exchange(asked.span, columns) if asked.span.group else None
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         logits = values[start:stop] if product is None else product.logits(start, stop)
         if logits.dtype == torch.float16:
             logits = logits.to(dtype)  # whose gradient is kept in that
-        found = _rows(kernels, logits, of_teacher(start, stop), asked, (start, stop), options)
+        found = _rows(kernels, logits, of_teacher(start, stop), asked, (start, stop), options, exchange)
         loss[start:stop], parts[:, start:stop], gradient = found
         if not any(asked.wanted):
             continue
@@ -67,7 +68,7 @@ def run(
         return loss, parts, stored
     if asked.span.group and into.hidden is not None:
         # Each process has what its classes add to the gradient of the hidden states, which are the same on all.
-        distributed.all_reduce(into.hidden, group=_group(asked.span))
+        distributed.all_reduce(into.hidden, group=shards.group_of(asked.span))
     return loss, parts, into.stored(student)
 
 
@@ -100,38 +101,26 @@ def _maker(
 
 
 def _rows(
-    kernels: Any, logits: Tensor, teacher: Tensor | None, asked: Asked, which: tuple[int, int], options: Options
+    kernels: Any,
+    logits: Tensor,
+    teacher: Tensor | None,
+    asked: Asked,
+    which: tuple[int, int],
+    options: Options,
+    exchange: shards.Exchange | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of each row of a chunk, its parts, and the gradient of its logits."""
     start, stop = which
     target = asked.target[start:stop]
     factors = None if asked.factors is None else asked.factors[:, start:stop].contiguous()
-    if not asked.span.group:
+    if exchange is None:
         loss, parts, gradient, _ = kernels.row_loss(logits, teacher, target, factors, None, options)
         return loss, parts, gradient
-    span, exchange = asked.span, _exchange(asked.span)
+    span = asked.span
     labels = target if target.is_floating_point() else None
     if labels is not None:
-        likeliest = staged.likeliest(labels, span.first_class)
-        target = staged.likeliest_of_all(*(exchange([each]) for each in likeliest))
+        likeliest = exchange([staged.likeliest(labels, span.first_class)])
+        target = staged.likeliest_of_all(likeliest)
     piece = staged.Piece(logits, teacher, labels, target, span.first_class, span.num_classes)
     parts, (gradient,) = staged.run(kernels, [piece], options, factors, exchange)
     return parts.sum(0), parts, gradient
-
-
-def _group(span: Span) -> Any:
-    resolve: Any = torch._C._distributed_c10d._resolve_process_group  # PyTorch's own ops of groups take names, too
-    return resolve(span.group)
-
-
-def _exchange(span: Span) -> Callable[[list[Tensor]], Tensor]:
-    """Stacks what each process has found, the same on all."""
-    group = _group(span)
-
-    def gather(own: list[Tensor]) -> Tensor:
-        (each,) = own
-        found = each.new_empty((distributed.get_world_size(group), *each.shape))
-        distributed.all_gather_into_tensor(found, each.contiguous(), group)
-        return found
-
-    return gather

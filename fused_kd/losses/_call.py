@@ -12,7 +12,7 @@ from fused_kd.core import checks
 from fused_kd.core.catalogue import ROW_LOSSES, has_column_term
 from fused_kd.core.options import HyperParameters, in_order
 from fused_kd.core.transforms import readable
-from fused_kd.losses import _sources
+from fused_kd.losses import _shards, _sources
 from fused_kd.losses._options import checked
 from fused_kd.sources import Logits, TeacherLogits
 
@@ -69,6 +69,9 @@ def row_loss(
     """Check a row loss and run it. ``tensors`` are the student's logits, the teacher's, and the target. A loss without
     a teacher has None for one, and no ``logit_standardization`` among its settings."""
     numbers = checked(numbers, settings)
+    if any(map(_shards.is_dtensor, (*tensors, common[0]))):
+        tensors, weight = _shards.of_dtensors(tensors, common[0], common[1])
+        common = (weight, *common[1:])
     student_logits, teacher_logits, target = tensors
     if target is None:
         if numbers["ce_weight"] != 0.0:

@@ -13,8 +13,9 @@ from fused_kd import backends, source_autograd
 from fused_kd.core import checks
 from fused_kd.core.catalogue import LOSSES, ROW_LOSSES, has_column_term
 from fused_kd.core.options import HyperParameters, in_order
-from fused_kd.core.source_rows import SourceRows
-from fused_kd.core.transforms import carries_gradient
+from fused_kd.core.source_rows import SourceRows, Span
+from fused_kd.core.transforms import carries_gradient, readable
+from fused_kd.losses import _shards
 from fused_kd.reference import accumulation_dtype
 from fused_kd.sources import ClassShard, Head, Logits, TeacherLogits, TopK
 
@@ -31,6 +32,7 @@ class _Given(NamedTuple):
     rows: SourceRows
     shape: tuple[int, ...]  # of the logits that it stands for, padding included
     chunk_rows: int  # 0 where it does not say
+    span: Span | None = None  # of a shard
 
 
 def row_loss(
@@ -56,7 +58,8 @@ def row_loss(
         target = torch.zeros(shape[:-1], dtype=torch.int64, device=device)
     else:
         target = checks.check_target(target, shape, len(shape) - 1, device)
-    target = target.reshape(-1, shape[-1]) if target.is_floating_point() else target.reshape(-1)
+    rows = len(student.rows.values)
+    target = target.reshape(rows, shape[-1]) if target.is_floating_point() else target.reshape(-1)
     weight = checks.flatten_weight(weight, shape[:-1], shape, shape[-1], device)
     hyper = in_order(numbers)
     if has_column_term(name, HyperParameters._make(hyper)):
@@ -66,13 +69,19 @@ def row_loss(
         )
     chosen = backends.choose(backend, device, name)
     if chosen == "reference":
-        given = [_logits(each.rows, shape[-1]) for each in (student, teacher) if each is not None]
+        sources = [_shards.shared_hidden(each.rows, each.span) for each in (student, teacher) if each is not None]
+        given = [_shards.all_columns(_logits(each, shape[-1]), student.span) for each in sources]
+        if target.is_floating_point():
+            target = _shards.all_columns(target, student.span)
+        if readable(target):
+            checks.check_target_values(target, weight, given[0].shape[1], settings["ignore_index"])
         loss, packed = eager(*given, target, **numbers, **settings, weight=weight)
         parts = [*packed]
     else:
         asked = (settings.get("logit_standardization", False), settings["ignore_index"], settings["reduction"])
         chunk_rows = min((each.chunk_rows for each in (student, teacher) if each and each.chunk_rows), default=0)
-        where = ([0, shape[-1]], "", chunk_rows, _products_dtype(device, dtype))
+        span = student.span or Span(0, shape[-1])
+        where = ([span.first_class, span.num_classes], span.group, chunk_rows, _products_dtype(device, dtype))
         loss, stacked = source_autograd.source_loss(
             student.rows, teacher and teacher.rows, (target, weight), name, hyper, asked, where, chosen
         )
@@ -89,6 +98,12 @@ def _products_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | N
 
 
 def _flattened(name: str, given: Any, class_dim: int | None) -> _Given:
+    if isinstance(given, ClassShard):
+        span = _shards.span_of(name, given, class_dim)
+        if isinstance(given.logits, Head):
+            return _head(f"{name}.logits", given.logits, None, least=0)._replace(span=span)
+        rows = _shards.shard_rows(f"{name}.logits", given.logits)
+        return _Given(SourceRows(rows), tuple(given.logits.shape), 0, span)
     if isinstance(given, Head):
         return _head(name, given, class_dim)
     if isinstance(given, Tensor):
@@ -96,16 +111,16 @@ def _flattened(name: str, given: Any, class_dim: int | None) -> _Given:
         dim = checks.class_dimension(logits, class_dim)
         logits = logits.movedim(dim, -1)
         return _Given(SourceRows(logits.reshape(-1, logits.shape[-1])), tuple(logits.shape), 0)
-    raise TypeError(f"{name}: expected a Tensor or a Head, got {type(given).__name__}")
+    raise TypeError(f"{name}: expected a Tensor, a Head or a ClassShard, got {type(given).__name__}")
 
 
-def _head(name: str, head: Head, class_dim: int | None) -> _Given:
+def _head(name: str, head: Head, class_dim: int | None, least: int = 2) -> _Given:
     if class_dim is not None:
         raise ValueError(f"class_dim: expected None with a Head, whose hidden states are (..., D), got {class_dim}")
     hidden, weight = (checks.check_logits(f"{name}.{at}", getattr(head, at)) for at in ("hidden", "weight"))
-    if weight.dim() != 2 or hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1] or weight.shape[0] < 2:
+    if weight.dim() != 2 or hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1] or weight.shape[0] < least:
         raise ValueError(
-            f"{name}: expected a Head of hidden states (..., D) and a weight (C, D) with C at least 2, got "
+            f"{name}: expected a Head of hidden states (..., D) and a weight (C, D) with C at least {least}, got "
             f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
     tensors = [hidden, weight]
@@ -115,6 +130,7 @@ def _head(name: str, head: Head, class_dim: int | None) -> _Given:
             raise ValueError(f"{name}.bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
         tensors.append(bias)
     for tensor in tensors:
+        _shards.refuse_dtensor(name, tensor)
         if tensor.device != hidden.device:
             raise ValueError(f"{name}: expected a Head on one device, got {hidden.device} and {tensor.device}")
     if (hidden.dtype == torch.float64) != (weight.dtype == torch.float64):
@@ -132,6 +148,7 @@ def _head(name: str, head: Head, class_dim: int | None) -> _Given:
 
 
 def _check_teacher(teacher: _Given, student: _Given) -> None:
+    _shards.check_same(student.span, teacher.span)
     if teacher.shape != student.shape:
         raise ValueError(
             f"teacher_logits: expected those of student_logits, {student.shape}, got a source of {teacher.shape}"
