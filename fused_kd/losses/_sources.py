@@ -79,7 +79,8 @@ def row_loss(
         parts = [*packed]
     else:
         asked = (settings.get("logit_standardization", False), settings["ignore_index"], settings["reduction"])
-        chunk_rows = min((each.chunk_rows for each in (student, teacher) if each and each.chunk_rows), default=0)
+        said = [each.chunk_rows for each in (student, teacher) if each is not None and each.chunk_rows]
+        chunk_rows = min(said) if said else 0
         span = student.span or Span(0, shape[-1])
         where = ([span.first_class, span.num_classes], span.group, chunk_rows, _products_dtype(device, dtype))
         loss, stacked = source_autograd.source_loss(
