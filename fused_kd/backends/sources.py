@@ -47,9 +47,10 @@ def run(
     loss, parts = values.new_empty(rows, dtype=dtype), values.new_empty((3, rows), dtype=dtype)
     product = None if student.weight is None else Products(student, columns, dtype, asked.compute)
     into = None if product is None else Gradients(student, asked.wanted, dtype)
-    stored = room(student, asked.wanted, dtype) if product is None else []
     of_teacher = _maker(teacher, columns, dtype, asked.compute)
     step = asked.chunk_rows or _chunk_rows(student, teacher, shards.rows_of_chunks(asked.span, columns), dtype)
+    at_once = product is None and step >= rows > 0  # what the kernels give is kept as it is
+    stored = [] if product else room(student, (asked.wanted[0] and not at_once, False, False), dtype)
     exchange = shards.Exchange(asked.span, columns) if asked.span.group else None
     for start in range(0, rows, step):
         stop = min(start + step, rows)
@@ -60,7 +61,9 @@ def run(
         loss[start:stop], parts[:, start:stop], gradient = found
         if not any(asked.wanted):
             continue
-        if product is None or into is None:
+        if at_once:
+            stored[0] = gradient
+        elif product is None or into is None:
             stored[0][start:stop] = gradient
         else:
             product.take(gradient, logits, start, stop, into)

@@ -60,10 +60,18 @@ def test_every_process_has_as_many_chunks(world):
     world.run(shard_jobs.chunks)
 
 
+#: Of a row, that a process gives the others, in float64: statistics, the moments before them where z-scores are
+#: distilled, and the likeliest label of probabilities.
+BYTES = {"everything": 112, "probabilities": 160, "z-scores": 184, "z-scores, probabilities": 232}
+
+
 def test_bytes_of_a_row(world):
     found = world.run(shard_jobs.bytes_per_row)
     assert found[0] == found[1]
-    print(found[0])
+    assert {loss for loss, _ in found[0]} == {*ROW_LOSSES}
+    for (loss, kind), number in found[0].items():
+        sums = 96 if "pointwise" in ROW_LOSSES[loss].needs else 0
+        assert number == BYTES[kind] + sums, (loss, kind)
 
 
 @pytest.mark.parametrize("loss", ("nkd", "js"))
