@@ -9,6 +9,7 @@ every call. It is read on the CPU, where that is free, and on a GPU, where that 
 from __future__ import annotations
 
 import weakref
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -65,6 +66,12 @@ def rows_of_chunks(span: Span, columns: int) -> int:
     return -(-span.num_classes // distributed.get_world_size(group_of(span))) if span.group else columns
 
 
+@lru_cache(maxsize=256)
+def _head(own: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Kept, since a copy from the host stalls a GPU."""
+    return torch.tensor([digit for number in own for digit in divmod(number, _DIGIT)], dtype=dtype, device=device)
+
+
 class Exchange:
     """Stacks what each process has found, for a call that has ``width`` classes."""
 
@@ -79,13 +86,11 @@ class Exchange:
 
     def _tell(self, each: Tensor) -> Tensor:
         self.told = True
-        digits = [digit for number in self.own for digit in divmod(number, _DIGIT)]
-        # Filled on the device: a copy from the host would stall it.
-        head = [each.new_full((1,), digit) for digit in digits]
-        found = gathered(torch.cat([*head, each.reshape(-1)]), self.group)
+        head = _head(self.own, each.dtype, each.device)
+        found = gathered(torch.cat([head, each.reshape(-1)]), self.group)
         covered = _covered.setdefault(self.group, set())
         if found.device.type == "cpu" or self.own not in covered:
-            told = found[:, : len(digits)].reshape(len(found), -1, 2).tolist()
+            told = found[:, : len(head)].reshape(len(found), -1, 2).tolist()
             check_cover([[int(high) * _DIGIT + int(low) for high, low in each] for each in told])
             covered.add(self.own)
-        return found[:, len(digits) :].reshape(len(found), *each.shape).contiguous()
+        return found[:, len(head) :].reshape(len(found), *each.shape).contiguous()

@@ -50,7 +50,7 @@ def run(
     of_teacher = _maker(teacher, columns, dtype, asked.compute)
     step = asked.chunk_rows or _chunk_rows(student, teacher, shards.rows_of_chunks(asked.span, columns), dtype)
     at_once = product is None and step >= rows > 0  # what the kernels give is kept as it is
-    stored = [] if product else room(student, (asked.wanted[0] and not at_once, False, False), dtype)
+    stored = [] if product is not None else room(student, (asked.wanted[0] and not at_once, False, False), dtype)
     exchange = shards.Exchange(asked.span, columns) if asked.span.group else None
     for start in range(0, rows, step):
         stop = min(start + step, rows)

@@ -69,10 +69,12 @@ def row_loss(
     """Check a row loss and run it. ``tensors`` are the student's logits, the teacher's, and the target. A loss without
     a teacher has None for one, and no ``logit_standardization`` among its settings."""
     numbers = checked(numbers, settings)
-    if any(map(_shards.is_dtensor, (*tensors, common[0]))):
+    student_logits, teacher_logits, target = tensors
+    plain = type(student_logits) is Tensor and (teacher_logits is None or type(teacher_logits) is Tensor)
+    if not plain and any(map(_shards.is_dtensor, (*tensors, common[0]))):
         tensors, weight = _shards.of_dtensors(tensors, common[0], common[1])
         common = (weight, *common[1:])
-    student_logits, teacher_logits, target = tensors
+        student_logits, teacher_logits, target = tensors
     if target is None:
         if numbers["ce_weight"] != 0.0:
             raise ValueError(f"target: expected one, since ce_weight is {numbers['ce_weight']}; got None")

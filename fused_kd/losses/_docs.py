@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _ARGS = r"""
-    student_logits: Unnormalised scores ``(..., C)``, C at least 2, float64, float32, float16 or bfloat16.
+    student_logits: Unnormalised scores ``(..., C)``, C at least 2, float64, float32, float16 or bfloat16. Classes over
+        processes are a DTensor, or a :class:`fused_kd.ClassShard`, which tells of both.
     teacher_logits: The teacher's, same shape and device, any of those dtypes; must not require grad.
     target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)``. They serve the
         cross-entropy and ``ignore_index``; without them ``ce_weight`` must be 0 and every row counts.
