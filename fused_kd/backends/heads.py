@@ -34,18 +34,22 @@ class Matrix:
     over = False  # whether a chunk's gradient may be written over its logits
 
     def __init__(self, source: SourceRows, wanted: Sequence[bool], dtype: torch.dtype) -> None:
-        self.values, self.dtype = source.values, dtype
-        self.found = room(source, wanted, dtype)
+        self.source, self.wanted, self.dtype = source, wanted, dtype
+        self.found: list[Tensor] = []
 
     def logits(self, start: int, stop: int) -> Tensor:
-        logits = self.values[start:stop]
+        logits = self.source.values[start:stop]
         return logits.to(self.dtype) if logits.dtype == torch.float16 else logits  # the dtype of their gradient
 
     def take(self, gradient: Tensor, logits: Tensor, counted: Tensor, rows: tuple[int, int]) -> None:
-        self.found[0][slice(*rows)] = gradient
+        if len(gradient) == len(self.source.values):
+            self.found = [gradient, *room(self.source, (False, *self.wanted[1:]), self.dtype)[1:]]  # as it is
+        else:
+            self.found = self.found or room(self.source, self.wanted, self.dtype)
+            self.found[0][slice(*rows)] = gradient
 
     def gradients(self) -> list[Tensor]:
-        return self.found
+        return self.found or room(self.source, self.wanted, self.dtype)
 
 
 class Products:
@@ -142,7 +146,7 @@ class Products:
 
     def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """The weight in the accumulating dtype, whole where it is in that already."""
-        step = self.classes if self.weight.dtype == self.dtype else _CONVERTED
+        step = max(self.classes, 1) if self.weight.dtype == self.dtype else _CONVERTED
         for first in range(0, self.classes, step):
             classes = slice(first, min(first + step, self.classes))
             yield classes, self.weight[classes].to(self.dtype)

@@ -7,13 +7,13 @@ they have found of each row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
 
-from fused_kd.backends import staged
+from fused_kd.backends import shards, staged
 from fused_kd.backends.heads import Products, maker, room
 from fused_kd.core.options import Options
 from fused_kd.core.source_rows import SourceRows, Span
@@ -51,20 +51,21 @@ def run(
     of_student = maker(student, asked.wanted, dtype, columns, asked.compute)
     of_teacher = None if teacher is None else maker(teacher, _NONE, dtype, columns, asked.compute)
     options = options._replace(over=of_student.over and not asked.span.group)
-    of_heads = sum(isinstance(each, Products) for each in (of_student, of_teacher))
-    step = asked.chunk_rows or _fitting(
-        values, of_heads, (of_heads + (not options.over)) * _most(columns, asked.span), dtype
-    )
+    heads = sum(isinstance(each, Products) for each in (of_student, of_teacher))
+    most = shards.rows_of_chunks(asked.span, columns)
+    step = asked.chunk_rows or _fitting(values, heads, (heads + (not options.over)) * most, dtype)
+    exchange = shards.Exchange(asked.span, columns) if asked.span.group else None
     for start in range(0, rows, step):
-        stop = min(start + step, rows)
+        which = start, stop = start, min(start + step, rows)
         logits = of_student.logits(start, stop)
         other = None if of_teacher is None else of_teacher.logits(start, stop)
-        loss[start:stop], parts[:, start:stop], gradient = _rows(kernels, logits, other, asked, (start, stop), options)
+        found = _rows(kernels, logits, other, asked, which, options, exchange)
+        loss[start:stop], parts[:, start:stop], gradient = found
         if any(asked.wanted):
-            of_student.take(gradient, logits, asked.factors[1, start:stop] != 0, (start, stop))
-    if asked.span.group and isinstance(of_student, Products) and of_student.of_hidden is not None:
+            of_student.take(gradient, logits, asked.factors[1, start:stop] != 0, which)
+    if exchange is not None and isinstance(of_student, Products) and of_student.of_hidden is not None:
         # Each process has what its classes add to the gradient of the hidden states, which are the same on all.
-        distributed.all_reduce(of_student.of_hidden, group=_group(asked.span))
+        distributed.all_reduce(of_student.of_hidden, group=shards.group_of(asked.span))
     return loss, parts, of_student.gradients()
 
 
@@ -124,44 +125,27 @@ def _columns(student: SourceRows, span: Span) -> int:
     return given if span.group else min(given, span.num_classes)
 
 
-def _most(columns: int, span: Span) -> int:
-    """Of uneven shards all processes have to take the same chunks."""
-    return -(-span.num_classes // distributed.get_world_size(_group(span))) if span.group else columns
-
-
 def _rows(
-    kernels: Any, logits: Tensor, teacher: Tensor | None, asked: Asked, which: tuple[int, int], options: Options
+    kernels: Any,
+    logits: Tensor,
+    teacher: Tensor | None,
+    asked: Asked,
+    which: tuple[int, int],
+    options: Options,
+    exchange: shards.Exchange | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of each row of a chunk, its parts, and the gradient of its logits."""
     start, stop = which
     target = asked.target[start:stop]
     factors = asked.factors[:, start:stop].contiguous()
-    if not asked.span.group:
+    if exchange is None:
         loss, parts, gradient, _ = kernels.row_loss(logits, teacher, target, factors, None, options)
         return loss, parts, gradient
-    span, exchange = asked.span, _exchange(asked.span)
+    span = asked.span
     labels = target if target.is_floating_point() else None
     if labels is not None:
-        likeliest = staged.likeliest(labels, span.first_class)
-        target = staged.likeliest_of_all(*(exchange([each]) for each in likeliest))
+        likeliest = exchange([staged.likeliest(labels, span.first_class)])
+        target = staged.likeliest_of_all(likeliest)
     piece = staged.Piece(logits, teacher, labels, target, span.first_class, span.num_classes)
     parts, (gradient,) = staged.run(kernels, [piece], options, factors, exchange)
     return parts.sum(0), parts, gradient
-
-
-def _group(span: Span) -> Any:
-    resolve: Any = torch._C._distributed_c10d._resolve_process_group  # PyTorch's own ops of groups take names, too
-    return resolve(span.group)
-
-
-def _exchange(span: Span) -> Callable[[list[Tensor]], Tensor]:
-    """Stacks what each process has found, the same on all."""
-    group = _group(span)
-
-    def gather(own: list[Tensor]) -> Tensor:
-        (each,) = own
-        found = each.new_empty((distributed.get_world_size(group), *each.shape))
-        distributed.all_gather_into_tensor(found, each.contiguous(), group)
-        return found
-
-    return gather

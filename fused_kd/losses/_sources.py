@@ -13,8 +13,9 @@ from fused_kd import backends, source_autograd
 from fused_kd.core import checks
 from fused_kd.core.catalogue import LOSSES, ROW_LOSSES, has_column_term
 from fused_kd.core.options import HyperParameters, in_order
-from fused_kd.core.source_rows import SourceRows
-from fused_kd.core.transforms import carries_gradient
+from fused_kd.core.source_rows import SourceRows, Span
+from fused_kd.core.transforms import carries_gradient, readable
+from fused_kd.losses import _shards
 from fused_kd.losses._options import normalized
 from fused_kd.reference import USKDParts, accumulation_dtype
 from fused_kd.sources import ClassShard, Head, Logits, TeacherLogits, TopK
@@ -32,6 +33,7 @@ class _Given(NamedTuple):
     rows: SourceRows
     shape: tuple[int, ...]  # of the logits that it stands for, padding included
     chunk_rows: int  # 0 where it does not say
+    span: Span | None = None  # of a shard
 
 
 def row_loss(
@@ -59,7 +61,8 @@ def row_loss(
         target = torch.zeros(shape[:-1], dtype=torch.int64, device=device)
     else:
         target = checks.check_target(target, shape, len(shape) - 1, device)
-    target = target.reshape(-1, shape[-1]) if target.is_floating_point() else target.reshape(-1)
+    rows = len(student.rows.values)
+    target = target.reshape(rows, shape[-1]) if target.is_floating_point() else target.reshape(-1)
     weight = checks.flatten_weight(weight, shape[:-1], shape, shape[-1], device)
     reduction = settings["reduction"]
     if normalizer is not None:
@@ -72,13 +75,19 @@ def row_loss(
         )
     chosen = backends.choose(backend, device, name)
     if chosen == "reference":
-        given = [_logits(each.rows, shape[-1]) for each in (student, teacher) if each is not None]
+        sources = [_shards.shared_hidden(each.rows, each.span) for each in (student, teacher) if each is not None]
+        given = [_shards.all_columns(_logits(each, shape[-1]), student.span) for each in sources]
+        if target.is_floating_point():
+            target = _shards.all_columns(target, student.span)
+        if readable(target):
+            checks.check_target_values(target, weight, given[0].shape[1], settings["ignore_index"])
         loss, packed = eager(*given, target, **numbers, **settings, weight=weight)
         parts = [*packed]
     else:
         asked = (settings.get("logit_standardization", False), settings["ignore_index"], settings["reduction"])
         chunk_rows = student.chunk_rows or (teacher.chunk_rows if teacher is not None else 0)
-        where = ([0, shape[-1]], "", chunk_rows, _products_dtype(device, dtype))
+        span = student.span or Span(0, shape[-1])
+        where = ([span.first_class, span.num_classes], span.group, chunk_rows, _products_dtype(device, dtype))
         loss, stacked = source_autograd.row_loss(
             student.rows, teacher and teacher.rows, (target, weight), name, hyper, asked, where, chosen
         )
@@ -102,6 +111,8 @@ def uskd(
     student = _flattened("student_logits", student_logits, class_dim)
     weak = _flattened("weak_logits", weak_logits, None)
     shape, values = student.shape, student.rows.values
+    if student.span is not None or weak.span is not None:
+        raise ValueError("student_logits: expected no ClassShard for USKD, whose ranks are of all classes of a row")
     if weak.shape != shape or weak.rows.values.device != values.device:
         raise ValueError(f"weak_logits: expected those of student_logits, {shape}, got a source of {weak.shape}")
     if (weak.rows.values.dtype == torch.float64) != (values.dtype == torch.float64):
@@ -115,6 +126,8 @@ def uskd(
     chosen = backends.choose(backend, values.device, "uskd")
     if chosen == "reference":
         logits = [_logits(each.rows, shape[-1]) for each in (student, weak)]
+        if readable(target):
+            checks.check_target_values(target, weight, shape[-1], settings["ignore_index"])
         loss, packed = eager(*logits, target, **numbers, **settings, weight=weight)
         parts = [*packed]
     else:
@@ -138,6 +151,12 @@ def _products_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | N
 
 
 def _flattened(name: str, given: Any, class_dim: int | None) -> _Given:
+    if isinstance(given, ClassShard):
+        span = _shards.span_of(name, given, class_dim)
+        if isinstance(given.logits, Head):
+            return _head(f"{name}.logits", given.logits, None, least=0)._replace(span=span)
+        rows = _shards.shard_rows(f"{name}.logits", given.logits)
+        return _Given(SourceRows(rows), tuple(given.logits.shape), 0, span)
     if isinstance(given, Head):
         return _head(name, given, class_dim)
     if isinstance(given, Tensor):
@@ -145,16 +164,16 @@ def _flattened(name: str, given: Any, class_dim: int | None) -> _Given:
         dim = checks.class_dimension(logits, class_dim)
         logits = logits.movedim(dim, -1)
         return _Given(SourceRows(logits.reshape(-1, logits.shape[-1])), tuple(logits.shape), 0)
-    raise TypeError(f"{name}: expected a Tensor or a Head, got {type(given).__name__}")
+    raise TypeError(f"{name}: expected a Tensor, a Head or a ClassShard, got {type(given).__name__}")
 
 
-def _head(name: str, head: Head, class_dim: int | None) -> _Given:
+def _head(name: str, head: Head, class_dim: int | None, least: int = 2) -> _Given:
     if class_dim is not None:
         raise ValueError(f"class_dim: expected None with a Head, whose hidden states are (..., D), got {class_dim}")
     hidden, weight = (checks.check_logits(f"{name}.{at}", getattr(head, at)) for at in ("hidden", "weight"))
-    if weight.dim() != 2 or hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1] or weight.shape[0] < 2:
+    if weight.dim() != 2 or hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1] or weight.shape[0] < least:
         raise ValueError(
-            f"{name}: expected a Head of hidden states (..., D) and a weight (C, D) with C at least 2, got "
+            f"{name}: expected a Head of hidden states (..., D) and a weight (C, D) with C at least {least}, got "
             f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
     tensors = [hidden, weight]
@@ -164,6 +183,7 @@ def _head(name: str, head: Head, class_dim: int | None) -> _Given:
             raise ValueError(f"{name}.bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
         tensors.append(bias)
     for tensor in tensors:
+        _shards.refuse_dtensor(name, tensor)
         if tensor.device != hidden.device:
             raise ValueError(f"{name}: expected a Head on one device, got {hidden.device} and {tensor.device}")
     if (hidden.dtype == torch.float64) != (weight.dtype == torch.float64):
@@ -182,6 +202,8 @@ def _head(name: str, head: Head, class_dim: int | None) -> _Given:
 
 def _without_padding(name: str, given: _Given, num_classes: int) -> _Given:
     """A head keeps its whole weight, so that the gradient needs no copy."""
+    if given.span is not None:
+        raise ValueError(f"num_classes: expected None with a ClassShard, which has its own, got {num_classes}")
     checks.check_num_classes("num_classes", num_classes, given.shape[-1], name)
     rows = given.rows
     if rows.weight is None and rows.indices is None:
@@ -190,6 +212,7 @@ def _without_padding(name: str, given: _Given, num_classes: int) -> _Given:
 
 
 def _check_teacher(teacher: _Given, student: _Given) -> None:
+    _shards.check_same(student.span, teacher.span)
     if teacher.shape != student.shape:
         raise ValueError(
             f"teacher_logits: expected those of student_logits, {student.shape}, got a source of {teacher.shape}"

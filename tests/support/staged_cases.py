@@ -72,7 +72,7 @@ def pieces_of(problem):
     index = target
     if probabilities:
         found = [staged.likeliest(target[:, span], span.start) for span in spans]
-        index = staged.likeliest_of_all(*(torch.stack(each) for each in zip(*found, strict=True)))
+        index = staged.likeliest_of_all(torch.stack(found))
     return [
         staged.Piece(
             student[:, span],
