@@ -9,6 +9,22 @@
 
 namespace fused_kd {
 namespace FKD_ISA {
+
+double largest_of(const double* x, int64_t n) {
+    return block_max<double>(x, n, Without<1>{{-1}});
+}
+
+double exponentials(const double* x, int64_t n, double top, double scale, double* e) {
+    const double by = kLog2E * scale;
+    Vec<double> sum = {};
+    for_lanes<double>(n, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
+        const Vec<double> zero = {}, ei = keep(lanes, exp2_nonpositive<double>((load(x + i, lanes) - top) * by), zero);
+        store(e + i, ei, lanes);
+        sum += ei;
+    });
+    return sum_lanes<double>(sum);
+}
+
 namespace {
 
 // As in row_losses.cpp: a gradient of so many bytes is written past the caches.
@@ -110,10 +126,8 @@ bool read_kept(const TopKArgs& args, const Scratch<A>& scratch, int64_t row, int
 inline double log_share(const TopKRow& x, int64_t classes, TopKRest kind) {
     const int64_t entries = x.kept + x.target_kept;
     if (kind == kRenormalize || entries == classes) return -INFINITY;
-    double sum = 0;
-    for (int64_t i = 0; i < entries; ++i)
-        sum += exp(x.t[i]);
-    const double left = 1 - sum;
+    const double top = finite_or_zero(largest_of(x.t, entries));
+    const double left = 1 - exponentials(x.t, entries, top, 1, x.f) * exp(top);
     return left < 0 ? -INFINITY : log(left / double(classes - entries));
 }
 

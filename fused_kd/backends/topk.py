@@ -1,8 +1,8 @@
 """A row loss with a teacher of whom only some classes of each row were kept; :mod:`fused_kd.reference.topk` has what it
 is.
 
-No row of the teacher is made, and of the student's only the gradient. A backend's ``topk_loss`` does it: the C++ core in
-one visit to each row, Triton by a kernel for what the loss needs of the other classes and one for their gradient.
+No row of the teacher is made, and of the student's only the gradient. A backend's ``topk_loss`` does it: the C++ core
+in one visit to each row, Triton by a kernel for what the loss needs of the other classes and one for their gradient.
 """
 
 from __future__ import annotations

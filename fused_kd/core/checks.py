@@ -324,8 +324,9 @@ def kept_error(indices: Tensor, row: int, num_classes: int) -> Exception:
         return IndexError(
             f"indices: expected classes from 0 to {num_classes - 1}, or -1 for a pad, got {int(none[0])} in row {row}"
         )
-    classes, counts = given[given >= 0].unique(return_counts=True)
-    return ValueError(f"indices: expected each class once in a row, got {int(classes[counts.argmax()])} twice in row {row}")
+    kept = given[given >= 0].sort().values
+    again = kept[1:][kept[1:] == kept[:-1]]
+    return ValueError(f"indices: expected each class once in a row, got {int(again[0])} twice in row {row}")
 
 
 def check_target_values(target: Tensor, weight: Tensor | None, num_classes: int, ignore_index: int) -> None:

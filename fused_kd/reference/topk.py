@@ -1,8 +1,8 @@
 """The losses with a teacher of whom only some classes of each row were kept.
 
-K are the kept classes, with log-probabilities of the full softmax at temperature 1, in any order; an index of -1 is a
-pad. What the teacher has left, r = max(0, 1 − Σ_K exp ℓ_j), is taken as spread evenly over the other classes, a share
-u = r / (C − |K|) each, which fixes the normaliser at every temperature: Z = Σ_K exp(ℓ_j / T) + (C − |K|) u^(1/T).
+K are the kept classes, with log-probabilities l of the full softmax at temperature 1, in any order; an index of -1 is a
+pad. What the teacher has left, r = max(0, 1 − Σ_K exp l_j), is taken as spread evenly over the other classes, a share
+u = r / (C − |K|) each, which fixes the normaliser at every temperature: Z = Σ_K exp(l_j / T) + (C − |K|) u^(1/T).
 ``rest`` says what becomes of it:
 
 - ``"renormalize"``: K is all there is, and the loss the ordinary one of a teacher that is -inf elsewhere;
@@ -252,7 +252,7 @@ def row_parts(
     log_p_target = log_p_sharp[:, -1]
     q_target, log_q_target = q_sharp[:, -1], log_q_sharp[:, -1]
     if rest == "drop":
-        q_target = torch.where(kept.target_kept, q_target, 0.0)
+        q_target = torch.where(kept.target_kept, q_target, 0.0 * q_target)  # NaN stays
         log_q_target = torch.where(kept.target_kept, log_q_target, NEG_INF)
     soft, of_teacher = student(temperature, few.soft), teacher(temperature)
     linear = few.linear + s_target + torch.where(kept.present & ~kept.is_target, s_kept, 0.0).sum(dim=1)
@@ -280,8 +280,8 @@ def row_parts(
     if name == "wsld":
         ce_s, ce_t = -log_p_target.detach(), -log_q_target
         u = torch.where(ce_s == -NEG_INF, 1.0, -torch.expm1(-ce_s / (ce_t + 1e-7)))
-        by = (hyper["alpha"] * temperature**2 * u).unsqueeze(1)
-        return [-times_log(by * q, log_p).sum(dim=1), ce]
+        weight = (hyper["alpha"] * temperature**2 * u).unsqueeze(1)
+        return [-times_log(weight * q, log_p).sum(dim=1), ce]
     if name == "kd" or hyper["beta"] == 0.0:
         return [divergence(q, log_q, log_p, temperature**2), ce]
     return [_jensen_shannon(p, log_p, q, log_q, hyper["beta"]) * temperature**2, ce]

@@ -41,8 +41,8 @@ def test_as_exact_as_eager(kernels, loss, rest, dtype):
 
 @pytest.mark.parametrize(("loss", "rest"), FUSED)
 def test_nothing_is_left(kernels, loss, rest):
-    """u = 0, or the log-probabilities sum to more than 1."""
-    assert_same(kernels, make(loss, rest, 50, 5, left=0.0, temperature=2.0))
+    """u = 0, or the log-probabilities sum to more than 1. At another T a share of 1e-16 is a matter of rounding."""
+    assert_same(kernels, make(loss, rest, 50, 5, left=0.0))
     assert_same(kernels, make(loss, rest, 50, 5, left=-0.5, temperature=2.0, ce_weight=1.0))
 
 
@@ -73,25 +73,22 @@ def test_classes_that_cannot_occur(kernels, loss, rest, temperature):
     assert_within_eager_error(kernels, problem._replace(student=student.clamp(min=-1e4)), torch.float32)
 
 
-@pytest.mark.parametrize("where", ["rest", "kept", "target", "teacher", "infinite"])
 @pytest.mark.parametrize(("loss", "rest"), FUSED)
-def test_nan_stays_in_its_row(kernels, loss, rest, where):
-    problem = make(loss, rest, 2100, 5, temperature=2.0)
+def test_nan_stays_in_its_row(kernels, loss, rest):
+    """In the rest, among the kept, at the target in K and outside, of the teacher; and an infinite logit."""
+    problem = make(loss, rest, 2100, 5, rows=9, temperature=2.0)
     student, indices, target = problem.student, problem.indices, problem.target
     clean = run(kernels, problem)
-    outside = next(j for j in range(2100) if j not in indices[2] and j != target[2])
-    if where == "teacher":
-        problem.log_probs[2, 1] = torch.nan
-    else:
-        at = {"rest": outside, "infinite": outside, "kept": indices[2, 0], "target": target[2]}[where]
-        student[2, at] = torch.inf if where == "infinite" else torch.nan
+    outside = [next(j for j in range(2100) if j not in indices[i] and j != target[i]) for i in range(9)]
+    bad = [2, 3, 4, 5, 6, 7]
+    for row, at in zip(bad, (outside[2], indices[3, 0], target[4], target[5]), strict=False):
+        student[row, at] = torch.nan
+    problem.log_probs[6, 1], student[7, outside[7]] = torch.nan, torch.inf
     found = run(kernels, problem)
-    others = [0, 1, 3, 4]
-    assert found[0][2].isnan() and found[2][2].isnan().all()
-    for ours, exact in zip(found, clean, strict=True):
-        torch.testing.assert_close(ours.movedim(1, 0)[others] if ours.shape[0] == 3 else ours[others],
-                                   exact.movedim(1, 0)[others] if exact.shape[0] == 3 else exact[others],
-                                   rtol=0, atol=0)  # fmt: skip
+    assert found[0][bad].isnan().all() and found[2][bad].isnan().all()
+    for place, (ours, exact) in enumerate(zip(found, clean, strict=True)):
+        of_rows = (each.T if place == 1 else each for each in (ours, exact))
+        assert torch.equal(*(each[[0, 1, 8]] for each in of_rows))
 
 
 @pytest.mark.parametrize("rest", topk.RESTS)
@@ -112,12 +109,16 @@ def test_no_rows_and_no_gradient(kernels, rest):
     assert without[2] is None
     for ours, exact in zip(without[:2], run(kernels, problem)[:2], strict=True):
         assert torch.equal(ours, exact)
-    empty = problem._replace(**{name: getattr(problem, name)[:0] for name in ("student", "log_probs", "indices", "target")})
+    empty = problem._replace(
+        **{name: getattr(problem, name)[:0] for name in ("student", "log_probs", "indices", "target")}
+    )
     loss, parts, gradient = run(kernels, empty)
     assert loss.shape == (0,) and parts.shape == (3, 0) and gradient.shape == (0, 3000)
 
 
-@pytest.mark.parametrize(("loss", "rest"), FUSED)
+@pytest.mark.parametrize(
+    ("loss", "rest"), [("kd", "bucket"), ("nkd", "uniform"), ("wsld", "drop"), ("js", "renormalize")]
+)
 def test_threads_long_rows_and_strides_change_nothing(kernels, loss, rest):
     """A gradient beyond 8 MB goes past the caches."""
     problem = make(loss, rest, 30000, 16, rows=72, temperature=2.0, ce_weight=1.0).to(torch.float32)
@@ -152,7 +153,7 @@ def test_what_is_wrong_is_named(kernels):
     problem = make("nkd", "drop", 40, 4)
     twice = problem.indices.clone()
     twice[2, 0] = twice[2, 1]
-    with pytest.raises(ValueError, match="indices: expected each class once in a row, got .* twice in row 2"):
+    with pytest.raises(ValueError, match=r"indices: expected each class once in a row, got .* twice in row 2"):
         run(kernels, problem._replace(indices=twice))
     for wrong in (40, -2):
         outside = problem.indices.clone()
@@ -160,13 +161,15 @@ def test_what_is_wrong_is_named(kernels):
         with pytest.raises(IndexError, match=rf"indices: .* from 0 to 39, or -1 for a pad, got {wrong} in row 3"):
             run(kernels, problem._replace(indices=outside))
     problem.target[0] = 40
-    with pytest.raises(IndexError, match="target: .* got 40"):
+    with pytest.raises(IndexError, match=r"target: .* got 40"):
         run(kernels, problem)
 
 
-@pytest.mark.parametrize(("loss", "rest"), [("js", "uniform"), ("js", "drop"), ("dist", "renormalize"), ("tf_kd", "drop")])
+@pytest.mark.parametrize(
+    ("loss", "rest"), [("js", "uniform"), ("js", "drop"), ("dist", "renormalize"), ("tf_kd", "drop")]
+)
 def test_what_has_no_kernel_says_so(loss, rest):
-    with pytest.raises((NotImplementedError, ValueError), match="rest: |loss: "):
+    with pytest.raises((NotImplementedError, ValueError), match=r"rest: |loss: "):
         run(native, make(loss, rest, 10, 3))
 
 
