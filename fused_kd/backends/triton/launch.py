@@ -43,6 +43,7 @@ def kernels() -> dict[str, Any]:
             "uskd_streamed",
             "zipf_ls",
             "staged",
+            "topk",
         )
     ]
     names = (
@@ -51,6 +52,7 @@ def kernels() -> dict[str, Any]:
         "target_probabilities", "ranked_on_chip", "write_keys", "write_zipf", "combine_ranked",
         "find_votes", "rank_votes", "zipf_rows",
         "piece_moments", "piece_statistics", "piece_sums", "piece_gradient",
+        "rest_statistics", "rest_gradient",
     )  # fmt: skip
     return {name: getattr(module, name) for module in modules for name in names if hasattr(module, name)}
 
