@@ -89,11 +89,11 @@ def _warn_of_reference(device: torch.device, loss: str) -> None:
         f"fused_kd runs {LOSSES[loss].title} of {device} tensors by its eager reference, which is slower and takes "
         f"more memory than its kernels. {reasons}. backend='reference' says that this is meant, without a warning.",
         RuntimeWarning,
-        stacklevel=_outside(),
+        stacklevel=outside(),
     )
 
 
-def _outside() -> int:
+def outside() -> int:
     """The stacklevel, for who calls this, of the first caller outside of fused_kd."""
     frame, level, package = sys._getframe(1), 1, str(Path(__file__).parent.parent)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(package):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed
 
-from fused_kd.backends import shards, staged
+from fused_kd.backends import shards, staged, topk
 from fused_kd.backends.heads import Products, maker, room
 from fused_kd.core.options import Options
 from fused_kd.core.source_rows import SourceRows, Span
@@ -49,8 +49,10 @@ def run(
     rows, columns = len(values), _columns(student, asked.span)
     loss, parts = values.new_empty(rows, dtype=dtype), values.new_empty((3, rows), dtype=dtype)
     of_student = maker(student, asked.wanted, dtype, columns, asked.compute)
-    of_teacher = None if teacher is None else maker(teacher, _NONE, dtype, columns, asked.compute)
-    options = options._replace(over=of_student.over and not asked.span.group)
+    sparse = teacher if teacher is not None and teacher.indices is not None else None
+    whole = None if sparse is not None else teacher
+    of_teacher = None if whole is None else maker(whole, _NONE, dtype, columns, asked.compute)
+    options = options._replace(over=of_student.over and not asked.span.group and sparse is None)
     heads = sum(isinstance(each, Products) for each in (of_student, of_teacher))
     most = shards.rows_of_chunks(asked.span, columns)
     step = asked.chunk_rows or _fitting(values, heads, (heads + (not options.over)) * most, dtype)
@@ -59,7 +61,10 @@ def run(
         which = start, stop = start, min(start + step, rows)
         logits = of_student.logits(start, stop)
         other = None if of_teacher is None else of_teacher.logits(start, stop)
-        found = _rows(kernels, logits, other, asked, which, options, exchange)
+        if sparse is not None:
+            found = _sparse_rows(kernels, logits, sparse, asked, which, options)
+        else:
+            found = _rows(kernels, logits, other, asked, which, options, exchange)
         loss[start:stop], parts[:, start:stop], gradient = found
         if any(asked.wanted):
             of_student.take(gradient, logits, asked.factors[1, start:stop] != 0, which)
@@ -123,6 +128,18 @@ def _columns(student: SourceRows, span: Span) -> int:
     """How many of a row's classes are at hand."""
     given = student.values.shape[1] if student.weight is None else student.weight.shape[0]
     return given if span.group else min(given, span.num_classes)
+
+
+def _sparse_rows(
+    kernels: Any, logits: Tensor, teacher: SourceRows, asked: Asked, which: tuple[int, int], options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`_rows`, of a teacher of whom some classes were kept."""
+    rows = slice(*which)
+    assert teacher.indices is not None
+    kept = (teacher.values[rows], teacher.indices[rows], teacher.rest)
+    factors = asked.factors[:, rows].contiguous()
+    loss, parts, gradient = topk.row_loss(kernels, logits, *kept, asked.target[rows], factors, options)
+    return loss, parts, logits if gradient is None else gradient
 
 
 def _rows(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_kd import backends, source_autograd
+from fused_kd import backends, reference, source_autograd
 from fused_kd.core import checks
 from fused_kd.core.catalogue import LOSSES, ROW_LOSSES, has_column_term
 from fused_kd.core.options import HyperParameters, in_order
@@ -17,6 +17,7 @@ from fused_kd.core.source_rows import SourceRows, Span
 from fused_kd.core.transforms import carries_gradient, readable
 from fused_kd.losses import _shards
 from fused_kd.losses._options import normalized
+from fused_kd.losses._topk import check_indices, kernel_or_reference, topk_rows
 from fused_kd.reference import USKDParts, accumulation_dtype
 from fused_kd.sources import ClassShard, Head, Logits, TeacherLogits, TopK
 
@@ -50,11 +51,19 @@ def row_loss(
     weight, normalizer, class_dim, num_classes, backend, return_parts = common
     student = _flattened("student_logits", student_logits, class_dim)
     device, dtype = student.rows.values.device, student.rows.values.dtype
-    teacher = None if teacher_logits is None else _flattened("teacher_logits", teacher_logits, None)
     if num_classes is not None:
         student = _without_padding("student_logits", student, num_classes)
-        teacher = teacher and _without_padding("teacher_logits", teacher, num_classes)
     shape = student.shape
+    teacher = None
+    if isinstance(teacher_logits, TopK):
+        _check_topk(name, teacher_logits, student, target, settings)
+        teacher = _Given(topk_rows(teacher_logits, shape), shape, 0)
+    elif teacher_logits is not None:
+        teacher = _flattened(
+            "teacher_logits", teacher_logits, class_dim if isinstance(teacher_logits, Tensor) else None
+        )
+        if num_classes is not None:
+            teacher = _without_padding("teacher_logits", teacher, num_classes)
     if teacher is not None:
         _check_teacher(teacher, student)
     if target is None:
@@ -74,7 +83,11 @@ def row_loss(
             f"batch's columns needs the logits of all rows at once; got {numbers['gamma']}"
         )
     chosen = backends.choose(backend, device, name)
-    if chosen == "reference":
+    if isinstance(teacher_logits, TopK) and chosen != "reference":
+        chosen = kernel_or_reference(name, teacher_logits.rest, numbers, backend, chosen)
+    if chosen == "reference" and teacher is not None and teacher.rows.indices is not None:
+        loss, parts = _topk_reference(name, (student.rows, teacher.rows), target, numbers, settings, weight)
+    elif chosen == "reference":
         sources = [_shards.shared_hidden(each.rows, each.span) for each in (student, teacher) if each is not None]
         given = [_shards.all_columns(_logits(each, shape[-1]), student.span) for each in sources]
         if target.is_floating_point():
@@ -95,6 +108,39 @@ def row_loss(
     if reduction == "none" and len(shape) != 2:
         loss, *parts = (each.reshape(shape[:-1]) for each in (loss, *parts))
     return (loss, parts_type(*parts)) if return_parts else loss
+
+
+def _check_topk(name: str, teacher: TopK, student: _Given, target: Tensor | None, settings: dict[str, Any]) -> None:
+    if student.span is not None:
+        raise ValueError("teacher_logits: expected a ClassShard beside one of the student's logits, got a TopK")
+    if settings["logit_standardization"]:
+        raise ValueError(
+            "logit_standardization: expected False with a TopK, of whose logits not all are there; got True"
+        )
+    if target is not None and target.is_floating_point():
+        raise ValueError("target: expected class indices with a TopK, got probabilities; take the likeliest class")
+
+
+def _topk_reference(
+    name: str,
+    sources: tuple[SourceRows, SourceRows],
+    target: Tensor,
+    numbers: dict[str, float],
+    settings: dict[str, Any],
+    weight: Tensor | None,
+) -> tuple[Tensor, list[Tensor]]:
+    student, teacher = sources
+    assert teacher.indices is not None
+    logits = _logits(student, student.values.shape[1] if student.weight is None else student.weight.shape[0])
+    ignore_index = settings["ignore_index"]
+    if readable(target):
+        checks.check_target_values(target, weight, logits.shape[1], ignore_index)
+    counted = target != ignore_index if weight is None else (target != ignore_index) & (weight != 0)
+    check_indices(teacher.indices, logits.shape[1], counted)
+    given = (logits, teacher.values, teacher.indices, teacher.rest, target, numbers)
+    options = {"ignore_index": ignore_index, "reduction": settings["reduction"], "weight": weight}
+    loss, parts = reference.topk.topk_loss(name, *given, **options)
+    return loss, [*parts]
 
 
 def uskd(
