@@ -1,6 +1,8 @@
 """Classes of rows over processes: loss and gradient are those of one process that has all of them."""
 
 import re
+import subprocess
+import sys
 
 import dtensor_jobs
 import pytest
@@ -141,6 +143,11 @@ def test_errors_are_the_same_everywhere(world):
             assert name not in OF_VALUES or said == found[0][name, backend]
     assert found[0]["outside", "native"] == "nothing"
     assert re.match("TypeError: student_logits.group: .*that this process belongs to", found[1]["outside", "native"])
+
+
+def test_nobody_pays_for_dtensors():
+    code = "import sys, fused_kd; sys.exit('torch.distributed.tensor' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_without_a_group():

@@ -8,7 +8,7 @@ import os
 import tempfile
 import traceback
 
-PATIENCE = 30.0  # seconds for a job
+PATIENCE = 60.0  # seconds for a job
 
 
 class Failed(Exception):
