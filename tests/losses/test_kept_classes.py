@@ -181,3 +181,15 @@ def test_messages(backend):
     twice[2, 1] = indices[2, 1]
     twice[0, 1] = twice[0, 0]
     fused_kd.nkd_loss(student, TopK(log_probs, twice, rest="drop"), target, backend=backend)
+
+
+def test_explain_says_what_runs_for_a_source():
+    hidden, weight, _, kept, _ = make()
+    text = str(fused_kd.explain(Head(hidden, weight), "nkd", TopK(*kept, rest="bucket")))
+    assert "auto takes 'native'" in text and "student: logits by products, a chunk of rows at a time" in text
+    assert "teacher: the kept classes alone are read" in text
+    explanation = fused_kd.explain(hidden, "js", TopK(*kept, rest="uniform"))
+    assert (
+        explanation.chosen == "reference" and "no kernel for a TopK of rest='uniform'" in explanation.reasons["native"]
+    )
+    assert "takes matrices alone" in str(fused_kd.explain(Head(hidden, weight), "zipf_ls"))
