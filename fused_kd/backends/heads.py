@@ -28,6 +28,11 @@ def room(source: SourceRows, wanted: Sequence[bool], dtype: torch.dtype) -> list
     return found
 
 
+def _mixes(weight: Tensor, compute: torch.dtype | None) -> bool:
+    """Whether products of halves, which give float32, are to be had."""
+    return _MIXED and weight.is_cuda and (compute or weight.dtype) in (torch.float16, torch.bfloat16)
+
+
 class Matrix:
     """Logits that exist, chunk by chunk, and their gradient."""
 
@@ -72,7 +77,7 @@ class Products:
         weight = head.weight[:num_classes]
         self.head, self.classes, self.dtype = head, num_classes, dtype
         self.bias = None if head.bias is None else head.bias[:num_classes].to(dtype)
-        self.mixed = _MIXED and weight.is_cuda and (compute or weight.dtype) in (torch.float16, torch.bfloat16)
+        self.mixed = _mixes(weight, compute)
         self.weight = weight.to(compute) if self.mixed and compute is not None else weight
         self.over = not head.softcap  # whose derivative needs the logits
         self.of_hidden = torch.empty_like(head.values, dtype=dtype) if wanted[0] else None

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed
 
-from fused_kd.backends import shards, staged, topk
+from fused_kd.backends import native, shards, staged, topk
 from fused_kd.backends.heads import Products, maker, room
 from fused_kd.core.options import Options
 from fused_kd.core.source_rows import SourceRows, Span
@@ -52,10 +52,12 @@ def run(
     sparse = teacher if teacher is not None and teacher.indices is not None else None
     whole = None if sparse is not None else teacher
     of_teacher = None if whole is None else maker(whole, _NONE, dtype, columns, asked.compute)
-    options = options._replace(over=of_student.over and not asked.span.group and sparse is None)
+    # Of Triton's looped kernel a warp may still read what another has written over.
+    over = kernels is native and of_student.over and not asked.span.group and sparse is None
+    options = options._replace(over=over)
     heads = sum(isinstance(each, Products) for each in (of_student, of_teacher))
     most = shards.rows_of_chunks(asked.span, columns)
-    step = asked.chunk_rows or _fitting(values, heads, (heads + (not options.over)) * most, dtype)
+    step = asked.chunk_rows or _fitting(values, heads, (heads + (not over)) * most, dtype)
     exchange = shards.Exchange(asked.span, columns) if asked.span.group else None
     for start in range(0, rows, step):
         which = start, stop = start, min(start + step, rows)

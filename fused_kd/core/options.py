@@ -42,8 +42,8 @@ def in_order(named: Mapping[str, float]) -> list[float]:
 class Options(NamedTuple):
     """What a backend is asked for beside tensors; of the last five an op reads those that it has.
 
-    ``wanted`` says of which logits the gradient is, ``scales`` what it is stored times. With ``over`` a row loss writes
-    it over the student's logits, which are contiguous then.
+    ``wanted`` says of which logits the gradient is, ``scales`` what it is stored times. With ``over`` a row loss of the
+    C++ core writes it over the student's logits, which are contiguous then.
     """
 
     hyper: HyperParameters

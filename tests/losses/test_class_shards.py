@@ -163,3 +163,7 @@ def test_another_layout(world):
 
 def test_compiled(world):
     world.run(dtensor_jobs.compiled)
+
+
+def test_a_head_under_ddp(world):
+    world.run(shard_jobs.head_under_ddp)

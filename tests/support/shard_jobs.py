@@ -243,3 +243,28 @@ def bytes_per_row(rank, world):
     finally:
         setattr(distributed, name, gather)
     return found
+
+
+class WithItsLoss(torch.nn.Module):
+    """A network whose loss takes its last layer as a Head: DDP sees the gradients of all its parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = torch.nn.Linear(5, 8), torch.nn.Linear(8, 40)
+
+    def forward(self, inputs, teacher, target, normalizer):
+        head = Head(self.body(inputs).tanh(), self.head.weight, self.head.bias, chunk_rows=2)
+        return fused_kd.nkd_loss(head, teacher, target, normalizer=normalizer)
+
+
+def head_under_ddp(rank, size):
+    """The gradients are those of one process with the rows of all: a normalizer of all rows, and DDP's mean."""
+    torch.manual_seed(0)
+    network = WithItsLoss().double()
+    inputs, teacher = (torch.randn(3 * size, width, dtype=torch.float64) for width in (5, 40))
+    target = torch.randint(40, (3 * size,))
+    own = slice(3 * rank, 3 * rank + 3)
+    expected = torch.autograd.grad(network(inputs, teacher, target, 3 * size), [*network.parameters()])
+    wrapped = torch.nn.parallel.DistributedDataParallel(network)
+    wrapped(inputs[own], teacher[own], target[own], 3).backward()
+    torch.testing.assert_close([each.grad for each in network.parameters()], [*expected])

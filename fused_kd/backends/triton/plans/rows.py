@@ -26,8 +26,7 @@ def row_loss(
     options: Options,
 ) -> tuple[Tensor, ...]:
     other = student if teacher is None else teacher  # not read where the loss has no teacher
-    dtype = accumulation_dtype(student, other)
-    made = outputs(student, options.wanted[0], 3, options.reduction, dtype, options.over)
+    made = outputs(student, options.wanted[0], 3, options.reduction, accumulation_dtype(student, other))
     return filled("row_loss", plan_row_loss, (student, other, target, factors, column_factor), made, options)
 
 
