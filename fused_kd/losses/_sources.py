@@ -56,8 +56,9 @@ def row_loss(
     shape = student.shape
     teacher = None
     if isinstance(teacher_logits, TopK):
-        _check_topk(name, teacher_logits, student, target, settings)
-        teacher = _Given(topk_rows(teacher_logits, shape), shape, 0)
+        _check_topk(target, settings)
+        classes = student.span.num_classes if student.span else shape[-1]
+        teacher = _Given(topk_rows(teacher_logits, (*shape[:-1], classes)), shape, 0, student.span)
     elif teacher_logits is not None:
         teacher = _flattened(
             "teacher_logits", teacher_logits, class_dim if isinstance(teacher_logits, Tensor) else None
@@ -84,9 +85,11 @@ def row_loss(
         )
     chosen = backends.choose(backend, device, name)
     if isinstance(teacher_logits, TopK) and chosen != "reference":
-        chosen = kernel_or_reference(name, teacher_logits.rest, numbers, backend, chosen)
+        chosen = kernel_or_reference(name, teacher_logits.rest, numbers, (backend, chosen), student.span is not None)
     if chosen == "reference" and teacher is not None and teacher.rows.indices is not None:
-        loss, parts = _topk_reference(name, (student.rows, teacher.rows), target, numbers, settings, weight)
+        of_student = _logits(_shards.shared_hidden(student.rows, student.span), shape[-1])
+        logits = _shards.all_columns(of_student, student.span)
+        loss, parts = _topk_reference(name, (logits, teacher.rows), target, numbers, settings, weight)
     elif chosen == "reference":
         sources = [_shards.shared_hidden(each.rows, each.span) for each in (student, teacher) if each is not None]
         given = [_shards.all_columns(_logits(each, shape[-1]), student.span) for each in sources]
@@ -110,9 +113,7 @@ def row_loss(
     return (loss, parts_type(*parts)) if return_parts else loss
 
 
-def _check_topk(name: str, teacher: TopK, student: _Given, target: Tensor | None, settings: dict[str, Any]) -> None:
-    if student.span is not None:
-        raise ValueError("teacher_logits: expected a ClassShard beside one of the student's logits, got a TopK")
+def _check_topk(target: Tensor | None, settings: dict[str, Any]) -> None:
     if settings["logit_standardization"]:
         raise ValueError(
             "logit_standardization: expected False with a TopK, of whose logits not all are there; got True"
@@ -123,15 +124,14 @@ def _check_topk(name: str, teacher: TopK, student: _Given, target: Tensor | None
 
 def _topk_reference(
     name: str,
-    sources: tuple[SourceRows, SourceRows],
+    sources: tuple[Tensor, SourceRows],
     target: Tensor,
     numbers: dict[str, float],
     settings: dict[str, Any],
     weight: Tensor | None,
 ) -> tuple[Tensor, list[Tensor]]:
-    student, teacher = sources
+    logits, teacher = sources
     assert teacher.indices is not None
-    logits = _logits(student, student.values.shape[1] if student.weight is None else student.weight.shape[0])
     ignore_index = settings["ignore_index"]
     if readable(target):
         checks.check_target_values(target, weight, logits.shape[1], ignore_index)

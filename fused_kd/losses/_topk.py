@@ -42,32 +42,34 @@ def topk_rows(given: TopK, shape: tuple[int, ...]) -> SourceRows:
     return SourceRows(log_probs.reshape(-1, kept), indices=indices.reshape(-1, kept).to(torch.int64), rest=given.rest)
 
 
-def kernel_or_reference(name: str, rest: str, numbers: Mapping[str, float], backend: str, chosen: str) -> str:
-    """The backend that serves a TopK, of which ``chosen`` has kernels for some losses and rests.
+def kernel_or_reference(
+    name: str, rest: str, numbers: Mapping[str, float], backend: tuple[str, str], sharded: bool
+) -> str:
+    """The backend that serves a TopK: of that asked for and that chosen the latter, where it has a kernel for the loss
+    and the rest. None has one for classes over processes.
 
     Raises:
         ValueError, NotImplementedError: The loss has no meaning with that rest.
         RuntimeError: A backend was named that has no kernel for it.
     """
+    asked, chosen = backend
     check_rest(name, rest, numbers.get("beta", 0.0))
     run = as_run(name, HyperParameters._make(in_order(numbers)))
-    if topk.is_fused(run, rest):
+    if topk.is_fused(run, rest) and not sharded:
         return chosen
-    if backend != "auto":
-        raise RuntimeError(
-            f"backend {backend!r} cannot run {LOSSES[name].title} with a TopK of rest={rest!r}: it has no kernel for "
-            "it; backend='reference' does it"
-        )
-    warn_of_topk(name, rest)
+    what = f"{LOSSES[name].title} with a TopK of rest={rest!r}{' beside a ClassShard' if sharded else ''}"
+    if asked != "auto":
+        raise RuntimeError(f"backend {asked!r} cannot run {what}: it has no kernel for it; backend='reference' does it")
+    warn_of_reference(what)
     return "reference"
 
 
 @cache
-def warn_of_topk(name: str, rest: str) -> None:
+def warn_of_reference(what: str) -> None:
     """Once in a process for each."""
     warnings.warn(
-        f"fused_kd runs {LOSSES[name].title} with a TopK of rest={rest!r} by its eager reference, which makes the "
-        "whole teacher: it has no kernel for it. backend='reference' says that this is meant, without a warning.",
+        f"fused_kd runs {what} by its eager reference, which makes whole rows: it has no kernel for it. "
+        "backend='reference' says that this is meant, without a warning.",
         RuntimeWarning,
         stacklevel=backends.outside(),
     )

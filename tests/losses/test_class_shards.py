@@ -167,3 +167,8 @@ def test_compiled(world):
 
 def test_a_head_under_ddp(world):
     world.run(shard_jobs.head_under_ddp)
+
+
+@each_size
+def test_kept_classes_of_the_teacher(world):
+    world.run(shard_jobs.kept_classes)

@@ -11,9 +11,10 @@ import torch
 from torch import distributed
 
 import fused_kd
-from fused_kd import ClassShard, Head, check
+from fused_kd import ClassShard, Head, TopK, check
 from fused_kd.backends import shards, sources
 from fused_kd.core.catalogue import LOSSES, ROW_LOSSES
+from fused_kd.losses import _topk
 
 INF = float("inf")
 TOLERANCE = {"rtol": 1e-11, "atol": 1e-11, "equal_nan": True}
@@ -268,3 +269,23 @@ def head_under_ddp(rank, size):
     wrapped = torch.nn.parallel.DistributedDataParallel(network)
     wrapped(inputs[own], teacher[own], target[own], 3).backward()
     torch.testing.assert_close([each.grad for each in network.parameters()], [*expected])
+
+
+def kept_classes(rank, size):
+    """A teacher of whom some classes were kept beside shards of the student's: by the reference, said once."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(5, 31, generator=generator, dtype=torch.float64) for _ in "st")
+    target = torch.randint(31, (5,), generator=generator)
+    kept = TopK(*teacher.log_softmax(1).topk(6), rest="bucket")
+    whole = student.clone().requires_grad_()
+    expected = fused_kd.nkd_loss(whole, kept, target, temperature=2.0)
+    (wanted,) = torch.autograd.grad(expected, whole)
+    own = columns(rank, [31 // size + (31 % size if each == 0 else 0) for each in range(size)])
+    local = student[:, own].clone().requires_grad_()
+    _topk.warn_of_reference.cache_clear()
+    with pytest.warns(RuntimeWarning, match="NKD with a TopK of rest='bucket' beside a ClassShard by its eager"):
+        found = fused_kd.nkd_loss(ClassShard(local, own.start, 31), kept, target, temperature=2.0)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, local)[0], wanted[:, own])
+    with pytest.raises(RuntimeError, match="backend 'native' cannot run NKD with a TopK"):
+        fused_kd.nkd_loss(ClassShard(local, own.start, 31), kept, target, backend="native")
