@@ -12,26 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_kd.core.catalogue import as_run
+from fused_kd.core.catalogue import ROW_LOSSES, as_run
 from fused_kd.core.options import Options
 from fused_kd.reference import accumulation_dtype
+from fused_kd.reference.topk import RESTS as RESTS_IN_ORDER
 from fused_kd.reference.topk import check_rest
 
 #: What becomes of the teacher's rest, and its number, which csrc/losses/topk_losses.h has too.
-RESTS = {"drop": 0, "renormalize": 1, "bucket": 2, "uniform": 3}
-#: The losses that have a kernel, for which rests.
-FUSED = {
-    "kd": (*RESTS,),
-    "nkd": (*RESTS,),
-    "dkd": (*RESTS,),
-    "wsld": (*RESTS,),
-    "js": ("renormalize", "bucket"),
-}
+RESTS = {rest: number for number, rest in enumerate(RESTS_IN_ORDER)}
 
 
 def is_fused(loss: str, rest: str) -> bool:
     """Whether there is a kernel; the reference serves the others that have a meaning."""
-    return rest in FUSED.get(loss, ())
+    return loss in ROW_LOSSES and rest in ROW_LOSSES[loss].rests
 
 
 def row_loss(

@@ -9,12 +9,11 @@ from torch.nn import functional as F
 
 import fused_kd
 from fused_kd import Head, TopK
-from fused_kd.backends.topk import FUSED, RESTS
-from fused_kd.core.catalogue import LOSSES
+from fused_kd.core.catalogue import LOSSES, ROW_LOSSES
 from fused_kd.losses import _topk
 
 ROWS, CLASSES, KEPT = 6, 211, 9
-CASES = [(loss, rest) for loss in FUSED for rest in RESTS if rest in FUSED[loss]]
+CASES = [(name, rest) for name, loss in ROW_LOSSES.items() for rest in loss.rests]
 OPTIONS = {"temperature": 2.0, "ce_weight": 0.4}
 
 

@@ -10,7 +10,7 @@ from fused_kd.core.catalogue import ROW_LOSSES
 from fused_kd.core.options import HyperParameters, Options, in_order
 
 #: What a loss is of each of, and which of the op's three parts it has.
-FUSED = [(loss, rest) for loss, rests in topk.FUSED.items() for rest in rests]
+FUSED = [(name, rest) for name, loss in ROW_LOSSES.items() for rest in loss.rests]
 
 
 class Problem(NamedTuple):

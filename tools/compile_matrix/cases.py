@@ -22,6 +22,7 @@ from fused_kd.core.options import HyperParameters, Options, outputs, pair_output
 from fused_kd.reference import accumulation_dtype
 from tools.compile_matrix.calls import Call, describe, empty, factors, logits, prob, targets
 from tools.compile_matrix.staged import staged_cases
+from tools.compile_matrix.topk import topk_cases
 
 
 class Case(NamedTuple):
@@ -291,6 +292,7 @@ CASES: dict[str, Callable[[bool], Iterator[Call]]] = {
     "uskd": ranked_cases,
     "zipf_ls": zipf_cases,
     "staged": staged_cases,
+    "topk": topk_cases,
 }
 
 

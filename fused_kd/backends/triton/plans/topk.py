@@ -49,8 +49,8 @@ def topk_loss(
     need = (SHARP if at_one else 0) | (LINEAR if named == "uniform" or smoothed else 0)
 
     found = torch.empty((4, rows), dtype=dtype, device=student.device)
-    kernel = _Kernels(student, marks, counted.to(torch.int32), need, options)
-    run([kernel.launch("rest_statistics", found)], student.device)
+    shared = (student, marks, counted.to(torch.int32), need, hyper.temperature)
+    run([plan_rest("rest_statistics", *shared, found)], student.device)
     top, soft, sharp, linear = found.double()
     number = classes - left_out
     about = torch.where(student[:, 0] == -math.inf, 0.0, student[:, 0]).double()
@@ -87,7 +87,7 @@ def topk_loss(
         of_soft, of_sharp = of_soft + of_sharp, torch.zeros_like(of_sharp)
     coefficients = torch.stack([top, of_soft * by, of_sharp * by, of_linear * by]).to(dtype)
     gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
-    run([kernel.launch("rest_gradient", coefficients, gradient)], student.device)
+    run([plan_rest("rest_gradient", *shared, coefficients, gradient)], student.device)
     entries = torch.cat([of_kept, of_target.unsqueeze(1)], 1)
     logits = torch.cat([s_kept, s_target.unsqueeze(1)], 1).detach()
     entries = torch.where(logits == -math.inf, 0.0 * by.unsqueeze(1), entries * by.unsqueeze(1))
@@ -103,11 +103,16 @@ def topk_name(rest: int) -> str:
     return next(name for name, number in topk.RESTS.items() if number == rest)
 
 
+def words_of(classes: int) -> int:
+    """Of a row's marks, with one for a class that is none."""
+    return -(-(classes + 1) // 32)
+
+
 def _marks(kept: Kept, target: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     """A bit of each class that is kept or the target, 32 to a word, and how many these are."""
     own = kept.present & ~kept.is_target
     columns = torch.cat([torch.where(own, kept.columns, classes), target.unsqueeze(1)], 1)
-    words = -(-(classes + 1) // 32)
+    words = words_of(classes)
     first = torch.arange(len(target), device=target.device).unsqueeze(1) * words
     # One for each class, so that a sum of bits is their union; those that are left out meet at a class that is none.
     bits = torch.where(columns < classes, 1 << (columns % 32), 0).to(torch.int32)
@@ -116,25 +121,24 @@ def _marks(kept: Kept, target: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     return marks.view(-1, words), own.sum(1) + 1
 
 
-class _Kernels:
-    """What both launches share."""
-
-    def __init__(self, student: Tensor, marks: Tensor, counted: Tensor, need: int, options: Options) -> None:
-        self.first = (student, marks, counted)
-        classes = student.shape[1]
-        unit = student.stride(1) == 1
-        vector = math.gcd(16 // student.element_size(), classes, student.stride(0)) if unit else 1
-        self.sizes = (*student.shape, marks.shape[1], *student.stride(), options.hyper.temperature)
-        self.meta: dict[str, Any] = {"VEC": vector, "UNIT": unit, "NEED": need}
-
-    def launch(self, kernel: str, *tensors: Tensor) -> Launch:
-        wide = tensors[0].dtype == torch.float64
-        config = layout.piece_config(self.sizes[1], self.meta["VEC"], wide=wide)
-        meta = self.meta | {
-            "ACC": acc_types()[tensors[0].dtype],
-            "LANES": config.lanes,
-            "WIDTH": config.width,
-            "num_warps": config.warps,
-            "maxnreg": config.registers,
-        }
-        return planned(kernel, self.sizes[0], (*self.first, *tensors, *self.sizes), meta)
+def plan_rest(
+    kernel: str, student: Tensor, marks: Tensor, counted: Tensor, need: int, temperature: float, *tensors: Tensor
+) -> Launch:
+    """The launch of one of both kernels: ``tensors`` are its numbers of each row, and the gradient of the second."""
+    classes = student.shape[1]
+    unit = student.stride(1) == 1
+    vector = math.gcd(16 // student.element_size(), classes, student.stride(0)) if unit else 1
+    acc = tensors[0].dtype
+    config = layout.piece_config(classes, vector, wide=acc == torch.float64)
+    meta: dict[str, Any] = {
+        "ACC": acc_types()[acc],
+        "LANES": config.lanes,
+        "WIDTH": config.width,
+        "VEC": vector,
+        "UNIT": unit,
+        "NEED": need,
+        "num_warps": config.warps,
+        "maxnreg": config.registers,
+    }
+    arguments = (student, marks, counted, *tensors, *student.shape, marks.shape[1], *student.stride(), temperature)
+    return planned(kernel, student.shape[0], arguments, meta)
