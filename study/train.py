@@ -119,17 +119,7 @@ class Run:
                 lambda images: predict(images).cpu(), self.bar,
             )
         )  # fmt: skip
-        if args.cache_top_k and loss not in ("js", "dist"):  # which have no kernel for it
-
-            def kept(batch: Batch) -> TopK:
-                tensors = cache.kept(batch.rows)
-                log_probs, indices = (
-                    each.to(where.device, non_blocking=True) for each in (tensors.log_probs, tensors.indices)
-                )
-                return TopK(log_probs, indices, tensors.rest)
-
-            return kept
-        return lambda batch: cache.logits(batch.rows).to(where.device, non_blocking=True)
+        return lambda batch: cache.source(batch.rows, where.device, loss)
 
     def _identity(self) -> str:
         own = {

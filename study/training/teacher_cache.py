@@ -31,6 +31,14 @@ class TeacherCache:
         self.values = np.load(folder / "values.npy", mmap_mode="r")
         self.classes_of = np.load(folder / "classes.npy", mmap_mode="r") if top_k else None
 
+    def source(self, rows: Tensor, device: torch.device, loss: str) -> Tensor | TopK:
+        """What a loss takes for the teacher's logits of these rows; of two losses no kernel takes a TopK."""
+        if not self.top_k or loss in ("js", "dist"):
+            return self.logits(rows).to(device, non_blocking=True)
+        kept = self.kept(rows)
+        log_probs, indices = (each.to(device, non_blocking=True) for each in (kept.log_probs, kept.indices))
+        return TopK(log_probs, indices, kept.rest)
+
     def logits(self, rows: Tensor) -> Tensor:
         """Logits (N, C) of these rows of the training split: bfloat16, with top-k float32."""
         if not self.top_k:

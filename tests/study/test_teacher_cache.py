@@ -8,7 +8,6 @@ from train_runs import run
 
 pytest.importorskip("safetensors")
 
-from study import train
 from study.datasets import registry
 from study.training import checkpoint, teacher_cache
 from study.training.batches import plain_batches
@@ -77,14 +76,15 @@ def test_training_reads_the_kept_classes_alone(tmp_path, teachers, monkeypatch):
             if name == "kept":
                 changed.setattr(teacher_cache.TeacherCache, "logits", None)
             else:
-                changed.setattr(train, "TopK", lambda log_probs, indices, rest: dense(log_probs, indices))
+                kept = teacher_cache.TeacherCache.source
+                changed.setattr(teacher_cache.TeacherCache, "source", lambda *given: dense(kept(*given)))
             nkd(teachers[0], tmp_path / name, tmp_path / "cache", "--cache-top-k", 3)
     losses = [[float(row["loss"]) for row in read_table(tmp_path / name / "steps.csv")] for name in ("kept", "dense")]
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
-def dense(log_probs, indices):
-    classes = train_runs.tiny().classes
+def dense(kept):
+    log_probs, indices, classes = kept.log_probs, kept.indices, train_runs.tiny().classes
     left = 1 - log_probs.exp().sum(1, keepdim=True)
     return (left / (classes - 3)).log().repeat(1, classes).scatter(1, indices, log_probs)
 
