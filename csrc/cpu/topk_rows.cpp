@@ -131,13 +131,14 @@ inline double log_share(const TopKRow& x, int64_t classes, TopKRest kind) {
     return left < 0 ? -INFINITY : log(left / double(classes - entries));
 }
 
-template <class A, bool single, bool exact>
-FKD_INLINE void block_sums(const A* s, const A* ahead, int64_t n, double scale, int squarings, bool linear, A largest,
-                           A* e_soft, A* e_sharp, RestBlock& out) {
+template <class A, bool single, bool exact, bool linear>
+FKD_NOINLINE void block_sums(const A* s, const A* ahead, int64_t n, double scale, int squarings, A largest, A* e_soft,
+                             A* e_sharp, RestBlock& out) {
     const Shift<A, exact> shift(finite_or_zero(largest), scale);
     const Vec<A> zero = {};
     const A ratio = A(1 / scale);
-    Vec<A> soft = zero, sharp = zero, sum = zero, blocked = zero;
+    Vec<A> soft = zero, sharp = zero, sum = zero;
+    Mask<A> blocked = {};
     for_lanes<A>(n, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
         __builtin_prefetch(ahead + j); // the next block comes from memory while this one is computed
         const Vec<A> sj = load(s + j, lanes), d = shift(sj);
@@ -154,23 +155,24 @@ FKD_INLINE void block_sums(const A* s, const A* ahead, int64_t n, double scale, 
             store(e_sharp + j, ek, lanes);
             sharp += ek;
         }
-        if (linear) {
+        if constexpr (linear) {
             const Mask<A> impossible = sj == -A(INFINITY);
             sum += keep(lanes, impossible ? zero : d, zero);
-            blocked += keep(lanes, impossible ? zero + A(1) : zero, zero);
+            blocked -= keep(lanes, impossible, Mask<A>{});
         }
     });
     out.max = shift.origin;
     out.soft = sum_lanes<A>(soft);
     out.sharp = single ? out.soft : double(sum_lanes<A>(sharp));
     out.linear = kLn2 / scale * sum_lanes<A>(sum);
-    out.blocked = sum_lanes<A>(blocked);
+    out.blocked = 0;
+    for (int l = 0; l < kLanes<A>; ++l)
+        out.blocked += double(blocked[l]);
 }
 
 // The first pass over the others of a row: their blocks, and those merged.
-template <class A, bool single>
-FKD_NOINLINE Others rest_of(const TopKArgs& args, const Scratch<A>& scratch, int64_t row, bool linear, double T,
-                            A* e_soft) {
+template <class A, bool single, bool linear>
+FKD_NOINLINE Others rest_of(const TopKArgs& args, const Scratch<A>& scratch, int64_t row, double T, A* e_soft) {
     const int squarings = T == 2 ? 1 : T == 4 ? 2 : 0;
     const double scale = 1 / T;
     Others out = {0, -INFINITY, 0, 0, 0};
@@ -192,9 +194,9 @@ FKD_NOINLINE Others rest_of(const TopKArgs& args, const Scratch<A>& scratch, int
         A* const sharp = single ? soft : args.gradient ? scratch.e_sharp + j : scratch.e_sharp;
         RestBlock& block = scratch.blocks[count];
         if (reach < limit && (reach > -limit || largest == -A(INFINITY)))
-            block_sums<A, single, false>(s, ahead, n, scale, squarings, linear, largest, soft, sharp, block);
+            block_sums<A, single, false, linear>(s, ahead, n, scale, squarings, largest, soft, sharp, block);
         else
-            block_sums<A, single, true>(s, ahead, n, scale, squarings, linear, largest, soft, sharp, block);
+            block_sums<A, single, true, linear>(s, ahead, n, scale, squarings, largest, soft, sharp, block);
         block.number = double(n - left_out);
         block.blocked -= linear ? double(left_out) : 0;
         if (block.soft != 0 && block.max > out.max) out.max = block.max;
@@ -273,7 +275,8 @@ FKD_NOINLINE void row_pass(const TopKArgs& args, const RowParams& params, TopKRe
     const bool streamed = same && args.rows * args.classes * int64_t(sizeof(A)) >= kStreamed;
     const bool in_place = args.gradient && same && !streamed;
     A* const e_soft = in_place ? static_cast<A*>(args.gradient) + row * args.classes : scratch.e_soft;
-    x.rest = rest_of<A, single>(args, scratch, row, topk_needs(params, kind).linear, params.temperature, e_soft);
+    const auto rest = topk_needs(params, kind).linear ? rest_of<A, single, true> : rest_of<A, single, false>;
+    x.rest = rest(args, scratch, row, params.temperature, e_soft);
     x.log_share = log_share(x, args.classes, kind);
     const TopKResult result = topk_loss(x, params, kind);
     for (int k = 0; k < kRowParts; ++k)
