@@ -185,7 +185,7 @@ def _liger_ce(inputs: Inputs, case: Case) -> Run:
 
 def _liger_js(inputs: Inputs, case: Case) -> Run:
     function: Any = importlib.import_module("liger_kernel.transformers.fused_linear_jsd").LigerFusedLinearJSD(0.5)
-    return lambda: function(inputs.hidden, inputs.weight, inputs.teacher_hidden, inputs.teacher_weight)
+    return lambda: function(inputs.hidden, inputs.weight, inputs.teacher_hidden, inputs.teacher_weight, None)
 
 
 def _cut_cross_entropy(inputs: Inputs, case: Case) -> Run:

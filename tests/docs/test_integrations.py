@@ -12,7 +12,16 @@ from torch import nn
 from fused_kd import nkd_loss, uskd_loss
 
 PAGE = "integrations.md"
-FRAMEWORKS = ("lightning", "huggingface", "mmengine", "detection", "segmentation", "timm", "torchdistill")
+FRAMEWORKS = (
+    "lightning",
+    "huggingface",
+    "language_model",
+    "mmengine",
+    "detection",
+    "segmentation",
+    "timm",
+    "torchdistill",
+)
 CLASSES = 7
 
 
