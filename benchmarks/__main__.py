@@ -62,7 +62,8 @@ def _run_parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks",
         description="Times fused_kd against other forms of the same loss, after checking all of them against float64.",
         epilog="Other commands: `plot RESULT.json` draws a PNG, `table RESULT.json` prints Markdown, `soft-labels` "
-        "shows what USKD makes of real logits; each has --help.",
+        "shows what USKD makes of real logits, `--source head` (or topk, shard) measures what may stand for logits; "
+        "each has --help.",
     )
     parser.add_argument(
         "--loss", choices=[*LOSSES, "all"], action="append", help="may be given more than once; default: nkd and uskd"
@@ -322,6 +323,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = {"run": _run, "plot": _plot, "table": _table, "soft-labels": _soft_labels}
     if arguments and arguments[0] in commands:
         return commands[arguments[0]](arguments[1:])
+    if any(argument.partition("=")[0] == "--source" for argument in arguments):
+        from benchmarks.sources import cli
+
+        return cli.main(arguments, _progress)
     return _run(arguments)
 
 

@@ -74,6 +74,10 @@ class TopK:
 
     An index twice in a row, or out of range, is an error on the CPU and a NaN row on a GPU.
 
+    Above temperature 1 the rest weighs more than what it was at 1, since it is spread over so many classes: of 100,000
+    classes a rest of 1e-8 weighs more at T = 4 than all that was kept. Where what was kept sums to 1 but for rounding,
+    there is no rest to speak of: take ``"renormalize"``, as :meth:`from_logits` does.
+
     Example:
         >>> log_probs, indices = torch.randn(8, 1000).log_softmax(-1).topk(64)
         >>> kd_loss(student_logits, TopK(log_probs, indices, rest="bucket"), target)
@@ -84,10 +88,11 @@ class TopK:
     rest: str
 
     @classmethod
-    def from_logits(cls, logits: Tensor, indices: Tensor, rest: str) -> TopK:
-        """Of logits ``(..., k)``, whose softmax over the kept classes is taken first: then nothing is left over."""
+    def from_logits(cls, logits: Tensor, indices: Tensor) -> TopK:
+        """Of logits ``(..., k)``, whose softmax over the kept classes is taken first. Then nothing is left over, as with
+        ``"renormalize"``."""
         kept = logits.masked_fill(indices < 0, float("-inf"))
-        return cls(kept.log_softmax(-1), indices, rest)
+        return cls(kept.log_softmax(-1), indices, "renormalize")
 
 
 @dataclass(frozen=True, eq=False)

@@ -176,13 +176,17 @@ def _add_ratios(case: dict[str, Any], bandwidth: float) -> None:
         ranking.add_ratios(case)
 
 
-def _warnings(result: dict[str, Any]) -> list[str]:
-    """What makes the figures doubtful. On a busy machine every barrier between threads waits for a time slice."""
-    found = []
-    about = result["machine"]
+def busy(about: dict[str, Any]) -> list[str]:
+    """Whether other work was on the machine when a run began."""
     load, spare = about["load_average_before"], (about["cores"] or 1) - about["threads"]
     if load is not None and load > spare + 0.5:
-        found.append(f"other work was on the machine: its load average was {load:.1f} when the run began")
+        return [f"other work was on the machine: its load average was {load:.1f} when the run began"]
+    return []
+
+
+def _warnings(result: dict[str, Any]) -> list[str]:
+    """What makes the figures doubtful. On a busy machine every barrier between threads waits for a time slice."""
+    found = busy(result["machine"])
     for where, case in _all_cases(result):
         providers = [entry for entry in case["providers"] if entry["status"] == "ok"]
         rankings = [entry for entry in _rankings(case) if entry["status"] == "ok"]

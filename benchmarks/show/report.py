@@ -98,20 +98,20 @@ def _first_calls(case: dict[str, Any]) -> str:
     return f"first call, compilation included: {', '.join(times)}"
 
 
-def _table(title: str, first_column: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
-    table.show_edge = False  # 100 columns must be enough
-    table.add_column(first_column, no_wrap=True)
-    return table
+def table(title: str, first_column: str) -> Table:
+    made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
+    made.show_edge = False  # 100 columns must be enough
+    made.add_column(first_column, no_wrap=True)
+    return made
 
 
 def _ranking_table(cases: list[dict[str, Any]]) -> Table:
-    table = _table("The ranking alone, of the same keys, milliseconds", "N×C")
+    found = table("The ranking alone, of the same keys, milliseconds", "N×C")
     for column in RANKING_COLUMNS:
-        table.add_column(column, justify="right", no_wrap=True)
+        found.add_column(column, justify="right", no_wrap=True)
     for case in cases:
-        table.add_row(case_name(case), *_ranking_cells(case))
-    return table
+        found.add_row(case_name(case), *_ranking_cells(case))
+    return found
 
 
 RANKING_COLUMNS = ("stable torch.sort", "fused_kd", "faster", "of fused_kd's forward + backward")
@@ -129,12 +129,12 @@ def _ranking_cells(case: dict[str, Any]) -> list[str]:
 
 def _case_table(loss: str, case: dict[str, Any]) -> Table:
     on_gpu = case["device"] != "cpu"
-    table = _table(f"{loss}, {case_name(case)} on {case['device']}, milliseconds", "provider")
+    found = table(f"{loss}, {case_name(case)} on {case['device']}, milliseconds", "provider")
     columns = ["forward", "backward", "both", "20–80 %"]
     columns += ["host"] if on_gpu else []
     columns += ["fused_kd\nfaster", "kept", "peak\nmemory", "error", "copy\nspeed"]
     for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
+        found.add_column(column, justify="right", no_wrap=True)
     for entry in case["providers"]:
         if entry["status"] != "ok":
             continue
@@ -148,8 +148,8 @@ def _case_table(loss: str, case: dict[str, Any]) -> Table:
         errors, share = entry.get("relative_errors"), entry.get("share_of_copy_bandwidth")
         row.append(f"{errors['gradient']:.0e}" if errors else "–")
         row.append(percent(share) if share is not None else "–")
-        table.add_row(*row, style="bold green" if entry["name"] == OURS else None)
-    return table
+        found.add_row(*row, style="bold green" if entry["name"] == OURS else None)
+    return found
 
 
 def kept(memory: dict[str, int]) -> int:
@@ -170,7 +170,8 @@ def _legend(result: dict[str, Any]) -> str:
 
 
 def devices(result: dict[str, Any]) -> list[str]:
-    return sorted({case["device"] for part in result["losses"] for case in part["cases"]})
+    parts = result.get("losses", [result])
+    return sorted({case["device"] for part in parts for case in part["cases"]})
 
 
 def describe_machine(result: dict[str, Any]) -> str:

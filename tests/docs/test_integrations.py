@@ -15,7 +15,17 @@ from torch import nn
 from fused_kd import nkd_loss, uskd_loss
 
 PAGE = "integrations.md"
-FRAMEWORKS = ("lightning", "huggingface", "mmengine", "detection", "segmentation", "timm", "processes", "torchdistill")
+FRAMEWORKS = (
+    "lightning",
+    "huggingface",
+    "language_model",
+    "mmengine",
+    "detection",
+    "segmentation",
+    "timm",
+    "processes",
+    "torchdistill",
+)
 CLASSES = 7
 
 

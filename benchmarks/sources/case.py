@@ -1,0 +1,82 @@
+"""What is measured of a head: sizes, and the hidden states and weights that go into them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure.cases import DTYPES
+
+SPREAD = 2.0  # standard deviation of the logits of the classes beside the target
+
+
+@dataclass(frozen=True)
+class Case:
+    rows: int
+    classes: int
+    width: int  # of the student's hidden states
+    teacher_width: int
+    dtype: str = "float32"
+    device: str = "cpu"
+    seed: int = 0
+    chunk_rows: int | None = None  # of fused_kd's heads, where not what it takes by itself
+
+    @property
+    def name(self) -> str:
+        return f"{self.rows}×{self.classes}, {self.width} wide, {self.dtype}"
+
+    @property
+    def logits_bytes(self) -> int:
+        """Size of one matrix of logits."""
+        return self.rows * self.classes * DTYPES[self.dtype].itemsize
+
+    @property
+    def accumulating(self) -> torch.dtype:
+        return torch.float64 if self.dtype == "float64" else torch.float32
+
+
+class Inputs(NamedTuple):
+    hidden: Tensor  # (rows, width), a leaf that requires grad
+    weight: Tensor  # (classes, width), a leaf that requires grad
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+    target: Tensor
+
+    def trained(self) -> tuple[Tensor, Tensor]:
+        return self.hidden, self.weight
+
+    def drop_gradients(self) -> None:
+        for leaf in self.trained():
+            leaf.grad = None
+
+    def first(self, rows: int) -> Inputs:
+        """The same weights, and so many rows."""
+        hidden = self.hidden.detach()[:rows].requires_grad_()
+        return self._replace(
+            hidden=hidden, teacher_hidden=self.teacher_hidden[:rows], target=self.target[:rows]
+        )  # fmt: skip
+
+    def double(self) -> Inputs:
+        """In float64, on the same values."""
+        hidden, weight = (leaf.detach().double().requires_grad_() for leaf in self.trained())
+        return Inputs(hidden, weight, self.teacher_hidden.double(), self.teacher_weight.double(), self.target)
+
+
+def make_inputs(case: Case) -> Inputs:
+    """Seeded: logits of both with a Gaussian bulk, and the target raised by log(classes)."""
+    generator = torch.Generator(case.device).manual_seed(case.seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=case.device)
+
+    target = torch.randint(case.classes, (case.rows,), generator=generator, device=case.device)
+    made = []
+    for width in (case.width, case.teacher_width):
+        weight = normal(case.classes, width).mul_(SPREAD / math.sqrt(width))
+        hidden = normal(case.rows, width).add_(weight[target], alpha=math.log(case.classes) / SPREAD**2)
+        made += [each.to(DTYPES[case.dtype]) for each in (hidden, weight)]
+    return Inputs(made[0].requires_grad_(), made[1].requires_grad_(), made[2], made[3], target)

@@ -1,0 +1,142 @@
+"""The recipe of docs/integrations.md for a language model without its logits, beside the form that makes them."""
+
+import json
+
+import pytest
+import torch
+from pages import needs, run_snippet
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from fused_kd import nkd_loss
+from fused_kd.sources import CHUNK_BYTES
+
+PAGE, VOCABULARY = "integrations.md", 13
+
+
+class Tiny(nn.Module):
+    """A language model of which the last layer has rows of padding."""
+
+    def __init__(self, width, padded, *, bias=False, tied=False):
+        super().__init__()
+        self.model = nn.Sequential(nn.Embedding(padded, width), nn.Linear(width, width), nn.Tanh())
+        self.lm_head = nn.Linear(width, padded, bias=bias)
+        if tied:
+            self.lm_head.weight = self.model[0].weight
+
+    def forward(self, input_ids):
+        return self.lm_head(self.model(input_ids))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def batch(rows=4, tokens=6, vocabulary=VOCABULARY):
+    ids = torch.randint(vocabulary, (rows, tokens))
+    return ids, ids.where(torch.rand(rows, tokens) < 0.8, -100)
+
+
+def dense(student_logits, teacher_logits, labels, vocabulary, reduction="mean"):
+    """Of logits, whose padding is cut off."""
+    logits = (each[:, :-1, :vocabulary] for each in (student_logits, teacher_logits))
+    return nkd_loss(*logits, labels[:, 1:], ce_weight=1.0, ignore_index=-100, reduction=reduction)
+
+
+def gradients(loss, model):
+    return torch.autograd.grad(loss, list(model.parameters()))
+
+
+@pytest.mark.parametrize("bias,tied", ((False, False), (True, False), (False, True)), ids=("plain", "bias", "tied"))
+def test_the_loss_is_that_of_the_logits(bias, tied):
+    distillation = run_snippet(PAGE, "language_model")["distillation"]
+    student, teacher = Tiny(8, 16, bias=bias, tied=tied), Tiny(5, 14).requires_grad_(False)
+    ids, labels = batch()
+    with torch.no_grad():
+        taught = teacher(ids)
+    loss = distillation(student, teacher, ids, labels, vocabulary=VOCABULARY)
+    expected = dense(student(ids), taught, labels, VOCABULARY)
+    torch.testing.assert_close(loss, expected)
+    found = gradients(loss, student)
+    torch.testing.assert_close(found, gradients(expected, student))
+    if not tied:
+        of_head = dict(zip(dict(student.named_parameters()), found, strict=True))["lm_head.weight"]
+        assert of_head[:VOCABULARY].any() and not of_head[VOCABULARY:].any()
+
+
+def test_batches_of_one_step_are_divided_by_all_their_labels():
+    distillation = run_snippet(PAGE, "language_model")["distillation"]
+    student, teacher = Tiny(8, 16), Tiny(5, 14).requires_grad_(False)
+    batches = [batch(2), batch(3), (torch.zeros(1, 4, dtype=torch.int64), torch.full((1, 4), -100))]
+    count = sum(labels[:, 1:].ne(-100).sum() for _, labels in batches)  # a Tensor, as the Trainer has it
+    losses = [distillation(student, teacher, *each, count, VOCABULARY) for each in batches]
+    assert losses[-1] == 0
+    with torch.no_grad():
+        taught = [teacher(ids) for ids, _ in batches]
+    sums = [
+        dense(student(ids), logits, labels, VOCABULARY, "sum")
+        for (ids, labels), logits in zip(batches, taught, strict=True)
+    ]
+    expected = sum(sums) / count
+    torch.testing.assert_close(sum(losses), expected)
+    torch.testing.assert_close(gradients(sum(losses), student), gradients(expected, student))
+    assert distillation(student, teacher, *batches[-1], torch.tensor(0), VOCABULARY) == 0  # a step without a label
+
+
+def allocated(step, folder):
+    """The peak of what PyTorch allocates in it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        step()
+    path = folder / "trace.json"
+    prof.export_chrome_trace(str(path))
+    events = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("name") == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event["ts"]):
+        live += event["args"]["Bytes"]
+        peak = max(peak, live)
+    return peak
+
+
+def test_a_model_of_transformers(tmp_path, monkeypatch, record_property):
+    """Built from a configuration: the losses and gradients of a step, and what it allocates at the most."""
+    needs("transformers")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    distillation = run_snippet(PAGE, "language_model")["distillation"]
+    vocabulary, padded = 5000, 5056
+    shape = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 16}
+    student, teacher = (
+        LlamaForCausalLM(LlamaConfig(vocab_size=padded, hidden_size=width, tie_word_embeddings=tied, **shape))
+        for width, tied in ((16, True), (8, False))
+    )
+    teacher.eval().requires_grad_(False)
+    ids, labels = batch(4, 64, vocabulary)
+    count = labels[:, 1:].ne(-100).sum()
+
+    def with_logits():
+        with torch.no_grad():
+            taught = teacher(input_ids=ids).logits
+        loss = dense(student(input_ids=ids).logits, taught, labels, vocabulary, "sum") / count
+        loss.backward()
+        return loss.detach()
+
+    def with_heads():
+        loss = distillation(student, teacher, ids, labels, count, vocabulary, use_cache=False)
+        loss.backward()
+        return loss.detach()
+
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 2**20)
+    peaks, results = {}, []
+    for step in (with_logits, with_heads):
+        student.zero_grad()
+        results.append((step(), [parameter.grad.clone() for parameter in student.parameters()]))
+        student.zero_grad()
+        peaks[step.__name__] = allocated(step, tmp_path)
+        record_property(f"peak bytes {step.__name__}", peaks[step.__name__])
+        print(f"{step.__name__}: {peaks[step.__name__] / 1e6:.1f} MB")
+    torch.testing.assert_close(*(loss for loss, _ in results))
+    torch.testing.assert_close(*(found for _, found in results), rtol=1e-4, atol=1e-6)
+    logits = 4 * ids[:, 1:].numel() * vocabulary
+    assert peaks["with_logits"] > 3 * logits
+    assert peaks["with_heads"] < peaks["with_logits"] - 2 * logits
