@@ -33,6 +33,10 @@ def test_pieces_are_as_exact_as_the_row(loss, standardize, labels):
     staged_cases.assert_within_the_whole_rows_error(backend, staged_cases.without_columns(problem), torch.float32)
 
 
+def test_js_of_beta_0_is_kd():
+    staged_cases.assert_beta_0_is_kd(backend)
+
+
 def test_the_columns_of_dist_have_no_stages():
     problem = staged_cases.make("dist", 10, (4,))
     with pytest.raises(NotImplementedError, match="columns"):
