@@ -5,6 +5,8 @@ import re
 import pytest
 from tree import FOLDERS, ROOT, SOURCES
 
+from fused_kd.backends.native.staged import FIELDS
+from fused_kd.backends.staged import STAGES
 from fused_kd.core.catalogue import BITS, KIND_SHIFT, LOSSES, ROW_LOSSES
 from fused_kd.core.options import HyperParameters
 
@@ -68,6 +70,15 @@ def test_hyper_parameters_have_one_order():
     assert tuple(fields) == HyperParameters._fields
     boundary = (ROOT / "csrc/python/boundary.h").read_text()
     assert f"Fields x(given, {len(fields)});" in boundary and boundary.count("x.number()") == len(fields)
+
+
+def test_what_a_stage_ends_with_has_one_number():
+    """In Python and in C++; Triton's kernels have it from their own statistics."""
+    header = (ROOT / "csrc/cpu/kernels.h").read_text()
+    fields = {name.lower(): int(number) for name, number in re.findall(r"k(\w+)Fields = (\d+);", header)}
+    assert {**fields, "gradient": 0} == FIELDS
+    (enum,) = re.findall(r"enum Stage \{([^}]*)\}", header)
+    assert {name.lower(): int(number) for name, number in re.findall(r"k(\w+) = (\d+)", enum)} == STAGES
 
 
 def test_a_row_loss_names_its_own():
