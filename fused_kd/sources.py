@@ -89,7 +89,7 @@ class TopK:
 
     @classmethod
     def from_logits(cls, logits: Tensor, indices: Tensor) -> TopK:
-        """Of logits ``(..., k)``, whose softmax over the kept classes is taken first. Then nothing is left over, as with
+        """Of logits ``(..., k)``, whose softmax over the kept classes is taken first: nothing is left over, as with
         ``"renormalize"``."""
         kept = logits.masked_fill(indices < 0, float("-inf"))
         return cls(kept.log_softmax(-1), indices, "renormalize")

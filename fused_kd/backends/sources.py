@@ -19,7 +19,7 @@ from fused_kd.core.options import Options
 from fused_kd.core.source_rows import SourceRows, Span
 from fused_kd.reference import accumulation_dtype
 
-__all__ = ["CHUNK_BYTES", "Asked", "room", "run", "run_uskd", "uskd_batch_sums"]
+__all__ = ["CHUNK_BYTES", "Asked", "fitting_rows", "room", "run", "run_uskd", "uskd_batch_sums"]
 
 
 #: Bytes, by type of device, that the logits of a chunk of rows and their gradient may take where heads make them.
@@ -57,7 +57,7 @@ def run(
     options = options._replace(over=over)
     heads = sum(isinstance(each, Products) for each in (of_student, of_teacher))
     most = shards.rows_of_chunks(asked.span, columns)
-    step = asked.chunk_rows or _fitting(values, heads, (heads + (not over)) * most, dtype)
+    step = asked.chunk_rows or fitting_rows(values, heads, (heads + (not over)) * most, dtype)
     exchange = shards.Exchange(asked.span, columns) if asked.span.group else None
     for start in range(0, rows, step):
         which = start, stop = start, min(start + step, rows)
@@ -83,7 +83,7 @@ def uskd_batch_sums(kernels: Any, student: SourceRows, asked: Asked, square: boo
     of_student = maker(student, _NONE, dtype, columns, asked.compute)
     sums = values.new_zeros(3, dtype=torch.float64)
     head = int(isinstance(of_student, Products))
-    step = asked.chunk_rows or _fitting(values, head, columns, dtype)
+    step = asked.chunk_rows or fitting_rows(values, head, columns, dtype)
     for start in range(0, len(values), step):
         logits = of_student.logits(start, start + step)
         sums += kernels.uskd_batch_sums(logits, asked.target[start : start + step], square, ignore_index)
@@ -102,7 +102,7 @@ def run_uskd(
         for each, wanted in ((student, asked.wanted[:3]), (weak, asked.wanted[3:]))
     ]
     heads = sum(isinstance(each, Products) for each in both)
-    step = asked.chunk_rows or _fitting(values, heads, (heads + 2) * columns, dtype)
+    step = asked.chunk_rows or fitting_rows(values, heads, (heads + 2) * columns, dtype)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         logits = [each.logits(start, stop) for each in both]
@@ -116,7 +116,7 @@ def run_uskd(
     return loss, parts, [*both[0].gradients(), *both[1].gradients()]
 
 
-def _fitting(values: Tensor, heads: int, columns: int, dtype: torch.dtype) -> int:
+def fitting_rows(values: Tensor, heads: int, columns: int, dtype: torch.dtype) -> int:
     """All rows where no head is, else as many of so many ``columns`` as the budget allows, in sixteens, which suit the
     products."""
     if not heads:

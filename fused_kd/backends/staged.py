@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_kd.core.catalogue import ROW_LOSSES
+from fused_kd.core.catalogue import ROW_LOSSES, as_run
 from fused_kd.core.options import Options
 
 #: In their order; csrc/cpu/kernels.h has the same numbers.
@@ -78,6 +78,7 @@ def run(
     exchange: Callable[[list[Tensor]], Tensor] = torch.stack,
 ) -> tuple[Tensor, list[Tensor]]:
     """All stages of a backend's pieces in one process: the parts of each row, (3, N), and the pieces' gradients."""
+    options = options._replace(loss=as_run(options.loss, options.hyper))
     found = Found()
     *before, last = stages_of(options)
     for stage in before:

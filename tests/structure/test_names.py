@@ -6,6 +6,8 @@ import pytest
 from tree import FOLDERS, ROOT, SOURCES
 
 from fused_kd.backends import topk
+from fused_kd.backends.native.staged import FIELDS
+from fused_kd.backends.staged import STAGES
 from fused_kd.core.catalogue import BITS, KIND_SHIFT, LOSSES, ROW_LOSSES
 from fused_kd.core.options import HyperParameters
 from fused_kd.reference import topk as reference_topk
@@ -84,6 +86,15 @@ def test_what_becomes_of_a_teachers_rest_has_one_number():
                         (folder / "kernels/topk.py").read_text(), re.MULTILINE)  # fmt: skip
     plan = re.search(r"^SHARP, LINEAR = (\d+), (\d+)$", (folder / "plans/topk.py").read_text(), re.MULTILINE)
     assert kernels.groups() == plan.groups()
+
+
+def test_what_a_stage_ends_with_has_one_number():
+    """In Python and in C++; Triton's kernels have it from their own statistics."""
+    header = (ROOT / "csrc/cpu/kernels.h").read_text()
+    fields = {name.lower(): int(number) for name, number in re.findall(r"k(\w+)Fields = (\d+);", header)}
+    assert {**fields, "gradient": 0} == FIELDS
+    (enum,) = re.findall(r"enum Stage \{([^}]*)\}", header)
+    assert {name.lower(): int(number) for name, number in re.findall(r"k(\w+) = (\d+)", enum)} == STAGES
 
 
 def test_a_row_loss_names_its_own():
