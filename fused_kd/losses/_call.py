@@ -14,12 +14,11 @@ from fused_kd.core.options import HyperParameters, in_order
 from fused_kd.core.transforms import readable
 from fused_kd.losses import _shards, _sources
 from fused_kd.losses._options import checked, first_classes, normalized
+from fused_kd.losses._sources import Common
 from fused_kd.sources import Logits, TeacherLogits
 
 Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
 
-#: What losses take alike: ``weight``, ``normalizer``, ``class_dim``, ``num_classes``, ``backend`` and ``return_parts``.
-Common: TypeAlias = "tuple[Tensor | None, float | Tensor | None, int | None, int | None, str, bool]"
 #: Takes rows, their weight, hyper-parameters, settings, a backend and whether parts are wanted: an op.
 Fused: TypeAlias = Callable[[checks.Rows, "Tensor | None", list[float], dict[str, Any], str, bool], tuple[Tensor, Any]]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from fused_kd.reference import USKDParts, accumulation_dtype
 from fused_kd.sources import ClassShard, Head, Logits, TeacherLogits, TopK
 
 Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
+#: What losses take alike: ``weight``, ``normalizer``, ``class_dim``, ``num_classes``, ``backend`` and ``return_parts``.
+Common: TypeAlias = "tuple[Tensor | None, float | Tensor | None, int | None, int | None, str, bool]"
 
 
 def is_source(logits: Any) -> bool:
@@ -44,11 +46,11 @@ def row_loss(
     tensors: tuple[Logits, TeacherLogits | None, Tensor | None],
     numbers: dict[str, float],
     settings: dict[str, Any],
-    common: tuple[Tensor | None, float | Tensor | None, int | None, int | None, str, bool],
+    common: Common,
 ) -> Tensor | tuple[Tensor, Parts]:
     """As :func:`fused_kd.losses._call.row_loss`, of checked numbers."""
     student_logits, teacher_logits, target = tensors
-    weight, normalizer, class_dim, num_classes, backend, return_parts = common
+    _, _, class_dim, num_classes, backend, return_parts = common
     student = _flattened("student_logits", student_logits, class_dim)
     device, dtype = student.rows.values.device, student.rows.values.dtype
     if num_classes is not None:
@@ -67,16 +69,8 @@ def row_loss(
             teacher = _without_padding("teacher_logits", teacher, num_classes)
     if teacher is not None:
         _check_teacher(teacher, student)
-    if target is None:
-        target = torch.zeros(shape[:-1], dtype=torch.int64, device=device)
-    else:
-        target = checks.check_target(target, shape, len(shape) - 1, device)
-    rows = len(student.rows.values)
-    target = target.reshape(rows, shape[-1]) if target.is_floating_point() else target.reshape(-1)
-    weight = checks.flatten_weight(weight, shape[:-1], shape, shape[-1], device)
     reduction = settings["reduction"]
-    if normalizer is not None:
-        weight = normalized(weight, normalizer, settings, target)
+    target, weight = _of_rows(student, target, common, settings)
     hyper = in_order(numbers)
     if has_column_term(name, HyperParameters._make(hyper)):
         raise ValueError(
@@ -149,11 +143,11 @@ def uskd(
     tensors: tuple[Logits, Logits, Tensor],
     numbers: dict[str, float],
     settings: dict[str, Any],
-    common: tuple[Tensor | None, float | Tensor | None, int | None, int | None, str, bool],
+    common: Common,
 ) -> Tensor | tuple[Tensor, USKDParts]:
     """USKD of checked numbers; ``summed`` sums what couples the rows over the processes of a group."""
     student_logits, weak_logits, target = tensors
-    weight, normalizer, class_dim, _, backend, return_parts = common
+    _, _, class_dim, _, backend, return_parts = common
     student = _flattened("student_logits", student_logits, class_dim)
     weak = _flattened("weak_logits", weak_logits, None)
     shape, values = student.shape, student.rows.values
@@ -163,12 +157,8 @@ def uskd(
         raise ValueError(f"weak_logits: expected those of student_logits, {shape}, got a source of {weak.shape}")
     if (weak.rows.values.dtype == torch.float64) != (values.dtype == torch.float64):
         raise TypeError("weak_logits: expected float64 if student_logits are that, and another dtype if they are not")
-    target = checks.check_target(target, shape, len(shape) - 1, values.device)
-    target = target.reshape(-1, shape[-1]) if target.is_floating_point() else target.reshape(-1)
-    weight = checks.flatten_weight(weight, shape[:-1], shape, shape[-1], values.device)
     reduction = settings["reduction"]
-    if normalizer is not None:
-        weight = normalized(weight, normalizer, settings, target)
+    target, weight = _of_rows(student, target, common, settings)
     chosen = backends.choose(backend, values.device, "uskd")
     if chosen == "reference":
         logits = [_logits(each.rows, shape[-1]) for each in (student, weak)]
@@ -188,6 +178,21 @@ def uskd(
     if reduction == "none" and len(shape) != 2:
         loss, *parts = (each.reshape(shape[:-1]) for each in (loss, *parts))
     return (loss, USKDParts(*parts)) if return_parts else loss
+
+
+def _of_rows(
+    student: _Given, target: Tensor | None, common: Common, settings: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """The target and the weight of each row, checked; a normalizer is in the weight then."""
+    weight, normalizer, *_ = common
+    shape, values = student.shape, student.rows.values
+    if target is None:
+        target = torch.zeros(shape[:-1], dtype=torch.int64, device=values.device)
+    else:
+        target = checks.check_target(target, shape, len(shape) - 1, values.device)
+    target = target.reshape(len(values), shape[-1]) if target.is_floating_point() else target.reshape(-1)
+    weight = checks.flatten_weight(weight, shape[:-1], shape, shape[-1], values.device)
+    return target, weight if normalizer is None else normalized(weight, normalizer, settings, target)
 
 
 def _products_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
