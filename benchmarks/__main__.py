@@ -318,9 +318,15 @@ def _soft_labels(argv: Sequence[str]) -> int:
     return 0
 
 
+def _scale(argv: Sequence[str]) -> int:
+    from benchmarks.sources import scale
+
+    return scale.main(argv)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands = {"run": _run, "plot": _plot, "table": _table, "soft-labels": _soft_labels}
+    commands = {"run": _run, "plot": _plot, "table": _table, "soft-labels": _soft_labels, "scale": _scale}
     if arguments and arguments[0] in commands:
         return commands[arguments[0]](arguments[1:])
     if any(argument.partition("=")[0] == "--source" for argument in arguments):
