@@ -33,7 +33,7 @@ class Head:
         softcap: Bound of the logits' magnitude, above 0, or None.
         logit_scale: What logits are multiplied by before the softcap.
         chunk_rows: Rows of a chunk; the student's, if both heads say. None takes as many as
-            :data:`fused_kd.sources.CHUNK_BYTES` allows: 144 MiB on the CPU, 1 GiB on a GPU.
+            :data:`fused_kd.sources.CHUNK_BYTES` allows: 128 MiB on the CPU, 1 GiB on a GPU.
 
     Example:
         >>> head = torch.nn.Linear(512, 50000)

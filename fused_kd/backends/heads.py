@@ -80,6 +80,7 @@ class Products:
         self.mixed = _mixes(weight, compute)
         self.weight = weight.to(compute) if self.mixed and compute is not None else weight
         self.over = not head.softcap  # whose derivative needs the logits
+        self.chunk = head.values.new_empty(0, num_classes, dtype=dtype)
         self.of_hidden = torch.empty_like(head.values, dtype=dtype) if wanted[0] else None
         self.of_weight = torch.zeros_like(head.weight, dtype=dtype) if wanted[1] else None
         self.of_bias = torch.zeros_like(head.bias, dtype=dtype) if wanted[2] and head.bias is not None else None
@@ -96,13 +97,15 @@ class Products:
         return found
 
     def logits(self, start: int, stop: int) -> Tensor:
-        """(rows, classes) in the accumulating dtype."""
+        """(rows, classes) in the accumulating dtype, until the next chunk's."""
         head, hidden = self.head, self.head.values[start:stop]
         if self.mixed:
             out: Tensor = torch.mm(hidden.to(self.weight.dtype), self.weight.T, out_dtype=self.dtype)
         else:
             hidden = hidden.to(self.dtype)
-            out = hidden.new_empty(len(hidden), self.classes)
+            if len(self.chunk) < len(hidden):
+                self.chunk = hidden.new_empty(len(hidden), self.classes)
+            out = self.chunk[: len(hidden)]  # the same memory for every chunk, whose pages are there already
             for classes, weight in self._tiles():
                 torch.mm(hidden, weight.T, out=out[:, classes])
         if self.bias is not None:

@@ -23,7 +23,7 @@ __all__ = ["CHUNK_BYTES", "Asked", "fitting_rows", "room", "run", "run_uskd", "u
 
 
 #: Bytes, by type of device, that the logits of a chunk of rows and their gradient may take where heads make them.
-CHUNK_BYTES = {"cpu": 144 << 20, "cuda": 1 << 30}
+CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
 
 
 _NONE = (False, False, False)
@@ -70,6 +70,7 @@ def run(
         loss[start:stop], parts[:, start:stop], gradient = found
         if any(asked.wanted):
             of_student.take(gradient, logits, asked.factors[1, start:stop] != 0, which)
+        del logits, other, gradient, found  # not beside the next chunk's
     if exchange is not None and isinstance(of_student, Products) and of_student.of_hidden is not None:
         # Each process has what its classes add to the gradient of the hidden states, which are the same on all.
         distributed.all_reduce(of_student.of_hidden, group=shards.group_of(asked.span))
@@ -113,6 +114,7 @@ def run_uskd(
         for each, want, gradient, of in zip(both, options.wanted, gradients, logits, strict=True):
             if want:
                 each.take(gradient, of, factors[1] != 0, (start, stop))
+        del logits, gradients  # not beside the next chunk's
     return loss, parts, [*both[0].gradients(), *both[1].gradients()]
 
 
