@@ -46,6 +46,7 @@ class Measured:
     case: Case
     flops: float  # of the products, per second
     bytes: float  # of logits and their gradient that the row kernel of NKD moves, per second
+    peak: int | None = None  # bytes that NKD of two heads took beyond the inputs and the gradients
 
 
 def measured(result: dict[str, Any]) -> Measured:
@@ -61,6 +62,7 @@ def measured(result: dict[str, Any]) -> Measured:
                     own,
                     _flops(own) / products["median"] * 1e3,
                     MATRICES * own.logits_bytes / kernel["median"] * 1e3,
+                    case.get("ratios", {}).get("nkd", {}).get("peak_bytes"),
                 )
             )
     if not found:
@@ -121,6 +123,7 @@ def markdown(result: dict[str, Any], source: str) -> str:
         [
             f"### Stored by one process: {sizes}",
             _stored(case),
+            *_measured_peak(about),
             f"### Exchanged of a row by each process, however many classes, in float64: {NUMBER} bytes a number",
             _exchanged(),
             f"### A million classes on several processes: {sizes}",
@@ -135,6 +138,16 @@ def markdown(result: dict[str, Any], source: str) -> str:
             *provenance(result),
         ]
     )
+
+
+def _measured_peak(about: Measured) -> list[str]:
+    if about.peak is None:
+        return []
+    share = percent(about.peak / (MATRICES * about.case.logits_bytes))
+    return [
+        f"Measured at {about.case.name}: {size(about.peak)} beyond the inputs and the gradients, {share} of the three "
+        "matrices. A process holds more than one chunk: the gradient of the one before, and what the allocator keeps."
+    ]
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -43,12 +43,12 @@ def test_the_page_is_what_the_script_writes(result: dict[str, Any]) -> None:
 
 def test_the_command_writes_page_and_picture(result: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
     page, (named,) = tmp_path / "page.md", RESULT.findall(PAGE.read_text(encoding="utf-8"))
-    page.write_text(f"before\n{scale.BEGIN}\nold\n{scale.END}\nafter\n")
+    page.write_text(f"before\n{scale.BEGIN}\nearlier tables\n{scale.END}\nafter\n")
     for words in ("updated", "up to date"):
         assert benchmark.main(["scale", str(ROOT / named), "--update", str(page)]) == 0
         assert words in capsys.readouterr().out
     text = page.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "earlier" not in text
     assert page.with_suffix(".png").stat().st_size > 10_000
     assert benchmark.main(["scale", str(ROOT / named)]) == 0
     assert "GFLOP/s" in capsys.readouterr().out
