@@ -1,6 +1,6 @@
-"""The op of a row loss whose logits are not two matrices: :mod:`fused_kd.sources`, :mod:`fused_kd.backends.sources`.
+"""The ops of losses whose logits are not two matrices: :mod:`fused_kd.sources`, :mod:`fused_kd.backends.sources`.
 
-It is of one kind with those of :mod:`fused_kd.ops`, but for what it stores: where the student is a head, the gradients
+They are of one kind with those of :mod:`fused_kd.ops`, but for what they store: where a head is, the gradients
 of the hidden states, the weight and the bias, for an incoming gradient of 1. What is in float16 has its gradient stored
 in float32, so that nothing underflows before the incoming gradient is known. ``grad_rows``, where given, multiplies
 each row's gradient: that of ``reduction="none"``, which is made in the backward pass.
@@ -8,6 +8,7 @@ each row's gradient: that of ``reduction="none"``, which is made in the backward
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from fused_kd.core.source_rows import SourceRows, Span
 from fused_kd.core.stored import counted_weight
 from fused_kd.reference import accumulation_dtype
 
-__all__ = ["SOURCE_LOSS"]
+__all__ = ["SOURCE_LOSS", "SOURCE_USKD", "source_uskd_batch_sums"]
 
 
 def _factors(
@@ -41,13 +42,13 @@ def _source_loss(
     student: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    grad_rows: Tensor | None,
     teacher: Tensor | None,
     teacher_weight: Tensor | None,
     teacher_bias: Tensor | None,
     indices: Tensor | None,
     target: Tensor,
     row_weight: Tensor | None,
-    grad_rows: Tensor | None,
     loss: str,
     hyper: list[float] | Tensor,
     standardize: bool,
@@ -69,29 +70,37 @@ def _source_loss(
     if teacher is not None:
         other = SourceRows(teacher, teacher_weight, teacher_bias, heads[2], heads[3], indices, rest)
     factors = _factors(row_weight, grad_rows, target, ignore_index, reduction)
-    asked = sources.Asked(target, factors, Span(span[0], span[1], group), chunk_rows, tuple(wanted), compute)
+    asked = sources.Asked(target, factors, Span(span[0], span[1], group), chunk_rows, wanted, compute)
     options = Options(named, ignore_index, "none", (any(wanted),), (1.0,), as_run(loss, named), standardize)
     with torch.autocast(student.device.type, enabled=False):
         rows, parts, gradients = sources.run(backends.get(backend), given, other, asked, options)
-        if reduction != "none":
-            rows, parts = (each.double().sum(-1).to(each.dtype) for each in (rows, parts))
-    return rows, parts, *gradients
+        return *_reduced(reduction, rows, parts), *gradients
+
+
+def _reduced(reduction: str, *rows: Tensor) -> list[Tensor]:
+    return [*rows] if reduction == "none" else [each.double().sum(-1).to(each.dtype) for each in rows]
+
+
+def _made(given: Sequence[SourceRows], parts: int, reduction: str, wanted: Sequence[bool]) -> tuple[Tensor, ...]:
+    """As an op's results are: a fake."""
+    student, dtype = given[0].values, accumulation_dtype(*(each.values for each in given))
+    rows = (student.shape[0],) if reduction == "none" else ()
+    loss, all_parts = student.new_empty(rows, dtype=dtype), student.new_empty((parts, *rows), dtype=dtype)
+    of_student = sources.room(given[0], wanted[:3], dtype)
+    return loss, all_parts, *of_student, *(sources.room(given[1], wanted[3:], dtype) if len(wanted) > 3 else ())
 
 
 def _source_loss_fake(
-    student: Tensor, weight: Tensor | None, bias: Tensor | None, teacher: Tensor | None, *further: Any
+    student: Tensor, weight: Tensor | None, bias: Tensor | None, grad_rows: Any, teacher: Tensor | None, *further: Any
 ) -> tuple[Tensor, ...]:
-    reduction, wanted = further[10], further[-2]
-    dtype = accumulation_dtype(student, student if teacher is None else teacher)
-    rows = (student.shape[0],) if reduction == "none" else ()
-    gradients = sources.room(SourceRows(student, weight, bias), tuple(wanted), dtype)
-    return student.new_empty(rows, dtype=dtype), student.new_empty((3, *rows), dtype=dtype), *gradients
+    given = [SourceRows(student, weight, bias), *([] if teacher is None else [SourceRows(teacher)])]
+    return _made(given, 3, further[9], further[-2])
 
 
 ops.define(
     "source_loss",
-    "Tensor student, Tensor? weight, Tensor? bias, Tensor? teacher, Tensor? teacher_weight, Tensor? teacher_bias, "
-    "Tensor? indices, Tensor target, Tensor? row_weight, Tensor? grad_rows, str loss, {hyper}, bool standardize, "
+    "Tensor student, Tensor? weight, Tensor? bias, Tensor? grad_rows, Tensor? teacher, Tensor? teacher_weight, "
+    "Tensor? teacher_bias, Tensor? indices, Tensor target, Tensor? row_weight, str loss, {hyper}, bool standardize, "
     "int ignore_index, str reduction, float[] heads, str rest, SymInt[] span, str group, SymInt chunk_rows, "
     "ScalarType? compute, bool[] wanted",
     "(Tensor loss, Tensor parts, Tensor gradient, Tensor weight_gradient, Tensor bias_gradient)",
@@ -99,5 +108,93 @@ ops.define(
     _source_loss_fake,
     scheduled=True,
 )
-#: And its twin for hyper-parameters that may change in a compiled graph.
+
+
+def _source_uskd_batch_sums(
+    student: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    target: Tensor,
+    heads: list[float],
+    square: bool,
+    ignore_index: int,
+    num_classes: int,
+    chunk_rows: int,
+    compute: torch.dtype | None,
+    backend: str,
+) -> Tensor:
+    given = SourceRows(student, weight, bias, heads[0], heads[1])
+    asked = sources.Asked(target, target, Span(0, num_classes), chunk_rows, (), compute)
+    with torch.autocast(student.device.type, enabled=False):
+        return sources.uskd_batch_sums(backends.get(backend), given, asked, square, ignore_index)
+
+
+ops.define(
+    "source_uskd_batch_sums",
+    "Tensor student, Tensor? weight, Tensor? bias, Tensor target, float[] heads, bool square, int ignore_index, "
+    "SymInt num_classes, SymInt chunk_rows, ScalarType? compute",
+    "Tensor",
+    _source_uskd_batch_sums,
+    lambda student, *_: student.new_empty((3,), dtype=torch.float64),
+)
+
+
+def _source_uskd(
+    student: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    weak: Tensor,
+    weak_weight: Tensor | None,
+    weak_bias: Tensor | None,
+    grad_rows: Tensor | None,
+    target: Tensor,
+    batch_sums: Tensor,
+    row_weight: Tensor | None,
+    hyper: list[float] | Tensor,
+    rank: str,
+    square: bool,
+    ignore_index: int,
+    reduction: str,
+    heads: list[float],
+    num_classes: int,
+    chunk_rows: int,
+    compute: torch.dtype | None,
+    wanted: list[bool],
+    backend: str,
+) -> tuple[Tensor, ...]:
+    transforms.refuse_recorded(
+        *(each for each in (student, weight, bias, weak, weak_weight, weak_bias) if each is not None)
+    )
+    given = SourceRows(student, weight, bias, heads[0], heads[1])
+    other = SourceRows(weak, weak_weight, weak_bias, heads[2], heads[3])
+    factors = _factors(row_weight, grad_rows, target, ignore_index, reduction)[[0, 1, 1]]
+    asked = sources.Asked(target, factors, Span(0, num_classes), chunk_rows, wanted, compute)
+    want = (any(wanted[:3]), any(wanted[3:]))
+    options = Options(ops.hyper_parameters(hyper), ignore_index, "none", want, (1.0, 1.0), rank=rank, square=square)
+    with torch.autocast(student.device.type, enabled=False):
+        rows, parts, gradients = sources.run_uskd(backends.get(backend), given, other, asked, batch_sums, options)
+        return *_reduced(reduction, rows, parts), *gradients
+
+
+def _source_uskd_fake(student: Tensor, *further: Any) -> tuple[Tensor, ...]:
+    weight, bias, weak, weak_weight, weak_bias = further[:5]
+    given = (SourceRows(student, weight, bias), SourceRows(weak, weak_weight, weak_bias))
+    return _made(given, 4, further[13], further[-2])
+
+
+ops.define(
+    "source_uskd",
+    "Tensor student, Tensor? weight, Tensor? bias, Tensor weak, Tensor? weak_weight, Tensor? weak_bias, "
+    "Tensor? grad_rows, Tensor target, Tensor batch_sums, Tensor? row_weight, {hyper}, str rank, bool square, "
+    "int ignore_index, str reduction, float[] heads, SymInt num_classes, SymInt chunk_rows, ScalarType? compute, "
+    "bool[] wanted",
+    "(Tensor loss, Tensor parts, Tensor student_gradient, Tensor student_weight_gradient, "
+    "Tensor student_bias_gradient, Tensor weak_gradient, Tensor weak_weight_gradient, Tensor weak_bias_gradient)",
+    _source_uskd,
+    _source_uskd_fake,
+    scheduled=True,
+)
+#: The ops, and their twins for hyper-parameters that may change in a compiled graph.
 SOURCE_LOSS: tuple[Any, Any] = (ops.registered("source_loss"), ops.registered("source_loss_scheduled"))
+SOURCE_USKD: tuple[Any, Any] = (ops.registered("source_uskd"), ops.registered("source_uskd_scheduled"))
+source_uskd_batch_sums = ops.registered("source_uskd_batch_sums")

@@ -33,7 +33,7 @@ class Head:
         softcap: Bound of the logits' magnitude, above 0, or None.
         logit_scale: What logits are multiplied by before the softcap.
         chunk_rows: Rows of a chunk; the student's, if both heads say. None takes as many as
-            :data:`fused_kd.sources.CHUNK_BYTES` allows: 96 MiB on the CPU, 1 GiB on a GPU.
+            :data:`fused_kd.sources.CHUNK_BYTES` allows: 128 MiB on the CPU, 1 GiB on a GPU.
 
     Example:
         >>> head = torch.nn.Linear(512, 50000)
@@ -74,6 +74,10 @@ class TopK:
 
     An index twice in a row, or out of range, is an error on the CPU and a NaN row on a GPU.
 
+    Above temperature 1 the rest weighs more than what it was at 1, since it is spread over so many classes: of 100,000
+    classes a rest of 1e-8 weighs more at T = 4 than all that was kept. Where what was kept sums to 1 but for rounding,
+    there is no rest to speak of: take ``"renormalize"``, as :meth:`from_logits` does.
+
     Example:
         >>> log_probs, indices = torch.randn(8, 1000).log_softmax(-1).topk(64)
         >>> kd_loss(student_logits, TopK(log_probs, indices, rest="bucket"), target)
@@ -84,25 +88,50 @@ class TopK:
     rest: str
 
     @classmethod
-    def from_logits(cls, logits: Tensor, indices: Tensor, rest: str) -> TopK:
-        """Of logits ``(..., k)``, whose softmax over the kept classes is taken first: then nothing is left over."""
+    def from_logits(cls, logits: Tensor, indices: Tensor) -> TopK:
+        """Of logits ``(..., k)``, whose softmax over the kept classes is taken first: nothing is left over, as with
+        ``"renormalize"``."""
         kept = logits.masked_fill(indices < 0, float("-inf"))
-        return cls(kept.log_softmax(-1), indices, rest)
+        return cls(kept.log_softmax(-1), indices, "renormalize")
 
 
 @dataclass(frozen=True, eq=False)
 class ClassShard:
-    """Some classes of each row, of which other processes have the others.
+    """Some classes of each row, of which other processes have the others: vocabulary parallel.
 
-    The processes exchange a few numbers of each row, no logits. The loss is the same on each, and each has the gradient
-    of its own columns. Every process of the group takes part in each call, with the same targets and options.
+    The processes exchange a few numbers of each row, 112 bytes to a process at the least and 328 at the most, no
+    logits. The loss and its parts are the same numbers on each, and each has the gradient of its own columns. It is for
+    every loss of rows with a teacher of its own or none: USKD and Zipf's label smoothing rank all classes, and DIST
+    needs ``gamma=0``.
+
+    Every process of the group takes part in each call and in its backward pass, where numbers are exchanged with
+    ``reduction="none"``, with the same rows, weights, options, ``chunk_rows`` and dtypes, and with tensors of which the
+    same require grad. The target is the same class indices ``(...)`` among all ``num_classes``, or probabilities of the
+    columns that are here, ``(..., width)``. Student and teacher are both sharded, alike. What one process alone cannot
+    see, all are told, and so raise the same error: classes that are missing or twice, and whatever depends on values.
+    On a GPU, where reading would stall, the classes are looked at until they were right once. An error of a process
+    alone, such as a wrong type, is raised there alone, and leaves the others waiting.
+
+    A DTensor whose classes are sharded needs no ClassShard: it becomes one of its local tensor in the group of that
+    dimension of its mesh. Its teacher is a DTensor with the same placements; target and weight are what the process has
+    of them, or DTensors that are placed as the rows are. The loss is a plain Tensor, and where another dimension of the
+    mesh shards the rows, that of the rows that are here: a mean divides by their number, not by that of all.
+
+    ``backend="reference"`` gathers the columns of all processes instead, and stalls a GPU. A second derivative is
+    refused. ``torch.compile`` holds a call in one graph.
 
     Args:
         logits: ``(..., width)`` logits of the classes from ``first_class`` on, or a :class:`Head` with their weight;
-            its ``hidden`` is the same on every process, and so is that one's gradient, which is summed over them.
+            its ``hidden`` is the same on every process, and so is that one's gradient, which is summed over them. That
+            of weight and bias is of the classes that are here. A width may be 0, and they need not be equal.
         first_class: The first of these classes, among all.
         num_classes: How many classes a row has on all processes together.
         group: The process group, or None for the default one.
+
+    Example:
+        >>> shard, first = torch.randn(8, 500, requires_grad=True), 500 * distributed.get_rank()
+        >>> teacher, target = torch.randn(8, 500), torch.randint(1000, (8,))  # the same target on every process
+        >>> nkd_loss(ClassShard(shard, first, 1000), ClassShard(teacher, first, 1000), target).backward()
     """
 
     logits: Tensor | Head

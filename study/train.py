@@ -35,6 +35,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from torch import Tensor, distributed, nn
 
+from fused_kd import TopK
 from study.datasets import registry
 from study.datasets.arrays import Dataset
 from study.training import checkpoint, methods, networks, options, teacher_cache
@@ -99,14 +100,14 @@ class Run:
             dataset.train, dataset.classes, args.batch_size, augmentation, args.seed, where.rank, where.world
         )
         self.steps = args.epochs * len(self.batches)
-        teach = self._teaching(teacher, self.teacher) if teacher and self.teacher else None
+        teach = self._teaching(teacher, self.teacher, args.loss) if teacher and self.teacher else None
         self.trainer = Trainer(self.student, teach, method, self.steps, where, args)
         self.step, self.best, self.seconds = 0, {"accuracy": -1.0, "epoch": 0}, 0.0
         self.interval, self.epoch_mean = Mean(), Mean()
         if args.resume and (args.out / "last.pt").exists():
             self._restore()
 
-    def _teaching(self, teacher: networks.Network, weights: str) -> Callable[[Batch], Tensor]:
+    def _teaching(self, teacher: networks.Network, weights: str, loss: str) -> Callable[[Batch], Tensor | TopK]:
         args, where = self.args, self.where
         networks.place(teacher, where.device)
         predict = predictor(teacher, where, args.amp, args.compile)
@@ -118,7 +119,7 @@ class Run:
                 lambda images: predict(images).cpu(), self.bar,
             )
         )  # fmt: skip
-        return lambda batch: cache.logits(batch.rows).to(where.device, non_blocking=True)
+        return lambda batch: cache.source(batch.rows, where.device, loss)
 
     def _identity(self) -> str:
         own = {

@@ -135,27 +135,16 @@ def _topk_tables(case: dict[str, Any]) -> list[Table]:
 def _shard_tables(case: dict[str, Any]) -> list[Table]:
     if case["status"] != "ok":
         return []
-    names = (
-        "shared",
-        "20–80 %",
-        "alone",
-        "20–80 %",
-        "shared /\nalone",
-        "bytes given",
-        "bytes got",
-        "exchanges",
-        "error",
-    )
-    found = _columns(table(f"ClassShard, NKD on {case['device']}, milliseconds", "N×C"), *names)
+    names = ("shared", "20–80 %", "alone", "20–80 %", "ratio", "bytes", "error")
+    title = f"ClassShard, NKD on {case['device']}, {case['processes']} processes, milliseconds"
+    found = _columns(table(title, "N×C"), *names)
     errors, ms = case["relative_errors"], case["milliseconds"]
     found.add_row(
-        case["name"],
+        f"{case['rows']}×{case['classes']} {case['dtype']}",
         *_spread(ms["shared"]),
         *_spread(ms["alone"]),
         times(case["over_alone"]),
         significant(case["given_bytes_per_row"]),
-        significant(case["got_bytes_per_row"]),
-        str(case["exchanges"]),
         f"{errors['loss']:.0e}/{errors['gradient']:.0e}",
     )
     return [found]

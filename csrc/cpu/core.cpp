@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <dlfcn.h>
 #include <exception>
+#include <memory>
 #include <new>
 #include <vector>
 
@@ -335,6 +336,20 @@ int64_t zipf_ls(const Kernels& kernels, ZipfArgs args, const LossOutputs& out) {
     kernels.zipf_ls(args);
     reduce_parts(parts, 2, args.rows, divisor, out.reduction, args.accumulate, out.loss, out.parts);
     return no_probabilities(sums);
+}
+
+int64_t topk_loss(const Kernels& kernels, TopKArgs args, const LossOutputs& out) {
+    const Counted counted = count_rows(args.target, args.rows, args.classes, args.ignore_index);
+    if (counted.bad_row >= 0) return counted.bad_row;
+    std::vector<double> parts(size_t(3 * args.rows));
+    const std::unique_ptr<bool[]> bad(new bool[size_t(args.rows)]());
+    args.parts = parts.data();
+    args.bad = bad.get();
+    kernels.topk_rows(args);
+    reduce_parts(parts, 3, args.rows, 1.0, kNone, args.accumulate, out.loss, out.parts);
+    const bool* const end = args.bad + args.rows;
+    const bool* const found = std::find(static_cast<const bool*>(args.bad), end, true);
+    return found == end ? -1 : args.rows + (found - args.bad);
 }
 
 int64_t uskd_batch_sums(const Kernels& kernels, TargetProbsArgs args, double* sums) {

@@ -44,7 +44,7 @@ struct RowArgs {
     Matrix target;           // class indices (kInt64), or probabilities
     const double* factors;   // (2, rows): a row's parts and its gradient are multiplied by them, and 0 is a row that
                              // does not count; null for 1
-    void* gradient;          // contiguous, of the student's dtype; null when it is not wanted
+    void* gradient;          // contiguous, of the student's dtype, and may be its logits; null when it is not wanted
     int64_t rows, classes;
     int loss; // its number, see RowNeed of row_losses.h
     HyperParameters hyper;
@@ -112,6 +112,26 @@ struct ZipfArgs {
     int threads;
 };
 
+// A row loss whose teacher is some classes of each row: (rows, kept) log-probabilities and indices, of which -1 is
+// none.
+struct TopKArgs {
+    Matrix student, log_probs, indices;
+    Matrix target; // class indices
+    int64_t kept;
+    int rest;              // TopKRest of topk_losses.h
+    const double* factors; // (2, rows), or null: as above
+    void* gradient;        // contiguous, of the student's dtype; null when it is not wanted
+    int64_t rows, classes;
+    int loss; // its number, as of RowArgs
+    HyperParameters hyper;
+    int64_t ignore_index;
+    double gradient_scale; // multiplies every stored gradient
+    double* parts;         // (rows, 3), as of RowArgs
+    bool* bad;             // (rows): an index is none, or twice there, and nothing is written
+    DType accumulate;
+    int threads;
+};
+
 struct TargetProbsArgs {
     Matrix student, target;
     int64_t rows, classes;
@@ -148,6 +168,7 @@ struct Kernels {
     void (*target_probs)(const TargetProbsArgs&);
     void (*uskd)(const UskdArgs&);
     void (*zipf_ls)(const ZipfArgs&);
+    void (*topk_rows)(const TopKArgs&);
     void (*scale_gradient)(const ScaleArgs&);
     void (*argsort_descending)(const ArgsortArgs&);
 };

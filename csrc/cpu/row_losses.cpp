@@ -115,7 +115,8 @@ FKD_NOINLINE RowResult row_pass(const RowArgs& args, const RowParams& params, co
     A* const own_row = reinterpret_cast<A*>(gradient);
     const bool same = out_type == dtype_of<A>();
     const bool streamed = same && args.rows * classes * int64_t(sizeof(A)) >= kStreamed;
-    A* const e_soft = wanted && same && !streamed ? own_row : scratch.e_soft;
+    const bool over = args.gradient == args.student.data; // the logits, which are read again below
+    A* const e_soft = wanted && same && !streamed && !over ? own_row : scratch.e_soft;
 
     const Piece* const piece = args.piece;
     RowMoments s_moments = {}, t_moments = {};

@@ -14,6 +14,7 @@ void dist_columns(const ColumnArgs& args);
 void target_probs(const TargetProbsArgs& args);
 void uskd(const UskdArgs& args);
 void zipf_ls(const ZipfArgs& args);
+void topk_rows(const TopKArgs& args);
 void argsort_descending(const ArgsortArgs& args);
 
 // Calls work(begin, end) for the threads' shares of [0, n), each a run of its own in the threads' order.

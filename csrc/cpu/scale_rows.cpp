@@ -47,8 +47,8 @@ void scale_gradient(const ScaleArgs& args) {
 #define FKD_STRINGIFY(x) #x
 #define FKD_NAME(x) FKD_STRINGIFY(x)
 extern const Kernels kKernels;
-const Kernels kKernels = {FKD_NAME(FKD_ISA), row_losses,     dist_columns,      target_probs, uskd,
-                          zipf_ls,           scale_gradient, argsort_descending};
+const Kernels kKernels = {FKD_NAME(FKD_ISA), row_losses, dist_columns,   target_probs,      uskd,
+                          zipf_ls,           topk_rows,  scale_gradient, argsort_descending};
 
 } // namespace FKD_ISA
 } // namespace fused_kd

@@ -183,6 +183,35 @@ int64_t run_zipf_ls(const py::tuple& where, const py::tuple& student, const py::
     return zipf_ls(*place.kernels, args, out);
 }
 
+// kept: (log_probs, indices, classes of a row, rest)
+int64_t run_topk_loss(const py::tuple& where, const py::tuple& student, const py::tuple& kept, const py::tuple& target,
+                      const py::tuple& shape, int loss, const py::tuple& hyper, int64_t ignore_index, uintptr_t factors,
+                      const py::tuple& gradient, const py::tuple& results) {
+    const Where place(where);
+    const Shape size(shape);
+    const Gradient stored(gradient);
+    Fields of_teacher(kept, 4);
+    TopKArgs args = {};
+    args.student = matrix(student);
+    args.log_probs = matrix(of_teacher.tuple());
+    args.indices = matrix(of_teacher.tuple());
+    args.kept = of_teacher.integer();
+    args.rest = int(of_teacher.integer());
+    args.target = matrix(target);
+    args.factors = reinterpret_cast<const double*>(factors);
+    args.gradient = stored.data;
+    args.rows = size.rows;
+    args.classes = size.classes;
+    args.loss = loss;
+    args.hyper = hyper_parameters(hyper);
+    args.ignore_index = ignore_index;
+    args.gradient_scale = stored.scale;
+    args.threads = place.threads;
+    const LossOutputs out = outputs(results, 0, kNone, args.accumulate);
+    py::gil_scoped_release release;
+    return topk_loss(*place.kernels, args, out);
+}
+
 void run_argsort_descending(const py::tuple& where, uintptr_t keys, const py::tuple& shape, uintptr_t order) {
     const Where place(where);
     const Shape size(shape);
@@ -230,6 +259,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("uskd_batch_sums", &run_uskd_batch_sums);
     m.def("uskd", &run_uskd);
     m.def("zipf_ls", &run_zipf_ls);
+    m.def("topk_loss", &run_topk_loss);
     m.def("scale_gradient", &run_scale_gradient);
     m.def("argsort_descending", &run_argsort_descending);
     m.attr("compiler") = FKD_COMPILER;

@@ -89,11 +89,11 @@ def _warn_of_reference(device: torch.device, loss: str) -> None:
         f"fused_kd runs {LOSSES[loss].title} of {device} tensors by its eager reference, which is slower and takes "
         f"more memory than its kernels. {reasons}. backend='reference' says that this is meant, without a warning.",
         RuntimeWarning,
-        stacklevel=_outside(),
+        stacklevel=outside(),
     )
 
 
-def _outside() -> int:
+def outside() -> int:
     """The stacklevel, for who calls this, of the first caller outside of fused_kd."""
     frame, level, package = sys._getframe(1), 1, str(Path(__file__).parent.parent)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
@@ -124,6 +124,7 @@ class Explanation(NamedTuple):
     chosen: str
     reasons: dict[str, str]
     loss: str = "nkd"
+    how: tuple[str, ...] = ()  #: of what is no matrix of logits, how it is run
 
     @property
     def device_type(self) -> str:
@@ -136,19 +137,12 @@ class Explanation(NamedTuple):
         """As ``str``, with a subject of your own."""
         lines = [f"{subject}: auto takes {self.chosen!r}"]
         lines += [f"  {name:<10} {reason}" for name, reason in self.reasons.items()]
+        lines += [f"  {line}" for line in self.how]
         return "\n".join(lines)
 
 
 def explain(student_logits: Tensor | torch.device | str = "cpu", loss: str = "nkd") -> Explanation:
-    """The backend that ``backend="auto"`` takes for a loss of such a tensor (or device), and why not each other.
-
-    Of several GPUs each has a choice of its own; ``"cuda"`` is the current one.
-
-    ``loss`` is one of the names that :func:`fused_kd.catalogue` has, such as ``"nkd"`` or ``"uskd"``.
-
-    Example:
-        >>> print(fused_kd.explain(student_logits, loss="uskd"))
-    """
+    """See :func:`fused_kd.explain`, which takes more than tensors."""
     if loss not in LOSSES:
         raise ValueError(f"loss: expected one of {', '.join(map(repr, LOSSES))}, got {loss!r}")
     device = student_logits.device if isinstance(student_logits, Tensor) else cuda_devices.resolved(student_logits)

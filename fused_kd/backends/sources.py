@@ -7,23 +7,26 @@ they have found of each row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
 
-from fused_kd.backends import staged
-from fused_kd.backends.heads import Gradients, Products, room
+from fused_kd.backends import native, shards, staged, topk
+from fused_kd.backends.heads import Products, maker, room
 from fused_kd.core.options import Options
 from fused_kd.core.source_rows import SourceRows, Span
 from fused_kd.reference import accumulation_dtype
 
-__all__ = ["CHUNK_BYTES", "Asked", "room", "run"]
+__all__ = ["CHUNK_BYTES", "Asked", "fitting_rows", "room", "run", "run_uskd", "uskd_batch_sums"]
 
 
 #: Bytes, by type of device, that the logits of a chunk of rows and their gradient may take where heads make them.
-CHUNK_BYTES = {"cpu": 96 << 20, "cuda": 1 << 30}
+CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
+
+
+_NONE = (False, False, False)
 
 
 class Asked(NamedTuple):
@@ -33,7 +36,7 @@ class Asked(NamedTuple):
     factors: Tensor  # (2, N) float64: of a row's parts, and of its gradient
     span: Span
     chunk_rows: int  # 0 for as many as the budget allows
-    wanted: tuple[bool, ...]  # the gradient of the logits or hidden states, of the weight, of the bias
+    wanted: Sequence[bool]  # the gradient of the logits or hidden states, of the weight, of the bias
     compute: torch.dtype | None  # of the products, where autocast says
 
 
@@ -45,41 +48,84 @@ def run(
     dtype = accumulation_dtype(values, values if teacher is None else teacher.values)
     rows, columns = len(values), _columns(student, asked.span)
     loss, parts = values.new_empty(rows, dtype=dtype), values.new_empty((3, rows), dtype=dtype)
-    product = None if student.weight is None else Products(student, columns, dtype, asked.compute)
-    into = None if product is None else Gradients(student, asked.wanted, dtype)
-    stored = room(student, asked.wanted, dtype) if product is None else []
-    of_teacher = _maker(teacher, columns, dtype, asked.compute)
-    step = asked.chunk_rows or _chunk_rows(student, teacher, columns, dtype)
+    of_student = maker(student, asked.wanted, dtype, columns, asked.compute)
+    sparse = teacher if teacher is not None and teacher.indices is not None else None
+    whole = None if sparse is not None else teacher
+    of_teacher = None if whole is None else maker(whole, _NONE, dtype, columns, asked.compute)
+    # Of Triton's looped kernel a warp may still read what another has written over.
+    over = kernels is native and of_student.over and not asked.span.group and sparse is None
+    options = options._replace(over=over)
+    heads = sum(isinstance(each, Products) for each in (of_student, of_teacher))
+    most = shards.rows_of_chunks(asked.span, columns)
+    step = asked.chunk_rows or fitting_rows(values, heads, (heads + (not over)) * most, dtype)
+    exchange = shards.Exchange(asked.span, columns) if asked.span.group else None
+    for start in range(0, rows, step):
+        which = start, stop = start, min(start + step, rows)
+        logits = of_student.logits(start, stop)
+        other = None if of_teacher is None else of_teacher.logits(start, stop)
+        if sparse is not None:
+            found = _sparse_rows(kernels, logits, sparse, asked, which, options)
+        else:
+            found = _rows(kernels, logits, other, asked, which, options, exchange)
+        loss[start:stop], parts[:, start:stop], gradient = found
+        if any(asked.wanted):
+            of_student.take(gradient, logits, asked.factors[1, start:stop] != 0, which)
+        del logits, other, gradient, found  # not beside the next chunk's
+    if exchange is not None and isinstance(of_student, Products) and of_student.of_hidden is not None:
+        # Each process has what its classes add to the gradient of the hidden states, which are the same on all.
+        distributed.all_reduce(of_student.of_hidden, group=shards.group_of(asked.span))
+    return loss, parts, of_student.gradients()
+
+
+def uskd_batch_sums(kernels: Any, student: SourceRows, asked: Asked, square: bool, ignore_index: int) -> Tensor:
+    """What couples the rows of USKD, which a sweep over the chunks finds before the loss."""
+    values, dtype = student.values, accumulation_dtype(student.values)
+    columns = _columns(student, asked.span)
+    of_student = maker(student, _NONE, dtype, columns, asked.compute)
+    sums = values.new_zeros(3, dtype=torch.float64)
+    head = int(isinstance(of_student, Products))
+    step = asked.chunk_rows or fitting_rows(values, head, columns, dtype)
+    for start in range(0, len(values), step):
+        logits = of_student.logits(start, start + step)
+        sums += kernels.uskd_batch_sums(logits, asked.target[start : start + step], square, ignore_index)
+    return sums
+
+
+def run_uskd(
+    kernels: Any, student: SourceRows, weak: SourceRows, asked: Asked, batch_sums: Tensor, options: Options
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """As :func:`run`, of USKD: four parts, and the gradients of both, three each."""
+    values, dtype = student.values, accumulation_dtype(student.values, weak.values)
+    rows, columns = len(values), _columns(student, asked.span)
+    loss, parts = values.new_empty(rows, dtype=dtype), values.new_empty((4, rows), dtype=dtype)
+    both = [
+        maker(each, wanted, dtype, columns, asked.compute)
+        for each, wanted in ((student, asked.wanted[:3]), (weak, asked.wanted[3:]))
+    ]
+    heads = sum(isinstance(each, Products) for each in both)
+    step = asked.chunk_rows or fitting_rows(values, heads, (heads + 2) * columns, dtype)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        logits = values[start:stop] if product is None else product.logits(start, stop)
-        if logits.dtype == torch.float16:
-            logits = logits.to(dtype)  # whose gradient is kept in that
-        found = _rows(kernels, logits, of_teacher(start, stop), asked, (start, stop), options)
-        loss[start:stop], parts[:, start:stop], gradient = found
-        if not any(asked.wanted):
-            continue
-        if product is None or into is None:
-            stored[0][start:stop] = gradient
-        else:
-            product.take(gradient, logits, asked.factors[1, start:stop] != 0, (start, stop), into)
-    if into is None:
-        return loss, parts, stored
-    if asked.span.group and into.hidden is not None:
-        # Each process has what its classes add to the gradient of the hidden states, which are the same on all.
-        distributed.all_reduce(into.hidden, group=_group(asked.span))
-    return loss, parts, into.stored(student)
+        logits = [each.logits(start, stop) for each in both]
+        target, factors = asked.target[start:stop], asked.factors[:, start:stop].contiguous()
+        loss[start:stop], parts[:, start:stop], *gradients, _, _ = kernels.uskd(
+            *logits, target, batch_sums, factors, options
+        )
+        for each, want, gradient, of in zip(both, options.wanted, gradients, logits, strict=True):
+            if want:
+                each.take(gradient, of, factors[1] != 0, (start, stop))
+        del logits, gradients  # not beside the next chunk's
+    return loss, parts, [*both[0].gradients(), *both[1].gradients()]
 
 
-def _chunk_rows(student: SourceRows, teacher: SourceRows | None, columns: int, dtype: torch.dtype) -> int:
-    """All rows where no head is, else as many as the budget allows, in eights, which suit the products."""
-    heads = [each for each in (student, teacher) if each is not None and each.weight is not None]
-    rows = len(student.values)
+def fitting_rows(values: Tensor, heads: int, columns: int, dtype: torch.dtype) -> int:
+    """All rows where no head is, else as many of so many ``columns`` as the budget allows, in sixteens, which suit the
+    products."""
     if not heads:
-        return max(rows, 1)
-    budget = CHUNK_BYTES.get(student.values.device.type, CHUNK_BYTES["cuda"])
-    fitting = budget // (columns * dtype.itemsize * (1 + len(heads)))
-    return max(1, fitting // 8 * 8 or fitting)
+        return max(len(values), 1)
+    budget = CHUNK_BYTES.get(values.device.type, CHUNK_BYTES["cuda"])
+    rows = int(budget // (columns * dtype.itemsize))
+    return max(1, rows // 16 * 16 or rows)
 
 
 def _columns(student: SourceRows, span: Span) -> int:
@@ -88,50 +134,39 @@ def _columns(student: SourceRows, span: Span) -> int:
     return given if span.group else min(given, span.num_classes)
 
 
-def _maker(
-    teacher: SourceRows | None, columns: int, dtype: torch.dtype, compute: torch.dtype | None
-) -> Callable[[int, int], Tensor | None]:
-    """What gives the teacher's logits of a chunk."""
-    if teacher is None:
-        return lambda start, stop: None
-    if teacher.weight is None:
-        return lambda start, stop: teacher.values[start:stop]
-    return Products(teacher, columns, dtype, compute).logits
+def _sparse_rows(
+    kernels: Any, logits: Tensor, teacher: SourceRows, asked: Asked, which: tuple[int, int], options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`_rows`, of a teacher of whom some classes were kept."""
+    rows = slice(*which)
+    assert teacher.indices is not None
+    kept = (teacher.values[rows], teacher.indices[rows], teacher.rest)
+    factors = asked.factors[:, rows].contiguous()
+    loss, parts, gradient = topk.row_loss(kernels, logits, *kept, asked.target[rows], factors, options)
+    return loss, parts, logits if gradient is None else gradient
 
 
 def _rows(
-    kernels: Any, logits: Tensor, teacher: Tensor | None, asked: Asked, which: tuple[int, int], options: Options
+    kernels: Any,
+    logits: Tensor,
+    teacher: Tensor | None,
+    asked: Asked,
+    which: tuple[int, int],
+    options: Options,
+    exchange: shards.Exchange | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of each row of a chunk, its parts, and the gradient of its logits."""
     start, stop = which
     target = asked.target[start:stop]
     factors = asked.factors[:, start:stop].contiguous()
-    if not asked.span.group:
+    if exchange is None:
         loss, parts, gradient, _ = kernels.row_loss(logits, teacher, target, factors, None, options)
         return loss, parts, gradient
-    span, exchange = asked.span, _exchange(asked.span)
+    span = asked.span
     labels = target if target.is_floating_point() else None
     if labels is not None:
-        likeliest = staged.likeliest(labels, span.first_class)
-        target = staged.likeliest_of_all(*(exchange([each]) for each in likeliest))
+        likeliest = exchange([staged.likeliest(labels, span.first_class)])
+        target = staged.likeliest_of_all(likeliest)
     piece = staged.Piece(logits, teacher, labels, target, span.first_class, span.num_classes)
     parts, (gradient,) = staged.run(kernels, [piece], options, factors, exchange)
     return parts.sum(0), parts, gradient
-
-
-def _group(span: Span) -> Any:
-    resolve: Any = torch._C._distributed_c10d._resolve_process_group  # PyTorch's own ops of groups take names, too
-    return resolve(span.group)
-
-
-def _exchange(span: Span) -> Callable[[list[Tensor]], Tensor]:
-    """Stacks what each process has found, the same on all."""
-    group = _group(span)
-
-    def gather(own: list[Tensor]) -> Tensor:
-        (each,) = own
-        found = each.new_empty((distributed.get_world_size(group), *each.shape))
-        distributed.all_gather_into_tensor(found, each.contiguous(), group)
-        return found
-
-    return gather

@@ -10,8 +10,6 @@ stacked, ``(pieces, fields, N)``, and the next stage begins with them:
 - statistics: maxima, sums of exponentials and the target's logits, of every loss;
 - sums: of functions of each class's probabilities, where a loss is pointwise;
 - gradient: the parts of the loss, the same on every piece, and the gradient of the piece's columns.
-
-Nothing public uses it yet.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_kd.core.catalogue import ROW_LOSSES
+from fused_kd.core.catalogue import ROW_LOSSES, as_run
 from fused_kd.core.options import Options
 
 #: In their order; csrc/cpu/kernels.h has the same numbers.
@@ -54,15 +52,22 @@ def stages_of(options: Options) -> list[str]:
     return [stage for stage in STAGES if needed.get(stage, True)]
 
 
-def likeliest(labels: Tensor, first_class: int) -> tuple[Tensor, Tensor]:
-    """Of a piece's class probabilities the largest of each row, (N,), and its class among all of the row's."""
+def likeliest(labels: Tensor, first_class: int) -> Tensor:
+    """Of a piece's class probabilities the largest of each row, and its class among all of the row's: (2, N) float64.
+    Of no classes it is what no other is below."""
+    rows, width = labels.shape
+    if width == 0:
+        return labels.new_full((2, rows), float("-inf"), dtype=torch.float64)
     values, columns = labels.max(1)
-    return values, columns + first_class
+    return torch.stack([values.double(), (columns + first_class).double()])
 
 
-def likeliest_of_all(values: Tensor, classes: Tensor) -> Tensor:
-    """The target of rows from that of their pieces, (pieces, N) each: the lowest of equally likely classes."""
-    return classes.gather(0, values.max(0).indices[None])[0]
+def likeliest_of_all(found: Tensor) -> Tensor:
+    """The target of rows from that of their pieces, (pieces, 2, N): the lowest of equally likely classes."""
+    values, classes = found.unbind(1)
+    largest = values.amax(0)
+    first = (values == largest) | (values.isnan() & largest.isnan())
+    return torch.where(first, classes, float("inf")).amin(0).clamp(min=0).long()
 
 
 def run(
@@ -73,6 +78,7 @@ def run(
     exchange: Callable[[list[Tensor]], Tensor] = torch.stack,
 ) -> tuple[Tensor, list[Tensor]]:
     """All stages of a backend's pieces in one process: the parts of each row, (3, N), and the pieces' gradients."""
+    options = options._replace(loss=as_run(options.loss, options.hyper))
     found = Found()
     *before, last = stages_of(options)
     for stage in before:

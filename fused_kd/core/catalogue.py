@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fused_kd.core.options import HyperParameters
+from fused_kd.reference.topk import RESTS
 
 #: What a row loss may ask of a kernel, beside the student's exponentials at T; each is a bit of its number.
 NEEDS = (
@@ -36,7 +37,8 @@ class RowLoss:
 
     ``kind`` is its number in ``csrc/losses/row_losses.h``; ``own`` are its own hyper-parameters, in the order in which
     Triton's kernels take them; ``parts`` which of the op's three parts it has; ``bound`` what the magnitude of its
-    gradient's entries cannot exceed, CE left out, or inf; ``needs`` are some of :data:`NEEDS`.
+    gradient's entries cannot exceed, CE left out, or inf; ``needs`` are some of :data:`NEEDS`; ``rests`` what a
+    :class:`fused_kd.TopK` may make of the teacher's rest for a kernel to serve it.
     """
 
     kind: int
@@ -44,16 +46,19 @@ class RowLoss:
     parts: tuple[int, ...]
     bound: Callable[[HyperParameters], float]
     needs: tuple[str, ...]
+    rests: tuple[str, ...] = ()
 
 
 # |q_y (p - 1)|, |p - q| and |p^ - q^| are at most 1.
 ROW_LOSSES = {
-    "nkd": RowLoss(0, ("gamma",), (0, 1, 2), lambda x: 1.0 + x.gamma * x.temperature, ("teacher", "sharp")),
-    "kd": RowLoss(1, (), (0, 2), lambda x: x.temperature, ("teacher", "divergence")),
+    "nkd": RowLoss(0, ("gamma",), (0, 1, 2), lambda x: 1.0 + x.gamma * x.temperature, ("teacher", "sharp"), RESTS),
+    "kd": RowLoss(1, (), (0, 2), lambda x: x.temperature, ("teacher", "divergence"), RESTS),
     "dkd": RowLoss(
-        2, ("alpha", "beta"), (0, 1, 2), lambda x: (x.alpha + x.beta) * x.temperature, ("teacher", "divergence")
+        2, ("alpha", "beta"), (0, 1, 2), lambda x: (x.alpha + x.beta) * x.temperature, ("teacher", "divergence"), RESTS
     ),
-    "wsld": RowLoss(3, ("alpha",), (0, 2), lambda x: x.alpha * x.temperature, ("teacher", "sharp", "teacher_ce")),
+    "wsld": RowLoss(
+        3, ("alpha",), (0, 2), lambda x: x.alpha * x.temperature, ("teacher", "sharp", "teacher_ce"), RESTS
+    ),
     "tf_kd": RowLoss(4, ("correct",), (0, 2), lambda x: 1.0, ("linear", "at_one")),
     # A correlation's gradient has the deviation of the probabilities in its denominator: of a constant row or column,
     # which a head that starts at zero gives, it is the 1e-8 beside it that is left.
@@ -66,6 +71,7 @@ ROW_LOSSES = {
         (0, 2),
         lambda x: x.temperature if x.beta < 1.0 else math.inf,
         ("teacher", "pointwise", "one_slope"),
+        ("renormalize", "bucket"),
     ),
 }
 #: The bits of what is needed, and the number that the kernels get: those, and above them the kind.
@@ -213,18 +219,36 @@ def markdown_table() -> str:
     return "\n".join(lines)
 
 
+def sources_table() -> str:
+    """What may stand where logits stand, by loss, as a Markdown table."""
+    lines = ["| loss | `Head` | `ClassShard`, DTensor | `TopK` teacher, fused for `rest=` |", "|---|---|---|---|"]
+    for name, loss in LOSSES.items():
+        row = ROW_LOSSES.get(name)
+        head = "yes" if row or name == "uskd" else "no"
+        if row and "columns" in row.needs:
+            head = "with `gamma=0`"
+        shard = head if row else "no"
+        rests = ", ".join(f"`{rest}`" for rest in row.rests) if row else ""
+        if not rests:
+            rests = "by the reference, with `gamma=0`" if row and "teacher" in row.needs else "no"
+        lines.append(f"| {loss.title} | {head} | {shard} | {rests} |")
+    return "\n".join(lines)
+
+
 def markdown_page() -> str:
-    """docs/losses.md: the table, and every loss with its defaults."""
+    """docs/losses.md: the table, every loss with its defaults, and what it takes in place of logits."""
     text = f"# The losses\n\n{NOTATION}\n\n{markdown_table()}\n\n## Defaults\n\n"
     for loss in LOSSES.values():
         options = ", ".join(f"{name}={value!r}" for name, value in loss.defaults.items())
         text += f"- `{loss.function}({options})`\n"
-    return text + f"\n{SHARED}\n"
+    return text + f"\n{SHARED}\n\n## Sources\n\n{SOURCES}\n\n{sources_table()}\n"
 
 
 NOTATION = """`p`, `q` and `v` are the softmax of the student's, the teacher's and the weak logits; `y` is the target
 class and `Y` the targets of a mixed label. A hat denotes the softmax over the other classes, at temperature T. Every
 loss adds `ce_weight` times the ordinary cross-entropy in the same pass. Generated from `fused_kd/core/catalogue.py`."""
+SOURCES = """What may stand where logits stand, on the CPU (native) and on a GPU (Triton). Where a `TopK` has no kernel,
+`auto` takes the reference with a warning, as it does beside a `ClassShard`. `fused_kd.explain` says what runs."""
 SHARED = """All of them also take `ignore_index=-100`, `reduction="mean"`, `weight=None` (a tensor, one weight per row),
 `normalizer=None` (a number or a tensor in place of the mean's divisor), `class_dim=None` (the last dimension; required
 for logits of four or more), `backend="auto"` and `return_parts=False`; all but USKD and Zipf's LS take

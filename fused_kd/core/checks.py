@@ -325,6 +325,19 @@ def row_error(target: Tensor, row: int, num_classes: int, ignore_index: int) -> 
     )
 
 
+def kept_error(indices: Tensor, row: int, num_classes: int) -> Exception:
+    """Of a row of the classes that were kept of a teacher, where one is twice there or no class."""
+    given = indices[row]
+    none = given[(given < -1) | (given >= num_classes)]
+    if none.numel():
+        return IndexError(
+            f"indices: expected classes from 0 to {num_classes - 1}, or -1 for a pad, got {int(none[0])} in row {row}"
+        )
+    kept = given[given >= 0].sort().values
+    again = kept[1:][kept[1:] == kept[:-1]]
+    return ValueError(f"indices: expected each class once in a row, got {int(again[0])} twice in row {row}")
+
+
 def check_target_values(target: Tensor, weight: Tensor | None, num_classes: int, ignore_index: int) -> None:
     """Raise :func:`row_error` for the first such row. Reads the values, so it is for CPU tensors only."""
     if target.is_floating_point():

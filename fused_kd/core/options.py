@@ -40,9 +40,10 @@ def in_order(named: Mapping[str, float]) -> list[float]:
 
 
 class Options(NamedTuple):
-    """What a backend is asked for beside tensors; of the last four an op reads those that it has.
+    """What a backend is asked for beside tensors; of the last five an op reads those that it has.
 
-    ``wanted`` says of which logits the gradient is, ``scales`` what it is stored times.
+    ``wanted`` says of which logits the gradient is, ``scales`` what it is stored times. With ``over`` a row loss of the
+    C++ core writes it over the student's logits, which are contiguous then.
     """
 
     hyper: HyperParameters
@@ -54,18 +55,23 @@ class Options(NamedTuple):
     standardize: bool = False
     rank: str = "normalized"
     square: bool = True
+    over: bool = False
 
 
 def outputs(
-    student: Tensor, want: bool, parts: int, reduction: str, dtype: torch.dtype
+    student: Tensor, want: bool, parts: int, reduction: str, dtype: torch.dtype, over: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Room for what an op gives: the loss and its parts, the student's gradient, empty where it is not wanted, and its
     norm. Tuples for shapes and no loop: a torch.Size alone takes a microsecond of a call's thirty."""
     rows = (student.shape[0],) if reduction == "none" else ()
+    if want:
+        gradient = student if over else torch.empty_like(student, memory_format=torch.contiguous_format)
+    else:
+        gradient = student.new_empty(0)
     return (
         student.new_empty(rows, dtype=dtype),
         student.new_empty((parts, *rows), dtype=dtype),
-        torch.empty_like(student, memory_format=torch.contiguous_format) if want else student.new_empty(0),
+        gradient,
         student.new_empty((), dtype=dtype),
     )
 

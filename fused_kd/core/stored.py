@@ -30,10 +30,7 @@ def to_half(gradient: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
 
 def counted_weight(row_weight: Tensor | None, target: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:
     """What each row weighs, (N,): 1 without weights, and 0 where the row is ignored."""
-    if row_weight is None:
-        weight = torch.ones_like(target[:, 0] if target.is_floating_point() else target, dtype=dtype)
-    else:
-        weight = usable_weight(row_weight, dtype)
+    weight = target.new_ones(target.shape[:1], dtype=dtype) if row_weight is None else usable_weight(row_weight, dtype)
     return weight if target.is_floating_point() else torch.where(target == ignore_index, 0.0, weight)
 
 

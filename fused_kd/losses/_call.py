@@ -12,14 +12,13 @@ from fused_kd.core import checks
 from fused_kd.core.catalogue import ROW_LOSSES, has_column_term
 from fused_kd.core.options import HyperParameters, in_order
 from fused_kd.core.transforms import readable
-from fused_kd.losses import _sources
+from fused_kd.losses import _shards, _sources
 from fused_kd.losses._options import checked, first_classes, normalized
+from fused_kd.losses._sources import Common
 from fused_kd.sources import Logits, TeacherLogits
 
 Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
 
-#: What losses take alike: ``weight``, ``normalizer``, ``class_dim``, ``num_classes``, ``backend`` and ``return_parts``.
-Common: TypeAlias = "tuple[Tensor | None, float | Tensor | None, int | None, int | None, str, bool]"
 #: Takes rows, their weight, hyper-parameters, settings, a backend and whether parts are wanted: an op.
 Fused: TypeAlias = Callable[[checks.Rows, "Tensor | None", list[float], dict[str, Any], str, bool], tuple[Tensor, Any]]
 
@@ -72,6 +71,11 @@ def row_loss(
     a teacher has None for one, and no ``logit_standardization`` among its settings."""
     numbers = checked(numbers, settings)
     student_logits, teacher_logits, target = tensors
+    plain = type(student_logits) is Tensor and (teacher_logits is None or type(teacher_logits) is Tensor)
+    if not plain and any(map(_shards.is_dtensor, (*tensors, common[0]))):
+        tensors, weight = _shards.of_dtensors(tensors, common[0], common[2])
+        common = (weight, *common[1:])
+        student_logits, teacher_logits, target = tensors
     if target is None:
         if numbers["ce_weight"] != 0.0:
             raise ValueError(f"target: expected one, since ce_weight is {numbers['ce_weight']}; got None")

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_kd import backends, source_autograd
+from fused_kd import backends, reference, source_autograd
 from fused_kd.core import checks
 from fused_kd.core.catalogue import LOSSES, ROW_LOSSES, has_column_term
 from fused_kd.core.options import HyperParameters, in_order
-from fused_kd.core.source_rows import SourceRows
-from fused_kd.core.transforms import carries_gradient
+from fused_kd.core.source_rows import SourceRows, Span
+from fused_kd.core.transforms import carries_gradient, readable
+from fused_kd.losses import _shards
 from fused_kd.losses._options import normalized
-from fused_kd.reference import accumulation_dtype
+from fused_kd.losses._topk import check_indices, kernel_or_reference, topk_rows
+from fused_kd.reference import USKDParts, accumulation_dtype
 from fused_kd.sources import ClassShard, Head, Logits, TeacherLogits, TopK
 
 Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
+#: What losses take alike: ``weight``, ``normalizer``, ``class_dim``, ``num_classes``, ``backend`` and ``return_parts``.
+Common: TypeAlias = "tuple[Tensor | None, float | Tensor | None, int | None, int | None, str, bool]"
 
 
 def is_source(logits: Any) -> bool:
@@ -32,6 +36,7 @@ class _Given(NamedTuple):
     rows: SourceRows
     shape: tuple[int, ...]  # of the logits that it stands for, padding included
     chunk_rows: int  # 0 where it does not say
+    span: Span | None = None  # of a shard
 
 
 def row_loss(
@@ -41,29 +46,31 @@ def row_loss(
     tensors: tuple[Logits, TeacherLogits | None, Tensor | None],
     numbers: dict[str, float],
     settings: dict[str, Any],
-    common: tuple[Tensor | None, float | Tensor | None, int | None, int | None, str, bool],
+    common: Common,
 ) -> Tensor | tuple[Tensor, Parts]:
     """As :func:`fused_kd.losses._call.row_loss`, of checked numbers."""
     student_logits, teacher_logits, target = tensors
-    weight, normalizer, class_dim, num_classes, backend, return_parts = common
+    _, _, class_dim, num_classes, backend, return_parts = common
     student = _flattened("student_logits", student_logits, class_dim)
     device, dtype = student.rows.values.device, student.rows.values.dtype
-    teacher = None if teacher_logits is None else _flattened("teacher_logits", teacher_logits, None)
     if num_classes is not None:
         student = _without_padding("student_logits", student, num_classes)
-        teacher = teacher and _without_padding("teacher_logits", teacher, num_classes)
     shape = student.shape
+    teacher = None
+    if isinstance(teacher_logits, TopK):
+        _check_topk(target, settings)
+        classes = student.span.num_classes if student.span else shape[-1]
+        teacher = _Given(topk_rows(teacher_logits, (*shape[:-1], classes)), shape, 0, student.span)
+    elif teacher_logits is not None:
+        teacher = _flattened(
+            "teacher_logits", teacher_logits, class_dim if isinstance(teacher_logits, Tensor) else None
+        )
+        if num_classes is not None:
+            teacher = _without_padding("teacher_logits", teacher, num_classes)
     if teacher is not None:
         _check_teacher(teacher, student)
-    if target is None:
-        target = torch.zeros(shape[:-1], dtype=torch.int64, device=device)
-    else:
-        target = checks.check_target(target, shape, len(shape) - 1, device)
-    target = target.reshape(-1, shape[-1]) if target.is_floating_point() else target.reshape(-1)
-    weight = checks.flatten_weight(weight, shape[:-1], shape, shape[-1], device)
     reduction = settings["reduction"]
-    if normalizer is not None:
-        weight = normalized(weight, normalizer, settings, target)
+    target, weight = _of_rows(student, target, common, settings)
     hyper = in_order(numbers)
     if has_column_term(name, HyperParameters._make(hyper)):
         raise ValueError(
@@ -71,21 +78,121 @@ def row_loss(
             f"batch's columns needs the logits of all rows at once; got {numbers['gamma']}"
         )
     chosen = backends.choose(backend, device, name)
-    if chosen == "reference":
-        given = [_logits(each.rows, shape[-1]) for each in (student, teacher) if each is not None]
+    if isinstance(teacher_logits, TopK) and chosen != "reference":
+        chosen = kernel_or_reference(name, teacher_logits.rest, numbers, (backend, chosen), student.span is not None)
+    if chosen == "reference" and teacher is not None and teacher.rows.indices is not None:
+        of_student = _logits(_shards.shared_hidden(student.rows, student.span), shape[-1])
+        logits = _shards.all_columns(of_student, student.span)
+        loss, parts = _topk_reference(name, (logits, teacher.rows), target, numbers, settings, weight)
+    elif chosen == "reference":
+        sources = [_shards.shared_hidden(each.rows, each.span) for each in (student, teacher) if each is not None]
+        given = [_shards.all_columns(_logits(each, shape[-1]), student.span) for each in sources]
+        if target.is_floating_point():
+            target = _shards.all_columns(target, student.span)
+        if readable(target):
+            checks.check_target_values(target, weight, given[0].shape[1], settings["ignore_index"])
         loss, packed = eager(*given, target, **numbers, **settings, weight=weight)
         parts = [*packed]
     else:
         asked = (settings.get("logit_standardization", False), settings["ignore_index"], settings["reduction"])
         chunk_rows = student.chunk_rows or (teacher.chunk_rows if teacher is not None else 0)
-        where = ([0, shape[-1]], "", chunk_rows, _products_dtype(device, dtype))
-        loss, stacked = source_autograd.source_loss(
+        span = student.span or Span(0, shape[-1])
+        where = ([span.first_class, span.num_classes], span.group, chunk_rows, _products_dtype(device, dtype))
+        loss, stacked = source_autograd.row_loss(
             student.rows, teacher and teacher.rows, (target, weight), name, hyper, asked, where, chosen
         )
         parts = [stacked[part] for part in ROW_LOSSES[name].parts]
     if reduction == "none" and len(shape) != 2:
         loss, *parts = (each.reshape(shape[:-1]) for each in (loss, *parts))
     return (loss, parts_type(*parts)) if return_parts else loss
+
+
+def _check_topk(target: Tensor | None, settings: dict[str, Any]) -> None:
+    if settings["logit_standardization"]:
+        raise ValueError(
+            "logit_standardization: expected False with a TopK, of whose logits not all are there; got True"
+        )
+    if target is not None and target.is_floating_point():
+        raise ValueError("target: expected class indices with a TopK, got probabilities; take the likeliest class")
+
+
+def _topk_reference(
+    name: str,
+    sources: tuple[Tensor, SourceRows],
+    target: Tensor,
+    numbers: dict[str, float],
+    settings: dict[str, Any],
+    weight: Tensor | None,
+) -> tuple[Tensor, list[Tensor]]:
+    logits, teacher = sources
+    assert teacher.indices is not None
+    ignore_index = settings["ignore_index"]
+    if readable(target):
+        checks.check_target_values(target, weight, logits.shape[1], ignore_index)
+    counted = target != ignore_index if weight is None else (target != ignore_index) & (weight != 0)
+    check_indices(teacher.indices, logits.shape[1], counted)
+    given = (logits, teacher.values, teacher.indices, teacher.rest, target, numbers)
+    options = {"ignore_index": ignore_index, "reduction": settings["reduction"], "weight": weight}
+    loss, parts = reference.topk.topk_loss(name, *given, **options)
+    return loss, [*parts]
+
+
+def uskd(
+    eager: Callable[..., tuple[Tensor, USKDParts]],
+    summed: Callable[[Tensor], Tensor],
+    tensors: tuple[Logits, Logits, Tensor],
+    numbers: dict[str, float],
+    settings: dict[str, Any],
+    common: Common,
+) -> Tensor | tuple[Tensor, USKDParts]:
+    """USKD of checked numbers; ``summed`` sums what couples the rows over the processes of a group."""
+    student_logits, weak_logits, target = tensors
+    _, _, class_dim, _, backend, return_parts = common
+    student = _flattened("student_logits", student_logits, class_dim)
+    weak = _flattened("weak_logits", weak_logits, None)
+    shape, values = student.shape, student.rows.values
+    if student.span is not None or weak.span is not None:
+        raise ValueError("student_logits: expected no ClassShard for USKD, whose ranks are of all classes of a row")
+    if weak.shape != shape or weak.rows.values.device != values.device:
+        raise ValueError(f"weak_logits: expected those of student_logits, {shape}, got a source of {weak.shape}")
+    if (weak.rows.values.dtype == torch.float64) != (values.dtype == torch.float64):
+        raise TypeError("weak_logits: expected float64 if student_logits are that, and another dtype if they are not")
+    reduction = settings["reduction"]
+    target, weight = _of_rows(student, target, common, settings)
+    chosen = backends.choose(backend, values.device, "uskd")
+    if chosen == "reference":
+        logits = [_logits(each.rows, shape[-1]) for each in (student, weak)]
+        if readable(target):
+            checks.check_target_values(target, weight, shape[-1], settings["ignore_index"])
+        loss, packed = eager(*logits, target, **numbers, **settings, weight=weight)
+        parts = [*packed]
+    else:
+        rank, square, ignore_index = (settings[name] for name in ("rank", "square", "ignore_index"))
+        where = (shape[-1], student.chunk_rows or weak.chunk_rows, _products_dtype(values.device, values.dtype))
+        sums = summed(source_autograd.uskd_batch_sums(student.rows, target, (square, ignore_index, *where), chosen))
+        asked = (rank, square, ignore_index, settings["reduction"])
+        loss, stacked = source_autograd.uskd(
+            student.rows, weak.rows, (target, sums, weight), in_order(numbers), asked, where, chosen
+        )
+        parts = [*stacked]
+    if reduction == "none" and len(shape) != 2:
+        loss, *parts = (each.reshape(shape[:-1]) for each in (loss, *parts))
+    return (loss, USKDParts(*parts)) if return_parts else loss
+
+
+def _of_rows(
+    student: _Given, target: Tensor | None, common: Common, settings: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """The target and the weight of each row, checked; a normalizer is in the weight then."""
+    weight, normalizer, *_ = common
+    shape, values = student.shape, student.rows.values
+    if target is None:
+        target = torch.zeros(shape[:-1], dtype=torch.int64, device=values.device)
+    else:
+        target = checks.check_target(target, shape, len(shape) - 1, values.device)
+    target = target.reshape(len(values), shape[-1]) if target.is_floating_point() else target.reshape(-1)
+    weight = checks.flatten_weight(weight, shape[:-1], shape, shape[-1], values.device)
+    return target, weight if normalizer is None else normalized(weight, normalizer, settings, target)
 
 
 def _products_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
@@ -95,6 +202,12 @@ def _products_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | N
 
 
 def _flattened(name: str, given: Any, class_dim: int | None) -> _Given:
+    if isinstance(given, ClassShard):
+        span = _shards.span_of(name, given, class_dim)
+        if isinstance(given.logits, Head):
+            return _head(f"{name}.logits", given.logits, None, least=0)._replace(span=span)
+        rows = _shards.shard_rows(f"{name}.logits", given.logits)
+        return _Given(SourceRows(rows), tuple(given.logits.shape), 0, span)
     if isinstance(given, Head):
         return _head(name, given, class_dim)
     if isinstance(given, Tensor):
@@ -102,16 +215,16 @@ def _flattened(name: str, given: Any, class_dim: int | None) -> _Given:
         dim = checks.class_dimension(logits, class_dim)
         logits = logits.movedim(dim, -1)
         return _Given(SourceRows(logits.reshape(-1, logits.shape[-1])), tuple(logits.shape), 0)
-    raise TypeError(f"{name}: expected a Tensor or a Head, got {type(given).__name__}")
+    raise TypeError(f"{name}: expected a Tensor, a Head or a ClassShard, got {type(given).__name__}")
 
 
-def _head(name: str, head: Head, class_dim: int | None) -> _Given:
+def _head(name: str, head: Head, class_dim: int | None, least: int = 2) -> _Given:
     if class_dim is not None:
         raise ValueError(f"class_dim: expected None with a Head, whose hidden states are (..., D), got {class_dim}")
     hidden, weight = (checks.check_logits(f"{name}.{at}", getattr(head, at)) for at in ("hidden", "weight"))
-    if weight.dim() != 2 or hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1] or weight.shape[0] < 2:
+    if weight.dim() != 2 or hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1] or weight.shape[0] < least:
         raise ValueError(
-            f"{name}: expected a Head of hidden states (..., D) and a weight (C, D) with C at least 2, got "
+            f"{name}: expected a Head of hidden states (..., D) and a weight (C, D) with C at least {least}, got "
             f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
     tensors = [hidden, weight]
@@ -121,6 +234,7 @@ def _head(name: str, head: Head, class_dim: int | None) -> _Given:
             raise ValueError(f"{name}.bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
         tensors.append(bias)
     for tensor in tensors:
+        _shards.refuse_dtensor(name, tensor)
         if tensor.device != hidden.device:
             raise ValueError(f"{name}: expected a Head on one device, got {hidden.device} and {tensor.device}")
     if (hidden.dtype == torch.float64) != (weight.dtype == torch.float64):
@@ -139,6 +253,8 @@ def _head(name: str, head: Head, class_dim: int | None) -> _Given:
 
 def _without_padding(name: str, given: _Given, num_classes: int) -> _Given:
     """A head keeps its whole weight, so that the gradient needs no copy."""
+    if given.span is not None:
+        raise ValueError(f"num_classes: expected None with a ClassShard, which has its own, got {num_classes}")
     checks.check_num_classes("num_classes", num_classes, given.shape[-1], name)
     rows = given.rows
     if rows.weight is None and rows.indices is None:
@@ -147,6 +263,7 @@ def _without_padding(name: str, given: _Given, num_classes: int) -> _Given:
 
 
 def _check_teacher(teacher: _Given, student: _Given) -> None:
+    _shards.check_same(student.span, teacher.span)
     if teacher.shape != student.shape:
         raise ValueError(
             f"teacher_logits: expected those of student_logits, {student.shape}, got a source of {teacher.shape}"

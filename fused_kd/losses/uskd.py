@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, distributed, nn
 
 from fused_kd import autograd, reference
 from fused_kd.core import checks
+from fused_kd.losses import _sources
 from fused_kd.losses._call import call, check_targets_if_cheap
 from fused_kd.losses._criterion import Criterion, Scheduled
 from fused_kd.losses._docs import documented
 from fused_kd.losses._options import checked
 from fused_kd.reference import USKDParts
+from fused_kd.sources import Head, Logits
 
 if TYPE_CHECKING:  # it is there only where PyTorch was built with torch.distributed
     from torch.distributed import ProcessGroup
@@ -21,7 +23,7 @@ if TYPE_CHECKING:  # it is there only where PyTorch was built with torch.distrib
 
 @overload
 def uskd_loss(
-    student_logits: Tensor, weak_logits: Tensor, target: Tensor, *, alpha: float = ..., beta: float = ...,
+    student_logits: Logits, weak_logits: Logits, target: Tensor, *, alpha: float = ..., beta: float = ...,
     mu: float = ..., ce_weight: float = ..., label_smoothing: float = ..., rank: str = ..., square: bool = ...,
     process_group: ProcessGroup | None = ..., ignore_index: int = ..., reduction: str = ...,
     weight: Tensor | None = ..., normalizer: float | Tensor | None = ..., class_dim: int | None = ...,
@@ -31,7 +33,7 @@ def uskd_loss(
 
 @overload
 def uskd_loss(
-    student_logits: Tensor, weak_logits: Tensor, target: Tensor, *, alpha: float = ..., beta: float = ...,
+    student_logits: Logits, weak_logits: Logits, target: Tensor, *, alpha: float = ..., beta: float = ...,
     mu: float = ..., ce_weight: float = ..., label_smoothing: float = ..., rank: str = ..., square: bool = ...,
     process_group: ProcessGroup | None = ..., ignore_index: int = ..., reduction: str = ...,
     weight: Tensor | None = ..., normalizer: float | Tensor | None = ..., class_dim: int | None = ...,
@@ -41,7 +43,7 @@ def uskd_loss(
 
 @overload
 def uskd_loss(
-    student_logits: Tensor, weak_logits: Tensor, target: Tensor, *, alpha: float = ..., beta: float = ...,
+    student_logits: Logits, weak_logits: Logits, target: Tensor, *, alpha: float = ..., beta: float = ...,
     mu: float = ..., ce_weight: float = ..., label_smoothing: float = ..., rank: str = ..., square: bool = ...,
     process_group: ProcessGroup | None = ..., ignore_index: int = ..., reduction: str = ...,
     weight: Tensor | None = ..., normalizer: float | Tensor | None = ..., class_dim: int | None = ...,
@@ -57,8 +59,8 @@ def uskd_loss(
     "both gradients of that row; among the student's logits, through the mean in P, those of all rows",
 )
 def uskd_loss(
-    student_logits: Tensor,
-    weak_logits: Tensor,
+    student_logits: Logits,
+    weak_logits: Logits,
     target: Tensor,
     *,
     alpha: float = 1.0,
@@ -142,7 +144,6 @@ def uskd_loss(
         >>> target = torch.randint(1000, (8,))
         >>> uskd_loss(student_logits, weak_logits, target, ce_weight=1.0).backward()
     """
-    rows = checks.flatten(student_logits, weak_logits, "weak_logits", target, class_dim)
     numbers = {"alpha": alpha, "beta": beta, "mu": mu, "ce_weight": ce_weight, "label_smoothing": label_smoothing}
     settings = {
         "rank": rank,
@@ -151,16 +152,17 @@ def uskd_loss(
         "process_group": process_group,
         "reduction": reduction,
     }
+    common = (weight, normalizer, class_dim, None, backend, return_parts)
     numbers = checked(numbers, settings)
-    return call(
-        "uskd",
-        _eager,
-        _fused,
-        USKDParts,
-        (student_logits, rows),
-        (numbers, settings),
-        (weight, normalizer, class_dim, None, backend, return_parts),
-    )
+    if _sources.is_source(student_logits) or _sources.is_source(weak_logits):
+
+        def summed(sums: Tensor) -> Tensor:
+            return _over_processes(sums, process_group)
+
+        return _sources.uskd(_eager, summed, (student_logits, weak_logits, target), numbers, settings, common)
+    student, weak = cast(Tensor, student_logits), cast(Tensor, weak_logits)
+    rows = checks.flatten(student, weak, "weak_logits", target, class_dim)
+    return call("uskd", _eager, _fused, USKDParts, (student, rows), (numbers, settings), common)
 
 
 def _eager(
@@ -253,25 +255,25 @@ class USKDLoss(Criterion):
 
     @overload
     def forward(
-        self, student_logits: Tensor, feature: Tensor, target: Tensor, *, weight: Tensor | None = ...,
+        self, student_logits: Logits, feature: Tensor, target: Tensor, *, weight: Tensor | None = ...,
         normalizer: float | Tensor | None = ..., return_parts: Literal[False] = ...,
     ) -> Tensor: ...  # fmt: skip
 
     @overload
     def forward(
-        self, student_logits: Tensor, feature: Tensor, target: Tensor, *, weight: Tensor | None = ...,
+        self, student_logits: Logits, feature: Tensor, target: Tensor, *, weight: Tensor | None = ...,
         normalizer: float | Tensor | None = ..., return_parts: Literal[True],
     ) -> tuple[Tensor, USKDParts]: ...  # fmt: skip
 
     @overload
     def forward(
-        self, student_logits: Tensor, feature: Tensor, target: Tensor, *, weight: Tensor | None = ...,
+        self, student_logits: Logits, feature: Tensor, target: Tensor, *, weight: Tensor | None = ...,
         normalizer: float | Tensor | None = ..., return_parts: bool,
     ) -> Tensor | tuple[Tensor, USKDParts]: ...  # fmt: skip
 
     def forward(
         self,
-        student_logits: Tensor,
+        student_logits: Logits,
         feature: Tensor,
         target: Tensor,
         *,
@@ -279,6 +281,13 @@ class USKDLoss(Criterion):
         normalizer: float | Tensor | None = None,
         return_parts: bool = False,
     ) -> Tensor | tuple[Tensor, USKDParts]:
+        if isinstance(student_logits, Head):
+            classifier = self.weak_classifier
+            weak = Head(feature, classifier.weight, classifier.bias)
+            return self._call(  # type: ignore[no-any-return]
+                student_logits, weak, target, weight=weight, normalizer=normalizer, return_parts=return_parts
+            )
+        student_logits = cast(Tensor, student_logits)
         dim = self._check(student_logits, feature)
         if feature.dim() == 4 and student_logits.dim() == 2:
             feature = feature.mean(dim=(2, 3))
@@ -381,6 +390,10 @@ def _batch_sums(
         sums = reference.uskd_batch_sums(student, target, square=square, ignore_index=ignore_index)
     else:
         sums = autograd.uskd_batch_sums(student, target, square, ignore_index, chosen)
+    return _over_processes(sums, process_group)
+
+
+def _over_processes(sums: Tensor, process_group: ProcessGroup | None) -> Tensor:
     if process_group is not None:
         distributed.all_reduce(sums, group=process_group)
     return sums

@@ -17,6 +17,7 @@ from fused_kd.reference.kd import kd_loss
 from fused_kd.reference.nkd import nkd_loss
 from fused_kd.reference.rows import DistillationParts, LossParts, accumulation_dtype, standardize_logits
 from fused_kd.reference.tf_kd import tf_kd_loss
+from fused_kd.reference.topk import topk_loss
 from fused_kd.reference.uskd import (
     RANKS,
     USKDParts,
@@ -46,6 +47,7 @@ __all__ = [
     "nkd_loss",
     "standardize_logits",
     "tf_kd_loss",
+    "topk_loss",
     "uskd_batch_sums",
     "uskd_loss",
     "uskd_soft_labels",

@@ -59,9 +59,10 @@ def published(method: Method) -> Method:
 
     loss = LOSSES[method.name.replace("-", "_")].provider("published").build()
 
-    def call(outputs: Outputs, teacher_logits: Tensor | None, target: Tensor) -> Value:
+    def call(outputs: Outputs, teacher_logits: Tensor | fused_kd.TopK | None, target: Tensor) -> Value:
         second = {"teacher_logits": teacher_logits, "weak_logits": outputs.weak, "dense_logits": outputs.dense}
         other = second[method.other] if method.other else None
+        assert not isinstance(other, fused_kd.TopK), "the published forms take matrices"
         # A loss of the student's logits alone does not look at the others.
         value = loss(outputs.logits, outputs.logits if other is None else other, target)
         value = value + F.cross_entropy(outputs.logits, target)

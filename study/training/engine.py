@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fused_kd import TopK
 from study.datasets.arrays import Split
 from study.training import batches
 from study.training.batches import Batch
@@ -86,7 +87,7 @@ class Trainer:
     def __init__(
         self,
         student: Student,
-        teach: Callable[[Batch], Tensor] | None,
+        teach: Callable[[Batch], Tensor | TopK] | None,
         method: Method,
         steps: int,
         where: Processes,
@@ -141,7 +142,7 @@ class Trainer:
             self.scaler.scale(loss / self.args.accumulate).backward()
         return torch.stack([loss.detach(), *parts.values()])
 
-    def _time_loss(self, outputs: Outputs, teacher_logits: Tensor | None, target: Tensor) -> None:
+    def _time_loss(self, outputs: Outputs, teacher_logits: Tensor | TopK | None, target: Tensor) -> None:
         """Measure the loss's forward and its backward to the logits, apart from the step's own."""
         begin = time.perf_counter()
         for repeat in range(2):  # the first call may find its data out of the caches that the network filled

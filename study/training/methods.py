@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_kd
+from fused_kd import TopK
 from study.training.errors import RunError
 from study.training.networks import Outputs
 
@@ -37,7 +38,7 @@ class Method:
 
     name: str
     other: str | None
-    call: Callable[[Outputs, Tensor | None, Tensor], Value]
+    call: Callable[[Outputs, Tensor | TopK | None, Tensor], Value]
 
     @property
     def needs_teacher(self) -> bool:
@@ -112,7 +113,7 @@ def _value(setting: str, text: str, default: Any) -> Any:
 
 
 def _cross_entropy(name: str, options: dict[str, Any]) -> Method:
-    def call(outputs: Outputs, teacher_logits: Tensor | None, target: Tensor) -> Value:
+    def call(outputs: Outputs, teacher_logits: Tensor | TopK | None, target: Tensor) -> Value:
         loss = F.cross_entropy(outputs.logits.float(), target, **options)
         return loss, {"ce": loss.detach()}
 
@@ -127,7 +128,7 @@ def _of_fused_kd(name: str, options: dict[str, Any], backend: str, process_group
     if "process_group" in signature:
         keywords["process_group"] = process_group
 
-    def call(outputs: Outputs, teacher_logits: Tensor | None, target: Tensor) -> Value:
+    def call(outputs: Outputs, teacher_logits: Tensor | TopK | None, target: Tensor) -> Value:
         second = {"teacher_logits": teacher_logits, "weak_logits": outputs.weak, "dense_logits": outputs.dense}
         tensors = {} if other is None else {other: second[other]}
         loss, parts = function(outputs.logits, target=target, **tensors, **keywords, return_parts=True)

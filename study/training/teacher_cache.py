@@ -2,13 +2,11 @@
 
 They are of the images as they are in the data set: with a cache the teacher does not see the random shift and flip
 that the student does, and mixed images have no cached logits. ``logits`` are (N, C) bfloat16. With top-k, of each row
-only the k largest log-probabilities and the logarithm of the remaining mass are kept; the rest shares that mass
-equally.
+only the k largest log-probabilities are kept, in float32: a :class:`fused_kd.TopK` whose rest is spread evenly.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fused_kd import TopK
 from study.datasets import arrays
 from study.datasets.arrays import DataError, Dataset
 from study.training.batches import plain_batches
@@ -31,17 +30,30 @@ class TeacherCache:
         self.classes, self.top_k = classes, top_k
         self.values = np.load(folder / "values.npy", mmap_mode="r")
         self.classes_of = np.load(folder / "classes.npy", mmap_mode="r") if top_k else None
-        self.rest = np.load(folder / "rest.npy", mmap_mode="r") if top_k else None
+
+    def source(self, rows: Tensor, device: torch.device, loss: str) -> Tensor | TopK:
+        """What a loss takes for the teacher's logits of these rows; of two losses no kernel takes a TopK."""
+        if not self.top_k or loss in ("js", "dist"):
+            return self.logits(rows).to(device, non_blocking=True)
+        kept = self.kept(rows)
+        log_probs, indices = (each.to(device, non_blocking=True) for each in (kept.log_probs, kept.indices))
+        return TopK(log_probs, indices, kept.rest)
 
     def logits(self, rows: Tensor) -> Tensor:
         """Logits (N, C) of these rows of the training split: bfloat16, with top-k float32."""
+        if not self.top_k:
+            return torch.from_numpy(self.values[rows.numpy()]).view(torch.bfloat16)
+        kept = self.kept(rows)
+        left = (1 - kept.log_probs.double().exp().sum(1, keepdim=True)).clamp(min=1e-12)
+        each = (left / (self.classes - self.top_k)).log().float()
+        return each.repeat(1, self.classes).scatter_(1, kept.indices, kept.log_probs)
+
+    def kept(self, rows: Tensor) -> TopK:
+        """Of a cache with top-k what there is of these rows: nothing is made that is as wide as the classes."""
+        assert self.classes_of is not None
         index = rows.numpy()
-        values = torch.from_numpy(self.values[index]).view(torch.bfloat16)
-        if self.classes_of is None or self.rest is None:
-            return values
-        each = torch.from_numpy(self.rest[index]) - math.log(self.classes - self.top_k)
-        logits = each[:, None].expand(-1, self.classes).clone()
-        return logits.scatter_(1, torch.from_numpy(self.classes_of[index].astype(np.int64)), values.float())
+        indices = torch.from_numpy(self.classes_of[index].astype(np.int64))
+        return TopK(torch.from_numpy(self.values[index]), indices, rest="uniform")
 
 
 def open_cache(
@@ -63,12 +75,12 @@ def open_cache(
     if top_k < 0 or top_k >= data.classes:
         raise RunError(f"--cache-top-k: expected 0 (all) to {data.classes - 1}, got {top_k}")
     wanted: dict[str, Any] = {
-        "what": "teacher logits",
         "data": data.fingerprint,
         "teacher": teacher,
         "rows": len(data.train),
         "classes": data.classes,
         "top_k": top_k,
+        "what": "log-probabilities" if top_k else "teacher logits",
     }
     try:
         if not folder.exists():
@@ -87,7 +99,12 @@ def open_cache(
     return TeacherCache(folder, data.classes, top_k)
 
 
-_TITLES = {"data": "data set, or one in another order", "rows": "number of images", "top_k": "--cache-top-k"}
+_TITLES = {
+    "what": "kind of values",
+    "data": "data set, or one in another order",
+    "rows": "number of images",
+    "top_k": "--cache-top-k",
+}
 
 
 def _short(value: object) -> str:
@@ -96,20 +113,19 @@ def _short(value: object) -> str:
 
 def _fill(folder: Path, data: Dataset, top_k: int, predict: Callable[[Tensor], Tensor], bar: Bar) -> dict[str, Any]:
     rows, kept = len(data.train), top_k or data.classes
-    values = _create(folder / "values.npy", np.int16, (rows, kept))
+    values = _create(folder / "values.npy", np.float32 if top_k else np.int16, (rows, kept))
     classes = _create(folder / "classes.npy", np.int32, (rows, kept)) if top_k else None
-    rest = _create(folder / "rest.npy", np.float32, (rows,)) if top_k else None
     with bar.task("teacher's logits", rows) as advance:
         for part, images, _ in plain_batches(data.train, 1024, 0, rows):
             logits = predict(images).float()
-            if classes is not None and rest is not None:
+            if classes is not None:
                 log_p, order = logits.log_softmax(1).sort(stable=True, dim=1, descending=True)
                 classes[part] = order[:, :top_k].numpy()
-                rest[part] = log_p[:, top_k:].logsumexp(1).numpy()
-                logits = log_p[:, :top_k]
-            values[part] = logits.bfloat16().contiguous().view(torch.int16).numpy()
+                values[part] = log_p[:, :top_k].numpy()
+            else:
+                values[part] = logits.bfloat16().contiguous().view(torch.int16).numpy()
             advance(len(images))
-    for array in (values, classes, rest):
+    for array in (values, classes):
         if array is not None:
             array.flush()
     return {}

@@ -28,6 +28,10 @@ def test_pieces_are_as_exact_as_the_row(loss, standardize, dtype):
     staged_cases.assert_within_the_whole_rows_error(native, problem, dtype)
 
 
+def test_js_of_beta_0_is_kd():
+    staged_cases.assert_beta_0_is_kd(native)
+
+
 def test_a_class_out_of_range_is_named():
     problem = staged_cases.make("nkd", 10, (4,))
     problem.target[2] = 10

@@ -1,6 +1,9 @@
 """The snippets of docs/integrations.md, run as they stand there: a few steps, the loss that of a direct call."""
 
 import copy
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pages
@@ -20,6 +23,7 @@ FRAMEWORKS = (
     "detection",
     "segmentation",
     "timm",
+    "processes",
     "torchdistill",
 )
 CLASSES = 7
@@ -312,6 +316,21 @@ def test_detection_heads_of_torchvision():
     )
     assert all(parameter.grad.abs().sum() > 0 for parameter in student[0].parameters())
     assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_processes(tmp_path, capsys):
+    script = tmp_path / "script.py"
+    script.write_text(pages.snippets(PAGE)["processes"])
+    run_snippet(PAGE, "processes")["train"]()
+    alone = capsys.readouterr().out.split()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    root = str(pages.DOCS.parent)
+    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 0, ran.stderr
+    losses = [float(line) for line in ran.stdout.split()]
+    assert len(losses) == 5 and losses[-1] < losses[0]
+    assert losses == pytest.approx([float(line) for line in alone], abs=5e-6)
 
 
 def test_torchdistill():

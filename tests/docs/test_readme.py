@@ -17,6 +17,9 @@ def test_the_first_examples_run_as_pasted():
     exec(compile(module, "README.md, the module", "exec"), names)
     torch.testing.assert_close(names["loss"].detach(), loss)
     torch.testing.assert_close(sum(names["parts"]), loss)
+    (sources,) = (block for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL) if "import Head" in block)
+    exec(compile(sources, "README.md, sources", "exec"), names)
+    assert names["head"].weight.grad.abs().sum() > 0
 
 
 def test_installing_and_what_ran_on_a_gpu_stand_first():

@@ -8,7 +8,9 @@ from torch.utils.checkpoint import checkpoint
 
 import fused_kd
 from fused_kd import Head, sources
+from fused_kd.backends import heads, native
 from fused_kd.core.catalogue import LOSSES, ROW_LOSSES
+from fused_kd.core.options import HyperParameters, Options
 
 ROWS, CLASSES, WIDTH, OTHER = 7, 301, 12, 5
 #: DIST's term of the batch's columns needs all rows.
@@ -93,10 +95,8 @@ def test_chunks_change_nothing(chunk_rows):
 
 
 def test_a_budget_makes_chunks(monkeypatch):
-    monkeypatch.setitem(sources.CHUNK_BYTES, "cpu", 8 * 3 * CLASSES * 2)
+    monkeypatch.setitem(sources.CHUNK_BYTES, "cpu", 8 * 2 * CLASSES * 2)
     seen = []
-    from fused_kd.backends import native
-
     inner = native.row_loss
     monkeypatch.setattr(native, "row_loss", lambda student, *rest: seen.append(len(student)) or inner(student, *rest))
     compare("kd", torch.float64, "native")
@@ -240,11 +240,56 @@ def test_compiled(reduction):
     assert counter.frame_count <= 2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_products_of_halves(dtype, monkeypatch):
+    """As a GPU has them, in float32, here by a stand-in: gradients divided by many rows do not underflow."""
+    inner = torch.mm
+
+    def mm(a, b, out_dtype=None, **options):
+        if out_dtype is None:
+            return inner(a, b, **options)
+        assert a.dtype == b.dtype == dtype and out_dtype == torch.float32
+        return inner(a.float(), b.float())
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(heads, "_mixes", lambda weight, compute: True)
+    for scale in (1.0, 2.0**-20):
+        found, expected = compare("nkd", dtype, "native", {"chunk_rows": 3}, incoming=1.0, normalizer=7 / scale)
+        for each, wanted in zip(found[1:], expected[1:], strict=True):
+            of_each = torch.finfo(dtype)
+            assert (each - wanted).norm() <= 4 * of_each.eps * wanted.norm() + of_each.smallest_normal
+    weights = [each.float() for each in tensors(dtype)[0]]
+    results = []
+    for compute in (dtype, None):
+        given = [each.clone().requires_grad_() for each in weights[:3]]
+        monkeypatch.setattr(heads, "_mixes", lambda weight, of, compute=compute: compute is not None)
+        with torch.autocast("cpu", dtype):
+            loss = fused_kd.nkd_loss(Head(*given), Head(*weights[3:]), tensors(dtype)[1])
+        results.append((loss, *torch.autograd.grad(loss, given)))
+    for each, wanted in zip(*results, strict=True):
+        assert each.dtype == torch.float32
+        assert (each - wanted).norm() <= 4 * torch.finfo(dtype).eps * wanted.norm()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradcheck(reduction):
+    (hidden, weight, bias, *_), _ = tensors()
+    few = [each[..., :3].clone().requires_grad_() for each in (hidden[:4], weight[:6])]
+    few.append(bias[:6].clone().requires_grad_())
+    target, teacher = torch.tensor([0, 5, -100, 2]), torch.randn(4, 6, dtype=torch.float64)
+
+    def loss(*given):
+        head = Head(*given, softcap=3.0, logit_scale=0.7, chunk_rows=3)
+        return fused_kd.nkd_loss(head, teacher, target, temperature=2.0, ce_weight=0.5, reduction=reduction)
+
+    assert torch.autograd.gradcheck(loss, few)
+
+
 def test_the_op_is_in_order():
     (hidden, weight, bias, *of_teacher), target = tensors(torch.float32)
     given = [each.requires_grad_(False) for each in (hidden, weight, bias)]
     op = torch.ops.fused_kd.source_loss.default
-    arguments = (*given, *of_teacher, None, target, None, None, "nkd", [*[0.0] * 2, 1.5, *[0.0] * 3, 1.0, 1.0, 0.0])
+    arguments = (*given, None, *of_teacher, None, target, None, "nkd", [*[0.0] * 2, 1.5, *[0.0] * 3, 1.0, 1.0, 0.0])
     for wanted, reduction in (([True] * 3, "mean"), ([False, True, False], "sum"), ([False] * 3, "none")):
         further = (False, -100, reduction, [1.0, 0.0, 1.0, 0.0], "", [0, CLASSES], "", 3, None, wanted, "native")
         torch.library.opcheck(op, (*arguments, *further), test_utils=("test_schema", "test_faketensor"))
@@ -303,4 +348,33 @@ def test_messages_of_the_call():
     with pytest.raises(ValueError, match=r"target: expected class indices of shape \(7,\)"):
         fused_kd.kd_loss(head, teacher, target[:3])
     with pytest.raises(TypeError, match="student_logits: expected a Tensor"):
-        fused_kd.uskd_loss(head, teacher, target)
+        fused_kd.zipf_ls_loss(head, teacher, target)
+
+
+@pytest.mark.parametrize("loss", ROW_LOSSES)
+def test_a_gradient_over_its_logits(loss):
+    """To the bit what it is elsewhere: of rows that fit the caches, of a large matrix, and of those with -inf."""
+    generator = torch.Generator().manual_seed(1)
+    named = {"alpha": 0.5, "beta": 0.4, "gamma": 0.0 if loss == "dist" else 1.2, "correct": 0.9}
+    hyper = HyperParameters(**named, temperature=2.0, ce_weight=0.3, label_smoothing=0.1)
+    for shape in ((3, 1001), (33, 70001)):
+        student, other = (torch.randn(shape, generator=generator) for _ in range(2))
+        student[0, 5], student[2] = -torch.inf, 2.0
+        teacher, target = None if loss == "tf_kd" else other, torch.randint(shape[1], shape[:1], generator=generator)
+        factors = torch.rand(2, len(student), dtype=torch.float64, generator=generator)
+        for standardize in (False, True)[: 1 + (teacher is not None)]:
+            asked = Options(hyper, -100, "none", (True,), (1.0,), loss, standardize)
+            expected = native.row_loss(student, teacher, target, factors, None, asked)
+            over = student.clone()
+            found = native.row_loss(over, teacher, target, factors, None, asked._replace(over=True))
+            assert found[2] is over
+            for each, wanted in zip(found, expected, strict=True):
+                torch.testing.assert_close(each, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("loss", ["nkd", "js"])
+def test_triton(loss):
+    """The same loop around its kernels, on its interpreter or as compiled code."""
+    found, expected = compare(loss, torch.float32, "triton", {"chunk_rows": 4}, incoming=2.0)
+    for each, wanted in zip(found, expected, strict=True):
+        assert (each - wanted).norm() <= 2e-5 * wanted.norm()

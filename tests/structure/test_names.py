@@ -5,8 +5,12 @@ import re
 import pytest
 from tree import FOLDERS, ROOT, SOURCES
 
+from fused_kd.backends import topk
+from fused_kd.backends.native.staged import FIELDS
+from fused_kd.backends.staged import STAGES
 from fused_kd.core.catalogue import BITS, KIND_SHIFT, LOSSES, ROW_LOSSES
 from fused_kd.core.options import HyperParameters
+from fused_kd.reference import topk as reference_topk
 
 PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "Makefile", *(ROOT / "benchmarks").glob("*.md")]
@@ -68,6 +72,29 @@ def test_hyper_parameters_have_one_order():
     assert tuple(fields) == HyperParameters._fields
     boundary = (ROOT / "csrc/python/boundary.h").read_text()
     assert f"Fields x(given, {len(fields)});" in boundary and boundary.count("x.number()") == len(fields)
+
+
+def test_what_becomes_of_a_teachers_rest_has_one_number():
+    """In Python and C++; and what the Triton kernels are asked for beside, in the kernels and their plan."""
+    header = (ROOT / "csrc/losses/topk_losses.h").read_text()
+    (enum,) = re.findall(r"enum TopKRest[^{]*\{([^}]*)\}", header)
+    numbers = {name.lower(): int(number) for name, number in re.findall(r"k(\w+) = (\d+)", enum)}
+    assert numbers == topk.RESTS
+    assert {*reference_topk.RESTS} == {*topk.RESTS}
+    folder = ROOT / "fused_kd/backends/triton"
+    kernels = re.search(r"^SHARP, LINEAR = tl.constexpr\((\d+)\), tl.constexpr\((\d+)\)$",
+                        (folder / "kernels/topk.py").read_text(), re.MULTILINE)  # fmt: skip
+    plan = re.search(r"^SHARP, LINEAR = (\d+), (\d+)$", (folder / "plans/topk.py").read_text(), re.MULTILINE)
+    assert kernels.groups() == plan.groups()
+
+
+def test_what_a_stage_ends_with_has_one_number():
+    """In Python and in C++; Triton's kernels have it from their own statistics."""
+    header = (ROOT / "csrc/cpu/kernels.h").read_text()
+    fields = {name.lower(): int(number) for name, number in re.findall(r"k(\w+)Fields = (\d+);", header)}
+    assert {**fields, "gradient": 0} == FIELDS
+    (enum,) = re.findall(r"enum Stage \{([^}]*)\}", header)
+    assert {name.lower(): int(number) for name, number in re.findall(r"k(\w+) = (\d+)", enum)} == STAGES
 
 
 def test_a_row_loss_names_its_own():

@@ -41,9 +41,10 @@ def test_imports_run_one_way(path):
 
 @pytest.mark.parametrize("folder", ("losses", "reference"))
 def test_a_loss_is_one_file(folder):
-    """Each name of the catalogue has a file, and the reverse; decompose is their study."""
+    """Each name of the catalogue has a file, and the reverse. decompose is their study, and topk has all that have a
+    teacher."""
     files = {path.stem for path in (PACKAGE / folder).glob("*.py") if not path.stem.startswith("_")}
-    assert files - {"decompose", "rows"} == set(LOSSES)
+    assert files - {"decompose", "rows", "topk"} == set(LOSSES)
 
 
 def test_a_file_has_the_function_and_the_module():

@@ -72,7 +72,7 @@ def pieces_of(problem):
     index = target
     if probabilities:
         found = [staged.likeliest(target[:, span], span.start) for span in spans]
-        index = staged.likeliest_of_all(*(torch.stack(each) for each in zip(*found, strict=True)))
+        index = staged.likeliest_of_all(torch.stack(found))
     return [
         staged.Piece(
             student[:, span],
@@ -110,6 +110,17 @@ def assert_within_the_whole_rows_error(kernels, problem, dtype):
         size = right.abs().amax()
         error, budget = ((each.double() - right).abs().amax() / size.clamp(min=1e-30) for each in (ours, theirs))
         assert error <= budget + slack, (float(error), float(budget))
+
+
+def assert_beta_0_is_kd(kernels):
+    """Jensen–Shannon of beta = 0, whose own sums are all 0 there."""
+    problem = make("js", 40, (9, 30), temperature=2.0, ce_weight=1.0)
+    asked = problem.options._replace(hyper=problem.options.hyper._replace(beta=0.0))
+    parts, gradients = staged.run(kernels, pieces_of(problem), asked)
+    given = problem.student, problem.teacher, problem.target, None, None, asked._replace(loss="kd")
+    _, whole_parts, whole_gradient, _ = kernels.row_loss(*given)
+    for ours, exact in ((parts, whole_parts), (torch.cat(gradients, 1), whole_gradient)):
+        torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-9)
 
 
 @st.composite

@@ -77,6 +77,25 @@ def test_ranked_selection(tmp_path, part):
 
 
 @needs_triton
+def test_sm_100_needs_no_stack():
+    """What spilled there at limits under which sm_90 spilled nothing."""
+    script = """
+from fused_kd.backends.triton.compile import compile_launch
+from tools.compile_matrix.cases import BF16, FP16, Case
+of_rows = [Case(BF16, BF16, 2048, loss=loss, ce_weight=0.0) for loss in ("kd", "js")]
+for case in (Case(FP16, FP16, 4096, 3.0, rows=40000), *of_rows):
+    for launch in case.launches():
+        if launch.kernel.startswith("rows"):
+            report = compile_launch(launch, 100)
+            print(launch.kernel, report.stack, report.local)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.stdout.splitlines() == ["rows_looped 0 0", *["rows_on_chip 0 0"] * 2], result
+
+
+@needs_triton
 def test_an_option_that_does_not_reach_the_compiler_is_an_error():
     script = """
 import torch

@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Compiles the kernels for GPUs that need not be there, and shows what the compiler made of them.",
     )
     parser.add_argument(
-        "--full", action="store_true", help="every configuration that dispatch can choose; over an hour"
+        "--full", action="store_true", help="every configuration that dispatch can choose; some nine hours of a core"
     )
     parser.add_argument("--part", metavar="K/N", default="1/1", help="the K-th of N parts, for N machines")
     parser.add_argument("--loss", choices=[*cases.CASES, "all", "none"], default="all", help="of Triton's kernels")

@@ -22,6 +22,7 @@ from fused_kd.core.options import HyperParameters, Options, outputs, pair_output
 from fused_kd.reference import accumulation_dtype
 from tools.compile_matrix.calls import Call, describe, empty, factors, logits, prob, targets
 from tools.compile_matrix.staged import staged_cases
+from tools.compile_matrix.topk import topk_cases
 
 
 class Case(NamedTuple):
@@ -178,6 +179,7 @@ def cases(full: bool) -> Iterator[Case]:
         yield from (Case(dtype, dtype, 1000, rows=40000) for dtype in (FP16, BF16))
         yield Case(BF16, BF16, 21841, 1.0, BF16)
         yield Case(BF16, BF16, 21841, 3.0, BF16, layout="strided")
+        yield Case(FP16, FP16, 4096, 3.0, rows=40000)
         return
     for student, teacher in (*((dtype, dtype) for dtype in DTYPES), *MIXED):
         for classes, temperature, labels in itertools.product((10, 256, *REGIMES), (1.0, 3.0), (None, student)):
@@ -205,6 +207,7 @@ def row_cases(full: bool) -> Iterator[Case]:
         weighted = Case(BF16, BF16, 1000, reduction="sum", weighted=True)
         yield from (weighted, weighted._replace(classes=21841, temperature=3.0, labels=BF16))
         yield weighted._replace(student=FP64, teacher=FP64, classes=2048, loss="dkd")
+        yield from (Case(BF16, BF16, 2048, loss=loss, ce_weight=0.0) for loss in ("kd", "js"))
         return
     for loss in (*losses, "nkd"):
         for temperature, (ce_weight, smoothing), standardize in itertools.product(
@@ -291,6 +294,7 @@ CASES: dict[str, Callable[[bool], Iterator[Call]]] = {
     "uskd": ranked_cases,
     "zipf_ls": zipf_cases,
     "staged": staged_cases,
+    "topk": topk_cases,
 }
 
 

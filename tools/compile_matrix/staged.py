@@ -10,7 +10,7 @@ import torch
 
 from fused_kd.backends import staged
 from fused_kd.backends.triton.launch import Launch
-from fused_kd.backends.triton.plans.staged import FIELDS, plan_stage
+from fused_kd.backends.triton.plans.staged import fields, plan_stage
 from fused_kd.core.catalogue import ROW_LOSSES
 from fused_kd.core.options import HyperParameters, Options
 from fused_kd.reference import accumulation_dtype
@@ -56,10 +56,10 @@ class StagedCase(NamedTuple):
         acc = accumulation_dtype(student, teacher if teacher is not None else student)
         found, launches = staged.Found(), []
         for stage in staged.stages_of(options):
-            out = empty(FIELDS.get(stage, 3), self.rows, dtype=acc)
+            out = empty(fields().get(stage, 3), self.rows, dtype=acc)
             gradient = empty(*student.shape, dtype=self.student)
             launches.append(plan_stage(stage, piece, found, options, factors(self, 2), out, gradient))
-            if stage in FIELDS:
+            if stage in fields():
                 found = found._replace(**{stage: empty(8, *out.shape, dtype=acc)})
         return launches
 

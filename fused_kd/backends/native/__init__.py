@@ -83,7 +83,7 @@ def row_loss(
 ) -> tuple[Tensor, ...]:
     other = student if teacher is None else teacher  # not read where the loss has no teacher
     dtype = accumulation_dtype(student, other)
-    made = loss, parts, gradient, norm = outputs(student, options.wanted[0], 3, options.reduction, dtype)
+    made = loss, parts, gradient, norm = outputs(student, options.wanted[0], 3, options.reduction, dtype, options.over)
     bad_row = _core.row_loss(
         (instruction_set, torch.get_num_threads()),
         matrix(student),
@@ -174,6 +174,39 @@ def zipf_ls(
     if bad_row >= 0:
         raise checks.row_error(target, bad_row, student.shape[1], options.ignore_index)
     return made
+
+
+def topk_loss(
+    student: Tensor,
+    log_probs: Tensor,
+    indices: Tensor,
+    rest: int,
+    target: Tensor,
+    factors: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See :func:`fused_kd.backends.topk.row_loss`."""
+    dtype, rows, want = accumulation_dtype(student, log_probs), student.shape[0], options.wanted[0]
+    loss, parts = student.new_empty(rows, dtype=dtype), student.new_empty((3, rows), dtype=dtype)
+    gradient = torch.empty_like(student, memory_format=torch.contiguous_format) if want else None
+    bad_row = _core.topk_loss(
+        (instruction_set, torch.get_num_threads()),
+        matrix(student),
+        (matrix(log_probs), matrix(indices), indices.shape[1], rest),
+        matrix(target),
+        student.shape,
+        NUMBERS[options.loss],
+        options.hyper,
+        options.ignore_index,
+        address(factors),
+        (address(gradient), options.scales[0]),
+        (loss.data_ptr(), parts.data_ptr(), DTYPES[dtype]),
+    )
+    if bad_row >= rows:
+        raise checks.kept_error(indices, bad_row - rows, student.shape[1])
+    if bad_row >= 0:
+        raise checks.row_error(target, bad_row, student.shape[1], options.ignore_index)
+    return loss, parts, gradient
 
 
 def argsort_descending(keys: Tensor) -> Tensor:

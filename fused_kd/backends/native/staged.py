@@ -21,6 +21,15 @@ STATISTICS = (
 )  # fmt: skip
 #: How many numbers of a row a stage ends with (csrc/cpu/kernels.h).
 FIELDS = {"moments": 6, "statistics": len(STATISTICS), "sums": 12, "gradient": 0}
+#: Statistics that are 0 but of class probabilities, and but of z-scores: pieces need not tell each other.
+_OF_LABELS = ("v_sum", "v_cross", "v_blocked", "v_cross_t")
+_OF_SCORES = ("w_soft", "w_sharp", "w_teacher")
+
+
+def _told(labels: bool, standardize: bool) -> list[int]:
+    """The places of the statistics that a stage ends with, of all that it has."""
+    idle = (*(() if labels else _OF_LABELS), *(() if standardize else _OF_SCORES))
+    return [place for place, name in enumerate(STATISTICS) if name not in idle]
 
 
 def row_stage(
@@ -32,6 +41,11 @@ def row_stage(
     rows, columns = student.shape
     other = student if teacher is None else teacher
     dtype = accumulation_dtype(student, other)
+    told = _told(labels is not None, options.standardize)
+    if found.statistics is not None:
+        statistics = found.statistics.new_zeros(len(found.statistics), len(STATISTICS), rows)
+        statistics[:, told] = found.statistics
+        found = found._replace(statistics=statistics)
     last = stage == "gradient"
     out = torch.zeros(FIELDS[stage], rows, dtype=torch.float64)
     parts = torch.empty(rows, 3, dtype=torch.float64)
@@ -60,4 +74,6 @@ def row_stage(
         assert found.statistics is not None
         of_labels = [STATISTICS.index(name) for name in ("v_sum", "v_target")]
         raise checks.row_error(found.statistics[:, of_labels].sum((0, 1))[:, None], bad_row, num_classes, -1)
-    return (parts.T.to(dtype), gradient) if last else out
+    if last:
+        return parts.T.to(dtype), gradient
+    return out[told] if stage == "statistics" else out

@@ -22,6 +22,8 @@ OLDEST = 7
 OPS = {"row_loss": "rows", "uskd": "uskd", "uskd_batch_sums": "uskd", "zipf_ls": "zipf_ls", "scale_gradient": "scale"}
 #: And that of a stage, see :mod:`fused_kd.backends.staged`.
 OPS["row_stage"] = "staged"
+#: And of a row loss whose teacher was not kept whole, see :mod:`fused_kd.backends.topk`.
+OPS["topk_loss"] = "topk"
 
 
 def __getattr__(name: str) -> Any:

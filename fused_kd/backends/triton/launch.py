@@ -25,7 +25,7 @@ class Launch(NamedTuple):
 def planned(kernel: str, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> Launch:
     """A launch whose products and sums are not fused. A compiler fuses here and not there: then equal logits have
     different keys, probabilities are not those whose moments were taken, and the lanes of a reduction, each of which
-    fuses its own product and gets its neighbour's rounded, end with different sums. NKD takes 3 % more instructions so.
+    fuses its own product and gets its neighbour's rounded, end with different sums. NKD takes 4 % more instructions so.
     To be said each time: Triton's default changes with its releases."""
     return Launch(kernel, programs, arguments, {**options, "enable_fp_fusion": False})
 
@@ -43,6 +43,7 @@ def kernels() -> dict[str, Any]:
             "uskd_streamed",
             "zipf_ls",
             "staged",
+            "topk",
         )
     ]
     names = (
@@ -51,6 +52,7 @@ def kernels() -> dict[str, Any]:
         "target_probabilities", "ranked_on_chip", "write_keys", "write_zipf", "combine_ranked",
         "find_votes", "rank_votes", "zipf_rows",
         "piece_moments", "piece_statistics", "piece_sums", "piece_gradient",
+        "rest_statistics", "rest_gradient",
     )  # fmt: skip
     return {name: getattr(module, name) for module in modules for name in names if hasattr(module, name)}
 

@@ -59,8 +59,12 @@ ON_CHIP = (
 #: Rows of more classes than this take less time walked twice than held, of which too few are under way at once: NKD of
 #: 8192 rows of 8192 classes took an H200 164 us for 299, of 4096 classes 93 for 100. If they can be loaded in vectors.
 ON_CHIP_MOST = 2048
-#: What other losses take, by T = 1, and NKD at other temperatures.
-ON_CHIP_REGISTERS, ON_CHIP_DIST_REGISTERS = {True: 136, False: 168}, 200
+#: What other losses take, and NKD at other temperatures; 168 are the most that leave room for 12 warps on a
+#: multiprocessor.
+ON_CHIP_REGISTERS, ON_CHIP_DIST_REGISTERS = 168, 200
+#: Where one exponential serves all softmaxes. On sm_90 the compiler gives WSLD 123 at 136, and 16 warps fit, but 139 at
+#: 144. KD and DKD take more than 128 at either, and at 136 KD spilled a word on sm_100.
+ON_CHIP_SINGLE_REGISTERS = {"kd": 144, "dkd": 144, "wsld": 136, "tf_kd": 136}
 #: All other calls, which would spill so: (tile, warps, registers), 8 logits of each input a thread up to the last row.
 #: The compiler left alone aims at round occupancies and spills a few words to get there; these are the least that no
 #: dtype spills at. At 8192 probabilities as targets spill, and losses other than NKD, at 4096 both together.
@@ -91,6 +95,9 @@ LOOPED_WARPS, LOOPED_REGISTERS = 8, 64
 LOOPED_SHORT = 16384
 #: Of float32, at another temperature, and there with logits of two dtypes, which spill a word at less on some GPU.
 LOOPED_FLOAT32_REGISTERS, LOOPED_SHARP_REGISTERS, LOOPED_MIXED_REGISTERS = 72, 80, 104
+#: Of NKD in half precision at another temperature. Left 80, the compiler takes 72 for most calls all the same, but for
+#: some on sm_100 all 80, and then spills a word.
+LOOPED_SHARP_HALF_REGISTERS = 72
 #: Jensen–Shannon spills at the 80 that three programs of 8 warps can have; 4 warps put five on a multiprocessor.
 LOOPED_JS_REGISTERS, LOOPED_DIST_REGISTERS = 104, 128
 #: With z-scores or smoothed labels; probabilities and float64 of losses other than NKD take more.
@@ -133,8 +140,11 @@ def row_config(
     if ordinary and not (vectors and block > ON_CHIP_MOST):
         for most, tile, warps, registers in ON_CHIP:
             if block <= most:
-                if not plain or not unit_temperature:
-                    registers = ON_CHIP_DIST_REGISTERS if loss == "dist" else ON_CHIP_REGISTERS[unit_temperature]
+                if loss == "dist":
+                    registers = ON_CHIP_DIST_REGISTERS
+                elif not plain or not unit_temperature:
+                    single = ON_CHIP_SINGLE_REGISTERS if unit_temperature else {}
+                    registers = single.get(loss, ON_CHIP_REGISTERS)
                 return OnChip(min(ON_CHIP_ROWS, tile // block), block, warps, registers)
     elif not ordinary:
         tiles = ON_CHIP_WIDE if wide else ON_CHIP_MORE
@@ -164,7 +174,9 @@ def row_config(
         if loss in ("js", "dist"):
             registers = LOOPED_JS_REGISTERS if loss == "js" else LOOPED_DIST_REGISTERS
         elif not unit_temperature:
-            registers = LOOPED_MIXED_REGISTERS if mixed else LOOPED_SHARP_REGISTERS
+            half = plain and narrow == 2
+            registers = LOOPED_SHARP_HALF_REGISTERS if half else LOOPED_SHARP_REGISTERS
+            registers = LOOPED_MIXED_REGISTERS if mixed else registers
     else:
         registers = LOOPED_MOST_REGISTERS if plain or not (wide or probabilities) else everything
     return Looped(32 * warps, 16 // narrow, warps, registers)

@@ -17,7 +17,7 @@ from fused_kd.backends.triton import launch, layout
 from fused_kd.backends.triton.plans import common
 from fused_kd.core.catalogue import LOSSES
 from fused_kd.reference import accumulation_dtype
-from tests.support import staged_cases
+from tests.support import staged_cases, topk_cases
 
 pytest.importorskip("triton")
 pytestmark = [
@@ -89,6 +89,7 @@ def test_every_kernel_is_run(launched, monkeypatch):
             compare(loss, torch.float32, rows=20, classes=20)
     clear_caches()
     staged_cases.assert_same(backend, staged_cases.make("js", 20, (9,), standardize=True))
+    topk_cases.assert_same(backend, topk_cases.make("kd", "bucket", 20, 3))
     assert launched == {*launch.kernels()}
 
 

@@ -6,6 +6,8 @@ from hypothesis import given, settings
 
 from fused_kd.backends import staged
 from fused_kd.backends import triton as backend
+from fused_kd.backends.triton.launch import run
+from fused_kd.backends.triton.plans.staged import fields, plan_stage
 from fused_kd.core.catalogue import ROW_LOSSES
 from tests.support import staged_cases
 
@@ -31,6 +33,21 @@ def test_pieces_are_as_exact_as_the_row(loss, standardize, labels):
     options = {"temperature": 3.0, "ce_weight": 1.0, "label_smoothing": 0.1, "standardize": standardize}
     problem = staged_cases.make(loss, 1500, (7, 1024, 1400), labels=labels, **options)
     staged_cases.assert_within_the_whole_rows_error(backend, staged_cases.without_columns(problem), torch.float32)
+
+
+def test_a_stage_fills_all_its_fields_and_no_more():
+    problem = staged_cases.make("dist", 10, (4,), standardize=True)
+    (piece, _), options = staged_cases.pieces_of(problem), staged_cases.without_columns(problem).options
+    found, unwritten = staged.Found(), -12345.0
+    for stage, number in fields().items():
+        out = torch.full((number + 1, len(piece.student)), unwritten, dtype=torch.float64)
+        run([plan_stage(stage, piece, found, options, None, out, torch.empty(0))], out.device)
+        assert (out[:-1] != unwritten).all() and (out[-1] == unwritten).all(), stage
+        found = found._replace(**{stage: out[None, :-1].contiguous()})
+
+
+def test_js_of_beta_0_is_kd():
+    staged_cases.assert_beta_0_is_kd(backend)
 
 
 def test_the_columns_of_dist_have_no_stages():

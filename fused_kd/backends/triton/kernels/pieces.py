@@ -12,10 +12,13 @@ from fused_kd.backends.triton.kernels.rows import LOG2E, make_scales, merge_lane
 from fused_kd.backends.triton.kernels.values import Moments, PointwiseSums, Statistics
 
 _NEG_INF = tl.constexpr(float("-inf"))
-#: Fields of a row: of both logits' moments, of the statistics with the target's three, and of the sums.
-MOMENTS = tl.constexpr(6)
-STATISTICS = tl.constexpr(19)
-SUMS = tl.constexpr(10)
+#: Fields of a row: of both logits' moments, where the teacher's begin, of the statistics, behind which the target's two
+#: logits and its probability begin, and of the sums.
+MOMENTS = tl.constexpr(2 * len(Moments._fields))
+OF_TEACHER = tl.constexpr(len(Moments._fields))
+STATISTICS = tl.constexpr(len(Statistics._fields) + 3)
+OF_TARGET = tl.constexpr(len(Statistics._fields))
+SUMS = tl.constexpr(len(PointwiseSums._fields))
 
 
 @triton.jit
@@ -28,15 +31,15 @@ def _field(found, which, fields, pieces, rows, row, other, PIECES: tl.constexpr)
 @triton.jit
 def store_moments(out, first, rows, row, moments):
     """As :func:`_merged_moments` reads them: number, mean and the sum of squares about it."""
-    tl.store(out + first * rows + row, moments.number)
-    tl.store(out + (first + 1) * rows + row, moments.mean)
+    tl.store(out + rows * first + row, moments.number)
+    tl.store(out + rows * (first + 1) + row, moments.mean)
     square = moments.deviation * moments.deviation * tl.maximum(moments.number - 1.0, 1.0)
-    tl.store(out + (first + 2) * rows + row, square)
+    tl.store(out + rows * (first + 2) + row, square)
 
 
 @triton.jit
 def _merged_moments(found, first, pieces, rows, row, PIECES: tl.constexpr):
-    """Of the student's logits (first = 0) or the teacher's (3), Chan's formula."""
+    """Of the student's logits (first = 0) or the teacher's, Chan's formula."""
     number = _field(found, first, MOMENTS, pieces, rows, row, 0.0, PIECES)
     mean = _field(found, first + 1, MOMENTS, pieces, rows, row, 0.0, PIECES)
     square = _field(found, first + 2, MOMENTS, pieces, rows, row, 0.0, PIECES)
@@ -58,7 +61,7 @@ def merged_scales(
     k = tl.full((), LOG2E, ACC)
     if STD:
         s_moments = _merged_moments(moments, 0, pieces, rows, row, PIECES)
-        t_moments = _merged_moments(moments, 3, pieces, rows, row, PIECES)
+        t_moments = _merged_moments(moments, OF_TEACHER, pieces, rows, row, PIECES)
     else:
         zero = tl.zeros([1], ACC)
         s_moments = Moments(zero, zero, zero)
@@ -87,9 +90,9 @@ def merged_statistics(found, pieces, rows, row, scales, PIECES: tl.constexpr, LO
         _field(found, 14, STATISTICS, pieces, rows, row, 0.0, PIECES),
         _field(found, 15, STATISTICS, pieces, rows, row, 0.0, PIECES),
     )
-    s_y = total_of(_field(found, 16, STATISTICS, pieces, rows, row, 0.0, PIECES))
-    t_y = total_of(_field(found, 17, STATISTICS, pieces, rows, row, 0.0, PIECES))
-    v_y = total_of(_field(found, 18, STATISTICS, pieces, rows, row, 0.0, PIECES))
+    s_y = total_of(_field(found, OF_TARGET, STATISTICS, pieces, rows, row, 0.0, PIECES))
+    t_y = total_of(_field(found, OF_TARGET + 1, STATISTICS, pieces, rows, row, 0.0, PIECES))
+    v_y = total_of(_field(found, OF_TARGET + 2, STATISTICS, pieces, rows, row, 0.0, PIECES))
     return merge_lanes(stats, scales, LOSS, SINGLE), s_y, t_y, v_y
 
 

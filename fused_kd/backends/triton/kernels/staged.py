@@ -19,6 +19,8 @@ import triton.language as tl
 from fused_kd.backends.triton.kernels.losses import coefficients
 from fused_kd.backends.triton.kernels.on_chip import all_weights, at, store_parts
 from fused_kd.backends.triton.kernels.pieces import (
+    OF_TARGET,
+    OF_TEACHER,
     SUMS,
     merged_piece_sums,
     merged_scales,
@@ -110,7 +112,7 @@ def piece_moments(
     s_moments = row_moments(s, student_col, 0, lane, lane < 0, lane, end, LANES, WIDTH, UNIT, False, ACC)
     t_moments = row_moments(t, teacher_col, 0, lane, lane < 0, lane, end, LANES, WIDTH, UNIT, False, ACC)
     store_moments(out, 0, rows, row, s_moments)
-    store_moments(out, 3, rows, row, t_moments)
+    store_moments(out, OF_TEACHER, rows, row, t_moments)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -173,19 +175,19 @@ def piece_statistics(
             stats, s, t, v, cols == y[:, None], cols < end, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW
         )
     merged = merge_lanes(stats, scales, LOSS, SINGLE)
-    for field in tl.static_range(16):
+    for field in tl.static_range(OF_TARGET):
         tl.store(out + field * rows + row, merged[field])
     here = (y >= 0) & (y < end)
     s_y = tl.load(at(bases[0], y, student_col, UNIT), mask=here, other=0.0).to(ACC)
-    tl.store(out + 16 * rows + row, s_y)
+    tl.store(out + rows * OF_TARGET + row, s_y)
     t_y = tl.zeros([1], ACC)
     if TEACHER & LOSS:
         t_y = tl.load(at(bases[1], y, teacher_col, UNIT), mask=here, other=0.0).to(ACC)
-    tl.store(out + 17 * rows + row, t_y)
+    tl.store(out + rows * (OF_TARGET + 1) + row, t_y)
     v_y = tl.zeros([1], ACC)
     if PROB:
         v_y = tl.load(at(bases[2], y, labels_col, UNIT), mask=here, other=0.0).to(ACC)
-    tl.store(out + 18 * rows + row, v_y)
+    tl.store(out + rows * (OF_TARGET + 2) + row, v_y)
 
 
 @triton.jit(do_not_specialize=RUNTIME)

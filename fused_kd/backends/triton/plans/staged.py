@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,8 +18,12 @@ from fused_kd.core.catalogue import has_column_term
 from fused_kd.core.options import Options
 from fused_kd.reference import accumulation_dtype
 
-#: How many numbers of a row a stage ends with; kernels/staged.py has which.
-FIELDS = {"moments": 6, "statistics": 19, "sums": 10}
+
+@lru_cache(maxsize=1)
+def fields() -> dict[str, int]:
+    """How many numbers of a row a stage ends with: as many as the kernels, which are imported here, keep of it."""
+    pieces = importlib.import_module("fused_kd.backends.triton.kernels.pieces")
+    return {"moments": pieces.MOMENTS.value, "statistics": pieces.STATISTICS.value, "sums": pieces.SUMS.value}
 
 
 def row_stage(stage: str, piece: Piece, found: Found, options: Options, factors: Tensor | None) -> Any:
@@ -26,7 +32,7 @@ def row_stage(stage: str, piece: Piece, found: Found, options: Options, factors:
     other = student if piece.teacher is None else piece.teacher
     dtype, device, rows = accumulation_dtype(student, other), student.device, student.shape[0]
     last = stage == "gradient"
-    out = torch.empty((3 if last else FIELDS[stage], rows), dtype=dtype, device=device)
+    out = torch.empty((3 if last else fields()[stage], rows), dtype=dtype, device=device)
     gradient = torch.empty(student.shape if last else (0,), dtype=student.dtype, device=device)
     if rows:
         run([plan_stage(stage, piece, found, options, factors, out, gradient)], device)

@@ -1,0 +1,319 @@
+// The row losses with a teacher of whom some classes were kept (topk_losses.h): loss parts and gradient in one visit to
+// each row. Compiled once per instruction set.
+//
+// A row is visited in blocks, as in row_losses.cpp, but what is read is the student alone. Kept classes and the target
+// belong to no sum of the others: where a block has some, they are replaced by -inf, whose exponential is 0, in a copy
+// of it, which lies in the cache. Their gradients are entries of their own and overwrite those of the second pass.
+#include "../losses/topk_losses.h"
+#include "rows.h"
+
+namespace fused_kd {
+namespace FKD_ISA {
+
+double largest_of(const double* x, int64_t n) {
+    return block_max<double>(x, n, Without<1>{{-1}});
+}
+
+double exponentials(const double* x, int64_t n, double top, double scale, double* e) {
+    const double by = kLog2E * scale;
+    Vec<double> sum = {};
+    for_lanes<double>(n, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
+        const Vec<double> zero = {}, ei = keep(lanes, exp2_nonpositive<double>((load(x + i, lanes) - top) * by), zero);
+        store(e + i, ei, lanes);
+        sum += ei;
+    });
+    return sum_lanes<double>(sum);
+}
+
+namespace {
+
+// As in row_losses.cpp: a gradient of so many bytes is written past the caches.
+constexpr int64_t kStreamed = int64_t(8) << 20;
+
+// Of a block's classes but for the kept ones and the target: how many, sums of exponentials relative to `max`, and,
+// where it is asked for, the sum of s - max over those that can occur, and the number of those that cannot.
+struct RestBlock {
+    double number, max, soft, sharp, linear, blocked;
+};
+
+struct TopKNeeds {
+    bool sharp, linear;
+};
+
+inline TopKNeeds topk_needs(const RowParams& params, TopKRest rest) {
+    const bool ce = params.ce_weight != 0;
+    return {(params.number & kSharp || ce) && params.temperature != 1,
+            rest == kUniform || (ce && params.label_smoothing != 0)};
+}
+
+// Scratch of a thread: a row of each kind of exponentials, a block of the student and of the gradient, a record of each
+// block, and of the classes that are left out the numbers of TopKRow, where each is, and the next in its block.
+template <class A>
+struct Scratch {
+    A *e_soft, *e_sharp, *student, *gradient, *one;
+    double *s, *t, *e, *f, *by;
+    RestBlock* blocks;
+    int64_t *at, *next, *first;
+    uint64_t* seen; // a bit for each class, all 0 between rows
+
+    Scratch(int64_t classes, int64_t kept, bool sharp) {
+        const int64_t row = (classes + 63) / 64 * 64, records = classes / kBlock<A> + 1, entries = kept + 1;
+        const int64_t floats = row * (1 + sharp) + 2 * kBlock<A> + 64;
+        const size_t bytes = size_t(floats) * sizeof(A) + size_t(5 * entries) * sizeof(double) +
+                             size_t(records) * sizeof(RestBlock) +
+                             size_t(2 * entries + records + row / 64) * sizeof(int64_t);
+        e_soft = static_cast<A*>(thread_scratch(bytes));
+        e_sharp = e_soft + row;
+        student = e_soft + row * (1 + sharp);
+        gradient = student + kBlock<A>;
+        one = gradient + kBlock<A>;
+        s = reinterpret_cast<double*>(one + 64);
+        t = s + entries;
+        e = t + entries;
+        f = e + entries;
+        by = f + entries;
+        blocks = reinterpret_cast<RestBlock*>(by + entries);
+        at = reinterpret_cast<int64_t*>(blocks + records);
+        next = at + entries;
+        first = next + entries;
+        seen = reinterpret_cast<uint64_t*>(first + records);
+        __builtin_memset(seen, 0, size_t(row / 64) * sizeof(uint64_t));
+    }
+    // Whether this class was new.
+    bool mark(int64_t j) const {
+        const uint64_t bit = uint64_t(1) << (j & 63), word = seen[j >> 6];
+        seen[j >> 6] = word | bit;
+        return !(word & bit);
+    }
+};
+
+// The kept classes of a row but for the target, which comes last where it is one of them; pads are passed over. False
+// where an index is none, or twice there.
+template <class A>
+bool read_kept(const TopKArgs& args, const Scratch<A>& scratch, int64_t row, int64_t y, TopKRow& x) {
+    bool valid = true;
+    double t_target = 0;
+    x.kept = 0;
+    x.target_kept = false;
+    for (int64_t i = 0; i < args.kept; ++i) {
+        const int64_t j = *reinterpret_cast<const int64_t*>(element(args.indices, row, i));
+        if (j == -1) continue;
+        if (j < -1 || j >= args.classes || !scratch.mark(j)) {
+            valid = false;
+            continue;
+        }
+        const double t = double(*read(args.log_probs, row, i, 1, scratch.one));
+        if (j == y) {
+            x.target_kept = true;
+            t_target = t;
+            continue;
+        }
+        scratch.at[x.kept] = j;
+        scratch.t[x.kept] = t;
+        scratch.s[x.kept++] = double(*read(args.student, row, j, 1, scratch.one));
+    }
+    x.s_target = double(*read(args.student, row, y, 1, scratch.one));
+    scratch.at[x.kept] = y;
+    scratch.s[x.kept] = x.s_target;
+    scratch.t[x.kept] = t_target;
+    for (int64_t i = 0; i < x.kept; ++i)
+        scratch.seen[scratch.at[i] >> 6] = 0;
+    scratch.seen[y >> 6] = 0;
+    return valid;
+}
+
+// log u of the teacher's even share.
+inline double log_share(const TopKRow& x, int64_t classes, TopKRest kind) {
+    const int64_t entries = x.kept + x.target_kept;
+    if (kind == kRenormalize || entries == classes) return -INFINITY;
+    const double top = finite_or_zero(largest_of(x.t, entries));
+    const double left = 1 - exponentials(x.t, entries, top, 1, x.f) * exp(top);
+    return left < 0 ? -INFINITY : log(left / double(classes - entries));
+}
+
+template <class A, bool single, bool exact, bool linear>
+FKD_NOINLINE void block_sums(const A* s, const A* ahead, int64_t n, double scale, int squarings, A largest, A* e_soft,
+                             A* e_sharp, RestBlock& out) {
+    const Shift<A, exact> shift(finite_or_zero(largest), scale);
+    const Vec<A> zero = {};
+    const A ratio = A(1 / scale);
+    Vec<A> soft = zero, sharp = zero, sum = zero;
+    Mask<A> blocked = {};
+    for_lanes<A>(n, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
+        __builtin_prefetch(ahead + j); // the next block comes from memory while this one is computed
+        const Vec<A> sj = load(s + j, lanes), d = shift(sj);
+        const Vec<A> ej = keep(lanes, exp2_nonpositive<A>(d), zero);
+        store(e_soft + j, ej, lanes);
+        soft += ej;
+        if constexpr (!single) {
+            Vec<A> ek = ej;
+            if (squarings)
+                for (int i = 0; i < squarings; ++i)
+                    ek *= ek;
+            else
+                ek = keep(lanes, exp2_nonpositive<A>(d * ratio), zero);
+            store(e_sharp + j, ek, lanes);
+            sharp += ek;
+        }
+        if constexpr (linear) {
+            const Mask<A> impossible = sj == -A(INFINITY);
+            sum += keep(lanes, impossible ? zero : d, zero);
+            blocked -= keep(lanes, impossible, Mask<A>{});
+        }
+    });
+    out.max = shift.origin;
+    out.soft = sum_lanes<A>(soft);
+    out.sharp = single ? out.soft : double(sum_lanes<A>(sharp));
+    out.linear = kLn2 / scale * sum_lanes<A>(sum);
+    out.blocked = 0;
+    for (int l = 0; l < kLanes<A>; ++l)
+        out.blocked += double(blocked[l]);
+}
+
+// The first pass over the others of a row: their blocks, and those merged.
+template <class A, bool single, bool linear>
+FKD_NOINLINE Others rest_of(const TopKArgs& args, const Scratch<A>& scratch, int64_t row, double T, A* e_soft) {
+    const int squarings = T == 2 ? 1 : T == 4 ? 2 : 0;
+    const double scale = 1 / T;
+    Others out = {0, -INFINITY, 0, 0, 0};
+    int64_t count = 0;
+    for (int64_t j = 0; j < args.classes; j += kBlock<A>, ++count) {
+        const int64_t n = block_length<A>(args.classes, j);
+        const A* s = read(args.student, row, j, n, scratch.student);
+        const A* const ahead = s + kBlock<A>;
+        int64_t left_out = 0;
+        if (scratch.first[count] >= 0) {
+            if (s != scratch.student) __builtin_memcpy(scratch.student, s, size_t(n) * sizeof(A));
+            s = scratch.student;
+            for (int64_t i = scratch.first[count]; i >= 0; i = scratch.next[i], ++left_out)
+                scratch.student[scratch.at[i] - j] = -A(INFINITY);
+        }
+        const A largest = block_max<A>(s, n, Without<1>{{-1}}), reach = A(largest * scale), limit = A(kLargestShift);
+        // Without a gradient the exponentials are of no further use: keep overwriting the same few lines of cache.
+        A* const soft = args.gradient ? e_soft + j : scratch.gradient;
+        A* const sharp = single ? soft : args.gradient ? scratch.e_sharp + j : scratch.e_sharp;
+        RestBlock& block = scratch.blocks[count];
+        if (reach < limit && (reach > -limit || largest == -A(INFINITY)))
+            block_sums<A, single, false, linear>(s, ahead, n, scale, squarings, largest, soft, sharp, block);
+        else
+            block_sums<A, single, true, linear>(s, ahead, n, scale, squarings, largest, soft, sharp, block);
+        block.number = double(n - left_out);
+        block.blocked -= linear ? double(left_out) : 0;
+        if (block.soft != 0 && block.max > out.max) out.max = block.max;
+    }
+    out.max = finite_or_zero(out.max);
+    for (int64_t i = 0; i < count; ++i) {
+        const RestBlock& b = scratch.blocks[i];
+        const double d = b.max - out.max;
+        out.number += b.number;
+        out.linear += b.blocked > 0 ? -INFINITY : b.linear + d * b.number;
+        if (b.soft == 0) continue;
+        out.soft += b.soft * (d == 0 ? 1 : exp(d * scale));
+        out.sharp += b.sharp * (d == 0 ? 1 : exp(d));
+    }
+    return out;
+}
+
+// The second pass: the others' gradients, and over them those of the classes that were left out.
+template <class A, bool single>
+FKD_NOINLINE void combine(const TopKArgs& args, const Scratch<A>& scratch, int64_t row, double T, const Others& rest,
+                          const TopKResult& result, const A* e_soft, bool streamed) {
+    const DType type = args.student.dtype;
+    const bool same = type == dtype_of<A>();
+    char* const gradient = static_cast<char*>(args.gradient) + row * args.classes * element_size(type);
+    A* const own_row = reinterpret_cast<A*>(gradient);
+    const double by = args.gradient_scale * (args.factors ? args.factors[args.rows + row] : 1);
+    const A constant = A(result.constant * by);
+    int64_t count = 0;
+    for (int64_t j = 0; j < args.classes; j += kBlock<A>, ++count) {
+        const int64_t n = block_length<A>(args.classes, j);
+        const RestBlock& block = scratch.blocks[count];
+        const double d = block.max - rest.max;
+        const double soft_by = result.soft * by * (d == 0 ? 1 : exp(d / T));
+        const double sharp_by = result.sharp * by * (d == 0 ? 1 : exp(d));
+        const A soft = A(single ? soft_by + sharp_by : soft_by), sharp = A(sharp_by);
+        A* const out = same && !streamed ? own_row + j : scratch.gradient;
+        // A class that cannot occur has no gradient: where there is one, the student is looked at again.
+        const bool look = constant != A(0) && block.blocked > 0;
+        const A* const s = look ? read(args.student, row, j, n, scratch.student) : nullptr;
+        for_lanes<A>(n, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
+            Vec<A> g = mul_add<A>(load(e_soft + j + i, lanes), soft, constant);
+            if constexpr (!single) g = mul_add<A>(load(scratch.e_sharp + j + i, lanes), sharp, g);
+            if (s) g = load(s + i, lanes) == -A(INFINITY) ? Vec<A>{} : g;
+            store(out + i, g, lanes);
+        });
+        for (int64_t i = scratch.first[count]; i >= 0; i = scratch.next[i])
+            out[scratch.at[i] - j] = A(scratch.by[i] * by);
+        if (streamed)
+            stream(out, n, own_row + j);
+        else if (!same)
+            write(out, n, gradient + j * element_size(type), type);
+    }
+    if (streamed) fence();
+}
+
+template <class A, bool single>
+FKD_NOINLINE void row_pass(const TopKArgs& args, const RowParams& params, TopKRest kind, const Scratch<A>& scratch,
+                           int64_t row, int64_t y) {
+    TopKRow x = {};
+    x.s = scratch.s;
+    x.t = scratch.t;
+    x.e = scratch.e;
+    x.f = scratch.f;
+    x.by = scratch.by;
+    args.bad[row] = !read_kept(args, scratch, row, y, x);
+    if (args.bad[row]) return;
+    const int64_t blocks = (args.classes + kBlock<A> - 1) / kBlock<A>;
+    for (int64_t i = 0; i < blocks; ++i)
+        scratch.first[i] = -1;
+    for (int64_t i = 0; i <= x.kept; ++i) {
+        int64_t& first = scratch.first[scratch.at[i] / kBlock<A>];
+        scratch.next[i] = first;
+        first = i;
+    }
+    const bool same = args.student.dtype == dtype_of<A>();
+    const bool streamed = same && args.rows * args.classes * int64_t(sizeof(A)) >= kStreamed;
+    const bool in_place = args.gradient && same && !streamed;
+    A* const e_soft = in_place ? static_cast<A*>(args.gradient) + row * args.classes : scratch.e_soft;
+    const auto rest = topk_needs(params, kind).linear ? rest_of<A, single, true> : rest_of<A, single, false>;
+    x.rest = rest(args, scratch, row, params.temperature, e_soft);
+    x.log_share = log_share(x, args.classes, kind);
+    const TopKResult result = topk_loss(x, params, kind);
+    for (int k = 0; k < kRowParts; ++k)
+        args.parts[kRowParts * row + k] = (args.factors ? args.factors[row] : 1) * result.parts[k];
+    if (args.gradient) combine<A, single>(args, scratch, row, params.temperature, x.rest, result, e_soft, streamed);
+}
+
+template <class A>
+void topk_rows_typed(const TopKArgs& args) {
+    const RowParams params = {args.hyper, args.loss, double(args.classes), false};
+    const TopKRest kind = TopKRest(args.rest);
+    const bool sharp = topk_needs(params, kind).sharp;
+    const auto pass = sharp ? row_pass<A, false> : row_pass<A, true>;
+    share_out(useful_threads(args.threads, args.rows, args.classes), args.rows, [&](int64_t begin, int64_t end) {
+        const Scratch<A> scratch(args.classes, args.kept, sharp);
+        for (int64_t row = begin; row < end; ++row) {
+            const int64_t y = *reinterpret_cast<const int64_t*>(element(args.target, row, 0));
+            args.bad[row] = false;
+            if (y != args.ignore_index && !(args.factors && args.factors[row] == 0)) {
+                pass(args, params, kind, scratch, row, y);
+                continue;
+            }
+            for (int k = 0; k < kRowParts; ++k)
+                args.parts[kRowParts * row + k] = 0;
+            if (args.gradient) {
+                const int64_t bytes = args.classes * element_size(args.student.dtype);
+                __builtin_memset(static_cast<char*>(args.gradient) + row * bytes, 0, size_t(bytes));
+            }
+        }
+    });
+}
+
+} // namespace
+
+void topk_rows(const TopKArgs& args) {
+    args.accumulate == kFloat64 ? topk_rows_typed<double>(args) : topk_rows_typed<float>(args);
+}
+
+} // namespace FKD_ISA
+} // namespace fused_kd

@@ -1,0 +1,296 @@
+// The row losses with a teacher of whom only some classes of a row were kept: from the logits and log-probabilities of
+// those classes and a few sums over the others to the loss parts and the gradient. fused_kd/reference/topk.py has the
+// same formulas.
+//
+// Notation beyond row_losses.h: K are the kept classes, and the rest those that are neither in K nor the target; no sum
+// over them is a difference. What the teacher has left for the C - |K| classes outside K is spread evenly, a share u
+// each, which fixes the normaliser at every temperature.
+#pragma once
+
+#include "row_losses.h"
+
+namespace fused_kd {
+namespace FKD_ISA {
+
+// What becomes of the teacher's rest, as fused_kd/backends/topk.py numbers it.
+enum TopKRest { kDrop = 0, kRenormalize = 1, kBucket = 2, kUniform = 3 };
+
+// Classes of which sums are known: of exp((s_j - max) / T), exp(s_j - max), and s_j - max; that one is -inf where a
+// class cannot occur, and any number where nobody asks for it.
+struct Others {
+    double number, max, soft, sharp, linear;
+};
+
+// The target, if it was kept, is the last of the kept ones. The arrays have room for one entry more than `kept`.
+struct TopKRow {
+    int64_t kept; // without the target
+    bool target_kept;
+    const double *s, *t; // the student's logits, the teacher's log-probabilities
+    double *e, *f;       // room for exponentials
+    double* by;          // the gradient of each, the target's last even where it was not kept
+    double s_target;
+    Others rest;
+    double log_share; // log u; -inf where nothing is left, or renormalised
+};
+
+// The gradient of a class of the rest: soft exp((s_j - max) / T) + sharp exp(s_j - max) + constant.
+struct TopKResult {
+    double parts[kRowParts];
+    double soft, sharp, constant;
+};
+
+FKD_HD double larger_of(double x, double y) {
+    return x > y ? x : y;
+}
+
+// Who includes this defines them, by vectors: they are half of the time that a short row takes.
+static double largest_of(const double* x, int64_t n); // -inf of none; NaN is passed over
+static double exponentials(const double* x, int64_t n, double top, double scale, double* e); // their sum
+
+// One side's exponentials at a scale, relative to its largest logit: `own` is the sum of the entries', `rest` of the
+// others', and moved what theirs are multiplied by.
+struct TopKSide {
+    double scale, top, own, moved, rest, log_rest, sum, log_sum; // log_sum is 0 where none can occur
+};
+
+FKD_HD TopKSide topk_side(const double* x, double* e, int64_t entries, double others, double others_max, double scale) {
+    TopKSide side = {scale, others != 0 ? others_max : -INFINITY, 0, 0, 0, -INFINITY, 0, 0};
+    side.top = larger_of(largest_of(x, entries), side.top);
+    if (side.top == -INFINITY) side.top = 0;
+    side.own = exponentials(x, entries, side.top, scale, e); // exp((x_i - top) scale)
+    if (others != 0) {
+        const double moved = (others_max - side.top) * scale;
+        side.moved = exp(moved);
+        side.rest = others * side.moved;
+        side.log_rest = log(others) + moved;
+    }
+    side.sum = side.own + side.rest;
+    if (side.sum != 0) side.log_sum = log(side.sum);
+    return side;
+}
+
+FKD_HD TopKSide student_side(const TopKRow& x, int64_t entries, const Others& rest, double sums, double scale) {
+    return topk_side(x.s, x.e, entries, sums, rest.max, scale);
+}
+
+FKD_HD TopKSide teacher_side(const TopKRow& x, int64_t entries, double others, double scale) {
+    return topk_side(x.t, x.f, entries, others, x.log_share, scale);
+}
+
+// The rest and a target that was not kept.
+FKD_HD Others with_target(const Others& rest, double s_target, double scale) {
+    Others out = rest;
+    out.number += 1;
+    if (s_target == -INFINITY) {
+        out.linear = -INFINITY;
+        return out;
+    }
+    const bool some = rest.soft != 0;
+    out.max = some ? larger_of(s_target, rest.max) : s_target;
+    const double own = s_target - out.max, moved = some ? rest.max - out.max : 0;
+    out.soft = (some ? rest.soft * exp(moved * scale) : 0) + exp(own * scale);
+    out.sharp = (some ? rest.sharp * exp(moved) : 0) + exp(own);
+    out.linear = rest.linear + rest.number * moved + own;
+    return out;
+}
+
+// The value of a term of a loss, and the gradient of the others as TopKResult has it.
+struct TopKTerm {
+    double value, soft, constant;
+};
+
+// weight T sum q_j (log q_j - log p_j) over the entries and the others, or without log q_j; d/ds_j = weight (p_j sum q
+// - q_j). In a bucket the others are one class, whose gradient they share like their probabilities.
+FKD_HD TopKTerm soft_term(const TopKRow& x, int64_t entries, const Others& rest, TopKRest kind, const TopKSide& s,
+                          const TopKSide& t, double weight, bool entropy) {
+    const double T = 1 / s.scale, log_s = s.log_sum, log_t = t.log_sum;
+    // Of drop less than 1; renormalised it is 1, or NaN where the teacher is.
+    const double counting = kind == kDrop || kind == kRenormalize ? t.own / t.sum : 1;
+    const double by_q = weight / t.sum, by_p = s.sum == 0 ? 0 : weight * counting / s.sum;
+    TopKTerm out = {0, by_p * s.moved, 0};
+    const auto add = [&](double q, double log_q, double log_p) {
+        if (entropy) out.value += weighted(T * q, log_q);
+        out.value -= weighted(T * q, log_p);
+    };
+    for (int64_t i = 0; i < entries; ++i) {
+        const double q = by_q * x.f[i];
+        add(q, (x.t[i] - t.top) * t.scale - log_t, (x.s[i] - s.top) * s.scale - log_s);
+        if (x.s[i] != -INFINITY) x.by[i] += by_p * x.e[i] - q;
+    }
+    if (rest.number == 0) return out;
+    const double q = by_q * t.rest;
+    if (kind == kBucket) {
+        add(q, t.log_rest - log_t, s.log_rest - log_s);
+        out.soft = rest.soft == 0 ? 0 : (by_p * s.rest - q) / rest.soft;
+    } else if (kind == kUniform) {
+        const double mean = rest.linear / rest.number + (rest.max - s.top);
+        add(q, (x.log_share - t.top) * t.scale - log_t, mean * s.scale - log_s);
+        out.constant = -q / rest.number;
+    }
+    return out;
+}
+
+// Jensen-Shannon as row_losses.h has it, over the entries and the others as one class more.
+FKD_HD TopKTerm jensen_shannon(const TopKRow& x, int64_t entries, const Others& rest, const TopKSide& s,
+                               const TopKSide& t, double b) {
+    const double T = 1 / s.scale, log_s = s.log_sum, log_t = t.log_sum, of_p = b == 1 ? 1 : 1 - b;
+    const double log_b = log(b), log_of_p = log1p(-b);
+    double value = 0, mean = 0;
+    const auto slope = [&](double p, double q, double log_p, double log_q) {
+        const double by_q = log_b + log_q, by_p = log_of_p + log_p;
+        const bool more_q = by_q > by_p;
+        const double mixed = more_q ? by_q + log1p(exp(by_p - by_q)) : by_p + log1p(exp(by_q - by_p));
+        const double log_m = b == 1 ? log_q : mixed, h = p == 0 ? 0 : of_p * (log_p - log_m);
+        value += p * h + (q == 0 || b == 1 ? 0 : b * q * (log_q - log_m));
+        mean += p * h;
+        return h;
+    };
+    for (int64_t i = 0; i < entries; ++i) {
+        const double log_p = (x.s[i] - s.top) * s.scale - log_s, log_q = (x.t[i] - t.top) * t.scale - log_t;
+        x.f[i] = slope(x.e[i] / s.sum, x.f[i] / t.sum, log_p, log_q);
+    }
+    TopKTerm out = {0, 0, 0};
+    if (rest.number > 0) {
+        const double p = s.rest / s.sum, h = slope(p, t.rest / t.sum, s.log_rest - log_s, t.log_rest - log_t);
+        if (rest.soft != 0) out.soft = T * p * (h - mean) / rest.soft;
+    }
+    for (int64_t i = 0; i < entries; ++i)
+        if (x.s[i] != -INFINITY) x.by[i] += T * (x.e[i] / s.sum) * (x.f[i] - mean);
+    out.value = T * T * value;
+    return out;
+}
+
+// weight T sum b_t (log b_t - log b_s) over (target, all others), but for what `drop` leaves out of b_t. Returns D =
+// p_y sum b_t - q_y, of which d/ds_y = weight D and d/ds_j = -weight D p^_j.
+FKD_HD double binary_term(const TopKRow& x, TopKRest kind, const TopKSide& s, const TopKSide& t, double weight,
+                          double& value) {
+    const Split p = split_at(x.s_target - s.top, s.scale, s.sum);
+    Split q = split_at((x.target_kept ? x.t[x.kept] : x.log_share) - t.top, t.scale, t.sum);
+    double q_log_rest = log_rest(q, t.sum);
+    if (kind == kDrop) {
+        q_log_rest = log_rest(q, t.own);
+        if (t.sum != 0) q.rest *= t.own / t.sum;
+        if (!x.target_kept) {
+            q.p[0] = 0;
+            q.log_p[0] = -INFINITY;
+        }
+    }
+    value = binary_divergence(weight / s.scale, p, log_rest(p, s.sum), q, q_log_rest);
+    const double total = q.p[0] + q.rest;
+    return p.p[0] > 0.5 && q.p[0] > 0.5 ? q.rest - total * p.rest : total * p.p[0] - q.p[0];
+}
+
+// log q_y at temperature 1; -inf where the target was not kept and the rest counts nowhere.
+FKD_HD double teacher_log_target(const TopKRow& x, TopKRest kind) {
+    const double outside = x.rest.number + !x.target_kept;
+    const TopKSide t = teacher_side(x, x.kept + x.target_kept, outside, 1);
+    if (!x.target_kept && (kind == kDrop || kind == kRenormalize)) return t.sum == t.sum ? -INFINITY : t.sum;
+    return (x.target_kept ? x.t[x.kept] : x.log_share) - t.top - t.log_sum;
+}
+
+// What has the student's softmax at temperature 1: the CE, NKD's target, and WSLD's weight, which is returned.
+FKD_HD double sharp_terms(const TopKRow& x, const RowParams& params, TopKRest kind, TopKResult& out) {
+    const int number = params.number >> kKindShift;
+    const bool distilled = number == kNkd || number == kWsld;
+    if (!distilled && params.ce_weight == 0) return 1;
+    const double log_q = distilled ? teacher_log_target(x, kind) : 0;
+    const TopKSide s = student_side(x, x.kept, x.rest, x.rest.sharp, 1);
+    const Split p = split_at(x.s_target - s.top, 1, s.sum);
+    RowStats stats = {};
+    stats.v_target = stats.v_sum = 1;
+    if (params.label_smoothing != 0) {
+        if (x.rest.number > 0) stats.linear = x.rest.linear + x.rest.number * (x.rest.max - s.top);
+        for (int64_t i = 0; i < x.kept; ++i)
+            stats.linear += x.s[i] - s.top;
+    }
+    RowResult ce = {};
+    add_cross_entropy(stats, params, p, ce);
+    out.parts[2] = ce.parts[2];
+    double by_p = ce.raw, at_target = ce.raw_target, weight = 1;
+    if (number == kNkd) {
+        const double q = exp(log_q);
+        out.parts[0] = -weighted(q, p.log_p[0]);
+        by_p += q * p.p_scale;
+        at_target -= q * p.rest;
+    } else if (number == kWsld && p.log_p[0] != -INFINITY) {
+        weight = -expm1(p.log_p[0] / (1e-7 - log_q));
+    }
+    for (int64_t i = 0; i < x.kept; ++i)
+        if (x.s[i] != -INFINITY) x.by[i] += by_p * x.e[i] + ce.constant;
+    x.by[x.kept] += at_target;
+    out.sharp = by_p * s.moved;
+    out.constant = ce.constant;
+    return weight;
+}
+
+// A term of the softmaxes at T over all classes: weight T times KL, or the cross-entropy; or Jensen-Shannon.
+FKD_HD double whole_term(const TopKRow& x, const RowParams& params, TopKRest kind, double weight, bool entropy,
+                         TopKResult& out) {
+    const double scale = 1 / params.temperature;
+    const int64_t entries = x.kept + x.target_kept;
+    const Others rest = x.target_kept ? x.rest : with_target(x.rest, x.s_target, scale);
+    const TopKSide s = student_side(x, entries, rest, rest.soft, scale);
+    const TopKSide t = teacher_side(x, entries, rest.number, scale);
+    const bool js = params.number >> kKindShift == kJs;
+    const TopKTerm term = js ? jensen_shannon(x, entries, rest, s, t, params.beta)
+                             : soft_term(x, entries, rest, kind, s, t, weight, entropy);
+    if (x.rest.soft != 0) out.soft += term.soft * exp((x.rest.max - rest.max) * scale);
+    out.constant += term.constant;
+    if (!x.target_kept && x.s_target != -INFINITY)
+        x.by[x.kept] += term.soft * exp((x.s_target - rest.max) * scale) + term.constant;
+    return s.sum == 0 ? NAN : term.value; // no class can occur
+}
+
+// A term of the softmaxes at T over the classes that are not the target: weight T times KL, or the cross-entropy. Hats
+// renormalise, `drop` included. With it DKD's of the target against all others, of weight alpha.
+FKD_HD void hat_terms(const TopKRow& x, const RowParams& params, TopKRest kind, double weight, bool entropy,
+                      double alpha, TopKResult& out) {
+    const double scale = 1 / params.temperature;
+    const TopKSide s = student_side(x, x.kept, x.rest, x.rest.soft, scale);
+    TopKSide t = teacher_side(x, x.kept, x.rest.number, scale);
+    if (alpha != 0) {
+        const double difference = binary_term(x, kind, s, t, alpha, out.parts[0]);
+        const double by_p = s.sum == 0 ? 0 : -alpha * difference / s.sum;
+        for (int64_t i = 0; i < x.kept; ++i)
+            if (x.s[i] != -INFINITY) x.by[i] += by_p * x.e[i];
+        out.soft += by_p * s.moved;
+        x.by[x.kept] += alpha * difference;
+    }
+    if (kind == kDrop) {
+        t.sum = t.own;
+        t.log_sum = log(t.own);
+        kind = kRenormalize;
+    }
+    if (params.classes == 2 || t.sum == 0) return; // NaN is not 0, so that it spreads
+    const TopKTerm term = soft_term(x, x.kept, x.rest, kind, s, t, weight, entropy);
+    out.parts[1] = term.value;
+    out.soft += term.soft;
+    out.constant += term.constant;
+}
+
+FKD_HD TopKResult topk_loss(const TopKRow& x, const RowParams& params, TopKRest kind) {
+    TopKResult out = {};
+    const double T = params.temperature;
+    for (int64_t i = 0; i <= x.kept; ++i)
+        x.by[i] = 0;
+    const double weight = sharp_terms(x, params, kind, out);
+    switch (params.number >> kKindShift) {
+    case kNkd:
+        hat_terms(x, params, kind, params.gamma * T, false, 0, out);
+        break;
+    case kDkd:
+        hat_terms(x, params, kind, params.beta * T, true, params.alpha * T, out);
+        break;
+    case kWsld:
+        out.parts[0] = whole_term(x, params, kind, params.alpha * T * weight, false, out);
+        break;
+    default: // KD, Jensen-Shannon
+        out.parts[0] = whole_term(x, params, kind, T, true, out);
+    }
+    // A class that cannot occur has no gradient, the target included; NaN spreads to all.
+    if (x.s_target == -INFINITY) x.by[x.kept] = 0 * (out.soft + out.sharp);
+    return out;
+}
+
+} // namespace FKD_ISA
+} // namespace fused_kd

@@ -1,0 +1,57 @@
+"""What runs, and why: of matrices of logits, and of what stands for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fused_kd import backends
+from fused_kd.backends import Explanation, topk
+from fused_kd.core.catalogue import LOSSES, ROW_LOSSES
+from fused_kd.sources import ClassShard, Head, Logits, TeacherLogits, TopK
+
+
+def explain(
+    student_logits: Logits | torch.device | str = "cpu", loss: str = "nkd", teacher_logits: TeacherLogits | None = None
+) -> Explanation:
+    """The backend that ``backend="auto"`` takes for a loss of such a tensor (or device), and why not each other; of a
+    :class:`Head`, a :class:`ClassShard` or a :class:`TopK` also how it is run.
+
+    Of several GPUs each has a choice of its own; ``"cuda"`` is the current one.
+
+    ``loss`` is one of the names that :func:`fused_kd.catalogue` has, such as ``"nkd"`` or ``"uskd"``.
+
+    Example:
+        >>> print(fused_kd.explain(student_logits, loss="uskd"))
+        >>> print(fused_kd.explain(Head(hidden, weight), "kd", TopK(log_probs, indices, rest="bucket")))
+    """
+    found = backends.explain(_device(student_logits), loss)
+    how = [_said("student", student_logits), _said("teacher", teacher_logits)]
+    if isinstance(student_logits, (Head, ClassShard)) or isinstance(teacher_logits, (Head, ClassShard, TopK)):
+        if loss not in (*ROW_LOSSES, "uskd"):
+            how = [f"{LOSSES[loss].title} takes matrices alone"]
+        if loss == "dist":
+            how.append("with gamma=0 alone: the term of the batch's columns needs all rows at once")
+    if isinstance(teacher_logits, TopK) and not topk.is_fused(loss, teacher_logits.rest):
+        reason = f"no kernel for a TopK of rest={teacher_logits.rest!r}, or no meaning: then the call says so"
+        reasons = {name: reason if name != "reference" else "chosen" for name in found.reasons}
+        found = found._replace(chosen="reference", reasons=reasons)
+    return found._replace(how=tuple(line for line in how if line))
+
+
+def _device(given: Any) -> Any:
+    if isinstance(given, ClassShard):
+        return _device(given.logits)
+    return given.hidden if isinstance(given, Head) else given
+
+
+def _said(who: str, given: Any) -> str:
+    if isinstance(given, ClassShard):
+        inner = _said(who, given.logits)
+        return f"{who}: classes over processes, by stages with an exchange after each" + (f"; {inner}" if inner else "")
+    if isinstance(given, Head):
+        return f"{who}: logits by products, a chunk of rows at a time"
+    if isinstance(given, TopK):
+        return f"{who}: the kept classes alone are read"
+    return ""

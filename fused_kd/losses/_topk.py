@@ -1,0 +1,88 @@
+"""A teacher of whom only some classes were kept (:class:`fused_kd.sources.TopK`), from its arguments to rows."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fused_kd import backends
+from fused_kd.backends import topk
+from fused_kd.core import checks
+from fused_kd.core.catalogue import LOSSES, as_run
+from fused_kd.core.options import HyperParameters, in_order
+from fused_kd.core.source_rows import SourceRows
+from fused_kd.core.transforms import readable
+from fused_kd.reference.topk import RESTS, check_rest
+from fused_kd.sources import TopK
+
+
+def topk_rows(given: TopK, shape: tuple[int, ...]) -> SourceRows:
+    """Checked, of student's logits of that ``shape``."""
+    log_probs = checks.check_logits("teacher_logits.log_probs", given.log_probs)
+    indices = given.indices
+    if not isinstance(indices, Tensor) or indices.is_floating_point() or indices.dtype == torch.bool:
+        said = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
+        raise TypeError(f"teacher_logits.indices: expected a Tensor of integers, got {said}")
+    checks.check_choice("teacher_logits.rest", given.rest, RESTS)
+    kept = log_probs.shape[-1]
+    if tuple(log_probs.shape[:-1]) != shape[:-1] or not 1 <= kept <= shape[-1]:
+        raise ValueError(
+            f"teacher_logits.log_probs: expected shape ({', '.join(map(str, (*shape[:-1], 'k')))}), k from 1 to the "
+            f"{shape[-1]} classes, got {tuple(log_probs.shape)}"
+        )
+    if indices.shape != log_probs.shape or indices.device != log_probs.device:
+        raise ValueError(
+            f"teacher_logits.indices: expected the shape and device of log_probs, {tuple(log_probs.shape)} on "
+            f"{log_probs.device}, got {tuple(indices.shape)} on {indices.device}"
+        )
+    return SourceRows(log_probs.reshape(-1, kept), indices=indices.reshape(-1, kept).to(torch.int64), rest=given.rest)
+
+
+def kernel_or_reference(
+    name: str, rest: str, numbers: Mapping[str, float], backend: tuple[str, str], sharded: bool
+) -> str:
+    """The backend that serves a TopK: of that asked for and that chosen the latter, where it has a kernel for the loss
+    and the rest. None has one for classes over processes.
+
+    Raises:
+        ValueError, NotImplementedError: The loss has no meaning with that rest.
+        RuntimeError: A backend was named that has no kernel for it.
+    """
+    asked, chosen = backend
+    check_rest(name, rest, numbers.get("beta", 0.0))
+    run = as_run(name, HyperParameters._make(in_order(numbers)))
+    if topk.is_fused(run, rest) and not sharded:
+        return chosen
+    what = f"{LOSSES[name].title} with a TopK of rest={rest!r}{' beside a ClassShard' if sharded else ''}"
+    if asked != "auto":
+        raise RuntimeError(f"backend {asked!r} cannot run {what}: it has no kernel for it; backend='reference' does it")
+    warn_of_reference(what)
+    return "reference"
+
+
+@cache
+def warn_of_reference(what: str) -> None:
+    """Once in a process for each."""
+    warnings.warn(
+        f"fused_kd runs {what} by its eager reference, which makes whole rows: it has no kernel for it. "
+        "backend='reference' says that this is meant, without a warning.",
+        RuntimeWarning,
+        stacklevel=backends.outside(),
+    )
+
+
+def check_indices(indices: Tensor, num_classes: int, counted: Tensor) -> None:
+    """Raise where a row that counts has a class that is none, or one twice: the reference's way, of values that can be
+    read. The kernels look as they go."""
+    if not readable(indices):
+        return
+    wrong = (indices < -1) | (indices >= num_classes)
+    sorted_ = indices.sort(dim=1).values
+    twice = (sorted_[:, 1:] == sorted_[:, :-1]) & (sorted_[:, 1:] >= 0)
+    wrong_rows = (wrong.any(1) | twice.any(1)) & counted
+    if bool(wrong_rows.any()):
+        raise checks.kept_error(indices, int(wrong_rows.to(torch.uint8).argmax()), num_classes)

@@ -1,0 +1,389 @@
+"""The losses with a teacher of whom only some classes of each row were kept.
+
+K are the kept classes, with log-probabilities l of the full softmax at temperature 1, in any order; an index of -1 is a
+pad. What the teacher has left, r = max(0, 1 − Σ_K exp l_j), is taken as spread evenly over the other classes, a share
+u = r / (C − |K|) each, which fixes the normaliser at every temperature: Z = Σ_K exp(l_j / T) + (C − |K|) u^(1/T).
+``rest`` says what becomes of it:
+
+- ``"renormalize"``: K is all there is, and the loss the ordinary one of a teacher that is -inf elsewhere;
+- ``"uniform"``: the ordinary loss of a teacher that is log u elsewhere;
+- ``"drop"``: q_j(T) on K, and no other class counts, in no sum over classes; hats renormalise what remains;
+- ``"bucket"``: q_j(T) on K, and one class of all others, whose probabilities are sums, for the student as well.
+
+A row then is a loss of few numbers: of the kept logits, the target's, and what :class:`Rest` has of all other classes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_kd.reference.dist import DISTParts, dist_loss
+from fused_kd.reference.dkd import dkd_loss
+from fused_kd.reference.js import js_loss
+from fused_kd.reference.kd import kd_loss
+from fused_kd.reference.nkd import nkd_loss
+from fused_kd.reference.rows import (
+    NEG_INF,
+    DistillationParts,
+    LossParts,
+    accumulation_dtype,
+    check_target,
+    combine,
+    counted_logits,
+    divergence,
+    drop_impossible,
+    find_labels,
+    times_log,
+)
+from fused_kd.reference.wsld import wsld_loss
+
+RESTS = ("drop", "renormalize", "bucket", "uniform")
+
+#: The losses that have a teacher.
+_DENSE: dict[str, Callable[..., Any]] = {
+    "kd": kd_loss,
+    "nkd": nkd_loss,
+    "dkd": dkd_loss,
+    "wsld": wsld_loss,
+    "js": js_loss,
+    "dist": dist_loss,
+}
+_PARTS: dict[str, Any] = {"nkd": LossParts, "dkd": LossParts, "dist": DISTParts}
+
+
+class Kept(NamedTuple):
+    """What is known of the teacher, and where that is in a row."""
+
+    log_probs: Tensor  # (N, k), -inf at pads
+    columns: Tensor  # (N, k), 0 at pads
+    present: Tensor  # (N, k), False at pads
+    is_target: Tensor  # (N, k)
+    target_kept: Tensor  # (N,)
+    valid: Tensor  # (N,), NaN where an index is none or twice there, else 1
+    number: Tensor  # (N,), how many are kept
+    log_share: Tensor  # (N,), log u, -inf where nothing is left
+
+
+class Rest(NamedTuple):
+    """Of the student's logits of the classes that are neither kept nor the target, (N,) each."""
+
+    soft: Tensor  # logsumexp of s / T, -inf where there is none
+    sharp: Tensor  # logsumexp of s
+    linear: Tensor  # sum of s
+    number: Tensor  # how many they are
+
+
+class _Columns(NamedTuple):
+    """A row with few columns: the kept classes but for the target, the rest, and the target, (N, k + 2).
+
+    ``rest`` is what stands for the rest in the loss's logarithms: of a bucket its own logarithm, else the mean of its
+    classes'.
+    """
+
+    logits: Tensor
+    rest: Tensor
+
+
+def check_rest(name: str, rest: str, beta: float) -> None:
+    """Raise where a loss of a part of the teacher's classes has no meaning."""
+    if rest not in RESTS:
+        raise ValueError(f"rest: expected one of {', '.join(map(repr, RESTS))}, got {rest!r}")
+    if name not in _DENSE:
+        raise ValueError(f"loss: {name!r} has no teacher, of whom some classes could be kept")
+    if name == "js" and beta == 1.0 and rest == "renormalize":
+        raise ValueError(
+            "beta: at 1 the Jensen–Shannon divergence is KL(p ‖ q), which is infinite where the teacher has no "
+            "probability, as outside the kept classes with rest='renormalize'; take rest='bucket' or 'uniform'"
+        )
+    if (name == "js" and beta != 0.0 and rest == "drop") or (name == "dist" and rest in ("drop", "bucket")):
+        others = "'renormalize' or 'uniform'" if name == "dist" else "'renormalize', 'bucket' or 'uniform'"
+        raise NotImplementedError(
+            f"rest: {rest!r} leaves no second distribution over the same classes, which {name}_loss compares; "
+            f"take rest={others}"
+        )
+
+
+def topk_loss(
+    name: str,
+    student_logits: Tensor,
+    log_probs: Tensor,
+    indices: Tensor,
+    rest: str,
+    target: Tensor | None,
+    hyper: Mapping[str, float],
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> tuple[Tensor, Any]:
+    """A loss with a teacher, by its name, of log-probabilities ``(N, k)`` of the classes ``indices`` ``(N, k)``.
+
+    ``hyper`` has the loss's hyper-parameters by name; of those that it lacks the loss's own defaults hold, and others
+    are passed over. Returns the loss and its parts.
+    """
+    named = _hyper_parameters(name, hyper)
+    check_rest(name, rest, named.get("beta", 0.0))
+    if name in ("kd", "js", "dist"):
+        check_target(target, named["ce_weight"])
+    elif target is None:
+        raise ValueError(f"target: {name}_loss needs a class for each row, got None")
+    dtype = accumulation_dtype(student_logits, log_probs)
+    columns = student_logits.shape[1]
+    given = torch.zeros_like(indices[:, 0]) if target is None else target
+    labels = find_labels(given, columns, -1 if target is None else ignore_index, dtype, most=1, weight=weight)
+    kept = find_kept(log_probs.detach().to(dtype), indices, labels.columns, columns)
+    labels = labels._replace(valid=labels.valid * kept.valid)
+    if rest in ("renormalize", "uniform"):
+        teacher = dense_teacher(kept, rest, columns) * kept.valid.unsqueeze(1)
+        given_on = {"ignore_index": ignore_index, "reduction": reduction, "weight": weight}
+        loss, parts = _DENSE[name](student_logits.to(dtype), teacher, target, **named, **given_on)
+        return loss, parts
+    student = counted_logits(drop_impossible(student_logits.to(dtype)), labels.counted)
+    kept = kept._replace(log_probs=counted_logits(kept.log_probs, labels.counted))
+    excluded = _marked(kept, columns) | labels.is_target
+    temperature = named["temperature"]
+    few = Rest(
+        masked_logsumexp(student / temperature, excluded),
+        masked_logsumexp(student, excluded),
+        torch.where(excluded, 0.0, student).sum(dim=1),
+        columns - excluded.sum(dim=1),
+    )
+    s_target = student.gather(1, labels.columns).squeeze(1)
+    each = row_parts(name, student.gather(1, kept.columns), s_target, few, kept, rest, named, columns)
+    loss, reduced = combine(each, labels, reduction)
+    return loss, _PARTS.get(name, DistillationParts)(*reduced)
+
+
+def _hyper_parameters(name: str, hyper: Mapping[str, float]) -> dict[str, float]:
+    if name not in _DENSE:
+        return dict(hyper)
+    if hyper.get("logit_standardization"):
+        raise ValueError(
+            "logit_standardization: z-scores take the mean of all of the teacher's logits, of which only some were "
+            "kept; leave it False"
+        )
+    own = {}
+    for parameter in inspect.signature(_DENSE[name]).parameters.values():
+        if isinstance(parameter.default, float):
+            own[parameter.name] = hyper.get(parameter.name, parameter.default)
+    return own
+
+
+def find_kept(log_probs: Tensor, indices: Tensor, target: Tensor, num_classes: int) -> Kept:
+    """``target`` ``(N, 1)`` is a class of each row."""
+    in_range = (indices >= 0) & (indices < num_classes)
+    ordered = torch.where(in_range, indices, -1).sort(dim=1).values
+    twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(dim=1)
+    wrong = twice | (~in_range & (indices != -1)).any(dim=1)
+    valid = torch.where(wrong, torch.nan, 1.0).to(log_probs.dtype)
+    columns = torch.where(in_range, indices, 0)
+    is_target = in_range & (columns == target)
+    log_probs = torch.where(in_range, log_probs, NEG_INF)
+    number = in_range.sum(dim=1)
+    outside = num_classes - number
+    left = (1.0 - log_probs.exp().sum(dim=1)).clamp(min=0.0)
+    log_share = (left / outside.clamp(min=1)).log()
+    log_share = torch.where((outside > 0) | (left != left), log_share, NEG_INF)
+    return Kept(log_probs, columns, in_range, is_target, is_target.any(dim=1), valid, number, log_share)
+
+
+def dense_teacher(kept: Kept, rest: str, num_classes: int) -> Tensor:
+    """Logits of all classes: the log-probabilities, and elsewhere those of the even share, or -inf."""
+    share = kept.log_share if rest == "uniform" else torch.full_like(kept.log_share, NEG_INF)
+    logits = share.unsqueeze(1).expand(-1, num_classes + 1)
+    # Pads go to a column of their own.
+    return logits.scatter(1, torch.where(kept.present, kept.columns, num_classes), kept.log_probs)[:, :num_classes]
+
+
+def _marked(kept: Kept, num_classes: int) -> Tensor:
+    marked = torch.zeros((kept.columns.shape[0], num_classes + 1), dtype=torch.bool, device=kept.columns.device)
+    return marked.scatter(1, torch.where(kept.present, kept.columns, num_classes), True)[:, :num_classes]
+
+
+def masked_logsumexp(logits: Tensor, excluded: Tensor) -> Tensor:
+    """Over the classes that are not excluded; -inf, without a gradient, where none of them can occur."""
+    left = torch.where(excluded, NEG_INF, logits)
+    empty = (left == NEG_INF).all(dim=1)
+    left = torch.where(empty.unsqueeze(1), 0.0, left)
+    return torch.where(empty, NEG_INF, left.logsumexp(dim=1))
+
+
+def row_parts(
+    name: str,
+    s_kept: Tensor,
+    s_target: Tensor,
+    few: Rest,
+    kept: Kept,
+    rest: str,
+    hyper: Mapping[str, float],
+    num_classes: int,
+) -> list[Tensor]:
+    """The parts of each row from the student's logits at K ``(N, k)`` and at the target ``(N,)``, and :class:`Rest`."""
+    temperature = hyper["temperature"]
+    s_kept = torch.where(kept.present, s_kept, NEG_INF)
+    number = few.number.to(s_kept.dtype)
+    mean = few.linear / number.clamp(min=1.0)
+    per_class = rest == "uniform"
+
+    def student(scale: float, sums: Tensor) -> _Columns:
+        own = torch.where(kept.is_target, NEG_INF, s_kept / scale)
+        return _Columns(_side_by_side(own, sums, s_target / scale), mean / scale if per_class else sums)
+
+    def teacher(scale: float) -> _Columns:
+        share = kept.log_share / scale
+        if rest == "renormalize":
+            share = torch.full_like(share, NEG_INF)
+        of_rest = share + number.log()
+        own = torch.where(kept.is_target, NEG_INF, kept.log_probs / scale)
+        # The one entry of the target, where there is one.
+        of_target = torch.where(kept.is_target, kept.log_probs, NEG_INF).amax(dim=1) / scale
+        of_target = torch.where(kept.target_kept, of_target, share)
+        return _Columns(_side_by_side(own, of_rest, of_target), share if per_class else of_rest)
+
+    sharp = student(1.0, few.sharp)
+    q_sharp, log_q_sharp = _softmax(teacher(1.0))
+    _, log_p_sharp = _softmax(sharp)
+    log_p_target = log_p_sharp[:, -1]
+    q_target, log_q_target = q_sharp[:, -1], log_q_sharp[:, -1]
+    if rest == "drop":
+        q_target = torch.where(kept.target_kept, q_target, 0.0 * q_target)  # NaN stays
+        log_q_target = torch.where(kept.target_kept, log_q_target, NEG_INF)
+    soft, of_teacher = student(temperature, few.soft), teacher(temperature)
+    linear = few.linear + s_target + torch.where(kept.present & ~kept.is_target, s_kept, 0.0).sum(dim=1)
+    ce = _cross_entropy(log_p_target, linear, sharp, hyper, num_classes)
+
+    if name == "nkd":
+        target_part = -times_log(q_target, log_p_target)
+        q_hat, log_q_hat, log_p_hat = _hats(soft, of_teacher, rest)
+        by = hyper["gamma"] * temperature**2
+        non_target_part = -times_log(by * q_hat, log_p_hat).sum(dim=1)
+        return [target_part, _unless_alone(non_target_part, num_classes), ce]
+    if name == "dkd":
+        q_hat, log_q_hat, log_p_hat = _hats(soft, of_teacher, rest)
+        non_target_part = divergence(q_hat, log_q_hat, log_p_hat, hyper["beta"] * temperature**2)
+        log_b_s, log_b_t = _log_binary(soft), _log_binary(of_teacher)
+        if rest == "drop":
+            log_b_t = _log_binary(of_teacher, _counting(of_teacher, kept, rest))
+        target_part = divergence(log_b_t.exp(), log_b_t, log_b_s, hyper["alpha"] * temperature**2)
+        return [target_part, _unless_alone(non_target_part, num_classes), ce]
+    q, log_q = _softmax(_whole(of_teacher, kept, rest))
+    p, log_p = _softmax(_whole(soft, kept, rest))
+    if rest == "drop":
+        counts = _counting(of_teacher, kept, rest)
+        q, log_q = torch.where(counts, q, 0.0), torch.where(counts, log_q, NEG_INF)
+    if name == "wsld":
+        ce_s, ce_t = -log_p_target.detach(), -log_q_target
+        u = torch.where(ce_s == -NEG_INF, 1.0, -torch.expm1(-ce_s / (ce_t + 1e-7)))
+        weight = (hyper["alpha"] * temperature**2 * u).unsqueeze(1)
+        return [-times_log(weight * q, log_p).sum(dim=1), ce]
+    if name == "kd" or hyper["beta"] == 0.0:
+        return [divergence(q, log_q, log_p, temperature**2), ce]
+    return [_jensen_shannon(p, log_p, q, log_q, hyper["beta"]) * temperature**2, ce]
+
+
+def _side_by_side(kept: Tensor, rest: Tensor, target: Tensor) -> Tensor:
+    return torch.cat([kept, rest.unsqueeze(1), target.unsqueeze(1)], dim=1)
+
+
+def _logsumexp(logits: Tensor) -> Tensor:
+    """(N, 1); 0 where all are -inf, so that there they stay."""
+    empty = (logits == NEG_INF).all(dim=1, keepdim=True)
+    return torch.where(empty, 0.0, torch.where(empty, 0.0, logits).logsumexp(dim=1, keepdim=True))
+
+
+def _softmax(columns: _Columns) -> tuple[Tensor, Tensor]:
+    """The probabilities and their logarithms, with that of the rest as the loss has it."""
+    normalizer = columns.logits.logsumexp(dim=1, keepdim=True)
+    return _over(columns, normalizer)
+
+
+def _over(columns: _Columns, normalizer: Tensor) -> tuple[Tensor, Tensor]:
+    logits, rest = columns
+    logs = torch.cat([logits[:, :-2], rest.unsqueeze(1), logits[:, -1:]], dim=1) - normalizer
+    return (logits - normalizer).exp(), logs
+
+
+def _hats(soft: _Columns, teacher: _Columns, rest: str) -> tuple[Tensor, Tensor, Tensor]:
+    """q^, log q^ and log p^, without the target."""
+    if rest == "drop":
+        nothing = torch.full_like(teacher.rest, NEG_INF)
+        logits = torch.cat([teacher.logits[:, :-2], nothing.unsqueeze(1), teacher.logits[:, -1:]], dim=1)
+        teacher = _Columns(logits, nothing)
+    soft, teacher = _without_target(soft), _without_target(teacher)
+    _, log_p_hat = _over(soft, _logsumexp(soft.logits))
+    q_hat, log_q_hat = _over(teacher, _logsumexp(teacher.logits))
+    return q_hat, log_q_hat, log_p_hat
+
+
+def _without_target(columns: _Columns) -> _Columns:
+    logits, rest = columns
+    return _Columns(torch.cat([logits[:, :-1], torch.full_like(logits[:, -1:], NEG_INF)], dim=1), rest)
+
+
+def _counting(teacher: _Columns, kept: Kept, rest: str) -> Tensor:
+    """Which columns count where the rest does not."""
+    counts = torch.ones_like(teacher.logits, dtype=torch.bool)
+    counts[:, -2] = False
+    counts[:, -1] = kept.target_kept
+    return counts
+
+
+def _log_binary(columns: _Columns, counts: Tensor | None = None) -> Tensor:
+    """log (target, all others), (N, 2); of those that count, by the normaliser of all."""
+    logits = columns.logits
+    normalizer = logits.logsumexp(dim=1, keepdim=True)
+    if counts is not None:
+        logits = torch.where(counts, logits, NEG_INF)
+    others = logits[:, :-1]
+    empty = (others == NEG_INF).all(dim=1, keepdim=True)
+    of_others = torch.where(empty, NEG_INF, _logsumexp(others))
+    return torch.cat([logits[:, -1:], of_others], dim=1) - normalizer
+
+
+def _whole(columns: _Columns, kept: Kept, rest: str) -> _Columns:
+    """With a target that was not kept in the bucket of the others."""
+    if rest != "bucket":
+        return columns
+    logits = columns.logits
+    of_rest, of_target = logits[:, -2], logits[:, -1]
+    # Not logaddexp, whose second derivative is NaN where one of them is -inf.
+    pair = torch.stack([of_rest, of_target], dim=1)
+    both = torch.where((pair == NEG_INF).all(dim=1), NEG_INF, _logsumexp(pair).squeeze(1))
+    together = torch.where(kept.target_kept, of_rest, both)
+    alone = torch.where(kept.target_kept, of_target, NEG_INF)
+    return _Columns(_side_by_side(logits[:, :-2], together, alone), together)
+
+
+def _unless_alone(part: Tensor, num_classes: int) -> Tensor:
+    """One class that is not the target has probability 1 on both sides."""
+    return torch.zeros_like(part) if num_classes == 2 else part
+
+
+def _cross_entropy(
+    log_p_target: Tensor, linear: Tensor, sharp: _Columns, hyper: Mapping[str, float], num_classes: int
+) -> Tensor:
+    weight, smoothing = hyper["ce_weight"], hyper["label_smoothing"]
+    if weight == 0.0:
+        return torch.zeros_like(log_p_target)
+    if smoothing == 0.0:
+        return -weight * log_p_target
+    all_logs = linear - num_classes * sharp.logits.logsumexp(dim=1)
+    of_target = times_log(torch.full_like(log_p_target, 1.0 - smoothing), log_p_target)
+    return -weight * (of_target + smoothing / num_classes * all_logs)
+
+
+def _jensen_shannon(p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """As :func:`fused_kd.reference.js_loss` has it."""
+    if beta == 1.0:
+        return divergence(p, log_p, log_q)
+    neither = (log_p == NEG_INF) & (log_q == NEG_INF)
+    log_m = torch.logaddexp(
+        math.log(beta) + torch.where(neither, 0.0, log_q), math.log1p(-beta) + torch.where(neither, 0.0, log_p)
+    )
+    return divergence(q, log_q, log_m, beta) + divergence(p, log_p, log_m, 1.0 - beta)
