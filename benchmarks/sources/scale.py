@@ -13,14 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from benchmarks.show.report import lines, percent, provenance, replace_block, significant, size
 from benchmarks.sources.case import Case
-from benchmarks.sources.forms import PRODUCTS, ROW_KERNEL
-from fused_kd.backends import sources
-from fused_kd.backends.native.staged import FIELDS
-from fused_kd.core.source_rows import SourceRows
+from benchmarks.sources.forms import PRODUCTS, ROW_KERNEL, chunk_rows
+from fused_kd.backends.native.staged import FIELDS, _told
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,6 +42,7 @@ class Measured:
     case: Case
     flops: float  # of the products, per second
     bytes: float  # of logits and their gradient that the row kernel of NKD moves, per second
+    peak: int | None = None  # bytes that NKD of two heads took beyond the inputs and the gradients
 
 
 def measured(result: dict[str, Any]) -> Measured:
@@ -55,12 +52,13 @@ def measured(result: dict[str, Any]) -> Measured:
         ms = {entry["name"] + entry["loss"]: entry.get("milliseconds") for entry in case["forms"]}
         products, kernel = ms.get(PRODUCTS), ms.get(f"{ROW_KERNEL}nkd")
         if case["dtype"] == "float32" and products and kernel:
-            own = Case(**{name: case[name] for name in Case.__dataclass_fields__})
+            own = Case(**{name: case[name] for name in Case.__dataclass_fields__ if name != "chunk_rows"})
             found.append(
                 Measured(
                     own,
                     _flops(own) / products["median"] * 1e3,
                     MATRICES * own.logits_bytes / kernel["median"] * 1e3,
+                    case.get("ratios", {}).get("nkd", {}).get("peak_bytes"),
                 )
             )
     if not found:
@@ -74,16 +72,22 @@ def _flops(case: Case) -> float:
 
 
 def _chunk(case: Case, device: str) -> tuple[int, int]:
-    """Rows of a chunk, and the bytes of its two matrices of logits and the gradient in float32."""
-    empty = torch.empty(case.rows, 0, device="cpu" if device == "cpu" else "meta")  # whatever is no CPU is as a GPU
-    head = SourceRows(empty, empty)
-    rows = min(sources._chunk_rows(head, head, case.classes, torch.float32), case.rows)
-    return rows, MATRICES * rows * case.classes * 4
+    """Rows of a chunk, and the bytes of its logits in float32: on a GPU with a gradient beside them."""
+    where = "cpu" if device == "cpu" else "meta"  # what is no CPU is as a GPU
+    rows = chunk_rows(replace(case, device=where))
+    return rows, (MATRICES - (device == "cpu")) * rows * case.classes * 4
+
+
+def numbers(kind: str) -> dict[str, int]:
+    """How many of a row each stage of a loss exchanges, of class indices."""
+    stages = KINDS[kind]
+    told = {"statistics": len(_told(labels=False, standardize="moments" in stages))}
+    return {stage: told.get(stage, FIELDS[stage]) for stage in stages}
 
 
 def exchanged(kind: str) -> int:
     """Bytes of a row that a process gives to all others."""
-    return NUMBER * sum(FIELDS[stage] for stage in KINDS[kind])
+    return NUMBER * sum(numbers(kind).values())
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,7 @@ def markdown(result: dict[str, Any], source: str) -> str:
         [
             f"### Stored by one process: {sizes}",
             _stored(case),
+            *_measured_peak(about),
             f"### Exchanged of a row by each process, however many classes, in float64: {NUMBER} bytes a number",
             _exchanged(),
             f"### A million classes on several processes: {sizes}",
@@ -137,6 +142,16 @@ def markdown(result: dict[str, Any], source: str) -> str:
     )
 
 
+def _measured_peak(about: Measured) -> list[str]:
+    if about.peak is None:
+        return []
+    share = percent(about.peak / (MATRICES * about.case.logits_bytes))
+    return [
+        f"Measured at {about.case.name}: {size(about.peak)} beyond the inputs and the gradients, {share} of the three "
+        "matrices. Beside a chunk it has what products and kernels need, and what the allocator keeps."
+    ]
+
+
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return lines([header, ["---", *("---:" for _ in header[1:])], *rows])
 
@@ -148,8 +163,8 @@ def _stored(case: Case) -> str:
         half = MATRICES * own.logits_bytes // 2
         cells = [f"{classes:,}", size(MATRICES * own.logits_bytes), size(half)]
         for device in ("cpu", "cuda"):
-            chunk_rows, stored = _chunk(own, device)
-            cells.append(f"{size(stored)} ({chunk_rows} rows)")
+            rows_of_chunk, stored = _chunk(own, device)
+            cells.append(f"{size(stored)} ({rows_of_chunk} rows)")
         cells.append(size(classes * own.width * 4))
         rows.append(cells)
     header = ("classes", "three N×C matrices, float32", "bfloat16", "chunk of a Head, CPU", "GPU", "weight, float32")
@@ -158,14 +173,14 @@ def _stored(case: Case) -> str:
 
 def _exchanged() -> str:
     rows = []
-    for kind, stages in KINDS.items():
+    for kind in KINDS:
         given = exchanged(kind)
-        words = ", ".join(f"{stage} {FIELDS[stage]}" for stage in stages)
+        words = ", ".join(f"{stage} {count}" for stage, count in numbers(kind).items())
         rows.append([kind, words, f"{given} B", *(size((count - 1) * given) for count in (2, 8, 64))])
     rows.append(
         ["both rows of logits instead", "10⁶ classes, float32", "", *(_gathered(count) for count in (2, 8, 64))]
     )
-    return _table(("loss", "numbers, at most", "gives", "gets, of 2", "of 8", "of 64"), rows)
+    return _table(("loss", "numbers, of class indices", "gives", "gets, of 2", "of 8", "of 64"), rows)
 
 
 def _gathered(processes: int) -> str:
@@ -176,7 +191,7 @@ def _shared(about: Measured) -> str:
     rows = []
     for processes in PROCESSES:
         own = replace(about.case, classes=-(-CLASSES[-1] // processes))
-        chunk_rows, stored = _chunk(own, "cpu")
+        rows_of_chunk, stored = _chunk(own, "cpu")
         got = (processes - 1) * exchanged("NKD, KD, DKD, WSLD, Tf-KD")
         rows.append(
             [
@@ -184,7 +199,7 @@ def _shared(about: Measured) -> str:
                 f"{own.classes:,}",
                 size(2 * own.classes * own.width * 4),
                 size(MATRICES * own.logits_bytes),
-                f"{size(stored)} ({chunk_rows} rows)",
+                f"{size(stored)} ({rows_of_chunk} rows)",
                 size(got * own.rows),
             ]
         )

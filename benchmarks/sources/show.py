@@ -40,16 +40,24 @@ def print_result(result: dict[str, Any], console: Console) -> None:
     for case in result["cases"]:
         for made in TABLES[result["source"]](case):
             console.print(made)
-        for entry in case.get("forms", [case]):
-            if entry["status"] != "ok":
-                style = "yellow" if entry["status"] == "unavailable" else "bold red"
-                name = " ".join(filter(None, (_label(entry), entry.get("rest"))))
-                console.print(f"{name}: {entry['status']}: {entry['reason']}", style=style, markup=False)
+        for (status, reason), names in _missing(case).items():
+            style = "yellow" if status == "unavailable" else "bold red"
+            console.print(f"{'; '.join(names)}: {status}: {reason}", style=style, markup=False)
         console.print()
     for words in (*result["missed"], *result["warnings"]):
         console.print(f"warning: {words}", style="yellow", markup=False)
     console.print(LEGENDS[result["source"]], style="dim", markup=False)
     console.print(describe_machine(result), style="dim", markup=False)
+
+
+def _missing(case: dict[str, Any]) -> dict[tuple[str, str], list[str]]:
+    """What has no figures, by the reason."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for entry in case.get("forms", [case]):
+        if entry["status"] != "ok":
+            name = " ".join(filter(None, (_label(entry), entry.get("rest"))))
+            found.setdefault((entry["status"], entry["reason"]), []).append(name)
+    return found
 
 
 def _label(entry: dict[str, Any]) -> str:

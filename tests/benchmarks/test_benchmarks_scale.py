@@ -18,6 +18,7 @@ pytest.importorskip("rich")
 from benchmarks import __main__ as benchmark  # noqa: E402
 from benchmarks.sources import scale  # noqa: E402
 from benchmarks.sources.case import Case  # noqa: E402
+from fused_kd.backends import sources  # noqa: E402
 from fused_kd.backends.native.staged import FIELDS  # noqa: E402
 
 PAGE = ROOT / "docs" / "scale.md"
@@ -43,12 +44,12 @@ def test_the_page_is_what_the_script_writes(result: dict[str, Any]) -> None:
 
 def test_the_command_writes_page_and_picture(result: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
     page, (named,) = tmp_path / "page.md", RESULT.findall(PAGE.read_text(encoding="utf-8"))
-    page.write_text(f"before\n{scale.BEGIN}\nold\n{scale.END}\nafter\n")
+    page.write_text(f"before\n{scale.BEGIN}\nearlier tables\n{scale.END}\nafter\n")
     for words in ("updated", "up to date"):
         assert benchmark.main(["scale", str(ROOT / named), "--update", str(page)]) == 0
         assert words in capsys.readouterr().out
     text = page.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "earlier" not in text
     assert page.with_suffix(".png").stat().st_size > 10_000
     assert benchmark.main(["scale", str(ROOT / named)]) == 0
     assert "GFLOP/s" in capsys.readouterr().out
@@ -74,7 +75,7 @@ def test_the_constants_are_those_of_the_largest_case() -> None:
             {"name": name, "loss": timed[name], "milliseconds": {"median": value}}
             for name, value in milliseconds.items()
         ]
-        return {**vars(Case(rows, 1000, 4, 2, dtype)), "forms": forms}
+        return {**vars(Case(rows, 1000, 4, 2, dtype, chunk_rows=8)), "forms": forms}
 
     given = [
         case(10, "float32", products=1.0, row_kernel=1.0),
@@ -83,7 +84,7 @@ def test_the_constants_are_those_of_the_largest_case() -> None:
         case(300, "float32", products=1.0),
     ]
     found = scale.measured({"source": "head", "cases": given})
-    assert found.case.rows == 100
+    assert found.case.rows == 100 and found.case.chunk_rows is None  # what was measured is not what others take
     # Three products with a width of 4 and one with a width of 2, in 2 ms; three matrices in 4 ms.
     assert found.flops == pytest.approx(2 * 100 * 1000 * (3 * 4 + 2) / 2e-3)
     assert found.bytes == pytest.approx(3 * 100 * 1000 * 4 / 4e-3)
@@ -94,8 +95,15 @@ def test_the_model() -> None:
     one, two = (scale.times(about, 1_000_000, processes) for processes in (1, 2))
     assert one.exchange == 0 and one.products == pytest.approx(2 * 2048 * 1e6 * (3 * 512 + 256) / 1e11)
     assert two.products == one.products / 2 and two.kernel == one.kernel / 2
-    # 2048 rows in chunks of 16, of which each tells all statistics, and half of the hidden states' gradient twice.
-    moved = 2048 * 8 * FIELDS["statistics"] + 2048 * 512 * 4
-    assert two.exchange == pytest.approx(moved / scale.BANDWIDTH + 129 * scale.LATENCY)
-    assert scale._chunk(Case(2048, 500_000, 512, 256), "cpu") == (16, 3 * 16 * 500_000 * 4)
-    assert scale._chunk(Case(2048, 1_000_000, 512, 256), "cuda")[0] == 88
+    # 2048 rows in chunks, of which each tells its statistics, and half of the hidden states' gradient twice.
+    rows, stored = scale._chunk(Case(2048, 500_000, 512, 256), "cpu")
+    assert 1 < rows < 64 and stored == 2 * rows * 500_000 * 4 <= sources.CHUNK_BYTES["cpu"]
+    moved = 2048 * scale.exchanged("NKD, KD, DKD, WSLD, Tf-KD") + 2048 * 512 * 4
+    assert two.exchange == pytest.approx(moved / scale.BANDWIDTH + (-(-2048 // rows) + 1) * scale.LATENCY)
+    rows, stored = scale._chunk(Case(2048, 1_000_000, 512, 256), "cuda")
+    assert rows > 16 and stored == 3 * rows * 1_000_000 * 4 <= sources.CHUNK_BYTES["cuda"]
+
+
+def test_what_is_exchanged() -> None:
+    assert scale.exchanged("NKD, KD, DKD, WSLD, Tf-KD") == 112  # what a process of --source shard counts
+    assert scale.exchanged("JS, DIST with z-scores") == 8 * (FIELDS["moments"] + 17 + FIELDS["sums"])

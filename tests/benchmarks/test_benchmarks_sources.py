@@ -22,6 +22,7 @@ from rich.console import Console  # noqa: E402
 from benchmarks import __main__ as benchmark  # noqa: E402
 from benchmarks.sources import call, cli, errors, forms, heads, shards, show, topk  # noqa: E402
 from benchmarks.sources.case import Case, make_inputs  # noqa: E402
+from fused_kd import TopK, kd_loss  # noqa: E402
 from fused_kd.backends import sources  # noqa: E402
 from fused_kd.core.source_rows import SourceRows  # noqa: E402
 
@@ -128,6 +129,28 @@ def test_kept_classes() -> None:
     result = result_of("topk", measured)
     assert not cli.failures(result)
     assert "kd, dense" in printed(result)
+
+
+def test_kept_classes_of_a_loss_that_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stand-in that makes logits of them, and is wrong for one ``rest``."""
+
+    def kd(student: torch.Tensor, teacher: Any, target: torch.Tensor, **options: Any) -> torch.Tensor:
+        wrong = 0.0
+        if isinstance(teacher, TopK):
+            wrong = 0.1 * (teacher.rest == "bucket" and not options)
+            few = torch.full_like(student, float("-inf")).detach()
+            teacher = few.scatter(1, teacher.indices, teacher.log_probs.to(few.dtype))
+        loss = kd_loss(student, teacher, target, **options)
+        assert isinstance(loss, torch.Tensor)
+        return loss * (1 + wrong)
+
+    monkeypatch.setitem(topk.LOSSES, "kd", (kd, kd))
+    measured = topk.measure(topk.Case(6, 65, 8), ["kd"], 0.01, 1, silent)
+    assert all(entry["status"] == "ok" and entry["over_dense"] > 0 for entry in measured["forms"])
+    result = result_of("topk", measured)
+    (failure,) = set(cli.failures(result))  # of two dtypes, for which the same case stands
+    assert failure.startswith("kd bucket at 8 of 6×65 float32: wrong by")
+    assert "kd, uniform" in printed(result)
 
 
 def test_kept_classes_over_the_bar() -> None:
