@@ -19,6 +19,7 @@ FRAMEWORKS = (
     "lightning",
     "huggingface",
     "language_model",
+    "kept",
     "mmengine",
     "detection",
     "segmentation",

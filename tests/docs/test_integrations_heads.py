@@ -1,6 +1,7 @@
 """The recipe of docs/integrations.md for a language model without its logits, beside the form that makes them."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from pages import needs, run_snippet
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from fused_kd import nkd_loss
+from fused_kd import TopK, kd_loss, nkd_loss
 from fused_kd.sources import CHUNK_BYTES
 
 PAGE, VOCABULARY = "integrations.md", 13
@@ -140,3 +141,31 @@ def test_a_model_of_transformers(tmp_path, monkeypatch, record_property):
     logits = 4 * ids[:, 1:].numel() * vocabulary
     assert peaks["with_logits"] > 3 * logits
     assert peaks["with_heads"] < peaks["with_logits"] - 2 * logits
+
+
+def test_log_probabilities_of_a_serving_engine():
+    """Dictionaries as engines give them, of as many classes as they please, train the student towards the teacher."""
+    names = run_snippet(PAGE, "kept")
+    student, teacher = Tiny(8, VOCABULARY, bias=True), Tiny(5, VOCABULARY).requires_grad_(False)
+    ids, labels = batch()
+    told = []
+    for row in ids:
+        log_probs = teacher(row[:-1]).log_softmax(-1)  # a token's are those before it
+        told.append([None])
+        for place, each in enumerate(log_probs):
+            best = each.topk(3 + place % 2)
+            values = [SimpleNamespace(logprob=float(value)) for value in best.values]
+            told[-1].append(dict(zip(best.indices.tolist(), values, strict=True)))
+    values, classes = (torch.stack(each) for each in zip(*(names["stored"](row, 4) for row in told), strict=True))
+    assert values.shape == (*ids.shape, 4) and (classes[:, 1, 3] == -1).all() and (classes[:, 0] == -1).all()
+    loss = names["distillation"](student, ids, values, classes, labels, temperature=2.0)
+    kept = TopK(values[:, 1:], classes[:, 1:], rest="bucket")
+    dense = kd_loss(student(ids)[:, :-1], kept, labels[:, 1:], temperature=2.0, ce_weight=1.0, ignore_index=-100)
+    torch.testing.assert_close(loss, dense)
+    optimizer, first = torch.optim.Adam(student.parameters(), 0.05), loss.detach()
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = names["distillation"](student, ids, values, classes, labels, temperature=2.0)
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.7 * first
