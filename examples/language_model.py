@@ -3,7 +3,8 @@
     python examples/language_model.py
 
 Tokens are characters of Python's own documentation. A prompt's tokens have the label -100 and count for nothing. The
-mean goes over the counted tokens of the whole batch, so the loss is a sum, divided by their number.
+mean goes over the counted tokens of the whole batch: ``normalizer`` is their number. Where the logits of a large
+vocabulary do not fit, pass ``Head(hidden, head.weight, head.bias)`` in their place.
 """
 
 import argparse
@@ -48,11 +49,12 @@ def train(model: nn.Module, teacher: nn.Module | None, text: Tensor, steps: int,
             student_logits = model(tokens)  # (rows, LENGTH, tokens)
             if teacher is None:
                 loss = nn.functional.cross_entropy(student_logits.flatten(0, 1), target.flatten(), reduction="sum")
+                loss = loss / counted
             else:
                 with torch.no_grad():
                     teacher_logits = teacher(tokens)
-                loss = kd_loss(student_logits, teacher_logits, target, temperature=1.0, ce_weight=0.5, reduction="sum")
-            (loss / counted).backward()
+                loss = kd_loss(student_logits, teacher_logits, target, temperature=1.0, ce_weight=0.5, normalizer=counted)
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
