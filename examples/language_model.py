@@ -53,7 +53,9 @@ def train(model: nn.Module, teacher: nn.Module | None, text: Tensor, steps: int,
             else:
                 with torch.no_grad():
                     teacher_logits = teacher(tokens)
-                loss = kd_loss(student_logits, teacher_logits, target, temperature=1.0, ce_weight=0.5, normalizer=counted)
+                loss = kd_loss(
+                    student_logits, teacher_logits, target, temperature=1.0, ce_weight=0.5, normalizer=counted
+                )
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
