@@ -65,6 +65,7 @@ class TeacherCriterion(Criterion, Generic[Parts]):
 
     temperature: Scheduled
     logit_standardization: bool
+    num_classes: int | None
 
     @overload
     def forward(
@@ -105,6 +106,7 @@ class UnlabelledCriterion(Criterion, Generic[Parts]):
 
     temperature: Scheduled
     logit_standardization: bool
+    num_classes: int | None
 
     @overload
     def forward(

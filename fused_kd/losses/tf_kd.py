@@ -104,6 +104,7 @@ class TfKDLoss(Criterion):
 
     correct: Scheduled
     temperature: Scheduled
+    num_classes: int | None
 
     _function = staticmethod(tf_kd_loss)
 

@@ -65,6 +65,21 @@ assert_type(fused_kd.zipf_ls_loss(student, dense, target, weight=weight), Tensor
 assert_type(fused_kd.zipf_ls_loss(student, dense, target, return_parts=True)[1], DistillationParts)
 assert_type(fused_kd.uskd_loss(student, weak, target, class_dim=1, weight=weight), Tensor)
 
+# What stands where logits stand.
+head = torch.nn.Linear(3, 6)
+source = fused_kd.Head(torch.randn(4, 3, requires_grad=True), head.weight, head.bias, softcap=30)
+kept = fused_kd.TopK(torch.randn(4, 2).log_softmax(1) - 0.1, torch.tensor([[0, 1]] * 4), rest="bucket")
+kd.num_classes, kd.class_dim = 6, None
+assert_type(fused_kd.dkd_loss(source, teacher, target, normalizer=4, num_classes=6), Tensor)
+assert_type(kd.forward(source, kept, target, normalizer=torch.tensor(4)), Tensor)
+assert_type(kd.forward(source, kept, return_parts=True), tuple[Tensor, DistillationParts])
+assert_type(fused_kd.uskd_loss(source, weak, target), Tensor)
+print(fused_kd.explain(source, "kd", kept))
+
+
+def shared(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    return fused_kd.kd_loss(fused_kd.ClassShard(logits, 0, 12), fused_kd.ClassShard(teacher_logits, 0, 12), target)
+
 
 def logged(log: bool) -> Tensor:
     """A flag that is not known before it runs."""
