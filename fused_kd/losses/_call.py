@@ -80,7 +80,7 @@ def row_loss(
         if numbers["ce_weight"] != 0.0:
             raise ValueError(f"target: expected one, since ce_weight is {numbers['ce_weight']}; got None")
         settings["ignore_index"] = -1  # the class that stands in for targets is 0
-    if _sources.is_source(student_logits) or _sources.is_source(teacher_logits):
+    if not plain and (_sources.is_source(student_logits) or _sources.is_source(teacher_logits)):
         return _sources.row_loss(name, eager, parts_type, tensors, numbers, settings, common)
     student_logits, teacher_logits = cast(Tensor, student_logits), cast("Tensor | None", teacher_logits)
     class_dim, num_classes = common[2:4]
