@@ -20,23 +20,45 @@ MORE = [
 ]
 
 
-@pytest.mark.parametrize("more", MORE, ids=["plain", "T", "all"])
-@pytest.mark.parametrize(("loss", "rest"), FUSED)
+def _thorough(cases, often):
+    """Of alike cases those that every run takes; the others are slow on the interpreter."""
+    return [case if often(*case) else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize(
+    ("loss", "rest", "more"),
+    _thorough(
+        [(loss, rest, more) for loss, rest in FUSED for more in range(len(MORE))],
+        lambda loss, rest, more: more == 2 or loss == "nkd",
+    ),
+)
 def test_a_loss_is_the_reference(loss, rest, more):
+    more = MORE[more]
     for seed, (classes, k, pads) in enumerate([(7, 3, 0), (2, 1, 0), (9, 9, 0), (9, 8, 3), (600, 64, 0)]):
         assert_same(backend, make(loss, rest, classes, k, pads=pads, seed=seed, **more))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("loss", "rest"), FUSED)
+@pytest.mark.parametrize(
+    ("loss", "rest", "dtype"),
+    _thorough(
+        [(loss, rest, dtype) for loss, rest in FUSED for dtype in (torch.float32, torch.bfloat16, torch.float16)],
+        lambda loss, rest, dtype: dtype == torch.float32 or rest == "bucket",
+    ),
+    ids=str,
+)
 def test_as_exact_as_eager(loss, rest, dtype):
     assert_within_eager_error(backend, make(loss, rest, 1501, 32, rows=3, **MORE[2]), dtype)
     if dtype == torch.float32:
         assert_within_eager_error(backend, make(loss, rest, 501, 8, rows=3, spread=30.0, temperature=3.0), dtype)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize(("loss", "rest"), FUSED)
+@pytest.mark.parametrize(
+    ("loss", "rest", "temperature"),
+    _thorough(
+        [(loss, rest, temperature) for loss, rest in FUSED for temperature in (1.0, 2.0)],
+        lambda loss, rest, temperature: temperature == 2.0 or loss == "nkd",
+    ),
+)
 def test_classes_that_cannot_occur(loss, rest, temperature):
     problem = make(loss, rest, 210, 5, rows=7, temperature=temperature, ce_weight=0.5)
     student, target = problem.student, problem.target
