@@ -236,7 +236,7 @@ def _uskd(
     factors, reduction, (by_student, by_weak) = row_factors(row_weight, target, ignore_index, reduction, dtypes)
     scales = (student_scale, stored_scale(weak_logits.dtype, named.mu))
     wanted = (need_student, need_weak)
-    options = Options(named, ignore_index, reduction, wanted, scales, rank=rank, square=square)
+    options = Options(named, ignore_index, reduction, wanted, scales, "uskd", False, rank, square)
     result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = backends.get(backend).uskd(
         student_logits, weak_logits, target, batch_sums, factors, options
     )

@@ -154,7 +154,8 @@ def uskd_loss(
     }
     common = (weight, normalizer, class_dim, None, backend, return_parts)
     numbers = checked(numbers, settings)
-    if _sources.is_source(student_logits) or _sources.is_source(weak_logits):
+    plain = type(student_logits) is Tensor and type(weak_logits) is Tensor
+    if not plain and (_sources.is_source(student_logits) or _sources.is_source(weak_logits)):
 
         def summed(sums: Tensor) -> Tensor:
             return _over_processes(sums, process_group)

@@ -34,10 +34,14 @@ def world(request):
 
 
 each_size = pytest.mark.parametrize("world", SIZES, indirect=True)
+each_size_and_backend = pytest.mark.parametrize(
+    ("world", "backend"),
+    [(2, "native"), (3, "native"), (3, "reference"), pytest.param(2, "reference", marks=pytest.mark.slow)],
+    indirect=["world"],
+)
 
 
-@each_size
-@pytest.mark.parametrize("backend", ("native", "reference"))
+@each_size_and_backend
 @pytest.mark.parametrize("loss", ROW_LOSSES)
 def test_shards_are_the_row(world, loss, backend):
     assert len(world.run(shard_jobs.all_variants, loss, backend)[0]) >= 15
@@ -82,8 +86,7 @@ def test_triton(world, loss):
     world.run(shard_jobs.interpreted, loss)
 
 
-@each_size
-@pytest.mark.parametrize("backend", ("native", "reference"))
+@each_size_and_backend
 @pytest.mark.parametrize("loss", ("nkd", "js", "tf_kd"))
 def test_dtensors(world, loss, backend):
     world.run(dtensor_jobs.of_classes, loss, backend)

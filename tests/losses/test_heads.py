@@ -231,9 +231,11 @@ def test_compiled(reduction):
         head = Head(hidden * 2, weight, bias, softcap=5.0)
         return fused_kd.nkd_loss(head, Head(*of_teacher), target, gamma=gamma, reduction=reduction).sum() * 3
 
-    for run in (torch.compile(step, fullgraph=True, backend="aot_eager"),):
-        found = torch.autograd.grad(run(*given, 1.5), given)
-        torch.testing.assert_close(found, torch.autograd.grad(step(*given, 1.5), given))
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(compiled(*given, 1.5), given)
+    torch.testing.assert_close(found, torch.autograd.grad(step(*given, 1.5), given))
+    if reduction == "none":
+        return
     counted = torch.compile(step, fullgraph=True, backend=counter)
     for gamma in (1.0, 1.25, 1.5, 1.75):
         torch.testing.assert_close(counted(*given, gamma), step(*given, gamma))
