@@ -20,9 +20,6 @@ namespace fused_kd {
 namespace FKD_ISA {
 namespace {
 
-// A gradient of so many bytes leaves the caches before anyone reads it, so it is written past them.
-constexpr int64_t kStreamed = int64_t(8) << 20;
-
 // How the gradient is put together: the coefficients of a row's exponentials, and with standardization - slope * (s -
 // mean).
 struct Coefficients {
@@ -281,10 +278,7 @@ void row_losses_typed(const RowArgs& args) {
                 for (int k = 0; k < kRowParts; ++k)
                     parts[k] = 0;
                 if (args.origins) args.origins[2 * row].by = -1;
-                if (args.gradient) {
-                    const int64_t bytes = args.classes * element_size(args.student.dtype);
-                    __builtin_memset(static_cast<char*>(args.gradient) + row * bytes, 0, size_t(bytes));
-                }
+                no_gradient(args.gradient, args.student.dtype, row, args.classes);
                 continue;
             }
             if (piece && piece->stage == kMoments) {

@@ -25,6 +25,16 @@ FKD_INLINE void share_out(int threads, int64_t n, const Work& work) {
     in_team(threads, run, &share);
 }
 
+// A gradient of so many bytes leaves the caches before anyone reads it, so it is written past them.
+constexpr int64_t kStreamed = int64_t(8) << 20;
+
+// Of a row that does not count, where a gradient is wanted.
+inline void no_gradient(void* gradient, DType type, int64_t row, int64_t classes) {
+    if (!gradient) return;
+    const int64_t bytes = classes * element_size(type);
+    __builtin_memset(static_cast<char*>(gradient) + row * bytes, 0, size_t(bytes));
+}
+
 // Fits the first-level cache with room to spare, and no lane adds up more than 128 terms before double
 // precision takes over.
 template <class A>

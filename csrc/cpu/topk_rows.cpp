@@ -27,9 +27,6 @@ double exponentials(const double* x, int64_t n, double top, double scale, double
 
 namespace {
 
-// As in row_losses.cpp: a gradient of so many bytes is written past the caches.
-constexpr int64_t kStreamed = int64_t(8) << 20;
-
 // Of a block's classes but for the kept ones and the target: how many, sums of exponentials relative to `max`, and,
 // where it is asked for, the sum of s - max over those that can occur, and the number of those that cannot.
 struct RestBlock {
@@ -301,10 +298,7 @@ void topk_rows_typed(const TopKArgs& args) {
             }
             for (int k = 0; k < kRowParts; ++k)
                 args.parts[kRowParts * row + k] = 0;
-            if (args.gradient) {
-                const int64_t bytes = args.classes * element_size(args.student.dtype);
-                __builtin_memset(static_cast<char*>(args.gradient) + row * bytes, 0, size_t(bytes));
-            }
+            no_gradient(args.gradient, args.student.dtype, row, args.classes);
         }
     });
 }
