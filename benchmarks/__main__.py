@@ -208,15 +208,8 @@ def _draw(result: dict[str, Any], path: Path) -> None:
 
 
 def save(result: dict[str, Any], folder: Path) -> Path:
-    """Writes the result under a name that says what, on what, when and at which commit."""
     names = [part["loss"] for part in result["losses"]]
-    device, losses = "+".join(report.devices(result)), "all" if names == list(LOSSES) else "+".join(names)
-    moment = result["date"][:19].replace(":", "").replace("-", "")
-    commit = (result["software"]["git_commit"] or "uncommitted")[:10]
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{losses}-{device}-{moment}-{commit}.json"
-    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return path
+    return report.save(result, "all" if names == list(LOSSES) else "+".join(names), folder)
 
 
 def load(path: Path) -> dict[str, Any]:

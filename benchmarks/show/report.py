@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -167,6 +168,16 @@ def _legend(result: dict[str, Any]) -> str:
         f"least / time, as a share of this machine's copy bandwidth ({copies}, read + written); more than 100 % means "
         "that the data stayed in the caches."
     )
+
+
+def save(result: dict[str, Any], what: str, folder: Path) -> Path:
+    """Writes a result under a name that says what, on what, when and at which commit."""
+    moment = result["date"][:19].replace(":", "").replace("-", "")
+    commit = (result["software"]["git_commit"] or "uncommitted")[:10]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{what}-{'+'.join(devices(result))}-{moment}-{commit}.json"
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
 
 
 def devices(result: dict[str, Any]) -> list[str]:

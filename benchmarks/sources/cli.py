@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -139,15 +138,6 @@ def _right(errors: dict[str, Any], dtype: str) -> bool:
     return all(errors[name] <= agreement.TOLERANCE[dtype] for name in ("loss", "gradient"))  # NaN is not
 
 
-def save(result: dict[str, Any], folder: Path) -> Path:
-    moment = result["date"][:19].replace(":", "").replace("-", "")
-    commit = (result["software"]["git_commit"] or "uncommitted")[:10]
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{result['source']}-{'+'.join(report.devices(result))}-{moment}-{commit}.json"
-    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return path
-
-
 def main(argv: Sequence[str], bar: Callable[[Console], Any]) -> int:
     made = parser()
     args = made.parse_args(argv)
@@ -164,7 +154,7 @@ def main(argv: Sequence[str], bar: Callable[[Console], Any]) -> int:
         result = run(args, progress)
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=100)
     show.print_result(result, console)
-    console.print(f"\n{save(result, args.output)}", soft_wrap=True)
+    console.print(f"\n{report.save(result, result['source'], args.output)}", soft_wrap=True)
     problems = failures(result)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
