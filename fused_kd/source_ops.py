@@ -20,7 +20,7 @@ from fused_kd.core import transforms
 from fused_kd.core.catalogue import as_run
 from fused_kd.core.options import Options
 from fused_kd.core.source_rows import SourceRows, Span
-from fused_kd.core.stored import counted_weight
+from fused_kd.core.stored import shared_weight
 from fused_kd.reference import accumulation_dtype
 
 __all__ = ["SOURCE_LOSS", "SOURCE_USKD", "source_uskd_batch_sums"]
@@ -30,10 +30,7 @@ def _factors(
     row_weight: Tensor | None, grad_rows: Tensor | None, target: Tensor, ignore_index: int, reduction: str
 ) -> Tensor:
     """(2, N) float64: what the parts and the gradient of each row are multiplied by."""
-    weight = counted_weight(row_weight, target, ignore_index, torch.float64)
-    if reduction == "mean":
-        total = weight.sum()
-        weight = weight / torch.where(total == 0, 1.0, total)
+    weight = shared_weight(row_weight, target, ignore_index, reduction)
     of_gradient = weight if grad_rows is None else torch.where(weight == 0, 0.0, weight * grad_rows)
     return torch.stack([weight, of_gradient])
 
@@ -70,7 +67,8 @@ def _source_loss(
     if teacher is not None:
         other = SourceRows(teacher, teacher_weight, teacher_bias, heads[2], heads[3], indices, rest)
     factors = _factors(row_weight, grad_rows, target, ignore_index, reduction)
-    asked = sources.Asked(target, factors, Span(span[0], span[1], group), chunk_rows, wanted, compute)
+    where = sources.Where(Span(span[0], span[1], group), chunk_rows, compute)
+    asked = sources.Asked(target, factors, wanted, where)
     options = Options(named, ignore_index, "none", (any(wanted),), (1.0,), as_run(loss, named), standardize)
     with torch.autocast(student.device.type, enabled=False):
         rows, parts, gradients = sources.run(backends.get(backend), given, other, asked, options)
@@ -124,9 +122,9 @@ def _source_uskd_batch_sums(
     backend: str,
 ) -> Tensor:
     given = SourceRows(student, weight, bias, heads[0], heads[1])
-    asked = sources.Asked(target, target, Span(0, num_classes), chunk_rows, (), compute)
+    where = sources.Where(Span(0, num_classes), chunk_rows, compute)
     with torch.autocast(student.device.type, enabled=False):
-        return sources.uskd_batch_sums(backends.get(backend), given, asked, square, ignore_index)
+        return sources.uskd_batch_sums(backends.get(backend), given, target, where, (square, ignore_index))
 
 
 ops.define(
@@ -168,7 +166,7 @@ def _source_uskd(
     given = SourceRows(student, weight, bias, heads[0], heads[1])
     other = SourceRows(weak, weak_weight, weak_bias, heads[2], heads[3])
     factors = _factors(row_weight, grad_rows, target, ignore_index, reduction)[[0, 1, 1]]
-    asked = sources.Asked(target, factors, Span(0, num_classes), chunk_rows, wanted, compute)
+    asked = sources.Asked(target, factors, wanted, sources.Where(Span(0, num_classes), chunk_rows, compute))
     want = (any(wanted[:3]), any(wanted[3:]))
     options = Options(ops.hyper_parameters(hyper), ignore_index, "none", want, (1.0, 1.0), rank=rank, square=square)
     with torch.autocast(student.device.type, enabled=False):

@@ -12,7 +12,7 @@
 namespace fused_kd {
 namespace FKD_ISA {
 
-// What becomes of the teacher's rest, as fused_kd/backends/topk.py numbers it.
+// What becomes of the teacher's rest, as fused_kd/backends/native/boundary.py numbers it.
 enum TopKRest { kDrop = 0, kRenormalize = 1, kBucket = 2, kUniform = 3 };
 
 // Classes of which sums are known: of exp((s_j - max) / T), exp(s_j - max), and s_j - max; that one is -inf where a

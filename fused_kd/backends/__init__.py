@@ -58,7 +58,7 @@ def _choose(backend: str, device: torch.device | str, loss: str) -> str:
     if backend == "auto":
         choice = _best(device, loss)
         if choice == "reference":
-            _warn_of_reference(device, loss)
+            _warn_of_slow(device, loss)
     else:
         reason = unavailable(backend, device, loss)
         if reason is not None:
@@ -77,7 +77,7 @@ def _best(device: torch.device, loss: str) -> str:
 _warned = False
 
 
-def _warn_of_reference(device: torch.device, loss: str) -> None:
+def _warn_of_slow(device: torch.device, loss: str) -> None:
     """Once in a process, and only where a kernel should be: on other devices there is nothing to mend."""
     global _warned
     names = [name for name in LOSSES[loss].backends.get(device.type, ()) if name != "reference"]
@@ -85,15 +85,20 @@ def _warn_of_reference(device: torch.device, loss: str) -> None:
         return
     _warned = True
     reasons = "; ".join(f"{name}: {unavailable(name, device, loss)}" for name in names)
+    what = f"{LOSSES[loss].title} of {device} tensors"
+    warn_of_reference(what, f"which is slower and takes more memory than its kernels. {reasons}")
+
+
+def warn_of_reference(what: str, why: str) -> None:
     warnings.warn(
-        f"fused_kd runs {LOSSES[loss].title} of {device} tensors by its eager reference, which is slower and takes "
-        f"more memory than its kernels. {reasons}. backend='reference' says that this is meant, without a warning.",
+        f"fused_kd runs {what} by its eager reference, {why}. backend='reference' says that this is meant, without a "
+        "warning.",
         RuntimeWarning,
-        stacklevel=outside(),
+        stacklevel=_outside(),
     )
 
 
-def outside() -> int:
+def _outside() -> int:
     """The stacklevel, for who calls this, of the first caller outside of fused_kd."""
     frame, level, package = sys._getframe(1), 1, str(Path(__file__).parent.parent)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(package):

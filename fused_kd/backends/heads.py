@@ -14,17 +14,20 @@ _CONVERTED = 4096
 _MIXED = hasattr(torch.ops.aten.mm, "dtype")  # torch.mm(..., out_dtype=), of CUDA tensors
 
 
-def room(source: SourceRows, wanted: Sequence[bool], dtype: torch.dtype) -> list[Tensor]:
-    """As the gradients of a source are kept until the incoming one is known: empty where one is not wanted.
+def _kept(of: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """As what the gradient of a tensor is kept. Of float16 that is the accumulating dtype, as it could underflow or
+    overflow before the incoming one has scaled it."""
+    return dtype if of.dtype == torch.float16 else of.dtype
 
-    That of what is in float16 is kept in the accumulating dtype, as it could underflow or overflow before it is scaled.
-    """
+
+def room(source: SourceRows, wanted: Sequence[bool], dtype: torch.dtype) -> list[Tensor]:
+    """As the gradients of a source are kept until the incoming one is known: empty where one is not wanted."""
     found = []
     for want, of in zip(wanted, (source.values, source.weight, source.bias), strict=True):
         if of is None or not want:
             found.append(source.values.new_empty(0))
         else:
-            found.append(of.new_empty(of.shape, dtype=dtype if of.dtype == torch.float16 else of.dtype))
+            found.append(of.new_empty(of.shape, dtype=_kept(of, dtype)))
     return found
 
 
@@ -40,7 +43,7 @@ class Matrix:
 
     def __init__(self, source: SourceRows, wanted: Sequence[bool], dtype: torch.dtype) -> None:
         self.source, self.wanted, self.dtype = source, wanted, dtype
-        self.found: list[Tensor] = []
+        self.found: Tensor | None = None
 
     def logits(self, start: int, stop: int) -> Tensor:
         logits = self.source.values[start:stop]
@@ -48,13 +51,15 @@ class Matrix:
 
     def take(self, gradient: Tensor, logits: Tensor, counted: Tensor, rows: tuple[int, int]) -> None:
         if len(gradient) == len(self.source.values):
-            self.found = [gradient, *room(self.source, (False, *self.wanted[1:]), self.dtype)[1:]]  # as it is
-        else:
-            self.found = self.found or room(self.source, self.wanted, self.dtype)
-            self.found[0][slice(*rows)] = gradient
+            self.found = gradient  # as it is
+            return
+        if self.found is None:
+            self.found = self.gradients()[0]
+        self.found[slice(*rows)] = gradient
 
     def gradients(self) -> list[Tensor]:
-        return self.found or room(self.source, self.wanted, self.dtype)
+        first, *others = room(self.source, (self.wanted[0] and self.found is None, False, False), self.dtype)
+        return [first if self.found is None else self.found, *others]
 
 
 class Products:
@@ -93,7 +98,7 @@ class Products:
             if gradient is None or of is None:
                 found.append(self.head.values.new_empty(0))
             else:
-                found.append(gradient if of.dtype == torch.float16 else gradient.to(of.dtype))
+                found.append(gradient.to(_kept(of, self.dtype)))
         return found
 
     def logits(self, start: int, stop: int) -> Tensor:

@@ -7,19 +7,19 @@ they have found of each row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
 
 from fused_kd.backends import native, shards, staged, topk
-from fused_kd.backends.heads import Products, maker, room
+from fused_kd.backends.heads import Matrix, Products, maker, room
 from fused_kd.core.options import Options
 from fused_kd.core.source_rows import SourceRows, Span
 from fused_kd.reference import accumulation_dtype
 
-__all__ = ["CHUNK_BYTES", "Asked", "fitting_rows", "room", "run", "run_uskd", "uskd_batch_sums"]
+__all__ = ["CHUNK_BYTES", "Asked", "Where", "fitting_rows", "room", "run", "run_uskd", "uskd_batch_sums"]
 
 
 #: Bytes, by type of device, that the logits of a chunk of rows and their gradient may take where heads make them.
@@ -29,65 +29,66 @@ CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
 _NONE = (False, False, False)
 
 
+class Where(NamedTuple):
+    """Which classes are at hand, and how the rows are taken."""
+
+    span: Span
+    chunk_rows: int  # 0 for as many as the budget allows
+    compute: torch.dtype | None  # of a head's products, where autocast says
+
+
 class Asked(NamedTuple):
     """What a run is of, beside its sources and options."""
 
     target: Tensor  # (N,) int64, or (N, columns) probabilities
     factors: Tensor  # (2, N) float64: of a row's parts, and of its gradient
-    span: Span
-    chunk_rows: int  # 0 for as many as the budget allows
     wanted: Sequence[bool]  # the gradient of the logits or hidden states, of the weight, of the bias
-    compute: torch.dtype | None  # of the products, where autocast says
+    where: Where
 
 
 def run(
     kernels: Any, student: SourceRows, teacher: SourceRows | None, asked: Asked, options: Options
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The loss of each row, (N,), its parts, (3, N), and the gradients that are wanted, empty where they are not."""
-    values = student.values
+    values, span = student.values, asked.where.span
     dtype = accumulation_dtype(values, values if teacher is None else teacher.values)
-    rows, columns = len(values), _columns(student, asked.span)
-    loss, parts = values.new_empty(rows, dtype=dtype), values.new_empty((3, rows), dtype=dtype)
-    of_student = maker(student, asked.wanted, dtype, columns, asked.compute)
+    columns = _columns(student, span)
+    loss, parts = values.new_empty(len(values), dtype=dtype), values.new_empty((3, len(values)), dtype=dtype)
+    of_student = maker(student, asked.wanted, dtype, columns, asked.where.compute)
     sparse = teacher if teacher is not None and teacher.indices is not None else None
     whole = None if sparse is not None else teacher
-    of_teacher = None if whole is None else maker(whole, _NONE, dtype, columns, asked.compute)
+    of_teacher = None if whole is None else maker(whole, _NONE, dtype, columns, asked.where.compute)
     # Of Triton's looped kernel a warp may still read what another has written over.
-    over = kernels is native and of_student.over and not asked.span.group and sparse is None
+    over = kernels is native and of_student.over and not span.group and sparse is None
     options = options._replace(over=over)
-    heads = sum(isinstance(each, Products) for each in (of_student, of_teacher))
-    most = shards.rows_of_chunks(asked.span, columns)
-    step = asked.chunk_rows or fitting_rows(values, heads, (heads + (not over)) * most, dtype)
-    exchange = shards.Exchange(asked.span, columns) if asked.span.group else None
-    for start in range(0, rows, step):
-        which = start, stop = start, min(start + step, rows)
-        logits = of_student.logits(start, stop)
-        other = None if of_teacher is None else of_teacher.logits(start, stop)
+    exchange = shards.Exchange(span, columns) if span.group else None
+    most = shards.rows_of_chunks(span, columns)
+    for which in _chunks(values, (of_student, of_teacher), int(not over), most, asked.where.chunk_rows):
+        logits = of_student.logits(*which)
+        other = None if of_teacher is None else of_teacher.logits(*which)
         if sparse is not None:
             found = _sparse_rows(kernels, logits, sparse, asked, which, options)
         else:
             found = _rows(kernels, logits, other, asked, which, options, exchange)
-        loss[start:stop], parts[:, start:stop], gradient = found
+        rows = slice(*which)
+        loss[rows], parts[:, rows], gradient = found
         if any(asked.wanted):
-            of_student.take(gradient, logits, asked.factors[1, start:stop] != 0, which)
+            of_student.take(gradient, logits, asked.factors[1, rows] != 0, which)
         del logits, other, gradient, found  # not beside the next chunk's
     if exchange is not None and isinstance(of_student, Products) and of_student.of_hidden is not None:
         # Each process has what its classes add to the gradient of the hidden states, which are the same on all.
-        distributed.all_reduce(of_student.of_hidden, group=shards.group_of(asked.span))
+        distributed.all_reduce(of_student.of_hidden, group=shards.group_of(span))
     return loss, parts, of_student.gradients()
 
 
-def uskd_batch_sums(kernels: Any, student: SourceRows, asked: Asked, square: bool, ignore_index: int) -> Tensor:
-    """What couples the rows of USKD, which a sweep over the chunks finds before the loss."""
-    values, dtype = student.values, accumulation_dtype(student.values)
-    columns = _columns(student, asked.span)
-    of_student = maker(student, _NONE, dtype, columns, asked.compute)
+def uskd_batch_sums(kernels: Any, student: SourceRows, target: Tensor, where: Where, asked: tuple[bool, int]) -> Tensor:
+    """What couples the rows of USKD, which a sweep over the chunks finds before the loss; ``asked`` are square and
+    ignore_index."""
+    values, columns = student.values, _columns(student, where.span)
+    of_student = maker(student, _NONE, accumulation_dtype(values), columns, where.compute)
     sums = values.new_zeros(3, dtype=torch.float64)
-    head = int(isinstance(of_student, Products))
-    step = asked.chunk_rows or fitting_rows(values, head, columns, dtype)
-    for start in range(0, len(values), step):
-        logits = of_student.logits(start, start + step)
-        sums += kernels.uskd_batch_sums(logits, asked.target[start : start + step], square, ignore_index)
+    for which in _chunks(values, (of_student,), 0, columns, where.chunk_rows):
+        sums += kernels.uskd_batch_sums(of_student.logits(*which), target[slice(*which)], *asked)
     return sums
 
 
@@ -96,26 +97,36 @@ def run_uskd(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """As :func:`run`, of USKD: four parts, and the gradients of both, three each."""
     values, dtype = student.values, accumulation_dtype(student.values, weak.values)
-    rows, columns = len(values), _columns(student, asked.span)
-    loss, parts = values.new_empty(rows, dtype=dtype), values.new_empty((4, rows), dtype=dtype)
+    columns = _columns(student, asked.where.span)
+    loss, parts = values.new_empty(len(values), dtype=dtype), values.new_empty((4, len(values)), dtype=dtype)
     both = [
-        maker(each, wanted, dtype, columns, asked.compute)
+        maker(each, wanted, dtype, columns, asked.where.compute)
         for each, wanted in ((student, asked.wanted[:3]), (weak, asked.wanted[3:]))
     ]
-    heads = sum(isinstance(each, Products) for each in both)
-    step = asked.chunk_rows or fitting_rows(values, heads, (heads + 2) * columns, dtype)
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        logits = [each.logits(start, stop) for each in both]
-        target, factors = asked.target[start:stop], asked.factors[:, start:stop].contiguous()
-        loss[start:stop], parts[:, start:stop], *gradients, _, _ = kernels.uskd(
-            *logits, target, batch_sums, factors, options
+    for which in _chunks(values, both, 2, columns, asked.where.chunk_rows):
+        rows = slice(*which)
+        logits = [each.logits(*which) for each in both]
+        factors = asked.factors[:, rows].contiguous()
+        loss[rows], parts[:, rows], *gradients, _, _ = kernels.uskd(
+            *logits, asked.target[rows], batch_sums, factors, options
         )
         for each, want, gradient, of in zip(both, options.wanted, gradients, logits, strict=True):
             if want:
-                each.take(gradient, of, factors[1] != 0, (start, stop))
+                each.take(gradient, of, factors[1] != 0, which)
         del logits, gradients  # not beside the next chunk's
     return loss, parts, [*both[0].gradients(), *both[1].gradients()]
+
+
+def _chunks(
+    values: Tensor, makers: Sequence[Matrix | Products | None], gradients: int, columns: int, chunk_rows: int
+) -> Iterator[tuple[int, int]]:
+    """The first row of each chunk, and the first after it. Beside the logits that heads make, a chunk has ``gradients``
+    as large, where there are heads at all."""
+    heads = [each for each in makers if isinstance(each, Products)]
+    matrices = len(heads) + gradients
+    step = chunk_rows or fitting_rows(values, len(heads), matrices * columns, heads[0].dtype if heads else values.dtype)
+    for start in range(0, len(values), step):
+        yield start, min(start + step, len(values))
 
 
 def fitting_rows(values: Tensor, heads: int, columns: int, dtype: torch.dtype) -> int:
@@ -156,13 +167,12 @@ def _rows(
     exchange: shards.Exchange | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of each row of a chunk, its parts, and the gradient of its logits."""
-    start, stop = which
-    target = asked.target[start:stop]
-    factors = asked.factors[:, start:stop].contiguous()
+    rows = slice(*which)
+    target, factors = asked.target[rows], asked.factors[:, rows].contiguous()
     if exchange is None:
         loss, parts, gradient, _ = kernels.row_loss(logits, teacher, target, factors, None, options)
         return loss, parts, gradient
-    span = asked.span
+    span = asked.where.span
     labels = target if target.is_floating_point() else None
     if labels is not None:
         likeliest = exchange([staged.likeliest(labels, span.first_class)])

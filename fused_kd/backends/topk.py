@@ -15,16 +15,13 @@ from torch import Tensor
 from fused_kd.core.catalogue import ROW_LOSSES, as_run
 from fused_kd.core.options import Options
 from fused_kd.reference import accumulation_dtype
-from fused_kd.reference.topk import RESTS as RESTS_IN_ORDER
 from fused_kd.reference.topk import check_rest
 
-#: What becomes of the teacher's rest, and its number, which csrc/losses/topk_losses.h has too.
-RESTS = {rest: number for number, rest in enumerate(RESTS_IN_ORDER)}
 
-
-def is_fused(loss: str, rest: str) -> bool:
-    """Whether there is a kernel; the reference serves the others that have a meaning."""
-    return loss in ROW_LOSSES and rest in ROW_LOSSES[loss].rests
+def is_fused(loss: str, rest: str, sharded: bool = False) -> bool:
+    """Whether there is a kernel, of which none is for classes over processes; the reference serves the others that have
+    a meaning."""
+    return not sharded and loss in ROW_LOSSES and rest in ROW_LOSSES[loss].rests
 
 
 def row_loss(
@@ -58,6 +55,6 @@ def row_loss(
         nothing = student.new_empty((3, 0), dtype=dtype)
         return nothing[0], nothing, torch.empty_like(student) if options.wanted[0] else None
     result: tuple[Tensor, Tensor, Tensor | None] = kernels.topk_loss(
-        student, log_probs, indices, RESTS[rest], target, factors, options
+        student, log_probs, indices, rest, target, factors, options
     )
     return result

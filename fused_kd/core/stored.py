@@ -34,6 +34,15 @@ def counted_weight(row_weight: Tensor | None, target: Tensor, ignore_index: int,
     return weight if target.is_floating_point() else torch.where(target == ignore_index, 0.0, weight)
 
 
+def shared_weight(row_weight: Tensor | None, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """:func:`counted_weight` in float64, over the sum of all for a mean."""
+    weight = counted_weight(row_weight, target, ignore_index, torch.float64)
+    if reduction != "mean":
+        return weight
+    total = weight.sum()
+    return weight / torch.where(total == 0, 1.0, total)
+
+
 def row_factors(
     row_weight: Tensor | None, target: Tensor, ignore_index: int, reduction: str, dtypes: tuple[torch.dtype, ...]
 ) -> tuple[Tensor | None, str, tuple[Tensor | None, ...]]:
@@ -45,11 +54,7 @@ def row_factors(
     """
     if row_weight is None:
         return None, reduction, (None,) * len(dtypes)
-    weight = counted_weight(row_weight, target, ignore_index, torch.float64)
-    mean = reduction == "mean"
-    if mean:
-        total = weight.sum()
-        weight = weight / torch.where(total == 0, 1.0, total)
+    weight = shared_weight(row_weight, target, ignore_index, reduction)
     factors = [weight]
     norms: list[Tensor | None] = []
     for dtype in dtypes:
@@ -57,4 +62,4 @@ def row_factors(
         power = torch.exp2(torch.frexp(weight.amax()).exponent.double()) if half else None
         factors.append(weight if power is None else weight / power)
         norms.append(power)
-    return torch.stack(factors), "sum" if mean else reduction, tuple(norms)
+    return torch.stack(factors), "sum" if reduction == "mean" else reduction, tuple(norms)

@@ -11,10 +11,8 @@ from fused_kd import autograd, backends
 from fused_kd.core import checks
 from fused_kd.core.catalogue import ROW_LOSSES, has_column_term
 from fused_kd.core.options import HyperParameters, in_order
-from fused_kd.core.transforms import readable
 from fused_kd.losses import _shards, _sources
-from fused_kd.losses._options import checked, first_classes, normalized
-from fused_kd.losses._sources import Common
+from fused_kd.losses._options import Common, checked, first_classes, normalized, returned
 from fused_kd.sources import Logits, TeacherLogits
 
 Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
@@ -47,15 +45,12 @@ def call(
     chosen = backends.choose(backend, student_logits.device, name)
     packed: Any
     if chosen == "reference":
-        check_targets_if_cheap(rows, settings["ignore_index"], weight)
+        checks.check_target_values(rows.target, weight, rows.student_logits.shape[1], settings["ignore_index"])
         tensors = [tensor for tensor in rows[:3] if tensor is not None]
         loss, packed = eager(*tensors, **numbers, **settings, weight=weight)
     else:
         loss, packed = fused(rows, weight, in_order(numbers), settings, chosen, return_parts)
-    parts = [*packed] if return_parts else []
-    if settings["reduction"] == "none" and len(rows.shape) != 1:
-        loss, *parts = [each.reshape(rows.shape) for each in (loss, *parts)]
-    return (loss, parts_type(*parts)) if return_parts else loss
+    return returned(loss, packed if return_parts else None, parts_type, rows.shape, settings["reduction"])
 
 
 def row_loss(
@@ -110,9 +105,3 @@ def row_loss(
         return loss, [packed[part] for part in ROW_LOSSES[name].parts] if parts and packed is not None else None
 
     return call(name, eager, fused, parts_type, (student_logits, rows), (numbers, settings), common)
-
-
-def check_targets_if_cheap(rows: checks.Rows, ignore_index: int, weight: Tensor | None = None) -> None:
-    """Fused backends check as they go; the reference reads the values first where it can and that stalls nothing."""
-    if readable(rows.target):
-        checks.check_target_values(rows.target, weight, rows.student_logits.shape[1], ignore_index)

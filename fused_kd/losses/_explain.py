@@ -33,8 +33,10 @@ def explain(
             how = [f"{LOSSES[loss].title} takes matrices alone"]
         if loss == "dist":
             how.append("with gamma=0 alone: the term of the batch's columns needs all rows at once")
-    if isinstance(teacher_logits, TopK) and not topk.is_fused(loss, teacher_logits.rest):
-        reason = f"no kernel for a TopK of rest={teacher_logits.rest!r}, or no meaning: then the call says so"
+    sharded = isinstance(student_logits, ClassShard)
+    if isinstance(teacher_logits, TopK) and not topk.is_fused(loss, teacher_logits.rest, sharded):
+        beside = " beside a ClassShard" if sharded else ""
+        reason = f"no kernel for a TopK of rest={teacher_logits.rest!r}{beside}, or no meaning: then the call says so"
         reasons = {name: reason if name != "reference" else "chosen" for name in found.reasons}
         found = found._replace(chosen="reference", reasons=reasons)
     return found._replace(how=tuple(line for line in how if line))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,10 @@ from fused_kd import backends, reference
 from fused_kd.core import checks
 from fused_kd.core.transforms import carries_gradient, readable
 
+Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
+
+#: What losses take alike: ``weight``, ``normalizer``, ``class_dim``, ``num_classes``, ``backend`` and ``return_parts``.
+Common: TypeAlias = "tuple[Tensor | None, float | Tensor | None, int | None, int | None, str, bool]"
 #: Returns a number as a float.
 Check = Callable[[str, Any], Any]
 
@@ -88,3 +92,13 @@ def first_classes(name: str, logits: Tensor, class_dim: int | None, num_classes:
     dim = checks.class_dimension(checks.check_logits(name, logits), class_dim)
     checks.check_num_classes("num_classes", num_classes, logits.shape[dim], name)
     return logits.narrow(dim, 0, num_classes)
+
+
+def returned(
+    loss: Tensor, parts: Iterable[Tensor] | None, parts_type: type[Parts], shape: tuple[int, ...], reduction: str
+) -> Tensor | tuple[Tensor, Parts]:
+    """What a function gives back: the loss, with its parts unless they are None; row by row in the rows' ``shape``."""
+    given = [] if parts is None else [*parts]
+    if reduction == "none" and len(shape) != 1:
+        loss, *given = (each.reshape(shape) for each in (loss, *given))
+    return loss if parts is None else (loss, parts_type(*given))

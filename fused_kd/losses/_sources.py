@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,16 +14,14 @@ from fused_kd.core import checks
 from fused_kd.core.catalogue import LOSSES, ROW_LOSSES, has_column_term
 from fused_kd.core.options import HyperParameters, in_order
 from fused_kd.core.source_rows import SourceRows, Span
-from fused_kd.core.transforms import carries_gradient, readable
+from fused_kd.core.transforms import carries_gradient
 from fused_kd.losses import _shards
-from fused_kd.losses._options import normalized
+from fused_kd.losses._options import Common, normalized, returned
 from fused_kd.losses._topk import check_indices, kernel_or_reference, topk_rows
 from fused_kd.reference import USKDParts, accumulation_dtype
 from fused_kd.sources import ClassShard, Head, Logits, TeacherLogits, TopK
 
 Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
-#: What losses take alike: ``weight``, ``normalizer``, ``class_dim``, ``num_classes``, ``backend`` and ``return_parts``.
-Common: TypeAlias = "tuple[Tensor | None, float | Tensor | None, int | None, int | None, str, bool]"
 
 
 def is_source(logits: Any) -> bool:
@@ -89,8 +87,7 @@ def row_loss(
         given = [_shards.all_columns(_logits(each, shape[-1]), student.span) for each in sources]
         if target.is_floating_point():
             target = _shards.all_columns(target, student.span)
-        if readable(target):
-            checks.check_target_values(target, weight, given[0].shape[1], settings["ignore_index"])
+        checks.check_target_values(target, weight, given[0].shape[1], settings["ignore_index"])
         loss, packed = eager(*given, target, **numbers, **settings, weight=weight)
         parts = [*packed]
     else:
@@ -102,9 +99,7 @@ def row_loss(
             student.rows, teacher and teacher.rows, (target, weight), name, hyper, asked, where, chosen
         )
         parts = [stacked[part] for part in ROW_LOSSES[name].parts]
-    if reduction == "none" and len(shape) != 2:
-        loss, *parts = (each.reshape(shape[:-1]) for each in (loss, *parts))
-    return (loss, parts_type(*parts)) if return_parts else loss
+    return returned(loss, parts if return_parts else None, parts_type, shape[:-1], reduction)
 
 
 def _check_topk(target: Tensor | None, settings: dict[str, Any]) -> None:
@@ -127,8 +122,7 @@ def _topk_reference(
     logits, teacher = sources
     assert teacher.indices is not None
     ignore_index = settings["ignore_index"]
-    if readable(target):
-        checks.check_target_values(target, weight, logits.shape[1], ignore_index)
+    checks.check_target_values(target, weight, logits.shape[1], ignore_index)
     counted = target != ignore_index if weight is None else (target != ignore_index) & (weight != 0)
     check_indices(teacher.indices, logits.shape[1], counted)
     given = (logits, teacher.values, teacher.indices, teacher.rest, target, numbers)
@@ -162,8 +156,7 @@ def uskd(
     chosen = backends.choose(backend, values.device, "uskd")
     if chosen == "reference":
         logits = [_logits(each.rows, shape[-1]) for each in (student, weak)]
-        if readable(target):
-            checks.check_target_values(target, weight, shape[-1], settings["ignore_index"])
+        checks.check_target_values(target, weight, shape[-1], settings["ignore_index"])
         loss, packed = eager(*logits, target, **numbers, **settings, weight=weight)
         parts = [*packed]
     else:
@@ -175,9 +168,7 @@ def uskd(
             student.rows, weak.rows, (target, sums, weight), in_order(numbers), asked, where, chosen
         )
         parts = [*stacked]
-    if reduction == "none" and len(shape) != 2:
-        loss, *parts = (each.reshape(shape[:-1]) for each in (loss, *parts))
-    return (loss, USKDParts(*parts)) if return_parts else loss
+    return returned(loss, parts if return_parts else None, USKDParts, shape[:-1], reduction)
 
 
 def _of_rows(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from functools import cache
 
@@ -16,7 +15,7 @@ from fused_kd.core.catalogue import LOSSES, as_run
 from fused_kd.core.options import HyperParameters, in_order
 from fused_kd.core.source_rows import SourceRows
 from fused_kd.core.transforms import readable
-from fused_kd.reference.topk import RESTS, check_rest
+from fused_kd.reference.topk import RESTS, check_rest, wrong_indices
 from fused_kd.sources import TopK
 
 
@@ -55,7 +54,7 @@ def kernel_or_reference(
     asked, chosen = backend
     check_rest(name, rest, numbers.get("beta", 0.0))
     run = as_run(name, HyperParameters._make(in_order(numbers)))
-    if topk.is_fused(run, rest) and not sharded:
+    if topk.is_fused(run, rest, sharded):
         return chosen
     what = f"{LOSSES[name].title} with a TopK of rest={rest!r}{' beside a ClassShard' if sharded else ''}"
     if asked != "auto":
@@ -67,12 +66,7 @@ def kernel_or_reference(
 @cache
 def warn_of_reference(what: str) -> None:
     """Once in a process for each."""
-    warnings.warn(
-        f"fused_kd runs {what} by its eager reference, which makes whole rows: it has no kernel for it. "
-        "backend='reference' says that this is meant, without a warning.",
-        RuntimeWarning,
-        stacklevel=backends.outside(),
-    )
+    backends.warn_of_reference(what, "which makes whole rows: it has no kernel for it")
 
 
 def check_indices(indices: Tensor, num_classes: int, counted: Tensor) -> None:
@@ -80,9 +74,6 @@ def check_indices(indices: Tensor, num_classes: int, counted: Tensor) -> None:
     read. The kernels look as they go."""
     if not readable(indices):
         return
-    wrong = (indices < -1) | (indices >= num_classes)
-    sorted_ = indices.sort(dim=1).values
-    twice = (sorted_[:, 1:] == sorted_[:, :-1]) & (sorted_[:, 1:] >= 0)
-    wrong_rows = (wrong.any(1) | twice.any(1)) & counted
-    if bool(wrong_rows.any()):
-        raise checks.kept_error(indices, int(wrong_rows.to(torch.uint8).argmax()), num_classes)
+    wrong = wrong_indices(indices, num_classes) & counted
+    if bool(wrong.any()):
+        raise checks.kept_error(indices, int(wrong.to(torch.uint8).argmax()), num_classes)

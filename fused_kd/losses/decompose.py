@@ -8,7 +8,6 @@ from torch import Tensor
 
 from fused_kd import reference
 from fused_kd.core import checks
-from fused_kd.losses._call import check_targets_if_cheap
 from fused_kd.losses._options import checked
 from fused_kd.reference import Decomposition
 
@@ -73,7 +72,7 @@ def decompose(
     checks.check_teacher_detached(teacher_logits)
     options: dict[str, Any] = {"reduction": reduction, "ignore_index": ignore_index}
     options |= checked({"temperature": temperature}, options)
-    check_targets_if_cheap(rows, ignore_index)
+    checks.check_target_values(rows.target, None, rows.student_logits.shape[1], ignore_index)
     tensors: Any = rows[:3]
     parts = reference.decompose(*tensors, **options)
     if reduction == "none" and len(rows.shape) != 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, distributed, nn
 from fused_kd import autograd, reference
 from fused_kd.core import checks
 from fused_kd.losses import _sources
-from fused_kd.losses._call import call, check_targets_if_cheap
+from fused_kd.losses._call import call
 from fused_kd.losses._criterion import Criterion, Scheduled
 from fused_kd.losses._docs import documented
 from fused_kd.losses._options import checked
@@ -156,10 +157,7 @@ def uskd_loss(
     numbers = checked(numbers, settings)
     plain = type(student_logits) is Tensor and type(weak_logits) is Tensor
     if not plain and (_sources.is_source(student_logits) or _sources.is_source(weak_logits)):
-
-        def summed(sums: Tensor) -> Tensor:
-            return _over_processes(sums, process_group)
-
+        summed = partial(_over_processes, process_group=process_group)
         return _sources.uskd(_eager, summed, (student_logits, weak_logits, target), numbers, settings, common)
     student, weak = cast(Tensor, student_logits), cast(Tensor, weak_logits)
     rows = checks.flatten(student, weak, "weak_logits", target, class_dim)
@@ -366,7 +364,7 @@ def uskd_soft_labels(
     rows = checks.flatten(student_logits, weak_logits, "weak_logits", target, class_dim)
     settings = {"rank": rank, "square": square, "ignore_index": ignore_index, "process_group": process_group}
     checked({}, settings)
-    check_targets_if_cheap(rows, ignore_index)
+    checks.check_target_values(rows.target, None, rows.student_logits.shape[1], ignore_index)
     tensors: Any = rows[:3]
     sums = _batch_sums(tensors, square, ignore_index, "reference", process_group)
     labels = reference.uskd_soft_labels(*tensors, rank=rank, square=square, ignore_index=ignore_index, batch_sums=sums)

@@ -178,10 +178,7 @@ def _hyper_parameters(name: str, hyper: Mapping[str, float]) -> dict[str, float]
 def find_kept(log_probs: Tensor, indices: Tensor, target: Tensor, num_classes: int) -> Kept:
     """``target`` ``(N, 1)`` is a class of each row."""
     in_range = (indices >= 0) & (indices < num_classes)
-    ordered = torch.where(in_range, indices, -1).sort(dim=1).values
-    twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(dim=1)
-    wrong = twice | (~in_range & (indices != -1)).any(dim=1)
-    valid = torch.where(wrong, torch.nan, 1.0).to(log_probs.dtype)
+    valid = torch.where(wrong_indices(indices, num_classes), torch.nan, 1.0).to(log_probs.dtype)
     columns = torch.where(in_range, indices, 0)
     is_target = in_range & (columns == target)
     log_probs = torch.where(in_range, log_probs, NEG_INF)
@@ -191,6 +188,13 @@ def find_kept(log_probs: Tensor, indices: Tensor, target: Tensor, num_classes: i
     log_share = (left / outside.clamp(min=1)).log()
     log_share = torch.where((outside > 0) | (left != left), log_share, NEG_INF)
     return Kept(log_probs, columns, in_range, is_target, is_target.any(dim=1), valid, number, log_share)
+
+
+def wrong_indices(indices: Tensor, num_classes: int) -> Tensor:
+    """Rows, (N,), in which an index is no class, or one is there twice."""
+    ordered = indices.sort(dim=1).values
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    return twice.any(dim=1) | ((indices < -1) | (indices >= num_classes)).any(dim=1)
 
 
 def dense_teacher(kept: Kept, rest: str, num_classes: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 import fused_kd
-from fused_kd import Head, TopK
+from fused_kd import ClassShard, Head, TopK
 from fused_kd.core.catalogue import LOSSES, ROW_LOSSES
 from fused_kd.losses import _topk
 
@@ -190,3 +190,5 @@ def test_explain_says_what_runs_for_a_source():
         explanation.chosen == "reference" and "no kernel for a TopK of rest='uniform'" in explanation.reasons["native"]
     )
     assert "takes matrices alone" in str(fused_kd.explain(Head(hidden, weight), "zipf_ls"))
+    beside = fused_kd.explain(ClassShard(hidden, 0, 16), "nkd", TopK(*kept, rest="bucket"))
+    assert beside.chosen == "reference" and "beside a ClassShard" in beside.reasons["native"]

@@ -5,7 +5,7 @@ import re
 import pytest
 from tree import FOLDERS, ROOT, SOURCES
 
-from fused_kd.backends import topk
+from fused_kd.backends.native.boundary import RESTS
 from fused_kd.backends.native.staged import FIELDS
 from fused_kd.backends.staged import STAGES
 from fused_kd.core.catalogue import BITS, KIND_SHIFT, LOSSES, ROW_LOSSES
@@ -79,8 +79,8 @@ def test_what_becomes_of_a_teachers_rest_has_one_number():
     header = (ROOT / "csrc/losses/topk_losses.h").read_text()
     (enum,) = re.findall(r"enum TopKRest[^{]*\{([^}]*)\}", header)
     numbers = {name.lower(): int(number) for name, number in re.findall(r"k(\w+) = (\d+)", enum)}
-    assert numbers == topk.RESTS
-    assert {*reference_topk.RESTS} == {*topk.RESTS}
+    assert numbers == RESTS
+    assert {*reference_topk.RESTS} == {*RESTS}
     folder = ROOT / "fused_kd/backends/triton"
     kernels = re.search(r"^SHARP, LINEAR = tl.constexpr\((\d+)\), tl.constexpr\((\d+)\)$",
                         (folder / "kernels/topk.py").read_text(), re.MULTILINE)  # fmt: skip

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fused_kd.backends import staged as stages
 from fused_kd.backends.native import core, cuda, staged
-from fused_kd.backends.native.boundary import DTYPES, RANKS, REDUCTIONS, address, incoming, matrix
+from fused_kd.backends.native.boundary import DTYPES, RANKS, REDUCTIONS, RESTS, address, incoming, matrix
 from fused_kd.core import checks
 from fused_kd.core.catalogue import NUMBERS
 from fused_kd.core.options import Options, outputs, pair_outputs
@@ -180,7 +180,7 @@ def topk_loss(
     student: Tensor,
     log_probs: Tensor,
     indices: Tensor,
-    rest: int,
+    rest: str,
     target: Tensor,
     factors: Tensor | None,
     options: Options,
@@ -192,7 +192,7 @@ def topk_loss(
     bad_row = _core.topk_loss(
         (instruction_set, torch.get_num_threads()),
         matrix(student),
-        (matrix(log_probs), matrix(indices), indices.shape[1], rest),
+        (matrix(log_probs), matrix(indices), indices.shape[1], RESTS[rest]),
         matrix(target),
         student.shape,
         NUMBERS[options.loss],

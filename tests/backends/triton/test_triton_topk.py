@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fused_kd.backends import topk
 from fused_kd.backends import triton as backend
+from fused_kd.reference import topk
 from tests.support.topk_cases import FUSED, assert_same, assert_within_eager_error, make, run
 
 pytest.importorskip("triton")

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_kd.backends import topk
 from fused_kd.backends.triton import layout
 from fused_kd.backends.triton.launch import Launch, acc_types, planned, run
 from fused_kd.core.catalogue import BITS, NUMBERS, ROW_LOSSES
@@ -27,7 +26,7 @@ def topk_loss(
     student: Tensor,
     log_probs: Tensor,
     indices: Tensor,
-    rest: int,
+    rest: str,
     target: Tensor,
     factors: Tensor | None,
     options: Options,
@@ -43,10 +42,9 @@ def topk_loss(
     kept = find_kept(log_probs.double(), indices, y.unsqueeze(1), classes)
     valid = kept.valid.masked_fill(invalid, math.nan)
     marks, left_out = _marks(kept, y, classes)
-    named = topk_name(rest)
     smoothed = hyper.ce_weight != 0.0 and hyper.label_smoothing != 0.0
     at_one = hyper.temperature != 1.0 and (NUMBERS[loss] & BITS["sharp"] or hyper.ce_weight != 0.0)
-    need = (SHARP if at_one else 0) | (LINEAR if named == "uniform" or smoothed else 0)
+    need = (SHARP if at_one else 0) | (LINEAR if rest == "uniform" or smoothed else 0)
 
     found = torch.empty((4, rows), dtype=dtype, device=student.device)
     shared = (student, marks, counted.to(torch.int32), need, hyper.temperature)
@@ -64,7 +62,7 @@ def topk_loss(
     s_kept = student.gather(1, kept.columns).double().requires_grad_()
     s_target = student.gather(1, y.unsqueeze(1)).squeeze(1).double().requires_grad_()
     with torch.enable_grad():
-        values = row_parts(loss, s_kept, s_target, few, kept, named, hyper._asdict(), classes)
+        values = row_parts(loss, s_kept, s_target, few, kept, rest, hyper._asdict(), classes)
         total = torch.stack(values).sum()
     parts = torch.zeros((3, rows), dtype=torch.float64, device=student.device)
     for place, value in zip(ROW_LOSSES[loss].parts, values, strict=True):
@@ -97,10 +95,6 @@ def topk_loss(
     columns = torch.cat([torch.where(own, kept.columns, y.unsqueeze(1)), y.unsqueeze(1)], 1)
     values_at = torch.where(torch.cat([own, torch.ones_like(own[:, :1])], 1), entries, entries[:, -1:])
     return *each, gradient.scatter_(1, columns, values_at)
-
-
-def topk_name(rest: int) -> str:
-    return next(name for name, number in topk.RESTS.items() if number == rest)
 
 
 def words_of(classes: int) -> int:
