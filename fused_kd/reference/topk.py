@@ -273,13 +273,13 @@ def row_parts(
         non_target_part = divergence(q_hat, log_q_hat, log_p_hat, hyper["beta"] * temperature**2)
         log_b_s, log_b_t = _log_binary(soft), _log_binary(of_teacher)
         if rest == "drop":
-            log_b_t = _log_binary(of_teacher, _counting(of_teacher, kept, rest))
+            log_b_t = _log_binary(of_teacher, _counting(of_teacher, kept))
         target_part = divergence(log_b_t.exp(), log_b_t, log_b_s, hyper["alpha"] * temperature**2)
         return [target_part, _unless_alone(non_target_part, num_classes), ce]
     q, log_q = _softmax(_whole(of_teacher, kept, rest))
     p, log_p = _softmax(_whole(soft, kept, rest))
     if rest == "drop":
-        counts = _counting(of_teacher, kept, rest)
+        counts = _counting(of_teacher, kept)
         q, log_q = torch.where(counts, q, 0.0), torch.where(counts, log_q, NEG_INF)
     if name == "wsld":
         ce_s, ce_t = -log_p_target.detach(), -log_q_target
@@ -330,7 +330,7 @@ def _without_target(columns: _Columns) -> _Columns:
     return _Columns(torch.cat([logits[:, :-1], torch.full_like(logits[:, -1:], NEG_INF)], dim=1), rest)
 
 
-def _counting(teacher: _Columns, kept: Kept, rest: str) -> Tensor:
+def _counting(teacher: _Columns, kept: Kept) -> Tensor:
     """Which columns count where the rest does not."""
     counts = torch.ones_like(teacher.logits, dtype=torch.bool)
     counts[:, -2] = False
