@@ -127,7 +127,7 @@ def _row_loss(
         target,
         factors,
         column_factor,
-        Options(named, ignore_index, reduction, (need_gradient,), (scale,), as_run(loss, named), standardize),
+        Options(named, ignore_index, reduction, (need_gradient,), (scale,), as_run(loss, named.beta), standardize),
     )
     _multiply(norm, by)
     if measure:

@@ -69,7 +69,7 @@ def _source_loss(
     factors = _factors(row_weight, grad_rows, target, ignore_index, reduction)
     where = sources.Where(Span(span[0], span[1], group), chunk_rows, compute)
     asked = sources.Asked(target, factors, wanted, where)
-    options = Options(named, ignore_index, "none", (any(wanted),), (1.0,), as_run(loss, named), standardize)
+    options = Options(named, ignore_index, "none", (any(wanted),), (1.0,), as_run(loss, named.beta), standardize)
     with torch.autocast(student.device.type, enabled=False):
         rows, parts, gradients = sources.run(backends.get(backend), given, other, asked, options)
         return *_reduced(reduction, rows, parts), *gradients

@@ -9,80 +9,85 @@ namespace fused_kd {
 namespace FKD_ISA {
 namespace {
 
-// One vector of classes: their probabilities, and logarithms, which stay finite where those underflow.
+// One vector of classes: their probabilities, and log(q / p), which stays finite where those underflow.
 template <class A>
 struct Probabilities {
-    Vec<A> p, q, log_p, log_q;
+    Vec<A> p, q, log_ratio;
 };
 
-// A policy's `sums` gives the three terms of PointwiseSums.of, and its `slopes` the two of h. Of one slope that takes
-// long to compute p f_1 is kept where the teacher's exponentials were.
+// A policy's `terms` gives the terms of PointwiseSums.of, those of kTerms, and the kSlopes slopes of h. A loss of one
+// slope that takes long to compute keeps p f_1, which is then its first term as well, where the teacher's exponentials
+// were.
 template <class A>
 struct Dist {
     static constexpr bool kKept = false;
+    static constexpr bool kTerms[3] = {true, true, true};
+    static constexpr int kSlopes = 2;
     A mean_p, mean_q; // of a row
     // Centred before they are multiplied: sum p^2 - 1 / C would cancel.
-    FKD_INLINE void sums(const Probabilities<A>& x, Vec<A> (&out)[3]) const {
+    FKD_INLINE void terms(const Probabilities<A>& x, Vec<A> (&sums)[3], Vec<A> (&slopes)[2]) const {
         const Vec<A> a = x.p - mean_p, b = x.q - mean_q;
-        out[0] = a * b;
-        out[1] = a * a;
-        out[2] = b * b;
-    }
-    FKD_INLINE void slopes(const Probabilities<A>& x, Vec<A> (&out)[2]) const {
-        out[0] = x.q - mean_q;
-        out[1] = x.p - mean_p;
+        sums[0] = a * b;
+        sums[1] = a * a;
+        sums[2] = b * b;
+        slopes[0] = b;
+        slopes[1] = a;
     }
 };
 
-template <class A>
+// Of beta = 1 the mixture is q, and log(q / m) 0.
+template <class A, bool reverse>
 struct Js {
     static constexpr bool kKept = true;
+    static constexpr bool kTerms[3] = {true, false, true};
+    static constexpr int kSlopes = 1;
     A b, rest;
     explicit Js(const RowParams& params) : b(A(params.beta)), rest(A(1 - params.beta)) {}
-    // log(p / m) and log(q / m), from the exponential of -|log q - log p|, which cannot overflow. Of what is 0 there is
-    // 0.
-    FKD_INLINE void logarithms(const Probabilities<A>& x, Vec<A>& of_p, Vec<A>& of_q) const {
-        const Vec<A> zero = {}, d = x.log_q - x.log_p;
-        of_p = -d;
-        of_q = zero;
-        if (rest != A(0)) {
-            const Mask<A> up = ~(d <= A(0)); // NaN too, which the logarithm would not keep
-            const Vec<A> e = exp2_nonpositive<A>((up ? -d : d) * A(kLog2E));
-            const Vec<A> l = log_positive<A>(up ? mul_add<A>(e, rest, b) : mul_add<A>(e, b, rest));
-            of_p = up ? -l - d : -l;
-            of_q = up ? -l : d - l;
+    // log(p / m) and log(q / m) are of the smaller of p / q and q / p, which cannot overflow; an error of log(q / p),
+    // or of what p and q are multiplied by, changes the loss in the second order only. Of what is 0 there is 0.
+    FKD_INLINE void terms(const Probabilities<A>& x, Vec<A> (&sums)[3], Vec<A> (&slopes)[2]) const {
+        const Vec<A> zero = {}, d = x.log_ratio;
+        Vec<A> of_p = -d, of_q = zero;
+        if constexpr (!reverse) {
+            constexpr A least = sizeof(A) == 4 ? A(1e-37) : A(1e-307); // a quotient of two that underflow is 0
+            const Mask<A> up = ~(d <= A(0));                           // NaN too, which the logarithm would not keep
+            const Vec<A> own = splat<A>(b), other = splat<A>(rest);
+            const Vec<A> ratio = (x.p < x.q ? x.p : x.q) / max_of(max_of(x.p, x.q), splat<A>(least));
+            const Vec<A> l = log_positive<A>(mul_add(ratio, up ? other : own, up ? own : other));
+            of_p = (up ? -d : zero) - l;
+            of_q = (up ? zero : d) - l;
         }
-        of_p = x.p == A(0) ? zero : of_p;
-        of_q = x.q == A(0) ? zero : of_q;
-    }
-    FKD_INLINE void sums(const Probabilities<A>& x, Vec<A> (&out)[3]) const {
-        Vec<A> of_p, of_q;
-        logarithms(x, of_p, of_q);
-        out[0] = x.p * of_p;
-        out[1] = Vec<A>{};
-        out[2] = x.q * of_q;
-    }
-    FKD_INLINE void slopes(const Probabilities<A>& x, Vec<A> (&out)[2]) const {
-        Vec<A> of_q;
-        logarithms(x, out[0], of_q);
-        out[1] = Vec<A>{};
+        slopes[0] = x.p == A(0) ? zero : of_p;
+        slopes[1] = zero;
+        sums[0] = x.p * slopes[0];
+        sums[1] = zero;
+        sums[2] = x.q == A(0) ? zero : x.q * of_q;
     }
 };
 
 // Softmax of a row from the exponentials that block_stats has stored.
-template <class A>
 struct RowSoftmax {
     double max, scale, p_scale, log_normalizer;
 
-    // Of one block: what its exponentials are multiplied with, and x (scale) + constant is the logarithm.
-    struct Block {
-        A by, max, scale, minus;
-        FKD_INLINE Vec<A> log(Vec<A> x) const { return mul_add<A>(x - max, scale, -minus); }
-    };
-    Block block(double block_max) const {
-        const A rounded = A(max);
-        return {A(scaled_exp(block_max - max, scale) * p_scale), rounded, A(scale),
-                A(log_normalizer + (max - double(rounded)) * scale)};
+    // What the exponentials of a block are multiplied with.
+    double by(double block_max) const { return scaled_exp(block_max - max, scale) * p_scale; }
+};
+
+// log(q / p) of logits: of t - its maximum less ratio (s - its maximum), times the teacher's scale, plus a constant.
+// With one scale for both the ratio is 1, and their difference is rounded once.
+template <class A>
+struct LogRatio {
+    A s_max, t_max, minus_ratio, scale, constant;
+
+    // Of p and q as they are where exponentials are multiplied with by_s and by_t, which are rounded.
+    static LogRatio of(const RowSoftmax& s, const RowSoftmax& t, double rounded_s, double rounded_t) {
+        const A s_max = A(s.max), t_max = A(t.max);
+        const double moved = (s.max - double(s_max)) * s.scale - (t.max - double(t_max)) * t.scale;
+        return {s_max, t_max, A(-s.scale / t.scale), A(t.scale),
+                A(s.log_normalizer - t.log_normalizer + moved + rounded_t - rounded_s)};
+    }
+    FKD_INLINE Vec<A> operator()(Vec<A> s, Vec<A> t) const {
+        return mul_add<A>(mul_add<A>(s - s_max, minus_ratio, t - t_max), scale, splat(constant));
     }
 };
 
@@ -111,54 +116,52 @@ template <class A>
 struct PointwiseBlock {
     const A *s, *t, *e_s;
     A* e_t;
-    typename RowSoftmax<A>::Block of_s, of_t;
+    A by_s, by_t;
+    LogRatio<A> log_ratio;
     int64_t start; // in the row
 
     template <class Lanes>
     FKD_INLINE Probabilities<A> at(int64_t j, Lanes lanes) const {
-        return {load(e_s + j, lanes) * of_s.by, load(e_t + j, lanes) * of_t.by, of_s.log(load(s + j, lanes)),
-                of_t.log(load(t + j, lanes))};
+        return {load(e_s + j, lanes) * by_s, load(e_t + j, lanes) * by_t,
+                log_ratio(load(s + j, lanes), load(t + j, lanes))};
     }
 };
 
-// The slopes of classes: the policy's two, and the columns' or 0.
-template <class A, class Policy, class Lanes>
-FKD_INLINE void slopes_of(const Policy& policy, const PointwiseBlock<A>& block, const Columns<A>& columns, int64_t j,
-                          const Probabilities<A>& x, Lanes lanes, Vec<A> (&out)[3]) {
-    Vec<A> own[2];
-    policy.slopes(x, own);
-    out[0] = own[0];
-    out[1] = own[1];
-    out[2] = columns.mean_p ? columns.at(block.start + j, x, lanes) : Vec<A>{};
-}
-
 template <class A, class Policy>
-FKD_NOINLINE void pointwise_sums(const Policy& policy, const PointwiseBlock<A>& block, int64_t n, int64_t y,
+FKD_NOINLINE void pointwise_sums(const Policy& given, const PointwiseBlock<A>& of, int64_t n, int64_t y,
                                  const Columns<A>& columns, const RowMoments* moments, PointwiseSums& out) {
+    const Policy policy = given; // the compiler would read them again after each store
+    const PointwiseBlock<A> block = of;
     const Vec<A> zero = {};
-    Vec<A> of[3] = {zero, zero, zero}, with_p[3] = {zero, zero, zero}, with_z[3] = {zero, zero, zero}, z = zero;
+    Vec<A> sums[3] = {zero, zero, zero}, with_p[3] = {zero, zero, zero}, with_z[3] = {zero, zero, zero}, z = zero;
     const A mean = moments ? A(moments->mean) : A(0);
     for_lanes<A>(n, Without<1>{{y}}, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
         const Probabilities<A> x = block.at(j, lanes);
         const Vec<A> p = keep(lanes, x.p, zero);
-        Vec<A> terms[3], slopes[3];
-        policy.sums(x, terms);
-        slopes_of(policy, block, columns, j, x, lanes, slopes);
-        if constexpr (Policy::kKept) store(block.e_t + j, p * slopes[0], lanes);
-        for (int k = 0; k < 3; ++k) {
-            of[k] += keep(lanes, terms[k], zero);
-            with_p[k] = mul_add(p, keep(lanes, slopes[k], zero), with_p[k]);
-        }
+        Vec<A> terms[3], own[2];
+        policy.terms(x, terms, own);
+        if constexpr (Policy::kKept) store(block.e_t + j, terms[0], lanes);
+        for (int k = 0; k < 3; ++k)
+            if (Policy::kTerms[k]) sums[k] += keep(lanes, terms[k], zero);
+        const auto slope = [&](int k, Vec<A> f) __attribute__((always_inline)) {
+            with_p[k] = mul_add(p, keep(lanes, f, zero), with_p[k]);
+        };
+        for (int k = Policy::kKept; k < Policy::kSlopes; ++k)
+            slope(k, own[k]);
+        const Vec<A> of_columns = columns.mean_p ? columns.at(block.start + j, x, lanes) : zero;
+        if (columns.mean_p) slope(2, of_columns);
         if (moments) {
             const Vec<A> sj = load(block.s + j, lanes);
             const Vec<A> weight = sj == -A(INFINITY) ? zero : p * (sj - mean);
-            for (int k = 0; k < 3; ++k)
-                with_z[k] = mul_add(weight, keep(lanes, slopes[k], zero), with_z[k]);
+            for (int k = 0; k < Policy::kSlopes; ++k)
+                with_z[k] = mul_add(weight, keep(lanes, own[k], zero), with_z[k]);
+            with_z[2] = mul_add(weight, keep(lanes, of_columns, zero), with_z[2]);
             z += weight;
         }
     });
+    if (Policy::kKept) with_p[0] = sums[0];
     for (int k = 0; k < 3; ++k) {
-        out.of[k] += sum_lanes<A>(of[k]);
+        out.of[k] += sum_lanes<A>(sums[k]);
         out.slopes[k] += sum_lanes<A>(with_p[k]);
         out.centred[k] += sum_lanes<A>(with_z[k]);
     }
@@ -176,12 +179,12 @@ struct PointwiseGradient {
     template <class Lanes>
     FKD_INLINE Vec<A> operator()(int64_t j, Lanes lanes) const {
         if constexpr (Policy::kKept)
-            return (load(block.e_t + j, lanes) - load(block.e_s + j, lanes) * block.of_s.by * mean[0]) * by[0];
+            return (load(block.e_t + j, lanes) - load(block.e_s + j, lanes) * block.by_s * mean[0]) * by[0];
         const Probabilities<A> x = block.at(j, lanes);
-        Vec<A> slopes[3];
-        slopes_of(policy, block, columns, j, x, lanes, slopes);
+        Vec<A> unused[3], slopes[2];
+        policy.terms(x, unused, slopes);
         Vec<A> h = mul_add<A>(slopes[0] - mean[0], by[0], (slopes[1] - mean[1]) * by[1]);
-        if (columns.mean_p) h = mul_add<A>(slopes[2] - mean[2], by[2], h);
+        if (columns.mean_p) h = mul_add<A>(columns.at(block.start + j, x, lanes) - mean[2], by[2], h);
         return x.p * h;
     }
 };
@@ -214,7 +217,7 @@ struct PointwiseRow {
     int64_t row, y, count; // of blocks
     const A* e_soft;
     Split p, q;
-    RowSoftmax<A> of_s, of_t;
+    RowSoftmax of_s, of_t;
     Columns<A> columns;
     SoftmaxOrigin origins[2];
     A row_means[2];                // of p and q
@@ -223,27 +226,33 @@ struct PointwiseRow {
 
     PointwiseBlock<A> block(int64_t i) const {
         const int64_t j = i * kBlock<A>, n = block_length<A>(args->classes, j);
+        const double by_s = of_s.by(scratch->blocks[i].s_max), by_t = of_t.by(scratch->blocks[i].t_max);
+        const auto rounded = [](double by) { return by == 0 ? 0.0 : double(A(by)) / by - 1; };
         PointwiseBlock<A> out = {read(args->student, row, j, n, scratch->student),
                                  read(args->teacher, row, j, n, scratch->teacher),
                                  (fine ? scratch->p : e_soft) + j,
                                  scratch->e_t + j,
-                                 of_s.block(scratch->blocks[i].s_max),
-                                 of_t.block(scratch->blocks[i].t_max),
+                                 A(by_s),
+                                 A(by_t),
+                                 LogRatio<A>::of(of_s, of_t, rounded(by_s), rounded(by_t)),
                                  j};
-        if (fine) out.of_s.by = out.of_t.by = 1;
+        if (fine) out.by_s = out.by_t = 1;
         return out;
     }
     template <class F>
     FKD_INLINE void with_policy(F f) const {
-        params->number >> kKindShift == kDist ? f(Dist<A>{row_means[0], row_means[1]}) : f(Js<A>(*params));
+        if (params->number >> kKindShift == kDist)
+            f(Dist<A>{row_means[0], row_means[1]});
+        else if (params->beta == 1)
+            f(Js<A, true>(*params));
+        else
+            f(Js<A, false>(*params));
     }
     void refine(const PointwiseBlock<A>& here, int64_t n) const {
         softmax_piece(here.s, n, origins[0], scratch->p + here.start);
         softmax_piece(here.t, n, origins[1], here.e_t);
     }
-    Probabilities<A> target() const {
-        return {splat(A(p.p[0])), splat(A(q.p[0])), splat(A(p.log_p[0])), splat(A(q.log_p[0]))};
-    }
+    Probabilities<A> target() const { return {splat(A(p.p[0])), splat(A(q.p[0])), splat(A(q.log_p[0] - p.log_p[0]))}; }
     PointwiseSums sums(const RowMoments* moments) {
         const PointwiseSums out = with_target(own_sums(moments));
         const double flat = kFlat / params->classes;
@@ -288,8 +297,7 @@ struct PointwiseRow {
     PointwiseSums with_target(PointwiseSums out) {
         with_policy([&](const auto& policy) {
             Vec<A> terms[3], slopes[2];
-            policy.sums(target(), terms);
-            policy.slopes(target(), slopes);
+            policy.terms(target(), terms, slopes);
             for (int k = 0; k < 3; ++k)
                 out.of[k] += terms[k][0];
             at_target[0] = slopes[0][0];
@@ -335,6 +343,8 @@ PointwiseRow<A> pointwise_row(const RowArgs& args, const RowParams& params, cons
     // NaN among the labels is in every row's gradient, through the columns.
     const double valid = 1 + 0 * x.v_sum;
     const A share = A(1 / params.classes);
+    const RowSoftmax of_s = {s_max, x.soft_s, p.p_scale, p.log_normalizer};
+    const RowSoftmax of_t = {t_max, x.soft_t, q.p_scale, q.log_normalizer};
     return {&args,
             &params,
             &scratch,
@@ -344,8 +354,8 @@ PointwiseRow<A> pointwise_row(const RowArgs& args, const RowParams& params, cons
             e_soft,
             p,
             q,
-            {s_max, x.soft_s, p.p_scale, p.log_normalizer},
-            {t_max, x.soft_t, q.p_scale, q.log_normalizer},
+            of_s,
+            of_t,
             columns_of<A>(args.columns, args.classes),
             {origin_of(p, x.s_target, s_max, x.soft_s, x.s_soft, valid),
              origin_of(q, x.t_target, t_max, x.soft_t, x.t_soft, 1)},

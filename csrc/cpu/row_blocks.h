@@ -163,7 +163,8 @@ template <class A, bool single, bool careful, Mode mode>
 FKD_INLINE void block_stats(const A* s, const A* t, const A* v, int64_t n, int64_t y, const Scales& k,
                             const RowNeeds& needs, const RowMoments* moments, A* e_soft, A* e_sharp, A* e_raw, A* e_t,
                             Statistics& out) {
-    constexpr bool general = is_general(mode), alone = mode == kAlone;
+    // Pointwise losses take logarithms of them, and then differences.
+    constexpr bool general = is_general(mode), alone = mode == kAlone, pointwise = mode == kPointwise;
     const bool divergence = mode == kDivergence || (mode == kGeneral && needs.divergence);
     const bool teacher_sharp = mode == kCross || (mode == kGeneral && !needs.divergence);
     A s_largest, t_largest;
@@ -184,8 +185,8 @@ FKD_INLINE void block_stats(const A* s, const A* t, const A* v, int64_t n, int64
         if constexpr (!alone) __builtin_prefetch(t + j + kBlock<A>);
         const Vec<A> sj = load(s + j, lanes);
         const Vec<A> ds = s_shift(sj), dt = alone ? zero : t_shift(load(t + j, lanes));
-        const Vec<A> es = keep(lanes, exp2_nonpositive<A>(ds), zero);
-        const Vec<A> et = alone ? zero : keep(lanes, exp2_nonpositive<A>(dt), zero);
+        const Vec<A> es = keep(lanes, exp2_nonpositive<A, pointwise>(ds), zero);
+        const Vec<A> et = alone ? zero : keep(lanes, exp2_nonpositive<A, pointwise>(dt), zero);
         store(e_soft + j, es, lanes);
         s_soft += es;
         if constexpr (!alone) {

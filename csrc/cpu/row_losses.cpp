@@ -243,8 +243,9 @@ RowResult (*pass_for(const RowArgs& args, const RowParams& params))(const RowArg
                                                                     int64_t, int64_t) {
     const RowNeeds needs = row_needs(params);
     if (!needs.teacher) return row_pass<A, true, false, kAlone>;
-    // Careful in any case: its shift is exact, so that a row that is constant comes out as one.
-    if (needs.pointwise) return row_pass<A, single, true, kPointwise>;
+    // Where rows hardly vary careful in any case: its shift is exact, so that a constant row comes out as one.
+    if (needs.pointwise)
+        return needs.fine ? row_pass<A, single, true, kPointwise> : row_pass<A, single, false, kPointwise>;
     if (args.target.dtype != kInt64 || needs.linear || params.standardize) return row_pass<A, single, false, kGeneral>;
     return needs.divergence ? row_pass<A, single, false, kDivergence> : row_pass<A, single, false, kCross>;
 }

@@ -5,6 +5,7 @@
 
 #include "../cpu/core.h"
 #include "boundary.h"
+#include "direct.h"
 
 namespace py = pybind11;
 using namespace fused_kd;
@@ -248,6 +249,7 @@ void bind_cuda(py::module_& m); // bindings_cuda.cpp
 PYBIND11_MODULE(_native, m) {
     m.doc() = "CPU and CUDA kernels of fused_kd.";
     bind_cuda(m);
+    if (!bind_direct(m.ptr())) throw py::error_already_set();
     m.def("instruction_sets", [] {
         py::list names;
         for (const Kernels* kernels : runnable_kernels())

@@ -78,7 +78,7 @@ def run(
     exchange: Callable[[list[Tensor]], Tensor] = torch.stack,
 ) -> tuple[Tensor, list[Tensor]]:
     """All stages of a backend's pieces in one process: the parts of each row, (3, N), and the pieces' gradients."""
-    options = options._replace(loss=as_run(options.loss, options.hyper))
+    options = options._replace(loss=as_run(options.loss, options.hyper.beta))
     found = Found()
     *before, last = stages_of(options)
     for stage in before:

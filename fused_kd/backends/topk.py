@@ -43,7 +43,7 @@ def row_loss(
         NotImplementedError: The loss has no kernel for this rest.
         IndexError, ValueError: On the CPU, of a target or a kept class that is none, or one that is twice in a row.
     """
-    options = options._replace(loss=as_run(options.loss, options.hyper))
+    options = options._replace(loss=as_run(options.loss, options.hyper.beta))
     loss = options.loss
     check_rest(loss, rest, options.hyper.beta)
     if not is_fused(loss, rest):

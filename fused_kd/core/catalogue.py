@@ -80,9 +80,9 @@ KIND_SHIFT = 16
 NUMBERS = {name: loss.kind << KIND_SHIFT | sum(map(BITS.__getitem__, loss.needs)) for name, loss in ROW_LOSSES.items()}
 
 
-def as_run(loss: str, hyper: HyperParameters) -> str:
+def as_run(loss: str, beta: float) -> str:
     """The row loss whose kernel runs: Jensen–Shannon of beta = 0 is KD."""
-    return "kd" if loss == "js" and hyper.beta == 0.0 else loss
+    return "kd" if loss == "js" and beta == 0.0 else loss
 
 
 def has_column_term(loss: str, hyper: HyperParameters) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 
 from torch import Tensor
 
-from fused_kd import autograd, backends
+from fused_kd import autograd, backends, direct
 from fused_kd.core import checks
 from fused_kd.core.catalogue import ROW_LOSSES, has_column_term
 from fused_kd.core.options import HyperParameters, in_order
@@ -64,6 +64,9 @@ def row_loss(
 ) -> Tensor | tuple[Tensor, Parts]:
     """Check a row loss and run it. ``tensors`` are the student's logits, the teacher's, and the target. A loss without
     a teacher has None for one, and no ``logit_standardization`` among its settings."""
+    if (made := direct.loss(name, tensors, numbers, settings, common)) is not None:
+        loss, packed = made
+        return loss if packed is None else (loss, parts_type(*(packed[part] for part in ROW_LOSSES[name].parts)))
     numbers = checked(numbers, settings)
     student_logits, teacher_logits, target = tensors
     plain = type(student_logits) is Tensor and (teacher_logits is None or type(teacher_logits) is Tensor)

@@ -12,7 +12,6 @@ from fused_kd import backends
 from fused_kd.backends import topk
 from fused_kd.core import checks
 from fused_kd.core.catalogue import LOSSES, as_run
-from fused_kd.core.options import HyperParameters, in_order
 from fused_kd.core.source_rows import SourceRows
 from fused_kd.core.transforms import readable
 from fused_kd.reference.topk import RESTS, check_rest, wrong_indices
@@ -53,7 +52,7 @@ def kernel_or_reference(
     """
     asked, chosen = backend
     check_rest(name, rest, numbers.get("beta", 0.0))
-    run = as_run(name, HyperParameters._make(in_order(numbers)))
+    run = as_run(name, numbers.get("beta", 1.0))
     if topk.is_fused(run, rest, sharded):
         return chosen
     what = f"{LOSSES[name].title} with a TopK of rest={rest!r}{' beside a ClassShard' if sharded else ''}"

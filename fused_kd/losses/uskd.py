@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 import torch
 from torch import Tensor, distributed, nn
 
-from fused_kd import autograd, reference
+from fused_kd import autograd, direct, reference
 from fused_kd.core import checks
 from fused_kd.losses import _sources
 from fused_kd.losses._call import call
@@ -154,6 +154,8 @@ def uskd_loss(
         "reduction": reduction,
     }
     common = (weight, normalizer, class_dim, None, backend, return_parts)
+    if (made := direct.loss("uskd", (student_logits, weak_logits, target), numbers, settings, common)) is not None:
+        return made[0] if made[1] is None else (made[0], USKDParts(*made[1]))
     numbers = checked(numbers, settings)
     plain = type(student_logits) is Tensor and type(weak_logits) is Tensor
     if not plain and (_sources.is_source(student_logits) or _sources.is_source(weak_logits)):

@@ -6,7 +6,7 @@ from typing import Any, Literal, overload
 
 from torch import Tensor
 
-from fused_kd import autograd, reference
+from fused_kd import autograd, direct, reference
 from fused_kd.core import checks
 from fused_kd.losses._call import call
 from fused_kd.losses._criterion import Criterion, Scheduled
@@ -95,6 +95,9 @@ def zipf_ls_loss(
     """
     settings = {"reduction": reduction, "ignore_index": ignore_index}
     numbers = {"beta": beta, "power": power, "ce_weight": ce_weight, "label_smoothing": label_smoothing}
+    common = (weight, normalizer, class_dim, None, backend, return_parts)
+    if (made := direct.loss("zipf_ls", (student_logits, dense_logits, target), numbers, settings, common)) is not None:
+        return made[0] if made[1] is None else (made[0], DistillationParts(*made[1]))
     numbers = checked(numbers, settings)
     rows = checks.flatten(student_logits, None, None, target, class_dim)
     rows = checks.Rows(rows[0], checks.flatten_dense(dense_logits, student_logits, rows), *rows[2:])
@@ -105,7 +108,7 @@ def zipf_ls_loss(
         DistillationParts,
         (student_logits, rows),
         (numbers, settings),
-        (weight, normalizer, class_dim, None, backend, return_parts),
+        common,
     )
 
 

@@ -52,7 +52,7 @@ def dist_loss(
     )
     p, q = (student / temperature).softmax(dim=1), (teacher / temperature).softmax(dim=1)
     scale = temperature**2
-    inter = scale * beta * (1.0 - _correlation(p - p.mean(1, keepdim=True), q - q.mean(1, keepdim=True), dim=1))
+    inter = scale * beta * (1.0 - _correlation(_centred(p, p[:, :1]), _centred(q, q[:, :1]), dim=1))
     if gamma == 0.0:
         intra = torch.zeros_like(inter)
     else:
@@ -64,9 +64,20 @@ def dist_loss(
     return loss, DISTParts(*parts)
 
 
+def _centred(p: Tensor, origin: Tensor) -> Tensor:
+    """Each row of p less its mean. Of a constant row nothing is left, as it is about an ``origin`` of its own: what a
+    sum of equal numbers is rounded by would have a derivative of 1e8."""
+    p = p - origin.detach()
+    return p - p.mean(dim=1, keepdim=True)
+
+
 def _centre_columns(p: Tensor, counted: Tensor) -> Tensor:
-    """Less the mean over the rows that count; 0 in the others."""
-    mean = torch.where(counted, p, 0.0).sum(dim=0, keepdim=True) / counted.sum().clamp(min=1)
+    """The same of columns, over the rows that count; 0 in the others."""
+    if p.shape[0] == 0:
+        return p
+    origin = p.detach().index_select(0, counted.squeeze(1).to(torch.uint8).argmax(0, keepdim=True))
+    p = torch.where(counted, p - origin, 0.0)
+    mean = p.sum(dim=0, keepdim=True) / counted.sum().clamp(min=1)
     return torch.where(counted, p - mean, 0.0)
 
 

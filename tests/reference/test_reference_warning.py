@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fused_kd
-from fused_kd import NKDLoss, backends, kd_loss, nkd_loss, uskd_loss
+from fused_kd import NKDLoss, backends, direct, kd_loss, nkd_loss, uskd_loss
 
 STUDENT, TEACHER, TARGET = torch.randn(4, 10), torch.randn(4, 10), torch.arange(4)
 
@@ -15,6 +15,7 @@ STUDENT, TEACHER, TARGET = torch.randn(4, 10), torch.randn(4, 10), torch.arange(
 def without_core(monkeypatch):
     """As in a process that has just imported a fused_kd whose installation found no compiler."""
     monkeypatch.setattr(backends.native, "_core", None)
+    monkeypatch.setattr(direct, "_loss", None)
     monkeypatch.setattr(backends.native, "_failure", "the C++ core was not built: no compiler")
     monkeypatch.setattr(backends, "_chosen", {})
     monkeypatch.setattr(backends, "_warned", False)

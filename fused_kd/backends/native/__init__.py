@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_kd.backends import staged as stages
-from fused_kd.backends.native import core, cuda, staged
+from fused_kd.backends.native import core, cuda, direct, staged
 from fused_kd.backends.native.boundary import DTYPES, RANKS, REDUCTIONS, RESTS, address, incoming, matrix
 from fused_kd.core import checks
 from fused_kd.core.catalogue import NUMBERS
@@ -28,6 +28,10 @@ _core, _folder, _failure = core.find()
 
 #: The instruction set whose kernels run: one of ``instruction_sets()``. Tests set it to reach each build.
 instruction_set: str = _core.instruction_sets()[0] if _core else ""
+#: See :mod:`fused_kd.direct`; None where the core takes no whole calls.
+direct_loss: Any
+direct_scale: Any
+direct_loss, direct_scale = (_core.direct_loss, _core.direct_scale) if direct.begin(_core) else (None, None)
 
 
 def unavailable(device: torch.device | str) -> str | None:

@@ -1,0 +1,249 @@
+// Calls of ordinary tensors, whole: checks, room for what is made, and the kernels. A training step leaves none of our
+// instructions in the caches, and then their number is what a call costs: the same in Python takes several times as
+// long. Whatever is out of the ordinary, a wrong argument above all, is left to Python, which checks it by name.
+// fused_kd/direct.py calls this.
+#include "direct.h"
+
+#include <exception>
+#include <string>
+
+#include "../cpu/core.h"
+#include "../losses/row_losses.h"
+#include "asked.h"
+
+namespace fused_kd {
+namespace {
+
+// Tensors as torch.empty_like makes them.
+PyObject* like(PyObject* tensor) {
+    return called(PyObject_VectorcallDict(torch_given().empty_like, &tensor, 1, torch_given().contiguous));
+}
+
+// What a call makes, owned until Python has it: the loss, a gradient of each logits that want one, and the parts.
+class Made {
+  public:
+    Made() = default;
+    Made(const Made&) = delete;
+    ~Made() {
+        for (PyObject* each : {loss_, parts_, gradients_[0], gradients_[1]})
+            Py_XDECREF(each);
+    }
+
+    LossOutputs room(const Asked& asked, DType accumulate, int kinds) {
+        const TorchGiven& torch = torch_given();
+        loss_ = like(PyTuple_GetItem(torch.scalars, accumulate));
+        if (asked.want_parts) parts_ = like(PyTuple_GetItem(torch.parts, 2 * (kinds - 2) + accumulate));
+        LossOutputs out = {asked.reduction, address(loss_), parts_ ? address(parts_) : unused_, {}};
+        out.norms[0] = &norms_[0];
+        out.norms[1] = &norms_[1];
+        return out;
+    }
+
+    void* gradient(int place, PyObject* logits) {
+        gradients_[place] = like(logits);
+        return address(gradients_[place]);
+    }
+
+    // The loss alone, or (loss, parts or None, gradient or None of each logits).
+    PyObject* handed_over(int logits) const {
+        if (!parts_ && !gradients_[0] && !gradients_[1]) return Py_NewRef(loss_);
+        PyObject* const fields[] = {loss_, parts_ ? parts_ : Py_None, gradients_[0] ? gradients_[0] : Py_None,
+                                    gradients_[1] ? gradients_[1] : Py_None};
+        PyObject* const tuple = called(PyTuple_New(2 + logits));
+        for (int k = 0; k < 2 + logits; ++k)
+            PyTuple_SET_ITEM(tuple, k, Py_NewRef(fields[k]));
+        return tuple;
+    }
+
+  private:
+    static void* address(PyObject* tensor) {
+        DlTensor view = {};
+        if (torch_given().exchange->view(tensor, &view) != 0) throw Failed();
+        return start(view);
+    }
+
+    PyObject *loss_ = nullptr, *parts_ = nullptr, *gradients_[2] = {};
+    double unused_[4], norms_[2]; // norms: 1, as float16 logits are no ordinary ones
+};
+
+// Runs the kernels without Python's lock; the first bad row, or -1.
+template <class Run>
+int64_t unlocked(const Run& run) {
+    int64_t bad_row = -1;
+    std::string failure;
+    PyThreadState* const state = PyEval_SaveThread();
+    try {
+        bad_row = run();
+    } catch (const std::exception& error) {
+        failure = error.what();
+    }
+    PyEval_RestoreThread(state);
+    if (!failure.empty()) {
+        PyErr_SetString(PyExc_RuntimeError, failure.c_str());
+        throw Failed();
+    }
+    return bad_row;
+}
+
+DType accumulation(const Seen& student, const Seen& other) {
+    return student.matrix.dtype == kFloat64 || other.matrix.dtype == kFloat64 ? kFloat64 : kFloat32;
+}
+
+// None of what is not ordinary. A bad row is left to Python, which says what is wrong with it.
+PyObject* row_loss_of(const Asked& asked, PyObject* const* logits, PyObject* label, int number) {
+    using namespace common;
+    Seen student, teacher, target;
+    if (!plain_logits(logits[0], student)) return nullptr;
+    teacher = student; // not read where the loss has no teacher
+    if (number & kTeacher && !(plain_logits(logits[1], teacher, true) && !requires_grad(logits[1]))) return nullptr;
+    if (!same_shape(student, teacher) || !plain_target(label, student, asked, target)) return nullptr;
+    RowArgs args = {};
+    args.student = student.matrix;
+    args.teacher = teacher.matrix;
+    args.target = target.matrix;
+    args.rows = student.rows;
+    args.classes = student.columns;
+    args.loss = number;
+    args.hyper = asked.hyper;
+    args.standardize = asked.standardize;
+    args.ignore_index = label == Py_None ? -1 : asked.ignore_index;
+    args.gradient_scale = 1;
+    args.accumulate = accumulation(student, teacher);
+    args.threads = asked.threads;
+    Made made;
+    const LossOutputs out = made.room(asked, args.accumulate, kRowParts);
+    if (asked.grad && requires_grad(logits[0])) args.gradient = made.gradient(0, logits[0]);
+    return unlocked([&] { return row_loss(*asked.kernels, args, out); }) < 0 ? made.handed_over(1) : nullptr;
+}
+
+PyObject* uskd_of(const Asked& asked, PyObject* const* logits, PyObject* label) {
+    Seen student, weak, target;
+    if (asked.rank < 0 || !plain_logits(logits[0], student) || !plain_logits(logits[1], weak) ||
+        !same_shape(student, weak) || label == Py_None || !plain_target(label, student, asked, target))
+        return nullptr;
+    TargetProbsArgs first = {
+        student.matrix, target.matrix,      student.rows, student.columns,
+        asked.square,   asked.ignore_index, nullptr,      student.matrix.dtype == kFloat64 ? kFloat64 : kFloat32,
+        asked.threads};
+    UskdArgs args = {};
+    args.student = student.matrix;
+    args.weak = weak.matrix;
+    args.target = target.matrix;
+    args.rows = student.rows;
+    args.classes = student.columns;
+    args.hyper = asked.hyper;
+    args.rank = asked.rank;
+    args.square = asked.square;
+    args.ignore_index = asked.ignore_index;
+    args.student_scale = args.weak_scale = 1;
+    args.accumulate = accumulation(student, weak);
+    args.threads = asked.threads;
+    Made made;
+    const LossOutputs out = made.room(asked, args.accumulate, 4);
+    if (asked.grad && requires_grad(logits[0])) args.student_gradient = made.gradient(0, logits[0]);
+    if (asked.grad && requires_grad(logits[1])) args.weak_gradient = made.gradient(1, logits[1]);
+    const int64_t bad_row = unlocked([&] {
+        double sums[3];
+        const int64_t bad_row = uskd_batch_sums(*asked.kernels, first, sums);
+        return bad_row < 0 ? uskd(*asked.kernels, args, sums, out) : bad_row;
+    });
+    return bad_row < 0 ? made.handed_over(2) : nullptr;
+}
+
+PyObject* zipf_ls_of(const Asked& asked, PyObject* const* logits, PyObject* label) {
+    Seen student, dense, target;
+    if (!plain_logits(logits[0], student) || !plain_logits(logits[1], dense, true, 3) || dense.rows != student.rows ||
+        dense.columns != student.columns || dense.positions < 1 || label == Py_None ||
+        !plain_target(label, student, asked, target))
+        return nullptr;
+    ZipfArgs args = {};
+    args.student = student.matrix;
+    args.dense = dense.matrix;
+    args.dense_stride = dense.outer_stride;
+    args.positions = dense.positions;
+    args.target = target.matrix;
+    args.rows = student.rows;
+    args.classes = student.columns;
+    args.hyper = asked.hyper;
+    args.ignore_index = asked.ignore_index;
+    args.gradient_scale = 1;
+    args.accumulate = accumulation(student, student);
+    args.threads = asked.threads;
+    Made made;
+    const LossOutputs out = made.room(asked, args.accumulate, 2);
+    if (asked.grad && requires_grad(logits[0])) args.gradient = made.gradient(0, logits[0]);
+    return unlocked([&] { return zipf_ls(*asked.kernels, args, out); }) < 0 ? made.handed_over(1) : nullptr;
+}
+
+// (which: the number of a row loss, or "uskd" or "zipf_ls"; (student_logits, others, target); numbers; settings;
+// common; instruction set; threads). None of what is not ordinary; else the loss, or (loss, parts or None, gradients).
+PyObject* direct_loss(PyObject*, PyObject* const* of, Py_ssize_t count) {
+    try {
+        if (count != 7 || !PyTuple_Check(of[1]) || PyTuple_GET_SIZE(of[1]) != 3) throw unexpected("seven arguments");
+        PyObject* const logits[] = {PyTuple_GET_ITEM(of[1], 0), PyTuple_GET_ITEM(of[1], 1)};
+        PyObject* const label = PyTuple_GET_ITEM(of[1], 2);
+        Asked asked;
+        if (!understood(of + 2, asked)) Py_RETURN_NONE;
+        PyObject* made;
+        if (PyLong_CheckExact(of[0])) {
+            const int number = int(PyLong_AsLong(of[0]));
+            made = row_loss_of(asked, logits, label, number);
+        } else {
+            made = PyUnicode_CompareWithASCIIString(of[0], "uskd") == 0 ? uskd_of(asked, logits, label)
+                                                                        : zipf_ls_of(asked, logits, label);
+        }
+        if (made) return made;
+        Py_RETURN_NONE;
+    } catch (const Failed&) {
+        return nullptr;
+    }
+}
+
+// (stored gradient, what comes in, instruction set, threads): multiplies the one by the other, where that is a plain
+// number and nobody differentiates this backward pass or asks for the gradient again. False where it left it alone.
+PyObject* direct_scale(PyObject*, PyObject* const* of, Py_ssize_t count) {
+    try {
+        if (count != 4) throw unexpected("four arguments");
+        const TorchGiven& torch = torch_given();
+        Seen gradient;
+        DlTensor incoming = {};
+        DType dtype;
+        if (!plain(of[1], incoming, dtype) || incoming.dims != 0 || dtype == kInt64 || truth(torch.grad_enabled) ||
+            truth(torch.keeps_graph) || !unwatched())
+            Py_RETURN_FALSE;
+        const void* const number = start(incoming);
+        if ((dtype == kFloat32 && *static_cast<const float*>(number) == 1) ||
+            (dtype == kFloat64 && *static_cast<const double*>(number) == 1))
+            Py_RETURN_TRUE;
+        const Kernels* const kernels = kernels_named(of[2]);
+        if (!kernels || !plain_logits(of[0], gradient)) Py_RETURN_FALSE;
+        void* const stored = const_cast<void*>(gradient.matrix.data);
+        const ScaleArgs args = {stored, stored, gradient.matrix.dtype, number,           dtype,
+                                0,      1.0,    gradient.rows,         gradient.columns, int(PyLong_AsLong(of[3]))};
+        unlocked([&] {
+            kernels->scale_gradient(args);
+            return int64_t(-1);
+        });
+        Py_RETURN_TRUE;
+    } catch (const Failed&) {
+        return nullptr;
+    }
+}
+
+template <class Function>
+PyCFunction untyped(Function* function) {
+    return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function));
+}
+
+PyMethodDef methods[] = {{"direct_begin", untyped(&direct_begin), METH_FASTCALL, nullptr},
+                         {"direct_loss", untyped(&direct_loss), METH_FASTCALL, nullptr},
+                         {"direct_scale", untyped(&direct_scale), METH_FASTCALL, nullptr},
+                         {nullptr, nullptr, 0, nullptr}};
+
+} // namespace
+
+bool bind_direct(PyObject* module) {
+    return PyModule_AddFunctions(module, methods) == 0;
+}
+
+} // namespace fused_kd

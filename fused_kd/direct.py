@@ -1,0 +1,72 @@
+"""Ordinary calls, on the CPU and of plain tensors, straight to the C++ core.
+
+A loss asks here first, with unchecked arguments. What is not ordinary gets None, and goes the way of
+:mod:`fused_kd.ops`: whatever is compiled, recorded, transformed or wrong, other sources and devices, row weights, loss
+by row. Both ways run the same kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_kd.autograd import scale_stored
+from fused_kd.backends import native
+from fused_kd.core.catalogue import NUMBERS, as_run
+
+# Its apply is C++; that of torch.autograd.Function looks for transforms first, which are never ordinary.
+_Function: Any = getattr(torch.autograd.function, "_SingleLevelFunction", torch.autograd.Function)
+_loss, _scale = native.direct_loss, native.direct_scale
+_ONE = torch.ones((), device="cpu")
+
+
+class _Loss(_Function):  # type: ignore[misc]
+    """Gives autograd the gradients that the core has made: of each of ``logits``, None where it is not wanted."""
+
+    @staticmethod
+    def forward(ctx: Any, made: tuple[Any, ...], *logits: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*made[2:])
+        return made[0]  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        stored = ctx.saved_tensors
+        if grad_output is None:
+            return None, *(None for _ in stored)
+        return None, *(None if gradient is None else _scaled(gradient, grad_output) for gradient in stored)
+
+
+def _scaled(gradient: Tensor, grad_output: Tensor) -> Tensor:
+    if not torch.compiler.is_compiling() and _scale(
+        gradient, grad_output, native.instruction_set, torch.get_num_threads()
+    ):
+        return gradient
+    return scale_stored(gradient, grad_output, _ONE, "native")
+
+
+def loss(
+    name: str,
+    tensors: tuple[Any, Any, Any],
+    numbers: dict[str, float],
+    settings: dict[str, Any],
+    common: tuple[Any, ...],
+) -> tuple[Tensor, Tensor | None] | None:
+    """The loss and, if wanted, its parts, stacked; None of a call that is not ordinary.
+
+    ``tensors`` are the student's logits, others and the target; ``numbers`` the hyper-parameters, ``settings`` the
+    other options of the loss, ``common`` what all losses take.
+    """
+    if _loss is None or torch.compiler.is_compiling():
+        return None
+    which = NUMBERS.get(as_run(name, numbers.get("beta", 1.0)), name)
+    made = _loss(which, tensors, numbers, settings, common, native.instruction_set, torch.get_num_threads())
+    if type(made) is tuple:
+        if len(made) == 3:
+            value = made[0] if made[2] is None else _Loss.apply(made, tensors[0])
+        else:
+            value = made[0] if made[2] is made[3] else _Loss.apply(made, *tensors[:2])
+        return value, made[1]
+    return None if made is None else (made, None)
