@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,9 +22,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.forms.providers import HEADLINE, LOSSES
 from benchmarks.forms.spec import COMPILED, OURS, Loss, Provider
+from benchmarks.measure.caches import REGIMES
 from benchmarks.measure.cases import DEFAULT_DTYPES, Case, Shapes, parse_dtypes, parse_shapes
-from benchmarks.measure.run import SCHEMA, Options, Work, failures, run
-from benchmarks.show import overview, report
+from benchmarks.measure.run import Options, Work, failures, run
+from benchmarks.show import overview, pages, report
+from benchmarks.show.stored import load
 
 RESULTS = Path(__file__).parent / "results"
 FULL, QUICK = {"seconds": 20.0, "min_rounds": 20}, {"seconds": 3.0, "min_rounds": 5}
@@ -76,11 +77,14 @@ def _run_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cases", type=_argument(parse_shapes), metavar="ROWSxCLASSES,...", help="default: the loss's for the device"
     )
+    parser.add_argument(
+        "--caches", choices=REGIMES, help="cold: other eager work before each call; hot: back to back; default: both"
+    )
     parser.add_argument("--providers", metavar="NAME,...", help="default: all of each loss")
     parser.add_argument(
         "--seconds",
         type=_positive(float),
-        help=f"of timing per case, default {FULL['seconds']:g}, with --quick {QUICK['seconds']:g} or less",
+        help=f"of timing per case and caches, default {FULL['seconds']:g}, with --quick {QUICK['seconds']:g} or less",
     )
     parser.add_argument("--threads", type=_positive(int), help="CPU threads, default: PyTorch's choice")
     parser.add_argument("--seed", type=int, default=0, help="of the inputs, default %(default)s")
@@ -171,6 +175,7 @@ def _run(argv: Sequence[str]) -> int:
         min_rounds=int(effort["min_rounds"]),
         seed=args.seed,
         quick=args.quick,
+        caches=(args.caches,) if args.caches else REGIMES,
     )
     with _progress(Console(stderr=True)) as progress:
         result = run(plan, options, progress)
@@ -212,19 +217,6 @@ def save(result: dict[str, Any], folder: Path) -> Path:
     return report.save(result, "all" if names == list(LOSSES) else "+".join(names), folder)
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Reads a result; raises ValueError that says what is wrong with the file."""
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError:
-        raise ValueError(f"expected a JSON file, got {path}") from None
-    if not isinstance(result, dict) or result.get("schema") != SCHEMA:
-        raise ValueError(f"expected a benchmark result of schema {SCHEMA}, got {path}")
-    return result
-
-
 def _chosen(result: dict[str, Any], losses: list[str] | None) -> dict[str, Any]:
     """The result of some of its losses."""
     measured = [part["loss"] for part in result["losses"]]
@@ -257,27 +249,24 @@ def _plot(argv: Sequence[str]) -> int:
 
 def _table(argv: Sequence[str]) -> int:
     parser = _result_parser("table", "Prints a result as Markdown.")
-    parser.add_argument(
-        "--overview", action="store_true", help="one line per loss instead, in the cases that all of them have"
-    )
+    parser.add_argument("--details", action="store_true", help="everything instead of the small table")
     parser.add_argument(
         "--update",
         type=Path,
-        metavar="README.md",
-        help=f"write it between {report.BEGIN} and {report.END} instead, with --overview between "
-        f"{overview.BEGIN} and {overview.END}",
+        metavar="FILE.md",
+        help=f"write it after {pages.HEADLINE_MARKS[0]} instead, with --details after {pages.DETAILS_MARKS[0]}",
     )
     args = parser.parse_args(argv)
-    kind = overview if args.overview else report
+    make, marks = (pages.details, pages.DETAILS_MARKS) if args.details else (pages.headline, pages.HEADLINE_MARKS)
     try:
-        block = kind.markdown(_chosen(args.result[1], args.loss))
+        block = make(_chosen(args.result[1], args.loss))
     except ValueError as error:
         parser.error(str(error))
     if args.update is None:
         print(block)
         return 0
     try:
-        changed = report.replace_block(args.update, kind.BEGIN, kind.END, block)
+        changed = report.replace_block(args.update, *marks, block)
     except (OSError, ValueError) as error:
         parser.error(f"--update: {error}")
     print(f"{args.update}: {'updated' if changed else 'up to date'}")

@@ -72,15 +72,13 @@ class Bench:
 
 def add_ratios(case: dict[str, Any]) -> None:
     """How many times as fast as torch.sort the ranking is, and its share of the whole loss, forward and backward."""
-    medians = {
-        entry["name"]: entry["milliseconds"]["median"]
-        for entry in case["ranking"]["entries"]
-        if entry["status"] == "ok"
-    }
-    if OURS not in medians:
-        return
-    if SORT in medians:
-        case["ranking"]["speedup"] = medians[SORT] / medians[OURS]
-    for entry in case["providers"]:
-        if entry["name"] == OURS and entry["status"] == "ok":
-            case["ranking"]["share_of_loss"] = medians[OURS] / entry["milliseconds"]["both"]["median"]
+    measured = {entry["name"]: entry["times"] for entry in case["ranking"]["entries"] if "times" in entry}
+    loss: dict[str, Any] = next(
+        (entry["times"] for entry in case["providers"] if entry["name"] == OURS and "times" in entry), {}
+    )
+    for regime, own in measured.get(OURS, {}).items():
+        median = own["milliseconds"]["both"]["median"]
+        if SORT in measured:
+            own["speedup"] = measured[SORT][regime]["milliseconds"]["both"]["median"] / median
+        if regime in loss:
+            own["share_of_loss"] = median / loss[regime]["milliseconds"]["both"]["median"]

@@ -4,33 +4,33 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from benchmarks.forms.spec import OURS, Loss, LossFunction, Provider
-from benchmarks.measure import agreement, machine, ranking, timing
+from benchmarks.measure import agreement, caches, machine, ranking, timing
 from benchmarks.measure.cases import Case, make_inputs
 
-SCHEMA = 2
-QUANTILES = (0.2, 0.5, 0.8)
+SCHEMA = 3
 COPIES = 8  # times at the most that the copy bandwidth is measured; it takes a second
 NOT_RUN = ("failed", "unavailable")
 UNSTEADY = 2.0  # 80 % quantile over 20 % quantile from which a median is not to be trusted
 
 Progress = Callable[[str, float], None]  # what is being done, share of the whole run that is done
+TimeCalls = Callable[..., dict[str, dict[str, dict[str, Any]]]]  # caches.time_calls, but of the calls and progress
 
 
 @dataclass(frozen=True)
 class Options:
-    seconds: float  # of timing per case
+    seconds: float  # of timing per case and regime
     min_rounds: int
     seed: int = 0
     quick: bool = False
+    caches: tuple[str, ...] = caches.REGIMES
 
 
 class Work(NamedTuple):
@@ -50,6 +50,20 @@ def run(plan: Sequence[Work], options: Options, progress: Progress) -> dict[str,
         "machine": machine.machine(),
         "software": machine.software(),
     }
+    devices = {case.device for work in plan for case in work.cases}
+    assert len(devices) <= 1, "the other work runs on one device"
+    other_work = None
+    if caches.COLD in options.caches and devices:
+        progress("other work", 0.0)
+        other_work = caches.OtherWork(*devices)
+    result["other_work"] = other_work.about() if other_work else None
+    timed = partial(
+        caches.time_calls,
+        regimes=options.caches,
+        other_work=other_work,
+        seconds=options.seconds,
+        min_rounds=options.min_rounds,
+    )
     # Measured before every case, or of many before some, and the best one counts: other work on the machine slows a
     # copy, and a bandwidth that is too low would flatter every kernel.
     bandwidth: dict[str, float] = {}
@@ -69,7 +83,7 @@ def run(plan: Sequence[Work], options: Options, progress: Progress) -> dict[str,
         if number % math.ceil(len(steps) / COPIES) == 0:
             step_progress("copy bandwidth", 0.0)
             bandwidth[case.device] = max(timing.copy_bandwidth(case.device), bandwidth.get(case.device, 0.0))
-        part["cases"].append(_run_case(work.loss, case, work.providers, options, step_progress))
+        part["cases"].append(_run_case(work.loss, case, work.providers, options.seed, timed, step_progress))
     for part in parts:
         for measured in part["cases"]:
             _add_ratios(measured, bandwidth[measured["device"]])
@@ -106,11 +120,11 @@ def _all_cases(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _run_case(
-    loss: Loss, case: Case, providers: Sequence[Provider], options: Options, progress: Progress
+    loss: Loss, case: Case, providers: Sequence[Provider], seed: int, time_calls: TimeCalls, progress: Progress
 ) -> dict[str, Any]:
     torch._dynamo.reset()  # or the recompile limit would silently turn the later cases into eager ones
     progress("inputs", 0.0)
-    inputs = make_inputs(case, options.seed, loss.trains_other, loss.positions)
+    inputs = make_inputs(case, seed, loss.trains_other, loss.positions)
     judge = agreement.Judge(loss, inputs)
     entries: dict[str, dict[str, Any]] = {}
     calls: dict[str, Callable[[timing.Samples], None]] = {}
@@ -127,19 +141,9 @@ def _run_case(
     bench = ranking.Bench(loss, inputs) if loss.rank_keys is not None else None
     # In the same rounds, so that the share of the ranking is not one of two moments of the machine.
     rankings = {f"ranking: {name}": call for name, call in bench.calls().items()} if bench else {}
-    samples: dict[str, timing.Samples] = {}
-    if calls:
-        samples = timing.time_in_turn(
-            calls | rankings,
-            options.seconds,
-            options.min_rounds,
-            lambda share: progress("timing", 0.5 + 0.5 * share),
-        )
-        inputs.drop_gradients()
+    times = time_calls(calls | rankings, progress=lambda share: progress("timing", 0.5 + 0.5 * share)) if calls else {}
     for name in calls:
-        sample = samples[name]
-        entries[name]["calls"] = len(sample.both)
-        entries[name]["milliseconds"] = {part: _quantiles(getattr(sample, part)) for part in asdict(sample)}
+        entries[name]["times"] = times[name]
     result = {
         "rows": case.rows,
         "classes": case.classes,
@@ -154,24 +158,21 @@ def _run_case(
     if bench and calls:
         for name, entry in bench.entries.items():
             if entry["status"] == "ok":
-                sample = samples[f"ranking: {name}"]
-                entry |= {"calls": len(sample.both), "milliseconds": _quantiles(sample.both)}
+                entry["times"] = times[f"ranking: {name}"]
         result["ranking"] = {"keys": str(bench.keys.dtype).removeprefix("torch."), "entries": [*bench.entries.values()]}
     return result
 
 
 def _add_ratios(case: dict[str, Any], bandwidth: float) -> None:
-    medians = {
-        entry["name"]: entry["milliseconds"]["both"]["median"] for entry in case["providers"] if entry["status"] == "ok"
-    }
-    for entry in case["providers"]:
-        if entry["status"] != "ok":
-            continue
-        median = medians[entry["name"]]
-        if OURS in medians:
-            entry["fused_kd_speedup"] = median / medians[OURS]
-        if entry["same_loss"]:
-            entry["share_of_copy_bandwidth"] = case["floor_bytes"] / (median / 1e3) / bandwidth
+    measured = [entry for entry in case["providers"] if entry["status"] == "ok"]
+    ours: dict[str, Any] = next((entry["times"] for entry in measured if entry["name"] == OURS), {})
+    for entry in measured:
+        for regime, own in entry["times"].items():
+            median = own["milliseconds"]["both"]["median"]
+            if ours:
+                own["fused_kd_speedup"] = median / ours[regime]["milliseconds"]["both"]["median"]
+            if entry["same_loss"]:
+                own["share_of_copy_bandwidth"] = case["floor_bytes"] / (median / 1e3) / bandwidth
     if "ranking" in case:
         ranking.add_ratios(case)
 
@@ -186,15 +187,16 @@ def busy(about: dict[str, Any]) -> list[str]:
 
 def _warnings(result: dict[str, Any]) -> list[str]:
     """What makes the figures doubtful. On a busy machine every barrier between threads waits for a time slice."""
-    found = busy(result["machine"])
+    found = busy(result["machine"]) + caches.doubts(result["other_work"])
     for where, case in _all_cases(result):
-        providers = [entry for entry in case["providers"] if entry["status"] == "ok"]
-        rankings = [entry for entry in _rankings(case) if entry["status"] == "ok"]
-        timed = [(entry["name"], entry["milliseconds"]["both"]) for entry in providers]
-        timed += [(f"ranking by {entry['name']}", entry["milliseconds"]) for entry in rankings]
-        for name, both in timed:
-            if both["q80"] > UNSTEADY * both["q20"]:
-                found.append(f"{name} at {where} was unsteady: {both['q20']:.3g} to {both['q80']:.3g} ms")
+        timed = [(entry["name"], entry) for entry in case["providers"]]
+        timed += [(f"ranking by {entry['name']}", entry) for entry in _rankings(case)]
+        for name, entry in timed:
+            for regime, own in entry.get("times", {}).items():
+                both = own["milliseconds"]["both"]
+                if both["q80"] > UNSTEADY * both["q20"]:
+                    spread = f"{both['q20']:.3g} to {both['q80']:.3g} ms"
+                    found.append(f"{name} at {where}, {regime}, was unsteady: {spread}")
     return found
 
 
@@ -223,8 +225,3 @@ def _prepare(judge: agreement.Judge, case: Case, provider: Provider) -> tuple[di
     finally:
         inputs.drop_gradients()
     return entry | {"status": "ok", "reason": None}, function
-
-
-def _quantiles(seconds: Iterable[float]) -> dict[str, float]:
-    low, median, high = np.quantile(np.array(list(seconds)) * 1e3, QUANTILES)
-    return {"q20": float(low), "median": float(median), "q80": float(high)}

@@ -102,8 +102,6 @@ def _cpu_allocations(function: LossFunction, inputs: Inputs) -> tuple[int, int]:
 
 
 def _cpu_call(function: LossFunction, inputs: Inputs, samples: Samples) -> None:
-    # The gradient of the call before is dropped outside the timed part; making the new one is inside.
-    inputs.drop_gradients()
     start = time.perf_counter()
     value = function(*inputs[:3])
     middle = time.perf_counter()
@@ -113,6 +111,8 @@ def _cpu_call(function: LossFunction, inputs: Inputs, samples: Samples) -> None:
     samples.backward.append(end - middle)
     samples.both.append(end - start)
     samples.host.append(end - start)
+    # Outside the timed part, and before other work: in training nothing holds the gradient of logits for longer.
+    inputs.drop_gradients()
 
 
 class _CudaCall:
@@ -122,7 +122,6 @@ class _CudaCall:
         self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
     def __call__(self, function: LossFunction, inputs: Inputs, samples: Samples) -> None:
-        inputs.drop_gradients()
         first, middle, last = (torch.cuda.Event(enable_timing=True) for _ in range(3))  # type: ignore[no-untyped-call]
         self.flush.zero_()
         first.record()
@@ -136,6 +135,7 @@ class _CudaCall:
         samples.forward.append(first.elapsed_time(middle) / 1e3)
         samples.backward.append(middle.elapsed_time(last) / 1e3)
         samples.both.append(first.elapsed_time(last) / 1e3)
+        inputs.drop_gradients()
 
     def plain(self, function: Callable[[], object], samples: Samples) -> None:
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
@@ -169,18 +169,23 @@ def time_in_turn(
     min_rounds: int,
     progress: Callable[[float], None],
     block_seconds: float = 0.02,
+    before: Callable[[], None] | None = None,
 ) -> dict[str, Samples]:
     """Takes calls that time themselves in turn, round after round, so that a disturbance of the machine hits all alike.
 
     In each round each has one block of calls. A block of several calls drops the first, so that what the one before
-    left in the caches does not count.
+    left in the caches does not count. With ``before``, which then runs before each call, that is the case anyway.
     """
-    fastest = {}
+    fastest = {}  # of what the calls of a block take, with what runs before them
     for name, call in calls.items():
-        warm_up = Samples()
+        taken = []
         for _ in range(3):
-            call(warm_up)
-        fastest[name] = min(warm_up.both)
+            start = time.perf_counter()
+            if before:
+                before()
+            call(Samples())
+            taken.append(time.perf_counter() - start)
+        fastest[name] = min(taken)
     samples = {name: Samples() for name in calls}
     gc.collect()
     gc.disable()
@@ -191,11 +196,14 @@ def time_in_turn(
         while done < 1:
             for name, call in calls.items():
                 count = max(1, min(100, int(block_seconds / fastest[name])))
-                if count > 1:
+                if count > 1 and not before:
                     call(Samples())
+                began = time.perf_counter()
                 for _ in range(count):
+                    if before:
+                        before()
                     call(samples[name])
-                fastest[name] = min(fastest[name], *samples[name].both[-count:])
+                fastest[name] = min(fastest[name], (time.perf_counter() - began) / count)
             rounds += 1
             done = min(rounds / min_rounds, (time.perf_counter() - start) / seconds)
             progress(min(done, 1.0))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.forms.spec import BASELINE, OURS
-from benchmarks.show.report import case_name, entry_of, label, note, times
+from benchmarks.show.report import case_name, entry_of, label, median, note, regimes_of, times
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +26,7 @@ COLORS = {
 }
 
 
-def speeds(part: dict[str, Any]) -> tuple[list[str], dict[str, list[float | None]]]:
+def speeds(part: dict[str, Any], regime: str) -> tuple[list[str], dict[str, list[float | None]]]:
     """Names of a loss's cases, and for each provider its speed over the published eager form in each case."""
     cases = [case for case in part["cases"] if entry_of(case, BASELINE)]
     by_provider: dict[str, list[float | None]] = {}
@@ -35,41 +35,40 @@ def speeds(part: dict[str, Any]) -> tuple[list[str], dict[str, list[float | None
         for case in cases:
             baseline, entry = entry_of(case, BASELINE), entry_of(case, name)
             assert baseline is not None
-            values.append(_both(baseline) / _both(entry) if entry else None)
+            values.append(median(baseline, regime) / median(entry, regime) if entry else None)
         if any(value is not None for value in values):
             by_provider[name] = values
     return [case_name(case) for case in cases], by_provider
 
 
-def _both(entry: dict[str, Any]) -> float:
-    return float(entry["milliseconds"]["both"]["median"])
-
-
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Writes the PNG: a panel for each loss."""
+    """Writes the PNG: a row of panels for each loss, a panel for each regime."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    parts = [part for part in result["losses"] if speeds(part)[0]]
+    parts = [part for part in result["losses"] if any(entry_of(case, BASELINE) for case in part["cases"])]
     if not parts:
         raise ValueError(f"the result holds no time of {label(BASELINE)}, to which the plot relates all others")
-    widest = max(len(speeds(part)[0]) for part in parts)
+    shown = regimes_of(parts[0]["cases"][0])
+    widest = max(len(speeds(part, shown[0])[0]) for part in parts)
     with plt.rc_context({"font.size": 10, "text.color": INK, "axes.labelcolor": INK}):
-        size = (max(8.4, 2.1 * widest + 1.2), 4.1 * len(parts) + 0.5)
-        figure, panels = plt.subplots(len(parts), figsize=size, layout="constrained", squeeze=False)
-        for part, axes in zip(parts, panels[:, 0], strict=True):
-            _draw(part, axes)
-        figure.supxlabel(note(result, 120), x=0.01, ha="left", fontsize=7, color=MUTED)
+        width = max(8.4, 2.1 * widest + 1.2)
+        size = (width * len(shown), 4.1 * len(parts) + 0.5)
+        figure, panels = plt.subplots(len(parts), len(shown), figsize=size, layout="constrained", squeeze=False)
+        for part, row in zip(parts, panels, strict=True):
+            for regime, axes in zip(shown, row, strict=True):
+                _draw(part, regime, axes)
+        figure.supxlabel(note(result, 120 * len(shown)), x=0.01, ha="left", fontsize=7, color=MUTED)
         figure.savefig(path, dpi=160, facecolor="white")
         plt.close(figure)
 
 
-def _draw(part: dict[str, Any], axes: Axes) -> None:
+def _draw(part: dict[str, Any], regime: str, axes: Axes) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
-    cases, by_provider = speeds(part)
+    cases, by_provider = speeds(part, regime)
     # The published form is the line at 1, so it needs no bar.
     bars = {name: values for name, values in by_provider.items() if name != BASELINE}
     other_losses = {entry["name"] for case in part["cases"] for entry in case["providers"] if not entry["same_loss"]}
@@ -114,5 +113,5 @@ def _draw(part: dict[str, Any], axes: Axes) -> None:
     axes.tick_params(length=0, colors=INK)
     axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=COLUMNS, frameon=False, fontsize=9, borderaxespad=0.2)
-    title = f"{part['title']}, forward + backward: speed over the {label(BASELINE)} form"
+    title = f"{part['title']}, {regime}, forward + backward: speed over the {label(BASELINE)} form"
     axes.set_title(title, x=0, ha="left", fontsize=11, fontweight="bold", pad=8 + 16 * math.ceil(len(bars) / COLUMNS))

@@ -1,4 +1,4 @@
-"""What is shown: tables for the terminal and for the README, both made from the result alone."""
+"""Tables for the terminal, and what those of the pages share: all made from the result alone."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.forms.spec import BASELINE, COMPILED, OURS
+from benchmarks.forms.spec import OURS
+from benchmarks.measure.caches import HOT
 from benchmarks.measure.ranking import SORT
 
-BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 LABELS = {
     "published": "published eager",
     "reference": "mask-free eager",
@@ -65,6 +65,16 @@ def entry_of(case: dict[str, Any], provider: str) -> dict[str, Any] | None:
     return next((entry for entry in case["providers"] if entry["name"] == provider and entry["status"] == "ok"), None)
 
 
+def regimes_of(case: dict[str, Any]) -> list[str]:
+    """Cold, hot or both, in the order that they are shown in."""
+    return list(dict.fromkeys(regime for entry in case["providers"] for regime in entry.get("times", {})))
+
+
+def median(entry: dict[str, Any], regime: str, part: str = "both") -> float:
+    """Milliseconds."""
+    return float(entry["times"][regime]["milliseconds"][part]["median"])
+
+
 def print_result(result: dict[str, Any], console: Console) -> None:
     """One table per case, a line for every provider that is not in it, and what a loss spends on ranking."""
     for part in result["losses"]:
@@ -110,47 +120,69 @@ def _ranking_table(cases: list[dict[str, Any]]) -> Table:
     found = table("The ranking alone, of the same keys, milliseconds", "N×C")
     for column in RANKING_COLUMNS:
         found.add_column(column, justify="right", no_wrap=True)
-    for case in cases:
-        found.add_row(case_name(case), *_ranking_cells(case))
+    for row in ranking_rows(cases):
+        found.add_row(*row)
     return found
 
 
-RANKING_COLUMNS = ("stable torch.sort", "fused_kd", "faster", "of fused_kd's forward + backward")
+RANKING_COLUMNS = ("caches", "stable torch.sort", "fused_kd", "faster", "of fused_kd's forward + backward")
 
 
-def _ranking_cells(case: dict[str, Any]) -> list[str]:
-    ranking = case["ranking"]
-    medians = {e["name"]: e["milliseconds"]["median"] for e in ranking["entries"] if e["status"] == "ok"}
-    return [
-        *(significant(medians[name]) if name in medians else "–" for name in (SORT, OURS)),
-        times(ranking["speedup"]) if "speedup" in ranking else "–",
-        percent(ranking["share_of_loss"]) if "share_of_loss" in ranking else "–",
-    ]
+def ranking_rows(cases: list[dict[str, Any]]) -> list[list[str]]:
+    """Of each case and regime its name and a cell for each of RANKING_COLUMNS."""
+    rows = []
+    for case in cases:
+        measured = {entry["name"]: entry for entry in case["ranking"]["entries"] if entry["status"] == "ok"}
+        for regime in regimes_of(case):
+            own = measured[OURS]["times"][regime] if OURS in measured else {}
+            rows.append(
+                [
+                    case_name(case),
+                    regime,
+                    *(
+                        significant(median(measured[name], regime)) if name in measured else "–"
+                        for name in (SORT, OURS)
+                    ),
+                    times(own["speedup"]) if "speedup" in own else "–",
+                    percent(own["share_of_loss"]) if "share_of_loss" in own else "–",
+                ]
+            )
+    return rows
 
 
 def _case_table(loss: str, case: dict[str, Any]) -> Table:
-    on_gpu = case["device"] != "cpu"
+    on_gpu, regimes = case["device"] != "cpu", regimes_of(case)
     found = table(f"{loss}, {case_name(case)} on {case['device']}, milliseconds", "provider")
-    columns = ["forward", "backward", "both", "20–80 %"]
-    columns += ["host"] if on_gpu else []
-    columns += ["fused_kd\nfaster", "kept", "peak\nmemory", "error", "copy\nspeed"]
+    columns = []
+    for regime in regimes:
+        columns += [regime, "20–80 %", *(["host"] if on_gpu else []), "fused_kd\nfaster"]
+    columns += ["kept", "peak\nmemory", "error", "copy\nspeed"]
     for column in columns:
         found.add_column(column, justify="right", no_wrap=True)
     for entry in case["providers"]:
         if entry["status"] != "ok":
             continue
-        ms, memory = entry["milliseconds"], entry["memory"]
-        row = [label(entry["name"]), *(significant(ms[part]["median"]) for part in ("forward", "backward", "both"))]
-        row.append(f"{significant(ms['both']['q20'])}–{significant(ms['both']['q80'])}")
-        row += [significant(ms["host"]["median"])] if on_gpu else []
-        speedup = entry.get("fused_kd_speedup")
-        row.append(times(speedup) if speedup and entry["name"] != OURS else "")
+        row, memory = [label(entry["name"])], entry["memory"]
+        for regime in regimes:
+            own = entry["times"][regime]
+            both = own["milliseconds"]["both"]
+            row += [significant(both["median"]), f"{significant(both['q20'], 2)}–{significant(both['q80'], 2)}"]
+            row += [significant(median(entry, regime, "host"))] if on_gpu else []
+            speedup = own.get("fused_kd_speedup")
+            row.append(times(speedup) if speedup and entry["name"] != OURS else "")
         row += [size(kept(memory)), size(memory["peak_bytes"])]
-        errors, share = entry.get("relative_errors"), entry.get("share_of_copy_bandwidth")
+        errors, share = entry.get("relative_errors"), copy_share(entry)
         row.append(f"{errors['gradient']:.0e}" if errors else "–")
         row.append(percent(share) if share is not None else "–")
         found.add_row(*row, style="bold green" if entry["name"] == OURS else None)
     return found
+
+
+def copy_share(entry: dict[str, Any]) -> float | None:
+    """The share of the copy bandwidth, hot where that was measured."""
+    found = entry["times"].get(HOT) or next(iter(entry["times"].values()))
+    share: float | None = found.get("share_of_copy_bandwidth")
+    return share
 
 
 def kept(memory: dict[str, int]) -> int:
@@ -162,11 +194,11 @@ def _legend(result: dict[str, Any]) -> str:
     speeds = result["copy_bytes_per_second"]
     copies = ", ".join(f"{speed / 1e9:.3g} GB/s on {device}" for device, speed in speeds.items())
     return (
-        "Medians over single calls. both: forward + backward. fused_kd faster: time of the provider / time of "
-        "fused_kd. kept (for backward), peak memory: beyond the inputs. error: largest of the gradient against float64 "
-        "relative to its largest entry; – where another loss is computed. copy speed: bytes that must be moved at the "
-        f"least / time, as a share of this machine's copy bandwidth ({copies}, read + written); more than 100 % means "
-        "that the data stayed in the caches."
+        "Medians over single calls, forward + backward. cold: after other eager work; hot: back to back. fused_kd "
+        "faster: time of the provider / time of fused_kd. kept (for backward), peak memory: beyond the inputs. error: "
+        "largest of the gradient against float64 relative to its largest entry; – where another loss is computed. copy "
+        "speed: bytes that must be moved at the least / time, hot where measured, as a share of this machine's copy "
+        f"bandwidth ({copies}, read + written); more than 100 % means that the data stayed in the caches."
     )
 
 
@@ -196,40 +228,12 @@ def describe_machine(result: dict[str, Any]) -> str:
     return "; ".join(parts) + (". Quick run." if result["options"]["quick"] else ".")
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """The README's block: speed of each loss, memory and accuracy of each, then what it was measured on."""
-    parts = result["losses"]
-    paragraphs = [
-        "Forward + backward through the public function: median milliseconds, and in brackets the time as a multiple "
-        "of fused_kd's. F.cross_entropy of the student's logits alone is a yardstick: it computes less.",
-    ]
-    for part in parts:
-        paragraphs += [f"**{part['title']}**", _speed_table(part)]
-        ranked = [case for case in part["cases"] if "ranking" in case]
-        if ranked:
-            paragraphs += [
-                f"The ranking of the {part['title']} alone, in milliseconds, on the same float32 keys for both, and "
-                "its share of fused_kd's time above:",
-                _ranking_markdown(ranked),
-            ]
-    paragraphs.append(
-        "Memory beyond the inputs (the gradients are part of the peak); the largest error of fused_kd's gradients "
-        "against float64, relative to the largest entry; and the minimum bytes to be moved, per second, as a share of "
-        "the copy bandwidth measured in the same run. More than 100 % means that the data stayed in caches."
-    )
-    for part in parts:
-        paragraphs += [f"**{part['title']}**", _space_table(part)]
-    paragraphs += provenance(result)
-    absent = list(dict.fromkeys(phrase for part in parts for phrase in _absent(part)))
-    if absent:
-        paragraphs.append("Not measured: " + "; ".join(absent) + ".")
-    return "\n\n".join(paragraphs)
-
-
 def provenance(result: dict[str, Any]) -> list[str]:
     """What it was measured on, and what makes it doubtful."""
     doubts = ["Caveat: " + "; ".join(result["warnings"]) + "."] if result["warnings"] else []
-    return [f"Measured on {describe_machine(result)}", *doubts]
+    work = result.get("other_work")
+    before = f" Before a cold call other work ran for {work['milliseconds']:.1f} ms." if work else ""
+    return [f"Measured on {describe_machine(result)}{before}", *doubts]
 
 
 def note(result: dict[str, Any], width: int) -> str:
@@ -237,70 +241,8 @@ def note(result: dict[str, Any], width: int) -> str:
     return "\n".join(line for text in provenance(result) for line in textwrap.wrap(text, width))
 
 
-def _speed_table(part: dict[str, Any]) -> str:
-    names = _measured(part)
-    others = [name for name in names if name != OURS]
-    header = ["N×C", *(f"**{label(OURS)}**" if name == OURS else label(name) for name in [*others, OURS])]
-    rows = [header, ["---", *("---:" for _ in header[1:])]]
-    rows += [[case_name(case), *(_speed_cell(case, name) for name in [*others, OURS])] for case in part["cases"]]
-    return lines(rows)
-
-
-def _ranking_markdown(cases: list[dict[str, Any]]) -> str:
-    rows = [["N×C", *RANKING_COLUMNS], ["---", *("---:" for _ in RANKING_COLUMNS)]]
-    return lines(rows + [[case_name(case), *_ranking_cells(case)] for case in cases])
-
-
-def _space_table(part: dict[str, Any]) -> str:
-    measured = _measured(part)
-    compared = [name for name in (BASELINE, COMPILED, OURS) if name in measured]
-    header = ["N×C", *(f"kept for backward, {label(name)}" for name in compared)]
-    header += [*(f"peak, {label(name)}" for name in compared), "gradient error", "of copy bandwidth"]
-    rows = [header, ["---", *("---:" for _ in header[1:])]]
-    for case in part["cases"]:
-        entries = {name: entry_of(case, name) for name in compared}
-        row = [case_name(case)]
-        row += [size(kept(entry["memory"])) if entry else "–" for entry in entries.values()]
-        row += [size(entry["memory"]["peak_bytes"]) if entry else "–" for entry in entries.values()]
-        ours = entry_of(case, OURS)
-        row.append(f"{ours['relative_errors']['gradient']:.0e}" if ours else "–")
-        row.append(percent(ours["share_of_copy_bandwidth"]) if ours else "–")
-        rows.append(row)
-    return lines(rows)
-
-
 def lines(rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def _speed_cell(case: dict[str, Any], name: str) -> str:
-    entry = entry_of(case, name)
-    if entry is None:
-        return "–"
-    median = significant(entry["milliseconds"]["both"]["median"])
-    if name == OURS:
-        return f"**{median}**"
-    return f"{median} ({times(entry['fused_kd_speedup'])})" if "fused_kd_speedup" in entry else median
-
-
-def _measured(part: dict[str, Any]) -> list[str]:
-    names: dict[str, None] = {}
-    for case in part["cases"]:
-        names.update({entry["name"]: None for entry in case["providers"] if entry["status"] == "ok"})
-    return list(names)
-
-
-def _absent(part: dict[str, Any]) -> list[str]:
-    """One phrase per provider and reason, with the cases it concerns unless these are all."""
-    cases: dict[tuple[str, str], list[str]] = {}
-    for case in part["cases"]:
-        for entry in case["providers"]:
-            if entry["status"] != "ok":
-                cases.setdefault((label(entry["name"]), entry["reason"]), []).append(case_name(case))
-    return [
-        f"{name} ({reason}{'' if len(where) == len(part['cases']) else ', ' + ', '.join(where)})"
-        for (name, reason), where in cases.items()
-    ]
 
 
 def replace_block(path: Path, begin: str, end: str, block: str) -> bool:

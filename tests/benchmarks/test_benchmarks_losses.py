@@ -28,10 +28,9 @@ from benchmarks.forms.spec import BASELINE, OURS, Loss, LossFunction, Provider  
 from benchmarks.measure import (  # noqa: E402
     agreement,
     cases,
-    timing,
 )
 from benchmarks.measure import run as runner  # noqa: E402
-from benchmarks.show import overview  # noqa: E402
+from benchmarks.show import overview, pages, report  # noqa: E402
 
 OPTIONS = runner.Options(seconds=0.02, min_rounds=1)
 GOLDEN = golden.CASES
@@ -61,13 +60,6 @@ def silent(text: str, share: float) -> None:
 
 def inputs_of(loss: Loss, case: cases.Case) -> cases.Inputs:
     return cases.make_inputs(case, trains_other=loss.trains_other, positions=loss.positions)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_copies() -> object:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(timing.COPY_BYTES, "cpu", 2**20)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -277,8 +269,6 @@ def test_absent_peers_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_result_of_all_losses(result: dict[str, Any], tmp_path: Path) -> None:
     from rich.console import Console
 
-    from benchmarks.show import report
-
     assert not runner.failures(result)
     path = cli.save(result, tmp_path)
     assert path.name.startswith("all-cpu-")
@@ -286,39 +276,53 @@ def test_a_result_of_all_losses(result: dict[str, Any], tmp_path: Path) -> None:
     report.print_result(result, console)
     assert "…" not in console.export_text(), "a column was cut at 100 columns"
     readme = tmp_path / "README.md"
-    readme.write_text(f"{report.BEGIN}\n{report.END}\n\nbetween\n\n{overview.BEGIN}\nold\n{overview.END}\n")
-    assert cli.main(["table", str(path), "--overview", "--update", str(readme)]) == 0
+    (small, small_end), (begin, end) = pages.HEADLINE_MARKS, pages.DETAILS_MARKS
+    readme.write_text(f"{small}\n{small_end}\n\nbetween\n\n{begin}\nformer text\n{end}\n")
+    assert cli.main(["table", str(path), "--details", "--update", str(readme)]) == 0
     text = readme.read_text()
-    assert text.startswith(f"{report.BEGIN}\n{report.END}\n\nbetween\n\n{overview.BEGIN}\n")
-    assert "old" not in text
-    assert cli.main(["table", str(path), "--loss", "nkd", "--loss", "uskd", "--update", str(readme)]) == 0
+    assert text.startswith(f"{small}\n{small_end}\n\nbetween\n\n{begin}\n")
+    assert "former text" not in text
+    # Details of the headline's losses alone, and all of them in one table.
+    assert text.count("**USKD loss**") == 2
+    assert "KD loss**" not in text.replace("**NKD", "").replace("**USKD", "")
+    assert "| loss, cold |" in text and "| loss, hot |" in text
+    assert cli.main(["table", str(path), "--update", str(readme)]) == 0
     both = readme.read_text()
     assert both.endswith(text[text.index("between") :])
-    assert both.count("**USKD loss**") == 2
-    assert "KD loss**" not in both.replace("**NKD", "").replace("**USKD", "")
+    assert both.count("\n| NKD | 6×11 |") == 1
+    assert both.count("\n| KD |") == text.count("\n| KD |")
 
 
 def test_the_overview_has_a_line_per_loss_with_the_right_ratios(result: dict[str, Any]) -> None:
     made = json.loads(json.dumps(result))
+    medians = {"published": 12.0, "compile": 6.0, "fused_kd": 0.75}
     for part in made["losses"]:
         for case in part["cases"]:
+            published = next(entry for entry in case["providers"] if entry["name"] == "published")
+            if part["loss"] != "kd":
+                case["providers"].append({**json.loads(json.dumps(published)), "name": "compile"})
             for entry in case["providers"]:
-                if entry["status"] == "ok":
-                    median = {"published": 12.0, "fused_kd": 0.5 if part["loss"] == "nkd" else 0.75}.get(
-                        entry["name"], 1.0
-                    )
-                    entry["milliseconds"]["both"]["median"] = median
-    lines = [line.split("|")[1:-1] for line in overview.markdown(made).splitlines() if line.startswith("|")]
-    table = {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
-    assert len({len(cells) for cells in lines}) == 1
-    assert list(table)[2:] == [loss.title.removesuffix(" loss") for loss in LOSSES.values()]
-    assert table["loss"][0] == "6×11 float32: published eager"
-    assert table["NKD"] == ["12.0", "**0.500**", "24×", "1.0"] * 2
-    assert table["DIST"] == ["12.0", "**0.750**", "16×", "1.5"] * 2
+                for regime, slower in (("cold", 2), ("hot", 1)):
+                    if entry["status"] == "ok":
+                        both = entry["times"][regime]["milliseconds"]["both"]
+                        both["median"] = slower * medians.get(entry["name"], 1.0)
+                        if part["loss"] == "nkd" and entry["name"] == "fused_kd":
+                            both["median"] = 0.5
+    tables = overview.markdown(made).split("| loss, ")[1:]
+    for regime, slower, text in zip(("cold", "hot"), (2, 1), tables, strict=True):
+        lines = [line.split("|")[1:-1] for line in f"| loss, {text}".splitlines() if line.startswith("|")]
+        table = {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
+        assert len({len(cells) for cells in lines}) == 1
+        assert list(table)[2:] == [loss.title.removesuffix(" loss") for loss in LOSSES.values()]
+        assert table[f"loss, {regime}"][:3] == ["6×11 float32: **fused_kd**", "published eager", "torch.compile"]
+        assert table["NKD"] == ["**0.500**", f"{24 * slower}×", f"{12 * slower}×", "1.0"] * 2
+        own = {"cold": "**1.50**", "hot": "**0.750**"}[regime]
+        ratio = {"cold": "3.0", "hot": "1.5"}[regime]
+        assert table["DIST"] == [own, "16×", "8.0×", ratio] * 2
+        assert table["KD"] == [own, "16×", "–", ratio] * 2
     assert "49 positions" in overview.markdown(made)
-    assert overview.markdown(made).count("Measured on") == 1
     made["losses"] = made["losses"][1:]  # without NKD
-    assert "| 16× | – |" in overview.markdown(made)
+    assert "| 8.0× | – |" in overview.markdown(made)
 
 
 def test_the_overview_has_the_cases_that_all_losses_have(
@@ -332,7 +336,7 @@ def test_the_overview_has_the_cases_that_all_losses_have(
     with pytest.raises(ValueError, match="a case with a time of published eager and of fused_kd for every loss"):
         overview.markdown(made)
     path = cli.save(made, tmp_path)
-    for argv in (["table", str(path), "--overview"], ["plot", str(path)], ["table", str(path), "--loss", "mse"]):
+    for argv in (["table", str(path), "--details"], ["plot", str(path)], ["table", str(path), "--loss", "mse"]):
         with pytest.raises(SystemExit) as stop:
             cli.main(argv)
         assert stop.value.code == 2

@@ -125,9 +125,10 @@ def test_what_is_not_installed_is_said(tmp_path, monkeypatch):
 
 
 def result_of(loss, copy):
-    case = {"device": "cuda", "providers": [{"name": "fused_kd", "share_of_copy_bandwidth": 0.5}, {"name": "liger"}]}
+    ours = {"name": "fused_kd", "times": {"hot": {"share_of_copy_bandwidth": 0.5}}}
+    case = {"device": "cuda", "providers": [ours, {"name": "liger"}]}
     parts = [{"loss": loss, "cases": [case]}]
-    return {"schema": 2, "losses": parts, "warnings": [loss], "copy_bytes_per_second": {"cuda": copy}}
+    return {"schema": 3, "losses": parts, "warnings": [loss], "copy_bytes_per_second": {"cuda": copy}}
 
 
 def test_one_file_has_everything(tmp_path):
@@ -141,9 +142,9 @@ def test_one_file_has_everything(tmp_path):
     found = check.collect(scratch, folder)
     assert [part["loss"] for part in found["losses"]] == found["warnings"] == ["nkd", "uskd"]
     assert found["copy_bytes_per_second"] == {"cuda": 10.0}, "the best one, to which all shares relate"
-    shares = [part["cases"][0]["providers"][0]["share_of_copy_bandwidth"] for part in found["losses"]]
+    shares = [part["cases"][0]["providers"][0]["times"]["hot"]["share_of_copy_bandwidth"] for part in found["losses"]]
     assert shares == [0.4, 0.5]
-    assert found["schema"] == 2 and found["kernels"] == [] and found["tests"] is None
+    assert found["schema"] == 3 and found["kernels"] == [] and found["tests"] is None
     assert sorted(path.name for path in folder.iterdir()) == ["nkd-cuda.png", "uskd-cuda.png"]
     assert check.collect(tmp_path / "nothing", folder) == {"tests": None, "triton-tests": None, "kernels": None}
 

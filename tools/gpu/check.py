@@ -244,8 +244,9 @@ def _together(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for case in (case for part in result["losses"] for case in part["cases"]):
             slower = result["copy_bytes_per_second"][case["device"]] / best[case["device"]]
             for entry in case["providers"]:
-                if "share_of_copy_bandwidth" in entry:
-                    entry["share_of_copy_bandwidth"] *= slower
+                for own in entry.get("times", {}).values():
+                    if "share_of_copy_bandwidth" in own:
+                        own["share_of_copy_bandwidth"] *= slower
     lists = {name: [item for result in results for item in result[name]] for name in ("losses", "warnings")}
     return {**results[0], **lists, "copy_bytes_per_second": best}
 

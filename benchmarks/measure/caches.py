@@ -1,0 +1,135 @@
+"""Hot and cold: calls back to back, or each after other eager work, as a training step has it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.measure.timing import Samples, time_in_turn
+
+HOT, COLD = "hot", "cold"
+REGIMES = (COLD, HOT)
+TARGET, SHORTEST, LONGEST = 5e-3, 3e-3, 8e-3  # seconds of the other work before a cold call
+STREAMED_BYTES = 2**26  # beyond what two cores have of L2 and L3 on most processors
+BATCH, PIXELS, CHANNELS, BLOCKS = 4, 32, 16, 2
+COLD_BLOCK = 0.05  # seconds of a block of cold calls, the other work included
+QUANTILES = (0.2, 0.5, 0.8)
+
+Calls = dict[str, Callable[[Samples], None]]
+
+
+class _Network(nn.Module):
+    """Small layers of several kinds: it is their number, in Python and in the dispatcher, that empties the caches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, CHANNELS, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.BatchNorm2d(CHANNELS), nn.ReLU(), nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, groups=CHANNELS)
+            )
+            for _ in range(BLOCKS)
+        )
+        self.head = nn.Linear(CHANNELS, 4 * CHANNELS)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stem(images)
+        for block in self.blocks:
+            x = x + block(x)
+        return F.gelu(self.head(x.mean((2, 3))))
+
+
+class OtherWork:
+    """What runs before each cold call: steps of a small network, and averaged weights that no cache can keep.
+
+    The number of steps makes it last about ``TARGET``; ``about`` says how long it does.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device, self.steps = device, 1
+        with torch.random.fork_rng(), torch.device(device):
+            torch.manual_seed(0)
+            self.network = _Network()
+            self.images = torch.randn(BATCH, 3, PIXELS, PIXELS)
+            # At the end of a step some average their weights: this one pass reads both and writes one.
+            self.average = torch.zeros(STREAMED_BYTES // 8)
+            self.weights = torch.zeros_like(self.average)
+        self.optimizer = torch.optim.SGD(self.network.parameters(), lr=1e-6, momentum=0.9)
+        streaming = min(self._seconds(self._stream))
+        step = min(self._seconds(self._step))
+        self.steps = max(1, round((TARGET - streaming) / step))
+        self.seconds = float(np.median(self._seconds(self)))
+
+    def _stream(self) -> None:
+        self.average.lerp_(self.weights, 0.01)
+        self._wait()
+
+    def _step(self) -> None:
+        self.optimizer.zero_grad()
+        self.network(self.images).sum().backward()
+        self.optimizer.step()
+        self._wait()
+
+    def _wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def __call__(self) -> None:
+        self._stream()
+        for _ in range(self.steps):
+            self._step()
+
+    def _seconds(self, work: Callable[[], None], repeats: int = 15) -> list[float]:
+        times = []
+        for _ in range(repeats + 3):
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+        return times[3:]
+
+    def about(self) -> dict[str, Any]:
+        """For the result."""
+        return {"steps": self.steps, "streamed_bytes": STREAMED_BYTES, "milliseconds": self.seconds * 1e3}
+
+
+def doubts(other_work: dict[str, Any] | None) -> list[str]:
+    """Whether the other work lasted too long, or not long enough, to stand for that of a training step."""
+    if other_work and not SHORTEST <= other_work["milliseconds"] / 1e3 <= LONGEST:
+        wanted = f"{SHORTEST * 1e3:g} to {LONGEST * 1e3:g}"
+        return [f"the other work before a cold call lasted {other_work['milliseconds']:.1f} ms instead of {wanted}"]
+    return []
+
+
+def time_calls(
+    calls: Calls,
+    regimes: Sequence[str],
+    other_work: OtherWork | None,
+    seconds: float,
+    min_rounds: int,
+    progress: Callable[[float], None],
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Of each call and regime the number of calls and the quantiles in milliseconds; ``seconds`` are of each regime."""
+    found: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in calls}
+    for number, regime in enumerate(regimes):
+
+        def share(done: float, number: int = number) -> None:
+            progress((number + done) / len(regimes))
+
+        cold: dict[str, Any] = {"before": other_work, "block_seconds": COLD_BLOCK} if regime == COLD else {}
+        samples = time_in_turn(calls, seconds, min_rounds, share, **cold)
+        for name, sample in samples.items():
+            parts = {part: quantiles(times) for part, times in asdict(sample).items() if times}
+            found[name][regime] = {"calls": len(sample.both), "milliseconds": parts}
+    return found
+
+
+def quantiles(seconds: Iterable[float]) -> dict[str, float]:
+    low, median, high = np.quantile(np.array(list(seconds)) * 1e3, QUANTILES)
+    return {"q20": float(low), "median": float(median), "q80": float(high)}
