@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.forms.providers import HEADLINE, LOSSES
-from benchmarks.forms.spec import COMPILED, OURS, Loss, Provider
+from benchmarks.forms.spec import OURS, Loss
 from benchmarks.measure.caches import REGIMES
 from benchmarks.measure.cases import DEFAULT_DTYPES, Case, Shapes, parse_dtypes, parse_shapes
 from benchmarks.measure.run import Options, Work, failures, run
-from benchmarks.show import overview, pages, report
+from benchmarks.show import overview, pages, report, terminal
 from benchmarks.show.stored import load
 
 RESULTS = Path(__file__).parent / "results"
@@ -69,7 +69,9 @@ def _run_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--loss", choices=[*LOSSES, "all"], action="append", help="may be given more than once; default: nkd and uskd"
     )
-    parser.add_argument("--quick", action="store_true", help="within two minutes on two idle cores; less stable")
+    parser.add_argument(
+        "--quick", action="store_true", help="within three minutes on two idle cores for NKD and USKD; less stable"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument(
         "--dtype", type=_argument(parse_dtypes), metavar="DTYPE,...", help="default: float32, on a GPU bfloat16,float32"
@@ -109,7 +111,7 @@ def _plan(parser: argparse.ArgumentParser, args: argparse.Namespace, device: str
         providers = tuple(provider for provider in loss.providers if provider.name in picked)
         shapes = args.cases or loss.shapes[device]
         if args.quick:
-            providers, shapes = _quick(loss, providers, shapes, device, args)
+            shapes = _quick(loss, shapes, device, args)
         dtypes = args.dtype or DEFAULT_DTYPES[device]
         cases = [Case(rows, classes, dtype, device) for dtype in dtypes for rows, classes in shapes]
         if providers:
@@ -117,17 +119,13 @@ def _plan(parser: argparse.ArgumentParser, args: argparse.Namespace, device: str
     return plan
 
 
-def _quick(
-    loss: Loss, providers: tuple[Provider, ...], shapes: Shapes, device: str, args: argparse.Namespace
-) -> tuple[tuple[Provider, ...], Shapes]:
-    """What fits into two minutes, unless it was asked for: compiling takes longer than timing."""
+def _quick(loss: Loss, shapes: Shapes, device: str, args: argparse.Namespace) -> Shapes:
+    """What fits into three minutes for the headline's losses, unless other cases were asked for."""
     if not args.cases and device == "cpu":
         # 1024×1000 is much like 256×1000; beside the headline two sizes are enough.
         left_out = {(1024, 1000)} if loss.name in HEADLINE else {(1024, 1000), (32, 128256)}
         shapes = tuple(shape for shape in shapes if shape not in left_out)
-    if not args.providers and loss.name not in HEADLINE:
-        providers = tuple(provider for provider in providers if provider.name != COMPILED)
-    return providers, shapes
+    return shapes
 
 
 @contextmanager
@@ -168,7 +166,8 @@ def _run(argv: Sequence[str]) -> int:
         torch.set_num_threads(args.threads)
     effort = QUICK if args.quick else FULL
     if args.quick:
-        shared = QUICK_SECONDS / max(1, sum(len(work.cases) for work in plan))
+        regimes = 1 if args.caches else len(REGIMES)
+        shared = QUICK_SECONDS / max(1, sum(len(work.cases) for work in plan)) / regimes
         effort = {**effort, "seconds": min(effort["seconds"], shared)}
     options = Options(
         seconds=args.seconds or effort["seconds"],
@@ -176,13 +175,14 @@ def _run(argv: Sequence[str]) -> int:
         seed=args.seed,
         quick=args.quick,
         caches=(args.caches,) if args.caches else REGIMES,
+        extras=not (args.cases or args.dtype or args.providers),
     )
     with _progress(Console(stderr=True)) as progress:
         result = run(plan, options, progress)
 
     # Piped output has no width of its own; 100 columns hold the tables.
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=100)
-    report.print_result(result, console)
+    terminal.print_result(result, console)
     path = save(result, args.output)
     console.print(f"\n{path}", soft_wrap=True)
     if not args.no_plot:

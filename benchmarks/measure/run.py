@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
-
-from benchmarks.forms.spec import OURS, Loss, LossFunction, Provider
-from benchmarks.measure import agreement, caches, machine, ranking, timing
-from benchmarks.measure.cases import Case, make_inputs
+from benchmarks.forms.spec import OURS, Loss, Provider
+from benchmarks.measure import caches, extras, machine, measured, ranking, timing
+from benchmarks.measure.cases import Case
+from benchmarks.measure.measured import Progress
 
 SCHEMA = 3
+FIRST = "nkd"  # the loss of which the fixed cost and a training step are measured
 COPIES = 8  # times at the most that the copy bandwidth is measured; it takes a second
 NOT_RUN = ("failed", "unavailable")
 UNSTEADY = 2.0  # 80 % quantile over 20 % quantile from which a median is not to be trusted
-
-Progress = Callable[[str, float], None]  # what is being done, share of the whole run that is done
-TimeCalls = Callable[..., dict[str, dict[str, dict[str, Any]]]]  # caches.time_calls, but of the calls and progress
 
 
 @dataclass(frozen=True)
@@ -31,6 +27,7 @@ class Options:
     seed: int = 0
     quick: bool = False
     caches: tuple[str, ...] = caches.REGIMES
+    extras: bool = False  # what extras.py has, too
 
 
 class Work(NamedTuple):
@@ -43,20 +40,21 @@ class Work(NamedTuple):
 
 def run(plan: Sequence[Work], options: Options, progress: Progress) -> dict[str, Any]:
     """Measures the providers of each loss in its cases; the result is what the JSON file holds."""
+    devices = {case.device for work in plan for case in work.cases}
+    assert len(devices) == 1, "the other work runs on one device"
+    (device,) = devices
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "date": machine.now(),
         "options": asdict(options),
         "machine": machine.machine(),
         "software": machine.software(),
+        "other_work": None,
     }
-    devices = {case.device for work in plan for case in work.cases}
-    assert len(devices) <= 1, "the other work runs on one device"
     other_work = None
-    if caches.COLD in options.caches and devices:
+    if caches.COLD in options.caches:
         progress("other work", 0.0)
-        other_work = caches.OtherWork(*devices)
-    result["other_work"] = other_work.about() if other_work else None
+        other_work = caches.OtherWork(device)
     timed = partial(
         caches.time_calls,
         regimes=options.caches,
@@ -71,25 +69,53 @@ def run(plan: Sequence[Work], options: Options, progress: Progress) -> dict[str,
     parts: list[dict[str, Any]] = [
         {"loss": work.loss.name, "title": work.loss.title, "cases": []} for work in plan
     ]  # fmt: skip
-    result["losses"] = parts
-    steps = [(work, part, case) for work, part in zip(plan, parts, strict=True) for case in work.cases]
-    for number, (work, part, case) in enumerate(steps):
+    result |= {"losses": parts, "fixed_cost": [], "training_step": [], "bfloat16": []}
+    steps = list(_steps(plan, parts, result, device, options, timed))
+    for number, (name, found, measure) in enumerate(steps):
 
-        def step_progress(
-            text: str, share: float, step: str = f"{work.loss.name} {case.name}", number: int = number
-        ) -> None:
-            progress(f"{step}: {text}", (number + share) / len(steps))
+        def step_progress(text: str, share: float, name: str = name, number: int = number) -> None:
+            progress(f"{name}: {text}", (number + share) / len(steps))
 
         if number % math.ceil(len(steps) / COPIES) == 0:
             step_progress("copy bandwidth", 0.0)
-            bandwidth[case.device] = max(timing.copy_bandwidth(case.device), bandwidth.get(case.device, 0.0))
-        part["cases"].append(_run_case(work.loss, case, work.providers, options.seed, timed, step_progress))
-    for part in parts:
-        for measured in part["cases"]:
-            _add_ratios(measured, bandwidth[measured["device"]])
+            bandwidth[device] = max(timing.copy_bandwidth(device), bandwidth.get(device, 0.0))
+        found.append(measure(progress=step_progress))
+    for case in (case for part in [*parts, {"cases": result["fixed_cost"]}] for case in part["cases"]):
+        _add_ratios(case, bandwidth[device])
+    result["other_work"] = other_work.about() if other_work else None
     result["warnings"] = _warnings(result)
     progress("done", 1.0)
     return result
+
+
+def _steps(
+    plan: Sequence[Work],
+    parts: list[dict[str, Any]],
+    result: dict[str, Any],
+    device: str,
+    options: Options,
+    timed: Callable[..., Any],
+) -> Iterator[tuple[str, list[Any], Callable[..., dict[str, Any]]]]:
+    """What is done one after the other: its name, the list that it goes to, and what does it."""
+    shared: dict[str, Any] = {"seed": options.seed, "time_calls": timed}
+    for work, part in zip(plan, parts, strict=True):
+        for case in work.cases:
+            call = partial(measured.measure, work.loss, case, work.providers, **shared)
+            yield f"{work.loss.name} {case.name}", part["cases"], call
+    if not options.extras:
+        return
+    for work in plan:
+        if work.loss.name == FIRST:
+            call = partial(extras.fixed_cost, work.loss, work.providers, device, **shared)
+            yield "fixed cost", result["fixed_cost"], call
+            # The products of a step empty the caches as it is.
+            once = partial(timed, regimes=options.caches[:1])
+            for classes in extras.STEP_CLASSES:
+                own: dict[str, Any] = {**shared, "time_calls": once}
+                call = partial(extras.training_step, work.loss, work.providers, classes, device, **own)
+                yield f"training step, {classes} classes", result["training_step"], call
+    for work in plan:
+        yield f"{work.loss.name} bfloat16", result["bfloat16"], partial(extras.bfloat16, work.loss, device, **shared)
 
 
 def failures(result: dict[str, Any]) -> list[str]:
@@ -112,55 +138,13 @@ def _rankings(case: dict[str, Any]) -> list[dict[str, Any]]:
 def _all_cases(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Every case, and how to name it; with several losses the loss is part of the name."""
     several = len(result["losses"]) > 1
+    found = [(part["loss"] if several else "", case) for part in result["losses"] for case in part["cases"]]
+    found += [(name, case) for name in ("fixed_cost", "training_step") for case in result[name]]
+    found += [(case["loss"], case) for case in result["bfloat16"]]
     return [
-        (f"{part['loss'] + ' ' if several else ''}{case['rows']}×{case['classes']} {case['dtype']}", case)
-        for part in result["losses"]
-        for case in part["cases"]
+        (f"{name.replace('_', ' ')} {case['rows']}×{case['classes']} {case.get('dtype', '')}".strip(), case)
+        for name, case in found
     ]
-
-
-def _run_case(
-    loss: Loss, case: Case, providers: Sequence[Provider], seed: int, time_calls: TimeCalls, progress: Progress
-) -> dict[str, Any]:
-    torch._dynamo.reset()  # or the recompile limit would silently turn the later cases into eager ones
-    progress("inputs", 0.0)
-    inputs = make_inputs(case, seed, loss.trains_other, loss.positions)
-    judge = agreement.Judge(loss, inputs)
-    entries: dict[str, dict[str, Any]] = {}
-    calls: dict[str, Callable[[timing.Samples], None]] = {}
-    timed = timing.timer(case.device)
-    for number, provider in enumerate(providers):
-        progress(f"verifying {provider.name}", 0.5 * number / len(providers))
-        entry, function = _prepare(judge, case, provider)
-        entries[provider.name] = entry
-        if function is not None:
-            calls[provider.name] = partial(timed, function, inputs)
-        if case.device == "cuda":
-            torch.cuda.empty_cache()
-    del judge
-    bench = ranking.Bench(loss, inputs) if loss.rank_keys is not None else None
-    # In the same rounds, so that the share of the ranking is not one of two moments of the machine.
-    rankings = {f"ranking: {name}": call for name, call in bench.calls().items()} if bench else {}
-    times = time_calls(calls | rankings, progress=lambda share: progress("timing", 0.5 + 0.5 * share)) if calls else {}
-    for name in calls:
-        entries[name]["times"] = times[name]
-    result = {
-        "rows": case.rows,
-        "classes": case.classes,
-        "dtype": case.dtype,
-        "device": case.device,
-        "inputs": inputs.source,
-        "dense_positions": loss.positions or None,
-        "logits_bytes": case.tensor_bytes,
-        "floor_bytes": loss.floor(case.itemsize) * case.rows * case.classes,
-        "providers": list(entries.values()),
-    }
-    if bench and calls:
-        for name, entry in bench.entries.items():
-            if entry["status"] == "ok":
-                entry["times"] = times[f"ranking: {name}"]
-        result["ranking"] = {"keys": str(bench.keys.dtype).removeprefix("torch."), "entries": [*bench.entries.values()]}
-    return result
 
 
 def _add_ratios(case: dict[str, Any], bandwidth: float) -> None:
@@ -189,7 +173,7 @@ def _warnings(result: dict[str, Any]) -> list[str]:
     """What makes the figures doubtful. On a busy machine every barrier between threads waits for a time slice."""
     found = busy(result["machine"]) + caches.doubts(result["other_work"])
     for where, case in _all_cases(result):
-        timed = [(entry["name"], entry) for entry in case["providers"]]
+        timed = [(f"{entry['name']} {entry.get('dtype', '')}".strip(), entry) for entry in case["providers"]]
         timed += [(f"ranking by {entry['name']}", entry) for entry in _rankings(case)]
         for name, entry in timed:
             for regime, own in entry.get("times", {}).items():
@@ -198,30 +182,3 @@ def _warnings(result: dict[str, Any]) -> list[str]:
                     spread = f"{both['q20']:.3g} to {both['q80']:.3g} ms"
                     found.append(f"{name} at {where}, {regime}, was unsteady: {spread}")
     return found
-
-
-def _prepare(judge: agreement.Judge, case: Case, provider: Provider) -> tuple[dict[str, Any], LossFunction | None]:
-    """Builds, runs and verifies one provider; returns its entry, and its function if it may be timed."""
-    entry: dict[str, Any] = {"name": provider.name, "summary": provider.summary, "same_loss": provider.same_loss}
-    inputs, reason = judge.inputs, provider.unavailable(case.device)
-    if reason:
-        return entry | {"status": "unavailable", "reason": machine.without_paths(reason)}, None
-    try:
-        start = time.perf_counter()
-        function = provider.build()
-        agreement.run_once(function, inputs)
-        entry["setup_seconds"] = round(time.perf_counter() - start, 2)
-        if provider.same_loss:
-            errors = judge.errors(provider, function)
-            entry["relative_errors"] = asdict(errors)
-            tolerance = agreement.tolerance(judge.loss, case, provider)
-            if not errors.within(tolerance):
-                reason = f"off from float64 by {errors.loss_beyond_rounding:.1e} (loss), {errors.beyond_rounding:.1e}"
-                return entry | {"status": "wrong", "reason": f"{reason} (gradient), allowed {tolerance:.0e}"}, None
-        entry["memory"] = asdict(timing.memory(function, inputs))
-    except Exception as error:  # whatever a provider raises is a line of the report, not the end of the run
-        reason = f"{type(error).__name__}: {machine.without_paths(str(error))}"
-        return entry | {"status": "failed", "reason": reason[:300]}, None
-    finally:
-        inputs.drop_gradients()
-    return entry | {"status": "ok", "reason": None}, function

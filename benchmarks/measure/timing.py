@@ -41,6 +41,7 @@ class Samples:
     backward: list[float] = field(default_factory=list)
     both: list[float] = field(default_factory=list)
     host: list[float] = field(default_factory=list)  # until the call returned; on a CPU the same as both
+    loss: list[float] = field(default_factory=list)  # of a training step, what its loss took
 
 
 def memory(function: LossFunction, inputs: Inputs) -> Memory:

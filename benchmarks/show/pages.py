@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.forms.providers import HEADLINE
 from benchmarks.forms.spec import BASELINE, COMPILED, OURS
-from benchmarks.show import overview, report
+from benchmarks.show import extras, overview, report
 from benchmarks.show.report import case_name, entry_of, label, lines, median, percent, regimes_of, significant, times
 
 HEADLINE_MARKS = ("<!-- benchmark:begin -->", "<!-- benchmark:end -->")
@@ -36,6 +36,9 @@ def headline(result: dict[str, Any]) -> str:
         for regime in regimes:
             row += small_cells(case, regime)
         rows.append(row)
+    for case in result["fixed_cost"]:
+        row = [f"{overview.title(chosen[0])}, the fixed cost", f"{case['rows']}×{case['classes']}"]
+        rows.append([*row, *(cell for regime in regimes for cell in small_cells(case, regime))])
     text = (
         "Forward + backward through the public function: milliseconds of fused_kd, and the time of the others as a "
         "multiple of it, so above 1× they are slower. Cold: after other eager work, as in a training step; hot: calls "
@@ -92,6 +95,8 @@ def details(result: dict[str, Any]) -> str:
         paragraphs += [f"**{part['title']}**", _space_table(part)]
     if len(result["losses"]) > len(parts):
         paragraphs += ["**All losses**", overview.markdown(result)]
+    for rows in extras.tables(result):
+        paragraphs += [f"**{rows.title}**", rows.caption, table(rows.header, rows.rows)]
     paragraphs += report.provenance(result)
     absent = list(dict.fromkeys(phrase for part in parts for phrase in _absent(part)))
     if absent:

@@ -1,4 +1,4 @@
-"""Tables for the terminal, and what those of the pages share: all made from the result alone."""
+"""What tables and plots share: names, figures as text, what was measured; all from the result alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.forms.spec import OURS
@@ -75,54 +74,11 @@ def median(entry: dict[str, Any], regime: str, part: str = "both") -> float:
     return float(entry["times"][regime]["milliseconds"][part]["median"])
 
 
-def print_result(result: dict[str, Any], console: Console) -> None:
-    """One table per case, a line for every provider that is not in it, and what a loss spends on ranking."""
-    for part in result["losses"]:
-        for case in part["cases"]:
-            console.print(_case_table(part["title"], case))
-            console.print(_first_calls(case), style="dim", markup=False)
-            _print_missing(case["providers"], console)
-            console.print()
-        ranked = [case for case in part["cases"] if "ranking" in case]
-        if ranked:
-            console.print(_ranking_table(ranked))
-            for case in ranked:
-                _print_missing(case["ranking"]["entries"], console)
-            console.print()
-    for warning in result["warnings"]:
-        console.print(f"warning: {warning}", style="yellow", markup=False)
-    console.print(_legend(result), style="dim", markup=False)
-    console.print(describe_machine(result), style="dim", markup=False)
-
-
-def _print_missing(entries: list[dict[str, Any]], console: Console) -> None:
-    for entry in entries:
-        if entry["status"] != "ok":
-            style = "yellow" if entry["status"] == "unavailable" else "bold red"
-            console.print(f"{label(entry['name'])}: {entry['status']}: {entry['reason']}", style=style, markup=False)
-
-
-def _first_calls(case: dict[str, Any]) -> str:
-    """What a first call and its backward pass took: with what is compiled then, if its caches had it not."""
-    known = [entry for entry in case["providers"] if entry["status"] == "ok" and "setup_seconds" in entry]
-    times = [f"{label(entry['name'])} {significant(entry['setup_seconds'], 2)} s" for entry in known]
-    return f"first call, compilation included: {', '.join(times)}"
-
-
 def table(title: str, first_column: str) -> Table:
     made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
     made.show_edge = False  # 100 columns must be enough
     made.add_column(first_column, no_wrap=True)
     return made
-
-
-def _ranking_table(cases: list[dict[str, Any]]) -> Table:
-    found = table("The ranking alone, of the same keys, milliseconds", "N×C")
-    for column in RANKING_COLUMNS:
-        found.add_column(column, justify="right", no_wrap=True)
-    for row in ranking_rows(cases):
-        found.add_row(*row)
-    return found
 
 
 RANKING_COLUMNS = ("caches", "stable torch.sort", "fused_kd", "faster", "of fused_kd's forward + backward")
@@ -150,34 +106,6 @@ def ranking_rows(cases: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def _case_table(loss: str, case: dict[str, Any]) -> Table:
-    on_gpu, regimes = case["device"] != "cpu", regimes_of(case)
-    found = table(f"{loss}, {case_name(case)} on {case['device']}, milliseconds", "provider")
-    columns = []
-    for regime in regimes:
-        columns += [regime, "20–80 %", *(["host"] if on_gpu else []), "fused_kd\nfaster"]
-    columns += ["kept", "peak\nmemory", "error", "copy\nspeed"]
-    for column in columns:
-        found.add_column(column, justify="right", no_wrap=True)
-    for entry in case["providers"]:
-        if entry["status"] != "ok":
-            continue
-        row, memory = [label(entry["name"])], entry["memory"]
-        for regime in regimes:
-            own = entry["times"][regime]
-            both = own["milliseconds"]["both"]
-            row += [significant(both["median"]), f"{significant(both['q20'], 2)}–{significant(both['q80'], 2)}"]
-            row += [significant(median(entry, regime, "host"))] if on_gpu else []
-            speedup = own.get("fused_kd_speedup")
-            row.append(times(speedup) if speedup and entry["name"] != OURS else "")
-        row += [size(kept(memory)), size(memory["peak_bytes"])]
-        errors, share = entry.get("relative_errors"), copy_share(entry)
-        row.append(f"{errors['gradient']:.0e}" if errors else "–")
-        row.append(percent(share) if share is not None else "–")
-        found.add_row(*row, style="bold green" if entry["name"] == OURS else None)
-    return found
-
-
 def copy_share(entry: dict[str, Any]) -> float | None:
     """The share of the copy bandwidth, hot where that was measured."""
     found = entry["times"].get(HOT) or next(iter(entry["times"].values()))
@@ -188,18 +116,6 @@ def copy_share(entry: dict[str, Any]) -> float | None:
 def kept(memory: dict[str, int]) -> int:
     """Bytes kept for backward beyond the inputs: those autograd saves, or those that stay allocated if more."""
     return max(memory["saved_bytes"], memory["held_bytes"])
-
-
-def _legend(result: dict[str, Any]) -> str:
-    speeds = result["copy_bytes_per_second"]
-    copies = ", ".join(f"{speed / 1e9:.3g} GB/s on {device}" for device, speed in speeds.items())
-    return (
-        "Medians over single calls, forward + backward. cold: after other eager work; hot: back to back. fused_kd "
-        "faster: time of the provider / time of fused_kd. kept (for backward), peak memory: beyond the inputs. error: "
-        "largest of the gradient against float64 relative to its largest entry; – where another loss is computed. copy "
-        "speed: bytes that must be moved at the least / time, hot where measured, as a share of this machine's copy "
-        f"bandwidth ({copies}, read + written); more than 100 % means that the data stayed in the caches."
-    )
 
 
 def save(result: dict[str, Any], what: str, folder: Path) -> Path:
@@ -231,8 +147,8 @@ def describe_machine(result: dict[str, Any]) -> str:
 def provenance(result: dict[str, Any]) -> list[str]:
     """What it was measured on, and what makes it doubtful."""
     doubts = ["Caveat: " + "; ".join(result["warnings"]) + "."] if result["warnings"] else []
-    work = result.get("other_work")
-    before = f" Before a cold call other work ran for {work['milliseconds']:.1f} ms." if work else ""
+    took = (result["other_work"] or {}).get("milliseconds") if "other_work" in result else None
+    before = f" Before a cold call other work ran for {took['median']:.1f} ms." if took else ""
     return [f"Measured on {describe_machine(result)}{before}", *doubts]
 
 

@@ -40,4 +40,5 @@ def _upgraded(result: dict[str, Any]) -> dict[str, Any]:
                 if entry["name"] == "fused_kd":
                     shared = {name: ranking.pop(name) for name in ("speedup", "share_of_loss") if name in ranking}
                     entry["times"][HOT] |= shared
-    return {**result, "schema": SCHEMA, "options": {**result["options"], "caches": [HOT]}, "other_work": None}
+    own = {"schema": SCHEMA, "options": {**result["options"], "caches": [HOT]}, "other_work": None}
+    return {**result, **own, "fixed_cost": [], "training_step": [], "bfloat16": []}

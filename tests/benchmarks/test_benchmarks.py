@@ -27,7 +27,7 @@ from benchmarks.measure import (  # noqa: E402
     timing,
 )
 from benchmarks.measure import run as runner  # noqa: E402
-from benchmarks.show import pages, report  # noqa: E402
+from benchmarks.show import pages, report, terminal  # noqa: E402
 
 TINY = cases.Case(6, 11)
 EAGER = tuple(provider for provider in NKD.providers if provider.name not in ("compile", "liger"))
@@ -174,7 +174,7 @@ def test_tables(result: dict[str, Any]) -> None:
     from rich.console import Console
 
     console = Console(width=100, record=True, file=io.StringIO())
-    report.print_result(result, console)
+    terminal.print_result(result, console)
     text = console.export_text()
     assert "…" not in text, "a column was cut at 100 columns"
     assert "liger-kernel" in text

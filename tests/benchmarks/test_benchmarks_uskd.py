@@ -28,7 +28,7 @@ from benchmarks.measure import (  # noqa: E402
     ranking,
 )
 from benchmarks.measure import run as runner  # noqa: E402
-from benchmarks.show import pages, report  # noqa: E402
+from benchmarks.show import pages, report, terminal  # noqa: E402
 
 OPTIONS = runner.Options(seconds=0.02, min_rounds=1)
 EAGER = {
@@ -270,7 +270,7 @@ def test_a_result_of_both_losses(result: dict[str, Any], tmp_path: Path) -> None
     path = cli.save(result, tmp_path)
     assert path.name.startswith("nkd+uskd-cpu-")
     console = Console(width=100, record=True, file=io.StringIO())
-    report.print_result(result, console)
+    terminal.print_result(result, console)
     text = console.export_text()
     assert "…" not in text, "a column was cut at 100 columns"
     assert "The ranking alone" in text
