@@ -24,7 +24,7 @@ from benchmarks.forms.providers import HEADLINE, LOSSES
 from benchmarks.forms.spec import OURS, Loss
 from benchmarks.measure.caches import REGIMES
 from benchmarks.measure.cases import DEFAULT_DTYPES, Case, Shapes, parse_dtypes, parse_shapes
-from benchmarks.measure.run import Options, Work, failures, run
+from benchmarks.measure.run import EXTRAS, Options, Work, failures, run
 from benchmarks.show import overview, pages, report, terminal
 from benchmarks.show.stored import load
 
@@ -62,9 +62,9 @@ def _run_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Times fused_kd against other forms of the same loss, after checking all of them against float64.",
-        epilog="Other commands: `plot RESULT.json` draws a PNG, `table RESULT.json` prints Markdown, `soft-labels` "
-        "shows what USKD makes of real logits, `--source head` (or topk, shard) measures what may stand for logits; "
-        "each has --help.",
+        epilog="Other commands: `plot RESULT.json` draws a PNG, `table RESULT.json` prints Markdown, `guard` compares "
+        "with committed results, `soft-labels` shows what USKD makes of real logits, `--source head` (or topk, shard) "
+        "measures what may stand for logits; each has --help.",
     )
     parser.add_argument(
         "--loss", choices=[*LOSSES, "all"], action="append", help="may be given more than once; default: nkd and uskd"
@@ -175,7 +175,7 @@ def _run(argv: Sequence[str]) -> int:
         seed=args.seed,
         quick=args.quick,
         caches=(args.caches,) if args.caches else REGIMES,
-        extras=not (args.cases or args.dtype or args.providers),
+        extras=() if args.cases or args.dtype or args.providers else EXTRAS,
     )
     with _progress(Console(stderr=True)) as progress:
         result = run(plan, options, progress)
@@ -306,9 +306,22 @@ def _scale(argv: Sequence[str]) -> int:
     return scale.main(argv)
 
 
+def _guard(argv: Sequence[str]) -> int:
+    from benchmarks import guard
+
+    return guard.main(argv)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands = {"run": _run, "plot": _plot, "table": _table, "soft-labels": _soft_labels, "scale": _scale}
+    commands = {
+        "run": _run,
+        "plot": _plot,
+        "table": _table,
+        "soft-labels": _soft_labels,
+        "scale": _scale,
+        "guard": _guard,
+    }
     if arguments and arguments[0] in commands:
         return commands[arguments[0]](arguments[1:])
     if any(argument.partition("=")[0] == "--source" for argument in arguments):

@@ -1,22 +1,34 @@
-"""Other packages with a loss of the same value, where they are installed: liger-kernel and mdistiller.
+"""Other packages with a loss of the same value, or of like cost, where they are installed.
 
-Neither is a dependency of this project. Both work in the dtype of the logits, as the published forms do.
+None is a dependency of this project. liger-kernel and mdistiller work in the dtype of the logits, as the published forms
+do; speculators accumulates in float32.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 
 import torch.nn.functional as F
 
 from benchmarks.forms.spec import LossFunction, Provider
 
 
-def _no_liger(device: str) -> str | None:
-    if importlib.util.find_spec("liger_kernel") is None:
-        return "liger-kernel is not installed"
-    return None if device == "cuda" else "liger-kernel's kernels need a GPU"
+def _on_a_gpu(package: str, project: str) -> Callable[[str], str | None]:
+    """Of a package whose kernels need a GPU: why it cannot run."""
+
+    def reason(device: str) -> str | None:
+        if importlib.util.find_spec(package) is None:
+            return f"{project} is not installed"
+        return None if device == "cuda" else f"{project}'s kernels need a GPU"
+
+    return reason
+
+
+_no_liger = _on_a_gpu("liger_kernel", "liger-kernel")
+_no_speculators = _on_a_gpu("speculators", "speculators")
+_no_quack = _on_a_gpu("quack", "quack-kernels")
 
 
 def _no_mdistiller(device: str) -> str | None:
@@ -42,6 +54,23 @@ def liger_js() -> LossFunction:
     return lambda student_logits, teacher_logits, target: divergence(
         F.log_softmax(student_logits, dim=-1), F.log_softmax(teacher_logits, dim=-1)
     )
+
+
+def _speculators(name: str, temperature: float) -> LossFunction:
+    """Of a batch of one with as many positions as rows, a loss of each; its kernels have no temperature."""
+    function = getattr(importlib.import_module("speculators.models.fused_losses"), name)
+    return lambda student_logits, teacher_logits, target: (
+        temperature**2
+        * function((student_logits / temperature).unsqueeze(0), (teacher_logits / temperature).unsqueeze(0)).mean()
+    )
+
+
+def quack_cross_entropy() -> LossFunction:
+    function = importlib.import_module("quack").cross_entropy
+    # The backward kernel takes no gradient with a stride of 0, which a mean would give it.
+    return lambda student_logits, other_logits, target: (
+        function(student_logits, target, reduction="none") * (1 / len(target))
+    ).sum()
 
 
 def mdistiller_kd() -> LossFunction:
@@ -78,6 +107,22 @@ LIGER_JS = Provider(
     liger_js,
     _no_liger,
     as_published=True,
+)
+SPECULATORS_KD = Provider(
+    "speculators",
+    "speculators' fused KL divergence of scaled logits",
+    lambda: _speculators("fused_kl_div_loss", 4.0),
+    _no_speculators,
+)
+SPECULATORS_JS = Provider(
+    "speculators",
+    "speculators' fused JSD",
+    lambda: _speculators("fused_js_div_loss", 1.0),
+    _no_speculators,
+)
+#: Beside NKD: a cross-entropy, which reads half as much.
+QUACK_BESIDE_NKD = Provider(
+    "quack", "QuACK's cross-entropy, a yardstick: another loss", quack_cross_entropy, _no_quack, same_loss=False
 )
 MDISTILLER_KD = Provider("mdistiller", "mdistiller's kd_loss", mdistiller_kd, _no_mdistiller, as_published=True)
 MDISTILLER_DKD = Provider("mdistiller", "mdistiller's dkd_loss", mdistiller_dkd, _no_mdistiller, as_published=True)

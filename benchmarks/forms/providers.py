@@ -108,6 +108,7 @@ NKD = Loss(
         _compiled(nkd.mask_free, "torch.compile of a lean mask-free form"),
         _CROSS_ENTROPY,
         peers.LIGER_BESIDE_NKD,
+        peers.QUACK_BESIDE_NKD,
         _fused("nkd"),
     ),
     reference_sum=_reference_sum("nkd"),
@@ -156,13 +157,14 @@ def _further(
 
 
 KD = _further(
-    "kd", "KD loss", teacher.kd, peers.LIGER_KD, peers.MDISTILLER_KD, magnitude=teacher.kd_magnitude
+    "kd", "KD loss", teacher.kd, peers.LIGER_KD, peers.SPECULATORS_KD, peers.MDISTILLER_KD,
+    magnitude=teacher.kd_magnitude,
 )  # fmt: skip
 DKD = _further("dkd", "DKD loss", teacher.dkd, peers.MDISTILLER_DKD, magnitude=teacher.dkd_magnitude)
 WSLD = _further("wsld", "WSLD loss", teacher.wsld)
 # A divergence as well, but from a nearly uniform label that no student gets close to: its value is no small difference.
 TF_KD = _further("tf_kd", "Tf-KD loss", teacher.tf_kd, alone=True)
-JS = _further("js", "JS loss", teacher.js, peers.LIGER_JS, magnitude=teacher.js_magnitude)
+JS = _further("js", "JS loss", teacher.js, peers.LIGER_JS, peers.SPECULATORS_JS, magnitude=teacher.js_magnitude)
 DIST = _further(
     "dist",
     "DIST loss",

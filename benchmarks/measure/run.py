@@ -14,6 +14,7 @@ from benchmarks.measure.cases import Case
 from benchmarks.measure.measured import Progress
 
 SCHEMA = 3
+EXTRAS = ("fixed_cost", "training_step", "bfloat16")  # what extras.py has
 FIRST = "nkd"  # the loss of which the fixed cost and a training step are measured
 COPIES = 8  # times at the most that the copy bandwidth is measured; it takes a second
 NOT_RUN = ("failed", "unavailable")
@@ -27,7 +28,7 @@ class Options:
     seed: int = 0
     quick: bool = False
     caches: tuple[str, ...] = caches.REGIMES
-    extras: bool = False  # what extras.py has, too
+    extras: tuple[str, ...] = ()  # of EXTRAS
 
 
 class Work(NamedTuple):
@@ -69,7 +70,7 @@ def run(plan: Sequence[Work], options: Options, progress: Progress) -> dict[str,
     parts: list[dict[str, Any]] = [
         {"loss": work.loss.name, "title": work.loss.title, "cases": []} for work in plan
     ]  # fmt: skip
-    result |= {"losses": parts, "fixed_cost": [], "training_step": [], "bfloat16": []}
+    result |= {"losses": parts, **{name: [] for name in EXTRAS}}
     steps = list(_steps(plan, parts, result, device, options, timed))
     for number, (name, found, measure) in enumerate(steps):
 
@@ -102,20 +103,20 @@ def _steps(
         for case in work.cases:
             call = partial(measured.measure, work.loss, case, work.providers, **shared)
             yield f"{work.loss.name} {case.name}", part["cases"], call
-    if not options.extras:
-        return
-    for work in plan:
-        if work.loss.name == FIRST:
-            call = partial(extras.fixed_cost, work.loss, work.providers, device, **shared)
-            yield "fixed cost", result["fixed_cost"], call
-            # The products of a step empty the caches as it is.
-            once = partial(timed, regimes=options.caches[:1])
-            for classes in extras.STEP_CLASSES:
-                own: dict[str, Any] = {**shared, "time_calls": once}
-                call = partial(extras.training_step, work.loss, work.providers, classes, device, **own)
-                yield f"training step, {classes} classes", result["training_step"], call
-    for work in plan:
-        yield f"{work.loss.name} bfloat16", result["bfloat16"], partial(extras.bfloat16, work.loss, device, **shared)
+    first = next((work for work in plan if work.loss.name == FIRST), None)
+    if first and "fixed_cost" in options.extras:
+        call = partial(extras.fixed_cost, first.loss, first.providers, device, **shared)
+        yield "fixed cost", result["fixed_cost"], call
+    if first and "training_step" in options.extras:
+        # The products of a step empty the caches as it is.
+        once = {**shared, "time_calls": partial(timed, regimes=options.caches[:1])}
+        for classes in extras.STEP_CLASSES:
+            call = partial(extras.training_step, first.loss, first.providers, classes, device, **once)
+            yield f"training step, {classes} classes", result["training_step"], call
+    if "bfloat16" in options.extras:
+        for work in plan:
+            call = partial(extras.bfloat16, work.loss, device, **shared)
+            yield f"{work.loss.name} bfloat16", result["bfloat16"], call
 
 
 def failures(result: dict[str, Any]) -> list[str]:

@@ -21,6 +21,8 @@ COLORS = {
     "compile": "#7ba3cc",
     "cross_entropy": "#d5d9de",
     "liger": "#b7a6cf",
+    "speculators": "#8fb8b0",
+    "quack": "#cfc39a",
     "mdistiller": "#9cc3a5",
     "fused_kd": "#d1495b",
 }

@@ -21,6 +21,8 @@ LABELS = {
     "compile": "torch.compile",
     "cross_entropy": "F.cross_entropy",
     "liger": "Liger",
+    "speculators": "speculators",
+    "quack": "QuACK",
     "mdistiller": "mdistiller",
     "fused_kd": "fused_kd",
 }

@@ -30,7 +30,7 @@ from benchmarks.measure import run as runner  # noqa: E402
 from benchmarks.show import pages, report, terminal  # noqa: E402
 
 TINY = cases.Case(6, 11)
-EAGER = tuple(provider for provider in NKD.providers if provider.name not in ("compile", "liger"))
+EAGER = tuple(provider for provider in NKD.providers if provider.name not in ("compile", "liger", "quack"))
 OPTIONS = runner.Options(seconds=0.02, min_rounds=1)
 
 

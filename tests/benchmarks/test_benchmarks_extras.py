@@ -25,7 +25,7 @@ from benchmarks.measure import run as runner  # noqa: E402
 from benchmarks.show import extras as tables  # noqa: E402
 from benchmarks.show import pages, report, terminal  # noqa: E402
 
-OPTIONS = runner.Options(seconds=0.02, min_rounds=1, extras=True)
+OPTIONS = runner.Options(seconds=0.02, min_rounds=1, extras=runner.EXTRAS)
 
 
 def silent(text: str, share: float) -> None:
@@ -82,7 +82,7 @@ def test_everything_is_measured(result: dict[str, Any]) -> None:
 
 
 def test_not_without_the_first_loss_and_not_unasked() -> None:
-    options = runner.Options(seconds=0.01, min_rounds=1, caches=("hot",), extras=True)
+    options = runner.Options(seconds=0.01, min_rounds=1, caches=("hot",), extras=runner.EXTRAS)
     kd = runner.run(planned("kd"), options, silent)
     assert kd["fixed_cost"] == kd["training_step"] == [] and len(kd["bfloat16"]) == 1
     assert list(kd["bfloat16"][0]["providers"][0]["times"]) == ["hot"]

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -229,7 +230,7 @@ PEERS = [
     pytest.param(loss, provider, id=f"{loss.name}-{provider.name}")
     for loss in LOSSES.values()
     for provider in loss.providers
-    if provider.name in ("liger", "mdistiller") and provider.same_loss
+    if provider.name in ("liger", "speculators", "mdistiller") and provider.same_loss
 ]
 
 
@@ -259,11 +260,40 @@ def test_absent_peers_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for provider in (peers.LIGER_KD, peers.LIGER_BESIDE_NKD, peers.LIGER_JS):
         assert provider.unavailable("cuda") == "liger-kernel is not installed"
+    assert peers.SPECULATORS_JS.unavailable("cuda") == "speculators is not installed"
+    assert peers.QUACK_BESIDE_NKD.unavailable("cuda") == "quack-kernels is not installed"
     assert "not on PyPI" in str(peers.MDISTILLER_KD.unavailable("cpu"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert "need a GPU" in str(peers.LIGER_KD.unavailable("cpu"))
+    for provider in (peers.SPECULATORS_KD, peers.SPECULATORS_JS, peers.QUACK_BESIDE_NKD):
+        assert "kernels need a GPU" in str(provider.unavailable("cpu")) and provider.unavailable("cuda") is None
     assert peers.LIGER_KD.unavailable("cuda") is None
     assert peers.MDISTILLER_DKD.unavailable("cpu") is None
+
+
+def test_peers_that_need_a_gpu_are_called_as_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins of what the packages compute: theirs is (1, T, V) to (1, T), or (N, C) to (N,)."""
+
+    def kl(student: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        assert student.shape == (1, 6, 11)
+        return F.kl_div(student.log_softmax(-1), other.softmax(-1), reduction="none").sum(-1)
+
+    def jsd(student: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        middle = ((student.softmax(-1) + other.softmax(-1)) / 2).log()
+        parts = (F.kl_div(middle, each.log_softmax(-1), reduction="none", log_target=True) for each in (student, other))
+        return sum(part.sum(-1) for part in parts) / 2
+
+    fused = types.SimpleNamespace(fused_kl_div_loss=kl, fused_js_div_loss=jsd)
+    monkeypatch.setitem(sys.modules, "speculators", types.ModuleType("speculators"))
+    monkeypatch.setitem(sys.modules, "speculators.models", types.ModuleType("speculators.models"))
+    monkeypatch.setitem(sys.modules, "speculators.models.fused_losses", fused)
+    monkeypatch.setitem(sys.modules, "quack", types.SimpleNamespace(cross_entropy=F.cross_entropy))
+    inputs = cases.make_inputs(cases.Case(6, 11))
+    for loss, peer in (("kd", peers.SPECULATORS_KD), ("js", peers.SPECULATORS_JS)):
+        found = agreement.Judge(LOSSES[loss], inputs).errors(peer, peer.build())
+        assert found.within(agreement.tolerance(LOSSES[loss], cases.Case(6, 11), peer)), found
+    value = peers.QUACK_BESIDE_NKD.build()(*inputs[:3])
+    torch.testing.assert_close(value, F.cross_entropy(inputs.student_logits, inputs.target))
 
 
 def test_a_result_of_all_losses(result: dict[str, Any], tmp_path: Path) -> None:

@@ -1,0 +1,171 @@
+"""``python -m benchmarks guard``: a short benchmark, whose ratios must be those of the committed results of the same
+kind of processor, up to 15 %.
+
+Times of two machines, or of two moments of one, do not compare; ratios of what was timed in turn do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.forms.providers import HEADLINE, LOSSES
+from benchmarks.forms.spec import BASELINE, COMPILED, OURS
+from benchmarks.measure import extras, machine
+from benchmarks.measure.cases import Case
+from benchmarks.measure.run import Options, Work, failures, run
+from benchmarks.show.report import case_name, entry_of, label, median, regimes_of, significant
+from benchmarks.show.stored import load
+
+RESULTS = Path(__file__).parent / "results"
+LIMIT = 1.15
+OTHERS = ("cross_entropy", COMPILED, BASELINE)
+SHAPES = ((256, 1000), (128, 21841), (32, 128256))
+SAME = ("cpu", "cpu_family_model", "cpu_capability", "threads")  # what makes two processors one kind
+REGRESSED, NOT_COMPARED = 1, 2  # exit statuses
+
+Run = Callable[[Sequence[str]], dict[str, Any]]  # of some losses, a result
+
+
+class Expected(NamedTuple):
+    ratio: float
+    file: str
+    torch: str
+
+
+def ratios(result: dict[str, Any]) -> dict[tuple[str, str], float]:
+    """Of each loss, and what is compared: fused_kd's time over another's, and bfloat16's over float32's."""
+    found = {}
+    cases = [(part["loss"], "", case) for part in result["losses"] for case in part["cases"]]
+    cases += [("nkd", "fixed cost ", case) for case in result["fixed_cost"]]
+    for loss, what, case in cases:
+        ours = entry_of(case, OURS)
+        for name in OTHERS:
+            entry = entry_of(case, name)
+            if entry and ours:
+                for regime in regimes_of(case):
+                    key = (loss, f"{what}{case_name(case)}, {regime}, over {label(name)}")
+                    found[key] = median(ours, regime) / median(entry, regime)
+    for case in result["bfloat16"]:
+        by_dtype = {entry["dtype"]: entry for entry in case["providers"] if entry["status"] == "ok"}
+        if {extras.FLOAT32, extras.BFLOAT16} <= set(by_dtype):
+            for regime in regimes_of(case):
+                key = (case["loss"], f"{case['rows']}×{case['classes']}, {regime}, bfloat16 over float32")
+                found[key] = median(by_dtype[extras.BFLOAT16], regime) / median(by_dtype[extras.FLOAT32], regime)
+    return found
+
+
+def same_processor(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(one[name] == other[name] for name in SAME)
+
+
+def committed(folder: Path) -> list[Path]:
+    """Results that git knows: one that was measured a moment ago is no measure. Raises ValueError without git."""
+    try:
+        listed = subprocess.run(
+            ("git", "ls-files", "-z", "--", "*.json"), cwd=folder, capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ValueError(f"git cannot say which results are committed: {type(error).__name__}") from None
+    return [folder / name for name in listed.split("\0") if name]
+
+
+def expected(paths: Iterable[Path], here: dict[str, Any]) -> dict[tuple[str, str], Expected]:
+    """The ratios on such a processor as ``here``, each from the newest of the results that have it."""
+    results = []
+    for path in paths:
+        try:
+            result = load(path)
+        except ValueError:  # of another benchmark
+            continue
+        on_cpu = all(case["device"] == "cpu" for part in result["losses"] for case in part["cases"])
+        if on_cpu and same_processor(result["machine"], here):
+            results.append((result["date"], path.name, result))
+    found = {}
+    for _, name, result in sorted(results, key=lambda each: each[:2]):
+        torch_version = result["software"]["torch"]
+        found.update({key: Expected(ratio, name, torch_version) for key, ratio in ratios(result).items()})
+    return found
+
+
+def compare(wanted: dict[tuple[str, str], Expected], measure: Run) -> tuple[list[str], list[str]]:
+    """Lines about all ratios, and about those that are too high. What is too high once is measured a second time."""
+    now = ratios(measure([loss for loss in LOSSES if loss in {key[0] for key in wanted} & set(HEADLINE)]))
+    shared = [key for key in wanted if key in now]
+    again = sorted({loss for loss, what in shared if now[loss, what] > LIMIT * wanted[loss, what].ratio})
+    if again:
+        print(f"{', '.join(again)}: slower than committed, measured once more", flush=True)
+        second = ratios(measure(again))
+        now |= {key: min(now[key], ratio) for key, ratio in second.items() if key in now}
+    lines, worse = [], []
+    for key in shared:
+        before, ratio = wanted[key].ratio, now[key]
+        line = (
+            f"{key[0]} {key[1]}: {significant(before)} committed, {significant(ratio)} now ({ratio / before - 1:+.0%})"
+        )
+        lines.append(line)
+        if not ratio <= LIMIT * before:  # NaN is too high
+            worse.append(f"{line}, in {wanted[key].file}")
+    return lines, worse
+
+
+def _measure(losses: Sequence[str]) -> dict[str, Any]:
+    def progress(text: str, share: float) -> None:
+        print(f"\r[{share:4.0%}] {text:<60}", end="", file=sys.stderr, flush=True)
+
+    plan = [
+        Work(
+            LOSSES[name],
+            [provider for provider in LOSSES[name].providers if provider.name in (*OTHERS, OURS)],
+            [Case(*shape) for shape in SHAPES],
+        )
+        for name in losses
+    ]
+    options = Options(seconds=2.0, min_rounds=5, quick=True, extras=("fixed_cost", "bfloat16"))
+    result = run(plan, options, progress)
+    print(file=sys.stderr)
+    for warning in result["warnings"]:
+        print(f"warning: {warning}")
+    if problems := failures(result):
+        raise ValueError("; ".join(problems))
+    return result
+
+
+def main(argv: Sequence[str], folder: Path = RESULTS, measure: Run = _measure) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks guard",
+        description="A short benchmark of NKD and USKD, whose ratios are compared with the committed results of this "
+        f"kind of processor. Exit status {REGRESSED}: a ratio is more than {LIMIT - 1:.0%} higher; {NOT_COMPARED}: "
+        "there is nothing to compare with.",
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: PyTorch's choice")
+    torch.set_num_threads(max(1, parser.parse_args(argv).threads))
+    here = machine.machine()
+    kind = f"{here['cpu']} ({here['cpu_family_model']}, {here['cpu_capability']}) with {here['threads']} threads"
+    try:
+        wanted = {key: value for key, value in expected(committed(folder), here).items() if key[0] in HEADLINE}
+        if not wanted:
+            print(f"not compared: no committed result of NKD or USKD on {kind}; `python -m benchmarks` measures one")
+            return NOT_COMPARED
+        lines, worse = compare(wanted, measure)
+    except ValueError as error:
+        print(f"not compared: {error}")
+        return NOT_COMPARED
+    if not lines:
+        print(f"not compared: the committed results on {kind} have none of what was measured")
+        return NOT_COMPARED
+    print("\n".join(lines))
+    others = sorted({value.torch for value in wanted.values()} - {torch.__version__})
+    if others:
+        print(f"note: the committed ratios are of torch {', '.join(others)}, these are of {torch.__version__}")
+    for line in worse:
+        print(f"slower by more than {LIMIT - 1:.0%}: {line}")
+    if not worse:
+        print(f"{len(lines)} ratios on {kind}: none is more than {LIMIT - 1:.0%} higher than committed")
+    return REGRESSED if worse else 0
