@@ -1,7 +1,7 @@
 """Other packages with a loss of the same value, or of like cost, where they are installed.
 
-None is a dependency of this project. liger-kernel and mdistiller work in the dtype of the logits, as the published forms
-do; speculators accumulates in float32.
+None is a dependency of this project. liger-kernel and mdistiller work in the dtype of the logits, as the published
+forms do; speculators accumulates in float32.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def headline(result: dict[str, Any]) -> str:
         f"back to back. {label('cross_entropy')} of the student's logits alone is a yardstick: it computes less."
     )
     if len(dtypes) == 1:
-        text += f" {dtypes[0]}."
+        text += f" {dtypes[0]}, {report.threads(result)}."
     return "\n\n".join([text, table(header, rows, 2), *report.provenance(result)])
 
 

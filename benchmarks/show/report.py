@@ -27,6 +27,8 @@ LABELS = {
     "fused_kd": "fused_kd",
 }
 
+UNSTEADY_TOLD = 3  # of unsteady times, at the most
+
 
 def significant(value: float, digits: int = 3) -> str:
     """Plain decimal notation with so many significant digits: 0.0662, 4.81, 78.3, 115."""
@@ -135,9 +137,14 @@ def devices(result: dict[str, Any]) -> list[str]:
     return sorted({case["device"] for part in parts for case in part["cases"]})
 
 
+def threads(result: dict[str, Any]) -> str:
+    number = result["machine"]["threads"]
+    return f"{number} thread{'' if number == 1 else 's'}"
+
+
 def describe_machine(result: dict[str, Any]) -> str:
     machine, software = result["machine"], result["software"]
-    parts = [f"{machine['cpu']} ({machine['cpu_capability']}), {machine['threads']} threads, {machine['cores']} cores"]
+    parts = [f"{machine['cpu']} ({machine['cpu_capability']}), {threads(result)}, {machine['cores']} cores"]
     if "cuda" in devices(result) and machine["gpu"]:
         parts.insert(0, f"{machine['gpu']['name']} (driver {machine['gpu']['driver']}, CUDA {machine['gpu']['cuda']})")
     parts.append(f"torch {software['torch']}, Python {software['python']}, {software['compiler'] or 'no C++ compiler'}")
@@ -148,7 +155,11 @@ def describe_machine(result: dict[str, Any]) -> str:
 
 def provenance(result: dict[str, Any]) -> list[str]:
     """What it was measured on, and what makes it doubtful."""
-    doubts = ["Caveat: " + "; ".join(result["warnings"]) + "."] if result["warnings"] else []
+    unsteady = [warning for warning in result["warnings"] if "was unsteady" in warning]
+    told = [warning for warning in result["warnings"] if warning not in unsteady[UNSTEADY_TOLD:]]
+    if len(unsteady) > UNSTEADY_TOLD:
+        told.append(f"so were {len(unsteady) - UNSTEADY_TOLD} other times, which the result lists")
+    doubts = ["Caveat: " + "; ".join(told) + "."] if told else []
     took = (result["other_work"] or {}).get("milliseconds") if "other_work" in result else None
     before = f" Before a cold call other work ran for {took['median']:.1f} ms." if took else ""
     return [f"Measured on {describe_machine(result)}{before}", *doubts]

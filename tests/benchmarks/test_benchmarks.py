@@ -195,6 +195,10 @@ def test_a_busy_machine_and_unsteady_times_are_told(result: dict[str, Any]) -> N
     doubtful["warnings"] = runner._warnings(doubtful)
     block = pages.headline(doubtful)
     assert "load average was 3.3" in block and "published at 6×11 float32, cold, was unsteady: 1 to 3 ms" in block
+    assert "other times" not in block
+    doubtful["warnings"] += [f"{name} at 6×11 float32, hot, was unsteady: 1 to 3 ms" for name in "abcd"]
+    block = pages.headline(doubtful)
+    assert "so were 2 other times, which the result lists." in block and "b at 6" in block and "c at 6" not in block
     doubtful["machine"].update(load_average_before=0.1)
     assert not any("load average" in warning for warning in runner._warnings(doubtful))
 
