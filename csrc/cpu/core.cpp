@@ -13,6 +13,10 @@
 #include <new>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace fused_kd {
 
 #define FKD_DECLARE(isa)                                                                                               \
@@ -213,6 +217,20 @@ std::vector<A> reciprocals(int64_t n) {
     return values;
 }
 
+// A large gradient in large pages: fewer of the processor's table entries, and fewer faults where it is new. Whose memory
+// it is does not matter, as all of it is about to be written.
+void advise_large_pages(void* data, DType dtype, int64_t elements) {
+#if defined(MADV_HUGEPAGE)
+    constexpr uintptr_t page = uintptr_t(2) << 20;
+    const int64_t bytes = elements * (dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2);
+    const uintptr_t start = reinterpret_cast<uintptr_t>(data), end = start + uintptr_t(bytes);
+    const uintptr_t first = (start + page - 1) / page * page, last = end / page * page;
+    if (data && last > first + page) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+    (void)data, (void)dtype, (void)elements;
+#endif
+}
+
 double divisor_of(Reduction reduction, int64_t counted) {
     return reduction == kMean ? double(std::max<int64_t>(counted, 1)) : 1.0;
 }
@@ -223,16 +241,26 @@ namespace {
 
 // The columns' share of DIST, for a row kernel to add to the gradient; returns the sum of their correlations. What the
 // rows' softmaxes are, the row kernel says first.
-double dist_columns(const Kernels& kernels, RowArgs rows, std::vector<char>& columns) {
-    std::vector<SoftmaxOrigin> origins(size_t(2 * rows.rows));
+struct Columns {
+    std::vector<char> data;
+    std::vector<double> statistics;
+};
+
+double dist_columns(const Kernels& kernels, RowArgs& args, Columns& columns) {
+    std::vector<SoftmaxOrigin> origins(size_t(2 * args.rows));
+    RowArgs rows = args;
     rows.only_origins = rows.gradient != nullptr; // the losses come with the gradient then
     rows.gradient = nullptr;
     rows.origins = origins.data();
+    if (rows.only_origins) {
+        columns.statistics.resize(size_t(kStatisticsFields * args.rows));
+        rows.statistics = args.statistics = columns.statistics.data();
+    }
     kernels.row_losses(rows);
-    columns.resize(size_t(4 * rows.classes) * (rows.accumulate == kFloat64 ? sizeof(double) : sizeof(float)));
+    columns.data.resize(size_t(4 * rows.classes) * (rows.accumulate == kFloat64 ? sizeof(double) : sizeof(float)));
     std::vector<double> correlations(size_t(rows.classes));
     kernels.dist_columns({rows.student, rows.teacher, origins.data(), rows.rows, rows.classes,
-                          rows.piece ? rows.piece->num_classes : rows.classes, rows.hyper, columns.data(),
+                          rows.piece ? rows.piece->num_classes : rows.classes, rows.hyper, columns.data.data(),
                           correlations.data(), rows.accumulate, rows.threads, rows.column_factor});
     double sum = 0;
     for (double correlation : correlations)
@@ -267,13 +295,14 @@ int64_t row_loss(const Kernels& kernels, RowArgs args, const LossOutputs& out) {
     if (counted.bad_row >= 0) return counted.bad_row;
     const double divisor = divisor_of(out.reduction, counted.rows);
     args.gradient_scale = stored_scale(args.student.dtype, args.gradient_scale, divisor, out.norms[0], args.accumulate);
+    advise_large_pages(args.gradient, args.student.dtype, args.rows * args.classes);
     std::vector<double> parts(size_t(3 * args.rows)), sums = label_sums(args.target, args.rows);
     args.parts = parts.data();
     args.label_sums = sums.empty() ? nullptr : sums.data();
-    std::vector<char> columns;
+    Columns columns;
     const bool coupled = has_columns(args, counted);
     const double correlations = coupled ? dist_columns(kernels, args, columns) : 0;
-    args.columns = coupled ? columns.data() : nullptr;
+    args.columns = coupled ? columns.data.data() : nullptr;
     if (!coupled || args.gradient) kernels.row_losses(args);
     if (coupled) put_column_part(args, correlations, args.classes);
     reduce_parts(parts, 3, args.rows, divisor, out.reduction, args.accumulate, out.loss, out.parts);
@@ -288,12 +317,12 @@ int64_t row_stage(const Kernels& kernels, RowArgs args) {
     if (counted.bad_row >= 0) return counted.bad_row;
     std::vector<double> sums = label_sums(args.target, args.rows);
     args.label_sums = last && probabilities ? sums.data() : nullptr;
-    std::vector<char> columns;
+    Columns columns;
     const bool coupled = has_columns(args, counted);
     double correlations = 0;
     if (coupled && piece.stage >= kSums) {
         correlations = dist_columns(kernels, args, columns);
-        args.columns = columns.data();
+        args.columns = columns.data.data();
     }
     kernels.row_losses(args);
     if (piece.stage == kSums) std::fill_n(piece.out + (kSumsFields - 1) * args.rows, args.rows, correlations);
@@ -312,6 +341,8 @@ int64_t uskd(const Kernels& kernels, UskdArgs args, const double* batch_sums, co
     const double divisor = divisor_of(out.reduction, counted.rows);
     args.student_scale = stored_scale(args.student.dtype, args.student_scale, divisor, out.norms[0], args.accumulate);
     args.weak_scale = stored_scale(args.weak.dtype, args.weak_scale, divisor, out.norms[1], args.accumulate);
+    advise_large_pages(args.student_gradient, args.student.dtype, args.rows * args.classes);
+    advise_large_pages(args.weak_gradient, args.weak.dtype, args.rows * args.classes);
     for (int k = 0; k < 2; ++k)
         args.mean[k] = batch_sums[k] / std::max(batch_sums[2], 1.0);
     std::vector<double> parts(size_t(4 * args.rows)), sums = label_sums(args.target, args.rows);
@@ -330,6 +361,7 @@ int64_t zipf_ls(const Kernels& kernels, ZipfArgs args, const LossOutputs& out) {
     if (counted.bad_row >= 0) return counted.bad_row;
     const double divisor = divisor_of(out.reduction, counted.rows);
     args.gradient_scale = stored_scale(args.student.dtype, args.gradient_scale, divisor, out.norms[0], args.accumulate);
+    advise_large_pages(args.gradient, args.student.dtype, args.rows * args.classes);
     std::vector<double> parts(size_t(2 * args.rows)), sums = label_sums(args.target, args.rows);
     args.parts = parts.data();
     args.label_sums = sums.empty() ? nullptr : sums.data();
@@ -341,6 +373,7 @@ int64_t zipf_ls(const Kernels& kernels, ZipfArgs args, const LossOutputs& out) {
 int64_t topk_loss(const Kernels& kernels, TopKArgs args, const LossOutputs& out) {
     const Counted counted = count_rows(args.target, args.rows, args.classes, args.ignore_index);
     if (counted.bad_row >= 0) return counted.bad_row;
+    advise_large_pages(args.gradient, args.student.dtype, args.rows * args.classes);
     std::vector<double> parts(size_t(3 * args.rows));
     const std::unique_ptr<bool[]> bad(new bool[size_t(args.rows)]());
     args.parts = parts.data();

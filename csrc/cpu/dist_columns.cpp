@@ -34,8 +34,8 @@ FKD_NOINLINE void column_block(const ColumnArgs& args, int64_t start, int64_t n)
     for (int64_t row = 0; row < args.rows; ++row) {
         const SoftmaxOrigin* const of = args.origins + 2 * row;
         if (of[0].by < 0) continue;
-        softmax_piece<A>(read(args.student, row, start, n, staging), n, of[0], p);
-        softmax_piece<A>(read(args.teacher, row, start, n, staging), n, of[1], q);
+        softmax_piece<A>(read(args.student, row, start, n, staging), n, of[0], p, args.student.row_stride);
+        softmax_piece<A>(read(args.teacher, row, start, n, staging), n, of[1], q, args.teacher.row_stride);
         if (counted++ == 0) {
             __builtin_memcpy(first_p, p, sizeof(A) * size_t(n));
             __builtin_memcpy(first_q, q, sizeof(A) * size_t(n));

@@ -56,7 +56,8 @@ struct RowArgs {
     DType accumulate;      // kFloat32 or kFloat64
     int threads;
     SoftmaxOrigin* origins;      // (rows, 2), the student's and the teacher's; null when they are not wanted
-    bool only_origins;           // and nothing else is
+    bool only_origins;           // and nothing else is but the statistics
+    double* statistics;          // (rows, kStatisticsFields) from a call with only_origins to the next; else null
     const void* columns;         // of a pointwise loss that the columns of the batch add to, else null: see ColumnArgs
     const double* column_factor; // their gradient is multiplied by it, with factors
     const Piece* piece;          // of a staged run; else null, and `classes` are all of a row's

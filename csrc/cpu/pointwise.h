@@ -249,8 +249,8 @@ struct PointwiseRow {
             f(Js<A, false>(*params));
     }
     void refine(const PointwiseBlock<A>& here, int64_t n) const {
-        softmax_piece(here.s, n, origins[0], scratch->p + here.start);
-        softmax_piece(here.t, n, origins[1], here.e_t);
+        softmax_piece(here.s, n, origins[0], scratch->p + here.start, kBlock<A>);
+        softmax_piece(here.t, n, origins[1], here.e_t, kBlock<A>);
     }
     Probabilities<A> target() const { return {splat(A(p.p[0])), splat(A(q.p[0])), splat(A(q.log_p[0] - p.log_p[0]))}; }
     PointwiseSums sums(const RowMoments* moments) {

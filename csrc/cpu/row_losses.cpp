@@ -113,7 +113,9 @@ FKD_NOINLINE RowResult row_pass(const RowArgs& args, const RowParams& params, co
     const bool same = out_type == dtype_of<A>();
     const bool streamed = same && args.rows * classes * int64_t(sizeof(A)) >= kStreamed;
     const bool over = args.gradient == args.student.data; // the logits, which are read again below
-    A* const e_soft = wanted && same && !streamed && !over ? own_row : scratch.e_soft;
+    // Of a second visit, to a row whose statistics the first has left and whose exponentials nothing asks for.
+    const bool again = pointwise && args.statistics && !args.only_origins && params.ce_weight == 0;
+    A* const e_soft = again ? scratch.p : wanted && same && !streamed && !over ? own_row : scratch.e_soft;
 
     const Piece* const piece = args.piece;
     RowMoments s_moments = {}, t_moments = {};
@@ -126,21 +128,29 @@ FKD_NOINLINE RowResult row_pass(const RowArgs& args, const RowParams& params, co
     }
     const Scales scales = scales_of(params, s_moments, t_moments);
 
-    int64_t count = 0;
-    for (int64_t j = 0; j < classes; j += kBlock<A>, ++count) {
+    const int64_t count = (classes + kBlock<A> - 1) / kBlock<A>;
+    for (int64_t i = 0; i < count && !again; ++i) {
+        const int64_t j = i * kBlock<A>;
         const int64_t n = block_length<A>(classes, j);
         const A* s = read(args.student, row, j, n, scratch.student);
         const A* t = mode == kAlone ? s : read(args.teacher, row, j, n, scratch.teacher);
         const A* v = with_probs ? read(args.target, row, j, n, scratch.probs) : nullptr;
         // Without a gradient the exponentials are of no further use: keep overwriting the same few lines of cache.
-        const int64_t at = wanted || pointwise ? j : 0;
+        const int64_t at = wanted || (pointwise && !args.only_origins) ? j : 0;
         block_stats<A, single, careful, mode>(
             s, t, v, n, y - j, scales, needs, params.standardize ? &s_moments : nullptr, e_soft + at,
-            scratch.e_sharp + at, scratch.e_raw + at, scratch.e_t + at, scratch.blocks[count]);
+            scratch.e_sharp + at, scratch.e_raw + at, scratch.e_t + at, scratch.blocks[i]);
     }
     const bool here = y >= 0 && y < classes;
-    Statistics all = merge(scratch.blocks, count, scales, single, general, needs.divergence);
-    if (here) {
+    Statistics all = {};
+    if (again) {
+        __builtin_memcpy(&all, args.statistics + kStatisticsFields * row, sizeof all);
+        for (int64_t i = 0; i < count; ++i)
+            scratch.blocks[i] = all;
+    } else {
+        all = merge(scratch.blocks, count, scales, single, general, needs.divergence);
+    }
+    if (here && !again) {
         all.s_target = *read(args.student, row, y, 1, scratch.student);
         all.t_target = mode == kAlone ? 0.0 : double(*read(args.teacher, row, y, 1, scratch.teacher));
         all.v_target = with_probs ? double(*read(args.target, row, y, 1, scratch.probs)) : 1.0;
@@ -163,7 +173,10 @@ FKD_NOINLINE RowResult row_pass(const RowArgs& args, const RowParams& params, co
         probabilities = pointwise_row<A>(args, params, scratch, row, y, count, e_soft, stats, s_max, t_max);
         for (int k = 0; args.origins && k < 2; ++k)
             args.origins[2 * row + k] = probabilities.origins[k];
-        if (args.only_origins) return {};
+        if (args.only_origins) {
+            __builtin_memcpy(args.statistics + kStatisticsFields * row, &all, sizeof all);
+            return {};
+        }
         const RowMoments* const moments = params.standardize ? &s_moments : nullptr;
         if (piece && piece->stage == kSums) {
             put(probabilities.own_sums(moments), 0, args, row);

@@ -75,14 +75,15 @@ FKD_INLINE void block_max(const A* s, const A* t, int64_t n, const Without<K>& y
 }
 
 // Softmax of a piece of a row, with some more digits than elsewhere, since differences are taken of it. Not inlined:
-// what is stored is rounded, and so is the same wherever it is made.
+// what is stored is rounded, and so is the same wherever it is made. What is read next lies `ahead` elements further on.
 template <class A>
-FKD_NOINLINE void softmax_piece(const A* logits, int64_t n, const SoftmaxOrigin& of, A* out) {
+FKD_NOINLINE void softmax_piece(const A* logits, int64_t n, const SoftmaxOrigin& of, A* out, int64_t ahead) {
     const A origin = A(of.origin);
     const double off = double(origin) - of.origin, factor = off == 0 ? of.by : of.by * exp(off * of.scale);
     const A by = A(factor), by_low = A(factor - double(by));
     const A scale = A(kLog2E * of.scale), scale_low = A(kLog2E * of.scale - double(scale));
     for_lanes<A>(n, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
+        __builtin_prefetch(logits + j + ahead);
         const Vec<A> x = load(logits + j, lanes), zero = {}, d = x - origin;
         const Vec<A> exponent = d * scale;
         // With fused multiply-add what the product was rounded by, without 0.
