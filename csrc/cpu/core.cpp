@@ -217,8 +217,8 @@ std::vector<A> reciprocals(int64_t n) {
     return values;
 }
 
-// A large gradient in large pages: fewer of the processor's table entries, and fewer faults where it is new. Whose memory
-// it is does not matter, as all of it is about to be written.
+// A large gradient in large pages: fewer of the processor's table entries, and fewer faults where it is new. Whose
+// memory it is does not matter, as all of it is about to be written.
 void advise_large_pages(void* data, DType dtype, int64_t elements) {
 #if defined(MADV_HUGEPAGE)
     constexpr uintptr_t page = uintptr_t(2) << 20;

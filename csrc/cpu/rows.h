@@ -75,7 +75,8 @@ FKD_INLINE void block_max(const A* s, const A* t, int64_t n, const Without<K>& y
 }
 
 // Softmax of a piece of a row, with some more digits than elsewhere, since differences are taken of it. Not inlined:
-// what is stored is rounded, and so is the same wherever it is made. What is read next lies `ahead` elements further on.
+// what is stored is rounded, and so is the same wherever it is made. What is read next lies `ahead` elements further
+// on.
 template <class A>
 FKD_NOINLINE void softmax_piece(const A* logits, int64_t n, const SoftmaxOrigin& of, A* out, int64_t ahead) {
     const A origin = A(of.origin);
@@ -93,6 +94,49 @@ FKD_NOINLINE void softmax_piece(const A* logits, int64_t n, const SoftmaxOrigin&
     });
 }
 
+// The largest of a block, -inf where there is none. A NaN is passed over; `nan`, if given, becomes true. Several
+// vectors at a time, each with its own maximum, as one waits for the one before.
+template <class A>
+FKD_INLINE A largest_of(const A* v, int64_t n, bool* nan) {
+    constexpr int64_t w = kLanes<A>, together = 4;
+    const Vec<A> lowest = splat<A>(-INFINITY);
+    Vec<A> top[together] = {lowest, lowest, lowest, lowest};
+    Mask<A> bad = {};
+    const Mask<A> ones = ~bad;
+    const auto take = [&](Vec<A> x, Vec<A>& top) __attribute__((always_inline)) {
+        top = max_of(x, top);
+        if (nan) bad = x == x ? bad : ones;
+    };
+    int64_t j = 0;
+    for (; j + together * w <= n; j += together * w) {
+#pragma GCC unroll 4
+        for (int k = 0; k < together; ++k) {
+            __builtin_prefetch(v + j + k * w + kBlock<A>);
+            take(load(v + j + k * w), top[k]);
+        }
+    }
+    for (; j + w <= n; j += w)
+        take(load(v + j), top[0]);
+    if (j < n) {
+        const auto lanes = lanes_below<A>(int(n - j), Without<1>{{-1}});
+        take(keep(lanes, load(v + j, lanes), lowest), top[1]);
+    }
+    for (int l = 0; nan && l < kLanes<A>; ++l)
+        *nan |= bad[l] != 0;
+    return max_lanes<A>(max_of(max_of(top[0], top[1]), max_of(top[2], top[3])));
+}
+
+// The first of a block that equals x, which one of them does.
+template <class A>
+FKD_INLINE int64_t first_equal(const A* v, A x, int64_t n) {
+    int64_t j = 0;
+    while (j + kLanes<A> <= n && none(load(v + j) == x))
+        j += kLanes<A>;
+    while (v[j] != x)
+        ++j;
+    return j;
+}
+
 // The largest entry of a row, the lowest index first among equal ones; -1 where all are left out or none is above -inf.
 // A NaN is passed over; `nan`, if given, becomes true.
 template <class A>
@@ -100,28 +144,19 @@ FKD_NOINLINE int64_t argmax(const Matrix& m, int64_t row, int64_t classes, A* st
                             bool* nan = nullptr) {
     int64_t best = -1;
     A largest = -INFINITY;
-    for (int64_t j = 0; j < classes; j += kBlock<A>) {
-        const int64_t n = block_length<A>(classes, j);
-        const A* v = read(m, row, j, n, staging);
-        Vec<A> top = splat<A>(-INFINITY);
-        const Vec<A> lowest = top;
-        Mask<A> bad = {}, at = {}; // where each lane's largest is, its own place in the vector left out
-        for_lanes<A>(n, Without<1>{{without - j}}, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
-            const Vec<A> x = keep(lanes, load(v + i, lanes), lowest);
-            const Mask<A> larger = x > top;
-            top = larger ? x : top;
-            at = larger ? Mask<A>{} + typename Simd<A>::Int(i) : at;
-            if (nan) bad |= x != x;
-        });
-        for (int l = 0; nan && l < kLanes<A>; ++l)
-            *nan |= bad[l] != 0;
-        const A block_top = max_lanes<A>(top);
-        if (!(block_top > largest)) continue;
-        largest = block_top;
-        best = classes;
-        for (int l = 0; l < kLanes<A>; ++l)
-            if (top[l] == largest && j + at[l] + l < best) best = j + at[l] + l;
-    }
+    const auto look = [&](int64_t j, int64_t n) {
+        for (int64_t end = j + n; j < end; j += kBlock<A>) {
+            const int64_t length = block_length<A>(end, j);
+            const A* v = read(m, row, j, length, staging);
+            const A top = largest_of<A>(v, length, nan);
+            if (!(top > largest)) continue;
+            largest = top;
+            best = j + first_equal<A>(v, top, length);
+        }
+    };
+    const bool apart = without >= 0 && without < classes;
+    look(0, apart ? without : classes);
+    if (apart) look(without + 1, classes - without - 1);
     return best;
 }
 

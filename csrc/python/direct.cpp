@@ -5,7 +5,7 @@
 #include "direct.h"
 
 #include <exception>
-#include <string>
+#include <new>
 
 #include "../cpu/core.h"
 #include "../losses/row_losses.h"
@@ -70,19 +70,30 @@ class Made {
 template <class Run>
 int64_t unlocked(const Run& run) {
     int64_t bad_row = -1;
-    std::string failure;
+    std::exception_ptr error;
     PyThreadState* const state = PyEval_SaveThread();
     try {
         bad_row = run();
-    } catch (const std::exception& error) {
-        failure = error.what();
+    } catch (...) {
+        error = std::current_exception();
     }
     PyEval_RestoreThread(state);
-    if (!failure.empty()) {
-        PyErr_SetString(PyExc_RuntimeError, failure.c_str());
-        throw Failed();
-    }
+    if (error) std::rethrow_exception(error);
     return bad_row;
+}
+
+// What Python gets of a function here, its exceptions as Python's.
+template <class Function>
+PyObject* guarded(const Function& function) {
+    try {
+        return function();
+    } catch (const Failed&) {
+    } catch (const std::bad_alloc&) {
+        PyErr_NoMemory();
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+    }
+    return nullptr;
 }
 
 DType accumulation(const Seen& student, const Seen& other) {
@@ -178,31 +189,28 @@ PyObject* zipf_ls_of(const Asked& asked, PyObject* const* logits, PyObject* labe
 // (which: the number of a row loss, or "uskd" or "zipf_ls"; (student_logits, others, target); numbers; settings;
 // common; instruction set; threads). None of what is not ordinary; else the loss, or (loss, parts or None, gradients).
 PyObject* direct_loss(PyObject*, PyObject* const* of, Py_ssize_t count) {
-    try {
+    return guarded([=]() -> PyObject* {
         if (count != 7 || !PyTuple_Check(of[1]) || PyTuple_GET_SIZE(of[1]) != 3) throw unexpected("seven arguments");
         PyObject* const logits[] = {PyTuple_GET_ITEM(of[1], 0), PyTuple_GET_ITEM(of[1], 1)};
         PyObject* const label = PyTuple_GET_ITEM(of[1], 2);
         Asked asked;
-        if (!understood(of + 2, asked)) Py_RETURN_NONE;
-        PyObject* made;
-        if (PyLong_CheckExact(of[0])) {
-            const int number = int(PyLong_AsLong(of[0]));
-            made = row_loss_of(asked, logits, label, number);
-        } else {
-            made = PyUnicode_CompareWithASCIIString(of[0], "uskd") == 0 ? uskd_of(asked, logits, label)
-                                                                        : zipf_ls_of(asked, logits, label);
-        }
-        if (made) return made;
-        Py_RETURN_NONE;
-    } catch (const Failed&) {
-        return nullptr;
-    }
+        PyObject* made = nullptr;
+        if (!understood(of + 2, asked))
+            made = nullptr;
+        else if (PyLong_CheckExact(of[0]))
+            made = row_loss_of(asked, logits, label, int(PyLong_AsLong(of[0])));
+        else if (PyUnicode_CompareWithASCIIString(of[0], "uskd") == 0)
+            made = uskd_of(asked, logits, label);
+        else
+            made = zipf_ls_of(asked, logits, label);
+        return made ? made : Py_NewRef(Py_None);
+    });
 }
 
 // (stored gradient, what comes in, instruction set, threads): multiplies the one by the other, where that is a plain
 // number and nobody differentiates this backward pass or asks for the gradient again. False where it left it alone.
 PyObject* direct_scale(PyObject*, PyObject* const* of, Py_ssize_t count) {
-    try {
+    return guarded([=]() -> PyObject* {
         if (count != 4) throw unexpected("four arguments");
         const TorchGiven& torch = torch_given();
         Seen gradient;
@@ -218,16 +226,15 @@ PyObject* direct_scale(PyObject*, PyObject* const* of, Py_ssize_t count) {
         const Kernels* const kernels = kernels_named(of[2]);
         if (!kernels || !plain_logits(of[0], gradient)) Py_RETURN_FALSE;
         void* const stored = const_cast<void*>(gradient.matrix.data);
+        const int threads = int(PyLong_AsLong(of[3]));
         const ScaleArgs args = {stored, stored, gradient.matrix.dtype, number,           dtype,
-                                0,      1.0,    gradient.rows,         gradient.columns, int(PyLong_AsLong(of[3]))};
+                                0,      1.0,    gradient.rows,         gradient.columns, threads};
         unlocked([&] {
             kernels->scale_gradient(args);
             return int64_t(-1);
         });
         Py_RETURN_TRUE;
-    } catch (const Failed&) {
-        return nullptr;
-    }
+    });
 }
 
 template <class Function>

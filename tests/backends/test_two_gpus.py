@@ -173,6 +173,7 @@ def test_a_loss_asks_for_its_own_device(monkeypatch):
         return "reference"
 
     monkeypatch.setattr(backends, "choose", choose)
+    monkeypatch.setattr(direct, "_loss", None)  # which takes what is on the CPU before
     logits, target = torch.randn(3, 4), torch.tensor([0, 1, 2])
     for loss in fused_kd.catalogue():
         other = {"tf_kd": [], "zipf_ls": [torch.randn(3, 2, 4)]}.get(loss.name, [torch.randn(3, 4)])

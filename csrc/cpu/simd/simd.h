@@ -95,6 +95,23 @@ FKD_INLINE Vec<A> splat(A x) {
     return x - Vec<A>{}; // vector - vector with a broadcast scalar; -0.0 is kept
 }
 
+// Whether all lanes of a mask, or of integers, are 0.
+template <class V>
+FKD_INLINE bool none(V x) {
+    static_assert(sizeof x == kBytes, "a whole vector");
+#if defined(__AVX512F__)
+    return _mm512_test_epi64_mask((__m512i)x, (__m512i)x) == 0;
+#elif defined(__AVX2__)
+    return _mm256_testz_si256((__m256i)x, (__m256i)x);
+#else
+    uint64_t parts[kBytes / 8], all = 0;
+    __builtin_memcpy(parts, &x, sizeof x);
+    for (int i = 0; i < kBytes / 8; ++i)
+        all |= parts[i];
+    return all == 0;
+#endif
+}
+
 // x y + z, rounded once where the processor can, which takes half as many instructions. Written out wherever it pays,
 // for contraction is off (CMakeLists.txt): a compiler that contracts decides anew in every copy of a loop, in the one
 // for whole vectors, the one for the last and the one for a target, and equal logits come out different.
@@ -258,9 +275,9 @@ FKD_INLINE Vec<A> exp2_nonpositive(Vec<A> x, Vec<A> low) {
     return x < S::kLowest ? Vec<A>{} : exp2_scaled<A, S::kFineDegree>(S::kFinePoly, r, shifted);
 }
 
-// log x of normal numbers, within about an ulp: x = 2^e m with m around 1, f = m - 1. Single precision takes the polynomial
-// P of degree 6 that minimises the largest relative error of f - f^2 / 2 + f^3 P(f) against log m, 3e-8; double precision
-// log m = 2 artanh(f / (f + 2)).
+// log x of normal numbers, within about an ulp: x = 2^e m with m around 1, f = m - 1. Single precision takes the
+// polynomial P of degree 6 that minimises the largest relative error of f - f^2 / 2 + f^3 P(f) against log m, 3e-8;
+// double precision log m = 2 artanh(f / (f + 2)).
 template <class A>
 FKD_INLINE Vec<A> log_positive(Vec<A> x) {
     typedef Simd<A> S;

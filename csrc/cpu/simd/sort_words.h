@@ -47,15 +47,6 @@ FKD_INLINE WordVec next_lane(WordVec x) {
     return out;
 }
 
-// Whether all lanes are 0.
-FKD_INLINE bool none(WordVec x) {
-    uint64_t parts[kBytes / 8], all = 0;
-    __builtin_memcpy(parts, &x, sizeof x);
-    for (int i = 0; i < kBytes / 8; ++i)
-        all |= parts[i];
-    return all == 0;
-}
-
 FKD_INLINE void order_pair(WordVec& a, WordVec& b) {
     const WordVec low = a < b ? a : b;
     b = a < b ? b : a;
