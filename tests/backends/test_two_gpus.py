@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fused_kd
-from fused_kd import __main__, backends
+from fused_kd import __main__, backends, direct
 from fused_kd.backends import native, triton
 from fused_kd.backends.native import cuda
 
