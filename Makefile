@@ -101,7 +101,7 @@ integrations:
 	$(INTEGRATIONS)/bin/python -m pip install --quiet torch==2.14.1 torchvision==0.29.1 timm torchdistill --group integrations
 	$(INTEGRATIONS)/bin/python -m pip install --quiet --editable '.[test]'
 	$(INTEGRATIONS)/bin/python -c "import timm, torchdistill, torchvision, transformers, lightning, mmengine, cv2"
-	$(INTEGRATIONS)/bin/python -m pytest tests/docs --ignore tests/docs/test_site.py
+	$(INTEGRATIONS)/bin/python -m pytest tests/docs
 
 clean:
 	rm -rf $(VENV) $(INTEGRATIONS) build dist *.egg-info fused_kd/_native*.so fused_kd/_native_missing.txt

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -213,7 +214,8 @@ def markdown_table() -> str:
     """The losses as a Markdown table: README.md and docs/losses.md have it, and a test keeps them in step."""
     lines = ["| loss | function, module | per row | paper |", "|---|---|---|---|"]
     for loss in LOSSES.values():
-        cells = (loss.title, f"`{loss.function}`, `{loss.module}`", loss.formula, loss.paper)
+        formula = re.sub(r"_\{([^}]*)\}|_(\w)", r"<sub>\1\2</sub>", loss.formula)
+        cells = (loss.title, f"`{loss.function}`, `{loss.module}`", formula, loss.paper)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -43,6 +43,8 @@ class Docstrings(griffe.Extension):
     def on_package(self, *, pkg: griffe.Module, loader: griffe.GriffeLoader, **kwargs: Any) -> None:
         if pkg.path == fused_kd.__name__:
             self._visit(pkg)
+            # Of two of a name, griffe takes the module, and Python what the module's package imports from it.
+            pkg.set_member("decompose", griffe.Alias("decompose", pkg["losses.decompose.decompose"]))
 
     def _visit(self, found: griffe.Object) -> None:
         if isinstance(found, griffe.Function):
@@ -51,6 +53,8 @@ class Docstrings(griffe.Extension):
             names = found.path.removeprefix(f"{found.module.path}.").split(".")
             given: Any = reduce(getattr, names, importlib.import_module(found.module.path))
             found.docstring.value = markdown(inspect.getdoc(given) or found.docstring.value)
+            if fields := getattr(given, "_fields", None):
+                found.docstring.value += f" Its fields are {', '.join(f'`{name}`' for name in fields)}."
         for member in found.members.values():
             if isinstance(member, griffe.Object):
                 self._visit(member)
