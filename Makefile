@@ -62,7 +62,7 @@ gpu-profile:
 
 # The site, into site/; a link that leads nowhere is an error. Open site/index.html, no server or network is needed.
 docs: $(VENV)/documented
-	PATH=$(abspath $(BIN)):$$PATH NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 lint: $(VENV)/documented
 	$(BIN)/ruff check .
