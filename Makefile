@@ -10,7 +10,7 @@ CXX_FILES := $(shell find csrc tools -name '*.cpp' -o -name '*.h' -o -name '*.cu
 
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
-.PHONY: bench bench-guard test thorough packages sanitize compilers ptx train study kernels gpu-check gpu-profile integrations lint format clean
+.PHONY: bench bench-guard test thorough packages sanitize compilers ptx train study kernels gpu-check gpu-profile integrations docs lint format clean
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks --quick
 
@@ -52,7 +52,7 @@ train: $(VENV)/ready
 # The paper's comparison in small: 28 training runs and what a step costs, into docs/study.md. An interrupted one
 # goes on.
 study: $(VENV)/ready
-	$(BIN)/python -m study --out runs/study --page docs/study.md --update README.md
+	$(BIN)/python -m study --out runs/study --page docs/study.md --update docs/which-loss.md
 
 kernels: $(VENV)/ready
 	$(BIN)/python -m tools.compile_matrix --full
@@ -65,7 +65,11 @@ gpu-check:
 gpu-profile:
 	$(PYTHON) -m tools.gpu.profile $(or $(OUT),benchmarks/results)
 
-lint: $(VENV)/ready
+# The site, into site/; a link that leads nowhere is an error. Open site/index.html, no server or network is needed.
+docs: $(VENV)/documented
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+lint: $(VENV)/documented
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -84,12 +88,17 @@ $(VENV)/ready: $(SOURCES)
 	PYTHONWARNINGS=ignore $(INSTALL) --editable '.[bench,test,triton,lint,examples]'
 	touch $@
 
+# What makes the site. Its hooks are type-checked with it, and tested.
+$(VENV)/documented: $(VENV)/ready
+	$(INSTALL) --group docs
+	touch $@
+
 # The frameworks of docs/integrations.md, which the benchmark does without.
-$(VENV)/tested: $(VENV)/ready
+$(VENV)/tested: $(VENV)/documented
 	$(INSTALL) --group integrations
 	touch $@
 
-# The page docs/integrations.md with the frameworks themselves, in an environment of its own of some 6 GB.
+# The pages of docs/ with the frameworks themselves, in an environment of its own of some 6 GB.
 INTEGRATIONS := .venv-integrations
 integrations:
 	test -x $(INTEGRATIONS)/bin/python || $(PYTHON) -m venv $(INTEGRATIONS)
@@ -97,7 +106,7 @@ integrations:
 	$(INTEGRATIONS)/bin/python -m pip install --quiet torch==2.14.1 torchvision==0.29.1 timm torchdistill --group integrations
 	$(INTEGRATIONS)/bin/python -m pip install --quiet --editable '.[test]'
 	$(INTEGRATIONS)/bin/python -c "import timm, torchdistill, torchvision, transformers, lightning, mmengine, cv2"
-	$(INTEGRATIONS)/bin/python -m pytest tests/docs/test_integrations.py tests/docs/test_integrations_heads.py tests/docs/test_integrations_timm.py tests/docs/test_migration.py
+	$(INTEGRATIONS)/bin/python -m pytest tests/docs
 
 clean:
 	rm -rf $(VENV) $(INTEGRATIONS) build dist *.egg-info fused_kd/_native*.so fused_kd/_native_missing.txt

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -211,11 +212,20 @@ LOSSES = {
 
 def markdown_table() -> str:
     """The losses as a Markdown table: README.md and docs/losses.md have it, and a test keeps them in step."""
-    lines = ["| loss | function, module | per row | fused on the CPU | on CUDA | paper |", "|---|---|---|---|---|---|"]
+    lines = ["| loss | function, module | per row | paper |", "|---|---|---|---|"]
+    for loss in LOSSES.values():
+        formula = re.sub(r"_\{([^}]*)\}|_(\w)", r"<sub>\1\2</sub>", loss.formula)
+        cells = (loss.title, f"`{loss.function}`, `{loss.module}`", formula, loss.paper)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def kernels_table() -> str:
+    """Which backends have a kernel for which loss, by kind of device, as a Markdown table."""
+    lines = ["| loss | fused on the CPU | on CUDA |", "|---|---|---|"]
     for loss in LOSSES.values():
         fused = [", ".join(name for name in names if name != "reference") for names in loss.backends.values()]
-        cells = (loss.title, f"`{loss.function}`, `{loss.module}`", loss.formula, *(text or "no" for text in fused))
-        lines.append("| " + " | ".join((*cells, loss.paper)) + " |")
+        lines.append("| " + " | ".join((loss.title, *(text or "no" for text in fused))) + " |")
     return "\n".join(lines)
 
 
@@ -236,12 +246,13 @@ def sources_table() -> str:
 
 
 def markdown_page() -> str:
-    """docs/losses.md: the table, every loss with its defaults, and what it takes in place of logits."""
+    """docs/losses.md: the table, every loss with its defaults, what it takes in place of logits, and what runs it."""
     text = f"# The losses\n\n{NOTATION}\n\n{markdown_table()}\n\n## Defaults\n\n"
     for loss in LOSSES.values():
         options = ", ".join(f"{name}={value!r}" for name, value in loss.defaults.items())
         text += f"- `{loss.function}({options})`\n"
-    return text + f"\n{SHARED}\n\n## Sources\n\n{SOURCES}\n\n{sources_table()}\n"
+    text += f"\n{SHARED}\n\n## Sources\n\n{SOURCES}\n\n{sources_table()}\n"
+    return text + f"\n## Kernels\n\n{kernels_table()}\n"
 
 
 NOTATION = """`p`, `q` and `v` are the softmax of the student's, the teacher's and the weak logits; `y` is the target

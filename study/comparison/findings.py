@@ -17,7 +17,7 @@ ORDERS = (("With a teacher", paper.WITH_TEACHER), ("Without a teacher", paper.TE
 
 
 def outcome(results: dict[str, Any]) -> str:
-    """The whole in some lines, for the head of the page and for the README."""
+    """The whole in some lines, for the head of the page and for docs/which-loss.md."""
     first = splits(results)[0]
     found, parts = accuracies(results, first), []
     means = {name: statistics.fmean(by_seed.values()) for name, by_seed in found.items()}

@@ -1,12 +1,8 @@
 """The snippets of docs/integrations.md, run as they stand there: a few steps, the loss that of a direct call."""
 
 import copy
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
-import pages
 import pytest
 import torch
 from pages import copy_of, moved, needs, run_snippet, untouched
@@ -14,19 +10,6 @@ from torch import nn
 
 from fused_kd import nkd_loss, uskd_loss
 
-PAGE = "integrations.md"
-FRAMEWORKS = (
-    "lightning",
-    "huggingface",
-    "language_model",
-    "kept",
-    "mmengine",
-    "detection",
-    "segmentation",
-    "timm",
-    "processes",
-    "torchdistill",
-)
 CLASSES = 7
 
 
@@ -45,11 +28,6 @@ def batches(count=3, rows=4):
     return [(torch.randn(rows, 3, 2, 2), torch.randint(CLASSES, (rows,))) for _ in range(count)]
 
 
-def test_the_page_has_every_framework_once():
-    assert tuple(pages.snippets(PAGE)) == FRAMEWORKS
-    assert (pages.DOCS / PAGE).read_text().count("```python") == len(FRAMEWORKS)
-
-
 def test_lightning(tmp_path):
     needs("lightning")
     import lightning
@@ -57,7 +35,7 @@ def test_lightning(tmp_path):
     student, teacher = classifiers()
     data, start, teacher_start = batches(), copy_of(student), copy_of(teacher)
     in_eval = copy.deepcopy(teacher).eval()
-    module = run_snippet(PAGE, "lightning")["Distillation"](student, teacher)
+    module = run_snippet("lightning")["Distillation"](student, teacher)
     seen = []
 
     class Watch(lightning.Callback):
@@ -88,7 +66,7 @@ def hf_train(tmp_path, student, teacher, items, **options):
     """Train for an epoch; the losses that the Trainer had, batch by batch, with their inputs and what it divided by."""
     from transformers import TrainingArguments
 
-    trainer_class = run_snippet(PAGE, "huggingface")["DistillationTrainer"]
+    trainer_class = run_snippet("huggingface")["DistillationTrainer"]
     calls = []
 
     class Watched(trainer_class):
@@ -186,7 +164,7 @@ def test_hugging_face_language_model_with_gradient_accumulation(tmp_path):
 def test_hugging_face_without_a_label(items):
     """All prompt and padding: the loss and its gradient are 0, not 0 / 0."""
     needs("transformers", "accelerate")
-    trainer_class = run_snippet(PAGE, "huggingface")["DistillationTrainer"]
+    trainer_class = run_snippet("huggingface")["DistillationTrainer"]
     student, teacher = torch.randn(2, 2, 5, CLASSES)
     student.requires_grad_()
     trainer = SimpleNamespace(
@@ -209,7 +187,7 @@ def test_mmengine(tmp_path):
     from mmengine.runner import Runner
 
     before = dict(MODELS.module_dict)
-    run_snippet(PAGE, "mmengine")
+    run_snippet("mmengine")
     student, teacher = classifiers()
     start, teacher_start = copy_of(student), copy_of(teacher)
     seen = []
@@ -256,84 +234,6 @@ def test_mmengine(tmp_path):
     untouched(teacher, teacher_start)
 
 
-def test_detection():
-    student, teacher = torch.randn(2, 40, CLASSES + 1)
-    labels = torch.randint(-1, CLASSES + 1, (40,))
-    weights = torch.rand(40) * (torch.rand(40) < 0.7)
-    criterion = run_snippet(PAGE, "detection")["BoxDistillation"](gamma=2.0)
-    student.requires_grad_()
-    loss = criterion(student, teacher, labels, weights, 17.0)
-    (gradient,) = torch.autograd.grad(loss, student)
-    rows = nkd_loss(student, teacher, labels, gamma=2.0, ignore_index=-1, reduction="none")
-    by_hand = sum(weight * row for weight, row in zip(weights, rows, strict=True)) / 17.0
-    torch.testing.assert_close(loss, by_hand)
-    torch.testing.assert_close(gradient, torch.autograd.grad(by_hand, student)[0])
-    for nothing in (0, 0.0, torch.tensor(0.0)):  # as detectors count, where a batch has no box
-        loss = criterion(student, teacher, torch.full_like(labels, -1), weights, nothing)
-        assert loss == 0
-        assert not torch.autograd.grad(loss, student)[0].any()
-
-
-def test_segmentation():
-    page = run_snippet(PAGE, "segmentation")
-    student, teacher = torch.randn(2, 2, CLASSES, 3, 4, dtype=torch.float64)
-    labels = torch.randint(CLASSES, (2, 3, 4))
-    labels[0, 1] = 255
-    student.requires_grad_()
-    pixels = nn.functional.kl_div((student / 2).log_softmax(1), (teacher / 2).softmax(1), reduction="none").sum(1)
-    cross_entropy = nn.functional.cross_entropy(student, labels, ignore_index=255)
-    by_hand = [4 * pixels[labels != 255].mean() + cross_entropy]
-    log_p, q = (student.flatten(2) / 3).log_softmax(2), (teacher.flatten(2) / 3).softmax(2)
-    by_hand.append(9 * (q * (q.log() - log_p)).sum() / (2 * CLASSES))  # the paper's Eq. 4 and 5, of two images
-    ours = page["pixelwise"](student, teacher, labels, temperature=2.0), page["channelwise"](student, teacher, 3.0)
-    for loss, expected in zip(ours, by_hand, strict=True):
-        torch.testing.assert_close(loss, expected)
-        torch.testing.assert_close(torch.autograd.grad(loss, student), torch.autograd.grad(expected, student))
-
-
-def test_detection_heads_of_torchvision():
-    """Boxes that torchvision's RoIHeads sampled, through its own head and predictor."""
-    needs("torchvision")
-    from torchvision.models.detection import faster_rcnn, roi_heads
-
-    def heads():
-        predictor = faster_rcnn.FastRCNNPredictor(8, CLASSES + 1)
-        return nn.ModuleList([faster_rcnn.TwoMLPHead(12, 8), predictor])
-
-    student, teacher = heads(), heads()
-    sampler = roi_heads.RoIHeads(None, None, None, 0.5, 0.5, 16, 0.5, None, 0.05, 0.5, 10)
-    boxes = [torch.rand(30, 4) + torch.tensor([0.0, 0.0, 1.0, 1.0]) for _ in range(2)]
-    targets = [{"boxes": found[:3], "labels": torch.tensor([1, 4, CLASSES])} for found in boxes]
-    proposals, _, labels, _ = sampler.select_training_samples(boxes, targets)
-    labels = torch.cat(labels)  # 0 is the background
-    features = torch.randn(len(torch.cat(proposals)), 3, 2, 2)
-    logits, teacher_logits = (predictor(head(features))[0] for head, predictor in (student, teacher))
-    weights = torch.where(labels == 0, 0.0, 1.0)
-    criterion = run_snippet(PAGE, "detection")["BoxDistillation"]()
-    loss = criterion(logits, teacher_logits, labels, weights, weights.sum())
-    loss.backward()
-    torch.testing.assert_close(
-        loss, nkd_loss(logits[labels != 0], teacher_logits[labels != 0].detach(), labels[labels != 0])
-    )
-    assert all(parameter.grad.abs().sum() > 0 for parameter in student[0].parameters())
-    assert all(parameter.grad is None for parameter in teacher.parameters())
-
-
-def test_processes(tmp_path, capsys):
-    script = tmp_path / "script.py"
-    script.write_text(pages.snippets(PAGE)["processes"])
-    run_snippet(PAGE, "processes")["train"]()
-    alone = capsys.readouterr().out.split()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    root = str(pages.DOCS.parent)
-    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert ran.returncode == 0, ran.stderr
-    losses = [float(line) for line in ran.stdout.split()]
-    assert len(losses) == 5 and losses[-1] < losses[0]
-    assert losses == pytest.approx([float(line) for line in alone], abs=5e-6)
-
-
 def test_torchdistill():
     needs("torchdistill", "torchvision")
     from torchdistill.core.distillation import DistillationBox
@@ -341,7 +241,7 @@ def test_torchdistill():
 
     config = {
         "num_epochs": 1,
-        "criterion": run_snippet(PAGE, "torchdistill")["criterion"],
+        "criterion": run_snippet("torchdistill")["criterion"],
         "teacher": {"forward_proc": "forward_batch_only", "requires_grad": False},
         "student": {"forward_proc": "forward_batch_only"},
         "optimizer": {"key": "SGD", "kwargs": {"lr": 0.1}},

@@ -9,7 +9,6 @@ from torch import nn
 
 from fused_kd import nkd_loss, uskd_loss
 
-PAGE = "integrations.md"
 CLASSES = 7
 
 
@@ -52,7 +51,7 @@ def test_timm(passed, weights):
     from timm.loss import SoftTargetCrossEntropy
     from timm.optim import create_optimizer_v2
 
-    page = run_snippet(PAGE, "timm")
+    page = run_snippet("timm")
     student, teacher = tiny_vits(2)
     soft = SoftTargetCrossEntropy()
 
@@ -80,7 +79,7 @@ def test_timm_smoothing():
     needs("timm", "torchvision")
     student, teacher = tiny_vits(2)
     options = {"criterion_kwargs": {"smoothing": 0.2}, "verbose": False}
-    task = run_snippet(PAGE, "timm")["NKDTask"](student, teacher, **options).train()
+    task = run_snippet("timm")["NKDTask"](student, teacher, **options).train()
     images, target = torch.randn(4, 3, 8, 8), torch.randint(CLASSES, (4,))
     result = task(images, target)
     smoothed = nn.functional.cross_entropy(result["output"], target, label_smoothing=0.2)
@@ -92,7 +91,7 @@ def test_timm_without_a_teacher():
     from timm.data import Mixup
     from timm.optim import create_optimizer_v2
 
-    page = run_snippet(PAGE, "timm")
+    page = run_snippet("timm")
     (student,) = tiny_vits(1)
     options = {"criterion": nn.CrossEntropyLoss(label_smoothing=0.1), "verbose": False}
     task = page["USKDTask"](student, student.blocks[0], 8, CLASSES, **options).train()

@@ -12,10 +12,6 @@ import fused_kd
 GOLDEN = golden.CASES
 
 
-def page(name):
-    return run_snippet("migration.md", name)
-
-
 def golden(*losses):
     cases = [case for case in GOLDEN if case["loss"] in losses]
     assert {case["loss"] for case in cases} == set(losses)
@@ -47,11 +43,11 @@ def test_cls_kd(case):
     student_logits, target = tensors["student_logits"], tensors["target"]
     if case["loss"] == "nkd":
         params["temp"] = params.pop("temperature")
-        loss = page("cls_kd")["nkd"](student_logits, tensors["teacher_logits"], target, **params)
+        loss = run_snippet("cls_kd")["nkd"](student_logits, tensors["teacher_logits"], target, **params)
     else:
         if params["rank"] == "cls_kd":
             del params["rank"]  # the page's default
-        loss = page("cls_kd")["uskd"](tensors["weak_logits"], student_logits, target, **params)
+        loss = run_snippet("cls_kd")["uskd"](tensors["weak_logits"], student_logits, target, **params)
     as_published(loss, case, tensors)
 
 
@@ -67,7 +63,7 @@ def test_kd_of_cls_kd_is_smaller_by_the_teachers_entropy():
     entropy = -(q * q.log()).sum(1).mean()
     soft = -(q * (student / 4).log_softmax(1)).sum(1).mean()
     theirs = alpha * 16 * soft + (1 - alpha) * F.cross_entropy(student, target)
-    ours = page("cls_kd")["kd"](student, teacher, target, alpha=alpha)
+    ours = run_snippet("cls_kd")["kd"](student, teacher, target, alpha=alpha)
     torch.testing.assert_close(ours, theirs - alpha * 16 * entropy)
     torch.testing.assert_close(torch.autograd.grad(ours, student), torch.autograd.grad(theirs, student))
 
@@ -75,7 +71,7 @@ def test_kd_of_cls_kd_is_smaller_by_the_teachers_entropy():
 def test_weights_of_a_published_uskd_load():
     criterion = fused_kd.USKDLoss(in_features=3, num_classes=5)
     state = {"fc.weight": torch.randn(5, 3), "fc.bias": torch.randn(5)}
-    page("cls_kd")["load_uskd"](criterion, state)
+    run_snippet("cls_kd")["load_uskd"](criterion, state)
     torch.testing.assert_close(criterion.weak_classifier.weight.detach(), state["fc.weight"])
     torch.testing.assert_close(criterion.weak_classifier.bias.detach(), state["fc.bias"])
 
@@ -93,9 +89,9 @@ def test_mdistiller(case):
     tensors, params = inputs_of(case), case["params"]
     logits = tensors["student_logits"], tensors["teacher_logits"], tensors["target"]
     if case["loss"] == "kd":
-        loss = page("mdistiller")["kd"](*logits, kd_weight=1.0, ce_weight=0.0, **params)
+        loss = run_snippet("mdistiller")["kd"](*logits, kd_weight=1.0, ce_weight=0.0, **params)
     else:
-        criterion = page("mdistiller")["DKD"](ce_weight=0.0, **params)
+        criterion = run_snippet("mdistiller")["DKD"](ce_weight=0.0, **params)
         criterion.begin_epoch(20)
         loss = criterion(*logits)
     as_published(loss, case, tensors)
@@ -104,9 +100,9 @@ def test_mdistiller(case):
 def test_weights_and_warmup_of_mdistiller():
     student, teacher, target = random_logits()
     ce = F.cross_entropy(student, target)
-    kd = page("mdistiller")["kd"](student, teacher, target)
+    kd = run_snippet("mdistiller")["kd"](student, teacher, target)
     torch.testing.assert_close(kd, 0.9 * fused_kd.kd_loss(student, teacher) + 0.1 * ce)
-    criterion = page("mdistiller")["DKD"]()
+    criterion = run_snippet("mdistiller")["DKD"]()
     for epoch, share in ((1, 1 / 20), (10, 0.5), (20, 1.0), (90, 1.0)):
         criterion.begin_epoch(epoch)
         expected = ce + share * fused_kd.dkd_loss(student, teacher, target)
@@ -117,7 +113,7 @@ def test_warmup_of_mdistiller_compiles_twice():
     student, teacher, target = random_logits()
     counter = torch._dynamo.testing.CompileCounter()
     torch._dynamo.reset()
-    criterion = page("mdistiller")["DKD"]()
+    criterion = run_snippet("mdistiller")["DKD"]()
     compiled = torch.compile(criterion, backend=counter, fullgraph=True)
     for epoch in range(1, 23):
         criterion.begin_epoch(epoch)
@@ -145,7 +141,7 @@ def test_kd_of_torchdistill(standardized):
         criterion = theirs_class(".", "output", ".", "output", temperature=3.0, alpha=alpha)
         return criterion({".": {"output": student}}, {".": {"output": teacher}}, target)
 
-    ours = page("torchdistill")["kd"](student, teacher, target, 3.0, 0.4, logit_standardization=standardized)
+    ours = run_snippet("torchdistill_kd")["kd"](student, teacher, target, 3.0, 0.4, logit_standardization=standardized)
     torch.testing.assert_close(ours, theirs(0.4), rtol=1e-6, atol=1e-6)  # they add 1e-7 to the deviation
     kd = fused_kd.kd_loss(student, teacher, temperature=3.0, logit_standardization=standardized)
     torch.testing.assert_close(kd / 9, theirs(0.0), rtol=1e-6, atol=1e-6)
@@ -197,10 +193,12 @@ def test_trl_and_liger(beta, temperature):
     student, teacher, labels = tokens()
     counted = labels != -100
     soft = jensen_shannon(student, teacher, temperature, beta)[counted].mean()
-    ours = page("language_models")["trl_jsd"](student, teacher, labels, beta=beta, temperature=temperature)
+    ours = run_snippet("language_models")["trl_jsd"](student, teacher, labels, beta=beta, temperature=temperature)
     same(ours, soft, student)
     theirs = 0.8 * soft + 0.3 * F.cross_entropy(student[counted], labels[counted])
-    ours = page("language_models")["liger_jsd"](student, teacher, labels, 0.3, 0.8, beta=beta, temperature=temperature)
+    ours = run_snippet("language_models")["liger_jsd"](
+        student, teacher, labels, 0.3, 0.8, beta=beta, temperature=temperature
+    )
     same(ours, theirs, student)
     if temperature != 1.0:
         apart = fused_kd.js_loss(student, teacher, labels, beta=beta, temperature=temperature)
@@ -215,7 +213,7 @@ def test_torchtune(ratio):
     forward = -(q.exp() * p).sum(-1)  # a cross-entropy
     entropy = -(q.exp() * q).sum(-1)[counted].mean()
     theirs = ratio * forward[counted].mean() + (1 - ratio) * reverse[counted].mean()
-    ours = page("language_models")["torchtune_symmetric_kl"](student, teacher, labels, ratio)
+    ours = run_snippet("language_models")["torchtune_symmetric_kl"](student, teacher, labels, ratio)
     same(ours + ratio * entropy, theirs, student)
 
 

@@ -13,7 +13,7 @@ from fused_kd.core.options import HyperParameters
 from fused_kd.reference import topk as reference_topk
 
 PAGES = sorted(
-    [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "Makefile", *(ROOT / "benchmarks").glob("*.md")]
+    [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "Makefile", *(ROOT / "benchmarks").glob("*.md")]
 )
 #: A path from the root, perhaps with a pattern; no part of a longer one, and of no URL.
 PATH = re.compile(rf"(?<![\w/.-])(?:{'|'.join(FOLDERS)})/[\w/.*+-]*[\w*/]")

@@ -218,8 +218,8 @@ def test_the_page_in_docs_is_what_its_results_give():
     assert pictures and all((path.parent / name).is_file() for name in pictures)
 
 
-def test_the_outcome_in_the_readme_is_what_the_results_give():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_outcome_beside_the_losses_is_what_the_results_give():
+    text = (ROOT / "docs" / "which-loss.md").read_text(encoding="utf-8")
     block = text.partition(page.BEGIN)[2].partition(page.END)[0]
     assert block.strip() == findings.outcome(results.read(ROOT / "docs" / "study.json"))
 

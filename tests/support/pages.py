@@ -1,4 +1,4 @@
-"""The snippets of a page of docs/, each a block of code under a comment with its name, for tests that run them."""
+"""The blocks of Python on the pages of docs/: those under a comment with a name, for tests that run them one by one."""
 
 import importlib
 import importlib.util
@@ -9,19 +9,32 @@ import pytest
 import torch
 
 DOCS = Path(__file__).parents[2] / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+_NAMED = re.compile(r"<!-- (\w+) -->\n```python\n(.*?)```", flags=re.DOTALL)
 
 
-def snippets(page):
-    """Source by name, in the page's order."""
-    text = (DOCS / page).read_text()
-    return dict(re.findall(r"<!-- (\w+) -->\n```python\n(.*?)```", text, flags=re.DOTALL))
+def snippets():
+    """Source by name, of all pages: a name stands once."""
+    found = [named for page in PAGES for named in _NAMED.findall(page.read_text(encoding="utf-8"))]
+    assert len({name for name, _ in found}) == len(found)
+    return dict(found)
 
 
-def run_snippet(page, name):
+def snippet(name):
+    return snippets()[name]
+
+
+def run_snippet(name):
     """The names that a snippet defines."""
-    namespace = {"__name__": f"{page.removesuffix('.md')}_{name}"}
-    exec(compile(snippets(page)[name], f"{page}:{name}", "exec"), namespace)
+    namespace = {"__name__": f"docs_{name}"}
+    exec(compile(snippet(name), f"docs: {name}", "exec"), namespace)
     return namespace
+
+
+def unnamed(page):
+    """The other blocks of a page, which run one after the other."""
+    text = _NAMED.sub("", page.read_text(encoding="utf-8"))
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
 
 
 def needs(*modules):

@@ -1,4 +1,4 @@
-"""The recipe of docs/integrations.md for a language model without its logits, beside the form that makes them."""
+"""The recipes of docs/recipes/language-models.md, beside the forms that make all logits."""
 
 import json
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from fused_kd import TopK, kd_loss, nkd_loss
 from fused_kd.sources import CHUNK_BYTES
 
-PAGE, VOCABULARY = "integrations.md", 13
+VOCABULARY = 13
 
 
 class Tiny(nn.Module):
@@ -51,7 +51,7 @@ def gradients(loss, model):
 
 @pytest.mark.parametrize("bias,tied", ((False, False), (True, False), (False, True)), ids=("plain", "bias", "tied"))
 def test_the_loss_is_that_of_the_logits(bias, tied):
-    distillation = run_snippet(PAGE, "language_model")["distillation"]
+    distillation = run_snippet("language_model")["distillation"]
     student, teacher = Tiny(8, 16, bias=bias, tied=tied), Tiny(5, 14).requires_grad_(False)
     ids, labels = batch()
     with torch.no_grad():
@@ -67,7 +67,7 @@ def test_the_loss_is_that_of_the_logits(bias, tied):
 
 
 def test_batches_of_one_step_are_divided_by_all_their_labels():
-    distillation = run_snippet(PAGE, "language_model")["distillation"]
+    distillation = run_snippet("language_model")["distillation"]
     student, teacher = Tiny(8, 16), Tiny(5, 14).requires_grad_(False)
     batches = [batch(2), batch(3), (torch.zeros(1, 4, dtype=torch.int64), torch.full((1, 4), -100))]
     count = sum(labels[:, 1:].ne(-100).sum() for _, labels in batches)  # a Tensor, as the Trainer has it
@@ -104,7 +104,7 @@ def test_a_model_of_transformers(tmp_path, monkeypatch, record_property):
     needs("transformers")
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    distillation = run_snippet(PAGE, "language_model")["distillation"]
+    distillation = run_snippet("language_model")["distillation"]
     vocabulary, padded = 5000, 5056
     shape = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 16}
     student, teacher = (
@@ -145,7 +145,7 @@ def test_a_model_of_transformers(tmp_path, monkeypatch, record_property):
 
 def test_log_probabilities_of_a_serving_engine():
     """Dictionaries as engines give them, of as many classes as they please, train the student towards the teacher."""
-    names = run_snippet(PAGE, "kept")
+    names = run_snippet("kept")
     student, teacher = Tiny(8, VOCABULARY, bias=True), Tiny(5, VOCABULARY).requires_grad_(False)
     ids, labels = batch()
     told = []

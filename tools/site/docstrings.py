@@ -1,0 +1,60 @@
+"""Docstrings for mkdocstrings: completed as Python has them, and in Markdown where they are in reStructuredText."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from functools import reduce
+from typing import Any
+
+import griffe
+
+import fused_kd
+
+_ROLE = re.compile(r":(\w+):`([^`]+)`")
+_MATH_BLOCK = re.compile(r"^( *)\.\. math::\n((?:\1 +\S.*\n?|\n(?=\1 +\S))+)", re.M)
+_TERM = re.compile(r"^(``\w+``)\n {4}(\S.*(?:\n {4}.*)*)", re.M)
+
+
+def markdown(text: str) -> str:
+    """Of the roles and directives that the package's docstrings have; the rest is the same in both."""
+    text = _MATH_BLOCK.sub(lambda found: f"\n{found[1]}$${_one_line(found[2])}$$\n\n", text)
+    text = _ROLE.sub(_role, text)
+    text = _TERM.sub(r"\1\n:   \2\n", text)
+    return re.sub(r"^Example:$", "Examples:", text, flags=re.M)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _role(found: re.Match[str]) -> str:
+    kind, target = found[1], _one_line(found[2])
+    if kind == "math":
+        return f"${target}$"
+    name = target.removeprefix("fused_kd.").removeprefix("sources.")
+    return f"[`{name}`][fused_kd.{name}]" if name in fused_kd.__all__ else f"`{target}`"
+
+
+class Docstrings(griffe.Extension):
+    """The text that `help` shows: ``fused_kd/losses/_docs.py`` completes docstrings when they are imported."""
+
+    def on_package(self, *, pkg: griffe.Module, loader: griffe.GriffeLoader, **kwargs: Any) -> None:
+        if pkg.path == fused_kd.__name__:
+            self._visit(pkg)
+            # Of two of a name, griffe takes the module, and Python what the module's package imports from it.
+            pkg.set_member("decompose", griffe.Alias("decompose", pkg["losses.decompose.decompose"]))
+
+    def _visit(self, found: griffe.Object) -> None:
+        if isinstance(found, griffe.Function):
+            found.overloads = None  # three forms of one signature, for type checkers
+        if found.docstring and isinstance(found, (griffe.Function, griffe.Class)):
+            names = found.path.removeprefix(f"{found.module.path}.").split(".")
+            given: Any = reduce(getattr, names, importlib.import_module(found.module.path))
+            found.docstring.value = markdown(inspect.getdoc(given) or found.docstring.value)
+            if fields := getattr(given, "_fields", None):
+                found.docstring.value += f" Its fields are {', '.join(f'`{name}`' for name in fields)}."
+        for member in found.members.values():
+            if isinstance(member, griffe.Object):
+                self._visit(member)
