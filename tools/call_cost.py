@@ -1,0 +1,130 @@
+"""Where the time of a short call goes, hot and after other work: python -m tools.call_cost [--update docs/kernels.md].
+
+Of NKD at 1x10 and 256x1000, forward and backward, in microseconds, medians. A cold call follows what the benchmark has
+before one (:class:`benchmarks.measure.caches.OtherWork`); its clock reads are part of what is told.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.measure.caches import OtherWork
+from fused_kd import direct, nkd_loss
+
+BEGIN, END = "<!-- call-cost:begin -->", "<!-- call-cost:end -->"
+SIZES = ((1, 10), (256, 1000))
+STAGES = (
+    "before the core",
+    "in the core",
+    "autograd's node",
+    "engine, to our backward",
+    "our backward",
+    "engine, after it",
+)
+Marks = dict[str, float]
+
+
+def staged(marks: Marks, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, with its start and end in ``marks``."""
+
+    def call(*given: Any) -> Any:
+        marks[f"{name} start"] = perf_counter()
+        result = function(*given)
+        marks[f"{name} end"] = perf_counter()
+        return result
+
+    return call
+
+
+def stages_of_direct(rows: int, classes: int, repeats: int, work: Callable[[], None] | None) -> list[float]:
+    """The medians of STAGES."""
+    student = torch.randn(rows, classes, requires_grad=True)
+    teacher, target = torch.randn(rows, classes), torch.randint(classes, (rows,))
+    marks: Marks = {}
+    core, backward = direct._loss, direct._Loss.backward
+    direct._loss = staged(marks, "core", core)
+    setattr(direct._Loss, "backward", staticmethod(staged(marks, "backward", backward)))  # noqa: B010
+    found = []
+    try:
+        for _ in range(repeats):
+            student.grad = None
+            if work:
+                work()
+            start = perf_counter()
+            loss = nkd_loss(student, teacher, target)
+            forward = perf_counter()
+            loss.backward()
+            end = perf_counter()
+            times = (
+                start, marks["core start"], marks["core end"], forward, marks["backward start"],
+                marks["backward end"], end,
+            )  # fmt: skip
+            found.append([1e6 * (b - a) for a, b in pairwise(times)])
+    finally:
+        direct._loss = core
+        setattr(direct._Loss, "backward", staticmethod(backward))  # noqa: B010
+    return [median(column) for column in zip(*found[repeats // 10 :], strict=True)]
+
+
+def whole(call: Callable[[], Any], leaf: torch.Tensor, repeats: int, work: Callable[[], None] | None) -> float:
+    found = []
+    for _ in range(repeats):
+        leaf.grad = None
+        if work:
+            work()
+        start = perf_counter()
+        call().backward()
+        found.append(1e6 * (perf_counter() - start))
+    return median(found[repeats // 10 :])
+
+
+def table(hot: int, cold: int) -> str:
+    other = OtherWork("cpu")
+    head = ["µs", *(f"{rows}×{classes} {regime}" for rows, classes in SIZES for regime in ("hot", "cold"))]
+    columns: list[list[float]] = []
+    for rows, classes in SIZES:
+        student = torch.randn(rows, classes, requires_grad=True)
+        teacher, target = torch.randn(rows, classes), torch.randint(classes, (rows,))
+        for repeats, work in ((hot, None), (cold, other)):
+            stages = stages_of_direct(rows, classes, repeats, work)
+            ours = whole(lambda: nkd_loss(student, teacher, target), student, repeats, work)  # noqa: B023
+            core, direct._loss = direct._loss, None
+            by_ops = whole(lambda: nkd_loss(student, teacher, target), student, repeats, work)  # noqa: B023
+            direct._loss = core
+            plain = whole(lambda: F.cross_entropy(student, target), student, repeats, work)  # noqa: B023
+            columns.append([*stages, ours, by_ops, plain])
+    names = [*STAGES, "**the whole call**", "by the ops, as what is not ordinary", "F.cross_entropy"]
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    for place, name in enumerate(names):
+        lines.append(f"| {name} | " + " | ".join(f"{column[place]:.1f}" for column in columns) + " |")
+    threads = torch.get_num_threads()
+    return "\n".join(lines) + f"\n\n{threads} threads, torch {torch.__version__}; `python -m tools.call_cost`."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--update", type=Path, help="a page with the block's markers")
+    parser.add_argument("--hot", type=int, default=2000, help="calls back to back")
+    parser.add_argument("--cold", type=int, default=100, help="calls after other work")
+    given = parser.parse_args()
+    text = table(given.hot, given.cold)
+    if given.update:
+        before, _, rest = given.update.read_text(encoding="utf-8").partition(BEGIN)
+        _, end, after = rest.partition(END)
+        if not end:
+            parser.error(f"{given.update} has no {BEGIN} and {END}")
+        given.update.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
