@@ -10,7 +10,8 @@ CXX_FILES := $(shell find csrc tools -name '*.cpp' -o -name '*.h' -o -name '*.cu
 
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
-.PHONY: bench test thorough packages sanitize compilers ptx train study kernels gpu-check gpu-profile integrations lint format clean
+.PHONY: bench test thorough packages sanitize compilers ptx train study kernels gpu-check gpu-profile integrations lint format \
+  wheel release-check clean
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks --quick
 
@@ -77,6 +78,18 @@ $(VENV)/ready: $(SOURCES)
 	$(INSTALL) --upgrade 'pip>=25.1' # the first that knows --group
 	$(INSTALL) torch
 	PYTHONWARNINGS=ignore $(INSTALL) --editable '.[bench,test,triton,lint,examples]'
+	touch $@
+
+# The sdist and the wheel in dist/, looked at by auditwheel and twine, and used where they are installed.
+wheel: $(VENV)/release
+	$(BIN)/python -m tools.release.wheel
+
+# What must hold before a version is tagged.
+release-check: $(VENV)/tested $(VENV)/release
+	$(BIN)/python -m tools.release.check
+
+$(VENV)/release: $(VENV)/ready
+	$(INSTALL) --group release
 	touch $@
 
 # The frameworks of docs/integrations.md, which the benchmark does without.
