@@ -76,7 +76,7 @@ def check_contents(wheel: Path) -> None:
     if strange:
         raise Failure(f"{wheel.name}: expected the package alone, got {', '.join(strange)}")
     cores = [name for name in names if re.search(r"\.(so|pyd|dylib)\b", name)]
-    if len(cores) != 1 or not cores[0].startswith("fused_kd/_native."):
+    if len(cores) != 1 or not cores[0].removeprefix("fused_kd/").startswith("_native."):
         raise Failure(f"{wheel.name}: expected the C++ core and no other library, got {', '.join(cores) or 'none'}")
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fused_kd").rglob("*.py")}
     if lacking := sorted(sources - {*names}):
