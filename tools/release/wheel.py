@@ -84,14 +84,16 @@ def check_contents(wheel: Path) -> None:
 
 
 def repair(wheel: Path) -> tuple[Path, str]:
-    """As auditwheel names it for the oldest system that it fits, with what auditwheel says; on Linux alone."""
-    said = run(sys.executable, "-m", "auditwheel", "show", wheel)
+    """As auditwheel names it for the oldest system that it fits, and what that is; on Linux alone."""
+    said = re.search(r'platform tag:\s+"(\S+)"', run(sys.executable, "-m", "auditwheel", "show", wheel))
+    if said is None:
+        raise Failure(f"{wheel.name}: auditwheel names no platform that it fits")
     with tempfile.TemporaryDirectory(prefix="fused_kd_repaired_") as folder:
         run(sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", folder, wheel)
         (repaired,) = Path(folder).glob("*.whl")
         check_contents(repaired)
         wheel.unlink()
-        return repaired.replace(wheel.with_name(repaired.name)), " ".join(said.split())
+        return repaired.replace(wheel.with_name(repaired.name)), said[1]
 
 
 def clean_environment(folder: Path) -> Path:
@@ -146,8 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             files = [sdist]
         check_contents(wheel)
         if sys.platform == "linux" and not parsed.wheel:
-            wheel, said = repair(wheel)
-            print(f"auditwheel: {said}")
+            wheel, platform = repair(wheel)
+            print(f"auditwheel: {platform}, and nothing to bundle")
         files = [*{*files, wheel}]
         run(sys.executable, "-m", "twine", "check", "--strict", *files)
         print(f"twine check --strict: {', '.join(sorted(path.name for path in files))}")
