@@ -73,6 +73,18 @@ def test_links_lead_to_files(tmp_path):
     assert sorted(check.broken_links(tmp_path)) == ["README.md: gone.md", "there.md: picture.png"]
 
 
+def test_docs_are_built_where_there_is_a_target(tmp_path):
+    """A folder docs/ alone would be up to date for make."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "Makefile").write_text("all:\n\ttrue\n")
+    assert check.check_docs(tmp_path) == "not built: the Makefile has no target docs"
+    (tmp_path / "Makefile").write_text(".PHONY: docs\ndocs:\n\ttouch built\n")
+    assert check.check_docs(tmp_path) == "make docs builds them" and (tmp_path / "built").is_file()
+    (tmp_path / "Makefile").write_text(".PHONY: docs\ndocs:\n\tfalse\n")
+    with pytest.raises(check.Failure, match="make docs: status 2"):
+        check.check_docs(tmp_path)
+
+
 def test_one_failed_check_does_not_hide_the_next(monkeypatch, capsys):
     def fails(*_):
         raise check.Failure("no")

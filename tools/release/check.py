@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -94,12 +93,11 @@ def check_wheel() -> str:
     return f"{newest.name} built, looked at, installed and used"
 
 
-def check_docs() -> str:
-    """`make docs`, where the Makefile has it."""
-    made = subprocess.run(["make", "-n", "docs"], cwd=ROOT, capture_output=True, text=True, check=False)
-    if made.returncode:
+def check_docs(root: Path) -> str:
+    """`make docs`, where the Makefile has it; the folder of that name would satisfy make."""
+    if not re.search(r"^docs:", (root / "Makefile").read_text(encoding="utf-8"), re.MULTILINE):
         return "not built: the Makefile has no target docs"
-    run("make", "docs", cwd=ROOT)
+    run("make", "docs", cwd=root)
     return "make docs builds them"
 
 
@@ -122,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("links", lambda: check_links(ROOT)),
         ("README", lambda: check_readme(ROOT)),
         ("sdist", check_sdist),
-        ("docs", check_docs),
+        ("docs", lambda: check_docs(ROOT)),
         *([] if tag else [("wheel", check_wheel)]),
     ]
     failures = sum(not passed(name, check) for name, check in checks)
