@@ -10,7 +10,8 @@ CXX_FILES := $(shell find csrc tools -name '*.cpp' -o -name '*.h' -o -name '*.cu
 
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
-.PHONY: bench bench-guard test thorough packages sanitize compilers ptx train study kernels gpu-check gpu-profile integrations docs lint format clean
+.PHONY: bench bench-guard test thorough packages sanitize compilers ptx train study kernels gpu-check gpu-profile \
+  integrations docs lint format wheel release-check clean
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks --quick
 
@@ -91,6 +92,18 @@ $(VENV)/ready: $(SOURCES)
 # What makes the site. Its hooks are type-checked with it, and tested.
 $(VENV)/documented: $(VENV)/ready
 	$(INSTALL) --group docs
+	touch $@
+
+# The sdist and the wheel in dist/, looked at by auditwheel and twine, and used where they are installed.
+wheel: $(VENV)/release
+	$(BIN)/python -m tools.release.wheel
+
+# What must hold before a version is tagged.
+release-check: $(VENV)/release
+	$(BIN)/python -m tools.release.check
+
+$(VENV)/release: $(VENV)/ready
+	$(INSTALL) --group release
 	touch $@
 
 # The frameworks of docs/integrations.md, which the benchmark does without.

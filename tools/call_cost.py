@@ -62,7 +62,7 @@ def stages_of_direct(rows: int, classes: int, repeats: int, work: Callable[[], N
             start = perf_counter()
             loss = nkd_loss(student, teacher, target)
             forward = perf_counter()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             end = perf_counter()
             times = (
                 start, marks["core start"], marks["core end"], forward, marks["backward start"],

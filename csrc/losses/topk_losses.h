@@ -9,6 +9,8 @@
 
 #include "row_losses.h"
 
+#include <stdint.h>
+
 namespace fused_kd {
 namespace FKD_ISA {
 

@@ -69,9 +69,20 @@ def _choose(backend: str, device: torch.device | str, loss: str) -> str:
 
 
 def _best(device: torch.device, loss: str) -> str:
-    # Under its interpreter Triton runs on the CPU too, a thousand times slower: never a choice of its own.
-    order = [name for name in BACKENDS if device.type == "cuda" or name != "triton"]
+    order = [name for name in BACKENDS if _by_name_alone(name, device.type) is None]
     return next(name for name in order if unavailable(name, device, loss) is None)
+
+
+def _by_name_alone(name: str, device_type: str) -> str | None:
+    """Why "auto" does not take a backend where that can run; None if it does."""
+    if name == "triton" and device_type != "cuda":  # a thousand times slower
+        return "can run, but only through Triton's interpreter, which is for tests"
+    if name == "triton" and torch.version.hip:
+        return (
+            "can run by name alone: its kernels compile for AMD GPUs, and none has run them yet; "
+            "`python -m fused_kd check` compares them with float64"
+        )
+    return None
 
 
 _warned = False
@@ -84,7 +95,9 @@ def _warn_of_slow(device: torch.device, loss: str) -> None:
     if _warned or not names:
         return
     _warned = True
-    reasons = "; ".join(f"{name}: {unavailable(name, device, loss)}" for name in names)
+    reasons = "; ".join(
+        f"{name}: {unavailable(name, device, loss) or _by_name_alone(name, device.type)}" for name in names
+    )
     what = f"{LOSSES[loss].title} of {device} tensors"
     warn_of_reference(what, f"which is slower and takes more memory than its kernels. {reasons}")
 
@@ -164,6 +177,4 @@ def explain(student_logits: Tensor | torch.device | str = "cpu", loss: str = "nk
 def _passed_over(name: str, device_type: str) -> str:
     if name == "reference":
         return "can run; the fused kernels are faster and save memory"
-    if device_type == "cuda":
-        return "can run, in more launches than the kernels that were built with CUDA"
-    return "can run, but only through Triton's interpreter, which is for tests"
+    return _by_name_alone(name, device_type) or "can run, in more launches than the kernels that were built with CUDA"

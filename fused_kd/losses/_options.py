@@ -77,11 +77,12 @@ def normalized(weight: Tensor | None, normalizer: float | Tensor, settings: dict
     else:
         normalizer = checks.check_scalar("normalizer", normalizer)
     settings["reduction"] = "sum"
-    rows = torch.ones_like(target[:, 0] if target.is_floating_point() else target, dtype=torch.float64)
+    dtype = reference.widest_dtype(target)
+    rows = torch.ones_like(target[:, 0] if target.is_floating_point() else target, dtype=dtype)
     if weight is not None:
-        rows = weight.to(torch.float64)
+        rows = weight.to(dtype)
     if isinstance(normalizer, Tensor):
-        divisor = normalizer.to(rows.device, torch.float64, non_blocking=True)
+        divisor = normalizer.to(rows.device, dtype, non_blocking=True)
     else:
         divisor = rows.new_ones(()) * normalizer  # no copy to a GPU, which would wait
     return torch.where(divisor == 0, 0.0, rows / divisor)

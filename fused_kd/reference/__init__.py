@@ -15,7 +15,7 @@ from fused_kd.reference.dkd import dkd_loss
 from fused_kd.reference.js import js_loss
 from fused_kd.reference.kd import kd_loss
 from fused_kd.reference.nkd import nkd_loss
-from fused_kd.reference.rows import DistillationParts, LossParts, accumulation_dtype, standardize_logits
+from fused_kd.reference.rows import DistillationParts, LossParts, accumulation_dtype, standardize_logits, widest_dtype
 from fused_kd.reference.tf_kd import tf_kd_loss
 from fused_kd.reference.topk import topk_loss
 from fused_kd.reference.uskd import (
@@ -52,6 +52,7 @@ __all__ = [
     "uskd_loss",
     "uskd_soft_labels",
     "uskd_terms",
+    "widest_dtype",
     "wsld_loss",
     "zipf_ls_loss",
 ]

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 NEG_INF = float("-inf")
+#: Types of devices that have no float64.
+SINGLE_ALONE = {"mps"}
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -16,6 +18,11 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
         if tensor.dtype == torch.float64:
             return torch.float64
     return torch.float32
+
+
+def widest_dtype(tensor: Tensor) -> torch.dtype:
+    """What sums over a batch are taken in: float64 where the tensor's device has it."""
+    return torch.float32 if tensor.device.type in SINGLE_ALONE else torch.float64
 
 
 class DistillationParts(NamedTuple):

@@ -19,6 +19,7 @@ from fused_kd.reference.rows import (
     find_labels,
     masked_softmax,
     times_log,
+    widest_dtype,
 )
 
 #: The keys by which the classes are ranked, the default first.
@@ -204,6 +205,7 @@ def _target_probabilities(p: Tensor, labels: Labels, square: bool) -> Tensor:
 
 
 def _sum_batch(p_target: Tensor, labels: Labels) -> Tensor:
-    sums = torch.where(labels.counted.unsqueeze(1), p_target, 0.0).sum(dim=0, dtype=torch.float64)
+    dtype = widest_dtype(p_target)
+    sums = torch.where(labels.counted.unsqueeze(1), p_target, 0.0).sum(dim=0, dtype=dtype)
     second = sums[1:] if sums.shape[0] == 2 else sums.new_zeros(1)
-    return torch.cat([sums[:1], second, labels.counted.sum(dtype=torch.float64).unsqueeze(0)])
+    return torch.cat([sums[:1], second, labels.counted.sum(dtype=dtype).unsqueeze(0)])

@@ -184,6 +184,19 @@ def test_rules_of_ranked_rows():
     assert problems({**row, "loads": {2: 16}, "vector": 2}) == []
 
 
+def test_rules_of_amd_gpus():
+    """Which have less shared memory, and a compiler that shares the registers out itself."""
+    row = {**GOOD, "capability": "gfx942", "shared_limit": 64 * 1024, "registers": 256, "threads": 1024}
+    assert problems(row) == []
+    (found,) = problems({**row, "shared": 65 * 1024})
+    assert "rows_on_chip of 1024x1000 bf16, gfx942: 66560 bytes of shared memory, 65536 at most" in found
+    (found,) = problems({**row, "stack": 36})
+    assert "gfx942: spills: 36 bytes of stack" in found
+    rows = [{**each, "seconds": 1.0} for each in (row, {**row, "capability": "gfx90a"}, GOOD)]
+    summary = [line[:2] for line in tables.summarise(rows)]
+    assert summary == [("rows_on_chip", "90"), ("rows_on_chip", "gfx90a"), ("rows_on_chip", "gfx942")]
+
+
 def test_rules_of_odd_rows_and_wide_logits():
     assert problems({**GOOD, "vector": 2, "loads": {2: 18}, "stores": {2: 8}}) == []
     assert problems({**GOOD, "element_bytes": 4, "loads": {4: 18}, "stores": {4: 8}}) == []
@@ -224,7 +237,12 @@ def test_summary():
 
 def test_command_line_refuses(monkeypatch, capsys):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    for arguments in (["--arch", "Hopper"], ["--part", "3/2"], ["--loss", "none", "--sources", "missing.cu"]):
+    for arguments in (
+        ["--arch", "Hopper"],
+        ["--arch", "90,gfx"],
+        ["--part", "3/2"],
+        ["--loss", "none", "--sources", "missing.cu"],
+    ):
         if arguments[0] == "--loss" and compiling.nvcc() is None:
             continue
         with pytest.raises(SystemExit) as caught:

@@ -21,7 +21,7 @@ from rich.console import Console
 from benchmarks.show.report import replace_block
 from tools.compile_matrix import cases
 from tools.compile_matrix.compiling import compile_all, compile_cuda, nvcc, part_of, tasks_of
-from tools.compile_matrix.rules import Row, problems
+from tools.compile_matrix.rules import Row, parsed_gpu, problems
 from tools.compile_matrix.tables import markdown, markdown_summary, print_summary, print_table
 
 ROOT = Path(__file__).parents[2]
@@ -52,11 +52,11 @@ def compile_rows(args: argparse.Namespace, parser: argparse.ArgumentParser) -> t
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: under its interpreter Triton compiles nothing")
     try:
-        capabilities = [int(text) for text in args.arch.split(",")]
+        gpus = [parsed_gpu(text) for text in args.arch.split(",")]
     except ValueError:
-        parser.error(f"--arch: expected numbers such as 90, got {args.arch!r}")
+        parser.error(f"--arch: expected numbers such as 90 or names such as gfx942, got {args.arch!r}")
     losses = list(cases.CASES) if args.loss == "all" else [] if args.loss == "none" else [args.loss]
-    tasks = tasks_of(losses, args.full, capabilities)
+    tasks = tasks_of(losses, args.full, gpus)
     errors = Console(stderr=True)
     if not args.no_cuda:
         if nvcc() is None:
@@ -68,7 +68,7 @@ def compile_rows(args: argparse.Namespace, parser: argparse.ArgumentParser) -> t
                 if name not in [source.name for source in sources]:
                     parser.error(f"--sources: expected names among those in csrc/cuda, got {name!r}")
             cuda = [source for source in sources if source.name in wanted]
-            tasks += [(compile_cuda, (source, capability)) for source in cuda for capability in capabilities]
+            tasks += [(compile_cuda, (source, gpu)) for source in cuda for gpu in gpus if isinstance(gpu, int)]
     try:
         tasks = part_of(tasks, args.part)
     except ValueError as error:
@@ -88,7 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--part", metavar="K/N", default="1/1", help="the K-th of N parts, for N machines")
     parser.add_argument("--loss", choices=[*cases.CASES, "all", "none"], default="all", help="of Triton's kernels")
-    parser.add_argument("--arch", default="80,90,100", metavar="80,90,100", help="compute capabilities")
+    parser.add_argument(
+        "--arch", default="80,90,100", metavar="80,90,gfx942", help="compute capabilities, and AMD GPUs"
+    )
     parser.add_argument("--no-cuda", action="store_true", help="leave the CUDA sources out")
     parser.add_argument("--sources", metavar="NAME,...", help="of csrc/cuda; default: all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, default: %(default)s")

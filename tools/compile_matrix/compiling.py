@@ -22,18 +22,20 @@ from fused_kd.backends.triton.launch import Launch
 from fused_kd.core.catalogue import BITS
 from tools.compile_matrix import cases
 from tools.compile_matrix.calls import Call
-from tools.compile_matrix.rules import ONE_INPUT, RANKED_SHARED, SHARED_LIMIT, Row, problems
+from tools.compile_matrix.rules import ONE_INPUT, RANKED_SHARED, Gpu, Row, problems, shared_limit
 
 TEACHER = BITS["teacher"]
 
 
-def compile_triton(case: Call, number: int, capability: int, loss: str) -> Row:
+def compile_triton(case: Call, number: int, gpu: Gpu, loss: str) -> Row:
     """One launch of a call; run in processes of its own."""
-    from fused_kd.backends.triton.compile import compile_launch
+    from fused_kd.backends.triton.compile import compile_launch, source_of, target_of
 
     launch = case.launches()[number]
-    report = compile_launch(launch, capability)
-    elements = _elements(launch)
+    report = compile_launch(launch, gpu)
+    threads = target_of(gpu).warp_size * source_of(launch, gpu)[1]["num_warps"]
+    elements = _elements(launch, threads)
+    limit = shared_limit(gpu)
     # VEC is of a row, of which a thread may have less.
     most = min(launch.options.get("VEC", 1), elements or math.inf)
     # A call's first tensors are its logits, and no vector divides an address that is offset.
@@ -43,11 +45,11 @@ def compile_triton(case: Call, number: int, capability: int, loss: str) -> Row:
         "loss": loss,
         "case": str(case),
         "kernel": launch.kernel,
-        "capability": capability,
+        "capability": gpu,
         "registers": report.registers,
-        "threads": 32 * launch.options["num_warps"],
+        "threads": threads,
         "shared": report.shared,
-        "shared_limit": RANKED_SHARED if loss == "uskd" else SHARED_LIMIT[capability],
+        "shared_limit": min(limit, RANKED_SHARED) if loss == "uskd" else limit,
         "stack": report.stack,
         "local": report.local,
         "spilled": 0,
@@ -66,11 +68,11 @@ def compile_triton(case: Call, number: int, capability: int, loss: str) -> Row:
     }
 
 
-def _elements(launch: Launch) -> int:
+def _elements(launch: Launch, threads: int) -> int:
     """Of a tile, for each thread."""
     options = launch.options
     tile = options.get("ROWS", 1) * options.get("BLOCK", options.get("LANES", 0) * options.get("WIDTH", 0))
-    return int(tile) // (32 * int(options["num_warps"]))
+    return int(tile) // threads
 
 
 def nvcc() -> str | None:
@@ -142,10 +144,10 @@ def _readable(name: str) -> str:
 Task = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
-def tasks_of(losses: Sequence[str], full: bool, capabilities: Sequence[int]) -> list[Task]:
+def tasks_of(losses: Sequence[str], full: bool, gpus: Sequence[Gpu]) -> list[Task]:
     """A compilation of every distinct kernel for every GPU."""
     jobs = cases.distinct(losses, full)
-    return [(compile_triton, (job.call, job.number, c, job.loss)) for job in jobs for c in capabilities]
+    return [(compile_triton, (job.call, job.number, gpu, job.loss)) for job in jobs for gpu in gpus]
 
 
 def part_of(tasks: list[Task], text: str) -> list[Task]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import Any, TypeAlias
 
+#: A compute capability, such as 90 for 9.0, or an AMD GPU, such as "gfx942".
+Gpu: TypeAlias = "int | str"
 #: Shared memory that a block can have, in bytes, by compute capability.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+#: What every AMD GPU up to gfx942 gives a block.
+AMD_SHARED = 64 * 1024
 #: What ranking on chip may take: what every GPU since sm_80 gives a block, the smaller ones included.
 RANKED_SHARED = 99 * 1024
 REGISTERS = 65536  # of a multiprocessor
@@ -16,9 +21,23 @@ ONE_INPUT = ("target_probabilities", "combine_ranked")
 Row = dict[str, Any]
 
 
+def parsed_gpu(text: str) -> Gpu:
+    if re.fullmatch(r"gfx[0-9a-f]{3,4}", text):
+        return text
+    return int(text)
+
+
+def name_of(gpu: Gpu) -> str:
+    return f"sm_{gpu}" if isinstance(gpu, int) else gpu
+
+
+def shared_limit(gpu: Gpu) -> int:
+    return SHARED_LIMIT.get(gpu, RANKED_SHARED) if isinstance(gpu, int) else AMD_SHARED
+
+
 def problems(row: Row) -> list[str]:
     """Which rules a compiled kernel breaks."""
-    name = f"{row['kernel']} of {row['case']}, sm_{row['capability']}"
+    name = f"{row['kernel']} of {row['case']}, {name_of(row['capability'])}"
     if row["library"]:
         return []  # CUB's own choices for sorting in global memory, which spill some bytes
     found = []
@@ -27,10 +46,11 @@ def problems(row: Row) -> list[str]:
             f"{name}: spills: {row['stack']} bytes of stack, {row['local']} instructions on local memory, "
             f"{row['spilled']} bytes spilled at {row['registers']} registers"
         )
-    limit = min(SHARED_LIMIT.get(row["capability"], RANKED_SHARED), row["shared_limit"])
+    limit = min(shared_limit(row["capability"]), row["shared_limit"])
     if row["shared"] > limit:
         found.append(f"{name}: {row['shared']} bytes of shared memory, {limit} at most")
-    if row["registers"] * row["threads"] > REGISTERS:
+    amd = isinstance(row["capability"], str)  # whose compiler knows the threads, and spills where they have too few
+    if not amd and row["registers"] * row["threads"] > REGISTERS:
         found.append(f"{name}: {row['registers']} registers in {row['threads']} threads cannot launch")
     # On chip a thread's part of each row is loaded in vectors, all of it; what else is loaded are targets, counts, the
     # logits at y, and DIST's sums of columns. Rows of an odd length have no vectors there, so what is asked of them is

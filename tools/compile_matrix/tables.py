@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.show.report import lines
-from tools.compile_matrix.rules import Row, problems
+from tools.compile_matrix.rules import Gpu, Row, problems
 
 COLUMNS = ("kernel", "call", "sm", "threads", "regs", "shared", "local", "load", "store", "tile", "code", "exp", "time")
 
@@ -63,11 +63,11 @@ SUMMARY = ("kernel", "sm", "configurations", "regs", "shared", "local", "narrowe
 def summarise(rows: list[Row]) -> list[tuple[str, ...]]:
     """A line for each kernel and GPU: the range of registers, the most shared memory, how many configurations spill,
     the narrowest of their widest loads, seconds in all and of the slowest."""
-    groups: dict[tuple[str, int], list[Row]] = {}
+    groups: dict[tuple[str, Gpu], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["kernel"], row["capability"]), []).append(row)
     lines: list[tuple[str, ...]] = []
-    for (kernel, capability), group in sorted(groups.items()):
+    for (kernel, capability), group in sorted(groups.items(), key=lambda item: (item[0][0], str(item[0][1]).zfill(6))):
         registers = [row["registers"] for row in group]
         seconds = [row["seconds"] for row in group]
         spills = sum(bool(row["local"] or row["stack"] or row["spilled"]) for row in group)

@@ -16,6 +16,8 @@ from fused_kd.reference import accumulation_dtype
 
 def unavailable(core: Any, device: torch.device | str = "cuda") -> str | None:
     """Why the compiled module cannot run tensors of this CUDA device; None if it can."""
+    if torch.version.hip:
+        return "the CUDA kernels run on NVIDIA GPUs, and this PyTorch is built for AMD's"
     if core.cuda_missing:
         return str(core.cuda_missing)
     device = cuda_devices.resolved(device)

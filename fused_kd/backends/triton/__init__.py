@@ -1,4 +1,5 @@
-"""Triton kernels on CUDA tensors; on CPU tensors too, for tests, under Triton's interpreter.
+"""Triton kernels on CUDA tensors, which with ROCm are an AMD GPU's; on CPU tensors too, for tests, under Triton's
+interpreter.
 
 ``plans`` has for each op the launches that carry it out, decided by the table in ``layout``; ``launch`` launches them,
 and ``replay`` those of a call like an earlier one; ``kernels`` is what Triton compiles. Importing this module imports
@@ -16,7 +17,7 @@ import torch
 
 from fused_kd.backends import cuda_devices
 
-#: What Triton compiles for, at least: the major number of the compute capability.
+#: What Triton compiles for, at least: the major number of the compute capability of NVIDIA's GPUs.
 OLDEST = 7
 #: The plan of each op of :mod:`fused_kd.ops`.
 OPS = {"row_loss": "rows", "uskd": "uskd", "uskd_batch_sums": "uskd", "zipf_ls": "zipf_ls", "scale_gradient": "scale"}
@@ -51,15 +52,13 @@ def unavailable(device: torch.device | str) -> str | None:
     failure = _import_failure()
     if failure is not None or kind == "cpu":
         return failure
-    if torch.version.hip:
-        return "the Triton kernels are made for NVIDIA GPUs, not for ROCm"
     device = cuda_devices.resolved(device)
     return cuda_devices.missing(device) or _too_old(device) or _driver_failure()
 
 
 def _too_old(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
-    if major >= OLDEST:
+    if major >= OLDEST or torch.version.hip:
         return None
     return f"Triton needs compute capability {OLDEST}.0, and {cuda_devices.named(device)} has {major}.{minor}"
 

@@ -1,4 +1,5 @@
-"""Compiles planned launches for GPUs that are not there, and reads the compiler's own report out of the machine code.
+"""Compiles planned launches for GPUs that are not there, NVIDIA's and AMD's, and reads the compiler's own report out of
+the machine code.
 
 :func:`compile_launch` needs Triton, no GPU, and a process without TRITON_INTERPRET; :func:`read_cubin` needs cuobjdump,
 which Triton ships. Which calls are compiled, and what is made of the reports, is in tools/compile_matrix/__main__.py.
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fused_kd.backends.triton import layout
 from fused_kd.backends.triton.launch import Launch, kernels
 
 TYPES = {
@@ -67,15 +69,29 @@ class MachineCode(NamedTuple):
     exponentials: int
 
 
-def source_of(launch: Launch) -> tuple[Any, dict[str, Any]]:
-    """What Triton's compiler is given at a launch: its source, specialised as the JIT does, and its options."""
-    from triton.backends.nvidia.compiler import CUDAOptions
-    from triton.compiler import ASTSource
+def target_of(gpu: int | str) -> Any:
+    """What Triton compiles for: a compute capability (90 for 9.0), or an AMD GPU such as "gfx942"."""
+    from triton.backends.compiler import GPUTarget
 
+    if isinstance(gpu, int):
+        return GPUTarget("cuda", gpu, layout.NVIDIA.lanes)
+    return GPUTarget("hip", gpu, 64 if gpu.startswith("gfx9") else 32)
+
+
+def source_of(launch: Launch, gpu: int | str = 90) -> tuple[Any, dict[str, Any]]:
+    """What Triton's compiler is given at a launch: its source, specialised as the JIT does, and its options."""
+    from triton.compiler import ASTSource
+    from triton.compiler.compiler import make_backend
+
+    target = target_of(gpu)
+    backend = make_backend(target)
+    known = layout.NVIDIA if isinstance(gpu, int) else layout.Gpu(target.warp_size, False)
     function = kernels()[launch.kernel]
     signature: dict[str, str] = {}
     attributes: dict[tuple[int], Any] = {}
-    arguments, options = iter(launch.arguments), dict(launch.options)
+    arguments, options = iter(launch.arguments), dict(layout.fitted(launch.options, known))
+    parameters = {parameter.name for parameter in function.params}
+    compiler_options = {name: options.pop(name) for name in [*options] if name not in parameters}
     for parameter in function.params:
         if parameter.is_constexpr:
             signature[parameter.name] = "constexpr"
@@ -85,43 +101,74 @@ def source_of(launch: Launch) -> tuple[Any, dict[str, Any]]:
             signature[parameter.name], options[parameter.name] = "constexpr", None
         elif isinstance(argument, Tensor):
             signature[parameter.name] = "*" + TYPES[argument.dtype]
-            if argument.data_ptr() % 16 == 0:  # as the JIT specialises; meta tensors count as aligned
-                attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+            # Aligned to 16 bytes or not, as meta tensors count, and for AMD within 2 GiB of its first element.
+            if found := backend.parse_attr(backend.get_tensor_specialization(argument, align=True)):
+                attributes[(parameter.num,)] = found
         else:
             signature[parameter.name] = parameter.annotation_type
-    parameters = {parameter.name for parameter in function.params}
-    compiler_options = {name: options.pop(name) for name in launch.options if name not in parameters}
     # The compiler itself drops what it does not know without a word.
-    if unknown := compiler_options.keys() - {field.name for field in fields(CUDAOptions)}:
+    if unknown := compiler_options.keys() - {field.name for field in fields(backend.parse_options({}))}:
         raise ValueError(f"{launch.kernel}: neither an argument nor an option of the compiler: {sorted(unknown)}")
     return ASTSource(function, signature, options, attributes), compiler_options
 
 
-def compile_launch(launch: Launch, capability: int) -> Report:
-    """Compile a planned launch for a compute capability (90 for 9.0) as Triton would at its first call."""
+def compile_launch(launch: Launch, gpu: int | str) -> Report:
+    """Compile a planned launch for a GPU (:func:`target_of`) as Triton would at its first call."""
     import triton
-    from triton.backends.compiler import GPUTarget
 
-    source, compiler_options = source_of(launch)
+    source, compiler_options = source_of(launch, gpu)
     start = time.perf_counter()
-    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=compiler_options)
+    kernel = triton.compile(source, target=target_of(gpu), options=compiler_options)
     seconds = time.perf_counter() - start
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(kernel.asm["cubin"])
-        (code,) = read_cubin(path).values()
+    if "amdgcn" in kernel.asm:
+        code = read_amdgcn(kernel.asm["amdgcn"])
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "kernel.cubin"
+            path.write_bytes(kernel.asm["cubin"])
+            (code,) = read_cubin(path).values()
     # All of Triton's shared memory is dynamic: only the launcher's metadata has it.
-    shared = kernel.metadata.shared
     return Report(
         code.registers,
         code.stack,
-        shared,
+        kernel.metadata.shared,
         code.local,
         code.loads,
         code.stores,
         code.instructions,
         code.exponentials,
         seconds,
+    )
+
+
+#: Bytes that an instruction on global memory moves, by the end of its name.
+_AMD_WIDTHS = {"byte": 1, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
+
+
+def read_amdgcn(text: str) -> MachineCode:
+    """The kernel of AMD's assembly: ``registers`` are vector registers, and ``local`` counts moves of spilled ones."""
+
+    def number(name: str) -> int:
+        found = re.search(rf"^\s*\.{name}:\s*(\d+)$", text, re.MULTILINE)
+        if found is None:
+            raise RuntimeError(f"expected .{name} in AMD's assembly")
+        return int(found[1])
+
+    def moved(what: str) -> dict[int, int]:
+        names = re.findall(rf"^\s+(?:global|buffer)_{what}_[us]?(byte|short|dword(?:x\d)?)(?=_|\s)", text, re.MULTILINE)
+        return dict(sorted(Counter(_AMD_WIDTHS[name] for name in names).items()))
+
+    body = text.partition(".section")[0]
+    return MachineCode(
+        number("vgpr_count"),
+        number("private_segment_fixed_size"),
+        number("group_segment_fixed_size"),
+        number("max_flat_workgroup_size"),
+        len(re.findall(r"^\s+scratch_(?:load|store)", text, re.MULTILINE)) + number("vgpr_spill_count"),
+        moved("load"),
+        moved("store"),
+        len(re.findall(r"^\t[a-z]\w+", body, re.MULTILINE)),
+        len(re.findall(r"^\s+v_exp_f32", body, re.MULTILINE)),
     )
 
 

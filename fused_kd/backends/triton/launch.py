@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_kd.backends import cuda_devices
+from fused_kd.backends.triton import layout
 
 
 class Launch(NamedTuple):
@@ -65,12 +66,22 @@ def _sort_rows(keys: Tensor, values: Tensor, order: Tensor) -> None:
 HOST = {"sort_rows": _sort_rows}
 
 
+@lru_cache(maxsize=64)
+def gpu_of(device: torch.device) -> layout.Gpu:
+    """A CPU's tensors run under an interpreter, which takes what an NVIDIA GPU does."""
+    if device.type != "cuda" or not torch.version.hip:
+        return layout.NVIDIA
+    return layout.Gpu(torch.cuda.get_device_properties(device).warp_size, False)
+
+
 def run(launches: list[Launch], device: torch.device) -> list[Any]:
     """Launch on the tensors' device, in its current stream. Returns the compiled kernels, None where there is none."""
-    known = kernels()
+    known, gpu = kernels(), gpu_of(device)
     with cuda_devices.current(device):
         return [
-            HOST[kernel](*arguments) if kernel in HOST else known[kernel][(programs,)](*arguments, **options)
+            HOST[kernel](*arguments)
+            if kernel in HOST
+            else known[kernel][(programs,)](*arguments, **layout.fitted(options, gpu))
             for kernel, programs, arguments, options in launches
         ]
 

@@ -8,7 +8,27 @@ Those of the row losses were chosen among several on an NVIDIA H200 (docs/kernel
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+
+class Gpu(NamedTuple):
+    """What a launch must know of a GPU: ``lanes`` are the threads of a warp, and ``register_limit`` says that its
+    compiler takes the option ``maxnreg``."""
+
+    lanes: int
+    register_limit: bool
+
+
+#: What the rest of this table is made for: it counts threads in warps of 32, and registers as these GPUs have them.
+NVIDIA = Gpu(32, True)
+
+
+def fitted(options: dict[str, Any], gpu: Gpu) -> dict[str, Any]:
+    """A launch's options as a GPU takes them: as many threads in warps of its own."""
+    if gpu == NVIDIA:
+        return options
+    kept = {name: value for name, value in options.items() if gpu.register_limit or name != "maxnreg"}
+    return {**kept, "num_warps": max(1, options["num_warps"] * NVIDIA.lanes // gpu.lanes)}
 
 
 class OnChip(NamedTuple):
