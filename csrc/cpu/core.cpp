@@ -235,10 +235,6 @@ double divisor_of(Reduction reduction, int64_t counted) {
     return reduction == kMean ? double(std::max<int64_t>(counted, 1)) : 1.0;
 }
 
-} // namespace
-
-namespace {
-
 // The columns' share of DIST, for a row kernel to add to the gradient; returns the sum of their correlations. What the
 // rows' softmaxes are, the row kernel says first.
 struct Columns {

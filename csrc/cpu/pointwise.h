@@ -1,69 +1,14 @@
 // Losses whose gradient is no combination of exponentials (row_losses.h): once the softmaxes of a row are known, one
 // more loop takes sums of functions of each class's probabilities, and the gradient is put together from others. Such a
-// loss is a policy here, and a function in row_losses.h. Included by row_losses.cpp alone.
+// loss is a policy of pointwise_losses.h, and a function in row_losses.h. Included by row_losses.cpp alone.
 #pragma once
 
 #include "pieces.h"
+#include "pointwise_losses.h"
 
 namespace fused_kd {
 namespace FKD_ISA {
 namespace {
-
-// One vector of classes: their probabilities, and log(q / p), which stays finite where those underflow.
-template <class A>
-struct Probabilities {
-    Vec<A> p, q, log_ratio;
-};
-
-// A policy's `terms` gives the terms of PointwiseSums.of, those of kTerms, and the kSlopes slopes of h. A loss of one
-// slope that takes long to compute keeps p f_1, which is then its first term as well, where the teacher's exponentials
-// were.
-template <class A>
-struct Dist {
-    static constexpr bool kKept = false;
-    static constexpr bool kTerms[3] = {true, true, true};
-    static constexpr int kSlopes = 2;
-    A mean_p, mean_q; // of a row
-    // Centred before they are multiplied: sum p^2 - 1 / C would cancel.
-    FKD_INLINE void terms(const Probabilities<A>& x, Vec<A> (&sums)[3], Vec<A> (&slopes)[2]) const {
-        const Vec<A> a = x.p - mean_p, b = x.q - mean_q;
-        sums[0] = a * b;
-        sums[1] = a * a;
-        sums[2] = b * b;
-        slopes[0] = b;
-        slopes[1] = a;
-    }
-};
-
-// Of beta = 1 the mixture is q, and log(q / m) 0.
-template <class A, bool reverse>
-struct Js {
-    static constexpr bool kKept = true;
-    static constexpr bool kTerms[3] = {true, false, true};
-    static constexpr int kSlopes = 1;
-    A b, rest;
-    explicit Js(const RowParams& params) : b(A(params.beta)), rest(A(1 - params.beta)) {}
-    // log(p / m) and log(q / m) are of the smaller of p / q and q / p, which cannot overflow; an error of log(q / p),
-    // or of what p and q are multiplied by, changes the loss in the second order only. Of what is 0 there is 0.
-    FKD_INLINE void terms(const Probabilities<A>& x, Vec<A> (&sums)[3], Vec<A> (&slopes)[2]) const {
-        const Vec<A> zero = {}, d = x.log_ratio;
-        Vec<A> of_p = -d, of_q = zero;
-        if constexpr (!reverse) {
-            constexpr A least = sizeof(A) == 4 ? A(1e-37) : A(1e-307); // a quotient of two that underflow is 0
-            const Mask<A> up = ~(d <= A(0));                           // NaN too, which the logarithm would not keep
-            const Vec<A> own = splat<A>(b), other = splat<A>(rest);
-            const Vec<A> ratio = (x.p < x.q ? x.p : x.q) / max_of(max_of(x.p, x.q), splat<A>(least));
-            const Vec<A> l = log_positive<A>(mul_add(ratio, up ? other : own, up ? own : other));
-            of_p = (up ? -d : zero) - l;
-            of_q = (up ? zero : d) - l;
-        }
-        slopes[0] = x.p == A(0) ? zero : of_p;
-        slopes[1] = zero;
-        sums[0] = x.p * slopes[0];
-        sums[1] = zero;
-        sums[2] = x.q == A(0) ? zero : x.q * of_q;
-    }
-};
 
 // Softmax of a row from the exponentials that block_stats has stored.
 struct RowSoftmax {
@@ -79,12 +24,10 @@ template <class A>
 struct LogRatio {
     A s_max, t_max, minus_ratio, scale, constant;
 
-    // Of p and q as they are where exponentials are multiplied with by_s and by_t, which are rounded.
-    static LogRatio of(const RowSoftmax& s, const RowSoftmax& t, double rounded_s, double rounded_t) {
+    static LogRatio of(const RowSoftmax& s, const RowSoftmax& t) {
         const A s_max = A(s.max), t_max = A(t.max);
         const double moved = (s.max - double(s_max)) * s.scale - (t.max - double(t_max)) * t.scale;
-        return {s_max, t_max, A(-s.scale / t.scale), A(t.scale),
-                A(s.log_normalizer - t.log_normalizer + moved + rounded_t - rounded_s)};
+        return {s_max, t_max, A(-s.scale / t.scale), A(t.scale), A(s.log_normalizer - t.log_normalizer + moved)};
     }
     FKD_INLINE Vec<A> operator()(Vec<A> s, Vec<A> t) const {
         return mul_add<A>(mul_add<A>(s - s_max, minus_ratio, t - t_max), scale, splat(constant));
@@ -118,12 +61,23 @@ struct PointwiseBlock {
     A* e_t;
     A by_s, by_t;
     LogRatio<A> log_ratio;
-    int64_t start; // in the row
+    A *log_ratios, *ratios; // where prepare() puts them
+    int64_t start;          // in the row
 
+    // A loop of its own: the two in one are a chain of instructions longer than a processor looks ahead.
+    template <class Policy>
+    FKD_INLINE void prepare(int64_t n) const {
+        const LogRatio<A> of = log_ratio;
+        for_lanes<A>(n, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
+            const Vec<A> d = of(load(s + j, lanes), load(t + j, lanes));
+            store(log_ratios + j, d, lanes);
+            if (Policy::kRatio) store(ratios + j, smaller_ratio<A>(d), lanes);
+        });
+    }
     template <class Lanes>
     FKD_INLINE Probabilities<A> at(int64_t j, Lanes lanes) const {
-        return {load(e_s + j, lanes) * by_s, load(e_t + j, lanes) * by_t,
-                log_ratio(load(s + j, lanes), load(t + j, lanes))};
+        return {load(e_s + j, lanes) * by_s, load(e_t + j, lanes) * by_t, load(log_ratios + j, lanes),
+                load(ratios + j, lanes)};
     }
 };
 
@@ -132,6 +86,7 @@ FKD_NOINLINE void pointwise_sums(const Policy& given, const PointwiseBlock<A>& o
                                  const Columns<A>& columns, const RowMoments* moments, PointwiseSums& out) {
     const Policy policy = given; // the compiler would read them again after each store
     const PointwiseBlock<A> block = of;
+    if (Policy::kLogRatio) block.template prepare<Policy>(n);
     const Vec<A> zero = {};
     Vec<A> sums[3] = {zero, zero, zero}, with_p[3] = {zero, zero, zero}, with_z[3] = {zero, zero, zero}, z = zero;
     const A mean = moments ? A(moments->mean) : A(0);
@@ -226,15 +181,15 @@ struct PointwiseRow {
 
     PointwiseBlock<A> block(int64_t i) const {
         const int64_t j = i * kBlock<A>, n = block_length<A>(args->classes, j);
-        const double by_s = of_s.by(scratch->blocks[i].s_max), by_t = of_t.by(scratch->blocks[i].t_max);
-        const auto rounded = [](double by) { return by == 0 ? 0.0 : double(A(by)) / by - 1; };
         PointwiseBlock<A> out = {read(args->student, row, j, n, scratch->student),
                                  read(args->teacher, row, j, n, scratch->teacher),
                                  (fine ? scratch->p : e_soft) + j,
                                  scratch->e_t + j,
-                                 A(by_s),
-                                 A(by_t),
-                                 LogRatio<A>::of(of_s, of_t, rounded(by_s), rounded(by_t)),
+                                 A(of_s.by(scratch->blocks[i].s_max)),
+                                 A(of_t.by(scratch->blocks[i].t_max)),
+                                 LogRatio<A>::of(of_s, of_t),
+                                 scratch->probs,
+                                 scratch->gradient,
                                  j};
         if (fine) out.by_s = out.by_t = 1;
         return out;
@@ -252,7 +207,20 @@ struct PointwiseRow {
         softmax_piece(here.s, n, origins[0], scratch->p + here.start, kBlock<A>);
         softmax_piece(here.t, n, origins[1], here.e_t, kBlock<A>);
     }
-    Probabilities<A> target() const { return {splat(A(p.p[0])), splat(A(q.p[0])), splat(A(q.log_p[0] - p.log_p[0]))}; }
+    // In double precision, where a policy has that: in short rows the target is much of the loss.
+    template <class Policy>
+    void of_target(const Policy& policy, double (&sums)[3], double (&slopes)[2]) const {
+        typedef typename Policy::OfTarget Wide;
+        typedef typename Wide::Number N;
+        const Vec<N> log_ratio = splat(N(q.log_p[0] - p.log_p[0]));
+        Vec<N> terms[3], own[2];
+        const Probabilities<N> x = {splat(N(p.p[0])), splat(N(q.p[0])), log_ratio, smaller_ratio<N>(log_ratio)};
+        Wide(policy, *params).terms(x, terms, own);
+        for (int k = 0; k < 3; ++k)
+            sums[k] = terms[k][0];
+        for (int k = 0; k < 2; ++k)
+            slopes[k] = own[k][0];
+    }
     PointwiseSums sums(const RowMoments* moments) {
         const PointwiseSums out = with_target(own_sums(moments));
         const double flat = kFlat / params->classes;
@@ -296,12 +264,12 @@ struct PointwiseRow {
     }
     PointwiseSums with_target(PointwiseSums out) {
         with_policy([&](const auto& policy) {
-            Vec<A> terms[3], slopes[2];
-            policy.terms(target(), terms, slopes);
+            double terms[3], slopes[2];
+            of_target(policy, terms, slopes);
             for (int k = 0; k < 3; ++k)
-                out.of[k] += terms[k][0];
-            at_target[0] = slopes[0][0];
-            at_target[1] = slopes[1][0];
+                out.of[k] += terms[k];
+            at_target[0] = slopes[0];
+            at_target[1] = slopes[1];
         });
         at_target[2] = out.column;
         for (int k = 0; k < 3; ++k) {
