@@ -128,6 +128,11 @@ def empty_statistics(LANES: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
 def accumulate(
     stats,
     s,
@@ -141,8 +146,10 @@ def accumulate(
     STD: tl.constexpr,
     LINEAR: tl.constexpr,
     RAW: tl.constexpr,
+    WALKED: tl.constexpr,
 ):
-    """Add tiles (lanes, classes) to the statistics of their lanes; ``present`` marks the classes to be counted."""
+    """Add tiles (lanes, classes) to the statistics of their lanes; ``present`` marks the classes to be counted. WALKED
+    says that there are more tiles than one, of few classes a lane."""
     soft_s, soft_t, sharp_s, sharp_t, mean = scales
     m_s = tl.maximum(stats.s_max, tl.max(s, 1))
     m_t = tl.maximum(stats.t_max, tl.max(t, 1)) if TEACHER & LOSS else stats.t_max
@@ -185,8 +192,16 @@ def accumulate(
         if TEACHER_CE & LOSS:
             v_cross_t += tl.sum(v * tl.where(v == 0.0, 0.0, d_t), 1)
     if LINEAR:
-        linear += tl.sum(tl.where(present, d_s, 0.0), 1)
-        number += tl.sum(tl.where(present, 1.0, 0.0), 1)
+        counted_s = tl.where(present, d_s, 0.0)
+        one = tl.where(present, 1.0, 0.0).to(d_s.dtype)
+        if WALKED:
+            # One reduction: by itself the compiler lays a number out in another way, and exchanges it, tile by tile.
+            counted_s, one = tl.reduce((counted_s, one), 1, _add_pairs)
+            linear += counted_s
+            number += one
+        else:
+            linear += tl.sum(counted_s, 1)
+            number += tl.sum(one, 1)
     return Statistics(
         m_s, s_soft, s_sharp, m_t, t_soft, t_sharp, cross, v_sum, v_cross, v_cross_t, linear, number, s_raw,
         w_soft, w_sharp, w_teacher,
