@@ -24,8 +24,8 @@ from fused_kd.backends.triton.kernels.uskd import (
     _scaled,
     _store_norms,
     _terms,
-    batch_means,
     _with_poison,
+    batch_means,
 )
 from fused_kd.backends.triton.kernels.uskd_rows import rank_terms
 

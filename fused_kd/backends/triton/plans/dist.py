@@ -82,6 +82,13 @@ def plan_columns(
     term = ColumnTerm(states, empty(copies, 4, (classes + 6) // 4 * 4), empty(items))
     arguments = (moments, numbers, column_factor, term.columns, term.correlations, classes, chunks, gamma, temperature)
     # Left alone some releases of Triton spill a few words of it to reach a rounder occupancy.
-    options = {"ACC": acc, "BLOCK": tile_classes, "CHUNKS": tile_chunks, "COPIES": copies, "num_warps": 4, "maxnreg": 255}
+    options = {
+        "ACC": acc,
+        "BLOCK": tile_classes,
+        "CHUNKS": tile_chunks,
+        "COPIES": copies,
+        "num_warps": 4,
+        "maxnreg": 255,
+    }
     launches.append(planned("finish_columns", items, arguments, options))
     return term
