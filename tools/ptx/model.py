@@ -9,6 +9,7 @@ instructions are those of PTX, of which ptxas makes others. Few rows are run in 
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import warnings
 from collections import Counter
@@ -133,7 +134,7 @@ class Kernel(NamedTuple):
     def bound(self) -> tuple[str, float]:
         """Which resource bounds it, and how many times as long as the next one it is busy."""
         (first, longest), (_, second), *_ = self.bounds().items()
-        return first, longest / second
+        return first, longest / second if second else math.inf
 
 
 def calls(losses: list[str]) -> Iterator[Call]:
@@ -177,14 +178,17 @@ def run(call: Call, capability: int) -> list[Kernel]:
 
 def _run(call: Call, rows: int, capability: int) -> dict[str, Kernel]:
     from fused_kd import autograd, check
+    from fused_kd.backends.triton import replay
     from fused_kd.backends.triton.plans import common, scale
     from tools.ptx.triton.driver import session
 
-    session.capability, before = capability, len(session.launches)
+    before = len(session.launches)
     tensors = check.Case(torch.bfloat16, rows, call.classes, {}, loss=call.loss).inputs("cpu")
     with (
         warnings.catch_warnings(),
-        # Launched as for all the rows, and as for an incoming gradient that is on a GPU.
+        mock.patch.object(session, "capability", capability),
+        # Launched as for all the rows, whatever such a call was before, and as for an incoming gradient on a GPU.
+        mock.patch.object(replay, "_kept", {}),
         mock.patch.object(common, "COUNT_ROWS", common.COUNT_ROWS * rows // call.rows),
         mock.patch.object(scale, "SCALE_PROGRAMS", scale.SCALE_PROGRAMS * rows // call.rows),
         mock.patch.object(autograd, "_is_one", return_value=False),

@@ -128,11 +128,6 @@ def empty_statistics(LANES: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def _add_pairs(a, b, c, d):
-    return a + c, b + d
-
-
-@triton.jit
 def accumulate(
     stats,
     s,
@@ -192,16 +187,13 @@ def accumulate(
         if TEACHER_CE & LOSS:
             v_cross_t += tl.sum(v * tl.where(v == 0.0, 0.0, d_t), 1)
     if LINEAR:
-        counted_s = tl.where(present, d_s, 0.0)
-        one = tl.where(present, 1.0, 0.0).to(d_s.dtype)
+        linear += tl.sum(tl.where(present, d_s, 0.0), 1)
+        counted = present
         if WALKED:
-            # One reduction: by itself the compiler lays a number out in another way, and exchanges it, tile by tile.
-            counted_s, one = tl.reduce((counted_s, one), 1, _add_pairs)
-            linear += counted_s
-            number += one
-        else:
-            linear += tl.sum(counted_s, 1)
-            number += tl.sum(one, 1)
+            # Left alone the compiler lays these out in another way than the logits, and exchanges the numbers, tile by
+            # tile. So they depend on the logits. Of a row with a NaN the sum above is NaN too.
+            counted = present & (s == s)
+        number += tl.sum(tl.where(counted, 1.0, 0.0), 1)
     return Statistics(
         m_s, s_soft, s_sharp, m_t, t_soft, t_sharp, cross, v_sum, v_cross, v_cross_t, linear, number, s_raw,
         w_soft, w_sharp, w_teacher,
