@@ -3,7 +3,8 @@
 Two ops serve a loss: one forward, which computes the loss, its parts and, where it is wanted, the gradient for an
 incoming gradient of 1; and one backward, shared by every loss, which multiplies that stored gradient by what came in
 (in place where nobody can ask again, and in a compiled graph with a look at who asks); :mod:`fused_kd.autograd` puts
-them together. USKD, whose rows a batch mean couples, has a small op before, so that an all-reduce can come between.
+them together. USKD, whose rows a batch mean couples, has a small op before where an all-reduce comes between, or where
+other rows count too; without its sums the op takes those of its own rows.
 Pointers are taken inside a registered op only, so torch.compile keeps the whole in one graph.
 
 What is stored is one tensor of the shape and dtype of the logits that want a gradient. It is already divided by the
@@ -217,7 +218,7 @@ def _uskd(
     student_logits: Tensor,
     weak_logits: Tensor,
     target: Tensor,
-    batch_sums: Tensor,
+    batch_sums: Tensor | None,
     row_weight: Tensor | None,
     hyper: list[float] | Tensor,
     rank: str,
@@ -253,7 +254,7 @@ def _uskd_fake(student_logits: Tensor, weak_logits: Tensor, *further: Any) -> tu
 
 define(
     "uskd",
-    "Tensor student_logits, Tensor weak_logits, Tensor target, Tensor batch_sums, Tensor? row_weight, {hyper}, "
+    "Tensor student_logits, Tensor weak_logits, Tensor target, Tensor? batch_sums, Tensor? row_weight, {hyper}, "
     "str rank, bool square, int ignore_index, str reduction, bool need_student, bool need_weak",
     "(Tensor loss, Tensor parts, Tensor student_gradient, Tensor weak_gradient, Tensor student_norm, Tensor weak_norm)",
     _uskd,

@@ -381,11 +381,12 @@ def _batch_sums(
     chosen: str,
     process_group: ProcessGroup | None,
 ) -> Tensor | None:
-    """The sums that couple USKD's rows, over all processes of a group; None leaves them to the reference."""
-    if chosen == "reference" and process_group is None:
-        return None
+    """The sums that couple USKD's rows, over all processes of a group; None leaves them to the loss."""
     student, weak, target = tensors
-    if weak.dtype == torch.float64 != student.dtype:
+    widened = weak.dtype == torch.float64 != student.dtype
+    if process_group is None and (chosen == "reference" or not widened):
+        return None
+    if widened:
         student = student.double()  # as the loss itself will have it; the sums do not see the weak logits
     if chosen == "reference":
         sums = reference.uskd_batch_sums(student, target, square=square, ignore_index=ignore_index)

@@ -297,3 +297,11 @@ def test_reference_batch_sums_match(fused):
         student, _, target = make(7, 40, kind)
         sums = torch.ops.fused_kd.uskd_batch_sums(student, target, True, -100, fused)
         torch.testing.assert_close(sums, reference.uskd_batch_sums(student, target))
+
+
+def test_the_op_sums_its_own_rows(fused):
+    student, weak, target = make(7, 40)
+    options = (None, [1.0, 0.1, 0.0, 0.005, *[0.0] * 2, 1.0, 1.0, 0.0], "normalized", True, -100, "mean", True, True)
+    sums = torch.ops.fused_kd.uskd_batch_sums(student, target, True, -100, fused)
+    wanted = torch.ops.fused_kd.uskd(student, weak, target, sums, *options, fused)
+    torch.testing.assert_close(torch.ops.fused_kd.uskd(student, weak, target, None, *options, fused), wanted)

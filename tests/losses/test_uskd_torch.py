@@ -47,6 +47,7 @@ def test_opcheck_and_second_backward(fused):
         )
         for row_weight in (None, torch.arange(6.0)):
             opcheck(torch.ops.fused_kd.uskd.default, (student, weak, target, totals, row_weight, *options))
+        opcheck(torch.ops.fused_kd.uskd.default, (student, weak, target, None, None, *options))
     leaves = student.requires_grad_(), weak.requires_grad_()
     loss = uskd_loss(*leaves, target, backend=fused) * 4.0
     first = [g.clone() for g in torch.autograd.grad(loss, leaves, retain_graph=True)]

@@ -74,7 +74,8 @@ class Case(NamedTuple):
 
 
 class RankedCase(NamedTuple):
-    """A call of USKD; as :class:`Case`. ``gradient`` says of which logits it is wanted."""
+    """A call of USKD; as :class:`Case`. ``gradient`` says of which logits it is wanted, and ``processes`` that there
+    are several of them, so that the batch's sums come from outside."""
 
     student: torch.dtype
     weak: torch.dtype
@@ -88,12 +89,14 @@ class RankedCase(NamedTuple):
     smoothing: float = 0.0
     gradient: tuple[bool, bool] = (True, True)
     weighted: bool = False
+    processes: bool = False
 
     def __str__(self) -> str:
         words = [f"{self.rows}x{self.classes}", describe((self.student, self.weak)), *prob(self.labels, self.student)]
         words += [self.rank] if self.rank != "normalized" else []
         words += [*([] if self.square else ["p"]), *(["smoothed"] if self.smoothing else []), self.reduction]
         words += [] if all(self.gradient) else [f"gradient {'s' * self.gradient[0]}{'w' * self.gradient[1] or 'none'}"]
+        words += ["processes"] if self.processes else []
         return " ".join([*words, *(["weighted"] if self.weighted else []), *([self.layout] if self.layout else [])])
 
     @property
@@ -105,11 +108,13 @@ class RankedCase(NamedTuple):
         student = logits(self.rows, self.classes, self.student, self.layout)
         weak = empty(self.rows, self.classes, dtype=self.weak)
         made = pair_outputs(student, weak, self.gradient, 4, self.reduction, accumulation_dtype(student, weak))
-        target, sums = targets(self.rows, self.classes, self.labels), empty(3, dtype=torch.float64)
+        target = targets(self.rows, self.classes, self.labels)
+        sums = empty(3, dtype=torch.float64) if self.processes else None
         hyper = HyperParameters(1.0, 0.1, mu=0.005, ce_weight=1.0, label_smoothing=self.smoothing)
         options = Options(hyper, -100, self.reduction, self.gradient, (1.0, 1.0), rank=self.rank, square=self.square)
         plan = uskd.plan_uskd(student, weak, target, sums, factors(self, 3), made, options)
-        plan = [*uskd.plan_batch_sums(student, target, sums, self.square, -100), *plan]
+        if sums is not None:
+            plan = [*uskd.plan_batch_sums(student, target, sums, self.square, -100), *plan]
         return [launch for launch in plan if launch.kernel not in HOST]
 
 
@@ -261,7 +266,7 @@ def ranked_cases(full: bool) -> Iterator[RankedCase]:
         yield from (case._replace(layout=layout) for layout in ("strided", "offset"))
         yield from (case._replace(rank=rank) for rank in ("weak", "final", "sum"))
         yield from (case._replace(gradient=wanted) for wanted in ((True, False), (False, True), (False, False)))
-        yield from (case._replace(square=False), case._replace(labels=FP32))
+        yield from (case._replace(square=False), case._replace(labels=FP32), case._replace(processes=True))
     for dtype, classes, soft in itertools.product(DTYPES, (100, 1000, 2048, 4096, 21841), (False, True)):
         case = RankedCase(dtype, dtype, classes, labels=dtype if soft else None, reduction="sum", weighted=True)
         yield from (case, case._replace(reduction="none", smoothing=0.1))

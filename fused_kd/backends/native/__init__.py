@@ -132,8 +132,10 @@ def uskd_batch_sums(student: Tensor, target: Tensor, square: bool, ignore_index:
 
 
 def uskd(
-    student: Tensor, weak: Tensor, target: Tensor, batch_sums: Tensor, factors: Tensor | None, options: Options
+    student: Tensor, weak: Tensor, target: Tensor, batch_sums: Tensor | None, factors: Tensor | None, options: Options
 ) -> tuple[Tensor, ...]:
+    if batch_sums is None:
+        batch_sums = uskd_batch_sums(student, target, options.square, options.ignore_index)
     if student.is_cuda:
         return cuda.uskd(_core, student, weak, target, batch_sums, factors, options)
     dtype = accumulation_dtype(student, weak)

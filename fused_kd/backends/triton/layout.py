@@ -307,14 +307,20 @@ VOTES = 64
 
 #: Rows of a program of float64, each of which takes registers for its coefficients and its votes: 4 spill.
 ZIPF_WIDE_ROWS = 2
+#: Rows of more classes than this, as far as a tile holds them, have a program each whose threads have 16 of a row, as
+#: those of the row losses on chip: what a thread does once for its row is then a third, not three quarters, of all.
+ZIPF_SHORT, ZIPF_ELEMENTS = 256, 16
 
 
 @lru_cache(maxsize=1024)
 def zipf_config(classes: int, *, wide: bool, probabilities: bool, neighbours: bool) -> Streamed:
     """Layout of zipf_rows: as USKD's kernels around a sort, but with all the registers that there are."""
     config = streamed_config(classes, wide=wide, probabilities=probabilities, neighbours=neighbours)
-    rows = min(ZIPF_WIDE_ROWS, config.rows) if wide else config.rows
-    return config._replace(rows=rows, registers=min(255, 2048 // config.warps))
+    rows, warps = min(ZIPF_WIDE_ROWS, config.rows) if wide else config.rows, config.warps
+    block = 1 << (classes - 1).bit_length()
+    if ZIPF_SHORT < block <= STREAMED[False, True][0] and neighbours and not wide:
+        rows, warps = 1, block // (32 * ZIPF_ELEMENTS)
+    return config._replace(rows=rows, warps=warps, registers=min(255, 2048 // warps))
 
 
 @lru_cache(maxsize=1024)

@@ -14,7 +14,7 @@ from uskd_cases import make, run, zipf_labels
 
 from fused_kd import uskd_loss
 from fused_kd.backends import triton as backend
-from fused_kd.backends.triton import layout
+from fused_kd.backends.triton import layout, replay
 from fused_kd.backends.triton.plans import uskd
 from fused_kd.core.options import HyperParameters, Options
 
@@ -200,6 +200,21 @@ def test_constant_and_three_way_labels(regime):
     check(student, weak, target.bfloat16(), reduction="none", ce_weight=1.0)
 
 
+@pytest.mark.parametrize("at_most", (0, 1024))
+def test_sums_of_its_own_rows(regime, monkeypatch, at_most):
+    """Added up by a kernel of their own or by every program that ranks."""
+    monkeypatch.setattr(uskd, "BATCH_ROWS", at_most)
+    monkeypatch.setattr(replay, "_kept", {})
+    student, weak, target = make(7, 40, "mixed", dtype=torch.float32)
+    hyper = list(HyperParameters(1.0, 0.1, mu=0.005, ce_weight=1.0))
+    options = (None, hyper, "normalized", True, -100, "none", True, True, "triton")
+    sums = torch.ops.fused_kd.uskd_batch_sums(student, target, True, -100, "triton")
+    wanted = torch.ops.fused_kd.uskd(student, weak, target, sums, *options)
+    torch.testing.assert_close(torch.ops.fused_kd.uskd(student, weak, target, None, *options), wanted)
+    twice = torch.ops.fused_kd.uskd(student, weak, target, sums * torch.tensor([2.0, 1.0, 1.0]), *options)
+    assert not torch.allclose(twice[0], wanted[0])  # it is the sums that it goes by
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_strides(regime, dtype):
     student, weak, target = make(2, 40, "mixed", dtype)
@@ -278,4 +293,8 @@ def test_launches(rows, classes, reduction, expected):
     plan = uskd.plan_uskd(logits, logits, target, sums, None, made, options)
     assert [launch.kernel for launch in plan] == expected
     before = uskd.plan_batch_sums(logits, target, sums, True, -100)
-    assert [launch.kernel for launch in before] == ["target_probabilities"] + ["reduce_parts"] * (1 + (rows > 16384))
+    names = [launch.kernel for launch in before]
+    assert names == ["target_probabilities"] + ["reduce_parts"] * (1 + (rows > 16384))
+    own = [launch.kernel for launch in uskd.plan_uskd(logits, logits, target, None, None, made, options)]
+    by_row = rows <= 1024 and classes <= 4096
+    assert own == (names[:1] if by_row else names) + expected

@@ -33,10 +33,15 @@ _SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 
 
 class Launched(NamedTuple):
+    """``shared`` are the bytes of shared memory of a block of ``threads``."""
+
     kernel: str
     grid: tuple[int, int, int]
     result: Result
     seconds: float
+    threads: int
+    shared: int
+    ptx: str
 
 
 class Session:
@@ -68,7 +73,7 @@ class _Utils:
             session.modules[binary] = Module(binary.decode())
         module = session.modules[binary]
         # Module, function, registers, spills, most threads of a block.
-        return module, (module, name, shared), 0, 0, 1024
+        return module, (module, name, shared, binary), 0, 0, 1024
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": _SHARED[device] * 1024}
@@ -84,7 +89,7 @@ class _Launcher:
     def __call__(self, x: int, y: int, z: int, stream: int, function: Any, *rest: Any) -> None:
         # Before the kernel's own arguments come Triton's: metadata, hooks. Their number changes with its release.
         arguments = rest[len(rest) - len(self.types) :]
-        module, name, shared = function
+        module, name, shared, binary = function
         memory, pieces = Memory(), []
         places: dict[int, int] = {}
         for kind, value in zip(self.types, arguments, strict=True):
@@ -107,7 +112,8 @@ class _Launcher:
         began = time.perf_counter()
         threads = 32 * self.metadata.num_warps
         result = launch(module, name, memory, (x, y, z), (threads, 1, 1), shared, bytes(params), session.options)
-        session.launches.append(Launched(name, (x, y, z), result, time.perf_counter() - began))
+        seconds = time.perf_counter() - began
+        session.launches.append(Launched(name, (x, y, z), result, seconds, threads, shared, binary.decode()))
         if result.problems:
             raise Fault(f"{name}: {'; '.join(result.problems)}")
 
@@ -123,7 +129,7 @@ def _pointer(memory: Memory, places: dict[int, int], tensor: Tensor) -> int:
     return places[start] + tensor.data_ptr() - start
 
 
-class _Driver:
+class Driver:
     utils = _Utils()
     launcher_cls = _Launcher
 
@@ -135,6 +141,17 @@ class _Driver:
 
     def get_current_stream(self, device: int) -> int:
         return 0
+
+
+_make_cubin = compiler.CUDABackend.make_cubin
+
+
+def assemble(ptx: str, capability: int) -> bytes:
+    """The cubin that Triton has of a launch's PTX, made by its own ptxas."""
+    backend = compiler.CUDABackend(GPUTarget("cuda", capability, 32))
+    options = backend.parse_options({"enable_fp_fusion": False, "arch": f"sm{capability}"})
+    cubin: bytes = _make_cubin(backend, ptx, {}, options, capability)
+    return cubin
 
 
 def _no_binary(self: Any, source: str, metadata: Any, options: Any, capability: int) -> bytes:
@@ -150,6 +167,6 @@ def install(capability: int = 90, options: Options | None = None) -> Session:
     os.environ["TRITON_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / "fused_kd_ptx_cache")
     session.capability, session.options = capability, options or Options()
     compiler.CUDABackend.make_cubin = _no_binary
-    driver.set_active(_Driver())
+    driver.set_active(Driver())
     cpu_tensors.admit()
     return session

@@ -24,7 +24,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_kd.backends.triton.kernels.pointwise import correlation_terms
+from fused_kd.backends.triton.kernels.pointwise import column_stride, correlation_terms
 from fused_kd.backends.triton.kernels.rows import LOG2E, load_factor, zero_if_empty
 from fused_kd.backends.triton.kernels.targets import load_tile
 from fused_kd.backends.triton.kernels.tiles import lane_columns
@@ -267,10 +267,12 @@ def finish_columns(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
+    COPIES: tl.constexpr,
 ):
-    """correlations (programs,): the sums of r_j of each program's classes; columns (4, classes and some more): of
-    which :mod:`.pointwise` makes a column's slope, that of T^2 gamma (1 - mean r) times ``column_factor``. None stands
-    for the number of rows that count, each of which is given the whole term."""
+    """correlations (programs,): the sums of r_j of each program's classes; columns (COPIES, 4, classes and some more):
+    of which :mod:`.pointwise` makes a column's slope, that of T^2 gamma (1 - mean r) times ``column_factor``. None
+    stands for the number of rows that count, each of which is given the whole term. The second copy begins one place
+    later than the first, and so on: wherever in a row a vector begins, it begins one in some copy too."""
     weight = tl.full((), gamma, ACC) * tl.full((), temperature, ACC) * tl.full((), temperature, ACC) / classes
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < classes
@@ -298,9 +300,11 @@ def finish_columns(
     if column_factor is not None:
         total = tl.load(column_factor).to(ACC)
     r, by_b, by_a = correlation_terms(pq, pp, qq, total * weight)
-    stride = (classes + 3) // 4 * 4
-    tl.store(columns + cols, by_b, mask=inside)
-    tl.store(columns + stride + cols, by_a, mask=inside)
-    tl.store(columns + 2 * stride + cols, mean_q, mask=inside)
-    tl.store(columns + 3 * stride + cols, mean_p, mask=inside)
+    stride = column_stride(classes)
+    for shift in tl.static_range(COPIES):
+        at = columns + shift * (4 * stride + 1) + cols
+        tl.store(at, by_b, mask=inside)
+        tl.store(at + stride, by_a, mask=inside)
+        tl.store(at + 2 * stride, mean_q, mask=inside)
+        tl.store(at + 3 * stride, mean_p, mask=inside)
     tl.store(correlations + tl.program_id(0), tl.sum(tl.where(inside, r, 0.0), 0))

@@ -11,6 +11,7 @@ import triton.language as tl
 from fused_kd.backends.triton.kernels.losses import coefficients
 from fused_kd.backends.triton.kernels.on_chip import RUNTIME, all_weights, at, gradient_scale, store_parts
 from fused_kd.backends.triton.kernels.pointwise import (
+    aligned_columns,
     column_part,
     merge_sums,
     no_sums,
@@ -118,7 +119,9 @@ def rows_looped(
     student_head = student + (row * student_row + head) // VEC * VEC
     teacher_head = teacher + (row * teacher_row + head) // VEC * VEC
     before = head.to(tl.int32)
-    of_classes = columns + before
+    of_classes = columns
+    if COLUMNS and EDGES:
+        of_classes = aligned_columns(columns, before, classes)
     vectors = tl.maximum(classes - before, 0) // VEC * VEC
     lane_start, width = lane_columns(tl.arange(0, LANES), LANES, WIDTH, VEC)
     lane = lane_start[:, None] + width

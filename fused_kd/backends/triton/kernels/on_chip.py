@@ -229,7 +229,8 @@ def rows_on_chip(
     else:
         v_y = s_y
     present = mask & (cols != y[:, None])
-    stats = accumulate(empty_statistics(ROWS, ACC), s, t, v, present, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
+    nothing = empty_statistics(ROWS, ACC)
+    stats = accumulate(nothing, s, t, v, present, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW, False)
     if PROB:
         valid = 1.0 + 0.0 * (stats.v_sum + v_y)
     sums = stats

@@ -132,11 +132,24 @@ def _softmax_tile(x, is_target, maximum, of_rows, scale, STD: tl.constexpr, COLU
 
 
 @triton.jit
+def column_stride(classes):
+    """From one of a class's four numbers to the next: each begins aligned, and has room to begin three places later."""
+    return (classes + 6) // 4 * 4
+
+
+@triton.jit
+def aligned_columns(columns, first, classes):
+    """The copy of the columns' numbers in which that of class ``first`` begins a vector of four, from there on."""
+    shift = (4 - first % 4) % 4
+    return columns + shift * (4 * column_stride(classes)) + (first + shift) // 4 * 4
+
+
+@triton.jit
 def load_columns(columns, cols, inside, classes, MASKED: tl.constexpr, COLUMNS: tl.constexpr):
     """Tiles of what there is for each class; nothing of use without COLUMNS."""
     if COLUMNS:
         pointers = columns + cols
-        stride = (classes + 3) // 4 * 4  # rows of it start aligned
+        stride = column_stride(classes)
         if MASKED:
             return (
                 tl.load(pointers, mask=inside, other=0.0),

@@ -141,8 +141,10 @@ def accumulate(
     STD: tl.constexpr,
     LINEAR: tl.constexpr,
     RAW: tl.constexpr,
+    WALKED: tl.constexpr,
 ):
-    """Add tiles (lanes, classes) to the statistics of their lanes; ``present`` marks the classes to be counted."""
+    """Add tiles (lanes, classes) to the statistics of their lanes; ``present`` marks the classes to be counted. WALKED
+    says that there are more tiles than one, of few classes a lane."""
     soft_s, soft_t, sharp_s, sharp_t, mean = scales
     m_s = tl.maximum(stats.s_max, tl.max(s, 1))
     m_t = tl.maximum(stats.t_max, tl.max(t, 1)) if TEACHER & LOSS else stats.t_max
@@ -186,7 +188,12 @@ def accumulate(
             v_cross_t += tl.sum(v * tl.where(v == 0.0, 0.0, d_t), 1)
     if LINEAR:
         linear += tl.sum(tl.where(present, d_s, 0.0), 1)
-        number += tl.sum(tl.where(present, 1.0, 0.0), 1)
+        counted = present
+        if WALKED:
+            # Left alone the compiler lays these out in another way than the logits, and exchanges the numbers, tile by
+            # tile. So they depend on the logits. Of a row with a NaN the sum above is NaN too.
+            counted = present & (s == s)
+        number += tl.sum(tl.where(counted, 1.0, 0.0), 1)
     return Statistics(
         m_s, s_soft, s_sharp, m_t, t_soft, t_sharp, cross, v_sum, v_cross, v_cross_t, linear, number, s_raw,
         w_soft, w_sharp, w_teacher,

@@ -83,7 +83,7 @@ def accumulate_others(
     """Accumulate the classes other than the target, of those inside the row."""
     s, t, v = _without_target(s, t, v, is_target, PROB)
     present = inside & (is_target == 0)
-    return accumulate(stats, s, t, v, present, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
+    return accumulate(stats, s, t, v, present, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW, True)
 
 
 @triton.jit
@@ -108,7 +108,7 @@ def accumulate_whole(
     else:
         if target_here:
             s, t, v = _without_target(s, t, v, is_target, PROB)
-        return accumulate(stats, s, t, v, inside, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
+        return accumulate(stats, s, t, v, inside, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW, True)
 
 
 @triton.jit

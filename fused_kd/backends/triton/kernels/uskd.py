@@ -16,6 +16,7 @@ RANK     the key that classes are ranked by
 SQUARE   p_k^2 in the targets' labels, else p_k
 GRAD_S   the student's gradient is wanted; GRAD_W, the weak logits'
 LINEAR   the CE's labels are smoothed, for which the sum of the student's logits is wanted
+BY_ROW   batch_sums are those of each row, (3, rows), which every program adds up
 HALF_S   the student's logits are float16: as HALF in :mod:`.on_chip`; HALF_W, the weak logits
 
 ``factors`` is None where rows weigh the same, else (3, rows): of parts, the student's and the weak logits' gradient.
@@ -86,9 +87,22 @@ def _scaled(scale, count, ACC: tl.constexpr, HALF: tl.constexpr):
 
 
 @triton.jit
-def _batch_means(batch_sums, ACC: tl.constexpr):
-    count = tl.maximum(tl.load(batch_sums + 2), 1.0)
-    return (tl.load(batch_sums) / count).to(ACC), (tl.load(batch_sums + 1) / count).to(ACC)
+def _sum_of_rows(values, rows, ACC: tl.constexpr):
+    total = tl.zeros([_COUNT_BLOCK], ACC)
+    for start in range(0, rows, _COUNT_BLOCK):
+        index = start + tl.arange(0, _COUNT_BLOCK)
+        total += tl.load(values + index, mask=index < rows, other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def batch_means(batch_sums, rows, BY_ROW: tl.constexpr, ACC: tl.constexpr):
+    if BY_ROW:
+        count = tl.maximum(_sum_of_rows(batch_sums + 2 * rows, rows, ACC), 1.0)
+        return _sum_of_rows(batch_sums, rows, ACC) / count, _sum_of_rows(batch_sums + rows, rows, ACC) / count
+    else:
+        count = tl.maximum(tl.load(batch_sums + 2), 1.0)
+        return (tl.load(batch_sums) / count).to(ACC), (tl.load(batch_sums + 1) / count).to(ACC)
 
 
 @triton.jit
@@ -154,7 +168,7 @@ def target_probabilities(
 
 @triton.jit
 def _terms(
-    views, targets, counted, valid, labels, batch_sums, alpha, mu, ce_weight, smoothing, classes, k,
+    views, targets, counted, valid, labels, means, alpha, mu, ce_weight, smoothing, classes, k,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, HELD: tl.constexpr, UNIT: tl.constexpr, PROB: tl.constexpr,
     LINEAR: tl.constexpr, RANK: tl.constexpr, SQUARE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -169,7 +183,6 @@ def _terms(
     x = load_targets(views[0], views[1], targets, counted, UNIT, ACC)
     p = split_softmax(x[0], x[1], stats[0], stats[1], k)
     v = split_softmax(x[2], x[3], stats[2], stats[3], k)
-    means = _batch_means(batch_sums, ACC)
     parts, of_student, of_weak, probe = row_terms(
         stats, x, targets, p, v, means, alpha, mu, ce_weight, smoothing, classes, PROB, LINEAR, SQUARE, ACC
     )
@@ -260,6 +273,7 @@ def ranked_on_chip(
     HALF_S: tl.constexpr,
     HALF_W: tl.constexpr,
     PER_ROW: tl.constexpr,
+    BY_ROW: tl.constexpr,
 ):
     """ROWS whole rows per program, float32. A row is sorted as words of 64 bits: a key's, which order as the keys
     descend, above the class, which thus breaks ties. After that the student's logits are read again in that order, from
@@ -278,8 +292,9 @@ def ranked_on_chip(
     if factors is not None:
         factor = load_factor(factors, 0, rows, row, inside, ACC)
         counted &= factor != 0.0
+    means = batch_means(batch_sums, rows, BY_ROW, ACC)
     row_parts, of_student, of_weak, key_terms, stats, poison = _terms(
-        views, targets, counted, valid, labels, batch_sums, alpha, mu, ce_weight, smoothing, classes, k,
+        views, targets, counted, valid, labels, means, alpha, mu, ce_weight, smoothing, classes, k,
         ROWS, BLOCK, HELD, UNIT, PROB, LINEAR, RANK, SQUARE, ACC,
     )  # fmt: skip
     count = _row_mean(counts, target_row, count_items, ignore_index, COUNT)

@@ -25,6 +25,7 @@ from fused_kd.backends.triton.kernels.uskd import (
     _store_norms,
     _terms,
     _with_poison,
+    batch_means,
 )
 from fused_kd.backends.triton.kernels.uskd_rows import rank_terms
 
@@ -90,8 +91,9 @@ def write_keys(
     if factors is not None:
         factor = load_factor(factors, 0, rows, row, inside, ACC)
         counted &= factor != 0.0
+    means = batch_means(batch_sums, rows, False, ACC)
     row_parts, of_student, of_weak, key_terms, stats, poison = _terms(
-        views, targets, counted, valid, labels, batch_sums, alpha, mu, ce_weight, smoothing, classes, k,
+        views, targets, counted, valid, labels, means, alpha, mu, ce_weight, smoothing, classes, k,
         ROWS, BLOCK, HELD, UNIT, PROB, LINEAR, RANK, SQUARE, ACC,
     )  # fmt: skip
     if factors is not None:

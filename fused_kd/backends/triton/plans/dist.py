@@ -33,8 +33,10 @@ def plan_columns(
     hyper: HyperParameters,
     standardize: bool,
     ignore_index: int,
+    copies: int,
 ) -> ColumnTerm:
-    """Append what makes DIST's column term; ``dtype`` is that of the arithmetic."""
+    """Append what makes DIST's column term; ``dtype`` is that of the arithmetic. ``copies`` of the columns' numbers are
+    made, 4 where the row kernel's vectors may begin at any class, else 1."""
     rows, classes = student.shape
     gamma, temperature = hyper.gamma, hyper.temperature
     acc, probabilities = acc_types()[dtype], target.is_floating_point()
@@ -76,10 +78,17 @@ def plan_columns(
 
     tile_chunks, tile_classes = layout.FINISH_TILE
     items = -(-classes // tile_classes)
-    # Each of the four rows of columns starts at a multiple of four elements.
-    term = ColumnTerm(states, empty(4, -(-classes // 4) * 4), empty(items))
+    # The kernels' column_stride.
+    term = ColumnTerm(states, empty(copies, 4, (classes + 6) // 4 * 4), empty(items))
     arguments = (moments, numbers, column_factor, term.columns, term.correlations, classes, chunks, gamma, temperature)
     # Left alone some releases of Triton spill a few words of it to reach a rounder occupancy.
-    options = {"ACC": acc, "BLOCK": tile_classes, "CHUNKS": tile_chunks, "num_warps": 4, "maxnreg": 255}
+    options = {
+        "ACC": acc,
+        "BLOCK": tile_classes,
+        "CHUNKS": tile_chunks,
+        "COPIES": copies,
+        "num_warps": 4,
+        "maxnreg": 255,
+    }
     launches.append(planned("finish_columns", items, arguments, options))
     return term

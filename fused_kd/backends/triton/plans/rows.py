@@ -96,10 +96,6 @@ def plan_row_loss(
     target_row, target_col = target.stride() if probabilities else (target.stride(0), 0)
     launches: list[Launch] = []
     counts = plan_count(launches, target, ignore_index, reduction, need_gradient)
-    columns: tuple[Tensor, Tensor, Tensor] | None = None
-    if has_column_term(loss_name, hyper):
-        given = student, teacher, target, factors, column_factor
-        columns = plan_columns(launches, *given, loss.dtype, hyper, standardize, ignore_index)
     row_parts = parts if per_row else torch.empty((3, rows), dtype=loss.dtype, device=student.device)
     narrow = min(t.element_size() for t in (student, teacher, target) if t.is_floating_point())
     row_strides = [student.stride(0), teacher.stride(0), *([target_row] if probabilities else [])]
@@ -120,6 +116,13 @@ def plan_row_loss(
         scores=standardize,
         smoothed=hyper.ce_weight != 0.0 and hyper.label_smoothing != 0.0,
     )
+    # The column term's numbers lie alike for every row: where the logits do too, they are vectors without edges.
+    edges = isinstance(config, layout.Looped) and together
+    columns: tuple[Tensor, Tensor, Tensor] | None = None
+    if has_column_term(loss_name, hyper):
+        edges = edges and classes % vector != 0
+        given = student, teacher, target, factors, column_factor
+        columns = plan_columns(launches, *given, loss.dtype, hyper, standardize, ignore_index, 4 if edges else 1)
     meta = {
         "ACC": acc,
         "UNIT": unit,
@@ -143,8 +146,7 @@ def plan_row_loss(
     else:
         kernel, programs = "rows_looped", rows
         meta |= {"LANES": config.lanes, "WIDTH": config.width, "VEC": vector if together else 1}
-        # The column term's numbers lie alike for every row: where the logits do too, they are vectors as well.
-        meta["EDGES"] = together and not (columns and classes % vector == 0)
+        meta["EDGES"] = edges
     arguments = (
         student, teacher, target, gradient, loss, row_parts, norm, counts.source, factors,
         *(columns or (loss, loss, loss)), rows, classes, *student.stride(), *teacher.stride(), target_row, target_col,

@@ -16,6 +16,9 @@ from fused_kd.reference import accumulation_dtype
 
 #: Where PyTorch sorts, so many keys at once: a key takes some fifty bytes of memory while it is sorted.
 SORTED_AT_ONCE = 1 << 24
+#: Up to so many rows every program that ranks adds up what couples them, which saves a launch: by then it is a fiftieth
+#: of its instructions.
+BATCH_ROWS = 1024
 #: Places of the order that a program of write_zipf does.
 ZIPF_BLOCK = 1024
 
@@ -35,8 +38,9 @@ def uskd_batch_sums(student: Tensor, target: Tensor, square: bool, ignore_index:
 
 
 def uskd(
-    student: Tensor, weak: Tensor, target: Tensor, batch_sums: Tensor, factors: Tensor | None, options: Options
+    student: Tensor, weak: Tensor, target: Tensor, batch_sums: Tensor | None, factors: Tensor | None, options: Options
 ) -> tuple[Tensor, ...]:
+    """``batch_sums`` are those of other rows too; None says that these are all."""
     made = pair_outputs(student, weak, options.wanted, 4, options.reduction, accumulation_dtype(student, weak))
     return filled("uskd", plan_uskd, (student, weak, target, batch_sums, factors), made, options)
 
@@ -73,8 +77,17 @@ def _target_strides(target: Tensor) -> tuple[int, int]:
 
 def plan_batch_sums(student: Tensor, target: Tensor, sums: Tensor, square: bool, ignore_index: int) -> list[Launch]:
     """The launches that fill ``sums`` (3,)."""
+    launches: list[Launch] = []
+    row_sums = _plan_row_sums(launches, student, target, accumulation_dtype(student), square, ignore_index)
+    plan_reduction(launches, row_sums, sums, None, ignore_index, "sum", None)
+    return launches
+
+
+def _plan_row_sums(
+    launches: list[Launch], student: Tensor, target: Tensor, dtype: torch.dtype, square: bool, ignore_index: int
+) -> Tensor:
+    """What each row adds to the batch's sums, (3, rows), after a launch that is appended."""
     rows, classes = student.shape
-    dtype = accumulation_dtype(student)
     wide = dtype == torch.float64
     config = layout.streamed_config(
         classes,
@@ -87,16 +100,15 @@ def plan_batch_sums(student: Tensor, target: Tensor, sums: Tensor, square: bool,
         student, target, row_sums, rows, classes, *student.stride(), *_target_strides(target), ignore_index,
     )  # fmt: skip
     options = {**_layout(target, (student,), wide, config), "SQUARE": square}
-    launches = [planned("target_probabilities", -(-rows // config.rows), arguments, options)]
-    plan_reduction(launches, row_sums, sums, None, ignore_index, "sum", None)
-    return launches
+    launches.append(planned("target_probabilities", -(-rows // config.rows), arguments, options))
+    return row_sums
 
 
 def plan_uskd(
     student: Tensor,
     weak: Tensor,
     target: Tensor,
-    batch_sums: Tensor,
+    batch_sums: Tensor | None,
     factors: Tensor | None,
     made: tuple[Tensor, ...],
     options: Options,
@@ -114,10 +126,6 @@ def plan_uskd(
     target_strides = _target_strides(target)
     (half_s, known_s), (half_w, known_w) = (divided(target, reduction, each.dtype) for each in (student, weak))
     halves, scales = (half_s, half_w), (student_scale * known_s, weak_scale * known_w)
-    launches: list[Launch] = []
-    counts = plan_count(launches, target, ignore_index, reduction, need_student or need_weak)
-    row_parts = parts if per_row else torch.empty((4, rows), dtype=loss.dtype, device=student.device)
-    norm_values = 1.0 / student_scale, 1.0 / weak_scale
     linear = ce_weight != 0.0 and smoothing != 0.0
     config = layout.uskd_config(
         classes,
@@ -126,6 +134,16 @@ def plan_uskd(
         neighbours=_neighbours(target, (student, weak)),
         smoothed=linear,
     )
+    launches: list[Launch] = []
+    by_row = batch_sums is None and rows <= BATCH_ROWS and isinstance(config, layout.OnChip)
+    if batch_sums is None:
+        row_sums = _plan_row_sums(launches, student, target, loss.dtype, options.square, ignore_index)
+        batch_sums = row_sums if by_row else torch.empty(3, dtype=torch.float64, device=student.device)
+        if not by_row:
+            plan_reduction(launches, row_sums, batch_sums, None, ignore_index, "sum", None)
+    counts = plan_count(launches, target, ignore_index, reduction, need_student or need_weak)
+    row_parts = parts if per_row else torch.empty((4, rows), dtype=loss.dtype, device=student.device)
+    norm_values = 1.0 / student_scale, 1.0 / weak_scale
     seen = _layout(target, (student, weak), wide, config)
     shared = {**seen, "LINEAR": linear, "COUNT": counts.how}
     ranking = {"RANK": options.rank, "SQUARE": options.square}
@@ -145,6 +163,7 @@ def plan_uskd(
             **half_options,
             "PER_ROW": per_row,
             "COUNT": counts.how if need_student or need_weak else 0,
+            "BY_ROW": by_row,
         }
         arguments = (
             student, weak, target, batch_sums, *gradients, loss, row_parts, *norms, counts.source, factors,

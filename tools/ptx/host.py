@@ -1,0 +1,107 @@
+"""What a call of the Triton backend takes on the host: ``python -m tools.ptx host``.
+
+All is as on a GPU, Triton's own launcher in C included, but for CUDA's driver, which does nothing (libcuda.c); so
+nothing is computed, and what the driver itself takes is missing. It takes a C compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+_SOURCE = Path(__file__).with_name("libcuda.c")
+_library: Any = None
+
+
+class Taken(NamedTuple):
+    """Medians in microseconds, of forward alone and with backward, and the launches of both."""
+
+    launches: int
+    forward: float
+    both: float
+
+
+def install() -> None:
+    """From now on CPU tensors are launched for, on nothing. For a process in which Triton has not been asked for
+    anything yet."""
+    global _library
+    folder = tempfile.mkdtemp()
+    path = Path(folder) / "libcuda.so.1"
+    command = [os.environ.get("CC", "cc"), "-O2", "-shared", "-fPIC", f"-Wl,-soname,{path.name}", str(_SOURCE)]
+    subprocess.run([*command, "-o", str(path)], check=True)
+    _library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)  # Triton's finds it by its name
+    os.environ["TRITON_LIBCUDA_PATH"] = folder
+
+    from triton.backends.nvidia import driver as nvidia
+    from triton.runtime import driver as active
+
+    from tools.ptx.triton import driver
+
+    driver.install()
+
+    class Driver(driver.Driver):
+        launcher_cls = nvidia.CudaLauncher
+
+        def __init__(self) -> None:
+            self.utils = nvidia.CudaUtils()
+
+        def get_current_device(self) -> int:
+            return 0
+
+    active.set_active(Driver())
+
+
+def measure(loss: str, rows: int, classes: int, repeats: int = 300) -> Taken:
+    """Of bfloat16, with a mean, on one thread."""
+    import fused_kd
+    from fused_kd import autograd, check
+    from fused_kd.core.catalogue import LOSSES
+
+    torch.set_num_threads(1)
+    student, other, target = check.Case(torch.bfloat16, rows, classes, {}, loss=loss).inputs("cpu")
+    others = [] if loss == "tf_kd" else [other.requires_grad_() if loss == "uskd" else other]
+    student.requires_grad_()
+    function = getattr(fused_kd, LOSSES[loss].function)
+
+    def forward() -> Any:
+        return function(student, *others, target, backend="triton")
+
+    def both() -> None:
+        forward().backward()
+        student.grad = other.grad = None
+
+    with (
+        warnings.catch_warnings(),
+        mock.patch.object(autograd, "_is_one", _unknown),
+    ):
+        warnings.simplefilter("ignore")
+        for _ in range(20):
+            both()
+        before = _library.launches()
+        both()
+        launches = _library.launches() - before
+        return Taken(launches, _median(forward, repeats), _median(both, repeats))
+
+
+def _unknown(_grad_output: torch.Tensor) -> bool:
+    """As of a tensor on a GPU. No mock, which would take longer than a launch."""
+    return False
+
+
+def _median(call: Any, repeats: int) -> float:
+    taken = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - begun)
+    return 1e6 * statistics.median(taken)

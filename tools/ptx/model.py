@@ -1,0 +1,273 @@
+"""What bounds a compiled Triton kernel, by a simple model: ``python -m tools.ptx model``.
+
+:mod:`tools.ptx` counts what a call issues and asks for; ptxas says how many registers that takes. Each resource of a
+GPU needs a time for its share of it alone: the longest bounds the kernel from below, and no kernel is as fast as that.
+So the model ranks resources, and claims no time. It knows no latency, no conflicts of banks, no bandwidth of L2, and
+instructions are those of PTX, of which ptxas makes others. Few rows are run in the place of many.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+from tools.ptx.counters import KINDS
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+#: Of a multiprocessor, for compute capability 8.0, 9.0 and 10.0 alike ("Arithmetic Instructions" and "Technical
+#: Specifications per Compute Capability" in NVIDIA's CUDA C++ Programming Guide): schedulers, each of which issues one
+#: instruction of a warp a clock; lanes of special functions and of shuffles a clock; warps and blocks that it holds;
+#: 32-bit registers, which a warp gets by 256; bytes of shared memory that each block costs besides its own.
+SCHEDULERS, SPECIAL_LANES, SHUFFLE_LANES = 4, 16, 32
+WARPS, BLOCKS, REGISTERS, REGISTER_UNIT, RESERVED = 64, 32, 65536, 256, 1024
+#: Bytes a clock from the first-level cache, a line, as a V100 has it (Jia, Maggioni, Staiger and Scarpazza, "Dissecting
+#: the NVIDIA Volta GPU Architecture via Microbenchmarking", 2018).
+LINE = 128
+#: Seconds that a kernel takes at the least: scale_rows, which returns at once, took an H200 1.4 us and more in the
+#: kernel times under benchmarks/results.
+LAUNCH = 1.4e-6
+
+
+class Gpu(NamedTuple):
+    """``clock`` is the highest, in Hz; ``bandwidth`` of memory in bytes a second; ``cache`` and ``shared`` the bytes of
+    the second-level cache and of a multiprocessor's shared memory."""
+
+    name: str
+    multiprocessors: int
+    clock: float
+    bandwidth: float
+    cache: int
+    shared: int
+
+
+#: By compute capability. A100 80GB SXM: NVIDIA's datasheet and "A100 Tensor Core GPU Architecture". H200 SXM: its
+#: datasheet, and "H100 Tensor Core GPU Architecture" for what it shares with the H100, whose memory has 3.35e12; the
+#: clock follows from 67e12 operations in float32. B200: 64e12 bytes a second are in the datasheet of eight (DGX B200);
+#: 148 multiprocessors and the cache are what its driver reports, and 75e12 operations in float32 give the clock.
+GPUS = {
+    80: Gpu("A100", 108, 1.41e9, 2.039e12, 40 << 20, 164 << 10),
+    90: Gpu("H200", 132, 1.98e9, 4.8e12, 50 << 20, 228 << 10),
+    100: Gpu("B200", 148, 1.98e9, 8e12, 126 << 20, 228 << 10),
+}
+
+
+class Call(NamedTuple):
+    loss: str
+    rows: int
+    classes: int
+
+    @property
+    def run(self) -> int:
+        """Rows that are run in their place at the most."""
+        return min(self.rows, 1024 if self.classes <= 2048 else 32)
+
+    def __str__(self) -> str:
+        return f"{self.loss} {self.rows}×{self.classes}"
+
+
+class Kernel(NamedTuple):
+    """What the launches of one kernel in a call count together, scaled up to its rows; ``blocks`` of the largest."""
+
+    name: str
+    call: Call
+    capability: int
+    launches: int
+    blocks: float
+    threads: int
+    registers: int
+    shared: int
+    counts: dict[str, float]
+
+    @property
+    def instructions(self) -> float:
+        """Of warps."""
+        return sum(self.counts.get(f"{kind} instructions", 0.0) for kind in KINDS)
+
+    @property
+    def elements(self) -> int:
+        return self.call.rows * self.call.classes
+
+    @property
+    def resident(self) -> int:
+        """Blocks that a multiprocessor holds."""
+        warps = -(-self.threads // 32)
+        of_warp = -(-32 * self.registers // REGISTER_UNIT) * REGISTER_UNIT
+        by_registers = REGISTERS // SCHEDULERS // of_warp * SCHEDULERS // warps
+        by_shared = GPUS[self.capability].shared // (self.shared + RESERVED)
+        return min(BLOCKS, WARPS // warps, by_registers, by_shared)
+
+    @property
+    def occupancy(self) -> float:
+        """The share of the warps that a multiprocessor could hold."""
+        return self.resident * -(-self.threads // 32) / WARPS
+
+    def bounds(self) -> dict[str, float]:
+        """Seconds for which each resource is busy at the least, the longest first."""
+        gpu, counts = GPUS[self.capability], self.counts
+        cycles = min(gpu.multiprocessors, self.blocks) * gpu.clock
+        sectors = counts.get("load sectors", 0.0) + counts.get("store sectors", 0.0)
+        touched = {how: counts.get(f"{how} bytes of memory", 0.0) for how in ("load", "store")}
+        # What is under way at once and fits the second-level cache comes from memory once.
+        under_way = min(self.blocks, self.resident * gpu.multiprocessors) / self.blocks * touched["load"]
+        loaded = touched["load"] if under_way <= gpu.cache else 32 * counts.get("load sectors", 0.0)
+        found = {
+            "instructions": self.instructions / (SCHEDULERS * cycles),
+            "special functions": 32 / SPECIAL_LANES * counts.get("special instructions", 0.0) / cycles,
+            "shuffles": 32 / SHUFFLE_LANES * counts.get("shuffles", 0.0) / cycles,
+            "first-level cache": 32 * sectors / (LINE * cycles),
+            "memory": (loaded + touched["store"]) / gpu.bandwidth,
+            "launch": self.launches * LAUNCH,
+        }
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    @property
+    def bound(self) -> tuple[str, float]:
+        """Which resource bounds it, and how many times as long as the next one it is busy."""
+        (first, longest), (_, second), *_ = self.bounds().items()
+        return first, longest / second if second else math.inf
+
+
+def calls(losses: list[str]) -> Iterator[Call]:
+    """In bfloat16, with a mean: those that have been measured (tools/gpu/profile.py), and 1024×1000 of every loss."""
+    from tools.gpu.profile import CALLS
+
+    measured = [Call(each.loss, each.rows, each.classes) for each in CALLS]
+    for loss in losses:
+        yield from dict.fromkeys([Call(loss, 1024, 1000), *(call for call in measured if call.loss == loss)])
+
+
+@lru_cache(maxsize=1024)
+def registers(ptx: str, capability: int) -> int:
+    from fused_kd.backends.triton.compile import read_cubin
+    from tools.ptx.triton.driver import assemble
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(assemble(ptx, capability))
+        (code,) = read_cubin(path).values()
+    return code.registers
+
+
+def run(call: Call, capability: int) -> list[Kernel]:
+    """Forward and backward of a call, as a GPU launches them, on the driver of :mod:`tools.ptx.triton`.
+
+    It is run with two numbers of rows. A line through both counts tells those of all rows from what a launch does
+    once."""
+    few, more = (_run(call, rows, capability) for rows in (call.run // 2, call.run))
+    further = (call.rows - call.run) / (call.run - call.run // 2)
+    found = []
+    for name, kernel in more.items():
+        counts = {
+            each: number + further * max(0.0, number - few[name].counts.get(each, 0.0))
+            for each, number in kernel.counts.items()
+        }
+        blocks = kernel.blocks + further * (kernel.blocks - few[name].blocks)
+        found.append(kernel._replace(blocks=blocks, counts=counts))
+    return found
+
+
+def _run(call: Call, rows: int, capability: int) -> dict[str, Kernel]:
+    from fused_kd import autograd, check
+    from fused_kd.backends.triton import replay
+    from fused_kd.backends.triton.plans import common, scale
+    from tools.ptx.triton.driver import session
+
+    before = len(session.launches)
+    tensors = check.Case(torch.bfloat16, rows, call.classes, {}, loss=call.loss).inputs("cpu")
+    with (
+        warnings.catch_warnings(),
+        mock.patch.object(session, "capability", capability),
+        # Launched as for all the rows, whatever such a call was before, and as for an incoming gradient on a GPU.
+        mock.patch.object(replay, "_kept", {}),
+        mock.patch.object(common, "COUNT_ROWS", common.COUNT_ROWS * rows // call.rows),
+        mock.patch.object(scale, "SCALE_PROGRAMS", scale.SCALE_PROGRAMS * rows // call.rows),
+        mock.patch.object(autograd, "_is_one", return_value=False),
+    ):
+        warnings.simplefilter("ignore")
+        check.evaluate("triton", *tensors, {}, None, call.loss)
+    found: dict[str, Kernel] = {}
+    for launched in session.launches[before:]:
+        one = Kernel(
+            launched.kernel,
+            call,
+            capability,
+            1,
+            launched.grid[0],
+            launched.threads,
+            registers(launched.ptx, capability),
+            launched.shared,
+            dict(launched.result.counts),
+        )
+        known = found.setdefault(launched.kernel, one)
+        if known is not one:
+            found[launched.kernel] = one._replace(
+                launches=known.launches + 1,
+                blocks=max(known.blocks, one.blocks),
+                registers=max(known.registers, one.registers),
+                shared=max(known.shared, one.shared),
+                counts=dict(Counter(known.counts) + Counter(one.counts)),
+            )
+    return found
+
+
+def measured() -> dict[tuple[str, Call], float]:
+    """Seconds of each kernel in each call on an H200, of the newest result."""
+    newest: dict[str, Any] = json.loads(sorted(RESULTS.glob("kernel-times-cuda-*.json"))[-1].read_text("utf-8"))
+    assert newest["machine"]["gpu"] == "NVIDIA H200"
+    return {
+        (kernel, Call(entry["loss"], entry["rows"], entry["classes"])): microseconds / 1e6
+        for entry in newest["results"]
+        if entry["backend"] == "triton"
+        for kernel, microseconds in entry["kernels"].items()
+    }
+
+
+HEADER = (
+    "kernel", "N×C", "launches", "instructions", "sectors loaded", "stored", "shuffles", "barriers", "registers",
+    "occupancy", *(f"bound on {gpu.name}" for gpu in GPUS.values()), "of an H200's time",
+)  # fmt: skip
+#: Kernels that do a few numbers a row, or return at once: their launch bounds them.
+SMALL = ("count_chunks", "reduce_parts", "rank_votes", "scale_rows")
+
+
+def cells(of_all: dict[int, Kernel], known: dict[tuple[str, Call], float]) -> list[str]:
+    """A row of one kernel in one call, for each of :data:`GPUS`: counts per element, per row what is shuffles and
+    barriers, 80 / 90 / 100 where they differ."""
+    first = next(iter(of_all.values()))
+
+    def each(text: Any) -> str:
+        values = list(dict.fromkeys(text(kernel) for kernel in of_all.values()))
+        return values[0] if len(values) == 1 else " / ".join(text(kernel) for kernel in of_all.values())
+
+    def per(name: str, by: int) -> Any:
+        return lambda kernel: f"{kernel.counts.get(name, 0.0) / by:.3g}"
+
+    bounds = [f"{name}, {min(times, 99):.1f}×" for name, times in (kernel.bound for kernel in of_all.values())]
+    took = known.get((first.name, first.call))
+    on_h200 = f"{max(of_all[90].bounds().values()) / took:.0%}" if took and 90 in of_all else "–"
+    return [
+        first.name, f"{first.call.rows}×{first.call.classes}", str(first.launches),
+        each(lambda kernel: f"{kernel.instructions / kernel.elements:.2f}"),
+        each(per("load sectors", first.elements)), each(per("store sectors", first.elements)),
+        each(per("shuffles", first.call.rows)), each(per("barriers", first.call.rows)),
+        each(lambda kernel: str(kernel.registers)), each(lambda kernel: f"{kernel.occupancy:.0%}"),
+        *bounds, on_h200,
+    ]  # fmt: skip
+
+
+def rows_of(call: Call, capabilities: list[int], known: dict[tuple[str, Call], float]) -> list[list[str]]:
+    """The rows of a call's kernels, each with the loss before its name."""
+    found = {capability: {kernel.name: kernel for kernel in run(call, capability)} for capability in capabilities}
+    names = next(iter(found.values()))
+    rows = [cells({capability: found[capability][name] for capability in capabilities}, known) for name in names]
+    return [[f"{call.loss}: {name}", *rest] for name, *rest in rows]
