@@ -53,6 +53,23 @@ def call(
     return returned(loss, packed if return_parts else None, parts_type, rows.shape, settings["reduction"])
 
 
+def ordinary(
+    name: str,
+    parts_type: type[Parts],
+    tensors: tuple[Any, Any, Any],
+    numbers: dict[str, float],
+    settings: dict[str, Any],
+    common: Common,
+) -> Tensor | tuple[Tensor, Parts] | None:
+    """What a function gives back, of an ordinary call; None of another. Nothing is checked before."""
+    made = direct.loss(name, tensors, numbers, settings, common)
+    if made is None or made[1] is None:
+        return made and made[0]
+    packed = made[1]
+    chosen = ROW_LOSSES[name].parts if name in ROW_LOSSES else range(len(packed))
+    return made[0], parts_type(*(packed[part] for part in chosen))
+
+
 def row_loss(
     name: str,
     eager: Callable[..., tuple[Tensor, Parts]],
@@ -64,9 +81,8 @@ def row_loss(
 ) -> Tensor | tuple[Tensor, Parts]:
     """Check a row loss and run it. ``tensors`` are the student's logits, the teacher's, and the target. A loss without
     a teacher has None for one, and no ``logit_standardization`` among its settings."""
-    if (made := direct.loss(name, tensors, numbers, settings, common)) is not None:
-        loss, packed = made
-        return loss if packed is None else (loss, parts_type(*(packed[part] for part in ROW_LOSSES[name].parts)))
+    if (made := ordinary(name, parts_type, tensors, numbers, settings, common)) is not None:
+        return made
     numbers = checked(numbers, settings)
     student_logits, teacher_logits, target = tensors
     plain = type(student_logits) is Tensor and (teacher_logits is None or type(teacher_logits) is Tensor)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 import torch
 from torch import Tensor, distributed, nn
 
-from fused_kd import autograd, direct, reference
+from fused_kd import autograd, reference
 from fused_kd.core import checks
 from fused_kd.losses import _sources
-from fused_kd.losses._call import call
+from fused_kd.losses._call import call, ordinary
 from fused_kd.losses._criterion import Criterion, Scheduled
 from fused_kd.losses._docs import documented
 from fused_kd.losses._options import checked
@@ -146,21 +146,17 @@ def uskd_loss(
         >>> uskd_loss(student_logits, weak_logits, target, ce_weight=1.0).backward()
     """
     numbers = {"alpha": alpha, "beta": beta, "mu": mu, "ce_weight": ce_weight, "label_smoothing": label_smoothing}
-    settings = {
-        "rank": rank,
-        "square": square,
-        "ignore_index": ignore_index,
-        "process_group": process_group,
-        "reduction": reduction,
-    }
+    settings: dict[str, Any] = {"rank": rank, "square": square, "ignore_index": ignore_index}
+    settings |= {"process_group": process_group, "reduction": reduction}
     common = (weight, normalizer, class_dim, None, backend, return_parts)
-    if (made := direct.loss("uskd", (student_logits, weak_logits, target), numbers, settings, common)) is not None:
-        return made[0] if made[1] is None else (made[0], USKDParts(*made[1]))
+    tensors = (student_logits, weak_logits, target)
+    if (made := ordinary("uskd", USKDParts, tensors, numbers, settings, common)) is not None:
+        return made
     numbers = checked(numbers, settings)
     plain = type(student_logits) is Tensor and type(weak_logits) is Tensor
     if not plain and (_sources.is_source(student_logits) or _sources.is_source(weak_logits)):
         summed = partial(_over_processes, process_group=process_group)
-        return _sources.uskd(_eager, summed, (student_logits, weak_logits, target), numbers, settings, common)
+        return _sources.uskd(_eager, summed, tensors, numbers, settings, common)
     student, weak = cast(Tensor, student_logits), cast(Tensor, weak_logits)
     rows = checks.flatten(student, weak, "weak_logits", target, class_dim)
     return call("uskd", _eager, _fused, USKDParts, (student, rows), (numbers, settings), common)

@@ -6,9 +6,9 @@ from typing import Any, Literal, overload
 
 from torch import Tensor
 
-from fused_kd import autograd, direct, reference
+from fused_kd import autograd, reference
 from fused_kd.core import checks
-from fused_kd.losses._call import call
+from fused_kd.losses._call import call, ordinary
 from fused_kd.losses._criterion import Criterion, Scheduled
 from fused_kd.losses._docs import documented
 from fused_kd.losses._options import checked
@@ -96,8 +96,9 @@ def zipf_ls_loss(
     settings = {"reduction": reduction, "ignore_index": ignore_index}
     numbers = {"beta": beta, "power": power, "ce_weight": ce_weight, "label_smoothing": label_smoothing}
     common = (weight, normalizer, class_dim, None, backend, return_parts)
-    if (made := direct.loss("zipf_ls", (student_logits, dense_logits, target), numbers, settings, common)) is not None:
-        return made[0] if made[1] is None else (made[0], DistillationParts(*made[1]))
+    tensors = (student_logits, dense_logits, target)
+    if (made := ordinary("zipf_ls", DistillationParts, tensors, numbers, settings, common)) is not None:
+        return made
     numbers = checked(numbers, settings)
     rows = checks.flatten(student_logits, None, None, target, class_dim)
     rows = checks.Rows(rows[0], checks.flatten_dense(dense_logits, student_logits, rows), *rows[2:])
