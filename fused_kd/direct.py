@@ -16,13 +16,11 @@ from fused_kd.autograd import scale_stored
 from fused_kd.backends import native
 from fused_kd.core.catalogue import NUMBERS, as_run
 
-# Its apply is C++; that of torch.autograd.Function looks for transforms first, which are never ordinary.
-_Function: Any = getattr(torch.autograd.function, "_SingleLevelFunction", torch.autograd.Function)
 _loss, _scale = native.direct_loss, native.direct_scale
 _ONE = torch.ones((), device="cpu")
 
 
-class _Loss(_Function):  # type: ignore[misc]
+class _Loss(torch.autograd.Function):
     """Gives autograd the gradients that the core has made: of each of ``logits``, None where it is not wanted."""
 
     @staticmethod
@@ -37,6 +35,10 @@ class _Loss(_Function):  # type: ignore[misc]
         if grad_output is None:
             return None, *(None for _ in stored)
         return None, *(None if gradient is None else _scaled(gradient, grad_output) for gradient in stored)
+
+
+# The C++ apply below that of torch.autograd.Function, which looks for transforms first: none is ordinary.
+_apply: Any = super(torch.autograd.Function, _Loss).apply
 
 
 def _scaled(gradient: Tensor, grad_output: Tensor) -> Tensor:
@@ -65,8 +67,8 @@ def loss(
     made = _loss(which, tensors, numbers, settings, common, native.instruction_set, torch.get_num_threads())
     if type(made) is tuple:
         if len(made) == 3:
-            value = made[0] if made[2] is None else _Loss.apply(made, tensors[0])
+            value = made[0] if made[2] is None else _apply(made, tensors[0])
         else:
-            value = made[0] if made[2] is made[3] else _Loss.apply(made, *tensors[:2])
+            value = made[0] if made[2] is made[3] else _apply(made, *tensors[:2])
         return value, made[1]
     return None if made is None else (made, None)

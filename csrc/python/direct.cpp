@@ -86,6 +86,7 @@ int64_t unlocked(const Run& run) {
 template <class Function>
 PyObject* guarded(const Function& function) {
     try {
+        if (!torch_given().exchange) throw unexpected("direct_begin before this");
         return function();
     } catch (const Failed&) {
     } catch (const std::bad_alloc&) {

@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+import torch._dynamo.compiled_autograd
 from torch.utils.checkpoint import checkpoint
 
 import fused_kd
@@ -232,6 +233,19 @@ def test_twice_and_to_be_differentiated():
         nkd_loss(leaf, teacher, target), leaf, torch.tensor([1.0, 2.0]), is_grads_batched=True
     )
     torch.testing.assert_close(batched[0][1], first)
+
+
+@pytest.mark.parametrize("scale", (1.0, 2.0))
+@pytest.mark.parametrize("name", ("nkd", "uskd"))
+def test_compiled_autograd(taken, name, scale):
+    logits, target = make(name)
+    plain = call(name, logits, target, scale)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        compiled = call(name, logits, target, scale)
+    assert all(taken)
+    for a, b in zip(plain, compiled, strict=True):
+        assert torch.equal(a, b)
+    torch._dynamo.reset()
 
 
 def test_hooks_and_checkpoints(taken):
