@@ -1,5 +1,6 @@
 """The loss as a citizen of PyTorch: gradcheck, opcheck, compile, autocast, checkpointing, DDP, double backward."""
 
+import gc
 import os
 import tempfile
 
@@ -240,6 +241,9 @@ def _ddp_worker(rank, port_file, queue):
     half = slice(4 * rank, 4 * rank + 4)
     fused_kd.nkd_loss(model(data[half]), teacher[half], target[half], ce_weight=1.0).backward()
     queue.put(model.module.weight.grad.numpy())
+    # Before the group: its last owner would wait, with Python's lock, for a thread that wants it.
+    del model
+    gc.collect()
     dist.destroy_process_group()
 
 
