@@ -171,3 +171,14 @@ def test_the_command_measures(folder: Path, result: dict[str, Any], monkeypatch:
                         own["milliseconds"]["both"]["median"] *= factor
         commit(folder, "old.json", made)
         assert cli.main(["guard", "--threads", str(result["machine"]["threads"])]) == status
+
+
+def test_a_faster_baseline_alone_is_no_regression(folder: Path, result: dict[str, Any]) -> None:
+    faster = changed(result, 1.0)
+    (part,) = (part for part in faster["losses"] if part["loss"] == "nkd")
+    for entry in part["cases"][0]["providers"]:
+        if entry["name"] == "published":
+            entry["times"]["hot"]["milliseconds"]["both"]["median"] /= 2.0
+    assert guard.main([], folder, Measured(faster, faster)) == 0
+    slower = changed(faster, 2.0, regime="hot")
+    assert guard.main([], folder, Measured(slower, slower)) == guard.REGRESSED
