@@ -65,10 +65,7 @@ def loss(
         return None
     which = NUMBERS.get(as_run(name, numbers.get("beta", 1.0)), name)
     made = _loss(which, tensors, numbers, settings, common, native.instruction_set, torch.get_num_threads())
-    if type(made) is tuple:
-        if len(made) == 3:
-            value = made[0] if made[2] is None else _apply(made, tensors[0])
-        else:
-            value = made[0] if made[2] is made[3] else _apply(made, *tensors[:2])
-        return value, made[1]
-    return None if made is None else (made, None)
+    if type(made) is not tuple:
+        return None if made is None else (made, None)
+    gradients = len(made) - 2  # of each logits, where any is wanted
+    return (_apply(made, *tensors[:gradients]) if gradients else made[0]), made[1]

@@ -235,28 +235,30 @@ double divisor_of(Reduction reduction, int64_t counted) {
     return reduction == kMean ? double(std::max<int64_t>(counted, 1)) : 1.0;
 }
 
-// The columns' share of DIST, for a row kernel to add to the gradient; returns the sum of their correlations. What the
-// rows' softmaxes are, the row kernel says first.
-struct Columns {
-    std::vector<char> data;
+// What the last visit to the rows of DIST takes of what came before.
+struct FromBefore {
+    std::vector<char> columns;
     std::vector<double> statistics;
 };
 
-double dist_columns(const Kernels& kernels, RowArgs& args, Columns& columns) {
+// The columns' share of DIST, for a row kernel to add to the gradient; returns the sum of their correlations. What the
+// rows' softmaxes are, the row kernel says first.
+double dist_columns(const Kernels& kernels, RowArgs& args, FromBefore& kept) {
     std::vector<SoftmaxOrigin> origins(size_t(2 * args.rows));
     RowArgs rows = args;
     rows.only_origins = rows.gradient != nullptr; // the losses come with the gradient then
     rows.gradient = nullptr;
     rows.origins = origins.data();
     if (rows.only_origins) {
-        columns.statistics.resize(size_t(kStatisticsFields * args.rows));
-        rows.statistics = args.statistics = columns.statistics.data();
+        kept.statistics.resize(size_t(kStatisticsFields * args.rows));
+        rows.statistics = args.statistics = kept.statistics.data();
     }
     kernels.row_losses(rows);
-    columns.data.resize(size_t(4 * rows.classes) * (rows.accumulate == kFloat64 ? sizeof(double) : sizeof(float)));
+    kept.columns.resize(size_t(4 * rows.classes) * (rows.accumulate == kFloat64 ? sizeof(double) : sizeof(float)));
+    args.columns = kept.columns.data();
     std::vector<double> correlations(size_t(rows.classes));
     kernels.dist_columns({rows.student, rows.teacher, origins.data(), rows.rows, rows.classes,
-                          rows.piece ? rows.piece->num_classes : rows.classes, rows.hyper, columns.data.data(),
+                          rows.piece ? rows.piece->num_classes : rows.classes, rows.hyper, kept.columns.data(),
                           correlations.data(), rows.accumulate, rows.threads, rows.column_factor});
     double sum = 0;
     for (double correlation : correlations)
@@ -295,10 +297,9 @@ int64_t row_loss(const Kernels& kernels, RowArgs args, const LossOutputs& out) {
     std::vector<double> parts(size_t(3 * args.rows)), sums = label_sums(args.target, args.rows);
     args.parts = parts.data();
     args.label_sums = sums.empty() ? nullptr : sums.data();
-    Columns columns;
+    FromBefore kept;
     const bool coupled = has_columns(args, counted);
-    const double correlations = coupled ? dist_columns(kernels, args, columns) : 0;
-    args.columns = coupled ? columns.data.data() : nullptr;
+    const double correlations = coupled ? dist_columns(kernels, args, kept) : 0;
     if (!coupled || args.gradient) kernels.row_losses(args);
     if (coupled) put_column_part(args, correlations, args.classes);
     reduce_parts(parts, 3, args.rows, divisor, out.reduction, args.accumulate, out.loss, out.parts);
@@ -313,13 +314,10 @@ int64_t row_stage(const Kernels& kernels, RowArgs args) {
     if (counted.bad_row >= 0) return counted.bad_row;
     std::vector<double> sums = label_sums(args.target, args.rows);
     args.label_sums = last && probabilities ? sums.data() : nullptr;
-    Columns columns;
+    FromBefore kept;
     const bool coupled = has_columns(args, counted);
     double correlations = 0;
-    if (coupled && piece.stage >= kSums) {
-        correlations = dist_columns(kernels, args, columns);
-        args.columns = columns.data.data();
-    }
+    if (coupled && piece.stage >= kSums) correlations = dist_columns(kernels, args, kept);
     kernels.row_losses(args);
     if (piece.stage == kSums) std::fill_n(piece.out + (kSumsFields - 1) * args.rows, args.rows, correlations);
     if (coupled && last) {

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cmath>
+#include <cstddef>
+#include <cstring>
 #include <vector>
 
 #include "../cpu/core.h"
@@ -137,13 +139,16 @@ inline bool same_shape(const Seen& a, const Seen& b) {
 
 // As fused_kd/losses/_options.py checks them: finite, at least 0, and some within bounds.
 inline bool hyper_parameters_of(PyObject* named, HyperParameters& out) {
-    constexpr Py_ssize_t kCorrect = 4, kTemperature = 6, kSmoothing = 8;
-    double values[9] = {0, 0, 0, 0, 0, 0, 1, 0, 0};
+    constexpr size_t kCorrect = offsetof(HyperParameters, correct) / sizeof(double);
+    constexpr size_t kTemperature = offsetof(HyperParameters, temperature) / sizeof(double);
+    constexpr size_t kSmoothing = offsetof(HyperParameters, label_smoothing) / sizeof(double);
+    double values[sizeof(HyperParameters) / sizeof(double)] = {};
+    values[kTemperature] = 1;
     PyObject *name, *value;
     for (Py_ssize_t at = 0; PyDict_Next(named, &at, &name, &value);) {
         PyObject* const found = PyDict_GetItemWithError(torch_given().places, name);
         if (!found || !(PyFloat_CheckExact(value) || PyLong_CheckExact(value))) return false;
-        const Py_ssize_t place = PyLong_AsSsize_t(found);
+        const size_t place = PyLong_AsSize_t(found);
         const double x = PyFloat_AsDouble(value);
         if (!(x >= 0 && x < INFINITY) || (place == kTemperature && x == 0)) {
             PyErr_Clear(); // an int beyond a double
@@ -152,7 +157,7 @@ inline bool hyper_parameters_of(PyObject* named, HyperParameters& out) {
         if ((place == kCorrect || place == kSmoothing) && x >= 1) return false;
         values[place] = x;
     }
-    out = {values[0], values[1], values[2], values[3], values[4], values[5], values[6], values[7], values[8]};
+    std::memcpy(&out, values, sizeof out);
     return true;
 }
 

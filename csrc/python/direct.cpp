@@ -39,19 +39,21 @@ class Made {
         return out;
     }
 
-    void* gradient(int place, PyObject* logits) {
+    // Where the gradient of logits goes; null where it is not wanted.
+    void* gradient(const Asked& asked, int place, PyObject* logits) {
+        if (!asked.grad || !requires_grad(logits)) return nullptr;
         gradients_[place] = like(logits);
         return address(gradients_[place]);
     }
 
-    // The loss alone, or (loss, parts or None, gradient or None of each logits).
+    // The loss alone, or (loss, parts or None), and where a gradient is wanted one or None of each logits.
     PyObject* handed_over(int logits) const {
-        if (!parts_ && !gradients_[0] && !gradients_[1]) return Py_NewRef(loss_);
-        PyObject* const fields[] = {loss_, parts_ ? parts_ : Py_None, gradients_[0] ? gradients_[0] : Py_None,
-                                    gradients_[1] ? gradients_[1] : Py_None};
-        PyObject* const tuple = called(PyTuple_New(2 + logits));
-        for (int k = 0; k < 2 + logits; ++k)
-            PyTuple_SET_ITEM(tuple, k, Py_NewRef(fields[k]));
+        const int size = gradients_[0] || gradients_[1] ? 2 + logits : 2;
+        if (size == 2 && !parts_) return Py_NewRef(loss_);
+        PyObject* const fields[] = {loss_, parts_, gradients_[0], gradients_[1]};
+        PyObject* const tuple = called(PyTuple_New(size));
+        for (int k = 0; k < size; ++k)
+            PyTuple_SET_ITEM(tuple, k, Py_NewRef(fields[k] ? fields[k] : Py_None));
         return tuple;
     }
 
@@ -101,6 +103,20 @@ DType accumulation(const Seen& student, const Seen& other) {
     return student.matrix.dtype == kFloat64 || other.matrix.dtype == kFloat64 ? kFloat64 : kFloat32;
 }
 
+// What the arguments of every kernel have.
+template <class Args>
+Args args_of(const Asked& asked, const Seen& student, const Seen& target, DType accumulate) {
+    Args args = {};
+    args.student = student.matrix;
+    args.target = target.matrix;
+    args.rows = student.rows;
+    args.classes = student.columns;
+    args.ignore_index = asked.ignore_index;
+    args.accumulate = accumulate;
+    args.threads = asked.threads;
+    return args;
+}
+
 // None of what is not ordinary. A bad row is left to Python, which says what is wrong with it.
 PyObject* row_loss_of(const Asked& asked, PyObject* const* logits, PyObject* label, int number) {
     using namespace common;
@@ -109,22 +125,16 @@ PyObject* row_loss_of(const Asked& asked, PyObject* const* logits, PyObject* lab
     teacher = student; // not read where the loss has no teacher
     if (number & kTeacher && !(plain_logits(logits[1], teacher, true) && !requires_grad(logits[1]))) return nullptr;
     if (!same_shape(student, teacher) || !plain_target(label, student, asked, target)) return nullptr;
-    RowArgs args = {};
-    args.student = student.matrix;
+    RowArgs args = args_of<RowArgs>(asked, student, target, accumulation(student, teacher));
     args.teacher = teacher.matrix;
-    args.target = target.matrix;
-    args.rows = student.rows;
-    args.classes = student.columns;
     args.loss = number;
     args.hyper = asked.hyper;
     args.standardize = asked.standardize;
-    args.ignore_index = label == Py_None ? -1 : asked.ignore_index;
+    if (label == Py_None) args.ignore_index = -1;
     args.gradient_scale = 1;
-    args.accumulate = accumulation(student, teacher);
-    args.threads = asked.threads;
     Made made;
     const LossOutputs out = made.room(asked, args.accumulate, kRowParts);
-    if (asked.grad && requires_grad(logits[0])) args.gradient = made.gradient(0, logits[0]);
+    args.gradient = made.gradient(asked, 0, logits[0]);
     return unlocked([&] { return row_loss(*asked.kernels, args, out); }) < 0 ? made.handed_over(1) : nullptr;
 }
 
@@ -133,27 +143,19 @@ PyObject* uskd_of(const Asked& asked, PyObject* const* logits, PyObject* label) 
     if (asked.rank < 0 || !plain_logits(logits[0], student) || !plain_logits(logits[1], weak) ||
         !same_shape(student, weak) || label == Py_None || !plain_target(label, student, asked, target))
         return nullptr;
-    TargetProbsArgs first = {
-        student.matrix, target.matrix,      student.rows, student.columns,
-        asked.square,   asked.ignore_index, nullptr,      student.matrix.dtype == kFloat64 ? kFloat64 : kFloat32,
-        asked.threads};
-    UskdArgs args = {};
-    args.student = student.matrix;
+    const DType accumulate = accumulation(student, weak);
+    TargetProbsArgs first = args_of<TargetProbsArgs>(asked, student, target, accumulate);
+    first.square = asked.square;
+    UskdArgs args = args_of<UskdArgs>(asked, student, target, accumulate);
     args.weak = weak.matrix;
-    args.target = target.matrix;
-    args.rows = student.rows;
-    args.classes = student.columns;
     args.hyper = asked.hyper;
     args.rank = asked.rank;
     args.square = asked.square;
-    args.ignore_index = asked.ignore_index;
     args.student_scale = args.weak_scale = 1;
-    args.accumulate = accumulation(student, weak);
-    args.threads = asked.threads;
     Made made;
-    const LossOutputs out = made.room(asked, args.accumulate, 4);
-    if (asked.grad && requires_grad(logits[0])) args.student_gradient = made.gradient(0, logits[0]);
-    if (asked.grad && requires_grad(logits[1])) args.weak_gradient = made.gradient(1, logits[1]);
+    const LossOutputs out = made.room(asked, accumulate, 4);
+    args.student_gradient = made.gradient(asked, 0, logits[0]);
+    args.weak_gradient = made.gradient(asked, 1, logits[1]);
     const int64_t bad_row = unlocked([&] {
         double sums[3];
         const int64_t bad_row = uskd_batch_sums(*asked.kernels, first, sums);
@@ -168,27 +170,20 @@ PyObject* zipf_ls_of(const Asked& asked, PyObject* const* logits, PyObject* labe
         dense.columns != student.columns || dense.positions < 1 || label == Py_None ||
         !plain_target(label, student, asked, target))
         return nullptr;
-    ZipfArgs args = {};
-    args.student = student.matrix;
+    ZipfArgs args = args_of<ZipfArgs>(asked, student, target, accumulation(student, student));
     args.dense = dense.matrix;
     args.dense_stride = dense.outer_stride;
     args.positions = dense.positions;
-    args.target = target.matrix;
-    args.rows = student.rows;
-    args.classes = student.columns;
     args.hyper = asked.hyper;
-    args.ignore_index = asked.ignore_index;
     args.gradient_scale = 1;
-    args.accumulate = accumulation(student, student);
-    args.threads = asked.threads;
     Made made;
     const LossOutputs out = made.room(asked, args.accumulate, 2);
-    if (asked.grad && requires_grad(logits[0])) args.gradient = made.gradient(0, logits[0]);
+    args.gradient = made.gradient(asked, 0, logits[0]);
     return unlocked([&] { return zipf_ls(*asked.kernels, args, out); }) < 0 ? made.handed_over(1) : nullptr;
 }
 
 // (which: the number of a row loss, or "uskd" or "zipf_ls"; (student_logits, others, target); numbers; settings;
-// common; instruction set; threads). None of what is not ordinary; else the loss, or (loss, parts or None, gradients).
+// common; instruction set; threads). None of what is not ordinary; else the loss, or what handed_over() says.
 PyObject* direct_loss(PyObject*, PyObject* const* of, Py_ssize_t count) {
     return guarded([=]() -> PyObject* {
         if (count != 7 || !PyTuple_Check(of[1]) || PyTuple_GET_SIZE(of[1]) != 3) throw unexpected("seven arguments");

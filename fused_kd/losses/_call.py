@@ -63,11 +63,13 @@ def ordinary(
 ) -> Tensor | tuple[Tensor, Parts] | None:
     """What a function gives back, of an ordinary call; None of another. Nothing is checked before."""
     made = direct.loss(name, tensors, numbers, settings, common)
-    if made is None or made[1] is None:
-        return made and made[0]
-    packed = made[1]
+    if made is None:
+        return None
+    loss, packed = made
+    if packed is None:
+        return loss
     chosen = ROW_LOSSES[name].parts if name in ROW_LOSSES else range(len(packed))
-    return made[0], parts_type(*(packed[part] for part in chosen))
+    return loss, parts_type(*(packed[part] for part in chosen))
 
 
 def row_loss(

@@ -1,6 +1,7 @@
 """Ordinary calls, which go straight to the C++ core: the other way's bits, and nothing taken that is not ordinary."""
 
 import gc
+import itertools
 import math
 import weakref
 
@@ -69,6 +70,22 @@ def test_the_other_ways_bits(taken, monkeypatch, name, dtype, soft):
             assert x.dtype == y.dtype
             assert x.shape == y.shape
             assert torch.equal(x, y) or bool((x.isnan() & y.isnan()).all())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_mixed_dtypes(taken, monkeypatch, name):
+    logits, target = make(name, torch.float64)
+    pairs = [
+        [each.to(dtype) for each, dtype in zip(logits, dtypes, strict=False)]
+        for dtypes in itertools.permutations((torch.float32, torch.float64, torch.bfloat16), 2)
+    ]
+    found = [call(name, pair, target) for pair in pairs]
+    assert all(taken)
+    monkeypatch.setattr(direct, "_loss", None)
+    for ours, pair in zip(found, pairs, strict=True):
+        for x, y in zip(ours, call(name, pair, target), strict=True):
+            assert x.dtype == y.dtype
+            assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("name", NAMES)
