@@ -16,17 +16,16 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.forms.providers import HEADLINE, LOSSES
-from benchmarks.forms.spec import BASELINE, COMPILED, OURS
+from benchmarks.forms.spec import OURS
 from benchmarks.measure import extras, machine
 from benchmarks.measure.cases import Case
 from benchmarks.measure.run import Options, Work, failures, run
+from benchmarks.show.pages import SHAPES, SMALL
 from benchmarks.show.report import case_name, entry_of, label, median, regimes_of, significant
 from benchmarks.show.stored import load
 
 RESULTS = Path(__file__).parent / "results"
 LIMIT = 1.15
-OTHERS = ("cross_entropy", COMPILED, BASELINE)
-SHAPES = ((256, 1000), (128, 21841), (32, 128256))
 SAME = ("cpu", "cpu_family_model", "cpu_capability", "threads")  # what makes two processors one kind
 REGRESSED, NOT_COMPARED = 1, 2  # exit statuses
 
@@ -46,7 +45,7 @@ def ratios(result: dict[str, Any]) -> dict[tuple[str, str], float]:
     cases += [("nkd", "fixed cost ", case) for case in result["fixed_cost"]]
     for loss, what, case in cases:
         ours = entry_of(case, OURS)
-        for name in OTHERS:
+        for name in SMALL:
             entry = entry_of(case, name)
             if entry and ours:
                 for regime in regimes_of(case):
@@ -130,7 +129,7 @@ def _measure(losses: Sequence[str]) -> dict[str, Any]:
     plan = [
         Work(
             LOSSES[name],
-            [provider for provider in LOSSES[name].providers if provider.name in (*OTHERS, OURS)],
+            [provider for provider in LOSSES[name].providers if provider.name in (*SMALL, OURS)],
             [Case(*shape) for shape in SHAPES],
         )
         for name in losses

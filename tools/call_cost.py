@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.measure.caches import OtherWork
+from benchmarks.show import pages
+from benchmarks.show.report import replace_block
 from fused_kd import direct, nkd_loss
 
 BEGIN, END = "<!-- call-cost:begin -->", "<!-- call-cost:end -->"
@@ -103,11 +105,9 @@ def table(hot: int, cold: int) -> str:
             plain = whole(lambda: F.cross_entropy(student, target), student, repeats, work)  # noqa: B023
             columns.append([*stages, ours, by_ops, plain])
     names = [*STAGES, "**the whole call**", "by the ops, as what is not ordinary", "F.cross_entropy"]
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
-    for place, name in enumerate(names):
-        lines.append(f"| {name} | " + " | ".join(f"{column[place]:.1f}" for column in columns) + " |")
-    threads = torch.get_num_threads()
-    return "\n".join(lines) + f"\n\n{threads} threads, torch {torch.__version__}; `python -m tools.call_cost`."
+    rows_of = [[name, *(f"{column[place]:.1f}" for column in columns)] for place, name in enumerate(names)]
+    about = f"{torch.get_num_threads()} threads, torch {torch.__version__}; `python -m tools.call_cost`."
+    return f"{pages.table(head, rows_of)}\n\n{about}"
 
 
 def main() -> None:
@@ -118,11 +118,7 @@ def main() -> None:
     given = parser.parse_args()
     text = table(given.hot, given.cold)
     if given.update:
-        before, _, rest = given.update.read_text(encoding="utf-8").partition(BEGIN)
-        _, end, after = rest.partition(END)
-        if not end:
-            parser.error(f"{given.update} has no {BEGIN} and {END}")
-        given.update.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+        replace_block(given.update, BEGIN, END, text)
     print(text)
 
 

@@ -157,7 +157,7 @@ def test_the_command_measures(folder: Path, result: dict[str, Any], monkeypatch:
     """From start to end with real times, which here are far from what is planted on either side."""
     monkeypatch.setattr(guard, "HEADLINE", ("nkd",))
     monkeypatch.setattr(guard, "SHAPES", ((6, 11),))
-    monkeypatch.setattr(guard, "OTHERS", ("published", "cross_entropy"))
+    monkeypatch.setattr(guard, "SMALL", ("published", "cross_entropy"))
     monkeypatch.setattr(extras, "LONG_ROWS", (8, 300))
     options = runner.Options
     monkeypatch.setattr(guard, "Options", lambda **given: options(**{**given, "seconds": 0.01, "min_rounds": 1}))
