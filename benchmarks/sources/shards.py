@@ -4,6 +4,7 @@ are exchanged. Each process is ``python -m benchmarks.sources.shards JSON``, wit
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -217,6 +218,8 @@ def main(argument: str) -> None:
         answer = {"status": "failed", "reason": f"{type(error).__name__}: {without_paths(str(error))}"[:300]}
     print(json.dumps(answer), flush=True)
     distributed.destroy_process_group()
+    # A thread of Gloo's that lets go of an object of Python's while the interpreter is ending aborts the process.
+    os._exit(0)
 
 
 if __name__ == "__main__":

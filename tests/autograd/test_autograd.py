@@ -9,6 +9,7 @@ import torch
 import torch._dynamo.testing
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import worlds
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
@@ -245,6 +246,7 @@ def _ddp_worker(rank, port_file, queue):
     del model
     gc.collect()
     dist.destroy_process_group()
+    worlds.leave()
 
 
 def _ddp_data():

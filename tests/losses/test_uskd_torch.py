@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import worlds
 from torch import nn
 from torch.library import opcheck
 from uskd_cases import FUSED, make, run
@@ -154,6 +155,7 @@ def _group_worker(rank, store, backend, queue):
     loss, _, *gradients = run(backend, student[part], weak[part], target[part], **options)
     queue.put((rank, loss.item(), [gradient.numpy() for gradient in gradients]))
     dist.destroy_process_group()
+    worlds.leave()
 
 
 def test_batch_mean_over_two_processes(backend):

@@ -5,10 +5,22 @@ import datetime
 import importlib
 import multiprocessing
 import os
+import sys
 import tempfile
 import traceback
 
 PATIENCE = 60.0  # seconds for a job
+
+
+def leave():
+    """End this process of a Gloo group at once, without the interpreter's own clearing up.
+
+    A thread of Gloo's may still hold the last collective, and with it an object of Python's. If it lets go of that
+    while the interpreter is ending, Python ends the thread by force and C++ aborts the process: one run in twelve where
+    eight processes share two cores.
+    """
+    sys.stdout.flush()
+    os._exit(0)
 
 
 class Failed(Exception):
