@@ -62,7 +62,7 @@ class Result:
     best_epoch: int
     epochs: int
     epoch_seconds: float
-    images_per_second: float
+    samples_per_second: float
     loss_share: float | None
     peak_memory: int
     parameters: int
@@ -86,6 +86,7 @@ class Run:
             "model": args.model, "norm": args.norm, "classes": dataset.classes, "channels": dataset.channels,
             "size": dataset.size, "mean": dataset.mean, "std": dataset.std,
         }  # fmt: skip
+        networks.check_data(args.model, dataset.text)
         torch.manual_seed(args.seed)
         network = networks.build(args.model, **{k: v for k, v in self.description.items() if k != "model"})
         self.student = networks.Student(
@@ -112,7 +113,7 @@ class Run:
         networks.place(teacher, where.device)
         predict = predictor(teacher, where, args.amp, args.compile)
         if args.cache_teacher is None:
-            return lambda batch: predict(batch.images)
+            return lambda batch: predict(batch.inputs)
         cache = where.first_then_others(
             lambda: teacher_cache.open_cache(
                 args.cache_teacher, self.data, weights, args.cache_top_k,
@@ -168,7 +169,7 @@ class Run:
         names = ["loss", *(f"loss_{name}" for name in self.parts)]
         if self.where.first:
             tests = [f"{what}_{split}" for split in self.data.tests for what in ("accuracy", "test_loss")]
-            columns = ["epoch", "loss", "lr", *tests, "seconds", "images_per_second", "loss_share"]
+            columns = ["epoch", "loss", "lr", *tests, "seconds", "samples_per_second", "loss_share"]
             self.step_table = Table(out / "steps.csv", ["step", "epoch", "lr", *names], "step", self.step)
             self.epoch_table = Table(out / "epochs.csv", columns, "epoch", self.step // per_epoch)
             self.tensorboard = TensorBoard(out / "tensorboard", self.step) if args.tensorboard else None
@@ -201,7 +202,7 @@ class Run:
                     speed = args.batch_size * (self.step - epoch * per_epoch - begin) / (time.perf_counter() - mark)
                     shown = list(zip(names, means, strict=True))[: None if self.bar.console.width >= 120 else 1]
                     text = " ".join(f"{name.removeprefix('loss_')} {mean:.3f}" for name, mean in shown)
-                    text += f"  {speed:,.0f} images/s"
+                    text += f"  {speed:,.0f} samples/s"
                 advance(1, text)
                 self.seconds = before + time.perf_counter() - mark - trainer.timing_seconds
                 if args.checkpoint_steps and self.step % args.checkpoint_steps == 0 and self.step % per_epoch:
@@ -223,7 +224,7 @@ class Run:
             "lr": trainer.optimizer.param_groups[0]["lr"],
             **scores,
         }
-        row |= {"seconds": self.seconds, "images_per_second": per_epoch * args.batch_size / self.seconds}
+        row |= {"seconds": self.seconds, "samples_per_second": per_epoch * args.batch_size / self.seconds}
         if trainer.loss_seconds:
             row["loss_share"] = per_epoch * statistics.median(trainer.loss_seconds) / self.seconds
         first = scores[f"accuracy_{next(iter(self.data.tests))}"]
@@ -237,9 +238,9 @@ class Run:
             if self.tensorboard:
                 self.tensorboard.add("epoch", {name: value for name, value in row.items() if name != "epoch"}, epoch)
             shown = ", ".join(f"{name} {100 * scores[f'accuracy_{name}']:.1f} %" for name in self.data.tests)
-            speed = row["images_per_second"]
+            speed = row["samples_per_second"]
             self.bar.console.print(
-                f"epoch {epoch:3d}  loss {means[0]:.4f}  {shown}  {speed:,.0f} images/s  {self.seconds:.1f} s",
+                f"epoch {epoch:3d}  loss {means[0]:.4f}  {shown}  {speed:,.0f} samples/s  {self.seconds:.1f} s",
                 highlight=False,
             )
         self.seconds = 0.0
@@ -260,11 +261,21 @@ def _check_batch(args: argparse.Namespace, where: Processes, dataset: Dataset) -
             f"{args.accumulate} pieces"
         )
     if args.batch_size > len(dataset.train):
-        raise RunError(f"--batch-size {args.batch_size}: more than the {len(dataset.train)} images for training")
+        raise RunError(
+            f"--batch-size {args.batch_size}: more than the {len(dataset.train)} {_noun(dataset)} for training"
+        )
     if not dataset.tests:
         raise RunError("--data: there is no test set")
     if args.amp == "fp16" and where.device.type != "cuda":
         raise RunError("--amp fp16: for CUDA only; bf16 works on the CPU")
+
+
+def _noun(dataset: Dataset) -> str:
+    return "windows" if dataset.text else "images"
+
+
+def _shape(dataset: Dataset) -> str:
+    return f"of {dataset.size} tokens" if dataset.text else f"{dataset.channels}×{dataset.size}×{dataset.size}"
 
 
 def _check_teacher(args: argparse.Namespace, method: methods.Method) -> None:
@@ -307,7 +318,7 @@ def _summary(run: Run) -> Result:
         best_epoch=int(best["epoch"]),
         epochs=len(rows),
         epoch_seconds=seconds,
-        images_per_second=len(run.batches) * run.args.batch_size / seconds,
+        samples_per_second=len(run.batches) * run.args.batch_size / seconds,
         loss_share=statistics.median(shares) if shares else None,
         peak_memory=peak,
         parameters=_parameters(run),
@@ -337,7 +348,7 @@ def run(args: argparse.Namespace, console: Console | None = None) -> Result:
 def _announce(this: Run, console: Console) -> None:
     args, dataset = this.args, this.data
     console.print(
-        f"{dataset.name}: {len(dataset.train):,} images {dataset.channels}×{dataset.size}×{dataset.size}, "
+        f"{dataset.name}: {len(dataset.train):,} {_noun(dataset)} {_shape(dataset)}, "
         f"{dataset.classes} classes; {args.model}, {_parameters(this):,} parameters; "
         f"{methods.described(args.loss, args.backend, this.where.device)}; "
         f"{this.where.world} × {this.where.device.type}",
@@ -346,7 +357,7 @@ def _announce(this: Run, console: Console) -> None:
     )
     for line in registry.about(dataset):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
-    if args.cache_teacher:
+    if args.cache_teacher and not dataset.text and (args.shift or args.flip):
         console.print("the teacher's logits are cached: of images without the student's shift and flip", soft_wrap=True)
     if this.step:
         console.print(f"goes on at step {this.step} of {this.steps}", highlight=False)
@@ -362,7 +373,7 @@ def _show(result: Result, args: argparse.Namespace, console: Console) -> None:
     console.print(table)
     share = "" if result.loss_share is None else f", {100 * result.loss_share:.1f} % of it in the loss"
     console.print(
-        f"{result.epoch_seconds:.1f} s an epoch{share}; {result.images_per_second:,.0f} images/s; "
+        f"{result.epoch_seconds:.1f} s an epoch{share}; {result.samples_per_second:,.0f} samples/s; "
         f"peak memory {result.peak_memory / 2**20:,.0f} MiB; {args.out}",
         highlight=False,
         soft_wrap=True,

@@ -1,7 +1,7 @@
 """Data sets as memory-mapped arrays: every source is decoded once into a folder that later runs open.
 
-A folder has, for each split, ``<split>.images.npy`` (N, C, H, W) and ``<split>.labels.npy`` (N,), and a manifest with
-what was asked for and the hash of every file.
+A folder has, for each split, ``<split>.inputs.npy`` and ``<split>.labels.npy`` (see :class:`Split`), and a manifest
+with what was asked for and the hash of every file.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import numpy.typing as npt
 from study.training.errors import RunError
 
 MANIFEST = "manifest.json"
+#: Raised when a folder of the same request looks otherwise.
+FORMAT = 2
 #: Files up to this size are hashed whole; of longer ones evenly spaced blocks are, so that opening stays quick.
 HASHED_WHOLE = 256 * 2**20
 BLOCK = 2**20
@@ -33,9 +35,10 @@ class DataError(RunError):
 
 @dataclass(frozen=True)
 class Split:
-    """Images (N, C, H, W) uint8 and labels (N,) int64, memory-mapped."""
+    """Images (N, C, H, W) uint8 and labels (N,) int64, or windows of text: tokens (N, L) int16 and the ones that follow
+    them (N, L) int64. Memory-mapped."""
 
-    images: npt.NDArray[np.uint8]
+    inputs: npt.NDArray[Any]
     labels: npt.NDArray[np.int64]
 
     def __len__(self) -> int:
@@ -60,12 +63,19 @@ class Dataset:
     notes: dict[str, Any]
 
     @property
+    def text(self) -> bool:
+        """It has windows of text and no images."""
+        return self.train.inputs.ndim == 2
+
+    @property
     def channels(self) -> int:
-        return int(self.train.images.shape[1])
+        """Of an image; 1 for text."""
+        return 1 if self.text else int(self.train.inputs.shape[1])
 
     @property
     def size(self) -> int:
-        return int(self.train.images.shape[2])
+        """Side of an image, or tokens of a window."""
+        return int(self.train.inputs.shape[-1])
 
 
 def cache_root() -> Path:
@@ -90,7 +100,7 @@ def content_hash(path: Path) -> str:
 
 def key_of(request: dict[str, Any]) -> str:
     """A short name of a request, for the cache's folder."""
-    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps([FORMAT, request], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def write_folder(folder: Path, manifest: dict[str, Any], fill: Callable[[Path], dict[str, Any]]) -> None:
@@ -130,9 +140,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def write_split(folder: Path, name: str, images: npt.NDArray[np.uint8], labels: Iterable[int]) -> None:
+def write_split(folder: Path, name: str, inputs: npt.NDArray[Any], labels: Iterable[Any]) -> None:
     """Write one split."""
-    np.save(folder / f"{name}.images.npy", images)
+    np.save(folder / f"{name}.inputs.npy", inputs)
     np.save(folder / f"{name}.labels.npy", np.asarray(labels, dtype=np.int64))
 
 
@@ -179,8 +189,10 @@ def _open(folder: Path) -> Dataset:
 
 
 def _open_split(folder: Path, name: str) -> Split:
-    images = np.load(folder / f"{name}.images.npy", mmap_mode="r")
+    inputs = np.load(folder / f"{name}.inputs.npy", mmap_mode="r")
     labels = np.load(folder / f"{name}.labels.npy", mmap_mode="r")
-    if images.ndim != 4 or images.dtype != np.uint8 or labels.shape != images.shape[:1]:
-        raise ValueError(f"{name} is not (N, C, H, W) bytes with N labels")
-    return Split(images, labels)
+    images = inputs.ndim == 4 and inputs.dtype == np.uint8 and labels.shape == inputs.shape[:1]
+    text = inputs.ndim == 2 and inputs.dtype == np.int16 and labels.shape == inputs.shape
+    if not images and not text:
+        raise ValueError(f"{name} is neither (N, C, H, W) bytes with N labels nor (N, L) tokens with as many labels")
+    return Split(inputs, labels)

@@ -67,7 +67,7 @@ def _build(folder: Path, files: dict[str, list[tuple[Path, int]]], size: int, cl
     stats: dict[str, list[float]] = {}
     with bar.task("reading images", total=sum(map(len, files.values()))) as advance:
         for split, entries in files.items():
-            path = folder / f"{split}.images.npy"
+            path = folder / f"{split}.inputs.npy"
             shape = (len(entries), 3, size, size)
             images = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
             for i, (file, _) in enumerate(entries):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from study.datasets import cifar, folder, glyphs
+from study.datasets import cifar, folder, glyphs, text
 from study.datasets.arrays import DataError, Dataset, cache_root
 from study.training.report import Bar
 
@@ -22,11 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data", nargs="+", default=["glyphs"], metavar=("NAME", "PATH"),
-        help="glyphs: Chinese characters in the fonts that are installed; or one on disk: cifar100 PATH, imagefolder "
-        "PATH (glyphs)",
+        help="glyphs: Chinese characters in the fonts that are installed; text: the sources of Python's standard "
+        "library, token by token; or images on disk: cifar100 PATH, imagefolder PATH (glyphs)",
     )  # fmt: skip
-    group.add_argument("--classes", type=int, help="how many glyphs has (1000), or the data on disk must have")
+    group.add_argument(
+        "--classes", type=int,
+        help="how many glyphs has (1000), the size of text's vocabulary (1024), or what the data on disk must have",
+    )  # fmt: skip
     group.add_argument("--image-size", type=int, default=32, metavar="PIXELS", help="side of an image (32)")
+    group.add_argument("--tokens", type=int, metavar="N", help="of text, the most to train on (1000000)")
     group.add_argument(
         "--draws",
         type=int,
@@ -45,6 +49,8 @@ def load(args: argparse.Namespace, bar: Bar) -> Dataset:
         DataError: It cannot be had; one line says what was expected.
     """
     name, *paths = args.data
+    if name != "text" and args.tokens is not None:
+        raise DataError(f"--tokens: is of text, not of {name}")
     if args.image_size < 8:
         raise DataError(f"--image-size: expected at least 8, got {args.image_size}")
     if name == "glyphs":
@@ -53,11 +59,16 @@ def load(args: argparse.Namespace, bar: Bar) -> Dataset:
         given = {"classes": args.classes, "draws": args.draws, "seed": args.data_seed, "held_out": args.held_out}
         request = glyphs.Glyphs(size=args.image_size, **{key: x for key, x in given.items() if x is not None})
         return glyphs.load(request, args.cache, bar)
-    if name not in ON_DISK:
-        raise DataError(f"--data: expected glyphs, {' PATH, '.join(ON_DISK)} PATH, got {name!r}")
+    if name not in ON_DISK and name != "text":
+        raise DataError(f"--data: expected glyphs, text, {' PATH, '.join(ON_DISK)} PATH, got {name!r}")
     for option in ("draws", "held_out", "data_seed"):
         if getattr(args, option) is not None:
-            raise DataError(f"--{option.replace('_', '-')}: is of glyphs, which are drawn; --data {name} is on disk")
+            raise DataError(f"--{option.replace('_', '-')}: is of glyphs, which are drawn; --data {name} is not")
+    if name == "text":
+        if paths:
+            raise DataError(f"--data text: expected no path, got {' '.join(paths)}")
+        asked = {key: x for key, x in (("classes", args.classes), ("tokens", args.tokens)) if x is not None}
+        return text.load(text.Text(**asked), args.cache, bar)
     if len(paths) != 1:
         raise DataError(f"--data {name}: expected one path, got {len(paths)}")
     path = Path(paths[0])
@@ -71,7 +82,8 @@ def load(args: argparse.Namespace, bar: Bar) -> Dataset:
 
 def about(dataset: Dataset) -> list[str]:
     """What a set is made of, a line each, where that is not the same everywhere."""
-    return glyphs.about(dataset) if dataset.name == "glyphs" else []
+    of = {"glyphs": glyphs.about, "text": text.about}
+    return of[dataset.name](dataset) if dataset.name in of else []
 
 
 def sheet(dataset: Dataset, path: Path, rows: int = 12, columns: int = 24) -> None:
@@ -83,7 +95,7 @@ def sheet(dataset: Dataset, path: Path, rows: int = 12, columns: int = 24) -> No
         chosen = np.flatnonzero(dataset.train.labels == label)
         # Evenly over a class's images, which are in the order of the font families.
         shown = min(columns, len(chosen))
-        images = dataset.train.images[chosen[np.arange(shown) * len(chosen) // max(shown, 1)]]
+        images = dataset.train.inputs[chosen[np.arange(shown) * len(chosen) // max(shown, 1)]]
         blank = np.zeros((columns - len(images), *images.shape[1:]), np.uint8)
         lines.append(np.concatenate([*images, *blank], axis=-1))
     picture = np.concatenate(lines, axis=-2).transpose(1, 2, 0)

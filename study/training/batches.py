@@ -34,9 +34,10 @@ class Augmentation:
 
 
 class Batch(NamedTuple):
-    """Images (N, C, H, W) in [0, 1], target (N,) classes or (N, C) probabilities, and their rows in the split."""
+    """Images (N, C, H, W) in [0, 1], target (N,) classes or (N, C) probabilities, and their rows in the split. Of text
+    tokens (N, L) and the ones that follow them (N, L)."""
 
-    images: Tensor
+    inputs: Tensor
     target: Tensor
     rows: Tensor
 
@@ -78,6 +79,9 @@ class Batches:
     def _make(self, order: Indices, epoch: int, i: int) -> Batch:
         draws = np.random.default_rng([self.seed, epoch, i])
         rows = order[i * self.batch_size : (i + 1) * self.batch_size]
+        if self.split.inputs.ndim == 2:  # nothing is done to text
+            rows = rows[self.share]
+            return Batch(*_read_text(self.split, rows), torch.from_numpy(rows))
         kind = self.augmentation
         shifts = draws.integers(-kind.shift, kind.shift + 1, size=(self.batch_size, 2))
         flips = draws.random(self.batch_size) < (0.5 if kind.flip else 0.0)
@@ -98,10 +102,14 @@ class Batches:
     def _read(
         self, rows: Indices, shifts: Indices, flips: npt.NDArray[np.bool_], share: slice
     ) -> tuple[Tensor, Tensor]:
-        images = torch.from_numpy(self.split.images[rows[share]])
+        images = torch.from_numpy(self.split.inputs[rows[share]])
         labels = torch.from_numpy(self.split.labels[rows[share]])
         images = shifted(images, torch.from_numpy(shifts[share]), torch.from_numpy(flips[share]))
         return images.float().div_(255), labels
+
+
+def _read_text(split: Split, rows: Indices | slice) -> tuple[Tensor, Tensor]:
+    return torch.tensor(split.inputs[rows].astype(np.int64)), torch.tensor(split.labels[rows])
 
 
 def shifted(images: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
@@ -129,7 +137,10 @@ def cut(images: Tensor, others: Tensor, weight: float, draws: np.random.Generato
 
 
 def plain_batches(split: Split, batch_size: int, begin: int, end: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Rows ``begin`` to ``end`` of a split in order: their slice, images in [0, 1] and classes."""
+    """Rows ``begin`` to ``end`` of a split in order: their slice, images in [0, 1] or tokens, and classes."""
     for first in range(begin, end, batch_size):
         rows = slice(first, min(first + batch_size, end))
-        yield rows, torch.tensor(split.images[rows]).float().div_(255), torch.tensor(split.labels[rows])
+        if split.inputs.ndim == 2:
+            yield rows, *_read_text(split, rows)
+            continue
+        yield rows, torch.tensor(split.inputs[rows]).float().div_(255), torch.tensor(split.labels[rows])

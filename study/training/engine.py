@@ -20,7 +20,7 @@ from study.training import batches
 from study.training.batches import Batch
 from study.training.errors import RunError
 from study.training.methods import Method
-from study.training.networks import Network, Outputs, Student
+from study.training.networks import Network, Outputs, Student, to_device
 from study.training.processes import Processes
 
 AMP = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -115,7 +115,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         pieces = self.args.accumulate
-        share = len(batch.images) // pieces
+        share = len(batch.inputs) // pieces
         values = torch.zeros((), device=self.where.device)
         for i in range(pieces):
             piece = Batch(*(tensor[i * share : (i + 1) * share] for tensor in batch))
@@ -130,12 +130,14 @@ class Trainer:
     def _piece(self, batch: Batch, last: bool, timed: bool) -> Tensor:
         ddp = self.trained if isinstance(self.trained, DistributedDataParallel) else None
         device = self.where.device
-        images = batch.images.to(device, memory_format=torch.channels_last, non_blocking=True)
+        inputs = to_device(batch.inputs, device)
         target = batch.target.to(device, non_blocking=True)
+        if not target.is_floating_point():
+            target = target.flatten()  # of text (N, L), where every position is a row of the loss
         with contextlib.nullcontext() if ddp is None or last else ddp.no_sync():
             with autocast(device, self.args.amp):
-                outputs: Outputs = self.trained(images)
-            teacher_logits = None if self.teach is None else self.teach(batch._replace(images=images))
+                outputs: Outputs = self.trained(inputs)
+            teacher_logits = None if self.teach is None else self.teach(batch._replace(inputs=inputs))
             if timed:
                 self._time_loss(outputs, teacher_logits, target)
             loss, parts = self.method.call(outputs, teacher_logits, target)
@@ -167,27 +169,27 @@ def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManage
 
 
 def predictor(network: Network, where: Processes, amp: str, compiled: bool) -> Callable[[Tensor], Tensor]:
-    """Images to logits of a network that is not trained."""
+    """Images or tokens to logits of a network that is not trained."""
     called: Callable[[Tensor], Tensor] = torch.compile(network) if compiled else network
 
-    def predict(images: Tensor) -> Tensor:
+    def predict(inputs: Tensor) -> Tensor:
         with torch.no_grad(), autocast(where.device, amp):
-            return called(images.to(where.device, memory_format=torch.channels_last))
+            return called(to_device(inputs, where.device))
 
     return predict
 
 
 def evaluate(network: Network, split: Split, where: Processes, amp: str) -> tuple[float, float]:
-    """Accuracy and mean cross-entropy on a split, whose rows the processes share."""
+    """Accuracy and mean cross-entropy of every label of a split, whose rows the processes share."""
     was_training = network.training
     predict = predictor(network.eval(), where, amp, compiled=False)
     sums = torch.zeros(2, dtype=torch.float64, device=where.device)
-    for _, images, classes in batches.plain_batches(split, 512, *where.share(len(split))):
-        logits, classes = predict(images).float(), classes.to(where.device)
+    for _, inputs, classes in batches.plain_batches(split, 512, *where.share(len(split))):
+        logits, classes = predict(inputs).float(), classes.to(where.device).flatten()
         sums[0] += (logits.argmax(1) == classes).sum()
         sums[1] += F.cross_entropy(logits, classes, reduction="sum")
     network.train(was_training)
-    correct, loss = (where.summed(sums) / len(split)).tolist()
+    correct, loss = (where.summed(sums) / split.labels.size).tolist()
     return correct, loss
 
 

@@ -1,12 +1,12 @@
-"""Students and teachers: residual CNNs and vision transformers for small images, and timm's where it is installed.
+"""Students and teachers: residual CNNs and vision transformers for small images, timm's where it is installed, and the
+language models of :mod:`study.training.text_networks`.
 
-Every network normalises its images itself, by mean and standard deviation kept as buffers, so that a checkpoint is
+Every network of images normalises them itself, by mean and standard deviation kept as buffers, so that a checkpoint is
 all that a teacher needs.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from study.training.errors import RunError
+from study.training.network import Features, ImageNetwork, Network
+from study.training.text_networks import TEXT_NETWORKS, build_text
 
 
 @dataclass(frozen=True)
@@ -51,45 +53,6 @@ NETWORKS: dict[str, Cnn | Vit] = {
 NORMS = ("batch", "group")
 
 
-class Features(NamedTuple):
-    """``weak``: what USKD's weak classifier sees, (N, D). ``final``: what the head sees; its form is the network's
-    own."""
-
-    weak: Tensor
-    final: Tensor
-
-
-class Network(nn.Module, ABC):
-    """Images (N, C, H, W) in [0, 1] to logits (N, classes)."""
-
-    weak_width: int
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
-
-    def normalise(self, images: Tensor) -> Tensor:
-        return (images - self.mean) / self.std
-
-    @abstractmethod
-    def features(self, images: Tensor) -> Features:
-        """What the heads see of the images."""
-
-    @abstractmethod
-    def classify(self, final: Tensor) -> Tensor:
-        """Logits (N, classes) of the final features."""
-
-    @abstractmethod
-    def dense(self, final: Tensor) -> Tensor:
-        """The head at each of P positions: logits (N, P, classes)."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.classify(self.features(images).final)
-
-
 def _norm(kind: str, width: int) -> nn.Module:
     return nn.BatchNorm2d(width) if kind == "batch" else nn.GroupNorm(max(1, width // 8), width)
 
@@ -112,7 +75,7 @@ class Block(nn.Module):
         return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x), inplace=True)
 
 
-class ResidualCnn(Network):
+class ResidualCnn(ImageNetwork):
     """The weak feature is stage 2's map, averaged; the final one the last stage's map."""
 
     def __init__(
@@ -152,7 +115,7 @@ class ResidualCnn(Network):
         return logits
 
 
-class VisionTransformer(Network):
+class VisionTransformer(ImageNetwork):
     """The weak feature is the class token after block L/2; the final one all tokens, the class token first."""
 
     def __init__(
@@ -191,7 +154,7 @@ class VisionTransformer(Network):
         return logits
 
 
-class Timm(Network):
+class Timm(ImageNetwork):
     """A network of timm. The weak feature comes from a forward hook on stage 2, or on block L/2 (its class token)."""
 
     def __init__(
@@ -262,7 +225,7 @@ class Timm(Network):
 def build(
     name: str, *, classes: int, channels: int, size: int, norm: str, mean: Sequence[float], std: Sequence[float]
 ) -> Network:
-    """The network ``name``: one of :data:`NETWORKS`, or ``timm:`` and a name of timm's.
+    """The network ``name``: one of :data:`NETWORKS` or :data:`TEXT_NETWORKS`, or ``timm:`` and a name of timm's.
 
     Raises:
         RunError: No such network, or it cannot take images of this size.
@@ -274,7 +237,25 @@ def build(
         return ResidualCnn(spec, classes, channels, size, norm, mean, std)
     if isinstance(spec, Vit):
         return VisionTransformer(spec, classes, channels, size, mean, std)
-    raise RunError(f"--model: expected one of {', '.join(NETWORKS)} or timm:NAME, got {name}")
+    if name in TEXT_NETWORKS:
+        return build_text(name, classes, size)
+    raise RunError(f"--model: expected one of {', '.join((*NETWORKS, *TEXT_NETWORKS))} or timm:NAME, got {name}")
+
+
+def check_data(name: str, text: bool) -> None:
+    """Raises:
+    RunError: The network ``name`` is of images and the data set of text, or the other way round.
+    """
+    if text and name not in TEXT_NETWORKS:
+        raise RunError(f"--model {name}: takes images, and the data are text; {', '.join(TEXT_NETWORKS)} take text")
+    if not text and name in TEXT_NETWORKS:
+        raise RunError(f"--model {name}: takes text, and the data are images; {', '.join(NETWORKS)} take images")
+
+
+def to_device(inputs: Tensor, device: torch.device) -> Tensor:
+    """Images with channels last, or tokens, on a device."""
+    layout = torch.channels_last if inputs.dim() == 4 else torch.preserve_format
+    return inputs.to(device, memory_format=layout, non_blocking=True)
 
 
 def place(module: nn.Module, device: torch.device) -> None:

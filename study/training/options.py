@@ -29,7 +29,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     registry.add_arguments(parser)
     what = parser.add_argument_group("what is trained")
-    what.add_argument("--model", default="cnn-small", help=f"{', '.join(networks.NETWORKS)}, or timm:NAME (cnn-small)")
+    what.add_argument(
+        "--model",
+        default="cnn-small",
+        help=f"{', '.join((*networks.NETWORKS, *networks.TEXT_NETWORKS))}, or timm:NAME (cnn-small)",
+    )
     what.add_argument("--norm", choices=networks.NORMS, default="batch", help="of the CNNs (batch)")
     what.add_argument(
         "--loss", choices=methods.NAMES, default="ce", metavar="NAME", help=f"{', '.join(methods.NAMES)} (ce)"
@@ -62,7 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="K",
         help="make a process's batch in K pieces, each with its own batch mean of USKD (1)",
     )
-    how.add_argument("--optimizer", choices=("sgd", "adamw"), help="(sgd; for a vit adamw)")
+    how.add_argument("--optimizer", choices=("sgd", "adamw"), help="(sgd; for a vit and for text adamw)")
     how.add_argument("--lr", type=float, help="peak learning rate (sgd 0.2, adamw 0.001, times batch size / 256)")
     how.add_argument("--weight-decay", type=float, help="(sgd 0.0005, adamw 0.05)")
     how.add_argument("--warmup", type=float, default=0.1, help="share of the steps in which the rate rises (0.1)")
@@ -102,7 +106,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if not 0 <= args.warmup <= 1:
         raise RunError(f"--warmup: expected a share from 0 to 1, got {args.warmup}")
     if args.optimizer is None:
-        args.optimizer = "adamw" if args.model.startswith("vit") else "sgd"
+        args.optimizer = "adamw" if args.model.startswith("vit") or args.model in networks.TEXT_NETWORKS else "sgd"
     sgd = args.optimizer == "sgd"
     if args.lr is None:
         args.lr = (0.2 if sgd else 0.001) * args.batch_size / 256

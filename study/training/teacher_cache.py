@@ -40,9 +40,9 @@ class TeacherCache:
         return TopK(log_probs, indices, kept.rest)
 
     def logits(self, rows: Tensor) -> Tensor:
-        """Logits (N, C) of these rows of the training split: bfloat16, with top-k float32."""
+        """Logits (N, C), or (N·L, C) of text, of these rows of the training split: bfloat16, with top-k float32."""
         if not self.top_k:
-            return torch.from_numpy(self.values[rows.numpy()]).view(torch.bfloat16)
+            return torch.from_numpy(self.values[rows.numpy()]).view(torch.bfloat16).flatten(0, -2)
         kept = self.kept(rows)
         left = (1 - kept.log_probs.double().exp().sum(1, keepdim=True)).clamp(min=1e-12)
         each = (left / (self.classes - self.top_k)).log().float()
@@ -52,8 +52,8 @@ class TeacherCache:
         """Of a cache with top-k what there is of these rows: nothing is made that is as wide as the classes."""
         assert self.classes_of is not None
         index = rows.numpy()
-        indices = torch.from_numpy(self.classes_of[index].astype(np.int64))
-        return TopK(torch.from_numpy(self.values[index]), indices, rest="uniform")
+        indices = torch.from_numpy(self.classes_of[index].astype(np.int64)).flatten(0, -2)
+        return TopK(torch.from_numpy(self.values[index]).flatten(0, -2), indices, rest="uniform")
 
 
 def open_cache(
@@ -112,19 +112,19 @@ def _short(value: object) -> str:
 
 
 def _fill(folder: Path, data: Dataset, top_k: int, predict: Callable[[Tensor], Tensor], bar: Bar) -> dict[str, Any]:
-    rows, kept = len(data.train), top_k or data.classes
-    values = _create(folder / "values.npy", np.float32 if top_k else np.int16, (rows, kept))
-    classes = _create(folder / "classes.npy", np.int32, (rows, kept)) if top_k else None
+    rows, shape = len(data.train), (*data.train.labels.shape, top_k or data.classes)
+    values = _create(folder / "values.npy", np.float32 if top_k else np.int16, shape)
+    classes = _create(folder / "classes.npy", np.int32, shape) if top_k else None
     with bar.task("teacher's logits", rows) as advance:
-        for part, images, _ in plain_batches(data.train, 1024, 0, rows):
-            logits = predict(images).float()
+        for part, inputs, labels in plain_batches(data.train, 64 if data.text else 1024, 0, rows):
+            logits = predict(inputs).float().unflatten(0, labels.shape)
             if classes is not None:
-                log_p, order = logits.log_softmax(1).sort(stable=True, dim=1, descending=True)
-                classes[part] = order[:, :top_k].numpy()
-                values[part] = log_p[:, :top_k].numpy()
+                log_p, order = logits.log_softmax(-1).sort(stable=True, dim=-1, descending=True)
+                classes[part] = order[..., :top_k].numpy()
+                values[part] = log_p[..., :top_k].numpy()
             else:
                 values[part] = logits.bfloat16().contiguous().view(torch.int16).numpy()
-            advance(len(images))
+            advance(len(inputs))
     for array in (values, classes):
         if array is not None:
             array.flush()

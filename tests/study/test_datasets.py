@@ -77,14 +77,14 @@ def test_glyphs(installed, tmp_path):
     options = ("--classes", 30, "--image-size", 16, "--draws", 3, "--cache", tmp_path / "cache")
     made = load(*options)
     assert made.notes == {"families": ["Alpha", "Beta"], "held_out": "Gamma"}
-    assert made.train.images.shape == (30 * 2 * 3, 1, 16, 16) and made.train.images.dtype == np.uint8
+    assert made.train.inputs.shape == (30 * 2 * 3, 1, 16, 16) and made.train.inputs.dtype == np.uint8
     assert {name: len(split) for name, split in made.tests.items()} == {"test": 30 * 2 * 2, "held-out": 30 * 2}
     assert (np.bincount(made.train.labels) == 6).all()
-    assert (made.train.images.reshape(180, -1).max(1) > 100).all(), "every image has ink"
+    assert (made.train.inputs.reshape(180, -1).max(1) > 100).all(), "every image has ink"
     # No test image is a training image.
-    seen = {image.tobytes() for image in made.train.images}
+    seen = {image.tobytes() for image in made.train.inputs}
     assert len(seen) == 180
-    assert not any(image.tobytes() in seen for split in made.tests.values() for image in split.images)
+    assert not any(image.tobytes() in seen for split in made.tests.values() for image in split.inputs)
 
 
 def test_glyphs_depend_on_the_seed_alone(installed, tmp_path):
@@ -92,11 +92,11 @@ def test_glyphs_depend_on_the_seed_alone(installed, tmp_path):
     first = load(*options, "--cache", tmp_path / "one")
     again = load(*options, "--cache", tmp_path / "two")
     other = load(*options, "--cache", tmp_path / "two", "--data-seed", 1)
-    assert (first.train.images == again.train.images).all() and first.fingerprint == again.fingerprint
-    assert (first.train.images != other.train.images).any() and first.fingerprint != other.fingerprint
+    assert (first.train.inputs == again.train.inputs).all() and first.fingerprint == again.fingerprint
+    assert (first.train.inputs != other.train.inputs).any() and first.fingerprint != other.fingerprint
     fewer = load(*options, "--cache", tmp_path / "two", "--draws", 2)
-    assert (fewer.train.images.reshape(10, 2, 2, -1) == first.train.images.reshape(10, 2, 18, -1)[:, :, :2]).all()
-    assert (fewer.tests["test"].images == first.tests["test"].images).all()
+    assert (fewer.train.inputs.reshape(10, 2, 2, -1) == first.train.inputs.reshape(10, 2, 18, -1)[:, :, :2]).all()
+    assert (fewer.tests["test"].inputs == first.tests["test"].inputs).all()
 
 
 def test_few_families_make_as_many_images_and_are_told(installed, tmp_path, capsys):
@@ -121,15 +121,15 @@ def test_glyphs_of_installed_fonts(tmp_path):
     except DataError as error:
         pytest.skip(str(error))
     assert made.notes["held_out"] not in made.notes["families"]
-    assert made.train.images.shape == (50 * len(made.notes["families"]), 1, 32, 32)
+    assert made.train.inputs.shape == (50 * len(made.notes["families"]), 1, 32, 32)
     for split in (made.train, *made.tests.values()):
-        spread = split.images.astype(float).std((1, 2, 3))
+        spread = split.inputs.astype(float).std((1, 2, 3))
         assert spread.min() > 8, "every image has ink"
     # The mean training images, blurred, tell far more characters of the held-out family than chance, which is 2 %.
     held_out = made.tests["held-out"]
-    mean = made.train.images.mean(0, dtype=float)
+    mean = made.train.inputs.mean(0, dtype=float)
     blurred, queries = (
-        (split.images - mean)[:, 0].reshape(-1, 16, 2, 16, 2).mean((2, 4)).reshape(len(split), -1)
+        (split.inputs - mean)[:, 0].reshape(-1, 16, 2, 16, 2).mean((2, 4)).reshape(len(split), -1)
         for split in (made.train, held_out)
     )
     centres = blurred.reshape(50, -1, 256).mean(1)
@@ -169,7 +169,7 @@ def test_corrupt_cache(installed, tmp_path, harm):
     options = ("--classes", 10, "--image-size", 16, "--cache", tmp_path / "cache")
     load(*options)
     (folder,) = (tmp_path / "cache").iterdir()
-    images = folder / "train.images.npy"
+    images = folder / "train.inputs.npy"
     if harm == "flip":
         content = bytearray(images.read_bytes())
         content[-1] ^= 1
@@ -222,7 +222,7 @@ def test_the_sheet_shows_every_family(installed, tmp_path):
     made = load("--classes", 10, "--image-size", 16, "--draws", 20, "--cache", tmp_path / "cache")
     registry.sheet(made, tmp_path / "sheet.png", rows=1, columns=30)
     sheet = np.asarray(Image.open(tmp_path / "sheet.png")).reshape(16, 30, 16).transpose(1, 0, 2)
-    of_first_class = made.train.images[:40, 0]  # 20 draws of Alpha, then 20 of Beta
+    of_first_class = made.train.inputs[:40, 0]  # 20 draws of Alpha, then 20 of Beta
     families = [int((of_first_class == image).all((1, 2)).argmax()) // 20 for image in sheet]
     assert families == [0] * 15 + [1] * 15
 
@@ -254,7 +254,7 @@ def test_cifar100(tmp_path):
     for path in (tmp_path / "disk", tmp_path / "disk" / "cifar-100-python", tmp_path / "cifar-100-python.tar.gz"):
         made = load("--data", "cifar100", path, "--cache", tmp_path / "cache")
         assert made.classes == 100 and list(made.tests) == ["test"]
-        assert (made.train.images.reshape(200, -1) == content["train"][0]).all()
+        assert (made.train.inputs.reshape(200, -1) == content["train"][0]).all()
         assert made.train.labels.tolist() == content["train"][1]
         mean = content["train"][0].reshape(200, 3, 1024).mean((0, 2)) / 255
         assert made.mean == pytest.approx(mean.tolist())
@@ -319,10 +319,10 @@ def test_imagefolder(tmp_path):
     make_folder(tmp_path / "pets")
     made = load("--data", "imagefolder", tmp_path / "pets", "--image-size", 20, "--cache", tmp_path / "cache")
     assert made.classes == 2 and made.notes["names"] == ["cat", "dog"]
-    assert made.train.images.shape == (6, 3, 20, 20) and len(made.tests["val"]) == 4
+    assert made.train.inputs.shape == (6, 3, 20, 20) and len(made.tests["val"]) == 4
     assert made.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert made.train.images[:, 0, 10, 10].tolist() == [5, 15, 25, 105, 115, 125]
-    assert int(made.train.images[:, :, 1:-1, 1:-1].max()) == 125, "the middle of each image"
+    assert made.train.inputs[:, 0, 10, 10].tolist() == [5, 15, 25, 105, 115, 125]
+    assert int(made.train.inputs[:, :, 1:-1, 1:-1].max()) == 125, "the middle of each image"
 
 
 @pytest.mark.parametrize("harm", ["image", "class", "split", "empty", "empty class"])

@@ -40,13 +40,13 @@ def test_learns(tmp_path):
     result = run("--out", tmp_path / "run", "--epochs", 14, "--lr", 0.1, "--time-loss", "--tensorboard", "--seed", 1)
     assert result.accuracy["test"] > 0.6
     assert result.best["test"] >= result.accuracy["test"] and result.epochs == 14
-    assert 0 < result.loss_share < 1 and result.images_per_second > 0 and result.peak_memory > 2**20
+    assert 0 < result.loss_share < 1 and result.samples_per_second > 0 and result.peak_memory > 2**20
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"best.safetensors", "last.pt", "steps.csv", "epochs.csv", "curves.png", "run.json", "tensorboard"} <= names
     network, description = checkpoint.load_network(tmp_path / "run" / "best.safetensors", "--teacher")
     assert (description["epoch"], description["classes"]) == (result.best_epoch, train_runs.CLASSES)
     split = train_runs.tiny().tests["test"]
-    logits = network(torch.tensor(split.images).float() / 255)
+    logits = network(torch.tensor(split.inputs).float() / 255)
     assert (logits.argmax(1).numpy() == split.labels).mean() == pytest.approx(result.best["test"])
 
 
@@ -124,12 +124,12 @@ def test_shift_repeats_edges():
 def test_mixed_labels_are_the_images_shares(kind):
     """Of one white class and one black: an image's mean is the white's share of its label."""
     tiny = train_runs.tiny(classes=2)
-    images = np.repeat((tiny.train.labels * 255).astype(np.uint8), train_runs.SIZE**2).reshape(tiny.train.images.shape)
+    images = np.repeat((tiny.train.labels * 255).astype(np.uint8), train_runs.SIZE**2).reshape(tiny.train.inputs.shape)
     split = type(tiny.train)(images, tiny.train.labels)
     augmentation = batches.Augmentation(**{kind: 1.0})
     made = list(batches.Batches(split, 2, 16, augmentation, 0, 0, 1).epoch(0, 0))
     target = torch.cat([batch.target for batch in made])
-    torch.testing.assert_close(torch.cat([batch.images for batch in made]).mean(dim=(1, 2, 3)), target[:, 1])
+    torch.testing.assert_close(torch.cat([batch.inputs for batch in made]).mean(dim=(1, 2, 3)), target[:, 1])
     assert (target.min(dim=1).values > 0).any()
 
 

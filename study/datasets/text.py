@@ -1,0 +1,117 @@
+"""Text that every installation of Python has: the sources of its standard library, as windows of byte-pair tokens.
+
+A file's tokens are cut into blocks, and one block of twelve is tested on, so that both splits have text of every file.
+The tokenizer is trained on the whole. The library's own tests are left out, as some distributions do not install them.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from study.datasets.arrays import DataError, Dataset, content_hash, dataset, key_of, write_split
+from study.training.report import Bar
+
+#: Raised when the same request gives other tokens.
+VERSION = 1
+#: Windows of a block, and one block of so many is tested on.
+BLOCK, TEST_SHARE = 16, 12
+#: Begins each file.
+BEGIN = "<file>"
+_LEFT_OUT = frozenset(("test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages", "__pycache__"))
+
+
+@dataclass(frozen=True)
+class Text:
+    """What to build: ``classes`` is the size of the vocabulary, ``window`` the tokens of a row, ``tokens`` the
+    most to train on, ``of_file`` the most of one file, as some are long tables."""
+
+    classes: int = 1024
+    window: int = 32
+    tokens: int = 1_000_000
+    of_file: int = 6000
+
+
+def sources(folder: Path | None = None) -> list[Path]:
+    """The files, in an order that has nothing to do with what is in them."""
+    root = Path(sysconfig.get_paths()["stdlib"]) if folder is None else folder
+    found = [path for path in root.rglob("*.py") if not _LEFT_OUT.intersection(path.relative_to(root).parts)]
+    return sorted(found, key=lambda path: (_hash(path, root), path))
+
+
+def _hash(path: Path, root: Path) -> int:
+    return zlib.crc32(path.relative_to(root).as_posix().encode())
+
+
+def load(request: Text, cache: Path, bar: Bar, folder: Path | None = None) -> Dataset:
+    """Open the data set in ``cache``, built there first if need be; ``folder`` stands in for the standard library.
+
+    Raises:
+        DataError: There is too little text, ``tokenizers`` is not installed, or a number is out of range.
+    """
+    if not 300 <= request.classes <= 32767:
+        raise DataError(f"--classes: text has 300 to 32767 tokens, got {request.classes}")
+    if request.tokens < request.window + 1:
+        raise DataError(f"--tokens: expected at least {request.window + 1}, got {request.tokens}")
+    files = sources(folder)
+    root = Path(sysconfig.get_paths()["stdlib"]) if folder is None else folder
+    listed = [[path.relative_to(root).as_posix(), content_hash(path)] for path in files]
+    wanted = {"version": VERSION, **asdict(request), "files": listed}
+    key = key_of(wanted)
+    manifest = {"request": key, "notes": {"files": len(files)}}
+    return dataset(cache / f"text-{request.classes}-{key}", manifest, lambda to: _build(to, request, files, bar))
+
+
+def _build(folder: Path, request: Text, files: list[Path], bar: Bar) -> dict[str, Any]:
+    try:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    except ImportError:
+        raise DataError("--data text: tokenizers is not installed; pip install tokenizers") from None
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in files]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=request.classes,
+        special_tokens=[BEGIN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() < request.classes:
+        raise DataError(f"--classes: this text makes {tokenizer.get_vocab_size()} tokens, {request.classes} asked for")
+    begin = tokenizer.token_to_id(BEGIN)
+    blocks: dict[str, list[npt.NDArray[np.int64]]] = {"train": [], "test": []}
+    length, count = request.window * BLOCK, 0
+    with bar.task("tokens", request.tokens) as advance:
+        for text in texts:
+            tokens = np.array([begin, *tokenizer.encode(text).ids[: request.of_file]])
+            # What is left at a file's end is no whole block; each block has the token after its last one, too.
+            for first in range(0, len(tokens) - length, length):
+                split = "train" if count % TEST_SHARE else "test"
+                blocks[split].append(tokens[first : first + length + 1])
+                count += 1
+            advance(len(tokens))
+            if len(blocks["train"]) * length >= request.tokens:
+                break
+    if not blocks["train"]:
+        raise DataError(f"text: the standard library's sources make no block of {length} tokens to train on")
+    for split, made in blocks.items():
+        both = [np.stack(made)[:, shift : shift + length].reshape(-1, request.window) for shift in (0, 1)]
+        write_split(folder, split, both[0].astype(np.int16), both[1])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    stats = {"mean": [0.0], "std": [1.0]}
+    return {"name": "text", "splits": ["train", "test"], "classes": request.classes, **stats}
+
+
+def about(made: Dataset) -> list[str]:
+    """What the text is of."""
+    return [
+        f"text: {made.train.labels.size:,} tokens to train on, of {made.notes['files']} files of Python's own sources"
+    ]
