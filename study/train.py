@@ -54,7 +54,8 @@ class Result:
 
     ``accuracy`` by test split of the last epoch, ``best`` of the best epoch by the first of them; ``epoch_seconds`` the
     median time of training an epoch, tests left out; ``loss_share`` of that in the loss's forward and backward to the
-    logits (None without ``--time-loss``); ``peak_memory`` in bytes: on CUDA what tensors took, else the process's.
+    logits (None without ``--time-loss``); ``peak_memory`` in bytes: on CUDA what tensors took, else the process's;
+    ``data`` the data set's fingerprint.
     """
 
     accuracy: dict[str, float]
@@ -66,6 +67,7 @@ class Result:
     loss_share: float | None
     peak_memory: int
     parameters: int
+    data: str
 
 
 class Run:
@@ -322,6 +324,7 @@ def _summary(run: Run) -> Result:
         loss_share=statistics.median(shares) if shares else None,
         peak_memory=peak,
         parameters=_parameters(run),
+        data=run.data.fingerprint,
     )
 
 

@@ -1,20 +1,18 @@
-"""What the study runs: the methods, their hyper-parameters, and the setting that they share."""
+"""What the study runs: its tasks, the methods and their hyper-parameters, and what one run is."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-
-from study.training import options
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Method:
     """One loss as the study has it.
 
-    ``settings`` are given to ``--set``, what they leave out is fused_kd's default; ``rate`` times the learning rate of
-    the others is this one's.
+    ``settings`` are given to ``--set``; what they leave out is fused_kd's default.
     """
 
     title: str
@@ -22,24 +20,12 @@ class Method:
     teacher: bool = False
     settings: tuple[str, ...] = ()
     note: str = ""
-    rate: float = 1.0
-
-    @property
-    def options(self) -> tuple[str, ...]:
-        """The hyper-parameters as options of train.py."""
-        return tuple(part for text in self.settings for part in ("--set", text))
 
 
-#: No method of the paper's.
-CONTROL = "ce-twice"
 #: By name. Hyper-parameters are those published for ImageNet with a ResNet-34 and a ResNet-18 where there are such,
 #: else the defaults of fused_kd, which are the papers' own. None is tuned here.
 METHODS: dict[str, Method] = {
     "ce": Method("baseline", "ce", note="cross-entropy"),
-    CONTROL: Method(
-        "baseline, twice the rate", "ce", rate=2.0,
-        note="a control: most losses here add a term to the whole cross-entropy, and so take larger steps",
-    ),
     "label-smoothing": Method("label smoothing", "label-smoothing", note="ε = 0.1"),
     "kd": Method(
         "KD", "kd", teacher=True, settings=("temperature=1",),
@@ -58,66 +44,140 @@ METHODS: dict[str, Method] = {
     "zipf-ls": Method("Zipf's LS", "zipf-ls", note="weight 0.1, the votes of the last map's positions"),
     "uskd": Method("USKD", "uskd", note="α = 1, β = 0.1, μ = 0.005: the paper's values for ImageNet"),
 }  # fmt: skip
-TEACHER_FREE = ("ce", CONTROL, "label-smoothing", "tf-kd", "zipf-ls", "uskd")
-WITH_TEACHER = ("ce", CONTROL, "label-smoothing", "kd", "dkd", "nkd")
-#: The teacher has a seed of its own.
+WITH_TEACHER = ("ce", "label-smoothing", "kd", "dkd", "nkd")
+TEACHER_FREE = ("ce", "label-smoothing", "tf-kd", "zipf-ls", "uskd")
+#: Of the students that are compared.
+SEEDS = (0, 1, 2, 3, 4)
+#: Of the runs that learning rates are chosen by, and no others.
+RATE_SEEDS = (50, 51)
+#: A teacher has a seed of its own.
 TEACHER_SEED = 100
+#: The baseline is also trained so many times as long, with so many of the seeds.
+LONGER, LONGER_SEEDS = 2, 3
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What all runs of a study have in common, the teacher's, too. ``lr`` is train.py's own unless it is given."""
+class Teacher:
+    """The network that teaches, trained once with cross-entropy. Tasks of the same data may share one, by ``name``."""
 
-    classes: int = 1000
-    draws: int = 1
-    student: str = "cnn-small"
-    teacher: str = "cnn-medium"
-    epochs: int = 20
-    batch_size: int = 128
-    lr: float | None = None
+    name: str
+    model: str
+    epochs: int
+    lr: float
+
+
+@dataclass(frozen=True)
+class Task:
+    """Data, a student and its schedule, which all methods share.
+
+    ``data`` are options of train.py; ``rates`` the learning rates that the search for the baseline's best begins with,
+    each twice the one before; ``what`` completes "trained on"; ``unit`` what a label is of.
+    """
+
+    name: str
+    title: str
+    what: str
+    data: tuple[str, ...]
+    student: str
+    teacher: Teacher
+    epochs: int
+    batch_size: int
+    rates: tuple[float, ...]
+    methods: tuple[str, ...] = tuple(METHODS)
+    unit: str = "image"
+
+    def setting(self) -> dict[str, Any]:
+        """What must be the same for runs to be comparable, as JSON has it."""
+        own: dict[str, Any] = asdict(self)
+        setting = {name: own[name] for name in ("data", "student", "teacher", "epochs", "batch_size")}
+        return {**setting, "data": list(self.data)}
+
+
+_GLYPHS = ("--data", "glyphs", "--classes", "1000", "--image-size", "16", "--draws", "12", "--shift", "0")
+_TEXT = ("--data", "text", "--classes", "1024")
+_TEXT_TEACHER = Teacher("text", "gru-large", epochs=5, lr=0.002)
+#: Text has no Zipf's LS: its votes are those of the positions of an image's last map.
+_OF_TEXT = tuple(name for name in METHODS if name != "zipf-ls")
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            "glyphs", "glyphs, CNN", "images of 1000 Chinese characters, 16 × 16 pixels", _GLYPHS, "cnn-tiny",
+            Teacher("glyphs", "cnn-medium", epochs=20, lr=0.2), epochs=20, batch_size=256, rates=(0.1, 0.2, 0.4),
+        ),
+        Task(
+            "text-gru", "text, GRU", "the sources of Python's standard library, 1024 byte-pair tokens",
+            _TEXT, "gru-small", _TEXT_TEACHER, epochs=4, batch_size=32, rates=(0.004, 0.008, 0.016),
+            methods=_OF_TEXT, unit="token",
+        ),
+        Task(
+            "text-transformer", "text, transformer", "the sources of Python's standard library, 1024 byte-pair tokens",
+            _TEXT, "transformer-small", _TEXT_TEACHER, epochs=4, batch_size=32, rates=(0.004, 0.008, 0.016),
+            methods=_OF_TEXT, unit="token",
+        ),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One training run of a task: a method, what of it is set otherwise than in :data:`METHODS`, the peak learning
+    rate and the seed. ``longer`` times the task's epochs are made."""
+
+    task: str
+    method: str
+    lr: float
+    seed: int
+    settings: tuple[str, ...] = ()
+    longer: int = 1
+
+    @property
+    def key(self) -> str:
+        """Its name within the task: that of its folder and its record."""
+        long = (f"epochs-x{self.longer}",) if self.longer > 1 else ()
+        return "-".join((self.method, *self.settings, *long, f"lr-{self.lr:g}", f"seed-{self.seed}"))
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training run: its folder, options of train.py, and the job that must have ended before it."""
+    """A training run as a process: its folder, options of train.py, and its epochs."""
 
     name: str
     folder: Path
     options: tuple[str, ...]
     epochs: int
-    after: str | None = None
 
 
-def jobs(setting: Setting, methods: Sequence[str], seeds: Sequence[int], cache: Path, out: Path) -> list[Job]:
-    """The teacher first, then seed by seed, what needs no teacher before what waits for it."""
-    common = (
-        "--classes", str(setting.classes), "--draws", str(setting.draws), "--epochs", str(setting.epochs),
-        "--batch-size", str(setting.batch_size), "--cache", str(cache), "--device", "cpu", "--quiet", "--resume",
-        *(("--lr", str(setting.lr)) if setting.lr else ()),
-    )  # fmt: skip
-    made: list[Job] = []
-    if any(METHODS[name].teacher for name in methods):
-        folder = out / "teacher"
-        own: tuple[str, ...] = ("--model", setting.teacher, "--seed", str(TEACHER_SEED), "--out", str(folder))
-        made.append(Job("teacher", folder, (*common, *own), setting.epochs))
-    for seed in seeds:
-        for needs_teacher in (False, True):
-            for name in methods:
-                method, folder = METHODS[name], run_folder(out, name, seed)
-                if method.teacher != needs_teacher:
-                    continue
-                own = ("--model", setting.student, "--seed", str(seed), "--out", str(folder))
-                own += ("--loss", method.loss, *method.options)
-                if method.rate != 1:
-                    usual: float = options.parse([*common, *own]).lr
-                    own += ("--lr", str(method.rate * usual))
-                if needs_teacher:
-                    own += ("--teacher", str(out / "teacher" / "best.safetensors"))
-                after = "teacher" if needs_teacher else None
-                made.append(Job(folder.name, folder, (*common, *own), setting.epochs, after))
-    return made
+def _common(task: Task, cache: Path, folder: Path) -> tuple[str, ...]:
+    fixed = ("--batch-size", str(task.batch_size), "--cache", str(cache), "--out", str(folder))
+    return (*task.data, *fixed, "--device", "cpu", "--quiet", "--resume")
 
 
-def run_folder(out: Path, method: str, seed: int) -> Path:
-    """Where the run of a method with a seed is."""
-    return out / f"{method}-{seed}"
+def teacher_job(task: Task, cache: Path, out: Path) -> Job:
+    """The training of a task's teacher."""
+    teacher, folder = task.teacher, out / "teachers" / task.teacher.name
+    own = ("--model", teacher.model, "--epochs", str(teacher.epochs), "--lr", f"{teacher.lr:g}")
+    own += ("--seed", str(TEACHER_SEED))
+    return Job(f"teacher {teacher.name}", folder, (*_common(task, cache, folder), *own), teacher.epochs)
+
+
+def student_job(task: Task, spec: Spec, cache: Path, out: Path) -> Job:
+    """The training of a student."""
+    method, folder, epochs = METHODS[spec.method], out / task.name / spec.key, task.epochs * spec.longer
+    own = ["--model", task.student, "--epochs", str(epochs), "--lr", f"{spec.lr:g}", "--seed", str(spec.seed)]
+    own += ["--loss", method.loss]
+    for setting in (*method.settings, *spec.settings):
+        own += ["--set", setting]
+    if method.teacher:
+        teacher = out / "teachers" / task.teacher.name
+        own += ["--teacher", str(teacher / "best.safetensors"), "--cache-teacher", str(teacher / "logits")]
+    return Job(f"{task.name} {spec.key}", folder, (*_common(task, cache, folder), *own), epochs)
+
+
+def needs_teacher(spec: Spec) -> bool:
+    return METHODS[spec.method].teacher
+
+
+def unique(specs: Sequence[Spec]) -> list[Spec]:
+    """Each once, in the order in which they first come."""
+    return list(dict.fromkeys(specs))

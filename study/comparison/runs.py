@@ -1,4 +1,4 @@
-"""Training runs in processes of their own, some at a time: what is done already is skipped, what broke off goes on."""
+"""Training runs in processes of their own, some at a time: what has a record is skipped, what broke off goes on."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from study.comparison.plan import Job
+from study.comparison.plan import Job, Spec, Task, needs_teacher, student_job, teacher_job
+from study.comparison.records import Records
 from study.training.errors import RunError
-from study.training.report import read_table
 
 ROOT = Path(__file__).resolve().parents[2]
 #: The program that a job's options are for.
@@ -32,11 +33,20 @@ def environment(threads: int) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
 
 
+@dataclass(frozen=True)
+class _Todo:
+    """A process to be started, and what its result is recorded as: a student, or with no ``spec`` a teacher."""
+
+    job: Job
+    task: Task
+    spec: Spec | None
+
+
 class _Process:
     """A job that is running; what it says goes into a file, whose last line says why it failed."""
 
-    def __init__(self, job: Job, threads: int) -> None:
-        self.job = job
+    def __init__(self, todo: _Todo, threads: int) -> None:
+        self.todo, job = todo, todo.job
         job.folder.mkdir(parents=True, exist_ok=True)
         self.log = job.folder / "log.txt"
         with self.log.open("w", encoding="utf-8") as file:
@@ -59,50 +69,83 @@ class _Process:
         if status is None:
             return False
         if status < 0:
-            raise RunError(f"run {self.job.name}: killed by signal {-status}; the same command goes on")
-        if status or not done(self.job):
+            raise RunError(f"run {self.todo.job.name}: killed by signal {-status}; the same command goes on")
+        if status or not done(self.todo.job):
             lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
             last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing was said")
-            raise RunError(f"run {self.job.name}: ended with status {status}: {last.removeprefix('train.py: ')}")
+            raise RunError(f"run {self.todo.job.name}: ended with status {status}: {last.removeprefix('train.py: ')}")
         return True
 
 
-def run(jobs: Sequence[Job], parallel: int, threads: int, console: Console) -> None:
-    """Make all jobs, ``parallel`` at a time with ``threads`` each, and show how far they are.
+class Study:
+    """What there is to do for a list of runs that grows with the records."""
+
+    def __init__(
+        self, tasks: Mapping[str, Task], records: Records, out: Path, cache: Path, wanted: Callable[[], Sequence[Spec]]
+    ) -> None:
+        self.tasks, self.records, self.out, self.cache, self.wanted = tasks, records, out, cache, wanted
+
+    def missing(self) -> list[Spec]:
+        return [spec for spec in self.wanted() if self.records.of(spec) is None]
+
+    def next(self, specs: Sequence[Spec], running: set[str]) -> _Todo | None:
+        """The first of the runs that can be started beside those that are running; a teacher before its students."""
+        for spec in specs:
+            task = self.tasks[spec.task]
+            job = student_job(task, spec, self.cache, self.out)
+            if job.name in running:
+                continue
+            if not needs_teacher(spec):
+                return _Todo(job, task, spec)
+            teacher = teacher_job(task, self.cache, self.out)
+            if done(teacher):
+                return _Todo(job, task, spec)
+            if teacher.name not in running:
+                return _Todo(teacher, task, None)
+        return None
+
+    def record(self, todo: _Todo) -> None:
+        if todo.spec is None:
+            self.records.add_teacher(todo.task, todo.job.folder)
+        else:
+            self.records.add(todo.spec, todo.job.folder)
+
+
+def run(study: Study, parallel: int, threads: int, console: Console) -> None:
+    """Make all runs that are missing, ``parallel`` at a time with ``threads`` each, and show how far they are.
 
     Raises:
         RunError: One of them failed; the others are stopped and can be gone on with.
     """
-    waiting = [job for job in jobs if not done(job)]
-    finished = {job.name for job in jobs if done(job)}
     running: list[_Process] = []
-    total = sum(job.epochs for job in jobs)
     columns = (
-        TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("epochs"),
+        TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("runs"),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
-    # Epochs of a teacher and of a student are not equally long, so the speed is that of some minutes.
-    with Progress(*columns, console=console, disable=not console.is_terminal, speed_estimate_period=600) as progress:
-        task = progress.add_task("runs", total=total, completed=_epochs(jobs))
+    ready = 0
+    # Runs of different tasks are not equally long, so the speed is that of some minutes.
+    with Progress(*columns, console=console, disable=not console.is_terminal, speed_estimate_period=1200) as progress:
+        shown = progress.add_task("runs")
         try:
-            while waiting or running:
-                ready = [job for job in waiting if job.after is None or job.after in finished]
-                for job in ready[: parallel - len(running)]:
-                    waiting.remove(job)
-                    running.append(_Process(job, threads))
-                ended = [process for process in running if process.check()]
+            while True:
+                missing = study.missing()
+                while len(running) < parallel:
+                    todo = study.next(missing, {process.todo.job.name for process in running})
+                    if todo is None:
+                        break
+                    running.append(_Process(todo, threads))
+                if not running:
+                    break
+                names = ", ".join(process.todo.job.name for process in running)
+                progress.update(shown, completed=ready, total=ready + len(missing), description=names)
+                while not (ended := [process for process in running if process.check()]):
+                    time.sleep(0.5)
                 for process in ended:
                     running.remove(process)
-                    finished.add(process.job.name)
-                    console.print(f"{process.job.name} done, {len(finished)} of {len(jobs)} runs", highlight=False)
-                names = ", ".join(process.job.name for process in running)
-                progress.update(task, completed=_epochs(jobs), description=names or "runs")
-                if running and not ended:
-                    time.sleep(0.5)
+                    study.record(process.todo)
+                    ready += process.todo.spec is not None
+                    console.print(f"{process.todo.job.name} done, {ready} of {ready + len(study.missing())} runs",
+                                  highlight=False)  # fmt: skip
         finally:
             for process in running:
                 process.stop()
-
-
-def _epochs(jobs: Sequence[Job]) -> int:
-    return sum(len(read_table(job.folder / "epochs.csv")) for job in jobs)

@@ -47,9 +47,10 @@ class Method:
 
 def defaults(name: str) -> dict[str, Any]:
     """Hyper-parameters and their defaults: those of fused_kd, but that the ordinary cross-entropy has weight 1, as in
-    the papers' totals."""
+    the papers' totals. Of NKD also the weight of its target term, which is 1 in the paper and in fused_kd."""
     if name in LOSSES:
-        return {**LOSSES[name].defaults, "ce_weight": 1.0}
+        own = {"target_weight": 1.0} if name == "nkd" else {}
+        return {**LOSSES[name].defaults, "ce_weight": 1.0, **own}
     return {"label_smoothing": 0.1 if name == "label-smoothing" else 0.0}
 
 
@@ -125,6 +126,7 @@ def _of_fused_kd(name: str, options: dict[str, Any], backend: str, process_group
     signature = inspect.signature(function).parameters
     other = next((key for key in ("teacher_logits", "weak_logits", "dense_logits") if key in signature), None)
     keywords = {**options, "backend": backend}
+    target_weight = keywords.pop("target_weight", 1.0)
     if "process_group" in signature:
         keywords["process_group"] = process_group
 
@@ -132,6 +134,10 @@ def _of_fused_kd(name: str, options: dict[str, Any], backend: str, process_group
         second = {"teacher_logits": teacher_logits, "weak_logits": outputs.weak, "dense_logits": outputs.dense}
         tensors = {} if other is None else {other: second[other]}
         loss, parts = function(outputs.logits, target=target, **tensors, **keywords, return_parts=True)
-        return loss, parts._asdict()
+        found = parts._asdict()
+        if target_weight != 1:  # NKD without gamma and cross-entropy is its target term
+            alone = function(outputs.logits, target=target, **tensors, **{**keywords, "gamma": 0.0, "ce_weight": 0.0})
+            loss, found["target"] = loss + (target_weight - 1) * alone, target_weight * found["target"]
+        return loss, found
 
     return Method(name, other, call)

@@ -1,0 +1,101 @@
+"""Which runs each stage of the study wants, given the records there are: a choice of rates waits for its runs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from study.comparison.ablations import ABLATIONS
+from study.comparison.plan import LONGER, LONGER_SEEDS, RATE_SEEDS, SEEDS, Spec, Task
+from study.comparison.records import Records
+
+
+@dataclass
+class Wanted:
+    """The runs that a stage wants so far; ``rate`` is the baseline's learning rate once it is chosen."""
+
+    specs: list[Spec] = field(default_factory=list)
+    rate: float | None = None
+
+
+def mean_accuracy(records: Records, specs: Sequence[Spec]) -> float | None:
+    """On the first test set, in %; None if a run is missing."""
+    found = [records.of(spec) for spec in specs]
+    values = [100 * next(iter(record["accuracy"].values())) for record in found if record is not None]
+    return statistics.fmean(values) if len(values) == len(found) else None
+
+
+def best_rate(task: Task, records: Records) -> Wanted:
+    """Search the baseline's learning rate: twice or half the outermost one until the best has neighbours that are worse
+    or equal."""
+    rates = list(task.rates)
+    while True:
+        by_rate = {rate: [Spec(task.name, "ce", rate, seed) for seed in RATE_SEEDS] for rate in rates}
+        specs = [spec for own in by_rate.values() for spec in own]
+        means = {rate: mean_accuracy(records, own) for rate, own in by_rate.items()}
+        known = {rate: mean for rate, mean in means.items() if mean is not None}
+        if len(known) < len(rates):
+            return Wanted(specs)
+        best = max(known, key=lambda rate: known[rate])
+        if best == rates[0]:
+            rates.insert(0, best / 2)
+        elif best == rates[-1]:
+            rates.append(best * 2)
+        else:
+            return Wanted(specs, best)
+
+
+def own_rates(task: Task, method: str, rate: float, records: Records) -> Wanted:
+    """A method's best learning rate of half the baseline's, the same, and twice that."""
+    by_rate = {own: [Spec(task.name, method, own, seed) for seed in RATE_SEEDS] for own in (rate / 2, rate, rate * 2)}
+    means = {own: mean_accuracy(records, specs) for own, specs in by_rate.items()}
+    known = {own: mean for own, mean in means.items() if mean is not None}
+    specs = [spec for own in by_rate.values() for spec in own]
+    return Wanted(specs, max(known, key=lambda own: known[own]) if len(known) == len(by_rate) else None)
+
+
+def rates(task: Task, records: Records, seeds: Sequence[int] = SEEDS) -> list[Spec]:
+    return best_rate(task, records).specs
+
+
+def _main(task: Task, rate: float, records: Records, seeds: Sequence[int]) -> list[Spec]:
+    return [Spec(task.name, method, rate, seed) for seed in seeds for method in task.methods]
+
+
+def _longer(task: Task, rate: float, records: Records, seeds: Sequence[int]) -> list[Spec]:
+    return [Spec(task.name, "ce", rate, seed, longer=LONGER) for seed in seeds[:LONGER_SEEDS]]
+
+
+def _own(task: Task, rate: float, records: Records, seeds: Sequence[int]) -> list[Spec]:
+    specs = []
+    for method in task.methods:
+        found = own_rates(task, method, rate, records)
+        specs += found.specs
+        if found.rate is not None:
+            specs += [Spec(task.name, method, found.rate, seed) for seed in seeds]
+    return specs
+
+
+def _ablations(task: Task, rate: float, records: Records, seeds: Sequence[int]) -> list[Spec]:
+    of_task = [ablation for ablation in ABLATIONS if task.name in ablation.tasks]
+    return [
+        Spec(task.name, ablation.method, rate, seed, variant.settings)
+        for seed in seeds
+        for ablation in of_task
+        for variant in ablation.variants
+    ]
+
+
+_AFTER_RATES: dict[str, Callable[[Task, float, Records, Sequence[int]], list[Spec]]] = {
+    "main": _main, "longer": _longer, "own": _own, "ablations": _ablations,
+}  # fmt: skip
+STAGES = ("rates", *_AFTER_RATES)
+
+
+def wanted(task: Task, stage: str, records: Records, seeds: Sequence[int]) -> list[Spec]:
+    """The runs of a stage that can be named so far, with those that its learning rate depends on."""
+    found = best_rate(task, records)
+    if stage == "rates" or found.rate is None:
+        return found.specs
+    return _AFTER_RATES[stage](task, found.rate, records, seeds)
