@@ -50,10 +50,10 @@ ptx: $(VENV)/tested
 train: $(VENV)/ready
 	$(BIN)/python study/train.py --model cnn-small --loss ce --epochs 4 --batch-size 128 --out runs/ce --resume
 
-# The paper's comparison in small: 28 training runs and what a step costs, into docs/study.md. An interrupted one
-# goes on.
+# The paper's comparison in small, into docs/study.md: what has no record in study/records is trained, in some four hours
+# of two cores if nothing has. PART names parts of it: rates, main, longer, own, ablations, cost, page.
 study: $(VENV)/ready
-	$(BIN)/python -m study --out runs/study --page docs/study.md --update docs/which-loss.md
+	$(BIN)/python -m study $(if $(PART),--part $(PART)) --update README.md docs/which-loss.md
 
 kernels: $(VENV)/ready
 	$(BIN)/python -m tools.compile_matrix --full

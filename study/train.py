@@ -42,6 +42,7 @@ from study.training import checkpoint, methods, networks, options, teacher_cache
 from study.training.batches import Augmentation, Batch, Batches
 from study.training.engine import Mean, Trainer, check_finite, evaluate, predictor
 from study.training.errors import RunError
+from study.training.network import Network
 from study.training.processes import Processes, leave, processes
 from study.training.report import Bar, Table, TensorBoard, plot_curves, read_table
 
@@ -110,7 +111,7 @@ class Run:
         if args.resume and (args.out / "last.pt").exists():
             self._restore()
 
-    def _teaching(self, teacher: networks.Network, weights: str, loss: str) -> Callable[[Batch], Tensor | TopK]:
+    def _teaching(self, teacher: Network, weights: str, loss: str) -> Callable[[Batch], Tensor | TopK]:
         args, where = self.args, self.where
         networks.place(teacher, where.device)
         predict = predictor(teacher, where, args.amp, args.compile)

@@ -1,16 +1,25 @@
-"""docs/study.md and its plots, made of the results alone."""
+"""docs/study.md and its plots, made of the records alone."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.show.report import lines, replace_block, significant, size
-from study.comparison import findings, paper, plots
-from study.comparison.paper import IMAGENET
-from study.comparison.plan import CONTROL, METHODS, TEACHER_FREE, TEACHER_SEED, WITH_TEACHER
-from study.comparison.results import accuracies, cost_of, count, form_of, mean_and_deviation, signed, splits
+from benchmarks.show.report import lines, replace_block
+from study.comparison import cost_page, findings, paper, plots
+from study.comparison.plan import METHODS, TEACHER_FREE, TEACHER_SEED, WITH_TEACHER
+from study.comparison.records import Record, Records
+from study.comparison.results import (
+    View,
+    accuracies,
+    count,
+    listed,
+    mean_and_deviation,
+    of_seeds,
+    perplexities,
+)
 from study.training import checkpoint
 from study.training.errors import RunError
 
@@ -18,168 +27,207 @@ from study.training.errors import RunError
 BEGIN, END = "<!-- study:begin -->", "<!-- study:end -->"
 
 
-def make(results: dict[str, Any], path: Path, update: Path | None = None) -> list[Path]:
-    """Write the page and its plots, and the outcome into ``update``; returns what was written."""
-    if not results.get("runs"):
-        raise RunError(f"{path.with_suffix('.json')}: has no runs; make them first")
-    pictures = plots.draw(results, path)
-    text = markdown(results, path.stem)
+def views_of(records: Records) -> list[View]:
+    """The tasks that have runs of the methods to show.
+
+    Raises:
+        RunError: There is none.
+    """
+    views = [View(task, records) for name, task in records.tasks.items() if records.runs[name]]
+    views = [view for view in views if view.main]
+    if not views:
+        raise RunError(f"{records.folder}: has no runs of the methods; make them first")
+    return views
+
+
+def make(records: Records, path: Path, command: str, update: Sequence[Path] = ()) -> list[Path]:
+    """Write the page and its plots, and the outcome into the pages ``update``; returns what was written."""
+    views = views_of(records)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"--page: {path.parent} cannot be made ({error.strerror})") from None
+    pictures = plots.draw(views, records.cost, path)
+    text = markdown(views, records.cost, path.stem, command)
     checkpoint.write(path, lambda file: file.write(text.encode()))
-    if update:
-        try:
-            replace_block(update, BEGIN, END, findings.outcome(results))
-        except (OSError, ValueError) as error:
-            raise RunError(f"--update {update}: {error}") from None
-    return [path, *pictures.values(), *([update] if update else [])]
+    for other in update:
+        _update(other, block(views, path, other))
+    return [path, *pictures, *update]
 
 
-def markdown(results: dict[str, Any], stem: str) -> str:
-    """The page; its pictures' names begin with ``stem``."""
+def _update(other: Path, text: str) -> None:
+    try:
+        replace_block(other, BEGIN, END, text)
+    except (OSError, ValueError) as error:
+        raise RunError(f"--update {other}: {error}") from None
+
+
+def block(views: Sequence[View], page: Path, other: Path) -> str:
+    """What another page has of the study: the outcome, and where the whole is."""
+    link = Path(os.path.relpath(page, other.parent)).as_posix()
+    return f"{findings.outcome(views)}\n\n[The study]({link}) has the figures, the ablations and how it was done."
+
+
+def markdown(views: Sequence[View], cost: dict[str, Any] | None, stem: str, command: str) -> str:
+    """The page; its pictures' names begin with ``stem``; ``command`` is what makes it."""
     parts = [
         "# The paper's comparison in small",
-        f"<!-- `make study` writes this from {stem}.json; `python -m study --only page` writes it again. -->",
-        *_beginning(results),
-        findings.outcome(results),
-        *_tables(results),
-        f"![Accuracy of every run]({stem}-accuracy.png)",
+        f"<!-- `{command}` writes this from the records of its runs. -->",
+        *_beginning(views),
+        findings.outcome(views),
+        *(cost_page.sentences(cost) if cost else ()),
+        f"![Differences that the paper ranks, with their intervals]({stem}-differences.png)",
+        "## Accuracy",
+        *_tables(views),
         "## Where the paper's order shows, and where not",
-        *findings.orders(results),
-        "## The task",
-        *_task(results),
+        *findings.orders(views),
+        *_published(),
+        "## Learning rates and convergence",
+        *findings.convergence(views),
+        f"![The baseline's accuracy by learning rate and by epoch]({stem}-convergence.png)",
+        "## The paper's ablations",
+        *findings.ablations(views),
+        "## How it was done",
+        *_how(views, command),
         "## What a step costs",
-        *findings.cost(results, f"![The loss's share of a step]({stem}-cost.png)"),
+        *cost_page.section(cost, f"![The loss's share of a step]({stem}-cost.png)"),
         "## Measured on",
-        *_measured_on(results),
+        *_measured_on(views, cost),
     ]
-    return "\n\n".join(parts) + "\n"
+    text = "\n\n".join(parts) + "\n"
+    return text.replace("**.\n\n- At", "**.\n- At")
 
 
-def _beginning(results: dict[str, Any]) -> list[str]:
-    setting, seeds = results["setting"], results["seeds"]
-    losses = len({METHODS[name].loss for name in results["methods"]})
-    first = splits(results)[0]
+def _beginning(views: Sequence[View]) -> list[str]:
+    seeds = sorted({seed for view in views for by_seed in view.main.values() for seed in by_seed})
+    losses = len({METHODS[name].loss for view in views for name in view.main})
+    tasks = listed([f"{view.task.title} ({view.task.what})" for view in views])
     parts = [
-        f"The same small network, {setting['student']}, is trained with {losses} losses on {setting['classes']} "
-        f"Chinese characters, each with {count(len(seeds), 'seed')}; the paper trains a ResNet-18 on ImageNet's 1000 "
-        "classes. Accuracy is that of the last epoch in %, mean ± standard deviation over the seeds, on two sets: "
-        f"{first} has further draws of the font families of the training images, the other a font family that no "
-        "training image has. Seconds an epoch and memory (the most that a step allocates besides weights and "
-        "momentum) are measured apart from these runs, as [a section below](#what-a-step-costs) says.",
+        f"The paper trains a ResNet-18 on ImageNet's 1000 classes. Here small students are trained with {losses} "
+        f"losses, each "
+        f"with {count(len(seeds), 'seed')}, on {count(len(views), 'task')} that two cores can do: {tasks}. Accuracy "
+        f"is that of "
+        "the last epoch in %, mean ± standard deviation over the seeds; differences are in points, with their 95 % "
+        "interval.",
     ]
-    missing = _missing(results)
+    missing = [f"{view.task.title}: {', '.join(view.missing(seeds))}" for view in views if view.missing(seeds)]
     if missing:
-        parts.append(f"**Not complete:** these runs are missing: {', '.join(missing)}.")
+        parts.append(f"**Not complete:** these runs are missing: {'; '.join(missing)}.")
     return parts
 
 
-def _tables(results: dict[str, Any]) -> list[str]:
-    setting, teacher, parts = results["setting"], results["teacher"], []
-    first = splits(results)[0]
-    for title, methods in (("With a teacher", WITH_TEACHER), ("Without a teacher", TEACHER_FREE)):
-        chosen = [name for name in methods if name in accuracies(results, first)]
-        if not chosen:
-            continue
-        parts.append(f"**{title}**")
-        if title == "With a teacher" and teacher:
+def _tables(views: Sequence[View]) -> list[str]:
+    parts = []
+    for view in views:
+        task, teacher = view.task, view.teacher
+        parts.append(f"**{task.title}**")
+        text = f"Trained on {task.what}; an accuracy is of {'tokens' if task.unit == 'token' else 'images'}."
+        if teacher:
             own = ", ".join(f"{100 * value:.2f} on {name}" for name, value in teacher["accuracy"].items())
-            parts.append(f"The teacher, {setting['teacher']} ({teacher['parameters']:,} parameters), has {own}.")
-        parts.append(_accuracy_table(results, chosen))
-    sources = "; ".join(
-        f"{', '.join(METHODS[name].title for name in IMAGENET if IMAGENET[name][1] == source)}: {source}"
-        for source in dict.fromkeys(source for _, source in IMAGENET.values())
-    )
-    parts.append(
-        "ImageNet: published top-1 accuracy of a ResNet-18, with a ResNet-34 as the teacher where there is one; in "
-        f"brackets the gain over the baseline, where one source has both. {sources}. The paper's figures for label "
-        "smoothing, Tf-KD and Zipf's LS are not shown: no public source at hand has them."
-    )
-    peaks = [run["peak_memory"] / 2**20 for run in results["runs"]]
-    text = f"The processes of the runs peaked at {min(peaks):.0f} to {max(peaks):.0f} MiB"
-    if max(peaks) < 1.02 * min(peaks):
-        text += ", whichever the method: scanning the installed fonts takes more memory than the training"
-    parts.append(f"{text}.")
+            student = next(iter(view.main["ce"].values())) if "ce" in view.main else None
+            size = f" to the student's {student['parameters']:,}" if student else ""
+            text += f" The teacher, {task.teacher.model}, has {teacher['parameters']:,} parameters{size}, and {own}."
+        parts += [text, _accuracy_table(view)]
     return parts
 
 
-def _accuracy_table(results: dict[str, Any], methods: Sequence[str]) -> str:
-    names = splits(results)
-    rows = [
-        [
-            "method",
-            *(f"{name}, %" for name in names),
-            f"over the baseline on {names[0]}",
-            "s an epoch",
-            "memory",
-            "ImageNet",
-        ],
-        ["---", *["---:"] * (len(names) + 4)],
-    ]
-    for method in methods:
-        by_split = [accuracies(results, name) for name in names]
-        over = paper.compare(method, "ce", by_split[0]) if method != "ce" else None
-        row = cost_of(results, method, results["setting"]["classes"])
-        rows.append(
-            [
-                METHODS[method].title,
-                *(mean_and_deviation(list(found[method].values())) for found in by_split),
-                signed(over.difference) if over else "",
-                significant(form_of(row)["step"] * (row["images"] // row["batch_size"])) if row else "–",
-                size(int(form_of(row)["memory"])) if row else "–",
-                _imagenet(method),
-            ]
-        )
+def _accuracy_table(view: View) -> str:
+    first, text = view.splits[0], view.task.unit == "token"
+    own = bool(view.own)
+    header = ["method", *(f"{name}, %" for name in view.splits)]
+    header += [*(["perplexity"] if text else []), "over the baseline", *(["own rate", "with it, %"] if own else [])]
+    rows = [header, ["---", *["---:"] * (len(header) - 1)]]
+    by_split = {name: accuracies(view.main, name) for name in view.splits}
+    for method in [name for name in (*WITH_TEACHER, *TEACHER_FREE[2:]) if name in view.main]:
+        over = paper.compare(method, "ce", by_split[first]) if method != "ce" else None
+        row = [METHODS[method].title, *(mean_and_deviation(by_split[name][method].values()) for name in view.splits)]
+        row += [mean_and_deviation(perplexities(view.main[method], first))] if text else []
+        row.append(over.text if over else "")
+        if own:
+            rate = view.own_rates.get(method)
+            row.append(f"{rate:g}" if rate else "–")
+            row.append(mean_and_deviation(of_seeds(view.own[method], first).values()) if method in view.own else "–")
+        rows.append(row)
     return lines(rows)
 
 
-def _imagenet(method: str) -> str:
-    if method not in IMAGENET:
-        return "" if method == CONTROL else "not shown"
-    value, source = IMAGENET[method]
-    base, base_source = IMAGENET["ce"]
-    return f"{value:.2f}" + (f" ({signed(value - base)})" if method != "ce" and source == base_source else "")
-
-
-def _task(results: dict[str, Any]) -> list[str]:
-    setting, run = results["setting"], results["runs"][0]
-    hyper = lines(
-        [["method", "hyper-parameters"], ["---", "---"]]
-        + [[METHODS[name].title, METHODS[name].note] for name in results["methods"]]
-    )
-    given = {name.replace("_", "-"): value for name, value in setting.items() if value is not None}
-    options = " ".join(f"--{name} {value}" for name, value in given.items())
-    seeds = " ".join(map(str, results["seeds"]))
-    images = count(setting["draws"], "training image")
+def _published() -> list[str]:
+    base, base_source = paper.IMAGENET["ce"]
+    rows = [["published, ImageNet", "top-1, %", "source"], ["---", "---:", "---"]]
+    for method, (value, source) in paper.IMAGENET.items():
+        gain = f" ({value - base:+.2f})" if method != "ce" and source == base_source else ""
+        rows.append([METHODS[method].title, f"{value:.2f}{gain}", source])
     return [
-        f"`python -m study {options} --seeds {seeds}`: {setting['student']} has "
-        f"{run['parameters']:,} parameters and is trained for {setting['epochs']} epochs on the 32 × 32 images that "
-        f"`study/datasets/glyphs.py` draws, {images} of a character in each font family; SGD with Nesterov momentum, "
-        f"batches of {setting['batch_size']}, a linear warm-up and a cosine to zero, random shifts of up to two "
-        "pixels. All methods share that; the seed sets weights, order and shifts. The teacher is trained once, with "
-        f"cross-entropy, for as many epochs and with seed {TEACHER_SEED}; it sees the images as they are "
-        "shifted for the student.",
-        "The setting was chosen by the accuracy of the baseline, with a seed that is not among these, before any "
-        "other method was run. At the usual size of `make train` the baseline leaves no room for improvement, so the "
-        "number of training images was reduced until it ended between 60 and 85 %. The hyper-parameters are published "
-        "values or defaults, and none was tuned:",
-        hyper,
-        "For a longer study give more `--seeds`, `--epochs` or `--draws`, or larger networks (`resnet-18`, "
-        "`resnet-34`), and folders of its own in `--out` and `--page`.",
+        "The published figures are of a ResNet-18, with a ResNet-34 as the teacher where there is one; in brackets "
+        "the gain "
+        "over the baseline of the same source. Those for label smoothing, Tf-KD and Zipf's LS are not shown: no public "
+        "source at hand has them.",
+        lines(rows),
     ]
 
 
-def _measured_on(results: dict[str, Any]) -> list[str]:
-    parallel = results["parallel"]
+def _how(views: Sequence[View], command: str) -> list[str]:
+    used = [name for name in METHODS if any(name in view.main for view in views)]
+    hyper = [
+        ["method", "hyper-parameters"],
+        ["---", "---"],
+        *([METHODS[name].title, METHODS[name].note] for name in used),
+    ]
+    rows = [
+        ["task", "options of `study/train.py`", "student", "teacher", "epochs", "batch", "seconds a run"],
+        ["---", "---", "---", "---", "---:", "---:", "---:"],
+    ]
+    for view in views:
+        task, teacher = view.task, view.task.teacher
+        seconds = [record["seconds"] for by_seed in view.main.values() for record in by_seed.values()]
+        rows.append(
+            [
+                task.title, f"`{' '.join(task.data)}`", task.student,
+                f"{teacher.model}, {count(teacher.epochs, 'epoch')} at a rate of {teacher.lr:g}", str(task.epochs),
+                f"{task.batch_size} {'windows' if task.unit == 'token' else 'images'}",
+                f"{min(seconds):.0f} to {max(seconds):.0f}",
+            ]
+        )  # fmt: skip
     parts = [
-        f"Accuracy: {_machine(results['about'])}; {count(parallel['runs'], 'run')} at a time, "
-        f"{count(parallel['threads'], 'thread')} each."
+        f"`{command}` makes all of it, and goes on where it was interrupted; what has a record is not made again.",
+        lines(rows),
+        "All methods of a task share its schedule: a linear warm-up over a tenth of the steps and a cosine to zero. "
+        "The CNN "
+        "has SGD with Nesterov momentum and a weight decay of 0.0005, the language models AdamW with one of 0.05. A "
+        "seed sets "
+        "the weights and the order of the batches. A teacher is trained once, with cross-entropy on the same images "
+        "or text "
+        f"and with seed {TEACHER_SEED}; its logits are computed once. The hyper-parameters of the losses are "
+        f"published values "
+        "or defaults, and none was tuned:",
+        lines(hyper),
     ]
-    if "cost" in results:
-        about = results["cost"]["about"]
+    prints = {
+        view.task.title: {record["data"] for own in view.main.values() for record in own.values()} for view in views
+    }
+    if mixed := [title for title, found in prints.items() if len(found) > 1]:
+        parts.append(
+            f"**Caveat:** runs of {listed(mixed)} were made with different data: other fonts, or another Python."
+        )
+    return parts
+
+
+def _measured_on(views: Sequence[View], cost: dict[str, Any] | None) -> list[str]:
+    made = [record["made_with"] for view in views for own in view.main.values() for record in own.values()]
+    parts = [f"Accuracy: {'; '.join(dict.fromkeys(_made_with(record) for record in made))}."]
+    if cost:
+        about, load = cost["about"], cost["about"]["machine"]["load_average_before"]
         parts.append(f"Cost: {_machine(about)}.")
-        load = about["machine"]["load_average_before"]
         if load is not None and load > 0.5:
             parts.append(f"Caveat: the machine was busy, with a load average of {load} when the cost was measured.")
     return parts
+
+
+def _made_with(made: Record) -> str:
+    return (
+        f"{made['cpu']} ({made['cpu_capability']}), torch {made['torch']}, Python {made['python']}, fused_kd "
+        f"{made['fused_kd']} at {made['commit']}"
+    )
 
 
 def _machine(about: dict[str, Any]) -> str:
@@ -190,9 +238,3 @@ def _machine(about: dict[str, Any]) -> str:
         f"{machine['memory_gib']} GiB; torch {software['torch']}, Python {software['python']}; fused_kd "
         f"{software['fused_kd']} at {commit}, {about['date'][:10]}"
     )
-
-
-def _missing(results: dict[str, Any]) -> list[str]:
-    there = {(run["method"], run["seed"]) for run in results["runs"]}
-    wanted = [(method, seed) for method in results["methods"] for seed in results["seeds"]]
-    return [f"{METHODS[method].title} with seed {seed}" for method, seed in wanted if (method, seed) not in there]

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from study.comparison.plan import METHODS
+from study.comparison.results import signed
 
 #: Where the figures below stand; each was read there.
 CLS_KD = "[cls_KD](https://github.com/yzd-v/cls_KD/blob/master/nkd.md), the paper's own code"
@@ -52,6 +52,12 @@ class Comparison:
     half_width: float | None
 
     @property
+    def text(self) -> str:
+        """The difference with its interval, in points."""
+        half = "" if self.half_width is None else f" ± {self.half_width:.2f}"
+        return f"{signed(self.difference)}{half}"
+
+    @property
     def verdict(self) -> str:
         if self.half_width is None or abs(self.difference) <= self.half_width:
             return UNDECIDED
@@ -60,7 +66,13 @@ class Comparison:
 
 def compare(better: str, worse: str, accuracy: Mapping[str, Mapping[int, float]]) -> Comparison | None:
     """Of accuracies by method and seed; None if the two have no seed in common."""
-    first, second = accuracy.get(better, {}), accuracy.get(worse, {})
+    return compare_seeds(better, worse, accuracy.get(better, {}), accuracy.get(worse, {}))
+
+
+def compare_seeds(
+    better: str, worse: str, first: Mapping[int, float], second: Mapping[int, float]
+) -> Comparison | None:
+    """Of accuracies by seed; None if the two have no seed in common."""
     differences = [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
     if not differences:
         return None
@@ -75,18 +87,3 @@ def compare_all(pairs: Sequence[tuple[str, str]], accuracy: Mapping[str, Mapping
     """Those of the pairs that have results."""
     made = (compare(better, worse, accuracy) for better, worse in pairs)
     return [comparison for comparison in made if comparison is not None]
-
-
-def sentence(comparisons: Sequence[Comparison]) -> str:
-    """What the comparisons come to, in words."""
-    parts = []
-    for verdict, words in (
-        (AGREES, "The paper's order shows in"),
-        (DISAGREES, "The opposite of it shows in"),
-        (UNDECIDED, "The result is open in"),
-    ):
-        chosen = [c for c in comparisons if c.verdict == verdict]
-        if chosen:
-            pairs = ", ".join(f"{METHODS[c.better].title} over {METHODS[c.worse].title}" for c in chosen)
-            parts.append(f"{words} {len(chosen)} of {len(comparisons)} pairs: {pairs}.")
-    return " ".join(parts)

@@ -71,7 +71,7 @@ class Task:
     """Data, a student and its schedule, which all methods share.
 
     ``data`` are options of train.py; ``rates`` the learning rates that the search for the baseline's best begins with,
-    each twice the one before; ``what`` completes "trained on"; ``unit`` what a label is of.
+    each twice the one before; ``what`` completes "trained on"; ``unit`` what a label is of, ``"image"`` or ``"token"``.
     """
 
     name: str
@@ -85,6 +85,7 @@ class Task:
     rates: tuple[float, ...]
     methods: tuple[str, ...] = tuple(METHODS)
     unit: str = "image"
+    device: str = "cpu"
 
     def setting(self) -> dict[str, Any]:
         """What must be the same for runs to be comparable, as JSON has it."""
@@ -150,13 +151,13 @@ class Job:
 
 def _common(task: Task, cache: Path, folder: Path) -> tuple[str, ...]:
     fixed = ("--batch-size", str(task.batch_size), "--cache", str(cache), "--out", str(folder))
-    return (*task.data, *fixed, "--device", "cpu", "--quiet", "--resume")
+    return (*task.data, *fixed, "--device", task.device, "--quiet", "--resume")
 
 
 def teacher_job(task: Task, cache: Path, out: Path) -> Job:
     """The training of a task's teacher."""
     teacher, folder = task.teacher, out / "teachers" / task.teacher.name
-    own = ("--model", teacher.model, "--epochs", str(teacher.epochs), "--lr", f"{teacher.lr:g}")
+    own: tuple[str, ...] = ("--model", teacher.model, "--epochs", str(teacher.epochs), "--lr", f"{teacher.lr:g}")
     own += ("--seed", str(TEACHER_SEED))
     return Job(f"teacher {teacher.name}", folder, (*_common(task, cache, folder), *own), teacher.epochs)
 

@@ -1,18 +1,24 @@
-"""The study's two pictures: the accuracy of every run, and the loss's share of a step."""
+"""The study's pictures: differences with their intervals, rates and convergence, and the loss's share of a step."""
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.show.plot import GRID, INK, MUTED
-from study.comparison.plan import METHODS, TEACHER_FREE, WITH_TEACHER
+from study.comparison import findings, paper
+from study.comparison.plan import METHODS
+from study.comparison.records import Record
+from study.comparison.results import View
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-ACCENT = "#d1495b"
+ACCENT, OPPOSITE = "#d1495b", "#00798c"
+#: Of an interval, by what it says of the paper's order.
+COLORS = {paper.AGREES: ACCENT, paper.DISAGREES: OPPOSITE, paper.UNDECIDED: MUTED}
 #: Forms of a loss, from the slowest, with the colours that the benchmark's plots have for them.
 FORMS = {
     "published": ("published eager form", "#9aa5b1"),
@@ -22,65 +28,109 @@ FORMS = {
 }
 
 
-def draw(results: dict[str, Any], page: Path) -> dict[str, Path]:
-    """Write the pictures of the results beside the page; returns those there are, by name."""
+def draw(views: Sequence[View], cost: dict[str, Any] | None, page: Path) -> list[Path]:
+    """Write the pictures beside the page; returns their paths."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    paths = {"accuracy": page.with_name(f"{page.stem}-accuracy.png")}
-    # A number of the largest font would be as wide as a panel, so both pictures have the same small one.
+    makers = {"differences": _differences, "convergence": _convergence}
+    paths = []
+    # A number of the largest font would be as wide as a panel, so all pictures have the same small one.
     with plt.rc_context({"font.size": 9, "text.color": INK, "axes.labelcolor": INK}):
-        groups = [("With a teacher", WITH_TEACHER), ("Without one", TEACHER_FREE)]
-        figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-        for axes, (title, methods) in zip(panels, groups, strict=True):
-            _accuracies(results, axes, title, [name for name in methods if name in results["methods"]])
-        low = min(axes.get_xlim()[0] for axes in panels)
-        high = max(axes.get_xlim()[1] for axes in panels)
-        for axes in panels:
-            axes.set_xlim(low, high)
-        split = next(iter(results["runs"][0]["accuracy"]))
-        text = f"accuracy on {split}, %: a dot for each seed, their mean; dashed: the baseline's mean"
-        figure.supxlabel(text, fontsize=9, color=INK)
-        figure.savefig(paths["accuracy"], dpi=120, facecolor="white")
-        plt.close(figure)
-        rows = results.get("cost", {}).get("rows", [])
-        classes = sorted({row["classes"] for row in rows})
-        if classes:
-            paths["cost"] = page.with_name(f"{page.stem}-cost.png")
-            figure, grid = plt.subplots(
-                1, len(classes), figsize=(4.5 * len(classes), 4.2), layout="constrained", squeeze=False, sharey=True
-            )
-            for axes, count in zip(grid[0], classes, strict=True):
-                _shares(axes, count, [row for row in rows if row["classes"] == count])
-            right = max(axes.get_xlim()[1] for axes in grid[0])
-            for axes in grid[0]:
-                axes.set_xlim(0, right)
-            handles, labels = grid[0][0].get_legend_handles_labels()
-            figure.legend(handles, labels, loc="outside upper left", ncols=4, frameon=False)
-            figure.savefig(paths["cost"], dpi=120, facecolor="white")
+        for name, maker in makers.items():
+            path = page.with_name(f"{page.stem}-{name}.png")
+            figure = maker(plt, views)
+            figure.savefig(path, dpi=120, facecolor="white")
             plt.close(figure)
+            paths.append(path)
+        if cost:
+            path = page.with_name(f"{page.stem}-cost.png")
+            figure = _cost(plt, cost["rows"])
+            figure.savefig(path, dpi=120, facecolor="white")
+            plt.close(figure)
+            paths.append(path)
     return paths
 
 
-def _accuracies(results: dict[str, Any], axes: Axes, title: str, methods: list[str]) -> None:
-    """A line for each method: a dot for each seed, a bar at their mean."""
-    split = next(iter(results["runs"][0]["accuracy"]))
-    for y, name in enumerate(reversed(methods)):
-        values = [100 * run["accuracy"][split] for run in results["runs"] if run["method"] == name]
-        if not values:
-            continue
-        mean = statistics.fmean(values)
-        if name == "ce":
-            axes.axvline(mean, color=MUTED, lw=1, ls=(0, (4, 3)), zorder=1)
-        axes.plot(values, [y] * len(values), "o", color=ACCENT, ms=5, alpha=0.75, mew=0, zorder=3)
-        axes.plot([mean, mean], [y - 0.28, y + 0.28], color=INK, lw=2, zorder=2)
-        axes.annotate(f"{mean:.1f}", (mean, y + 0.3), ha="center", va="bottom", fontsize=8, color=INK)
-    axes.set_yticks(range(len(methods)), [METHODS[name].title for name in reversed(methods)])
-    axes.set_ylim(-0.6, len(methods) - 0.3)
-    axes.set_title(title, loc="left", fontweight="bold", fontsize=10)
-    _plain(axes, "x")
+def _differences(plt: Any, views: Sequence[View]) -> Any:
+    """A panel for each task, a line for each pair: the mean difference and its interval."""
+    pairs = [pair for _, both in findings.ORDERS for pair in both]
+    figure, panels = plt.subplots(
+        1, len(views), figsize=(2.6 + 2.6 * len(views), 4.6), layout="constrained", squeeze=False, sharey=True
+    )
+    for axes, view in zip(panels[0], views, strict=True):
+        axes.axvline(0, color=INK, lw=1, zorder=1)
+        for comparison in findings.comparisons(view, view.main):
+            y = len(pairs) - 1 - pairs.index((comparison.better, comparison.worse))
+            color, half = COLORS[comparison.verdict], comparison.half_width or 0.0
+            axes.plot(
+                [comparison.difference - half, comparison.difference + half], [y, y], color=color, lw=2.5, zorder=2
+            )
+            axes.plot([comparison.difference], [y], "o", color=color, ms=5, mew=0, zorder=3)
+        axes.set_title(view.task.title, loc="left", fontweight="bold", fontsize=10)
+        axes.set_ylim(-0.6, len(pairs) - 0.4)
+        _plain(axes, "x")
+    names = [f"{METHODS[better].title} over {METHODS[worse].title}" for better, worse in pairs]
+    panels[0][0].set_yticks(range(len(pairs)), names[::-1])
+    handles = [plt.Line2D([], [], color=color, marker="o", lw=2.5, ms=5) for color in COLORS.values()]
+    figure.legend(
+        handles, ["the paper's order", "the opposite", "undecided"], loc="outside upper right", ncols=3, frameon=False
+    )
+    figure.supxlabel("difference in accuracy, points, and its 95 % interval over the seeds", fontsize=9, color=INK)
+    return figure
+
+
+def _convergence(plt: Any, views: Sequence[View]) -> Any:
+    """Above: the baseline's accuracy by learning rate. Below: by epoch, as it is and with twice as many."""
+    figure, grid = plt.subplots(2, len(views), figsize=(3.1 * len(views), 5.2), layout="constrained", squeeze=False)
+    for (upper, lower), view in zip(grid.T, views, strict=True):
+        searched = view.searched("ce")
+        upper.plot(list(searched), list(searched.values()), "o-", color=MUTED, ms=5, mew=0, zorder=2)
+        if view.rate in searched:
+            upper.plot([view.rate], [searched[view.rate]], "o", color=ACCENT, ms=8, mew=0, zorder=3)
+        upper.set_xscale("log", base=2)
+        upper.set_xticks(list(searched), [f"{rate:g}" for rate in searched])
+        upper.minorticks_off()
+        upper.set_title(view.task.title, loc="left", fontweight="bold", fontsize=10)
+        upper.set_xlabel("baseline's learning rate")
+        _plain(upper, "y")
+        split = view.splits[0]
+        shown = (("as it is", view.main.get("ce", {}), ACCENT), ("twice as many epochs", view.longer, MUTED))
+        for label, by_seed, color in shown:
+            if by_seed:
+                _curve(lower, label, list(by_seed.values()), split, color)
+        if view.teacher:
+            value = 100 * view.teacher["accuracy"][split]
+            lower.axhline(value, color=INK, lw=1, ls=(0, (4, 3)), label="the teacher")
+        lower.set_xlabel("epoch")
+        _plain(lower, "y")
+    for row in grid:
+        row[0].set_ylabel("accuracy, %")
+    grid[1][0].legend(frameon=False, loc="lower right", fontsize=8)
+    return figure
+
+
+def _curve(axes: Axes, label: str, records: Sequence[Record], split: str, color: str) -> None:
+    curves = [record["curve"]["accuracy"][split] for record in records]
+    means = [100 * statistics.fmean(values) for values in zip(*curves, strict=True)]
+    axes.plot(range(1, len(means) + 1), means, "o-" if len(means) < 12 else "-", color=color, ms=4, mew=0, label=label)
+
+
+def _cost(plt: Any, rows: list[dict[str, Any]]) -> Any:
+    classes = sorted({row["classes"] for row in rows})
+    figure, grid = plt.subplots(
+        1, len(classes), figsize=(4.5 * len(classes), 4.2), layout="constrained", squeeze=False, sharey=True
+    )
+    for axes, count in zip(grid[0], classes, strict=True):
+        _shares(axes, count, [row for row in rows if row["classes"] == count])
+    right = max(axes.get_xlim()[1] for axes in grid[0])
+    for axes in grid[0]:
+        axes.set_xlim(0, right)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=4, frameon=False)
+    return figure
 
 
 def _shares(axes: Axes, classes: int, rows: list[dict[str, Any]]) -> None:

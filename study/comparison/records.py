@@ -32,6 +32,8 @@ class Records:
             teacher = folder / "teachers" / f"{task.teacher.name}.json"
             if teacher.is_file():
                 self.teachers[task.teacher.name] = self._read(teacher, {"teacher": task.setting()["teacher"]})
+        cost = folder / "cost.json"
+        self.cost: Record | None = self._load(cost) if cost.is_file() else None
 
     def of(self, spec: Spec) -> Record | None:
         return self.runs[spec.task].get(spec.key)
@@ -50,6 +52,11 @@ class Records:
         self._write(self.folder / "teachers" / f"{task.teacher.name}.json", record)
         self.teachers[task.teacher.name] = record
 
+    def add_cost(self, cost: Record) -> None:
+        """Record what a step costs."""
+        self._write(self.folder / "cost.json", cost)
+        self.cost = cost
+
     @staticmethod
     def _write(path: Path, record: Record) -> None:
         try:
@@ -60,12 +67,18 @@ class Records:
         checkpoint.write(path, lambda file: file.write(f"{text}\n".encode()))
 
     @staticmethod
-    def _read(path: Path, setting: dict[str, Any]) -> Record:
+    def _load(path: Path) -> Record:
         try:
-            record: Record = json.loads(path.read_text(encoding="utf-8"))
-            there = record["setting"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{path}: no record of a run ({type(error).__name__})") from None
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path}: no record of the study ({type(error).__name__})") from None
+        if not isinstance(record, dict):
+            raise RunError(f"{path}: no record of the study")
+        return record
+
+    def _read(self, path: Path, setting: dict[str, Any]) -> Record:
+        record = self._load(path)
+        there = record.get("setting", {})
         for name, value in setting.items():
             if there.get(name) != value:
                 raise RunError(

@@ -1,71 +1,123 @@
-"""The study's results, a JSON file, and how the page reads and words them."""
+"""What the records say of a task, and how the page words numbers."""
 
 from __future__ import annotations
 
-import json
+import math
 import statistics
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
-from study.comparison.plan import CONTROL
-from study.training import checkpoint
-from study.training.errors import RunError
+from study.comparison import stages
+from study.comparison.ablations import Ablation, Variant
+from study.comparison.plan import LONGER, METHODS, RATE_SEEDS, Spec, Task
+from study.comparison.records import Record, Records
 
-
-def read(path: Path) -> dict[str, Any]:
-    """Results as JSON.
-
-    Raises:
-        RunError: There are none, or the file has something else.
-    """
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: no results of a study ({type(error).__name__})") from None
-    if not isinstance(results, dict):
-        raise RunError(f"{path}: no results of a study")
-    return results
+#: By method and seed.
+BySeed = dict[str, dict[int, Record]]
 
 
-def write(path: Path, results: dict[str, Any]) -> None:
-    """Results as JSON, whole or not at all."""
-    text = json.dumps(results, indent=1, ensure_ascii=False)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"--page: {path.parent} cannot be made ({error.strerror})") from None
-    checkpoint.write(path, lambda file: file.write(f"{text}\n".encode()))
+@dataclass(frozen=True)
+class View:
+    """One task's records. ``rate`` is the learning rate that its methods share, None until it has been found."""
+
+    task: Task
+    records: Records
+
+    @cached_property
+    def rate(self) -> float | None:
+        return stages.best_rate(self.task, self.records).rate
+
+    @cached_property
+    def splits(self) -> list[str]:
+        """Test sets by name, the first one the one that counts."""
+        return list(next(iter(self.records.runs[self.task.name].values()))["accuracy"])
+
+    @property
+    def teacher(self) -> Record | None:
+        return self.records.teachers.get(self.task.teacher.name)
+
+    def _of(
+        self, method: str, rate: float | None, settings: tuple[str, ...] = (), longer: int = 1
+    ) -> dict[int, Record]:
+        """By seed, those that rates are chosen by left out."""
+        found = {}
+        for record in self.records.runs[self.task.name].values():
+            same = (record["method"], record["lr"], tuple(record["settings"]), record["longer"])
+            if same == (method, rate, settings, longer) and record["seed"] not in RATE_SEEDS:
+                found[record["seed"]] = record
+        return found
+
+    @cached_property
+    def main(self) -> BySeed:
+        """The runs at the rate that all methods share."""
+        found = {method: self._of(method, self.rate) for method in self.task.methods}
+        return {method: by_seed for method, by_seed in found.items() if by_seed}
+
+    @cached_property
+    def own_rates(self) -> dict[str, float]:
+        """Each method's best rate of three, where it has been found."""
+        if self.rate is None:
+            return {}
+        found = {name: stages.own_rates(self.task, name, self.rate, self.records).rate for name in self.task.methods}
+        return {name: rate for name, rate in found.items() if rate is not None}
+
+    @cached_property
+    def own(self) -> BySeed:
+        """The runs at each method's own rate; none where only the baseline's has been found."""
+        found = {method: self._of(method, rate) for method, rate in self.own_rates.items()}
+        found = {method: by_seed for method, by_seed in found.items() if by_seed}
+        return found if set(found) - {"ce"} else {}
+
+    @cached_property
+    def longer(self) -> dict[int, Record]:
+        """The baseline, trained :data:`LONGER` times as long."""
+        return self._of("ce", self.rate, longer=LONGER)
+
+    def variant(self, ablation: Ablation, variant: Variant) -> dict[int, Record]:
+        return self._of(ablation.method, self.rate, variant.settings)
+
+    def searched(self, method: str) -> dict[float, float]:
+        """Accuracy in % by learning rate, of the runs that rates are chosen by."""
+        runs = self.records.runs[self.task.name].values()
+        rates = sorted({record["lr"] for record in runs if record["seed"] in RATE_SEEDS and record["method"] == method})
+        means = {
+            rate: stages.mean_accuracy(self.records, [Spec(self.task.name, method, rate, seed) for seed in RATE_SEEDS])
+            for rate in rates
+        }
+        return {rate: mean for rate, mean in means.items() if mean is not None}
+
+    def missing(self, seeds: Sequence[int]) -> list[str]:
+        """Methods and seeds that have no run at the shared rate."""
+        return [
+            f"{METHODS[name].title} with seed {seed}"
+            for name in self.task.methods
+            for seed in seeds
+            if seed not in self.main.get(name, {})
+        ]
 
 
-def accuracies(results: dict[str, Any], split: str) -> dict[str, dict[int, float]]:
+def accuracies(runs: BySeed, split: str) -> dict[str, dict[int, float]]:
     """In %, by method and seed."""
-    found: dict[str, dict[int, float]] = {}
-    for run in results["runs"]:
-        found.setdefault(run["method"], {})[run["seed"]] = 100 * run["accuracy"][split]
-    return found
+    return {method: of_seeds(by_seed, split) for method, by_seed in runs.items()}
 
 
-def splits(results: dict[str, Any]) -> list[str]:
-    """Test sets by name, the first one the one that counts."""
-    return list(results["runs"][0]["accuracy"])
+def of_seeds(by_seed: dict[int, Record], split: str) -> dict[int, float]:
+    """Accuracy in %, by seed."""
+    return {seed: 100 * record["accuracy"][split] for seed, record in sorted(by_seed.items())}
 
 
-def cost_of(results: dict[str, Any], method: str, classes: int) -> dict[str, Any] | None:
-    """The measured cost of a method's step, if there is one. The control has the baseline's steps."""
-    method = "ce" if method == CONTROL else method
-    rows = results.get("cost", {}).get("rows", ())
-    return next((row for row in rows if row["method"] == method and row["classes"] == classes), None)
+def perplexities(by_seed: dict[int, Record], split: str) -> list[float]:
+    return [math.exp(record["test_loss"][split]) for record in by_seed.values()]
 
 
-def form_of(row: dict[str, Any]) -> dict[str, float]:
-    """Seconds and bytes of a step with the form of the loss that the runs had."""
-    form: dict[str, float] = row["forms"].get("fused") or row["forms"]["PyTorch"]
-    return form
+def mean_of(by_seed: dict[int, Record], value: Callable[[Record], float]) -> float:
+    return statistics.fmean(value(record) for record in by_seed.values())
 
 
-def mean_and_deviation(values: Sequence[float], digits: int = 2) -> str:
+def mean_and_deviation(values: Iterable[float], digits: int = 2) -> str:
     """As text; a deviation, of the sample, from two values on."""
+    values = list(values)
     mean = f"{statistics.fmean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
@@ -78,3 +130,8 @@ def count(number: int, noun: str) -> str:
 def signed(points: float) -> str:
     """A difference in points, with its sign."""
     return f"{points:+.2f}".replace("-", "−")
+
+
+def listed(names: Sequence[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

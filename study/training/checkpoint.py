@@ -16,6 +16,7 @@ from torch import Tensor
 from study.datasets.arrays import Dataset
 from study.training import networks
 from study.training.errors import RunError
+from study.training.network import Network
 
 FORMAT = 1
 #: What a network's file must say of it.
@@ -70,7 +71,7 @@ def load(path: Path, keys: Sequence[str]) -> dict[str, Any]:
     return state
 
 
-def save_network(path: Path, network: networks.Network, description: dict[str, Any]) -> None:
+def save_network(path: Path, network: Network, description: dict[str, Any]) -> None:
     """Write a network's weights as safetensors, with ``description``, JSON values by name, as metadata."""
     from safetensors.torch import save as to_bytes
 
@@ -79,7 +80,7 @@ def save_network(path: Path, network: networks.Network, description: dict[str, A
     write(path, lambda file: file.write(to_bytes(tensors, metadata)))
 
 
-def load_network(path: Path, option: str) -> tuple[networks.Network, dict[str, Any]]:
+def load_network(path: Path, option: str) -> tuple[Network, dict[str, Any]]:
     """The network of a file of :func:`save_network`, in evaluation mode, and its description.
 
     Raises:
@@ -109,7 +110,7 @@ def load_network(path: Path, option: str) -> tuple[networks.Network, dict[str, A
     return network.eval().requires_grad_(False), metadata
 
 
-def load_teacher(path: Path, data: Dataset) -> networks.Network:
+def load_teacher(path: Path, data: Dataset) -> Network:
     """The network of ``--teacher``, which must fit the data.
 
     Raises:
@@ -122,7 +123,7 @@ def load_teacher(path: Path, data: Dataset) -> networks.Network:
     return network
 
 
-def weights_hash(network: networks.Network) -> str:
+def weights_hash(network: Network) -> str:
     """SHA-256 of a network's weights and buffers, by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):

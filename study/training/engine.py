@@ -20,7 +20,8 @@ from study.training import batches
 from study.training.batches import Batch
 from study.training.errors import RunError
 from study.training.methods import Method
-from study.training.networks import Network, Outputs, Student, to_device
+from study.training.network import Network
+from study.training.networks import Outputs, Student, to_device
 from study.training.processes import Processes
 
 AMP = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}

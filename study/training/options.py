@@ -10,6 +10,7 @@ from study.datasets import registry
 from study.training import methods, networks, processes
 from study.training.engine import AMP
 from study.training.errors import RunError
+from study.training.text_networks import TEXT_NETWORKS
 
 #: What a resumed run may have otherwise than the run it goes on with: it changes no weight, or it is a path to what is
 #: compared by its contents.
@@ -32,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--model",
         default="cnn-small",
-        help=f"{', '.join((*networks.NETWORKS, *networks.TEXT_NETWORKS))}, or timm:NAME (cnn-small)",
+        help=f"{', '.join((*networks.NETWORKS, *TEXT_NETWORKS))}, or timm:NAME (cnn-small)",
     )
     what.add_argument("--norm", choices=networks.NORMS, default="batch", help="of the CNNs (batch)")
     what.add_argument(
@@ -106,7 +107,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if not 0 <= args.warmup <= 1:
         raise RunError(f"--warmup: expected a share from 0 to 1, got {args.warmup}")
     if args.optimizer is None:
-        args.optimizer = "adamw" if args.model.startswith("vit") or args.model in networks.TEXT_NETWORKS else "sgd"
+        args.optimizer = "adamw" if args.model.startswith("vit") or args.model in TEXT_NETWORKS else "sgd"
     sgd = args.optimizer == "sgd"
     if args.lr is None:
         args.lr = (0.2 if sgd else 0.001) * args.batch_size / 256

@@ -117,7 +117,7 @@ def _fill(folder: Path, data: Dataset, top_k: int, predict: Callable[[Tensor], T
     classes = _create(folder / "classes.npy", np.int32, shape) if top_k else None
     with bar.task("teacher's logits", rows) as advance:
         for part, inputs, labels in plain_batches(data.train, 64 if data.text else 1024, 0, rows):
-            logits = predict(inputs).float().unflatten(0, labels.shape)
+            logits = predict(inputs).float().reshape(*labels.shape, -1)
             if classes is not None:
                 log_p, order = logits.log_softmax(-1).sort(stable=True, dim=-1, descending=True)
                 classes[part] = order[..., :top_k].numpy()

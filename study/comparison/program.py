@@ -1,0 +1,107 @@
+"""What ``python -m study`` and ``python -m study.compare`` share: their options, and the parts in their order."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+
+from rich.console import Console
+
+from study.comparison import page, runs, stages
+from study.comparison.plan import RATE_SEEDS, SEEDS, Spec, Task, unique
+from study.comparison.records import Records
+from study.datasets.arrays import DataError, cache_root
+from study.training.errors import RunError
+
+
+def add_options(parser: argparse.ArgumentParser, parts: Sequence[str], out: Path, records: Path, page: Path) -> None:
+    """Where things are, which parts are made, and how many runs at a time."""
+    parser.add_argument("--part", choices=tuple(parts), nargs="+", default=tuple(parts), metavar="PART",
+                        help=f"of {', '.join(parts)} (all)")  # fmt: skip
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, metavar="N",
+                        help=f"of the students ({' '.join(map(str, SEEDS))})")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=out, metavar="DIR", help="runs (%(default)s)")
+    parser.add_argument(
+        "--records", type=Path, default=records, metavar="DIR",
+        help="a small file for each finished run; what has one is not made again (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--page", type=Path, default=page, metavar="FILE",
+                        help="the page; its plots are beside it as PNG (%(default)s)")  # fmt: skip
+    parser.add_argument("--update", type=Path, nargs="+", default=(), metavar="FILE",
+                        help="write the outcome into these pages, too")  # fmt: skip
+    parser.add_argument("--cache", type=Path, default=cache_root(), metavar="DIR", help="for data (%(default)s)")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="runs at a time (%(default)s)"
+    )
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of each run (%(default)s)")
+
+
+def check(args: argparse.Namespace, positive: Sequence[str]) -> None:
+    """Raises:
+    RunError: An option is out of range.
+    """
+    for name in ("jobs", "threads", *positive):
+        if getattr(args, name) < 1:
+            raise RunError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
+    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds) or set(args.seeds) & set(RATE_SEEDS):
+        reserved = " and ".join(map(str, RATE_SEEDS))
+        raise RunError(
+            f"--seeds: expected different ones from 0 on, without {reserved}, which choose the learning rates; got "
+            f"{' '.join(map(str, args.seeds))}"
+        )
+
+
+def make_runs(args: argparse.Namespace, tasks: Mapping[str, Task], records: Records, console: Console) -> None:
+    """Train what the parts want and has no record.
+
+    Raises:
+        RunError: The folder cannot be written, or a run failed.
+    """
+    parts = [stage for stage in stages.STAGES if stage in args.part]
+    if not parts:
+        return
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"--out {args.out}: cannot be written ({error.strerror})") from None
+
+    def wanted() -> list[Spec]:
+        # In turns, so that a study that is stopped has as many seeds of one task as of another.
+        of_parts = [[stages.wanted(task, part, records, args.seeds) for task in tasks.values()] for part in parts]
+        return unique([spec for own in of_parts for turn in zip_longest(*own) for spec in turn if spec is not None])
+
+    study = runs.Study(tasks, records, args.out, args.cache, wanted)
+    if not study.missing():
+        console.print(
+            f"all runs of {', '.join(parts)} have a record in {records.folder}", highlight=False, soft_wrap=True
+        )
+    runs.run(study, args.jobs, args.threads, console)
+
+
+def make_page(args: argparse.Namespace, records: Records, command: str, console: Console) -> None:
+    if "page" in args.part:
+        written = page.make(records, args.page, command, args.update)
+        console.print(f"written: {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
+
+
+def main(name: str, program: Callable[[], None]) -> int:
+    """Run a program: 0, or 2 after one line on stderr."""
+    try:
+        program()
+    except (RunError, DataError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def leave_no_runs() -> None:
+    """A program that is ended by SIGTERM ends its runs first: a later call would start them once more."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
