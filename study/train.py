@@ -265,20 +265,12 @@ def _check_batch(args: argparse.Namespace, where: Processes, dataset: Dataset) -
         )
     if args.batch_size > len(dataset.train):
         raise RunError(
-            f"--batch-size {args.batch_size}: more than the {len(dataset.train)} {_noun(dataset)} for training"
+            f"--batch-size {args.batch_size}: more than the {len(dataset.train)} {dataset.noun} for training"
         )
     if not dataset.tests:
         raise RunError("--data: there is no test set")
     if args.amp == "fp16" and where.device.type != "cuda":
         raise RunError("--amp fp16: for CUDA only; bf16 works on the CPU")
-
-
-def _noun(dataset: Dataset) -> str:
-    return "windows" if dataset.text else "images"
-
-
-def _shape(dataset: Dataset) -> str:
-    return f"of {dataset.size} tokens" if dataset.text else f"{dataset.channels}×{dataset.size}×{dataset.size}"
 
 
 def _check_teacher(args: argparse.Namespace, method: methods.Method) -> None:
@@ -352,8 +344,7 @@ def run(args: argparse.Namespace, console: Console | None = None) -> Result:
 def _announce(this: Run, console: Console) -> None:
     args, dataset = this.args, this.data
     console.print(
-        f"{dataset.name}: {len(dataset.train):,} {_noun(dataset)} {_shape(dataset)}, "
-        f"{dataset.classes} classes; {args.model}, {_parameters(this):,} parameters; "
+        f"{registry.described(dataset)}; {args.model}, {_parameters(this):,} parameters; "
         f"{methods.described(args.loss, args.backend, this.where.device)}; "
         f"{this.where.world} × {this.where.device.type}",
         highlight=False,

@@ -68,6 +68,11 @@ class Dataset:
         return self.train.inputs.ndim == 2
 
     @property
+    def noun(self) -> str:
+        """What its rows are."""
+        return "windows" if self.text else "images"
+
+    @property
     def channels(self) -> int:
         """Of an image; 1 for text."""
         return 1 if self.text else int(self.train.inputs.shape[1])

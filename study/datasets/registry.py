@@ -80,6 +80,12 @@ def load(args: argparse.Namespace, bar: Bar) -> Dataset:
     return dataset
 
 
+def described(dataset: Dataset) -> str:
+    """A set in a few words."""
+    shape = f"of {dataset.size} tokens" if dataset.text else f"{dataset.channels}×{dataset.size}×{dataset.size}"
+    return f"{dataset.name}: {len(dataset.train):,} {dataset.noun} {shape}, {dataset.classes} classes"
+
+
 def about(dataset: Dataset) -> list[str]:
     """What a set is made of, a line each, where that is not the same everywhere."""
     of = {"glyphs": glyphs.about, "text": text.about}

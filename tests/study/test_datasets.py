@@ -193,7 +193,7 @@ def test_corrupt_cache(installed, tmp_path, harm):
         (("--classes", 1), "--classes: glyphs has 2 to 3755 classes, got 1"),
         (("--classes", 10, "--held-out", "Delta"), "no font family 'Delta' covers 10 characters"),
         (("--image-size", 4), "--image-size: expected at least 8, got 4"),
-        (("--data", "imagenet"), "--data: expected glyphs, cifar100 PATH, imagefolder PATH, got 'imagenet'"),
+        (("--data", "imagenet"), "--data: expected glyphs, text, cifar100 PATH, imagefolder PATH, got 'imagenet'"),
         (
             ("--data", "cifar100", ".", "--draws", "3"),
             "--draws: is of glyphs, which are drawn; --data cifar100 is on disk",
