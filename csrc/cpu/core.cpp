@@ -246,8 +246,8 @@ struct FromBefore {
 double dist_columns(const Kernels& kernels, RowArgs& args, FromBefore& kept) {
     std::vector<SoftmaxOrigin> origins(size_t(2 * args.rows));
     RowArgs rows = args;
-    rows.only_origins = rows.gradient != nullptr; // the losses come with the gradient then
-    rows.gradient = nullptr;
+    rows.only_origins = rows.gradient.data != nullptr; // the losses come with the gradient then
+    rows.gradient.data = nullptr;
     rows.origins = origins.data();
     if (rows.only_origins) {
         kept.statistics.resize(size_t(kStatisticsFields * args.rows));
@@ -286,24 +286,41 @@ void put_column_part(const RowArgs& args, double correlations, int64_t classes) 
         if (const double factor = part_factor(args, row); factor != 0) args.parts[3 * row + 1] = factor * part;
 }
 
-} // namespace
+struct Stored {
+    Gradient& gradient;
+    const Matrix& logits;
+};
 
-int64_t row_loss(const Kernels& kernels, RowArgs args, const LossOutputs& out) {
+// What all losses do around their kernels, which `run` calls: count, scale and reduce.
+template <class Run>
+int64_t run_loss(LossArgs& args, int kinds, const LossOutputs& out, std::initializer_list<Stored> stored,
+                 const Run& run) {
     const Counted counted = count_rows(args.target, args.rows, args.classes, args.ignore_index);
     if (counted.bad_row >= 0) return counted.bad_row;
     const double divisor = divisor_of(out.reduction, counted.rows);
-    args.gradient_scale = stored_scale(args.student.dtype, args.gradient_scale, divisor, out.norms[0], args.accumulate);
-    advise_large_pages(args.gradient, args.student.dtype, args.rows * args.classes);
-    std::vector<double> parts(size_t(3 * args.rows)), sums = label_sums(args.target, args.rows);
+    void* const* norm = out.norms;
+    for (const auto& [gradient, logits] : stored) {
+        gradient.scale = stored_scale(logits.dtype, gradient.scale, divisor, *norm++, args.accumulate);
+        advise_large_pages(gradient.data, logits.dtype, args.rows * args.classes);
+    }
+    std::vector<double> parts(size_t(kinds * args.rows)), sums = label_sums(args.target, args.rows);
     args.parts = parts.data();
     args.label_sums = sums.empty() ? nullptr : sums.data();
-    FromBefore kept;
-    const bool coupled = has_columns(args, counted);
-    const double correlations = coupled ? dist_columns(kernels, args, kept) : 0;
-    if (!coupled || args.gradient) kernels.row_losses(args);
-    if (coupled) put_column_part(args, correlations, args.classes);
-    reduce_parts(parts, 3, args.rows, divisor, out.reduction, args.accumulate, out.loss, out.parts);
+    run(counted);
+    reduce_parts(parts, kinds, args.rows, divisor, out.reduction, args.accumulate, out.loss, out.parts);
     return no_probabilities(sums);
+}
+
+} // namespace
+
+int64_t row_loss(const Kernels& kernels, RowArgs args, const LossOutputs& out) {
+    return run_loss(args, 3, out, {{args.gradient, args.student}}, [&](const Counted& counted) {
+        FromBefore kept;
+        const bool coupled = has_columns(args, counted);
+        const double correlations = coupled ? dist_columns(kernels, args, kept) : 0;
+        if (!coupled || args.gradient.data) kernels.row_losses(args);
+        if (coupled) put_column_part(args, correlations, args.classes);
+    });
 }
 
 int64_t row_stage(const Kernels& kernels, RowArgs args) {
@@ -330,50 +347,27 @@ int64_t row_stage(const Kernels& kernels, RowArgs args) {
 }
 
 int64_t uskd(const Kernels& kernels, UskdArgs args, const double* batch_sums, const LossOutputs& out) {
-    const Counted counted = count_rows(args.target, args.rows, args.classes, args.ignore_index);
-    if (counted.bad_row >= 0) return counted.bad_row;
-    const double divisor = divisor_of(out.reduction, counted.rows);
-    args.student_scale = stored_scale(args.student.dtype, args.student_scale, divisor, out.norms[0], args.accumulate);
-    args.weak_scale = stored_scale(args.weak.dtype, args.weak_scale, divisor, out.norms[1], args.accumulate);
-    advise_large_pages(args.student_gradient, args.student.dtype, args.rows * args.classes);
-    advise_large_pages(args.weak_gradient, args.weak.dtype, args.rows * args.classes);
-    for (int k = 0; k < 2; ++k)
-        args.mean[k] = batch_sums[k] / std::max(batch_sums[2], 1.0);
-    std::vector<double> parts(size_t(4 * args.rows)), sums = label_sums(args.target, args.rows);
-    args.parts = parts.data();
-    args.label_sums = sums.empty() ? nullptr : sums.data();
-    const std::vector<float> singles = reciprocals<float>(args.accumulate == kFloat64 ? 0 : args.classes);
-    const std::vector<double> doubles = reciprocals<double>(args.accumulate == kFloat64 ? args.classes : 0);
-    args.reciprocals = singles.empty() ? static_cast<const void*>(doubles.data()) : singles.data();
-    kernels.uskd(args);
-    reduce_parts(parts, 4, args.rows, divisor, out.reduction, args.accumulate, out.loss, out.parts);
-    return no_probabilities(sums);
+    const auto run = [&](const Counted&) {
+        for (int k = 0; k < 2; ++k)
+            args.mean[k] = batch_sums[k] / std::max(batch_sums[2], 1.0);
+        const std::vector<float> singles = reciprocals<float>(args.accumulate == kFloat64 ? 0 : args.classes);
+        const std::vector<double> doubles = reciprocals<double>(args.accumulate == kFloat64 ? args.classes : 0);
+        args.reciprocals = singles.empty() ? static_cast<const void*>(doubles.data()) : singles.data();
+        kernels.uskd(args);
+    };
+    return run_loss(args, 4, out, {{args.student_gradient, args.student}, {args.weak_gradient, args.weak}}, run);
 }
 
 int64_t zipf_ls(const Kernels& kernels, ZipfArgs args, const LossOutputs& out) {
-    const Counted counted = count_rows(args.target, args.rows, args.classes, args.ignore_index);
-    if (counted.bad_row >= 0) return counted.bad_row;
-    const double divisor = divisor_of(out.reduction, counted.rows);
-    args.gradient_scale = stored_scale(args.student.dtype, args.gradient_scale, divisor, out.norms[0], args.accumulate);
-    advise_large_pages(args.gradient, args.student.dtype, args.rows * args.classes);
-    std::vector<double> parts(size_t(2 * args.rows)), sums = label_sums(args.target, args.rows);
-    args.parts = parts.data();
-    args.label_sums = sums.empty() ? nullptr : sums.data();
-    kernels.zipf_ls(args);
-    reduce_parts(parts, 2, args.rows, divisor, out.reduction, args.accumulate, out.loss, out.parts);
-    return no_probabilities(sums);
+    return run_loss(args, 2, out, {{args.gradient, args.student}}, [&](const Counted&) { kernels.zipf_ls(args); });
 }
 
 int64_t topk_loss(const Kernels& kernels, TopKArgs args, const LossOutputs& out) {
-    const Counted counted = count_rows(args.target, args.rows, args.classes, args.ignore_index);
-    if (counted.bad_row >= 0) return counted.bad_row;
-    advise_large_pages(args.gradient, args.student.dtype, args.rows * args.classes);
-    std::vector<double> parts(size_t(3 * args.rows));
+    advise_large_pages(args.gradient.data, args.student.dtype, args.rows * args.classes);
     const std::unique_ptr<bool[]> bad(new bool[size_t(args.rows)]());
-    args.parts = parts.data();
     args.bad = bad.get();
-    kernels.topk_rows(args);
-    reduce_parts(parts, 3, args.rows, 1.0, kNone, args.accumulate, out.loss, out.parts);
+    const int64_t bad_row = run_loss(args, 3, out, {}, [&](const Counted&) { kernels.topk_rows(args); });
+    if (bad_row >= 0) return bad_row;
     const bool* const end = args.bad + args.rows;
     const bool* const found = std::find(static_cast<const bool*>(args.bad), end, true);
     return found == end ? -1 : args.rows + (found - args.bad);

@@ -27,7 +27,7 @@ int64_t row_loss(const Kernels& kernels, RowArgs args, const LossOutputs& out);
 int64_t row_stage(const Kernels& kernels, RowArgs args);
 int64_t uskd(const Kernels& kernels, UskdArgs args, const double* batch_sums, const LossOutputs& out);
 int64_t zipf_ls(const Kernels& kernels, ZipfArgs args, const LossOutputs& out);
-// Without reduction, whatever `out` says. A row whose kept classes are none is told as `rows` and its number.
+// Without reduction. A row whose kept classes are none is told as `rows` and its number.
 int64_t topk_loss(const Kernels& kernels, TopKArgs args, const LossOutputs& out);
 
 // Over the rows that count: the sums of p_1^2 and p_2^2 (or p_1, p_2), and their number.

@@ -39,22 +39,36 @@ struct Piece {
     double* out;                               // (fields, rows) of this stage; not of the last
 };
 
-struct RowArgs {
-    Matrix student, teacher; // the teacher of a loss without one is not read
-    Matrix target;           // class indices (kInt64), or probabilities
-    const double* factors;   // (2, rows): a row's parts and its gradient are multiplied by them, and 0 is a row that
-                             // does not count; null for 1
-    void* gradient;          // contiguous, of the student's dtype, and may be its logits; null when it is not wanted
+// The rows of a batch, of which every kernel of a loss is told.
+struct BatchArgs {
+    Matrix student;
+    Matrix target; // class indices (kInt64), or probabilities
     int64_t rows, classes;
-    int loss; // its number, see RowNeed of row_losses.h
-    HyperParameters hyper;
-    bool standardize;
     int64_t ignore_index;
-    double gradient_scale; // multiplies every stored gradient
-    double* parts;         // (rows, 3), the last of them CE; 0 for rows that do not count
-    double* label_sums;    // (rows): of the probabilities of rows that count; null for class indices
-    DType accumulate;      // kFloat32 or kFloat64
+    DType accumulate; // kFloat32 or kFloat64
     int threads;
+};
+
+// What every loss has besides.
+struct LossArgs : BatchArgs {
+    HyperParameters hyper;
+    const double* factors; // (2, rows), of USKD (3, rows): a row's parts and each of its gradients are multiplied by
+                           // them, and 0 is a row that does not count; null for 1
+    double* parts;         // (rows, 2 to 4), the last of them CE; 0 for rows that do not count
+    double* label_sums;    // (rows): of the probabilities of rows that count; null for class indices
+};
+
+// Where a gradient goes: contiguous, of its logits' dtype, null when it is not wanted; and what it is stored times.
+struct Gradient {
+    void* data;
+    double scale;
+};
+
+struct RowArgs : LossArgs {
+    Matrix teacher; // that of a loss without one is not read
+    int loss;       // its number, see RowNeed of row_losses.h
+    bool standardize;
+    Gradient gradient;           // may be the student's logits
     SoftmaxOrigin* origins;      // (rows, 2), the student's and the teacher's; null when they are not wanted
     bool only_origins;           // and nothing else is but the statistics
     double* statistics;          // (rows, kStatisticsFields) from a call with only_origins to the next; else null
@@ -77,70 +91,37 @@ struct ColumnArgs {
     const double* column_factor; // null for the number of counted rows, each of which is given the whole term
 };
 
-struct UskdArgs {
-    Matrix student, weak;
-    Matrix target;                          // class indices (kInt64), or probabilities
-    const double* factors;                  // (3, rows), or null: as above
-    void *student_gradient, *weak_gradient; // contiguous, each of its logits' dtype; null when not wanted
-    int64_t rows, classes;
-    HyperParameters hyper;
+// Its parts are target, non_target, weak and ce.
+struct UskdArgs : LossArgs {
+    Matrix weak;
     double mean[2];
     int rank; // Rank of row_math.h
     bool square;
-    int64_t ignore_index;
-    double student_scale, weak_scale; // multiply every stored gradient
-    const void* reciprocals;          // 1 / rank for every rank, of the accumulating dtype
-    double* parts;                    // (rows, 4): target, non_target, weak, ce; 0 for rows that do not count
-    double* label_sums;               // as above
-    DType accumulate;
-    int threads;
+    const void* reciprocals; // 1 / rank for every rank, of the accumulating dtype
+    Gradient student_gradient, weak_gradient;
 };
 
-struct ZipfArgs {
-    Matrix student;
+// Its parts are divergence and ce.
+struct ZipfArgs : LossArgs {
     Matrix dense;                    // of a batch row: the logits of its positions, which are the rows
     int64_t dense_stride, positions; // from batch row to batch row
-    Matrix target;                   // class indices (kInt64), or probabilities
-    const double* factors;           // (2, rows), or null: as above
-    void* gradient;                  // contiguous, of the student's dtype; null when it is not wanted
-    int64_t rows, classes;
-    HyperParameters hyper;
-    int64_t ignore_index;
-    double gradient_scale; // multiplies every stored gradient
-    double* parts;         // (rows, 2): divergence, ce; 0 for rows that do not count
-    double* label_sums;    // as above
-    DType accumulate;
-    int threads;
+    Gradient gradient;
 };
 
 // A row loss whose teacher is some classes of each row: (rows, kept) log-probabilities and indices, of which -1 is
-// none.
-struct TopKArgs {
-    Matrix student, log_probs, indices;
-    Matrix target; // class indices
+// none. Its target has class indices.
+struct TopKArgs : LossArgs {
+    Matrix log_probs, indices;
     int64_t kept;
-    int rest;              // TopKRest of topk_losses.h
-    const double* factors; // (2, rows), or null: as above
-    void* gradient;        // contiguous, of the student's dtype; null when it is not wanted
-    int64_t rows, classes;
+    int rest; // TopKRest of topk_losses.h
     int loss; // its number, as of RowArgs
-    HyperParameters hyper;
-    int64_t ignore_index;
-    double gradient_scale; // multiplies every stored gradient
-    double* parts;         // (rows, 3), as of RowArgs
-    bool* bad;             // (rows): an index is none, or twice there, and nothing is written
-    DType accumulate;
-    int threads;
+    Gradient gradient;
+    bool* bad; // (rows): an index is none, or twice there, and nothing is written
 };
 
-struct TargetProbsArgs {
-    Matrix student, target;
-    int64_t rows, classes;
+struct TargetProbsArgs : BatchArgs {
     bool square;
-    int64_t ignore_index;
     double* values; // (rows, 2): p_k^2, or p_k, of a row's targets; 0 where there is none
-    DType accumulate;
-    int threads;
 };
 
 struct ScaleArgs {

@@ -106,13 +106,13 @@ FKD_NOINLINE RowResult row_pass(const RowArgs& args, const RowParams& params, co
     const int64_t classes = args.classes;
     const RowNeeds needs = row_needs(params);
     const bool with_probs = general && args.target.dtype != kInt64;
-    const bool wanted = args.gradient != nullptr;
+    const bool wanted = args.gradient.data != nullptr;
     const DType out_type = args.student.dtype;
-    char* gradient = static_cast<char*>(args.gradient) + row * classes * element_size(out_type);
+    char* gradient = static_cast<char*>(args.gradient.data) + row * classes * element_size(out_type);
     A* const own_row = reinterpret_cast<A*>(gradient);
     const bool same = out_type == dtype_of<A>();
     const bool streamed = same && args.rows * classes * int64_t(sizeof(A)) >= kStreamed;
-    const bool over = args.gradient == args.student.data; // the logits, which are read again below
+    const bool over = args.gradient.data == args.student.data; // the logits, which are read again below
     // Of a second visit, to a row whose statistics the first has left and whose exponentials nothing asks for.
     const bool again = pointwise && args.statistics && !args.only_origins && params.ce_weight == 0;
     A* const e_soft = again ? scratch.p : wanted && same && !streamed && !over ? own_row : scratch.e_soft;
@@ -212,7 +212,7 @@ FKD_NOINLINE RowResult row_pass(const RowArgs& args, const RowParams& params, co
         c.sharp += c.raw;
         c.raw = 0;
     }
-    const double scale = args.gradient_scale * factor;
+    const double scale = args.gradient.scale * factor;
     for (int64_t i = 0; i < count; ++i) {
         const int64_t j = i * kBlock<A>, n = block_length<A>(classes, j);
         const double ds = scratch.blocks[i].s_max - s_max, dt = scratch.blocks[i].t_max - t_max;
@@ -292,7 +292,7 @@ void row_losses_typed(const RowArgs& args) {
                 for (int k = 0; k < kRowParts; ++k)
                     parts[k] = 0;
                 if (args.origins) args.origins[2 * row].by = -1;
-                no_gradient(args.gradient, args.student.dtype, row, args.classes);
+                no_gradient(args.gradient.data, args.student.dtype, row, args.classes);
                 continue;
             }
             if (piece && piece->stage == kMoments) {

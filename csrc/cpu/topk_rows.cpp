@@ -187,8 +187,8 @@ FKD_NOINLINE Others rest_of(const TopKArgs& args, const Scratch<A>& scratch, int
         }
         const A largest = block_max<A>(s, n, Without<1>{{-1}}), reach = A(largest * scale), limit = A(kLargestShift);
         // Without a gradient the exponentials are of no further use: keep overwriting the same few lines of cache.
-        A* const soft = args.gradient ? e_soft + j : scratch.gradient;
-        A* const sharp = single ? soft : args.gradient ? scratch.e_sharp + j : scratch.e_sharp;
+        A* const soft = args.gradient.data ? e_soft + j : scratch.gradient;
+        A* const sharp = single ? soft : args.gradient.data ? scratch.e_sharp + j : scratch.e_sharp;
         RestBlock& block = scratch.blocks[count];
         if (reach < limit && (reach > -limit || largest == -A(INFINITY)))
             block_sums<A, single, false, linear>(s, ahead, n, scale, squarings, largest, soft, sharp, block);
@@ -217,9 +217,9 @@ FKD_NOINLINE void combine(const TopKArgs& args, const Scratch<A>& scratch, int64
                           const TopKResult& result, const A* e_soft, bool streamed) {
     const DType type = args.student.dtype;
     const bool same = type == dtype_of<A>();
-    char* const gradient = static_cast<char*>(args.gradient) + row * args.classes * element_size(type);
+    char* const gradient = static_cast<char*>(args.gradient.data) + row * args.classes * element_size(type);
     A* const own_row = reinterpret_cast<A*>(gradient);
-    const double by = args.gradient_scale * (args.factors ? args.factors[args.rows + row] : 1);
+    const double by = args.gradient.scale * (args.factors ? args.factors[args.rows + row] : 1);
     const A constant = A(result.constant * by);
     int64_t count = 0;
     for (int64_t j = 0; j < args.classes; j += kBlock<A>, ++count) {
@@ -270,15 +270,16 @@ FKD_NOINLINE void row_pass(const TopKArgs& args, const RowParams& params, TopKRe
     }
     const bool same = args.student.dtype == dtype_of<A>();
     const bool streamed = same && args.rows * args.classes * int64_t(sizeof(A)) >= kStreamed;
-    const bool in_place = args.gradient && same && !streamed;
-    A* const e_soft = in_place ? static_cast<A*>(args.gradient) + row * args.classes : scratch.e_soft;
+    const bool in_place = args.gradient.data && same && !streamed;
+    A* const e_soft = in_place ? static_cast<A*>(args.gradient.data) + row * args.classes : scratch.e_soft;
     const auto rest = topk_needs(params, kind).linear ? rest_of<A, single, true> : rest_of<A, single, false>;
     x.rest = rest(args, scratch, row, params.temperature, e_soft);
     x.log_share = log_share(x, args.classes, kind);
     const TopKResult result = topk_loss(x, params, kind);
     for (int k = 0; k < kRowParts; ++k)
         args.parts[kRowParts * row + k] = (args.factors ? args.factors[row] : 1) * result.parts[k];
-    if (args.gradient) combine<A, single>(args, scratch, row, params.temperature, x.rest, result, e_soft, streamed);
+    if (args.gradient.data)
+        combine<A, single>(args, scratch, row, params.temperature, x.rest, result, e_soft, streamed);
 }
 
 template <class A>
@@ -298,7 +299,7 @@ void topk_rows_typed(const TopKArgs& args) {
             }
             for (int k = 0; k < kRowParts; ++k)
                 args.parts[kRowParts * row + k] = 0;
-            no_gradient(args.gradient, args.student.dtype, row, args.classes);
+            no_gradient(args.gradient.data, args.student.dtype, row, args.classes);
         }
     });
 }

@@ -126,8 +126,8 @@ template <class A>
 FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch, int64_t row, Targets targets) {
     const int64_t classes = args.classes;
     const bool with_probs = args.target.dtype != kInt64;
-    const GradientRow<A> student(args.student_gradient, args.student.dtype, row, classes, scratch.e_s);
-    const GradientRow<A> weak(args.weak_gradient, args.weak.dtype, row, classes, scratch.e_w);
+    const GradientRow<A> student(args.student_gradient.data, args.student.dtype, row, classes, scratch.e_s);
+    const GradientRow<A> weak(args.weak_gradient.data, args.weak.dtype, row, classes, scratch.e_w);
     A *const e_s = student.exponentials, *const e_w = weak.exponentials, *const z = scratch.keys;
     double* const parts = args.parts + 4 * row;
 
@@ -201,8 +201,8 @@ FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch,
 
     const double* const factors = args.factors ? args.factors + row : nullptr;
     const double factor = factors ? factors[0] : 1;
-    const double s_scale = args.student_scale * (factors ? factors[args.rows] : 1);
-    const double w_scale = args.weak_scale * (factors && weak.data ? factors[2 * args.rows] : 1);
+    const double s_scale = args.student_gradient.scale * (factors ? factors[args.rows] : 1);
+    const double w_scale = args.weak_gradient.scale * (factors && weak.data ? factors[2 * args.rows] : 1);
     for (int64_t j = 0; j < classes; j += kBlock<A>) {
         const int64_t n = block_length<A>(classes, j);
         const A* labels = with_probs ? read(args.target, row, j, n, scratch.probs) : nullptr;
@@ -256,9 +256,9 @@ void uskd_typed(const UskdArgs& args) {
             if (ignored || (args.factors && args.factors[row] == 0)) {
                 for (int k = 0; k < 4; ++k)
                     args.parts[4 * row + k] = 0;
-                GradientRow<A>(args.student_gradient, args.student.dtype, row, args.classes, nullptr)
+                GradientRow<A>(args.student_gradient.data, args.student.dtype, row, args.classes, nullptr)
                     .fill(A(0), scratch.student);
-                GradientRow<A>(args.weak_gradient, args.weak.dtype, row, args.classes, nullptr)
+                GradientRow<A>(args.weak_gradient.data, args.weak.dtype, row, args.classes, nullptr)
                     .fill(A(0), scratch.weak);
                 continue;
             }

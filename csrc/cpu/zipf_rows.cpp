@@ -89,7 +89,7 @@ template <class A>
 FKD_NOINLINE void zipf_row_pass(const ZipfArgs& args, const Scratch<A>& scratch, int64_t row, Targets targets) {
     const int64_t classes = args.classes;
     const bool with_probs = args.target.dtype != kInt64;
-    const GradientRow<A> gradient(args.gradient, args.student.dtype, row, classes, scratch.e);
+    const GradientRow<A> gradient(args.gradient.data, args.student.dtype, row, classes, scratch.e);
     A* const e = gradient.exponentials;
     double* const parts = args.parts + 2 * row;
 
@@ -130,7 +130,7 @@ FKD_NOINLINE void zipf_row_pass(const ZipfArgs& args, const Scratch<A>& scratch,
     parts[1] = factor * result.ce;
     if (!gradient.data) return;
 
-    const double scale = args.gradient_scale * (args.factors ? args.factors[args.rows + row] : 1);
+    const double scale = args.gradient.scale * (args.factors ? args.factors[args.rows + row] : 1);
     const A a = A(result.student * scale), b = A((result.zipf - result.constant) * scale);
     const A c = A(-result.v * scale);
     for (int64_t j = 0; j < classes; j += kBlock<A>) {
@@ -168,7 +168,7 @@ void zipf_ls_typed(const ZipfArgs& args) {
             const bool ignored = args.target.dtype == kInt64 && targets.at.at[0] == args.ignore_index;
             if (ignored || (args.factors && args.factors[row] == 0)) {
                 args.parts[2 * row] = args.parts[2 * row + 1] = 0;
-                GradientRow<A>(args.gradient, args.student.dtype, row, args.classes, nullptr)
+                GradientRow<A>(args.gradient.data, args.student.dtype, row, args.classes, nullptr)
                     .fill(A(0), scratch.gradient);
                 continue;
             }

@@ -14,7 +14,7 @@ namespace {
 
 // (instruction set, threads)
 struct Where {
-    explicit Where(const py::tuple& given) {
+    explicit Where(const py::handle& given) {
         Fields fields(given, 2);
         const char* const name = fields.text();
         threads = int(fields.integer());
@@ -29,68 +29,73 @@ struct Where {
     int threads;
 };
 
-// What a loss writes: the loss, its parts, the norm of each gradient, and the dtype of them all.
-LossOutputs outputs(const py::tuple& given, int gradients, int64_t reduction, DType& accumulate) {
+// What every call says of its rows: (where, student, target, shape, ignore_index, accumulate).
+struct Batch : BatchArgs {
+    explicit Batch(const py::tuple& given) : BatchArgs{} {
+        Fields fields(given, 6);
+        const Where place(fields.tuple());
+        kernels = place.kernels;
+        threads = place.threads;
+        student = matrix(fields.tuple());
+        target = matrix(fields.tuple());
+        const Shape size(fields.tuple());
+        rows = size.rows;
+        classes = size.classes;
+        ignore_index = fields.integer();
+        accumulate = fields.dtype();
+    }
+
+    // Arguments of a loss; of_loss: (hyper-parameters, factors).
+    template <class Args>
+    Args with(const py::tuple& of_loss) const {
+        Fields fields(of_loss, 2);
+        Args args = {};
+        static_cast<BatchArgs&>(args) = *this;
+        args.hyper = hyper_parameters(fields.tuple());
+        args.factors = fields.doubles();
+        return args;
+    }
+
+    const Kernels* kernels;
+};
+
+// What a loss writes: (reduction, the loss, its parts, the norm of each gradient).
+LossOutputs outputs(const py::tuple& given, int gradients) {
     Fields fields(given, 3 + gradients);
     LossOutputs out = {};
-    out.reduction = Reduction(reduction);
+    out.reduction = Reduction(fields.integer());
     out.loss = fields.address();
     out.parts = fields.address();
     for (int k = 0; k < gradients; ++k)
         out.norms[k] = fields.address();
-    accumulate = fields.dtype();
     return out;
 }
 
-// What every call of a row loss says: options: (standardize, ignore_index, ...)
-RowArgs row_args(const Where& place, const py::tuple& student, const py::tuple& teacher, const py::tuple& target,
-                 const py::tuple& shape, int loss, const py::tuple& hyper, uintptr_t factors,
-                 const py::tuple& gradient) {
-    const Shape size(shape);
-    const Gradient stored(gradient);
-    RowArgs args = {};
-    args.student = matrix(student);
+int64_t run_row_loss(const py::tuple& rows, const py::tuple& of_loss, const py::tuple& teacher, int loss,
+                     bool standardize, uintptr_t column_factor, const py::tuple& gradient, const py::tuple& results) {
+    const Batch batch(rows);
+    RowArgs args = batch.with<RowArgs>(of_loss);
     args.teacher = matrix(teacher);
-    args.target = matrix(target);
-    args.factors = reinterpret_cast<const double*>(factors);
-    args.gradient = stored.data;
-    args.rows = size.rows;
-    args.classes = size.classes;
     args.loss = loss;
-    args.hyper = hyper_parameters(hyper);
-    args.gradient_scale = stored.scale;
-    args.threads = place.threads;
-    return args;
-}
-
-// options: (standardize, ignore_index, reduction)
-int64_t run_row_loss(const py::tuple& where, const py::tuple& student, const py::tuple& teacher,
-                     const py::tuple& target, const py::tuple& shape, int loss, const py::tuple& hyper,
-                     const py::tuple& options, uintptr_t factors, uintptr_t column_factor, const py::tuple& gradient,
-                     const py::tuple& results) {
-    const Where place(where);
-    Fields asked(options, 3);
-    RowArgs args = row_args(place, student, teacher, target, shape, loss, hyper, factors, gradient);
-    args.standardize = asked.flag();
-    args.ignore_index = asked.integer();
+    args.standardize = standardize;
     args.column_factor = reinterpret_cast<const double*>(column_factor);
-    const LossOutputs out = outputs(results, 1, asked.integer(), args.accumulate);
+    args.gradient = gradient_of(gradient);
+    const LossOutputs out = outputs(results, 1);
     py::gil_scoped_release release;
-    return row_loss(*place.kernels, args, out);
+    return row_loss(*batch.kernels, args, out);
 }
 
-// piece: (stage, target, first_class, num_classes, pieces, moments, statistics, sums, out);
-// options: (standardize, ignore_index, parts, accumulate)
-int64_t run_row_stage(const py::tuple& where, const py::tuple& student, const py::tuple& teacher,
-                      const py::tuple& labels, const py::tuple& shape, int loss, const py::tuple& hyper,
-                      const py::tuple& options, uintptr_t factors, const py::tuple& gradient, const py::tuple& piece) {
-    const Where place(where);
-    Fields asked(options, 4), at(piece, 9);
-    RowArgs args = row_args(place, student, teacher, labels, shape, loss, hyper, factors, gradient);
-    args.standardize = asked.flag();
-    args.ignore_index = asked.integer();
-    args.parts = asked.doubles();
-    args.accumulate = asked.dtype();
+// piece: (stage, target, first_class, num_classes, pieces, moments, statistics, sums, out)
+int64_t run_row_stage(const py::tuple& rows, const py::tuple& of_loss, const py::tuple& teacher, int loss,
+                      bool standardize, const py::tuple& gradient, uintptr_t parts, const py::tuple& piece) {
+    const Batch batch(rows);
+    RowArgs args = batch.with<RowArgs>(of_loss);
+    args.teacher = matrix(teacher);
+    args.loss = loss;
+    args.standardize = standardize;
+    args.gradient = gradient_of(gradient);
+    args.parts = reinterpret_cast<double*>(parts);
+    Fields at(piece, 9);
     Piece here = {};
     here.stage = Stage(at.integer());
     here.target = static_cast<const int64_t*>(at.address());
@@ -103,114 +108,68 @@ int64_t run_row_stage(const py::tuple& where, const py::tuple& student, const py
     here.out = at.doubles();
     args.piece = &here;
     py::gil_scoped_release release;
-    return row_stage(*place.kernels, args);
+    return row_stage(*batch.kernels, args);
 }
 
-int64_t run_uskd_batch_sums(const py::tuple& where, const py::tuple& student, const py::tuple& target,
-                            const py::tuple& shape, bool square, int64_t ignore_index, int accumulate, uintptr_t sums) {
-    const Where place(where);
-    const Shape size(shape);
+int64_t run_uskd_batch_sums(const py::tuple& rows, bool square, uintptr_t sums) {
+    const Batch batch(rows);
     TargetProbsArgs args = {};
-    args.student = matrix(student);
-    args.target = matrix(target);
-    args.rows = size.rows;
-    args.classes = size.classes;
+    static_cast<BatchArgs&>(args) = batch;
     args.square = square;
-    args.ignore_index = ignore_index;
-    args.accumulate = DType(accumulate);
-    args.threads = place.threads;
     py::gil_scoped_release release;
-    return uskd_batch_sums(*place.kernels, args, reinterpret_cast<double*>(sums));
+    return uskd_batch_sums(*batch.kernels, args, reinterpret_cast<double*>(sums));
 }
 
-// options: (rank, square, ignore_index, reduction)
-int64_t run_uskd(const py::tuple& where, const py::tuple& student, const py::tuple& weak, const py::tuple& target,
-                 const py::tuple& shape, const py::tuple& hyper, const py::tuple& options, uintptr_t batch_sums,
-                 uintptr_t factors, const py::tuple& gradients, const py::tuple& results) {
-    const Where place(where);
-    const Shape size(shape);
-    Fields both(gradients, 2);
-    const Gradient of_student(both.tuple()), of_weak(both.tuple());
-    Fields asked(options, 4);
-    UskdArgs args = {};
-    args.student = matrix(student);
+// gradients: the student's and the weak logits'
+int64_t run_uskd(const py::tuple& rows, const py::tuple& of_loss, const py::tuple& weak, int rank, bool square,
+                 uintptr_t batch_sums, const py::tuple& gradients, const py::tuple& results) {
+    const Batch batch(rows);
+    UskdArgs args = batch.with<UskdArgs>(of_loss);
     args.weak = matrix(weak);
-    args.target = matrix(target);
-    args.factors = reinterpret_cast<const double*>(factors);
-    args.student_gradient = of_student.data;
-    args.weak_gradient = of_weak.data;
-    args.rows = size.rows;
-    args.classes = size.classes;
-    args.hyper = hyper_parameters(hyper);
-    args.rank = int(asked.integer());
-    args.square = asked.flag();
-    args.ignore_index = asked.integer();
-    args.student_scale = of_student.scale;
-    args.weak_scale = of_weak.scale;
-    args.threads = place.threads;
-    const LossOutputs out = outputs(results, 2, asked.integer(), args.accumulate);
+    args.rank = rank;
+    args.square = square;
+    Fields both(gradients, 2);
+    args.student_gradient = gradient_of(both.tuple());
+    args.weak_gradient = gradient_of(both.tuple());
+    const LossOutputs out = outputs(results, 2);
     py::gil_scoped_release release;
-    return uskd(*place.kernels, args, reinterpret_cast<const double*>(batch_sums), out);
+    return uskd(*batch.kernels, args, reinterpret_cast<const double*>(batch_sums), out);
 }
 
-// The dense logits have three strides, of rows, positions and classes. options: (ignore_index, reduction)
-int64_t run_zipf_ls(const py::tuple& where, const py::tuple& student, const py::tuple& dense, int64_t positions,
-                    const py::tuple& target, const py::tuple& shape, const py::tuple& hyper, const py::tuple& options,
-                    uintptr_t factors, const py::tuple& gradient, const py::tuple& results) {
-    const Where place(where);
-    const Shape size(shape);
-    const Gradient stored(gradient);
-    Fields asked(options, 2), votes(dense, 3);
-    ZipfArgs args = {};
-    args.student = matrix(student);
+// dense: (address, dtype, strides of rows, positions and classes, positions)
+int64_t run_zipf_ls(const py::tuple& rows, const py::tuple& of_loss, const py::tuple& dense, const py::tuple& gradient,
+                    const py::tuple& results) {
+    const Batch batch(rows);
+    ZipfArgs args = batch.with<ZipfArgs>(of_loss);
+    Fields votes(dense, 4);
     args.dense.data = votes.address();
     args.dense.dtype = votes.dtype();
     Fields strides(votes.tuple(), 3);
     args.dense_stride = strides.integer();
     args.dense.row_stride = strides.integer();
     args.dense.col_stride = strides.integer();
-    args.positions = positions;
-    args.target = matrix(target);
-    args.factors = reinterpret_cast<const double*>(factors);
-    args.gradient = stored.data;
-    args.rows = size.rows;
-    args.classes = size.classes;
-    args.hyper = hyper_parameters(hyper);
-    args.ignore_index = asked.integer();
-    args.gradient_scale = stored.scale;
-    args.threads = place.threads;
-    const LossOutputs out = outputs(results, 1, asked.integer(), args.accumulate);
+    args.positions = votes.integer();
+    args.gradient = gradient_of(gradient);
+    const LossOutputs out = outputs(results, 1);
     py::gil_scoped_release release;
-    return zipf_ls(*place.kernels, args, out);
+    return zipf_ls(*batch.kernels, args, out);
 }
 
 // kept: (log_probs, indices, classes of a row, rest)
-int64_t run_topk_loss(const py::tuple& where, const py::tuple& student, const py::tuple& kept, const py::tuple& target,
-                      const py::tuple& shape, int loss, const py::tuple& hyper, int64_t ignore_index, uintptr_t factors,
+int64_t run_topk_loss(const py::tuple& rows, const py::tuple& of_loss, const py::tuple& kept, int loss,
                       const py::tuple& gradient, const py::tuple& results) {
-    const Where place(where);
-    const Shape size(shape);
-    const Gradient stored(gradient);
+    const Batch batch(rows);
+    TopKArgs args = batch.with<TopKArgs>(of_loss);
     Fields of_teacher(kept, 4);
-    TopKArgs args = {};
-    args.student = matrix(student);
     args.log_probs = matrix(of_teacher.tuple());
     args.indices = matrix(of_teacher.tuple());
     args.kept = of_teacher.integer();
     args.rest = int(of_teacher.integer());
-    args.target = matrix(target);
-    args.factors = reinterpret_cast<const double*>(factors);
-    args.gradient = stored.data;
-    args.rows = size.rows;
-    args.classes = size.classes;
     args.loss = loss;
-    args.hyper = hyper_parameters(hyper);
-    args.ignore_index = ignore_index;
-    args.gradient_scale = stored.scale;
-    args.threads = place.threads;
-    const LossOutputs out = outputs(results, 0, kNone, args.accumulate);
+    args.gradient = gradient_of(gradient);
+    const LossOutputs out = outputs(results, 0);
     py::gil_scoped_release release;
-    return topk_loss(*place.kernels, args, out);
+    return topk_loss(*batch.kernels, args, out);
 }
 
 void run_argsort_descending(const py::tuple& where, uintptr_t keys, const py::tuple& shape, uintptr_t order) {

@@ -48,7 +48,7 @@ void run_uskd(const py::tuple& where, const py::tuple& student, const py::tuple&
     const cuda::Place place = place_of(where);
     const Shape size(shape);
     Fields both(gradients, 2), asked(options, 4), out(results, 6);
-    const Gradient of_student(both.tuple()), of_weak(both.tuple());
+    const Gradient of_student = gradient_of(both.tuple()), of_weak = gradient_of(both.tuple());
     cuda::UskdCall call = {};
     call.student = matrix(student);
     call.weak = matrix(weak);

@@ -65,16 +65,11 @@ struct Shape {
     int64_t rows, classes;
 };
 
-// Where a gradient goes, null where it is not wanted, and what it is multiplied by.
-struct Gradient {
-    explicit Gradient(const pybind11::handle& given) {
-        Fields fields(given, 2);
-        data = fields.address();
-        scale = fields.number();
-    }
-    void* data;
-    double scale;
-};
+// (address or 0, what it is stored times)
+inline Gradient gradient_of(const pybind11::handle& given) {
+    Fields fields(given, 2);
+    return {fields.address(), fields.number()}; // braces: from left to right
+}
 
 // The fields in their order.
 inline HyperParameters hyper_parameters(const pybind11::handle& given) {

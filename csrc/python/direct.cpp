@@ -39,11 +39,11 @@ class Made {
         return out;
     }
 
-    // Where the gradient of logits goes; null where it is not wanted.
-    void* gradient(const Asked& asked, int place, PyObject* logits) {
-        if (!asked.grad || !requires_grad(logits)) return nullptr;
+    // Where the gradient of logits goes.
+    Gradient gradient(const Asked& asked, int place, PyObject* logits) {
+        if (!asked.grad || !requires_grad(logits)) return {nullptr, 1};
         gradients_[place] = like(logits);
-        return address(gradients_[place]);
+        return {address(gradients_[place]), 1};
     }
 
     // The loss alone, or (loss, parts or None), and where a gradient is wanted one or None of each logits.
@@ -131,7 +131,6 @@ PyObject* row_loss_of(const Asked& asked, PyObject* const* logits, PyObject* lab
     args.hyper = asked.hyper;
     args.standardize = asked.standardize;
     if (label == Py_None) args.ignore_index = -1;
-    args.gradient_scale = 1;
     Made made;
     const LossOutputs out = made.room(asked, args.accumulate, kRowParts);
     args.gradient = made.gradient(asked, 0, logits[0]);
@@ -151,7 +150,6 @@ PyObject* uskd_of(const Asked& asked, PyObject* const* logits, PyObject* label) 
     args.hyper = asked.hyper;
     args.rank = asked.rank;
     args.square = asked.square;
-    args.student_scale = args.weak_scale = 1;
     Made made;
     const LossOutputs out = made.room(asked, accumulate, 4);
     args.student_gradient = made.gradient(asked, 0, logits[0]);
@@ -175,7 +173,6 @@ PyObject* zipf_ls_of(const Asked& asked, PyObject* const* logits, PyObject* labe
     args.dense_stride = dense.outer_stride;
     args.positions = dense.positions;
     args.hyper = asked.hyper;
-    args.gradient_scale = 1;
     Made made;
     const LossOutputs out = made.room(asked, args.accumulate, 2);
     args.gradient = made.gradient(asked, 0, logits[0]);

@@ -119,12 +119,12 @@ def test_cost_is_told_or_how_to_measure_it():
 
 
 def test_outcome_goes_into_other_pages(tmp_path):
-    path, other = tmp_path / "docs" / "page.md", tmp_path / "README.md"
+    path, other = tmp_path / "pages" / "page.md", tmp_path / "README.md"
     other.write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n")
     assert page.make(made_up(), path, "make study", [other])[-1] == other
     lines = other.read_text().splitlines()
     assert lines[0] == "before" and lines[-1] == "after" and "old" not in lines
-    assert "[The study](docs/page.md) has the figures" in other.read_text()
+    assert "[The study](pages/page.md) has the figures" in other.read_text()
     other.write_text("no place for it")
     with pytest.raises(RunError, match="expected one line <!-- study:begin -->"):
         page.make(made_up(), path, "make study", [other])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fused_kd.backends import staged as stages
 from fused_kd.backends.native import core, cuda, direct, staged
-from fused_kd.backends.native.boundary import DTYPES, RANKS, REDUCTIONS, RESTS, address, incoming, matrix
+from fused_kd.backends.native.boundary import DTYPES, RANKS, REDUCTIONS, RESTS, address, batch, incoming, matrix
 from fused_kd.core import checks
 from fused_kd.core.catalogue import NUMBERS
 from fused_kd.core.options import Options, outputs, pair_outputs
@@ -77,6 +77,10 @@ def cuda_architectures() -> str:
     return str(_core.cuda_architectures) if _core else ""
 
 
+def _where() -> tuple[str, int]:
+    return instruction_set, torch.get_num_threads()
+
+
 def row_loss(
     student: Tensor,
     teacher: Tensor | None,
@@ -89,18 +93,14 @@ def row_loss(
     dtype = accumulation_dtype(student, other)
     made = loss, parts, gradient, norm = outputs(student, options.wanted[0], 3, options.reduction, dtype, options.over)
     bad_row = _core.row_loss(
-        (instruction_set, torch.get_num_threads()),
-        matrix(student),
+        batch(_where(), student, target, options.ignore_index, dtype),
+        (options.hyper, address(factors)),
         matrix(other),
-        matrix(target),
-        student.shape,
         NUMBERS[options.loss],
-        options.hyper,
-        (options.standardize, options.ignore_index, REDUCTIONS[options.reduction]),
-        address(factors),
+        options.standardize,
         address(column_factor),
         (gradient.data_ptr(), options.scales[0]),
-        (loss.data_ptr(), parts.data_ptr(), norm.data_ptr(), DTYPES[dtype]),
+        (REDUCTIONS[options.reduction], loss.data_ptr(), parts.data_ptr(), norm.data_ptr()),
     )
     if bad_row >= 0:
         raise checks.row_error(target, bad_row, student.shape[1], options.ignore_index)
@@ -109,23 +109,15 @@ def row_loss(
 
 def row_stage(stage: str, piece: stages.Piece, found: stages.Found, options: Options, factors: Tensor | None) -> Any:
     """See :func:`fused_kd.backends.native.staged.row_stage`."""
-    return staged.row_stage(_core, (instruction_set, torch.get_num_threads()), stage, piece, found, options, factors)
+    return staged.row_stage(_core, _where(), stage, piece, found, options, factors)
 
 
 def uskd_batch_sums(student: Tensor, target: Tensor, square: bool, ignore_index: int) -> Tensor:
     if student.is_cuda:
         return cuda.uskd_batch_sums(_core, student, target, square, ignore_index)
     sums = torch.empty(3, dtype=torch.float64)
-    bad_row = _core.uskd_batch_sums(
-        (instruction_set, torch.get_num_threads()),
-        matrix(student),
-        matrix(target),
-        student.shape,
-        square,
-        ignore_index,
-        DTYPES[accumulation_dtype(student)],
-        sums.data_ptr(),
-    )
+    rows = batch(_where(), student, target, ignore_index, accumulation_dtype(student))
+    bad_row = _core.uskd_batch_sums(rows, square, sums.data_ptr())
     if bad_row >= 0:
         raise checks.row_error(target, bad_row, student.shape[1], ignore_index)
     return sums
@@ -142,18 +134,18 @@ def uskd(
     made = pair_outputs(student, weak, options.wanted, 4, options.reduction, dtype)
     loss, parts, student_gradient, weak_gradient, student_norm, weak_norm = made
     bad_row = _core.uskd(
-        (instruction_set, torch.get_num_threads()),
-        matrix(student),
+        batch(_where(), student, target, options.ignore_index, dtype),
+        (options.hyper, address(factors)),
         matrix(weak),
-        matrix(target),
-        student.shape,
-        options.hyper,
-        (RANKS[options.rank], options.square, options.ignore_index, REDUCTIONS[options.reduction]),
+        RANKS[options.rank],
+        options.square,
         batch_sums.data_ptr(),
-        address(factors),
         ((student_gradient.data_ptr(), options.scales[0]), (weak_gradient.data_ptr(), options.scales[1])),
-        (loss.data_ptr(), parts.data_ptr(), student_norm.data_ptr(), weak_norm.data_ptr(), DTYPES[dtype]),
-    )
+        (
+            REDUCTIONS[options.reduction], loss.data_ptr(), parts.data_ptr(), student_norm.data_ptr(),
+            weak_norm.data_ptr(),
+        ),
+    )  # fmt: skip
     if bad_row >= 0:
         raise checks.row_error(target, bad_row, student.shape[1], options.ignore_index)
     return made
@@ -165,17 +157,11 @@ def zipf_ls(
     dtype = accumulation_dtype(student)
     made = loss, parts, gradient, norm = outputs(student, options.wanted[0], 2, options.reduction, dtype)
     bad_row = _core.zipf_ls(
-        (instruction_set, torch.get_num_threads()),
-        matrix(student),
-        matrix(dense),
-        dense.shape[1],
-        matrix(target),
-        student.shape,
-        options.hyper,
-        (options.ignore_index, REDUCTIONS[options.reduction]),
-        address(factors),
+        batch(_where(), student, target, options.ignore_index, dtype),
+        (options.hyper, address(factors)),
+        (*matrix(dense), dense.shape[1]),
         (gradient.data_ptr(), options.scales[0]),
-        (loss.data_ptr(), parts.data_ptr(), norm.data_ptr(), DTYPES[dtype]),
+        (REDUCTIONS[options.reduction], loss.data_ptr(), parts.data_ptr(), norm.data_ptr()),
     )
     if bad_row >= 0:
         raise checks.row_error(target, bad_row, student.shape[1], options.ignore_index)
@@ -196,17 +182,12 @@ def topk_loss(
     loss, parts = student.new_empty(rows, dtype=dtype), student.new_empty((3, rows), dtype=dtype)
     gradient = torch.empty_like(student, memory_format=torch.contiguous_format) if want else None
     bad_row = _core.topk_loss(
-        (instruction_set, torch.get_num_threads()),
-        matrix(student),
+        batch(_where(), student, target, options.ignore_index, dtype),
+        (options.hyper, address(factors)),
         (matrix(log_probs), matrix(indices), indices.shape[1], RESTS[rest]),
-        matrix(target),
-        student.shape,
         NUMBERS[options.loss],
-        options.hyper,
-        options.ignore_index,
-        address(factors),
         (address(gradient), options.scales[0]),
-        (loss.data_ptr(), parts.data_ptr(), DTYPES[dtype]),
+        (REDUCTIONS["none"], loss.data_ptr(), parts.data_ptr()),
     )
     if bad_row >= rows:
         raise checks.kept_error(indices, bad_row - rows, student.shape[1])
@@ -218,7 +199,7 @@ def topk_loss(
 def argsort_descending(keys: Tensor) -> Tensor:
     """The ranking alone, of contiguous float32 rows: indices from the largest to the smallest, stable."""
     order = torch.empty(keys.shape, dtype=torch.int64)
-    _core.argsort_descending((instruction_set, torch.get_num_threads()), keys.data_ptr(), keys.shape, order.data_ptr())
+    _core.argsort_descending(_where(), keys.data_ptr(), keys.shape, order.data_ptr())
     return order
 
 
@@ -228,7 +209,7 @@ def scale_gradient(gradient: Tensor, grad_output: Tensor, norm: Tensor, out: Ten
         cuda.scale_gradient(_core, gradient, grad_output, norm, out)
         return
     _core.scale_gradient(
-        (instruction_set, torch.get_num_threads()),
+        _where(),
         gradient.data_ptr(),
         out.data_ptr(),
         DTYPES[gradient.dtype],

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_kd.backends.native.boundary import DTYPES, address, matrix
+from fused_kd.backends.native.boundary import address, batch, matrix
 from fused_kd.backends.staged import STAGES, Found, Piece
 from fused_kd.core import checks
 from fused_kd.core.catalogue import NUMBERS
@@ -38,7 +38,7 @@ def row_stage(
 ) -> Any:  # fmt: skip
     """What a stage finds of a piece, (fields, N) float64; of the last, the rows' parts (3, N) and the gradient."""
     student, teacher, labels, target, first_class, num_classes = piece
-    rows, columns = student.shape
+    rows = student.shape[0]
     other = student if teacher is None else teacher
     dtype = accumulation_dtype(student, other)
     told = _told(labels is not None, options.standardize)
@@ -53,16 +53,13 @@ def row_stage(
     pieces = max(0 if each is None else len(each) for each in found)
     target = target.contiguous()
     bad_row = core.row_stage(
-        where,
-        matrix(student),
+        batch(where, student, target if labels is None else labels, options.ignore_index, dtype),
+        (options.hyper, address(factors)),
         matrix(other),
-        matrix(target if labels is None else labels),
-        (rows, columns),
         NUMBERS[options.loss],
-        options.hyper,
-        (options.standardize, options.ignore_index, parts.data_ptr(), DTYPES[dtype]),
-        address(factors),
+        options.standardize,
         (gradient.data_ptr() if last else 0, options.scales[0]),
+        parts.data_ptr(),
         (
             STAGES[stage], target.data_ptr(), first_class, num_classes, pieces,
             *map(address, found), out.data_ptr(),
