@@ -10,14 +10,11 @@ from study.comparison import paper
 from study.comparison.ablations import ABLATIONS, Ablation
 from study.comparison.paper import Comparison, compare_all, compare_seeds
 from study.comparison.plan import LONGER, METHODS
-from study.comparison.results import BySeed, View, accuracies, count, listed, mean_and_deviation, of_seeds, signed
+from study.comparison.results import BySeed, View, accuracies, count, mean_and_deviation, of_seeds, signed
 
 ORDERS = (("With a teacher", paper.WITH_TEACHER), ("Without a teacher", paper.TEACHER_FREE))
-#: Pairs that the outcome has in words, and those of them that want no teacher.
-_WORDS = (
-    ("With a teacher", "nkd", (("ce", "over the baseline"), ("kd", "over KD"), ("dkd", "over DKD"))),
-    ("Without a teacher", "uskd", (("ce", "over the baseline"), ("label-smoothing", "over label smoothing"))),
-)
+#: Pairs that the outcome has.
+_FIRST = (("nkd", "ce"), ("nkd", "kd"), ("nkd", "dkd"), ("uskd", "ce"), ("uskd", "label-smoothing"))
 
 
 def comparisons(view: View, runs: BySeed) -> list[Comparison]:
@@ -26,27 +23,22 @@ def comparisons(view: View, runs: BySeed) -> list[Comparison]:
 
 
 def outcome(views: Sequence[View]) -> str:
-    """The whole in three lines, for the head of the page and for other pages."""
-    parts = []
-    for title, method, others in _WORDS:
-        clauses = []
-        for other, words in others:
-            found = [
-                f"{c.text} ({view.task.title})"
-                for view in views
-                if (c := paper.compare(method, other, accuracies(view.main, view.splits[0])))
-            ]
-            if found:
-                clauses.append(f"{words} by {listed(found)}")
-        if clauses:
-            parts.append(f"- **{title}** {METHODS[method].title} is, in points of accuracy, {'; '.join(clauses)}.")
-    if ranked := [c for view in views for c in comparisons(view, view.main)]:
-        tasks = count(len(views), "task")
-        parts.append(
-            f"- Of the {count(len(ranked), 'pair')} that the paper ranks, over {tasks}, "
-            f"{_verdicts(ranked)}{_widths(ranked)}."
-        )
-    return "\n".join(parts)
+    """The whole in a short table and a sentence, for the head of the page and for other pages."""
+    rows = [["accuracy, in points", *(view.task.title for view in views)], ["---", *["---:"] * len(views)]]
+    for better, worse in _FIRST:
+        found = [paper.compare(better, worse, accuracies(view.main, view.splits[0])) for view in views]
+        if any(found):
+            rows.append([_pair(better, worse), *(c.text if c else "–" for c in found)])
+    ranked = [c for view in views for c in comparisons(view, view.main)]
+    sentence = (
+        f"Of the {count(len(ranked), 'pair')} that the paper ranks, over {count(len(views), 'task')}, "
+        f"{_verdicts(ranked)}{_widths(ranked)}."
+    )
+    return f"{lines(rows)}\n\n{sentence}"
+
+
+def _pair(better: str, worse: str) -> str:
+    return f"{METHODS[better].title} over {METHODS[worse].title}"
 
 
 def _verdicts(found: Sequence[Comparison]) -> str:
@@ -90,7 +82,7 @@ def _pairs(views: Sequence[View], runs: Sequence[BySeed]) -> list[str]:
     for better, worse in (pair for _, pairs in ORDERS for pair in pairs):
         if any((better, worse) in own for own in found):
             cells = [_cell(own.get((better, worse))) for own in found]
-            rows.append([f"{METHODS[better].title} over {METHODS[worse].title}", *cells])
+            rows.append([_pair(better, worse), *cells])
     numbers = [
         f"{view.task.title}: of {count(len(own), 'pair')} {_verdicts(list(own.values()))}"
         for view, own in zip(views, found, strict=True)

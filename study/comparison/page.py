@@ -75,7 +75,7 @@ def markdown(views: Sequence[View], cost: dict[str, Any] | None, stem: str, comm
         f"<!-- `{command}` writes this from the records of its runs. -->",
         *_beginning(views),
         findings.outcome(views),
-        *(cost_page.sentences(cost) if cost else ()),
+        *(["\n".join(cost_page.sentences(cost))] if cost else []),
         f"![Differences that the paper ranks, with their intervals]({stem}-differences.png)",
         "## Accuracy",
         *_tables(views),
@@ -94,21 +94,21 @@ def markdown(views: Sequence[View], cost: dict[str, Any] | None, stem: str, comm
         "## Measured on",
         *_measured_on(views, cost),
     ]
-    text = "\n\n".join(parts) + "\n"
-    return text.replace("**.\n\n- At", "**.\n- At")
+    return "\n\n".join(parts) + "\n"
 
 
 def _beginning(views: Sequence[View]) -> list[str]:
     seeds = sorted({seed for view in views for by_seed in view.main.values() for seed in by_seed})
     losses = len({METHODS[name].loss for view in views for name in view.main})
-    tasks = listed([f"{view.task.title} ({view.task.what})" for view in views])
+    tasks = [f"- **{view.task.title}**: {view.task.what}" for view in views]
     parts = [
         f"The paper trains a ResNet-18 on ImageNet's 1000 classes. Here small students are trained with {losses} "
-        f"losses, each "
-        f"with {count(len(seeds), 'seed')}, on {count(len(views), 'task')} that two cores can do: {tasks}. Accuracy "
-        f"is that of "
-        "the last epoch in %, mean ± standard deviation over the seeds; differences are in points, with their 95 % "
-        "interval.",
+        f"losses, "
+        f"each with {count(len(seeds), 'seed')}, on what two cores can do:",
+        "\n".join(tasks),
+        "Accuracy is that of the last epoch in %, mean ± standard deviation over the seeds. Differences are in "
+        "points, with "
+        "their 95 % interval.",
     ]
     missing = [f"{view.task.title}: {', '.join(view.missing(seeds))}" for view in views if view.missing(seeds)]
     if missing:
@@ -121,13 +121,13 @@ def _tables(views: Sequence[View]) -> list[str]:
     for view in views:
         task, teacher = view.task, view.teacher
         parts.append(f"**{task.title}**")
-        text = f"Trained on {task.what}; an accuracy is of {'tokens' if task.unit == 'token' else 'images'}."
         if teacher:
             own = ", ".join(f"{100 * value:.2f} on {name}" for name, value in teacher["accuracy"].items())
             student = next(iter(view.main["ce"].values())) if "ce" in view.main else None
             size = f" to the student's {student['parameters']:,}" if student else ""
-            text += f" The teacher, {task.teacher.model}, has {teacher['parameters']:,} parameters{size}, and {own}."
-        parts += [text, _accuracy_table(view)]
+            model, number = task.teacher.model, teacher["parameters"]
+            parts.append(f"The teacher, {model}, has {number:,} parameters{size}, and {own}.")
+        parts.append(_accuracy_table(view))
     return parts
 
 

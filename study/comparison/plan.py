@@ -97,22 +97,23 @@ class Task:
 _GLYPHS = ("--data", "glyphs", "--classes", "1000", "--image-size", "16", "--draws", "12", "--shift", "0")
 _TEXT = ("--data", "text", "--classes", "1024")
 _TEXT_TEACHER = Teacher("text", "gru-large", epochs=5, lr=0.002)
+_OF_PYTHON = "the next of 1024 byte-pair tokens in the sources of Python's standard library"
 #: Text has no Zipf's LS: its votes are those of the positions of an image's last map.
 _OF_TEXT = tuple(name for name in METHODS if name != "zipf-ls")
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         Task(
-            "glyphs", "glyphs, CNN", "images of 1000 Chinese characters, 16 × 16 pixels", _GLYPHS, "cnn-tiny",
+            "glyphs", "glyphs, CNN", "1000 Chinese characters in several fonts, 16 × 16 pixels", _GLYPHS, "cnn-tiny",
             Teacher("glyphs", "cnn-medium", epochs=20, lr=0.2), epochs=20, batch_size=256, rates=(0.1, 0.2, 0.4),
         ),
         Task(
-            "text-gru", "text, GRU", "the sources of Python's standard library, 1024 byte-pair tokens",
+            "text-gru", "text, GRU", _OF_PYTHON,
             _TEXT, "gru-small", _TEXT_TEACHER, epochs=4, batch_size=32, rates=(0.004, 0.008, 0.016),
             methods=_OF_TEXT, unit="token",
         ),
         Task(
-            "text-transformer", "text, transformer", "the sources of Python's standard library, 1024 byte-pair tokens",
+            "text-transformer", "text, transformer", _OF_PYTHON,
             _TEXT, "transformer-small", _TEXT_TEACHER, epochs=4, batch_size=32, rates=(0.004, 0.008, 0.016),
             methods=_OF_TEXT, unit="token",
         ),

@@ -60,6 +60,7 @@ def _differences(plt: Any, views: Sequence[View]) -> Any:
     figure, panels = plt.subplots(
         1, len(views), figsize=(2.6 + 2.6 * len(views), 4.6), layout="constrained", squeeze=False, sharey=True
     )
+    figure.get_layout_engine().set(wspace=0.06)
     for axes, view in zip(panels[0], views, strict=True):
         axes.axvline(0, color=INK, lw=1, zorder=1)
         for comparison in findings.comparisons(view, view.main):
@@ -71,6 +72,7 @@ def _differences(plt: Any, views: Sequence[View]) -> Any:
             axes.plot([comparison.difference], [y], "o", color=color, ms=5, mew=0, zorder=3)
         axes.set_title(view.task.title, loc="left", fontweight="bold", fontsize=10)
         axes.set_ylim(-0.6, len(pairs) - 0.4)
+        axes.locator_params(axis="x", nbins=6)
         _plain(axes, "x")
     names = [f"{METHODS[better].title} over {METHODS[worse].title}" for better, worse in pairs]
     panels[0][0].set_yticks(range(len(pairs)), names[::-1])
@@ -85,6 +87,7 @@ def _differences(plt: Any, views: Sequence[View]) -> Any:
 def _convergence(plt: Any, views: Sequence[View]) -> Any:
     """Above: the baseline's accuracy by learning rate. Below: by epoch, as it is and with twice as many."""
     figure, grid = plt.subplots(2, len(views), figsize=(3.1 * len(views), 5.2), layout="constrained", squeeze=False)
+    figure.get_layout_engine().set(wspace=0.06)
     for (upper, lower), view in zip(grid.T, views, strict=True):
         searched = view.searched("ce")
         upper.plot(list(searched), list(searched.values()), "o-", color=MUTED, ms=5, mew=0, zorder=2)
@@ -105,6 +108,7 @@ def _convergence(plt: Any, views: Sequence[View]) -> Any:
             value = 100 * view.teacher["accuracy"][split]
             lower.axhline(value, color=INK, lw=1, ls=(0, (4, 3)), label="the teacher")
         lower.set_xlabel("epoch")
+        lower.locator_params(axis="x", integer=True)
         _plain(lower, "y")
     for row in grid:
         row[0].set_ylabel("accuracy, %")
