@@ -9,7 +9,7 @@ from benchmarks.show.report import lines
 from study.comparison import paper
 from study.comparison.ablations import ABLATIONS, Ablation
 from study.comparison.paper import Comparison, compare_all, compare_seeds
-from study.comparison.plan import LONGER, METHODS
+from study.comparison.plan import METHODS
 from study.comparison.results import BySeed, View, accuracies, count, mean_and_deviation, of_seeds, signed
 
 ORDERS = (("With a teacher", paper.WITH_TEACHER), ("Without a teacher", paper.TEACHER_FREE))
@@ -102,7 +102,7 @@ def convergence(views: Sequence[View]) -> list[str]:
     rows = [
         [
             "task", "learning rate", "accuracy at half, the same, twice", "last quarter", "seeds' deviation",
-            f"{LONGER} times as long", "teacher over baseline",
+            "twice as long", "teacher over baseline",
         ],
         ["---", *["---:"] * 6],
     ]  # fmt: skip
@@ -129,7 +129,7 @@ def convergence(views: Sequence[View]) -> list[str]:
         "The baseline's learning rate was searched with seeds of its own, in steps of two, until the best had a worse "
         "or equal one on either side. What follows is in % or points of accuracy on the first test set: how much the "
         "last "
-        f"quarter of the epochs adds, and how much {LONGER} times as many epochs add with the rate as it is.",
+        "quarter of the epochs adds, and how much twice as many epochs add with the rate as it is.",
         lines(rows),
     ]
 
@@ -143,13 +143,14 @@ def ablations(views: Sequence[View]) -> list[str]:
     """A table for each ablation that has runs."""
     parts: list[str] = []
     for ablation in ABLATIONS:
-        own = [view for view in views if any(view.variant(ablation, variant) for variant in ablation.variants)]
+        varied = [variant for variant in ablation.variants if variant.settings]
+        own = [view for view in views if any(view.variant(ablation, variant) for variant in varied)]
         if own:
             parts += [f"**{ablation.title}** (the paper's {ablation.source})", _ablation(ablation, own)]
     if not parts:
         return ["Not run; `python -m study --part ablations page` does so."]
     return [
-        "Accuracy in %, and in brackets the difference from the first row or from the study's own setting, in points "
+        "Accuracy in %, and in brackets the difference from the study's own setting, in points "
         "with "
         "its 95 % interval; all at the learning rate that the methods share.",
         *parts,

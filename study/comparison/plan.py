@@ -52,7 +52,7 @@ SEEDS = (0, 1, 2, 3, 4)
 RATE_SEEDS = (50, 51)
 #: A teacher has a seed of its own.
 TEACHER_SEED = 100
-#: The baseline is also trained so many times as long, with so many of the seeds.
+#: The baseline is also trained twice as long, with so many of the seeds.
 LONGER, LONGER_SEEDS = 2, 3
 
 
