@@ -28,9 +28,8 @@ def sentences(cost: Cost) -> list[str]:
             shares = {form: times["loss"] / times["step"] for form, times in row["forms"].items()}
             parts.append(
                 f"- At {row['classes']} classes **{METHODS[row['method']].title}** takes "
-                f"{percent(shares['published'])} of a "
-                f"training step as published, {percent(shares['eager'])} in the mask-free eager form, "
-                f"{percent(shares['fused'])} with fused_kd."
+                f"{percent(shares['published'])} of a training step as published, {percent(shares['eager'])} in the "
+                f"mask-free eager form, {percent(shares['fused'])} with fused_kd."
             )
     return parts
 

@@ -24,7 +24,7 @@ def comparisons(view: View, runs: BySeed) -> list[Comparison]:
 
 def outcome(views: Sequence[View]) -> str:
     """The whole in a short table and a sentence, for the head of the page and for other pages."""
-    rows = [["accuracy, in points", *(view.task.title for view in views)], ["---", *["---:"] * len(views)]]
+    rows = [["points of accuracy", *(view.task.title for view in views)], ["---", *["---:"] * len(views)]]
     for better, worse in _FIRST:
         found = [paper.compare(better, worse, accuracies(view.main, view.splits[0])) for view in views]
         if any(found):
@@ -50,8 +50,8 @@ def _widths(found: Sequence[Comparison]) -> str:
     widths = [c.half_width for c in found if c.half_width is not None]
     if not widths:
         return ""
-    return f"; the 95 % intervals are ±{min(widths):.2f} to ±{max(widths):.2f} points, "
-    f"±{statistics.median(widths):.2f} in the median"
+    ends, middle = f"±{min(widths):.2f} to ±{max(widths):.2f}", f"±{statistics.median(widths):.2f}"
+    return f"; the 95 % intervals are {ends} points, {middle} in the median"
 
 
 def orders(views: Sequence[View]) -> list[str]:
@@ -128,8 +128,7 @@ def convergence(views: Sequence[View]) -> list[str]:
     return [
         "The baseline's learning rate was searched with seeds of its own, in steps of two, until the best had a worse "
         "or equal one on either side. What follows is in % or points of accuracy on the first test set: how much the "
-        "last "
-        "quarter of the epochs adds, and how much twice as many epochs add with the rate as it is.",
+        "last quarter of the epochs adds, and how much twice as many epochs add with the rate as it is.",
         lines(rows),
     ]
 
@@ -150,9 +149,8 @@ def ablations(views: Sequence[View]) -> list[str]:
     if not parts:
         return ["Not run; `python -m study --part ablations page` does so."]
     return [
-        "Accuracy in %, and in brackets the difference from the study's own setting, in points "
-        "with "
-        "its 95 % interval; all at the learning rate that the methods share.",
+        "Accuracy in %, and in brackets the difference from the study's own setting, in points with its 95 % "
+        "interval; all at the learning rate that the methods share.",
         *parts,
     ]
 

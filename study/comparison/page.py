@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.show.report import lines, replace_block
 from study.comparison import cost_page, findings, paper, plots
-from study.comparison.plan import METHODS, TEACHER_FREE, TEACHER_SEED, WITH_TEACHER
+from study.comparison.plan import METHODS, TASKS, TEACHER_FREE, TEACHER_SEED, WITH_TEACHER
 from study.comparison.records import Record, Records
 from study.comparison.results import (
     View,
@@ -65,11 +65,17 @@ def _update(other: Path, text: str) -> None:
 def block(views: Sequence[View], page: Path, other: Path) -> str:
     """What another page has of the study: the outcome, and where the whole is."""
     link = Path(os.path.relpath(page, other.parent)).as_posix()
-    return f"{findings.outcome(views)}\n\n[The study]({link}) has the figures, the ablations and how it was done."
+    seeds = len({seed for view in views for by_seed in view.main.values() for seed in by_seed})
+    return (
+        f"Small students on {count(len(views), 'task')}, {count(seeds, 'seed')} each:\n\n{findings.outcome(views)}\n\n"
+        f"[The study]({link}) has all pairs, the ablations and how it was done."
+    )
 
 
 def markdown(views: Sequence[View], cost: dict[str, Any] | None, stem: str, command: str) -> str:
     """The page; its pictures' names begin with ``stem``; ``command`` is what makes it."""
+    of_study = any(view.task.name in TASKS for view in views)
+    picture = f"![The loss's share of a step]({stem}-cost.png)"
     parts = [
         "# The paper's comparison in small",
         f"<!-- `{command}` writes this from the records of its runs. -->",
@@ -85,12 +91,10 @@ def markdown(views: Sequence[View], cost: dict[str, Any] | None, stem: str, comm
         "## Learning rates and convergence",
         *findings.convergence(views),
         f"![The baseline's accuracy by learning rate and by epoch]({stem}-convergence.png)",
-        "## The paper's ablations",
-        *findings.ablations(views),
+        *(["## The paper's ablations", *findings.ablations(views)] if of_study else []),
         "## How it was done",
         *_how(views, command),
-        "## What a step costs",
-        *cost_page.section(cost, f"![The loss's share of a step]({stem}-cost.png)"),
+        *(["## What a step costs", *cost_page.section(cost, picture)] if of_study else []),
         "## Measured on",
         *_measured_on(views, cost),
     ]
@@ -103,12 +107,10 @@ def _beginning(views: Sequence[View]) -> list[str]:
     tasks = [f"- **{view.task.title}**: {view.task.what}" for view in views]
     parts = [
         f"The paper trains a ResNet-18 on ImageNet's 1000 classes. Here small students are trained with {losses} "
-        f"losses, "
-        f"each with {count(len(seeds), 'seed')}, on what two cores can do:",
+        f"losses, each with {count(len(seeds), 'seed')}, on what two cores can do:",
         "\n".join(tasks),
         "Accuracy is that of the last epoch in %, mean ± standard deviation over the seeds. Differences are in "
-        "points, with "
-        "their 95 % interval.",
+        "points, with their 95 % interval.",
     ]
     missing = [f"{view.task.title}: {', '.join(view.missing(seeds))}" for view in views if view.missing(seeds)]
     if missing:
@@ -159,9 +161,8 @@ def _published() -> list[str]:
         rows.append([METHODS[method].title, f"{value:.2f}{gain}", source])
     return [
         "The published figures are of a ResNet-18, with a ResNet-34 as the teacher where there is one; in brackets "
-        "the gain "
-        "over the baseline of the same source. Those for label smoothing, Tf-KD and Zipf's LS are not shown: no public "
-        "source at hand has them.",
+        "the gain over the baseline of the same source. Those for label smoothing, Tf-KD and Zipf's LS are not shown: "
+        "no public source at hand has them.",
         lines(rows),
     ]
 
@@ -192,14 +193,11 @@ def _how(views: Sequence[View], command: str) -> list[str]:
         f"`{command}` makes all of it, and goes on where it was interrupted; what has a record is not made again.",
         lines(rows),
         "All methods of a task share its schedule: a linear warm-up over a tenth of the steps and a cosine to zero. "
-        "The CNN "
-        "has SGD with Nesterov momentum and a weight decay of 0.0005, the language models AdamW with one of 0.05. A "
-        "seed sets "
-        "the weights and the order of the batches. A teacher is trained once, with cross-entropy on the same images "
-        "or text "
-        f"and with seed {TEACHER_SEED}; its logits are computed once. The hyper-parameters of the losses are "
-        f"published values "
-        "or defaults, and none was tuned:",
+        "CNNs have SGD with Nesterov momentum and a weight decay of 0.0005, transformers and language models AdamW "
+        "with one of 0.05, unless the options say otherwise. A seed sets the weights and the order of the batches. A "
+        f"teacher is trained once, with cross-entropy on the same data and with seed {TEACHER_SEED}; its logits are "
+        "computed once. "
+        "The hyper-parameters of the losses are published values or defaults, and none was tuned:",
         lines(hyper),
     ]
     prints = {

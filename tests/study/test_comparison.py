@@ -96,6 +96,13 @@ def test_own_data_are_compared(tmp_path, tiny, monkeypatch):
     assert "somewhere" not in text.split("## How it was done")[0]
 
 
+def other_records(records):
+    """The same, of a task by another name."""
+    found = Records(Path("made-up"), {"other": replace(TASK, name="other")})
+    found.runs["other"] = records.runs[TASK.name]
+    return found
+
+
 def wanted(stage, records, seeds=(0, 1)):
     return stages.wanted(TASK, stage, records, seeds)
 
@@ -129,7 +136,9 @@ def test_stages_want_all_methods_and_seeds():
     assert {(s.method, s.seed) for s in main_specs} == {(m, s) for m in plan.METHODS for s in (0, 1)}
     assert {spec.lr for spec in main_specs} == {RATE}
     assert {(s.method, s.longer) for s in wanted("longer", records)} == {("ce", 2)}
-    assert wanted("ablations", records) == []  # they are of tasks by name
+    ablations = {(spec.method, spec.settings) for spec in wanted("ablations", records)}
+    assert {("nkd", ("gamma=4",)), ("uskd", ("rank=weak",)), ("nkd", ())} < ablations
+    assert stages.wanted(replace(TASK, name="other"), "ablations", other_records(records), (0,)) == []
     assert set(plan.WITH_TEACHER) | set(plan.TEACHER_FREE) == set(plan.METHODS)
     assert {name for pair in (*paper.WITH_TEACHER, *paper.TEACHER_FREE) for name in pair} == set(plan.METHODS)
 

@@ -44,10 +44,13 @@ def test_page_says_where_the_order_shows_and_where_not():
 
 def test_outcome_has_every_task():
     text = findings.outcome(page.views_of(made_up(tasks=(TASK, TEXT))))
-    assert rows(text, "accuracy, in points") == ["| accuracy, in points | glyphs, CNN | text, GRU |"]
+    assert rows(text, "points of accuracy") == ["| points of accuracy | glyphs, CNN | text, GRU |"]
     assert rows(text, "NKD over baseline") == ["| NKD over baseline | +4.00 ± 0.00 | +4.00 ± 0.00 |"]
     assert rows(text, "USKD over label smoothing") == ["| USKD over label smoothing | +2.00 ± 0.00 | +2.00 ± 0.00 |"]
-    assert text.splitlines()[-1].startswith("Of the 25 pairs that the paper ranks, over 2 tasks, 25 show its order")
+    assert text.splitlines()[-1] == (
+        "Of the 25 pairs that the paper ranks, over 2 tasks, 25 show its order, 0 the opposite, and 0 are undecided; "
+        "the 95 % intervals are ±0.00 to ±0.00 points, ±0.00 in the median."
+    )
 
 
 def test_a_task_without_a_method_says_so():
@@ -124,7 +127,7 @@ def test_outcome_goes_into_other_pages(tmp_path):
     assert page.make(made_up(), path, "make study", [other])[-1] == other
     lines = other.read_text().splitlines()
     assert lines[0] == "before" and lines[-1] == "after" and "old" not in lines
-    assert "[The study](pages/page.md) has the figures" in other.read_text()
+    assert "[The study](pages/page.md) has all pairs" in other.read_text()
     other.write_text("no place for it")
     with pytest.raises(RunError, match="expected one line <!-- study:begin -->"):
         page.make(made_up(), path, "make study", [other])

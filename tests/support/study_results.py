@@ -13,11 +13,11 @@ ACCURACY = {
 }  # fmt: skip
 RATE = 0.2
 TASK = Task(
-    "made-up", "glyphs, CNN", "images of characters", ("--data", "glyphs"), "cnn-tiny",
+    "glyphs", "glyphs, CNN", "images of characters", ("--data", "glyphs"), "cnn-tiny",
     Teacher("made-up", "cnn-small", 4, 0.1), epochs=4, batch_size=64, rates=(0.1, 0.2, 0.4),
 )  # fmt: skip
 TEXT = Task(
-    "made-up-text", "text, GRU", "the sources of programs", ("--data", "text"), "gru-small",
+    "text-gru", "text, GRU", "the sources of programs", ("--data", "text"), "gru-small",
     Teacher("made-up", "gru-large", 4, 0.1), epochs=4, batch_size=64, rates=(0.1, 0.2, 0.4),
     methods=tuple(name for name in METHODS if name != "zipf-ls"), unit="token",
 )  # fmt: skip
@@ -31,7 +31,7 @@ def record(accuracy, spec, data="0123"):
     """The record of a run that ended with this accuracy in %."""
     value = accuracy / 100
     curve = [value - 0.1, value - 0.02, value - 0.005, value]
-    splits = {"test": value, "held-out": value + 0.01} if spec.task == "made-up" else {"test": value}
+    splits = {"test": value, "held-out": value + 0.01} if spec.task == "glyphs" else {"test": value}
     return {
         "method": spec.method, "settings": list(spec.settings), "lr": spec.lr, "seed": spec.seed, "longer": spec.longer,
         "accuracy": splits, "test_loss": dict.fromkeys(splits, 1.0),
@@ -61,7 +61,7 @@ def made_up(accuracy=ACCURACY, wobble=None, cost=True, tasks=(TASK,)):
             for seed in SEEDS:
                 more = (wobble or {}).get(name, (0.0,) * len(SEEDS))[seed]
                 put(records, accuracy[name] + 0.3 * seed + more, name, seed, task=task)
-    teacher = Spec("made-up", "ce", 0.1, 100)
+    teacher = Spec("glyphs", "ce", 0.1, 100)
     records.teachers["made-up"] = record(80.0, teacher) | {"parameters": 54321}
     records.cost = made_up_cost() if cost else None
     return records
