@@ -16,7 +16,7 @@ pytest.importorskip("matplotlib")
 
 from study import __main__ as study
 from study import compare
-from study.comparison import cost, paper, plan, runs, stages
+from study.comparison import cost, paper, plan, results, runs, stages
 from study.comparison.ablations import ABLATIONS
 from study.comparison.records import Records
 from study.training import methods, options
@@ -39,7 +39,8 @@ def tiny(monkeypatch):
     monkeypatch.setattr(study, "METHODS", {name: plan.METHODS[name] for name in ("ce", "nkd")})
     monkeypatch.setattr(study, "TASKS", {"tiny": TINY})
     monkeypatch.setattr(study, "most_classes", lambda: 3755)
-    monkeypatch.setattr(stages, "RATE_SEEDS", (50,))
+    for module in (stages, results):
+        monkeypatch.setattr(module, "RATE_SEEDS", (50,))
 
 
 def main(folder, *arguments):
