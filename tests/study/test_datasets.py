@@ -196,7 +196,7 @@ def test_corrupt_cache(installed, tmp_path, harm):
         (("--data", "imagenet"), "--data: expected glyphs, text, cifar100 PATH, imagefolder PATH, got 'imagenet'"),
         (
             ("--data", "cifar100", ".", "--draws", "3"),
-            "--draws: is of glyphs, which are drawn; --data cifar100 is on disk",
+            "--draws: is of glyphs, which are drawn; --data cifar100 is not",
         ),
         (("--data", "imagefolder", ".", "--data-seed", "0"), "--data-seed: is of glyphs"),
         (("--data", "cifar100"), "--data cifar100: expected one path, got 0"),
