@@ -37,7 +37,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=COMMAND, formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__
     )
-    folder = Path("runs/compare")
     parser.add_argument("--data", nargs="+", required=True, metavar=("NAME", "PATH"), help="as study/train.py has it")
     parser.add_argument("--student", default="cnn-small", metavar="MODEL", help="(%(default)s)")
     parser.add_argument("--teacher", default="cnn-large", metavar="MODEL", help="(%(default)s)")
@@ -50,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", choices=tuple(METHODS), nargs="+", default=tuple(METHODS), metavar="NAME",
                         help=f"beside ce, of {', '.join(METHODS)} (all)")  # fmt: skip
     parser.add_argument("--device", choices=processes.DEVICES, default="auto", help="(auto)")
-    program.add_options(parser, PARTS, folder, folder / "records", folder / "comparison.md")
+    program.add_options(parser, PARTS, Path("runs/compare"), None, None)
     return parser
 
 

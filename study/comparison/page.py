@@ -77,9 +77,9 @@ def markdown(views: Sequence[View], cost: dict[str, Any] | None, stem: str, comm
     of_study = any(view.task.name in TASKS for view in views)
     picture = f"![The loss's share of a step]({stem}-cost.png)"
     parts = [
-        "# The paper's comparison in small",
+        "# The paper's comparison in small" if of_study else "# Losses compared",
         f"<!-- `{command}` writes this from the records of its runs. -->",
-        *_beginning(views),
+        *_beginning(views, of_study),
         findings.outcome(views),
         *(["\n".join(cost_page.sentences(cost))] if cost else []),
         f"![Differences that the paper ranks, with their intervals]({stem}-differences.png)",
@@ -101,13 +101,14 @@ def markdown(views: Sequence[View], cost: dict[str, Any] | None, stem: str, comm
     return "\n\n".join(parts) + "\n"
 
 
-def _beginning(views: Sequence[View]) -> list[str]:
+def _beginning(views: Sequence[View], of_study: bool) -> list[str]:
     seeds = sorted({seed for view in views for by_seed in view.main.values() for seed in by_seed})
     losses = len({METHODS[name].loss for view in views for name in view.main})
     tasks = [f"- **{view.task.title}**: {view.task.what}" for view in views]
+    here = "Here small students are" if of_study else "Here a student is"
     parts = [
-        f"The paper trains a ResNet-18 on ImageNet's 1000 classes. Here small students are trained with {losses} "
-        f"losses, each with {count(len(seeds), 'seed')}, on what two cores can do:",
+        f"The paper trains a ResNet-18 on ImageNet's 1000 classes. {here} trained with {losses} losses, each with "
+        f"{count(len(seeds), 'seed')}, on{' what two cores can do' if of_study else ''}:",
         "\n".join(tasks),
         "Accuracy is that of the last epoch in %, mean ± standard deviation over the seeds. Differences are in "
         "points, with their 95 % interval.",

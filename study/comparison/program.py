@@ -18,9 +18,14 @@ from study.comparison.records import Records
 from study.datasets.arrays import DataError, cache_root
 from study.training.errors import RunError
 
+#: Their places in the folder of --out, of a comparison that is not the study.
+RECORDS, PAGE = "records", "comparison.md"
 
-def add_options(parser: argparse.ArgumentParser, parts: Sequence[str], out: Path, records: Path, page: Path) -> None:
-    """Where things are, which parts are made, and how many runs at a time."""
+
+def add_options(
+    parser: argparse.ArgumentParser, parts: Sequence[str], out: Path, records: Path | None, page: Path | None
+) -> None:
+    """Where things are, which parts are made, and how many runs at a time. What is None is in the folder of --out."""
     parser.add_argument("--part", choices=tuple(parts), nargs="+", default=tuple(parts), metavar="PART",
                         help=f"of {', '.join(parts)} (all)")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, metavar="N",
@@ -28,10 +33,10 @@ def add_options(parser: argparse.ArgumentParser, parts: Sequence[str], out: Path
     parser.add_argument("--out", type=Path, default=out, metavar="DIR", help="runs (%(default)s)")
     parser.add_argument(
         "--records", type=Path, default=records, metavar="DIR",
-        help="a small file for each finished run; what has one is not made again (%(default)s)",
+        help=f"a small file for each finished run; what has one is not made again ({records or f'{RECORDS} in --out'})",
     )  # fmt: skip
     parser.add_argument("--page", type=Path, default=page, metavar="FILE",
-                        help="the page; its plots are beside it as PNG (%(default)s)")  # fmt: skip
+                        help=f"the page; its plots are beside it as PNG ({page or f'{PAGE} in --out'})")  # fmt: skip
     parser.add_argument("--update", type=Path, nargs="+", default=(), metavar="FILE",
                         help="write the outcome into these pages, too")  # fmt: skip
     parser.add_argument("--cache", type=Path, default=cache_root(), metavar="DIR", help="for data (%(default)s)")
@@ -42,9 +47,13 @@ def add_options(parser: argparse.ArgumentParser, parts: Sequence[str], out: Path
 
 
 def check(args: argparse.Namespace, positive: Sequence[str]) -> None:
-    """Raises:
-    RunError: An option is out of range.
+    """Fill in the places that are in the folder of ``--out``.
+
+    Raises:
+        RunError: An option is out of range.
     """
+    args.records = args.records or args.out / RECORDS
+    args.page = args.page or args.out / PAGE
     for name in ("jobs", "threads", *positive):
         if getattr(args, name) < 1:
             raise RunError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")

@@ -90,9 +90,10 @@ def test_own_data_are_compared(tmp_path, tiny, monkeypatch):
         "--batch-size", "16", "--methods", "nkd", "--seeds", "0", "1", "--part", "rates", "main", "page", "--flip",
         "--device", "cpu",
     )  # fmt: skip
-    places = ("--out", tmp_path / "runs", "--records", tmp_path / "records", "--page", tmp_path / "mine.md")
-    assert compare.main([*arguments, *map(str, places)]) == 0
-    text = (tmp_path / "mine.md").read_text()
+    assert compare.main([*arguments, "--out", str(tmp_path)]) == 0
+    assert len(list((tmp_path / "records" / "own").glob("*.json"))) >= 7
+    text = (tmp_path / "comparison.md").read_text()
+    assert text.startswith("# Losses compared") and "two cores" not in text
     assert "| NKD |" in text and "NKD over baseline" in text and "--flip" in text
     assert "somewhere" not in text.split("## How it was done")[0]
 
