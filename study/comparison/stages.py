@@ -37,7 +37,8 @@ def best_rate(task: Task, records: Records) -> Wanted:
         known = {rate: mean for rate, mean in means.items() if mean is not None}
         if len(known) < len(rates):
             return Wanted(specs)
-        best = max(known, key=lambda rate: known[rate])
+        # Of equal ones one that has both neighbours, or accuracies that are all the same would be searched for ever.
+        best = max(known, key=lambda rate: (known[rate], rate not in (rates[0], rates[-1])))
         if best == rates[0]:
             rates.insert(0, best / 2)
         elif best == rates[-1]:

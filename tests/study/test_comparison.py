@@ -87,7 +87,7 @@ def test_own_data_are_compared(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(compare, "options", options)
     arguments = (
         "--data", "imagefolder", "somewhere", "--student", "cnn-tiny", "--teacher", "cnn-tiny", "--epochs", "1",
-        "--batch-size", "16", "--methods", "nkd", "--seeds", "0", "1", "--part", "rates", "main", "page", "--flip",
+        "--batch-size", "16", "--lr", "0.2", "--methods", "nkd", "--seeds", "0", "1", "--part", "rates", "main", "page", "--flip",
         "--device", "cpu",
     )  # fmt: skip
     assert compare.main([*arguments, "--out", str(tmp_path)]) == 0
@@ -121,6 +121,12 @@ def test_learning_rate_is_searched_until_its_neighbours_are_worse():
     assert 0.05 in {spec.lr for spec in wanted("rates", records)}
     searched(records, TASK, "ce", {0.05: 1.0})
     assert {spec.lr for spec in wanted("main", records)} == {0.1}
+
+
+def test_search_ends_where_all_rates_are_the_same():
+    records = made_up()
+    searched(records, TASK, "ce", {0.1: 5.0, 0.2: 5.0, 0.4: 5.0})
+    assert stages.best_rate(TASK, records).rate == 0.2
 
 
 def test_own_rates_are_chosen_with_seeds_apart():
