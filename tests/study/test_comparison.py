@@ -87,7 +87,8 @@ def test_own_data_are_compared(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(compare, "options", options)
     arguments = (
         "--data", "imagefolder", "somewhere", "--student", "cnn-tiny", "--teacher", "cnn-tiny", "--epochs", "1",
-        "--batch-size", "16", "--lr", "0.2", "--methods", "nkd", "--seeds", "0", "1", "--part", "rates", "main", "page", "--flip",
+        "--batch-size", "16", "--lr", "0.2",
+        "--methods", "nkd", "--seeds", "0", "1", "--part", "rates", "main", "page", "--flip",
         "--device", "cpu",
     )  # fmt: skip
     assert compare.main([*arguments, "--out", str(tmp_path)]) == 0
