@@ -62,16 +62,13 @@ def make_task(args: argparse.Namespace, others: Sequence[str]) -> Task:
     text = args.student in TEXT_NETWORKS
     # The student sees what the teacher's cached logits are of.
     data = ("--data", *args.data, *(() if "--shift" in others else ("--shift", "0")), *others)
-    fixed = ("--model", args.student, "--batch-size", str(args.batch_size), "--out", str(args.out))
-    usual = options.parse([*data, *fixed]).lr
-    teacher = options.parse(
-        [*data, "--model", args.teacher, "--batch-size", str(args.batch_size), "--out", str(args.out)]
-    )
+    fixed = ("--batch-size", str(args.batch_size), "--out", str(args.out))
+    usual, of_teacher = (options.parse([*data, *fixed, "--model", model]).lr for model in (args.student, args.teacher))
     rate = args.lr or usual
     methods = tuple(name for name in METHODS if name in ("ce", *args.methods) and not (text and name == "zipf-ls"))
     return Task(
-        "own", args.data[0], f"`--data {' '.join(args.data[:1])}`", data, args.student,
-        Teacher("own", args.teacher, args.teacher_epochs or args.epochs, args.teacher_lr or teacher.lr),
+        "own", args.data[0], f"`--data {args.data[0]}`", data, args.student,
+        Teacher("own", args.teacher, args.teacher_epochs or args.epochs, args.teacher_lr or of_teacher),
         args.epochs, args.batch_size, (rate / 2, rate, rate * 2), methods, "token" if text else "image", args.device,
     )  # fmt: skip
 

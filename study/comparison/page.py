@@ -19,6 +19,7 @@ from study.comparison.results import (
     mean_and_deviation,
     of_seeds,
     perplexities,
+    seeds_of,
 )
 from study.training import checkpoint
 from study.training.errors import RunError
@@ -65,9 +66,9 @@ def _update(other: Path, text: str) -> None:
 def block(views: Sequence[View], page: Path, other: Path) -> str:
     """What another page has of the study: the outcome, and where the whole is."""
     link = Path(os.path.relpath(page, other.parent)).as_posix()
-    seeds = len({seed for view in views for by_seed in view.main.values() for seed in by_seed})
     return (
-        f"Small students on {count(len(views), 'task')}, {count(seeds, 'seed')} each:\n\n{findings.outcome(views)}\n\n"
+        f"Small students on {count(len(views), 'task')}, {count(len(seeds_of(views)), 'seed')} each:\n\n"
+        f"{findings.outcome(views)}\n\n"
         f"[The study]({link}) has all pairs, the ablations and how it was done."
     )
 
@@ -102,7 +103,7 @@ def markdown(views: Sequence[View], cost: dict[str, Any] | None, stem: str, comm
 
 
 def _beginning(views: Sequence[View], of_study: bool) -> list[str]:
-    seeds = sorted({seed for view in views for by_seed in view.main.values() for seed in by_seed})
+    seeds = seeds_of(views)
     losses = len({METHODS[name].loss for view in views for name in view.main})
     tasks = [f"- **{view.task.title}**: {view.task.what}" for view in views]
     here = "Here small students are" if of_study else "Here a student is"

@@ -142,12 +142,11 @@ class Spec:
 
 @dataclass(frozen=True)
 class Job:
-    """A training run as a process: its folder, options of train.py, and its epochs."""
+    """A training run as a process: its folder and options of train.py."""
 
     name: str
     folder: Path
     options: tuple[str, ...]
-    epochs: int
 
 
 def _common(task: Task, cache: Path, folder: Path) -> tuple[str, ...]:
@@ -160,20 +159,29 @@ def teacher_job(task: Task, cache: Path, out: Path) -> Job:
     teacher, folder = task.teacher, out / "teachers" / task.teacher.name
     own: tuple[str, ...] = ("--model", teacher.model, "--epochs", str(teacher.epochs), "--lr", f"{teacher.lr:g}")
     own += ("--seed", str(TEACHER_SEED))
-    return Job(f"teacher {teacher.name}", folder, (*_common(task, cache, folder), *own), teacher.epochs)
+    return Job(f"teacher {teacher.name}", folder, (*_common(task, cache, folder), *own))
 
 
 def student_job(task: Task, spec: Spec, cache: Path, out: Path) -> Job:
     """The training of a student."""
-    method, folder, epochs = METHODS[spec.method], out / task.name / spec.key, task.epochs * spec.longer
-    own = ["--model", task.student, "--epochs", str(epochs), "--lr", f"{spec.lr:g}", "--seed", str(spec.seed)]
+    method, folder = METHODS[spec.method], out / task.name / spec.key
+    own = [
+        "--model",
+        task.student,
+        "--epochs",
+        str(task.epochs * spec.longer),
+        "--lr",
+        f"{spec.lr:g}",
+        "--seed",
+        str(spec.seed),
+    ]
     own += ["--loss", method.loss]
     for setting in (*method.settings, *spec.settings):
         own += ["--set", setting]
     if method.teacher:
         teacher = out / "teachers" / task.teacher.name
         own += ["--teacher", str(teacher / "best.safetensors"), "--cache-teacher", str(teacher / "logits")]
-    return Job(f"{task.name} {spec.key}", folder, (*_common(task, cache, folder), *own), epochs)
+    return Job(f"{task.name} {spec.key}", folder, (*_common(task, cache, folder), *own))
 
 
 def needs_teacher(spec: Spec) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,19 +35,18 @@ def draw(views: Sequence[View], cost: dict[str, Any] | None, page: Path) -> list
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    makers = {"differences": _differences, "convergence": _convergence}
+    makers: dict[str, Callable[[], Any]] = {
+        "differences": lambda: _differences(plt, views),
+        "convergence": lambda: _convergence(plt, views),
+    }
+    if cost:
+        makers["cost"] = lambda: _cost(plt, cost["rows"])
     paths = []
     # A number of the largest font would be as wide as a panel, so all pictures have the same small one.
     with plt.rc_context({"font.size": 9, "text.color": INK, "axes.labelcolor": INK}):
         for name, maker in makers.items():
             path = page.with_name(f"{page.stem}-{name}.png")
-            figure = maker(plt, views)
-            figure.savefig(path, dpi=120, facecolor="white")
-            plt.close(figure)
-            paths.append(path)
-        if cost:
-            path = page.with_name(f"{page.stem}-cost.png")
-            figure = _cost(plt, cost["rows"])
+            figure = maker()
             figure.savefig(path, dpi=120, facecolor="white")
             plt.close(figure)
             paths.append(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -97,6 +97,11 @@ class View:
         ]
 
 
+def seeds_of(views: Sequence[View]) -> list[int]:
+    """The seeds that any method of any task has at the shared rate."""
+    return sorted({seed for view in views for by_seed in view.main.values() for seed in by_seed})
+
+
 def accuracies(runs: BySeed, split: str) -> dict[str, dict[int, float]]:
     """In %, by method and seed."""
     return {method: of_seeds(by_seed, split) for method, by_seed in runs.items()}
@@ -109,10 +114,6 @@ def of_seeds(by_seed: dict[int, Record], split: str) -> dict[int, float]:
 
 def perplexities(by_seed: dict[int, Record], split: str) -> list[float]:
     return [math.exp(record["test_loss"][split]) for record in by_seed.values()]
-
-
-def mean_of(by_seed: dict[int, Record], value: Callable[[Record], float]) -> float:
-    return statistics.fmean(value(record) for record in by_seed.values())
 
 
 def mean_and_deviation(values: Iterable[float], digits: int = 2) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from study.comparison.ablations import ABLATIONS
-from study.comparison.plan import LONGER, LONGER_SEEDS, RATE_SEEDS, SEEDS, Spec, Task
+from study.comparison.plan import LONGER, LONGER_SEEDS, RATE_SEEDS, Spec, Task
 from study.comparison.records import Records
 
 
@@ -15,7 +15,7 @@ from study.comparison.records import Records
 class Wanted:
     """The runs that a stage wants so far; ``rate`` is the baseline's learning rate once it is chosen."""
 
-    specs: list[Spec] = field(default_factory=list)
+    specs: list[Spec]
     rate: float | None = None
 
 
@@ -26,15 +26,23 @@ def mean_accuracy(records: Records, specs: Sequence[Spec]) -> float | None:
     return statistics.fmean(values) if len(values) == len(found) else None
 
 
+def _by_rate(
+    task: Task, method: str, rates: Sequence[float], records: Records
+) -> tuple[list[Spec], dict[float, float]]:
+    """The runs that compare these learning rates, and the accuracy with each that has all its runs."""
+    by_rate = {rate: [Spec(task.name, method, rate, seed) for seed in RATE_SEEDS] for rate in rates}
+    means = {rate: mean_accuracy(records, own) for rate, own in by_rate.items()}
+    return [spec for own in by_rate.values() for spec in own], {
+        r: mean for r, mean in means.items() if mean is not None
+    }
+
+
 def best_rate(task: Task, records: Records) -> Wanted:
     """Search the baseline's learning rate: twice or half the outermost one until the best has neighbours that are worse
     or equal."""
     rates = list(task.rates)
     while True:
-        by_rate = {rate: [Spec(task.name, "ce", rate, seed) for seed in RATE_SEEDS] for rate in rates}
-        specs = [spec for own in by_rate.values() for spec in own]
-        means = {rate: mean_accuracy(records, own) for rate, own in by_rate.items()}
-        known = {rate: mean for rate, mean in means.items() if mean is not None}
+        specs, known = _by_rate(task, "ce", rates, records)
         if len(known) < len(rates):
             return Wanted(specs)
         # Of equal ones one that has both neighbours, or accuracies that are all the same would be searched for ever.
@@ -49,15 +57,9 @@ def best_rate(task: Task, records: Records) -> Wanted:
 
 def own_rates(task: Task, method: str, rate: float, records: Records) -> Wanted:
     """A method's best learning rate of half the baseline's, the same, and twice that."""
-    by_rate = {own: [Spec(task.name, method, own, seed) for seed in RATE_SEEDS] for own in (rate / 2, rate, rate * 2)}
-    means = {own: mean_accuracy(records, specs) for own, specs in by_rate.items()}
-    known = {own: mean for own, mean in means.items() if mean is not None}
-    specs = [spec for own in by_rate.values() for spec in own]
-    return Wanted(specs, max(known, key=lambda own: known[own]) if len(known) == len(by_rate) else None)
-
-
-def rates(task: Task, records: Records, seeds: Sequence[int] = SEEDS) -> list[Spec]:
-    return best_rate(task, records).specs
+    rates = (rate / 2, rate, rate * 2)
+    specs, known = _by_rate(task, method, rates, records)
+    return Wanted(specs, max(known, key=lambda own: known[own]) if len(known) == len(rates) else None)
 
 
 def _main(task: Task, rate: float, records: Records, seeds: Sequence[int]) -> list[Spec]:

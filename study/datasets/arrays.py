@@ -44,6 +44,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def text(self) -> bool:
+        """It has windows of text and no images."""
+        return self.inputs.ndim == 2
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -65,7 +70,7 @@ class Dataset:
     @property
     def text(self) -> bool:
         """It has windows of text and no images."""
-        return self.train.inputs.ndim == 2
+        return self.train.text
 
     @property
     def noun(self) -> str:

@@ -38,15 +38,11 @@ class Text:
     of_file: int = 6000
 
 
-def sources(folder: Path | None = None) -> list[Path]:
-    """The files, in an order that has nothing to do with what is in them."""
-    root = Path(sysconfig.get_paths()["stdlib"]) if folder is None else folder
-    found = [path for path in root.rglob("*.py") if not _LEFT_OUT.intersection(path.relative_to(root).parts)]
-    return sorted(found, key=lambda path: (_hash(path, root), path))
-
-
-def _hash(path: Path, root: Path) -> int:
-    return zlib.crc32(path.relative_to(root).as_posix().encode())
+def sources(root: Path) -> list[Path]:
+    """The files under ``root``, relative to it, in an order that has nothing to do with what is in them."""
+    found = [path.relative_to(root) for path in root.rglob("*.py")]
+    kept = [path for path in found if not _LEFT_OUT.intersection(path.parts)]
+    return sorted(kept, key=lambda path: (zlib.crc32(path.as_posix().encode()), path))
 
 
 def load(request: Text, cache: Path, bar: Bar, folder: Path | None = None) -> Dataset:
@@ -59,9 +55,10 @@ def load(request: Text, cache: Path, bar: Bar, folder: Path | None = None) -> Da
         raise DataError(f"--classes: text has 300 to 32767 tokens, got {request.classes}")
     if request.tokens < request.window + 1:
         raise DataError(f"--tokens: expected at least {request.window + 1}, got {request.tokens}")
-    files = sources(folder)
     root = Path(sysconfig.get_paths()["stdlib"]) if folder is None else folder
-    listed = [[path.relative_to(root).as_posix(), content_hash(path)] for path in files]
+    names = sources(root)
+    files = [root / name for name in names]
+    listed = [[name.as_posix(), content_hash(file)] for name, file in zip(names, files, strict=True)]
     wanted = {"version": VERSION, **asdict(request), "files": listed}
     key = key_of(wanted)
     manifest = {"request": key, "notes": {"files": len(files)}}

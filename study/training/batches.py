@@ -79,7 +79,7 @@ class Batches:
     def _make(self, order: Indices, epoch: int, i: int) -> Batch:
         draws = np.random.default_rng([self.seed, epoch, i])
         rows = order[i * self.batch_size : (i + 1) * self.batch_size]
-        if self.split.inputs.ndim == 2:  # nothing is done to text
+        if self.split.text:  # nothing is done to text
             rows = rows[self.share]
             return Batch(*_read_text(self.split, rows), torch.from_numpy(rows))
         kind = self.augmentation
@@ -140,7 +140,7 @@ def plain_batches(split: Split, batch_size: int, begin: int, end: int) -> Iterat
     """Rows ``begin`` to ``end`` of a split in order: their slice, images in [0, 1] or tokens, and classes."""
     for first in range(begin, end, batch_size):
         rows = slice(first, min(first + batch_size, end))
-        if split.inputs.ndim == 2:
+        if split.text:
             yield rows, *_read_text(split, rows)
             continue
         yield rows, torch.tensor(split.inputs[rows]).float().div_(255), torch.tensor(split.labels[rows])

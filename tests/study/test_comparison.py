@@ -83,8 +83,7 @@ def test_a_study_that_broke_off_goes_on_and_is_not_made_twice(tmp_path, tiny, mo
 
 
 @pytest.mark.slow
-def test_own_data_are_compared(tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr(compare, "options", options)
+def test_own_data_are_compared(tmp_path, tiny):
     arguments = (
         "--data", "imagefolder", "somewhere", "--student", "cnn-tiny", "--teacher", "cnn-tiny", "--epochs", "1",
         "--batch-size", "16", "--lr", "0.2",
