@@ -10,7 +10,7 @@ from study.comparison import paper
 from study.comparison.ablations import ABLATIONS, Ablation
 from study.comparison.paper import Comparison, compare_all, compare_seeds
 from study.comparison.plan import METHODS
-from study.comparison.results import BySeed, View, accuracies, count, mean_and_deviation, of_seeds, signed
+from study.comparison.results import BySeed, View, accuracies, count, count_seeds, mean_and_deviation, of_seeds, signed
 
 ORDERS = (("With a teacher", paper.WITH_TEACHER), ("Without a teacher", paper.TEACHER_FREE))
 #: Pairs that the outcome has.
@@ -67,9 +67,10 @@ def orders(views: Sequence[View]) -> list[str]:
     ]
     with_own = [view for view in views if view.own]
     if with_own:
+        own_seeds = {len(by_seed) for view in with_own for by_seed in view.own.values()}
         parts += [
             "**At each method's own best learning rate** of half the baseline's, the same and twice that, chosen with "
-            "other seeds: a sum of losses takes larger steps than one of them.",
+            f"other seeds; {count_seeds(own_seeds)} each. A sum of losses takes larger steps than one of them.",
             *_pairs(with_own, [view.own for view in with_own]),
         ]
     return parts
@@ -141,16 +142,19 @@ def _last_quarter(curve: Sequence[float]) -> float:
 def ablations(views: Sequence[View]) -> list[str]:
     """A table for each ablation that has runs."""
     parts: list[str] = []
+    seeds: set[int] = set()
     for ablation in ABLATIONS:
         varied = [variant for variant in ablation.variants if variant.settings]
         own = [view for view in views if any(view.variant(ablation, variant) for variant in varied)]
         if own:
             parts += [f"**{ablation.title}** (the paper's {ablation.source})", _ablation(ablation, own)]
+            seeds |= {len(view.variant(ablation, variant)) for view in own for variant in varied} - {0}
     if not parts:
         return ["Not run; `python -m study --part ablations page` does so."]
     return [
         "Accuracy in %, and in brackets the difference from the study's own setting, in points with its 95 % "
-        "interval; all at the learning rate that the methods share.",
+        "interval; all at the learning rate that the methods share. The study's own setting has the seeds of the "
+        f"tables above, each other one {count_seeds(seeds)}.",
         *parts,
     ]
 

@@ -67,7 +67,7 @@ def block(views: Sequence[View], page: Path, other: Path) -> str:
     """What another page has of the study: the outcome, and where the whole is."""
     link = Path(os.path.relpath(page, other.parent)).as_posix()
     return (
-        f"Small students on {count(len(views), 'task')}, {count(len(seeds_of(views)), 'seed')} each:\n\n"
+        f"Small students on {count(len(views), 'task')}, {seeds_of(views)} each:\n\n"
         f"{findings.outcome(views)}\n\n"
         f"[The study]({link}) has all pairs, the ablations and how it was done."
     )
@@ -103,18 +103,17 @@ def markdown(views: Sequence[View], cost: dict[str, Any] | None, stem: str, comm
 
 
 def _beginning(views: Sequence[View], of_study: bool) -> list[str]:
-    seeds = seeds_of(views)
     losses = len({METHODS[name].loss for view in views for name in view.main})
     tasks = [f"- **{view.task.title}**: {view.task.what}" for view in views]
     here = "Here small students are" if of_study else "Here a student is"
     parts = [
         f"The paper trains a ResNet-18 on ImageNet's 1000 classes. {here} trained with {losses} losses, each with "
-        f"{count(len(seeds), 'seed')}, on{' what two cores can do' if of_study else ''}:",
+        f"{seeds_of(views)}, on{' what two cores can do' if of_study else ''}:",
         "\n".join(tasks),
         "Accuracy is that of the last epoch in %, mean ± standard deviation over the seeds. Differences are in "
         "points, with their 95 % interval.",
     ]
-    missing = [f"{view.task.title}: {', '.join(view.missing(seeds))}" for view in views if view.missing(seeds)]
+    missing = [f"{view.task.title}: {', '.join(view.missing())}" for view in views if view.missing()]
     if missing:
         parts.append(f"**Not complete:** these runs are missing: {'; '.join(missing)}.")
     return parts

@@ -46,14 +46,16 @@ METHODS: dict[str, Method] = {
 }  # fmt: skip
 WITH_TEACHER = ("ce", "label-smoothing", "kd", "dkd", "nkd")
 TEACHER_FREE = ("ce", "label-smoothing", "tf-kd", "zipf-ls", "uskd")
-#: Of the students that are compared.
-SEEDS = (0, 1, 2, 3, 4)
+#: Of the students that are compared, unless a task has more. Only the shared learning rate has more.
+SEEDS = tuple(range(5))
 #: Of the runs that learning rates are chosen by, and no others.
 RATE_SEEDS = (50, 51)
 #: A teacher has a seed of its own.
 TEACHER_SEED = 100
 #: The baseline is also trained twice as long, with so many of the seeds.
 LONGER, LONGER_SEEDS = 2, 3
+#: Ablations have so many of them.
+ABLATION_SEEDS = 3
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ class Task:
     """Data, a student and its schedule, which all methods share.
 
     ``data`` are options of train.py; ``rates`` the learning rates that the search for the baseline's best begins with,
-    each twice the one before; ``what`` completes "trained on"; ``unit`` what a label is of, ``"image"`` or ``"token"``.
+    each twice the one before; ``what`` completes "trained on"; ``unit`` what a label is of, ``"image"`` or ``"token"``;
+    ``seeds`` those of its students at the shared rate: a task whose seeds differ more needs more of them.
     """
 
     name: str
@@ -85,6 +88,7 @@ class Task:
     rates: tuple[float, ...]
     methods: tuple[str, ...] = tuple(METHODS)
     unit: str = "image"
+    seeds: tuple[int, ...] = SEEDS
     device: str = "cpu"
 
     def setting(self) -> dict[str, Any]:
@@ -106,6 +110,7 @@ TASKS: dict[str, Task] = {
         Task(
             "glyphs", "glyphs, CNN", "1000 Chinese characters in several fonts, 16 × 16 pixels", _GLYPHS, "cnn-tiny",
             Teacher("glyphs", "cnn-medium", epochs=20, lr=0.2), epochs=20, batch_size=256, rates=(0.1, 0.2, 0.4),
+            seeds=tuple(range(10)),
         ),
         Task(
             "text-gru", "text, GRU", _OF_PYTHON,

@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from study.comparison import page, runs, stages
-from study.comparison.plan import RATE_SEEDS, SEEDS, Spec, Task, unique
+from study.comparison.plan import RATE_SEEDS, Spec, Task, unique
 from study.comparison.records import Records
 from study.datasets.arrays import DataError, cache_root
 from study.training.errors import RunError
@@ -28,8 +28,8 @@ def add_options(
     """Where things are, which parts are made, and how many runs at a time. What is None is in the folder of --out."""
     parser.add_argument("--part", choices=tuple(parts), nargs="+", default=tuple(parts), metavar="PART",
                         help=f"of {', '.join(parts)} (all)")  # fmt: skip
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, metavar="N",
-                        help=f"of the students ({' '.join(map(str, SEEDS))})")  # fmt: skip
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N",
+                        help="of the students (those of the task, from 0 on)")  # fmt: skip
     parser.add_argument("--out", type=Path, default=out, metavar="DIR", help="runs (%(default)s)")
     parser.add_argument(
         "--records", type=Path, default=records, metavar="DIR",
@@ -57,11 +57,12 @@ def check(args: argparse.Namespace, positive: Sequence[str]) -> None:
     for name in ("jobs", "threads", *positive):
         if getattr(args, name) < 1:
             raise RunError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
-    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds) or set(args.seeds) & set(RATE_SEEDS):
+    seeds = args.seeds or ()
+    if any(seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds) or set(seeds) & set(RATE_SEEDS):
         reserved = " and ".join(map(str, RATE_SEEDS))
         raise RunError(
             f"--seeds: expected different ones from 0 on, without {reserved}, which choose the learning rates; got "
-            f"{' '.join(map(str, args.seeds))}"
+            f"{' '.join(map(str, seeds))}"
         )
 
 
@@ -81,7 +82,9 @@ def make_runs(args: argparse.Namespace, tasks: Mapping[str, Task], records: Reco
 
     def wanted() -> list[Spec]:
         # In turns, so that a study that is stopped has as many seeds of one task as of another.
-        of_parts = [[stages.wanted(task, part, records, args.seeds) for task in tasks.values()] for part in parts]
+        of_parts = [
+            [stages.wanted(task, part, records, args.seeds or task.seeds) for task in tasks.values()] for part in parts
+        ]
         return unique([spec for own in of_parts for turn in zip_longest(*own) for spec in turn if spec is not None])
 
     study = runs.Study(tasks, records, args.out, args.cache, wanted)

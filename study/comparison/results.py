@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -87,19 +87,24 @@ class View:
         }
         return {rate: mean for rate, mean in means.items() if mean is not None}
 
-    def missing(self, seeds: Sequence[int]) -> list[str]:
+    @property
+    def seeds(self) -> list[int]:
+        """Those that any method has at the shared rate."""
+        return sorted({seed for by_seed in self.main.values() for seed in by_seed})
+
+    def missing(self) -> list[str]:
         """Methods and seeds that have no run at the shared rate."""
         return [
             f"{METHODS[name].title} with seed {seed}"
             for name in self.task.methods
-            for seed in seeds
+            for seed in self.seeds
             if seed not in self.main.get(name, {})
         ]
 
 
-def seeds_of(views: Sequence[View]) -> list[int]:
-    """The seeds that any method of any task has at the shared rate."""
-    return sorted({seed for view in views for by_seed in view.main.values() for seed in by_seed})
+def seeds_of(views: Sequence[View]) -> str:
+    """How many seeds the tasks have at the shared rate, as text: "5 seeds", or "5 to 10 seeds"."""
+    return count_seeds({len(view.seeds) for view in views})
 
 
 def accuracies(runs: BySeed, split: str) -> dict[str, dict[int, float]]:
@@ -131,6 +136,12 @@ def count(number: int, noun: str) -> str:
 def signed(points: float) -> str:
     """A difference in points, with its sign."""
     return f"{points:+.2f}".replace("-", "−")
+
+
+def count_seeds(numbers: Collection[int]) -> str:
+    """How many seeds there are of each thing, as text."""
+    fewest, most = min(numbers), max(numbers)
+    return count(most, "seed") if fewest == most else f"{fewest} to {most} seeds"
 
 
 def listed(names: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from study.comparison.ablations import ABLATIONS
-from study.comparison.plan import LONGER, LONGER_SEEDS, RATE_SEEDS, Spec, Task
+from study.comparison.plan import ABLATION_SEEDS, LONGER, LONGER_SEEDS, RATE_SEEDS, SEEDS, Spec, Task
 from study.comparison.records import Records
 
 
@@ -76,7 +76,7 @@ def _own(task: Task, rate: float, records: Records, seeds: Sequence[int]) -> lis
         found = own_rates(task, method, rate, records)
         specs += found.specs
         if found.rate is not None:
-            specs += [Spec(task.name, method, found.rate, seed) for seed in seeds]
+            specs += [Spec(task.name, method, found.rate, seed) for seed in seeds[: len(SEEDS)]]
     return specs
 
 
@@ -84,7 +84,7 @@ def _ablations(task: Task, rate: float, records: Records, seeds: Sequence[int]) 
     of_task = [ablation for ablation in ABLATIONS if task.name in ablation.tasks]
     return [
         Spec(task.name, ablation.method, rate, seed, variant.settings)
-        for seed in seeds
+        for seed in seeds[:ABLATION_SEEDS]
         for ablation in of_task
         for variant in ablation.variants
     ]

@@ -188,6 +188,11 @@ def test_tables(result: dict[str, Any]) -> None:
 
 def test_a_busy_machine_and_unsteady_times_are_told(result: dict[str, Any]) -> None:
     doubtful = json.loads(json.dumps(result))
+    for _, case in runner._all_cases(doubtful):  # what was measured may be unsteady itself
+        for entry in case["providers"]:
+            for own in entry.get("times", {}).values():
+                own["milliseconds"]["both"].update(q20=1.0, median=1.0, q80=1.0)
+    assert not [warning for warning in runner._warnings(doubtful) if "unsteady" in warning]
     doubtful["machine"].update(load_average_before=3.3, cores=2, threads=2)
     doubtful["losses"][0]["cases"][0]["providers"][0]["times"]["cold"]["milliseconds"]["both"].update(
         q20=1.0, median=2.0, q80=3.0

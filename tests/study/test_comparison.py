@@ -151,6 +151,18 @@ def test_stages_want_all_methods_and_seeds():
     assert {name for pair in (*paper.WITH_TEACHER, *paper.TEACHER_FREE) for name in pair} == set(plan.METHODS)
 
 
+def test_only_the_shared_rate_has_more_seeds():
+    """A task of many seeds would take days over its own rates and ablations otherwise."""
+    records = made_up()
+    for method in plan.METHODS:
+        searched(records, TASK, method, {0.1: 60.0, 0.2: 62.0, 0.4: 61.0})
+    many = tuple(range(10))
+    of_stage = {stage: {spec.seed for spec in wanted(stage, records, many)} - {50, 51} for stage in stages.STAGES}
+    assert {stage: len(seeds) for stage, seeds in of_stage.items()} == {
+        "rates": 0, "main": 10, "longer": 3, "own": 5, "ablations": 3,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("task", plan.TASKS.values(), ids=plan.TASKS)
 def test_every_run_is_what_train_py_takes(task, tmp_path):
     """Of every task and ablation; the schedule and the data of all are the same."""

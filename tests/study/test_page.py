@@ -31,6 +31,17 @@ def test_what_is_missing_is_said():
     assert "missing" not in text_of(made_up())
 
 
+def test_each_task_has_its_own_seeds():
+    records = made_up(tasks=(TASK, TEXT))
+    for method in plan.METHODS:
+        if method != "nkd":
+            del records.runs[TASK.name][plan.Spec(TASK.name, method, RATE, 2).key]
+    assert "missing: glyphs, CNN: baseline with seed 2, " in text_of(records)
+    del records.runs[TASK.name][plan.Spec(TASK.name, "nkd", RATE, 2).key]
+    text = text_of(records)
+    assert "missing" not in text and "with 8 losses, each with 2 to 3 seeds" in text
+
+
 def test_page_says_where_the_order_shows_and_where_not():
     text = text_of(made_up())
     assert "Of the 14 pairs that the paper ranks, over 1 task, 14 show its order, 0 the opposite" in text
