@@ -7,10 +7,20 @@ from collections.abc import Sequence
 
 from benchmarks.show.report import lines
 from study.comparison import paper
-from study.comparison.ablations import ABLATIONS, Ablation
+from study.comparison.ablations import ABLATIONS, Ablation, Variant
 from study.comparison.paper import Comparison, compare_all, compare_seeds
 from study.comparison.plan import METHODS
-from study.comparison.results import BySeed, View, accuracies, count, count_seeds, mean_and_deviation, of_seeds, signed
+from study.comparison.results import (
+    BySeed,
+    View,
+    accuracies,
+    count,
+    count_seeds,
+    listed,
+    mean_and_deviation,
+    of_seeds,
+    signed,
+)
 
 ORDERS = (("With a teacher", paper.WITH_TEACHER), ("Without a teacher", paper.TEACHER_FREE))
 #: Pairs that the outcome has.
@@ -107,6 +117,7 @@ def convergence(views: Sequence[View]) -> list[str]:
         ],
         ["---", *["---:"] * 6],
     ]  # fmt: skip
+    moving, gains = [], []
     for view in views:
         if view.rate is None or "ce" not in view.main:
             continue
@@ -117,6 +128,9 @@ def convergence(views: Sequence[View]) -> list[str]:
         own = of_seeds(baseline, split)
         longer = compare_seeds("ce", "ce", of_seeds(view.longer, split), own)
         teacher = 100 * view.teacher["accuracy"][split] - statistics.fmean(own.values()) if view.teacher else None
+        if len(own) > 1 and statistics.fmean(last) > statistics.stdev(own.values()):
+            moving.append(view.task.title)
+            gains += [longer.difference] if longer else []
         rows.append(
             [
                 view.task.title, f"{view.rate:g}", three,
@@ -131,7 +145,18 @@ def convergence(views: Sequence[View]) -> list[str]:
         "or equal one on either side. What follows is in % or points of accuracy on the first test set: how much the "
         "last quarter of the epochs adds, and how much twice as many epochs add with the rate as it is.",
         lines(rows),
+        *([_caveat(moving, gains)] if moving else []),
     ]
+
+
+def _caveat(moving: Sequence[str], gains: Sequence[float]) -> str:
+    """Of tasks whose last quarter adds more than the seeds differ, with what twice the epochs add."""
+    ends = dict.fromkeys(f"{gain:.1f}" for gain in (min(gains), max(gains))) if gains else ()
+    more = f"Twice the epochs still add {' to '.join(ends)} points. " if ends else ""
+    return (
+        f"**Caveat:** the baseline has not converged on {listed(moving)}: the last quarter, in which the learning rate "
+        f"falls to zero, adds more than the seeds differ by. {more}What this page says is of training of this length."
+    )
 
 
 def _last_quarter(curve: Sequence[float]) -> float:
@@ -143,20 +168,38 @@ def ablations(views: Sequence[View]) -> list[str]:
     """A table for each ablation that has runs."""
     parts: list[str] = []
     seeds: set[int] = set()
+    summary = [["the other settings are", *(view.task.title for view in views)], ["---", *["---"] * len(views)]]
     for ablation in ABLATIONS:
         varied = [variant for variant in ablation.variants if variant.settings]
         own = [view for view in views if any(view.variant(ablation, variant) for variant in varied)]
         if own:
             parts += [f"**{ablation.title}** (the paper's {ablation.source})", _ablation(ablation, own)]
+            summary.append([ablation.title, *(_against_own(ablation, view) for view in views)])
             seeds |= {len(view.variant(ablation, variant)) for view in own for variant in varied} - {0}
     if not parts:
         return ["Not run; `python -m study --part ablations page` does so."]
     return [
         "Accuracy in %, and in brackets the difference from the study's own setting, in points with its 95 % "
-        "interval; all at the learning rate that the methods share. The study's own setting has the seeds of the "
-        f"tables above, each other one {count_seeds(seeds)}.",
+        "interval; all at the learning rate that the methods share. The study's own setting is the paper's choice and "
+        f"has the seeds of the tables above, each other one {count_seeds(seeds)}. So a conclusion of the paper shows "
+        "where the other settings are worse, and does not where one is better:",
+        lines(summary),
         *parts,
     ]
+
+
+def _over_own(ablation: Ablation, variant: Variant, view: View) -> Comparison | None:
+    """A variant against the study's own setting; None without runs."""
+    split = view.splits[0]
+    usual = of_seeds(view.main.get(ablation.method, {}), split)
+    return compare_seeds(ablation.method, ablation.method, of_seeds(view.variant(ablation, variant), split), usual)
+
+
+def _against_own(ablation: Ablation, view: View) -> str:
+    found = [_over_own(ablation, variant, view) for variant in ablation.variants if variant.settings]
+    verdicts = [comparison.verdict for comparison in found if comparison]
+    words = {paper.DISAGREES: "worse", paper.AGREES: "better", paper.UNDECIDED: "undecided"}
+    return ", ".join(f"{n} {word}" for verdict, word in words.items() if (n := verdicts.count(verdict))) or "–"
 
 
 def _ablation(ablation: Ablation, views: Sequence[View]) -> str:
@@ -171,8 +214,7 @@ def _ablation(ablation: Ablation, views: Sequence[View]) -> str:
                 continue
             cell = mean_and_deviation(by_seed.values())
             if variant.settings:
-                usual = of_seeds(view.main.get(ablation.method, {}), split)
-                compared = compare_seeds(ablation.method, ablation.method, by_seed, usual)
+                compared = _over_own(ablation, variant, view)
                 cell += f" ({compared.text})" if compared else ""
             cells.append(cell)
         rows.append([variant.title, *cells])

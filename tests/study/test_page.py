@@ -93,6 +93,10 @@ def test_convergence_and_room_are_told():
     row = next(row for row in rows(text, "glyphs, CNN") if "68.00 / 70.00 / 69.00" in row)
     # The last of four epochs adds 0.5; the teacher of 80 is over a mean of 70.3.
     assert row == "| glyphs, CNN | 0.2 | 68.00 / 70.00 / 69.00 | +0.50 | 0.30 | +1.00 ± 0.00 | +9.70 |"
+    caveat = "the baseline has not converged on glyphs, CNN: the last quarter"
+    assert caveat in text and "Twice the epochs still add 1.0 points." in text
+    wide = text_of(made_up(wobble={"ce": (0.0, 1.0, 2.0)}))
+    assert "not converged" not in wide
 
 
 def test_ablations_compare_with_the_studys_own_setting(monkeypatch):
@@ -106,6 +110,9 @@ def test_ablations_compare_with_the_studys_own_setting(monkeypatch):
     text = text_of(records)
     assert rows(text, "γ = 1") == ["| γ = 1 | 73.30 ± 0.30 (−1.00 ± 0.00) |"]
     assert rows(text, "γ = 1.5") == ["| γ = 1.5 | 74.30 ± 0.30 |"]
+    assert rows(text, "NKD's weight γ") == ["| NKD's weight γ | 1 worse |"]
+    put(records, 76.0, "nkd", 0, settings=("gamma=1",))
+    assert rows(text_of(records), "NKD's weight γ") == ["| NKD's weight γ | 1 undecided |"]
 
 
 def test_ablations_have_the_studys_own_setting_among_their_variants():
