@@ -16,7 +16,6 @@ from study.comparison.results import (
     accuracies,
     count,
     count_seeds,
-    listed,
     mean_and_deviation,
     of_seeds,
     signed,
@@ -154,8 +153,9 @@ def _caveat(moving: Sequence[str], gains: Sequence[float]) -> str:
     ends = dict.fromkeys(f"{gain:.1f}" for gain in (min(gains), max(gains))) if gains else ()
     more = f"Twice the epochs still add {' to '.join(ends)} points. " if ends else ""
     return (
-        f"**Caveat:** the baseline has not converged on {listed(moving)}: the last quarter, in which the learning rate "
-        f"falls to zero, adds more than the seeds differ by. {more}What this page says is of training of this length."
+        f"**Caveat:** the baseline has not converged on {'; '.join(moving)}: the last quarter, in which the learning "
+        f"rate falls to zero, adds more than the seeds differ by. {more}What this page "
+        "says is of training of this length."
     )
 
 

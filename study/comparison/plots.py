@@ -16,9 +16,9 @@ from study.comparison.results import View
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-ACCENT, OPPOSITE = "#d1495b", "#00798c"
+ACCENT, AGREED = "#d1495b", "#00798c"
 #: Of an interval, by what it says of the paper's order.
-COLORS = {paper.AGREES: ACCENT, paper.DISAGREES: OPPOSITE, paper.UNDECIDED: MUTED}
+COLORS = {paper.AGREES: AGREED, paper.DISAGREES: ACCENT, paper.UNDECIDED: MUTED}
 #: Forms of a loss, from the slowest, with the colours that the benchmark's plots have for them.
 FORMS = {
     "published": ("published eager form", "#9aa5b1"),
