@@ -16,8 +16,7 @@ import fused_kd
 from fused_kd import backends, check
 from fused_kd.backends import native
 from fused_kd.backends.native import core
-from fused_kd.core import catalogue
-from fused_kd.core.catalogue import LOSSES
+from fused_kd.core.catalogue import LOSSES, Loss
 
 #: The table of `check`: its heads, and how a line of it is filled in.
 _HEADS = ("device", "backend", "", "dtype", "cases", "loss", "allowed", "gradient", "allowed", "")
@@ -32,33 +31,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     checker.add_argument("--device", action="append", help="cpu, cuda, cuda:1, ...; default: every kind that is here")
     checker.add_argument("--backend", action="append", choices=[n for n in backends.BACKENDS if n != "reference"])
     checker.add_argument("--quick", action="store_true", help="small shapes only")
-    lister = commands.add_parser("losses", help="every loss with its formula, defaults and kernels")
-    lister.add_argument(
-        "--write",
-        action="store_true",
-        help="instead, as Markdown, into README.md and docs/losses.md of the current folder",
-    )
+    commands.add_parser("losses", help="every loss with its formula, defaults and kernels")
     parsed = parser.parse_args(arguments)
     if parsed.command == "losses":
-        return list_losses(parsed.write)
+        print("\n\n".join(_plain(loss) for loss in LOSSES.values()))
+        return 0
     if parsed.command == "env":
         return env()
     return run_check(parsed.device or _devices(), parsed.backend, parsed.quick)
 
 
-def list_losses(write: bool) -> int:
-    if not write:
-        print("\n\n".join(_plain(loss) for loss in LOSSES.values()))
-        return 0
-    readme = Path("README.md")
-    before, begin, rest = readme.read_text(encoding="utf-8").partition("<!-- losses:begin -->")
-    _, end, after = rest.partition("<!-- losses:end -->")
-    readme.write_text(f"{before}{begin}\n{catalogue.markdown_table()}\n{end}{after}", encoding="utf-8")
-    Path("docs/losses.md").write_text(catalogue.markdown_page(), encoding="utf-8")
-    return 0
-
-
-def _plain(loss: catalogue.Loss) -> str:
+def _plain(loss: Loss) -> str:
     """A loss for a terminal, in lines of 80 columns."""
     fused = [f"{device}: {', '.join(names[:-1]) or 'none'}" for device, names in loss.backends.items()]
     options = ", ".join(f"{name}={value!r}" for name, value in loss.defaults.items())

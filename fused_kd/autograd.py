@@ -81,7 +81,7 @@ class _DistRows(torch.autograd.Function):
         outputs = op(student_logits, *further)
         _, _, row_weight, _, hyper, standardize, ignore_index, _, _, backend = further
         scheduled = isinstance(hyper, Tensor)
-        ctx.save_for_backward(*kept, row_weight, hyper if scheduled else None)
+        ctx.save_for_backward(*map(savable, (*kept, row_weight)), hyper if scheduled else None)
         ctx.hyper, ctx.options, ctx.backend = None if scheduled else hyper, (standardize, ignore_index), backend
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
@@ -92,7 +92,9 @@ class _DistRows(torch.autograd.Function):
         if torch.is_grad_enabled() and not compiling:
             raise RuntimeError(transforms.DOUBLE_BACKWARD)
         *kept, row_weight, hyper = ctx.saved_tensors
-        student, teacher, target = (each if each.dim() == 1 else each.reshape(-1, each.shape[-1]) for each in kept)
+        student, teacher, target = (
+            each.reshape(-1, each.shape[-1]) if each.is_floating_point() else each for each in kept
+        )
         op = ops.DIST_GRADIENT[int(hyper is not None)]
         hyper = ctx.hyper if hyper is None else hyper
 
@@ -110,6 +112,12 @@ class _DistRows(torch.autograd.Function):
         by_rows, by_columns = gradient(wide, ones, one - one), gradient(wide, ones - ones, one)
         both = _scaled(by_rows, grad_output, one) + _scaled(by_columns, grad_columns, one)
         return both.to(student.dtype), None, None, None
+
+
+def savable(tensor: Tensor | None) -> Tensor | None:
+    """As autograd can save it for backward: of a tensor made in inference mode a copy."""
+    copied = tensor is not None and not torch.compiler.is_compiling() and tensor.is_inference()
+    return tensor.clone() if copied and tensor is not None else tensor
 
 
 def _keep(ctx: Any, outputs: tuple[Tensor, ...], want_parts: bool, backend: str) -> Any:
@@ -287,10 +295,11 @@ class _ExportedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         results: list[Tensor | None] = [None, None]
         if grad_output is not None:
-            count = len(ctx.saved_tensors) // 2
+            saved = ctx.saved_tensors  # once: checkpointing unpacks them only once
+            count = len(saved) // 2
             for i in range(count):
                 if ctx.needs_input_grad[1 + i]:
-                    gradient, norm = ctx.saved_tensors[i], ctx.saved_tensors[count + i]
+                    gradient, norm = saved[i], saved[count + i]
                     # Not in place, since the stored gradient is an output of the op.
                     results[i] = scale_stored(gradient, grad_output, norm, ctx.backend, keep=True)
         return None, *results, None

@@ -16,6 +16,10 @@ from fused_kd.source_ops import SOURCE_LOSS, SOURCE_USKD, source_uskd_batch_sums
 __all__ = ["row_loss", "uskd", "uskd_batch_sums"]
 
 _WANTED_AT = -2  # among the op's last arguments
+_EXPORTED = (
+    "torch.export cannot record the gradient of a loss of a Head, a TopK or a ClassShard: export it under "
+    "torch.no_grad(), with backend='reference', or with logits for the student"
+)
 
 
 class _SourceLoss(torch.autograd.Function):
@@ -53,7 +57,7 @@ class _SourceRowsLoss(torch.autograd.Function):
         none = [False] * len(further[_WANTED_AT])
         loss, parts, *_ = op(*tensors, *further[:_WANTED_AT], none, further[-1])
         others = [each if isinstance(each, Tensor) else None for each in further]
-        ctx.save_for_backward(*tensors, *others)
+        ctx.save_for_backward(*map(autograd.savable, (*tensors, *others)))
         ctx.further = [None if isinstance(each, Tensor) else each for each in further]
         ctx.op, ctx.count = op, len(tensors)
         ctx.mark_non_differentiable(parts)
@@ -63,7 +67,8 @@ class _SourceRowsLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor, _grad_parts: Any) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(transforms.DOUBLE_BACKWARD)
-        tensors, others = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        saved = ctx.saved_tensors  # once: checkpointing unpacks them only once
+        tensors, others = saved[: ctx.count], saved[ctx.count :]
         _, *further = [given if other is None else other for given, other in zip(ctx.further, others, strict=True)]
         _, _, *gradients = ctx.op(*tensors, grad_output, *further)
         found = [
@@ -80,6 +85,8 @@ def _apply(
     ``tensors`` want a gradient."""
     transforms.refuse(*(each for each in tensors if each is not None))
     wanted = [each is not None and each.requires_grad and torch.is_grad_enabled() for each in tensors]
+    if any(wanted) and torch.compiler.is_exporting():
+        raise RuntimeError(_EXPORTED)
     scheduled, numbers = autograd.given_hyper(hyper)
     op, further = ops[int(scheduled)], arguments(numbers, wanted)
     if not any(wanted):

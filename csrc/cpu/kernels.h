@@ -116,7 +116,7 @@ struct TopKArgs : LossArgs {
     int rest; // TopKRest of topk_losses.h
     int loss; // its number, as of RowArgs
     Gradient gradient;
-    bool* bad; // (rows): an index is none, or twice there, and nothing is written
+    bool* bad; // (rows): an index is none, or twice there, or all are pads where the rest is 0; nothing is written
 };
 
 struct TargetProbsArgs : BatchArgs {

@@ -258,7 +258,7 @@ FKD_NOINLINE void row_pass(const TopKArgs& args, const RowParams& params, TopKRe
     x.e = scratch.e;
     x.f = scratch.f;
     x.by = scratch.by;
-    args.bad[row] = !read_kept(args, scratch, row, y, x);
+    args.bad[row] = !read_kept(args, scratch, row, y, x) || (kind == kRenormalize && x.kept == 0 && !x.target_kept);
     if (args.bad[row]) return;
     const int64_t blocks = (args.classes + kBlock<A> - 1) / kBlock<A>;
     for (int64_t i = 0; i < blocks; ++i)

@@ -168,7 +168,8 @@ FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch,
     const SplitSoftmax<double, 2> p = split_softmax<double, 2>(x.s_target, x.s_max, x.s_sum);
     const SplitSoftmax<double, 2> v = split_softmax<double, 2>(x.w_target, x.w_max, x.w_sum);
 
-    const double probe = p.rest + v.rest + x.v_sum + params.mean[0] + params.mean[1];
+    // Without the means: a NaN of theirs is another row's, and reaches the student's gradient alone.
+    const double probe = p.rest + v.rest + x.v_sum;
     if (probe != probe) { // NaN: no ranking, and nothing else to say of the row
         for (int k = 0; k < 4; ++k)
             parts[k] = NAN;

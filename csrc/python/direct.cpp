@@ -6,6 +6,7 @@
 
 #include <exception>
 #include <new>
+#include <type_traits>
 
 #include "../cpu/core.h"
 #include "../losses/row_losses.h"
@@ -114,6 +115,7 @@ Args args_of(const Asked& asked, const Seen& student, const Seen& target, DType 
     args.ignore_index = asked.ignore_index;
     args.accumulate = accumulate;
     args.threads = asked.threads;
+    if constexpr (std::is_base_of<LossArgs, Args>::value) args.hyper = asked.hyper;
     return args;
 }
 
@@ -128,7 +130,6 @@ PyObject* row_loss_of(const Asked& asked, PyObject* const* logits, PyObject* lab
     RowArgs args = args_of<RowArgs>(asked, student, target, accumulation(student, teacher));
     args.teacher = teacher.matrix;
     args.loss = number;
-    args.hyper = asked.hyper;
     args.standardize = asked.standardize;
     if (label == Py_None) args.ignore_index = -1;
     Made made;
@@ -147,7 +148,6 @@ PyObject* uskd_of(const Asked& asked, PyObject* const* logits, PyObject* label) 
     first.square = asked.square;
     UskdArgs args = args_of<UskdArgs>(asked, student, target, accumulate);
     args.weak = weak.matrix;
-    args.hyper = asked.hyper;
     args.rank = asked.rank;
     args.square = asked.square;
     Made made;
@@ -172,7 +172,6 @@ PyObject* zipf_ls_of(const Asked& asked, PyObject* const* logits, PyObject* labe
     args.dense = dense.matrix;
     args.dense_stride = dense.outer_stride;
     args.positions = dense.positions;
-    args.hyper = asked.hyper;
     Made made;
     const LossOutputs out = made.room(asked, args.accumulate, 2);
     args.gradient = made.gradient(asked, 0, logits[0]);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -86,9 +87,10 @@ class Products:
         self.weight = weight.to(compute) if self.mixed and compute is not None else weight
         self.over = not head.softcap  # whose derivative needs the logits
         self.chunk = head.values.new_empty(0, num_classes, dtype=dtype)
-        self.of_hidden = torch.empty_like(head.values, dtype=dtype) if wanted[0] else None
-        self.of_weight = torch.zeros_like(head.weight, dtype=dtype) if wanted[1] else None
-        self.of_bias = torch.zeros_like(head.bias, dtype=dtype) if wanted[2] and head.bias is not None else None
+        contiguous = partial(torch.empty_like, dtype=dtype, memory_format=torch.contiguous_format)  # as the fake says
+        self.of_hidden = contiguous(head.values) if wanted[0] else None
+        self.of_weight = contiguous(head.weight).zero_() if wanted[1] else None
+        self.of_bias = contiguous(head.bias).zero_() if wanted[2] and head.bias is not None else None
 
     def gradients(self) -> list[Tensor]:
         """As they are kept, see :func:`room`."""

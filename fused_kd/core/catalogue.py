@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +38,8 @@ class RowLoss:
     ``kind`` is its number in ``csrc/losses/row_losses.h``; ``own`` are its own hyper-parameters, in the order in which
     Triton's kernels take them; ``parts`` which of the op's three parts it has; ``bound`` what the magnitude of its
     gradient's entries cannot exceed, CE left out, or inf; ``needs`` are some of :data:`NEEDS`; ``rests`` what a
-    :class:`fused_kd.TopK` may make of the teacher's rest for a kernel to serve it.
+    :class:`fused_kd.TopK` may make of the teacher's rest for a kernel to serve it; ``labels`` whether it takes no
+    target of None.
     """
 
     kind: int
@@ -48,12 +48,13 @@ class RowLoss:
     bound: Callable[[HyperParameters], float]
     needs: tuple[str, ...]
     rests: tuple[str, ...] = ()
+    labels: bool = True
 
 
 # |q_y (p - 1)|, |p - q| and |p^ - q^| are at most 1.
 ROW_LOSSES = {
     "nkd": RowLoss(0, ("gamma",), (0, 1, 2), lambda x: 1.0 + x.gamma * x.temperature, ("teacher", "sharp"), RESTS),
-    "kd": RowLoss(1, (), (0, 2), lambda x: x.temperature, ("teacher", "divergence"), RESTS),
+    "kd": RowLoss(1, (), (0, 2), lambda x: x.temperature, ("teacher", "divergence"), RESTS, False),
     "dkd": RowLoss(
         2, ("alpha", "beta"), (0, 1, 2), lambda x: (x.alpha + x.beta) * x.temperature, ("teacher", "divergence"), RESTS
     ),
@@ -63,7 +64,9 @@ ROW_LOSSES = {
     "tf_kd": RowLoss(4, ("correct",), (0, 2), lambda x: 1.0, ("linear", "at_one")),
     # A correlation's gradient has the deviation of the probabilities in its denominator: of a constant row or column,
     # which a head that starts at zero gives, it is the 1e-8 beside it that is left.
-    "dist": RowLoss(5, ("beta", "gamma"), (0, 1, 2), lambda x: math.inf, ("teacher", "pointwise", "fine", "columns")),
+    "dist": RowLoss(
+        5, ("beta", "gamma"), (0, 1, 2), lambda x: math.inf, ("teacher", "pointwise", "fine", "columns"), labels=False
+    ),
     # (1 - beta) p (log(p / m) - KL(p, m)): p log(m / p) <= m / e, and (1 - beta) KL <= (1 - beta) log(1 / (1 - beta))
     # <= 1 / e. At beta = 0 it is p - q, at 1 p (log(p / q) - KL(p, q)), as large as the logits make it.
     "js": RowLoss(
@@ -73,6 +76,7 @@ ROW_LOSSES = {
         lambda x: x.temperature if x.beta < 1.0 else math.inf,
         ("teacher", "pointwise", "one_slope"),
         ("renormalize", "bucket"),
+        labels=False,
     ),
 }
 #: The bits of what is needed, and the number that the kernels get: those, and above them the kind.
@@ -182,7 +186,8 @@ LOSSES = {
         Loss(
             "js",
             "Jensen–Shannon",
-            "T² (β KL(q(T) ‖ m) + (1 − β) KL(p(T) ‖ m)), m = β q(T) + (1 − β) p(T); β = 0 is KD, β = 1 reverse KD",
+            "T² (β KL(q(T) ‖ m) + (1 − β) KL(p(T) ‖ m)), m = β q(T) + (1 − β) p(T), for 0 < β < 1; by definition KD at "
+            "β = 0, reverse KD at β = 1",
             "Agarwal et al. 2023, arXiv:2306.13649",
             "js_loss",
             "JSLoss",
@@ -208,63 +213,6 @@ LOSSES = {
         ),
     )
 }
-
-
-def markdown_table() -> str:
-    """The losses as a Markdown table: README.md and docs/losses.md have it, and a test keeps them in step."""
-    lines = ["| loss | function, module | per row | paper |", "|---|---|---|---|"]
-    for loss in LOSSES.values():
-        formula = re.sub(r"_\{([^}]*)\}|_(\w)", r"<sub>\1\2</sub>", loss.formula)
-        cells = (loss.title, f"`{loss.function}`, `{loss.module}`", formula, loss.paper)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def kernels_table() -> str:
-    """Which backends have a kernel for which loss, by kind of device, as a Markdown table."""
-    lines = ["| loss | fused on the CPU | on CUDA |", "|---|---|---|"]
-    for loss in LOSSES.values():
-        fused = [", ".join(name for name in names if name != "reference") for names in loss.backends.values()]
-        lines.append("| " + " | ".join((loss.title, *(text or "no" for text in fused))) + " |")
-    return "\n".join(lines)
-
-
-def sources_table() -> str:
-    """What may stand where logits stand, by loss, as a Markdown table."""
-    lines = ["| loss | `Head` | `ClassShard`, DTensor | `TopK` teacher, fused for `rest=` |", "|---|---|---|---|"]
-    for name, loss in LOSSES.items():
-        row = ROW_LOSSES.get(name)
-        head = "yes" if row or name == "uskd" else "no"
-        if row and "columns" in row.needs:
-            head = "with `gamma=0`"
-        shard = head if row else "no"
-        rests = ", ".join(f"`{rest}`" for rest in row.rests) if row else ""
-        if not rests:
-            rests = "by the reference, with `gamma=0`" if row and "teacher" in row.needs else "no"
-        lines.append(f"| {loss.title} | {head} | {shard} | {rests} |")
-    return "\n".join(lines)
-
-
-def markdown_page() -> str:
-    """docs/losses.md: the table, every loss with its defaults, what it takes in place of logits, and what runs it."""
-    text = f"# The losses\n\n{NOTATION}\n\n{markdown_table()}\n\n## Defaults\n\n"
-    for loss in LOSSES.values():
-        options = ", ".join(f"{name}={value!r}" for name, value in loss.defaults.items())
-        text += f"- `{loss.function}({options})`\n"
-    text += f"\n{SHARED}\n\n## Sources\n\n{SOURCES}\n\n{sources_table()}\n"
-    return text + f"\n## Kernels\n\n{kernels_table()}\n"
-
-
-NOTATION = """`p`, `q` and `v` are the softmax of the student's, the teacher's and the weak logits; `y` is the target
-class and `Y` the targets of a mixed label. A hat denotes the softmax over the other classes, at temperature T. Every
-loss adds `ce_weight` times the ordinary cross-entropy in the same pass. Generated from `fused_kd/core/catalogue.py`."""
-SOURCES = """What may stand where logits stand, on the CPU (native) and on a GPU (Triton). Where a `TopK` has no kernel,
-`auto` takes the reference with a warning, as it does beside a `ClassShard`. `fused_kd.explain` says what runs."""
-SHARED = """All of them also take `ignore_index=-100`, `reduction="mean"`, `weight=None` (a tensor, one weight per row),
-`normalizer=None` (a number or a tensor in place of the mean's divisor), `class_dim=None` (the last dimension; required
-for logits of four or more), `backend="auto"` and `return_parts=False`; all but USKD and Zipf's LS take
-`num_classes=None` (how many of the columns are classes, the others being padding).
-`fused_kd.decompose` gives the parts of KD, NKD and DKD side by side, for ablations."""
 
 
 def catalogue() -> list[Loss]:

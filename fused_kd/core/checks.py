@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -29,11 +30,9 @@ class Rows(NamedTuple):
 def check_scalar(name: str, value: float, *, positive: bool = False) -> float:
     """A finite hyper-parameter, at least 0, or above 0 when ``positive``; returned as a float."""
     if isinstance(value, Tensor):
-        learned = "; no gradient flows to it: what is to learn has no place here" if value.requires_grad else ""
-        raise TypeError(
-            f"{name}: expected a Python number, got a Tensor (a float keeps the device free of a sync{learned})"
-        )
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        learned = "; it cannot be learned, as no gradient flows to it" if value.requires_grad else ""
+        raise TypeError(f"{name}: expected a Python number, got a Tensor; pass {name}.item(){learned}")
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt, Real)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if positive:
         if not 0.0 < value < math.inf:
@@ -102,9 +101,9 @@ def check_teacher_detached(teacher_logits: Tensor | None) -> None:
     if teacher_logits is not None and carries_gradient(teacher_logits):
         raise ValueError(
             "teacher_logits: expected logits that do not require grad, since no backend gives the teacher a gradient; "
-            "got some that do. Run the teacher under torch.no_grad() or pass teacher_logits.detach(). If something in "
-            "them is to learn, such as a temperature that is a parameter, do not detach, which would stop it in "
-            "silence: write that loss in PyTorch"
+            "got some that do. Run the teacher under torch.no_grad() or pass teacher_logits.detach(). If part of the "
+            "teacher must learn, such as a temperature that is a parameter, do not detach, since that stops its "
+            "gradient: write that loss in PyTorch"
         )
 
 
@@ -182,10 +181,12 @@ def flatten(
     other_name: str | None,
     target: Tensor | None,
     class_dim: int | None = None,
+    labels: bool = True,
 ) -> Rows:
     """Check logits and their target, and view them as rows, which copies where the classes are not innermost in memory.
 
-    Without a target every row gets the class 0. Without an ``other_name`` there are no other logits.
+    Without ``labels`` the target may be None: every row gets the class 0. Without an ``other_name`` there are no other
+    logits.
 
     Raises:
         TypeError: an argument is no Tensor or has a dtype that is not supported.
@@ -193,7 +194,7 @@ def flatten(
     """
     check_logits("student_logits", student_logits)
     other = None if other_name is None else check_logits(other_name, other_logits)
-    if target is not None and not isinstance(target, Tensor):
+    if not isinstance(target, Tensor) and (labels or target is not None):
         raise TypeError(f"target: expected a Tensor, got {type(target).__name__}")
     shape = student_logits.shape
     dim = class_dimension(student_logits, class_dim, target)
@@ -231,9 +232,11 @@ def check_target(target: Tensor, shape: tuple[int, ...], dim: int, device: torch
         if target.shape != rows:
             # (N, 1) indices are common in data loaders; published code reads them as soft labels of class 0.
             if target.shape != (*shape[:dim], 1, *shape[dim + 1 :]):
+                one_hot = "; class probabilities must be floating point: target.float()"
                 raise ValueError(
                     f"target: expected class indices of shape {tuple(rows)} for logits of shape {shape} with "
                     f"the classes in dimension {dim}, got {tuple(target.shape)}{_fits(shape, target)}"
+                    f"{one_hot if target.shape == shape else ''}"
                 )
             target = target.squeeze(dim)
         return target if target.dtype == torch.int64 else target.to(torch.int64)
@@ -293,7 +296,7 @@ def flatten_weight(
     if weight.dtype not in (*_LOGIT_DTYPES, torch.bool):
         raise TypeError(f"weight: expected float64, float32, float16 or bfloat16 weights or a mask, got {weight.dtype}")
     if weight.shape != rows:
-        of_classes = "; one per class, as F.cross_entropy's weight is, cannot be had: these weigh rows"
+        of_classes = "; a weight per class is not supported: index it by the target, weight=class_weight[target]"
         raise ValueError(
             f"weight: expected one per row, of shape {tuple(rows)}, got {tuple(weight.shape)}"
             f"{_fits(tuple(shape), weight, 'weight')}"
@@ -326,7 +329,7 @@ def row_error(target: Tensor, row: int, num_classes: int, ignore_index: int) -> 
 
 
 def kept_error(indices: Tensor, row: int, num_classes: int) -> Exception:
-    """Of a row of the classes that were kept of a teacher, where one is twice there or no class."""
+    """Of a row of a top-k teacher, where one class is twice or out of range, or none is there to be renormalised."""
     given = indices[row]
     none = given[(given < -1) | (given >= num_classes)]
     if none.numel():
@@ -334,6 +337,8 @@ def kept_error(indices: Tensor, row: int, num_classes: int) -> Exception:
             f"indices: expected classes from 0 to {num_classes - 1}, or -1 for a pad, got {int(none[0])} in row {row}"
         )
     kept = given[given >= 0].sort().values
+    if not kept.numel():
+        return ValueError(f"indices: expected a class in each row with rest='renormalize', got pads alone in row {row}")
     again = kept[1:][kept[1:] == kept[:-1]]
     return ValueError(f"indices: expected each class once in a row, got {int(again[0])} twice in row {row}")
 

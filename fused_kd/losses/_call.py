@@ -83,7 +83,9 @@ def row_loss(
 ) -> Tensor | tuple[Tensor, Parts]:
     """Check a row loss and run it. ``tensors`` are the student's logits, the teacher's, and the target. A loss without
     a teacher has None for one, and no ``logit_standardization`` among its settings."""
-    if (made := ordinary(name, parts_type, tensors, numbers, settings, common)) is not None:
+    labels = ROW_LOSSES[name].labels
+    complete = tensors[2] is not None or not labels
+    if complete and (made := ordinary(name, parts_type, tensors, numbers, settings, common)) is not None:
         return made
     numbers = checked(numbers, settings)
     student_logits, teacher_logits, target = tensors
@@ -92,7 +94,7 @@ def row_loss(
         tensors, weight = _shards.of_dtensors(tensors, common[0], common[2])
         common = (weight, *common[1:])
         student_logits, teacher_logits, target = tensors
-    if target is None:
+    if target is None and not labels:
         if numbers["ce_weight"] != 0.0:
             raise ValueError(f"target: expected one, since ce_weight is {numbers['ce_weight']}; got None")
         settings["ignore_index"] = -1  # the class that stands in for targets is 0
@@ -105,7 +107,7 @@ def row_loss(
         if teacher_logits is not None:
             teacher_logits = first_classes("teacher_logits", teacher_logits, class_dim, num_classes)
     other_name = "teacher_logits" if "logit_standardization" in settings else None
-    rows = checks.flatten(student_logits, teacher_logits, other_name, target, class_dim)
+    rows = checks.flatten(student_logits, teacher_logits, other_name, target, class_dim, labels)
     checks.check_teacher_detached(teacher_logits)
 
     def fused(

@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _ARGS = r"""
-    student_logits: Unnormalised scores ``(..., C)``, C at least 2, float64, float32, float16 or bfloat16. Or what
-        stands for them: a :class:`fused_kd.Head`, a :class:`fused_kd.ClassShard`, or a DTensor whose classes are
-        sharded, of which ClassShard tells.
-    teacher_logits: The teacher's, same shape and device, any of those dtypes; must not require grad. Or what stands for
-        them: a :class:`fused_kd.Head`, :class:`fused_kd.TopK`, :class:`fused_kd.ClassShard` or DTensor.
+    student_logits: Unnormalised scores ``(..., C)``, C at least 2, float64, float32, float16 or bfloat16. Or one of
+        these in their place: a :class:`fused_kd.Head`, a :class:`fused_kd.ClassShard`, or a DTensor whose classes are
+        sharded, which ClassShard explains.
+    teacher_logits: The teacher's, same shape and device, any of those dtypes; must not require grad. Or one of these in
+        their place: a :class:`fused_kd.Head`, :class:`fused_kd.TopK`, :class:`fused_kd.ClassShard` or DTensor.
     target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)``. They serve the
         cross-entropy and ``ignore_index``; without them ``ce_weight`` must be 0 and every row counts.
     temperature: T above.

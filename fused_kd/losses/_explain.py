@@ -9,6 +9,7 @@ import torch
 from fused_kd import backends
 from fused_kd.backends import Explanation, topk
 from fused_kd.core.catalogue import LOSSES, ROW_LOSSES
+from fused_kd.reference.topk import check_rest
 from fused_kd.sources import ClassShard, Head, Logits, TeacherLogits, TopK
 
 
@@ -22,21 +23,29 @@ def explain(
 
     ``loss`` is one of the names that :func:`fused_kd.catalogue` has, such as ``"nkd"`` or ``"uskd"``.
 
+    Raises:
+        ValueError, NotImplementedError: There is no such loss, or it does not take such a source.
+
     Example:
         >>> print(fused_kd.explain(student_logits, loss="uskd"))
         >>> print(fused_kd.explain(Head(hidden, weight), "kd", TopK(log_probs, indices, rest="bucket")))
     """
     found = backends.explain(_device(student_logits), loss)
     how = [_said("student", student_logits), _said("teacher", teacher_logits)]
-    if isinstance(student_logits, (Head, ClassShard)) or isinstance(teacher_logits, (Head, ClassShard, TopK)):
-        if loss not in (*ROW_LOSSES, "uskd"):
-            how = [f"{LOSSES[loss].title} takes matrices alone"]
+    given = [each for each in (student_logits, teacher_logits) if isinstance(each, (Head, ClassShard, TopK))]
+    if given:
+        taken = {"uskd": (Head,)}.get(loss, (Head, ClassShard, TopK) if loss in ROW_LOSSES else ())
+        for each in given:
+            if not isinstance(each, taken):
+                raise ValueError(f"loss: {LOSSES[loss].title} does not take a {type(each).__name__}")
         if loss == "dist":
             how.append("with gamma=0 alone: the term of the batch's columns needs all rows at once")
     sharded = isinstance(student_logits, ClassShard)
+    if isinstance(teacher_logits, TopK):
+        check_rest(loss, teacher_logits.rest, LOSSES[loss].defaults.get("beta", 0.0))
     if isinstance(teacher_logits, TopK) and not topk.is_fused(loss, teacher_logits.rest, sharded):
         beside = " beside a ClassShard" if sharded else ""
-        reason = f"no kernel for a TopK of rest={teacher_logits.rest!r}{beside}, or no meaning: then the call says so"
+        reason = f"no kernel of {LOSSES[loss].title} for a TopK of rest={teacher_logits.rest!r}{beside}"
         reasons = {name: reason if name != "reference" else "chosen" for name in found.reasons}
         found = found._replace(chosen="reference", reasons=reasons)
     return found._replace(how=tuple(line for line in how if line))

@@ -17,7 +17,7 @@ from fused_kd.core.source_rows import SourceRows, Span
 from fused_kd.core.transforms import carries_gradient
 from fused_kd.losses import _shards
 from fused_kd.losses._options import Common, normalized, returned
-from fused_kd.losses._topk import check_indices, kernel_or_reference, topk_rows
+from fused_kd.losses._topk import check_indices, check_log_probs, kernel_or_reference, topk_rows
 from fused_kd.reference import USKDParts, accumulation_dtype
 from fused_kd.sources import ClassShard, Head, Logits, TeacherLogits, TopK
 
@@ -59,7 +59,7 @@ def row_loss(
         _check_topk(target, settings)
         classes = student.span.num_classes if student.span else shape[-1]
         teacher = _Given(topk_rows(teacher_logits, (*shape[:-1], classes)), shape, 0, student.span)
-    elif teacher_logits is not None:
+    elif teacher_logits is not None or "teacher" in ROW_LOSSES[name].needs:
         teacher = _flattened(
             "teacher_logits", teacher_logits, class_dim if isinstance(teacher_logits, Tensor) else None
         )
@@ -68,23 +68,27 @@ def row_loss(
     if teacher is not None:
         _check_teacher(teacher, student)
     reduction = settings["reduction"]
-    target, weight = _of_rows(student, target, common, settings)
+    target, weight = _of_rows(student, target, common, settings, ROW_LOSSES[name].labels)
     hyper = in_order(numbers)
     if has_column_term(name, HyperParameters._make(hyper)):
         raise ValueError(
             f"gamma: expected 0 for {LOSSES[name].title} of a Head, a TopK or a ClassShard, since the term of the "
             f"batch's columns needs the logits of all rows at once; got {numbers['gamma']}"
         )
+    if teacher is not None and teacher.rows.indices is not None:
+        check_log_probs(teacher.rows, target, weight, settings["ignore_index"])
     chosen = backends.choose(backend, device, name)
     if isinstance(teacher_logits, TopK) and chosen != "reference":
         chosen = kernel_or_reference(name, teacher_logits.rest, numbers, (backend, chosen), student.span is not None)
     if chosen == "reference" and teacher is not None and teacher.rows.indices is not None:
-        of_student = _logits(_shards.shared_hidden(student.rows, student.span), shape[-1])
+        counted = _counted(target, weight, settings["ignore_index"])
+        of_student = _logits(_shards.shared_hidden(student.rows, student.span), shape[-1], counted)
         logits = _shards.all_columns(of_student, student.span)
-        loss, parts = _topk_reference(name, (logits, teacher.rows), target, numbers, settings, weight)
+        loss, parts = _topk_reference(name, (logits, teacher.rows), (target, weight, counted), numbers, settings)
     elif chosen == "reference":
         sources = [_shards.shared_hidden(each.rows, each.span) for each in (student, teacher) if each is not None]
-        given = [_shards.all_columns(_logits(each, shape[-1]), student.span) for each in sources]
+        counted = _counted(target, weight, settings["ignore_index"])
+        given = [_shards.all_columns(_logits(each, shape[-1], counted), student.span) for each in sources]
         if target.is_floating_point():
             target = _shards.all_columns(target, student.span)
         checks.check_target_values(target, weight, given[0].shape[1], settings["ignore_index"])
@@ -114,17 +118,16 @@ def _check_topk(target: Tensor | None, settings: dict[str, Any]) -> None:
 def _topk_reference(
     name: str,
     sources: tuple[Tensor, SourceRows],
-    target: Tensor,
+    of_rows: tuple[Tensor, Tensor | None, Tensor],
     numbers: dict[str, float],
     settings: dict[str, Any],
-    weight: Tensor | None,
 ) -> tuple[Tensor, list[Tensor]]:
-    logits, teacher = sources
+    """``of_rows`` are the target, the weight and which rows count."""
+    (logits, teacher), (target, weight, counted) = sources, of_rows
     assert teacher.indices is not None
     ignore_index = settings["ignore_index"]
     checks.check_target_values(target, weight, logits.shape[1], ignore_index)
-    counted = target != ignore_index if weight is None else (target != ignore_index) & (weight != 0)
-    check_indices(teacher.indices, logits.shape[1], counted)
+    check_indices(teacher.indices, logits.shape[1], counted, teacher.rest)
     given = (logits, teacher.values, teacher.indices, teacher.rest, target, numbers)
     options = {"ignore_index": ignore_index, "reduction": settings["reduction"], "weight": weight}
     loss, parts = reference.topk.topk_loss(name, *given, **options)
@@ -148,14 +151,18 @@ def uskd(
     if student.span is not None or weak.span is not None:
         raise ValueError("student_logits: expected no ClassShard for USKD, whose ranks are of all classes of a row")
     if weak.shape != shape or weak.rows.values.device != values.device:
-        raise ValueError(f"weak_logits: expected those of student_logits, {shape}, got a source of {weak.shape}")
+        raise ValueError(
+            f"weak_logits: expected the shape and device of student_logits, {shape} on {values.device}, got "
+            f"{weak.shape} on {weak.rows.values.device}"
+        )
     if (weak.rows.values.dtype == torch.float64) != (values.dtype == torch.float64):
         raise TypeError("weak_logits: expected float64 if student_logits are that, and another dtype if they are not")
     reduction = settings["reduction"]
     target, weight = _of_rows(student, target, common, settings)
     chosen = backends.choose(backend, values.device, "uskd")
     if chosen == "reference":
-        logits = [_logits(each.rows, shape[-1]) for each in (student, weak)]
+        counted = _counted(target, weight, settings["ignore_index"])
+        logits = [_logits(each.rows, shape[-1], counted) for each in (student, weak)]
         checks.check_target_values(target, weight, shape[-1], settings["ignore_index"])
         loss, packed = eager(*logits, target, **numbers, **settings, weight=weight)
         parts = [*packed]
@@ -172,15 +179,19 @@ def uskd(
 
 
 def _of_rows(
-    student: _Given, target: Tensor | None, common: Common, settings: dict[str, Any]
+    student: _Given, target: Tensor | None, common: Common, settings: dict[str, Any], labels: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """The target and the weight of each row, checked; a normalizer is in the weight then."""
-    weight, normalizer, *_ = common
+    weight, normalizer, class_dim, *_ = common
     shape, values = student.shape, student.rows.values
-    if target is None:
+    if target is None and not labels:
         target = torch.zeros(shape[:-1], dtype=torch.int64, device=values.device)
+    elif not isinstance(target, Tensor):
+        raise TypeError(f"target: expected a Tensor, got {type(target).__name__}")
     else:
-        target = checks.check_target(target, shape, len(shape) - 1, values.device)
+        rows, dim = shape[:-1], (-1 if class_dim is None else class_dim) % len(shape)
+        target = checks.check_target(target, (*rows[:dim], shape[-1], *rows[dim:]), dim, values.device)
+        target = target.movedim(dim, -1) if target.is_floating_point() else target
     target = target.reshape(len(values), shape[-1]) if target.is_floating_point() else target.reshape(-1)
     weight = checks.flatten_weight(weight, shape[:-1], shape, shape[-1], values.device)
     return target, weight if normalizer is None else normalized(weight, normalizer, settings, target)
@@ -205,8 +216,10 @@ def _flattened(name: str, given: Any, class_dim: int | None) -> _Given:
         logits = checks.check_logits(name, given)
         dim = checks.class_dimension(logits, class_dim)
         logits = logits.movedim(dim, -1)
+        if logits.shape[-1] < 2:
+            raise ValueError(f"{name}: expected at least 2 classes, got shape {tuple(given.shape)}")
         return _Given(SourceRows(logits.reshape(-1, logits.shape[-1])), tuple(logits.shape), 0)
-    raise TypeError(f"{name}: expected a Tensor, a Head or a ClassShard, got {type(given).__name__}")
+    raise TypeError(f"{name}: expected a Tensor or a source such as a Head, got {type(given).__name__}")
 
 
 def _head(name: str, head: Head, class_dim: int | None, least: int = 2) -> _Given:
@@ -271,12 +284,21 @@ def _check_teacher(teacher: _Given, student: _Given) -> None:
         )
 
 
-def _logits(source: SourceRows, num_classes: int) -> Tensor:
-    """What a source stands for, differentiable: the reference's way, which stores them all."""
+def _counted(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """Which rows count, (N,)."""
+    probabilities = target.is_floating_point()
+    counted = torch.ones_like(target[:, 0], dtype=torch.bool) if probabilities else target != ignore_index
+    return counted if weight is None else counted & (weight != 0)
+
+
+def _logits(source: SourceRows, num_classes: int, counted: Tensor) -> Tensor:
+    """What a source stands for, differentiable: the reference's way, which stores them all. A head's row that does not
+    count is 0, or a NaN there would reach the weight's gradient."""
     if source.weight is None:
         return source.values[:, :num_classes]
     dtype = accumulation_dtype(source.values)
     weight = source.weight[:num_classes].to(dtype)
     bias = None if source.bias is None else source.bias[:num_classes].to(dtype)
-    logits = F.linear(source.values.to(dtype), weight, bias) * source.logit_scale
+    hidden = torch.where(counted[:, None], source.values.to(dtype), 0.0)
+    logits = F.linear(hidden, weight, bias) * source.logit_scale
     return source.softcap * torch.tanh(logits / source.softcap) if source.softcap else logits

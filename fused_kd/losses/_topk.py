@@ -68,11 +68,33 @@ def warn_of_reference(what: str) -> None:
     backends.warn_of_reference(what, "which makes whole rows: it has no kernel for it")
 
 
-def check_indices(indices: Tensor, num_classes: int, counted: Tensor) -> None:
-    """Raise where a row that counts has a class that is none, or one twice: the reference's way, of values that can be
-    read. The kernels look as they go."""
+def check_log_probs(teacher: SourceRows, target: Tensor, weight: Tensor | None, ignore_index: int) -> None:
+    """Raise where what was kept of a row that counts sums to more than 1, as logits do, where values can be read. With
+    ``"renormalize"`` only their differences matter."""
+    if teacher.rest == "renormalize" or not readable(teacher.values):
+        return
+    sums = teacher.values.detach().float().exp()
+    if teacher.indices is not None:
+        sums = sums.masked_fill(teacher.indices < 0, 0.0)
+    sums = sums.sum(1)
+    bad = (sums > 1.05) & (target != ignore_index)  # log-probabilities in bfloat16 miss 1 by up to three per cent
+    if weight is not None:
+        bad &= weight != 0
+    if bool(bad.any()):
+        raise ValueError(
+            "teacher_logits.log_probs: expected log-probabilities, whose exponentials sum to at most 1 in a row; got a "
+            f"row that sums to {float(sums[bad][0]):.3g}. Apply log_softmax over all classes before topk, or take "
+            "TopK.from_logits"
+        )
+
+
+def check_indices(indices: Tensor, num_classes: int, counted: Tensor, rest: str) -> None:
+    """Raise where a row that counts has a class that is none, or one twice, or no class to renormalise: the reference's
+    way, of values that can be read. The kernels look as they go."""
     if not readable(indices):
         return
     wrong = wrong_indices(indices, num_classes) & counted
+    if rest == "renormalize":
+        wrong |= (indices < 0).all(dim=1) & counted
     if bool(wrong.any()):
         raise checks.kept_error(indices, int(wrong.to(torch.uint8).argmax()), num_classes)

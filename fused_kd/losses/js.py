@@ -76,11 +76,13 @@ def js_loss(
         L = T^2 \bigl(\beta \, \mathrm{KL}(q(T) \| m) + (1 - \beta) \, \mathrm{KL}(p(T) \| m)\bigr)
             + \mathrm{ce\_weight} \cdot \mathrm{CE}(student, target), \quad m = \beta q(T) + (1 - \beta) p(T)
 
+    The formula itself is 0 at :math:`\beta = 0` and at 1. As in the paper, these two mean something else:
     :math:`\beta = 0` is :math:`T^2 \mathrm{KL}(q \| p)`, which is :func:`kd_loss`, and :math:`\beta = 1` is
-    :math:`T^2 \mathrm{KL}(p \| q)`: the limits there of the loss divided by :math:`\beta` or :math:`1 - \beta`.
+    :math:`T^2 \mathrm{KL}(p \| q)`, the limits there of the loss divided by :math:`\beta` or :math:`1 - \beta`. So the
+    loss jumps at both ends, and close to them it is nearly 0: do not let a schedule run into one.
 
     Args:
-        beta: From 0 to 1, as above.
+        beta: From 0 to 1, as above; 0 and 1 are special.
         ignore_index: Rows with this class index, such as the padding of a text, count nowhere and get a zero gradient.
 
     Example:

@@ -108,7 +108,9 @@ def uskd_loss(
     Where one class is left outside the targets, as with C = 2, the non-target term is 0.
 
     Args:
-        weak_logits: The linear layer's on an earlier feature, same shape and device, any of those dtypes.
+        student_logits: Unnormalised scores ``(..., C)``, C at least 2, float64, float32, float16 or bfloat16, or a
+            :class:`fused_kd.Head`.
+        weak_logits: The linear layer's on an earlier feature, same shape and device, any of those dtypes, or a Head.
             :class:`fused_kd.USKDLoss` has that layer.
         target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)`` (mixup, CutMix, with or
             without label smoothing): the targets are then the at most two largest entries that exceed the row's
@@ -367,7 +369,7 @@ def uskd_soft_labels(
     sums = _batch_sums(tensors, square, ignore_index, "reference", process_group)
     labels = reference.uskd_soft_labels(*tensors, rank=rank, square=square, ignore_index=ignore_index, batch_sums=sums)
     dim = checks.class_dimension(student_logits, class_dim)
-    return labels.reshape(*rows.shape, -1).movedim(-1, dim)
+    return labels.reshape(*rows.shape, labels.shape[1]).movedim(-1, dim)
 
 
 def _batch_sums(

@@ -77,6 +77,7 @@ def zipf_ls_loss(
             + \mathrm{ce\_weight} \cdot \mathrm{CE}(student, target), \quad \hat z_j \propto \mathrm{rank}_j^{-power}
 
     Args:
+        student_logits: Unnormalised scores ``(..., C)``, C at least 2, float64, float32, float16 or bfloat16.
         dense_logits: The classifier's logits at each of P positions, ``(..., P, C)``, any of those dtypes, same device.
             For a feature map ``(N, C, H, W)`` of logits pass ``logits.flatten(2).transpose(1, 2)``. No gradient flows
             here. ``...`` is the shape of the rows; ``class_dim`` does not apply here.

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from tools import losses
+
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 WORDS = 700  # beside tables and code
@@ -23,6 +25,12 @@ def test_it_is_short_and_installing_comes_first():
     prose = re.sub(r"```.*?```", "", re.sub(r"^\|.*$", "", TEXT, flags=re.MULTILINE), flags=re.DOTALL)
     assert len(prose.split()) < WORDS
     assert TEXT.index("pip install") < TEXT.index("```python")
+
+
+def test_tables_of_losses_are_those_of_the_catalogue():
+    assert f"{losses.BEGIN}\n{losses.markdown_table()}\n{losses.END}" in TEXT
+    assert (ROOT / "docs" / "losses.md").read_text(encoding="utf-8") == losses.markdown_page()
+    assert "Σ<sub>j≠y</sub> q̂<sub>j</sub> log p̂<sub>j</sub>" in TEXT
 
 
 def test_links_lead_somewhere():

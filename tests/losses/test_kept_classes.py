@@ -186,9 +186,16 @@ def test_explain_says_what_runs_for_a_source():
     assert "auto takes 'native'" in text and "student: logits by products, a chunk of rows at a time" in text
     assert "teacher: the kept classes alone are read" in text
     explanation = fused_kd.explain(hidden, "js", TopK(*kept, rest="uniform"))
-    assert (
-        explanation.chosen == "reference" and "no kernel for a TopK of rest='uniform'" in explanation.reasons["native"]
-    )
-    assert "takes matrices alone" in str(fused_kd.explain(Head(hidden, weight), "zipf_ls"))
+    assert explanation.chosen == "reference"
+    assert "no kernel of Jensen–Shannon for a TopK of rest='uniform'" in explanation.reasons["native"]
+    for loss, *sources in (
+        ("zipf_ls", Head(hidden, weight)),
+        ("uskd", ClassShard(hidden, 0, 16)),
+        ("uskd", Head(hidden, weight), TopK(*kept, rest="bucket")),
+    ):
+        with pytest.raises(ValueError, match=f"loss: .* does not take a {type(sources[-1]).__name__}"):
+            fused_kd.explain(sources[0], loss, *sources[1:])
+    with pytest.raises(NotImplementedError, match="js_loss compares"):
+        fused_kd.explain(hidden, "js", TopK(*kept, rest="drop"))
     beside = fused_kd.explain(ClassShard(hidden, 0, 16), "nkd", TopK(*kept, rest="bucket"))
     assert beside.chosen == "reference" and "beside a ClassShard" in beside.reasons["native"]

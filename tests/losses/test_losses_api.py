@@ -1,7 +1,6 @@
-"""Every loss as a function and a module of PyTorch: shapes, errors, ops, compilation; catalogue and documents."""
+"""Every loss as a function and a module of PyTorch: shapes, errors, ops, compilation; the catalogue."""
 
 import inspect
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +11,6 @@ from torch.library import opcheck
 
 import fused_kd
 from fused_kd import backends
-from fused_kd.core import catalogue
 from fused_kd.core.catalogue import LOSSES, ROW_LOSSES
 from fused_kd.core.options import HyperParameters
 
@@ -257,15 +255,6 @@ def test_catalogue():
         for device, names in loss.backends.items():
             assert device in ("cpu", "cuda") and names[-1] == "reference"
     assert set(ROW_LOSSES) < set(LOSSES)
-
-
-def test_documents_are_in_step():
-    """To write them anew: python -m fused_kd losses --write."""
-    root = Path(__file__).parents[2]
-    readme = (root / "README.md").read_text(encoding="utf-8")
-    assert f"<!-- losses:begin -->\n{catalogue.markdown_table()}\n<!-- losses:end -->" in readme
-    assert (root / "docs" / "losses.md").read_text(encoding="utf-8") == catalogue.markdown_page()
-    assert "Σ<sub>j≠y</sub> q̂<sub>j</sub> log p̂<sub>j</sub>" in readme
 
 
 def test_decompose():

@@ -1,0 +1,91 @@
+"""Sources beside other arguments: their layout, rows that do not count, and values that cannot be meant."""
+
+import pytest
+import torch
+
+import fused_kd
+from fused_kd import Head, TopK
+
+BACKENDS = ("auto", "reference")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_target_has_the_students_layout_beside_a_source(backend):
+    """Of student's logits with class_dim=1, the target has its classes there, too, if it has any."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2, 7, 5), torch.randn(7, 5)
+    student, dense = torch.randn(2, 7, 7), (hidden @ weight.T).movedim(-1, 1)
+    for target in (
+        torch.eye(7)[torch.randperm(7)].expand(2, 7, 7).contiguous(),  # as probabilities in either layout
+        torch.randn(2, 7, 7).softmax(1),
+        torch.randint(7, (2, 1, 7)),
+        torch.randint(7, (2, 7)),
+    ):
+        options = {"ce_weight": 1.0, "class_dim": 1, "backend": backend}
+        torch.testing.assert_close(
+            fused_kd.kd_loss(student, Head(hidden, weight), target, **options),
+            fused_kd.kd_loss(student, dense, target, **options),
+        )
+        torch.testing.assert_close(
+            fused_kd.uskd_loss(student, Head(hidden, weight), target, **options),
+            fused_kd.uskd_loss(student, dense, target, **options),
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("how", ["ignored", "weight"])
+def test_nan_of_a_row_that_does_not_count_reaches_no_weight(how, backend):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(4, 5), torch.randn(7, 5, requires_grad=True)
+    hidden[1] = float("nan")
+    target, row_weight = torch.tensor([1, 2, 3, 4]), torch.ones(4)
+    if how == "ignored":
+        target[1] = -100
+    else:
+        row_weight[1] = 0.0
+    teacher = torch.randn(4, 7)
+    for other in (teacher, TopK(*teacher.log_softmax(1).topk(3), rest="bucket")):
+        loss = fused_kd.nkd_loss(Head(hidden, weight), other, target, weight=row_weight, backend=backend)
+        (gradient,) = torch.autograd.grad(loss, weight)
+        assert loss.isfinite() and gradient.isfinite().all() and gradient.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rest", ["drop", "bucket", "uniform"])
+def test_logits_are_no_log_probabilities(rest, backend):
+    torch.manual_seed(0)
+    student, logits, target = torch.randn(4, 20), 5 * torch.randn(4, 20), torch.arange(4)
+    kept, indices = logits.topk(3)
+    with pytest.raises(ValueError, match=r"teacher_logits\.log_probs: expected log-probabilities.*TopK\.from_logits"):
+        fused_kd.kd_loss(student, TopK(kept, indices, rest=rest), target, backend=backend)
+    # Of rows that do not count nothing is asked, and of "renormalize" the differences alone matter.
+    fused_kd.kd_loss(student, TopK(kept, indices, rest=rest), torch.full((4,), -100), backend=backend)
+    whole = logits.log_softmax(1).gather(1, indices)
+    by_logits, by_probabilities = (
+        fused_kd.kd_loss(student, TopK(given, indices, rest="renormalize"), target, backend=backend)
+        for given in (kept, whole)
+    )
+    torch.testing.assert_close(by_logits, by_probabilities)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):  # all of a flat row, rounded
+        flat = torch.zeros(1, 20).log_softmax(1).to(dtype)
+        fused_kd.kd_loss(student[:1], TopK(flat, torch.arange(20)[None], rest=rest), target[:1], backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss", ["nkd", "kd", "dkd", "wsld", "js"])
+def test_pads_alone_cannot_be_renormalised(loss, backend):
+    student, target = torch.randn(2, 7), torch.tensor([1, 2])
+    kept = TopK(torch.zeros(2, 2), torch.tensor([[0, -1], [-1, -1]]), rest="renormalize")
+    function = getattr(fused_kd, f"{loss}_loss")
+    with pytest.raises(
+        ValueError, match="expected a class in each row with rest='renormalize', got pads alone in row 1"
+    ):
+        function(student, kept, target, backend=backend)
+    function(student, kept, torch.tensor([1, -100]), backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_class_is_none(backend):
+    kept = TopK(torch.zeros(4, 1), torch.zeros(4, 1, dtype=torch.int64), rest="bucket")
+    with pytest.raises(ValueError, match="student_logits: expected at least 2 classes"):
+        fused_kd.kd_loss(torch.randn(4, 1), kept, backend=backend)

@@ -1,0 +1,81 @@
+"""docs/losses.md and the table of losses in README.md, from the catalogue: ``python -m tools.losses`` writes both."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from benchmarks.show.report import replace_block
+from fused_kd.core.catalogue import LOSSES, ROW_LOSSES
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- losses:begin -->", "<!-- losses:end -->"
+
+NOTATION = """`p`, `q` and `v` are the softmax of the student's, the teacher's and the weak logits; `y` is the target
+class and `Y` the targets of a mixed label. A hat denotes the softmax over the other classes, at temperature T. Every
+loss adds `ce_weight` times the ordinary cross-entropy in the same pass. `python -m tools.losses` writes this page."""
+SOURCES = """What a loss accepts in place of a matrix of logits, on the CPU (native) and on a GPU (Triton). Where a
+`TopK` has no kernel, `auto` takes the reference with a warning, as it does beside a `ClassShard`. Jensen–Shannon is not
+defined for `rest="drop"`, nor DIST for `"drop"` and `"bucket"`: such a call raises an error. `fused_kd.explain` says
+what runs."""
+SHARED = """All of them also take `ignore_index=-100`, `reduction="mean"`, `weight=None` (a tensor, one weight per row),
+`normalizer=None` (a number or a tensor in place of the mean's divisor), `class_dim=None` (the last dimension; required
+for logits of four or more), `backend="auto"` and `return_parts=False`; all but USKD and Zipf's LS take
+`num_classes=None` (how many of the columns are classes, the others being padding).
+`fused_kd.decompose` gives the parts of KD, NKD and DKD side by side, for ablations."""
+
+
+def markdown_table() -> str:
+    """The losses as a Markdown table: README.md and docs/losses.md have it, and a test keeps them in step."""
+    lines = ["| loss | function, module | per row | paper |", "|---|---|---|---|"]
+    for loss in LOSSES.values():
+        formula = re.sub(r"_\{([^}]*)\}|_(\w)", r"<sub>\1\2</sub>", loss.formula)
+        cells = (loss.title, f"`{loss.function}`, `{loss.module}`", formula, loss.paper)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def kernels_table() -> str:
+    """Which backends have a kernel for which loss, by kind of device, as a Markdown table."""
+    lines = ["| loss | fused on the CPU | on CUDA |", "|---|---|---|"]
+    for loss in LOSSES.values():
+        fused = [", ".join(name for name in names if name != "reference") for names in loss.backends.values()]
+        lines.append("| " + " | ".join((loss.title, *(text or "no" for text in fused))) + " |")
+    return "\n".join(lines)
+
+
+def sources_table() -> str:
+    """What a loss accepts in place of logits, as a Markdown table."""
+    lines = ["| loss | `Head` | `ClassShard`, DTensor | `TopK` teacher, fused for `rest=` |", "|---|---|---|---|"]
+    for name, loss in LOSSES.items():
+        row = ROW_LOSSES.get(name)
+        head = "yes" if row or name == "uskd" else "no"
+        if row and "columns" in row.needs:
+            head = "with `gamma=0`"
+        shard = head if row else "no"
+        rests = ", ".join(f"`{rest}`" for rest in row.rests) if row else ""
+        if not rests:
+            rests = "by the reference, with `gamma=0`" if row and "teacher" in row.needs else "no"
+        lines.append(f"| {loss.title} | {head} | {shard} | {rests} |")
+    return "\n".join(lines)
+
+
+def markdown_page() -> str:
+    """docs/losses.md: the table, every loss with its defaults, what it takes in place of logits, and what runs it."""
+    text = f"# The losses\n\n{NOTATION}\n\n{markdown_table()}\n\n## Defaults\n\n"
+    for loss in LOSSES.values():
+        options = ", ".join(f"{name}={value!r}" for name, value in loss.defaults.items())
+        text += f"- `{loss.function}({options})`\n"
+    text += f"\n{SHARED}\n\n## Sources\n\n{SOURCES}\n\n{sources_table()}\n"
+    return text + f"\n## Kernels\n\n{kernels_table()}\n"
+
+
+def main() -> int:
+    replace_block(ROOT / "README.md", BEGIN, END, markdown_table())
+    (ROOT / "docs" / "losses.md").write_text(markdown_page(), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
