@@ -1,5 +1,5 @@
-"""``python -m fused_kd env`` says what is there and why the rest is not, ``check`` compares backends with float64,
-``losses`` lists what there is."""
+"""``python -m fused_kd env`` says what is there and why the rest is not, ``check`` compares backends with float64 in a
+minute or two, ``losses`` lists what there is."""
 
 from __future__ import annotations
 
@@ -38,7 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if parsed.command == "env":
         return env()
-    return run_check(parsed.device or _devices(), parsed.backend, parsed.quick)
+    try:
+        return run_check(parsed.device or _devices(), parsed.backend, parsed.quick)
+    except RuntimeError as error:  # no such device, or a backend that cannot run there
+        print(f"python -m fused_kd check: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
 
 
 def _plain(loss: Loss) -> str:

@@ -223,7 +223,7 @@ def given_hyper(hyper: list[float]) -> tuple[bool, list[float] | Tensor]:
 
         for value in hyper:
             if not has_static_value(value):
-                return True, torch.stack([torch.ones((), dtype=torch.float64) * each for each in hyper])
+                return True, torch.stack([torch.ones((), dtype=torch.float64, device="cpu") * each for each in hyper])
     return False, hyper
 
 

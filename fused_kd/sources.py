@@ -1,7 +1,7 @@
-"""What may stand where logits stand: a last layer that is not applied yet, the few classes that were kept of a teacher,
-and the classes that one of several processes has.
+"""Inputs in place of logits: a last layer that is not applied yet, a teacher's top-k log-probabilities, and the classes
+that one of several processes has.
 
-A loss is the same function of the logits that a source stands for; only what is stored and moved differs.
+A loss is the same function of the logits that a source replaces; only what is stored and moved differs.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Head:
 
 @dataclass(frozen=True, eq=False)
 class TopK:
-    r"""A teacher of which only the likeliest classes were kept.
+    r"""A teacher of which only the top-k log-probabilities were stored.
 
     With :math:`\ell` the kept log-probabilities of its full softmax, of the classes :math:`K`, :math:`r = \max(0,
     1 - \sum_K e^{\ell_j})` is what was not kept, and :math:`u = r / (C - k)` its even share. At temperature :math:`T`
@@ -99,18 +99,17 @@ class TopK:
 class ClassShard:
     """Some classes of each row, of which other processes have the others: vocabulary parallel.
 
-    The processes exchange a few numbers of each row, 112 bytes to a process at the least and 328 at the most, no
-    logits. The loss and its parts are the same numbers on each, and each has the gradient of its own columns. It is for
-    every loss of rows with a teacher of its own or none: USKD and Zipf's label smoothing rank all classes, and DIST
-    needs ``gamma=0``.
+    The processes exchange some hundred bytes of each row, no logits. The loss and its parts are the same numbers on
+    each, and each has the gradient of its own columns. It is for every loss of rows with a teacher of its own or none:
+    USKD and Zipf's label smoothing rank all classes, and DIST needs ``gamma=0``.
 
     Every process of the group takes part in each call and in its backward pass, where numbers are exchanged with
     ``reduction="none"``, with the same rows, weights, options, ``chunk_rows`` and dtypes, and with tensors of which the
     same require grad. The target is the same class indices ``(...)`` among all ``num_classes``, or probabilities of the
-    columns that are here, ``(..., width)``. Student and teacher are both sharded, alike. What one process alone cannot
-    see, all are told, and so raise the same error: classes that are missing or twice, and whatever depends on values.
-    On a GPU, where reading would stall, the classes are looked at until they were right once. An error of a process
-    alone, such as a wrong type, is raised there alone, and leaves the others waiting.
+    columns that are here, ``(..., width)``. Student and teacher are both sharded, alike. Errors that
+    several processes have a part in, such as classes that are missing or twice or bad values, are raised on all of
+    them. On a GPU, where reading would stall, the classes are checked until one call was right. An error of one process
+    alone, such as a wrong type, is raised there alone and leaves the others waiting.
 
     A DTensor whose classes are sharded needs no ClassShard: it becomes one of its local tensor in the group of that
     dimension of its mesh. Its teacher is a DTensor with the same placements; target and weight are what the process has

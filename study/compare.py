@@ -35,7 +35,7 @@ PARTS = ("rates", "main", "longer", "own", "page")
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=COMMAND, formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__
+        prog=COMMAND, formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__, allow_abbrev=False
     )
     parser.add_argument("--data", nargs="+", required=True, metavar=("NAME", "PATH"), help="as study/train.py has it")
     parser.add_argument("--student", default="cnn-small", metavar="MODEL", help="(%(default)s)")

@@ -18,6 +18,14 @@ constexpr int kTotals = 5; // of x, y, x^2, y^2, xy
 // Rows whose sums are taken together before double precision takes over, which is half as wide.
 constexpr int kFew = 8;
 
+// Whether a column varies by more than rounding: equal rows may differ by an ulp, as a row's sum has its target apart.
+template <class A>
+bool varies(double squares, double by_n, double mean) {
+    constexpr double ulp = sizeof(A) == 8 ? 0x1p-52 : 0x1p-23;
+    const double least = 1.5 * ulp * mean;
+    return !(squares * by_n <= least * least); // NaN spreads
+}
+
 template <class A>
 FKD_NOINLINE void column_block(const ColumnArgs& args, int64_t start, int64_t n) {
     alignas(64) A staging[kTogether], p[kTogether], q[kTogether], first_p[kTogether], first_q[kTogether];
@@ -60,7 +68,10 @@ FKD_NOINLINE void column_block(const ColumnArgs& args, int64_t start, int64_t n)
     for (int64_t j = 0; j < n; ++j) {
         const double by_n = 1 / double(counted), x = sums[0][j] * by_n, y = sums[1][j] * by_n;
         const double xx = sums[2][j] - sums[0][j] * x, yy = sums[3][j] - sums[1][j] * y;
-        const Correlation r = correlation(sums[4][j] - sums[0][j] * y, xx < 0 ? 0 : xx, yy < 0 ? 0 : yy);
+        const bool p_varies = varies<A>(xx, by_n, first_p[j] + x), q_varies = varies<A>(yy, by_n, first_q[j] + y);
+        const double xy = p_varies && q_varies ? sums[4][j] - sums[0][j] * y : 0;
+        Correlation r = correlation(xy, p_varies ? xx : 0, q_varies ? yy : 0);
+        if (!q_varies) r.by_b = 0; // what is left of q - mean q is rounding
         args.correlations[start + j] = r.value;
         out[j] = A(double(first_p[j]) + x);
         out[args.classes + j] = A(double(first_q[j]) + y);

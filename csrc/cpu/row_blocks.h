@@ -218,7 +218,10 @@ FKD_INLINE void block_stats(const A* s, const A* t, const A* v, int64_t n, int64
                 v_sum += p;
                 v_cross = mul_add(p, possible, v_cross);
                 v_blocked += impossible ? p : zero;
-                if (teacher_sharp) v_cross_t += p == zero ? zero : p * keep(lanes, dt, zero);
+                if (teacher_sharp) { // of a labelled class that the teacher excludes it is -inf
+                    const Vec<A> of_t = load(t + j, lanes) == -A(INFINITY) ? nothing : dt;
+                    v_cross_t += p == zero ? zero : p * keep(lanes, of_t, zero);
+                }
             }
             if (moments) {
                 const Vec<A> centred = keep(lanes, impossible ? zero : sj - mean, zero);

@@ -77,21 +77,25 @@ FKD_INLINE void block_combine(const A* s, const A* v, int64_t n, const Coefficie
     const A constant = A(c.constant), minus_slope = A(-c.slope);
     constexpr bool general = is_general(mode);
     for_lanes<A>(n, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
-        Vec<A> others = {};
+        Vec<A> g = {}, rest = {};
         if constexpr (mode == kPointwise)
-            others = more(j, lanes);
+            g = more(j, lanes);
         else if constexpr (mode != kAlone)
-            others = load(e_t + j, lanes) * teacher;
+            g = load(e_t + j, lanes) * teacher;
         if constexpr (general) {
-            others += constant;
-            if (v) others = mul_add<A>(load(v + j, lanes), minus_v, others);
-            if (minus_slope != A(0)) others = mul_add<A>(load(s + j, lanes) - mean, minus_slope, others);
+            rest += constant;
+            if (v) rest = mul_add<A>(load(v + j, lanes), minus_v, rest);
+            if (minus_slope != A(0)) rest = mul_add<A>(load(s + j, lanes) - mean, minus_slope, rest);
         }
         if constexpr (careful) { // a class that cannot occur has no gradient
             const Vec<A> zero = {};
-            others = load(s + j, lanes) == -A(INFINITY) ? zero : others;
+            const Mask<A> impossible = load(s + j, lanes) == -A(INFINITY);
+            g = impossible ? zero : g;
+            rest = impossible ? zero : rest;
         }
-        Vec<A> g = mul_add<A>(load(e_soft + j, lanes), soft, others);
+        // What cancels comes first: of z-scores these two may be 1e7 times the rest.
+        g = mul_add<A>(load(e_soft + j, lanes), soft, g);
+        if constexpr (general) g += rest;
         if constexpr (!single) g = mul_add<A>(load(e_sharp + j, lanes), sharp, g);
         if constexpr (general && !single)
             if (raw != A(0)) g = mul_add<A>(load(e_raw + j, lanes), raw, g);

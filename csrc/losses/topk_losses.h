@@ -270,9 +270,24 @@ FKD_HD void hat_terms(const TopKRow& x, const RowParams& params, TopKRest kind, 
     out.constant += term.constant;
 }
 
+// Whether what was kept has no probability at all, so that it cannot be renormalised.
+FKD_HD bool is_nothing(const TopKRow& x) {
+    for (int64_t i = 0; i < x.kept + x.target_kept; ++i)
+        if (x.t[i] != -INFINITY) return false;
+    return true;
+}
+
 FKD_HD TopKResult topk_loss(const TopKRow& x, const RowParams& params, TopKRest kind) {
     TopKResult out = {};
     const double T = params.temperature;
+    if (kind == kRenormalize && is_nothing(x)) {
+        for (double& part : out.parts)
+            part = NAN;
+        for (int64_t i = 0; i <= x.kept; ++i)
+            x.by[i] = NAN;
+        out.soft = NAN;
+        return out;
+    }
     for (int64_t i = 0; i <= x.kept; ++i)
         x.by[i] = 0;
     const double weight = sharp_terms(x, params, kind, out);

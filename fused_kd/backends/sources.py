@@ -148,7 +148,7 @@ def _columns(student: SourceRows, span: Span) -> int:
 def _sparse_rows(
     kernels: Any, logits: Tensor, teacher: SourceRows, asked: Asked, which: tuple[int, int], options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`_rows`, of a teacher of whom some classes were kept."""
+    """As :func:`_rows`, of a top-k teacher."""
     rows = slice(*which)
     assert teacher.indices is not None
     kept = (teacher.values[rows], teacher.indices[rows], teacher.rest)

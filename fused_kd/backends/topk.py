@@ -1,4 +1,4 @@
-"""A row loss with a teacher of whom only some classes of each row were kept; :mod:`fused_kd.reference.topk` has what it
+"""A row loss with a top-k teacher; :mod:`fused_kd.reference.topk` has what it
 is.
 
 No row of the teacher is made, and of the student's only the gradient. A backend's ``topk_loss`` does it: the C++ core

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fused_kd.losses import _options
 from fused_kd.sources import Logits, TeacherLogits
 
-#: A hyper-parameter: a number, or what gives it whenever the loss is called.
+#: A hyper-parameter: a number, or a callable without arguments that returns one at each call of the loss: a schedule.
 Scheduled: TypeAlias = "float | Callable[[], float]"
 Parts = TypeVar("Parts")
 
@@ -95,6 +95,7 @@ class TeacherCriterion(Criterion, Generic[Parts]):
         normalizer: float | Tensor | None = None,
         return_parts: bool = False,
     ) -> Tensor | tuple[Tensor, Parts]:
+        """The loss, or with ``return_parts=True`` ``(loss, parts)``; all arguments are as in the function."""
         result: Tensor | tuple[Tensor, Parts] = self._call(
             student_logits, teacher_logits, target, weight=weight, normalizer=normalizer, return_parts=return_parts
         )
@@ -136,6 +137,7 @@ class UnlabelledCriterion(Criterion, Generic[Parts]):
         normalizer: float | Tensor | None = None,
         return_parts: bool = False,
     ) -> Tensor | tuple[Tensor, Parts]:
+        """The loss, or with ``return_parts=True`` ``(loss, parts)``; all arguments are as in the function."""
         result: Tensor | tuple[Tensor, Parts] = self._call(
             student_logits, teacher_logits, target, weight=weight, normalizer=normalizer, return_parts=return_parts
         )

@@ -51,6 +51,8 @@ def row_loss(
     _, _, class_dim, num_classes, backend, return_parts = common
     student = _flattened("student_logits", student_logits, class_dim)
     device, dtype = student.rows.values.device, student.rows.values.dtype
+    if student.span is None and student.shape[-1] < 2:
+        raise ValueError(f"student_logits: expected at least 2 classes, got shape {student.shape}")
     if num_classes is not None:
         student = _without_padding("student_logits", student, num_classes)
     shape = student.shape
@@ -216,8 +218,6 @@ def _flattened(name: str, given: Any, class_dim: int | None) -> _Given:
         logits = checks.check_logits(name, given)
         dim = checks.class_dimension(logits, class_dim)
         logits = logits.movedim(dim, -1)
-        if logits.shape[-1] < 2:
-            raise ValueError(f"{name}: expected at least 2 classes, got shape {tuple(given.shape)}")
         return _Given(SourceRows(logits.reshape(-1, logits.shape[-1])), tuple(logits.shape), 0)
     raise TypeError(f"{name}: expected a Tensor or a source such as a Head, got {type(given).__name__}")
 
@@ -286,8 +286,8 @@ def _check_teacher(teacher: _Given, student: _Given) -> None:
 
 def _counted(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
     """Which rows count, (N,)."""
-    probabilities = target.is_floating_point()
-    counted = torch.ones_like(target[:, 0], dtype=torch.bool) if probabilities else target != ignore_index
+    every = target.new_ones(target.shape[0], dtype=torch.bool)
+    counted = every if target.is_floating_point() else target != ignore_index
     return counted if weight is None else counted & (weight != 0)
 
 

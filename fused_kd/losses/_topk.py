@@ -1,4 +1,4 @@
-"""A teacher of whom only some classes were kept (:class:`fused_kd.sources.TopK`), from its arguments to rows."""
+"""A top-k teacher (:class:`fused_kd.sources.TopK`), from its arguments to rows."""
 
 from __future__ import annotations
 

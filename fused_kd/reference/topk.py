@@ -1,4 +1,4 @@
-"""The losses with a teacher of whom only some classes of each row were kept.
+"""The losses with a top-k teacher.
 
 K are the kept classes, with log-probabilities l of the full softmax at temperature 1, in any order; an index of -1 is a
 pad. What the teacher has left, r = max(0, 1 − Σ_K exp l_j), is taken as spread evenly over the other classes, a share

@@ -46,12 +46,12 @@ def section(cost: Cost | None, picture: str) -> list[str]:
     row = cost["rows"][0]
     steps, threads = count(row["steps"], "step"), count(row["threads"], "thread")
     parts = [
-        f"A step gets a batch of {row['batch_size']} and runs forward, the teacher's forward where there is one, loss, "
-        "backward and update. The loss's part of it is measured on the same step: its forward, and its backward to the "
-        f"logits, with the cross-entropy beside it. Times are medians over {steps} with {threads}. The methods run one "
-        'after the other; the forms of a loss take turns, a step each. "Eager" is `fused_kd.reference`, without '
-        'boolean masks; "published" has the operations of the authors\' releases, as in `benchmarks/`. The networks '
-        f"are {cost['student']} and its teacher {cost['teacher']}, on glyphs of 32 × 32 pixels.",
+        f"Each step uses a batch of {row['batch_size']} and runs forward, the teacher's forward where there is one, "
+        "loss, backward and update. The loss's part of it is measured on the same step: its forward, and its backward "
+        f"to the logits, with the cross-entropy beside it. Times are medians over {steps} with {threads}. The methods "
+        'run one after the other; the forms of a loss take turns, a step each. "Eager" is `fused_kd.reference`, '
+        'without boolean masks; "published" has the operations of the authors\' releases, as in `benchmarks/`. The '
+        f"networks are {cost['student']} and its teacher {cost['teacher']}, on glyphs of 32 × 32 pixels.",
         picture,
     ]
     for number in classes:

@@ -52,7 +52,7 @@ def _pair(better: str, worse: str) -> str:
 
 def _verdicts(found: Sequence[Comparison]) -> str:
     numbers = [sum(c.verdict == verdict for c in found) for verdict in paper.VERDICTS]
-    return f"{numbers[0]} show its order, {numbers[1]} the opposite, and {numbers[2]} are undecided"
+    return f"{numbers[0]} agree with its order, {numbers[1]} disagree, and {numbers[2]} are undecided"
 
 
 def _widths(found: Sequence[Comparison]) -> str:
@@ -111,7 +111,7 @@ def convergence(views: Sequence[View]) -> list[str]:
     """Whether the baseline is at its best rate, converged, and below its teacher."""
     rows = [
         [
-            "task", "learning rate", "accuracy at half, the same, twice", "last quarter", "seeds' deviation",
+            "task", "learning rate", "accuracy at half, one and two times that", "last quarter", "seeds' deviation",
             "twice as long", "teacher over baseline",
         ],
         ["---", *["---:"] * 6],

@@ -108,7 +108,7 @@ def _beginning(views: Sequence[View], of_study: bool) -> list[str]:
     here = "Here small students are" if of_study else "Here a student is"
     parts = [
         f"The paper trains a ResNet-18 on ImageNet's 1000 classes. {here} trained with {losses} losses, each with "
-        f"{seeds_of(views)}, on{' what two cores can do' if of_study else ''}:",
+        f"{seeds_of(views)}, on{' tasks small enough for two CPU cores' if of_study else ''}:",
         "\n".join(tasks),
         "Accuracy is that of the last epoch in %, mean ± standard deviation over the seeds. Differences are in "
         "points, with their 95 % interval.",

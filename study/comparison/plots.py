@@ -77,7 +77,7 @@ def _differences(plt: Any, views: Sequence[View]) -> Any:
     panels[0][0].set_yticks(range(len(pairs)), names[::-1])
     handles = [plt.Line2D([], [], color=color, marker="o", lw=2.5, ms=5) for color in COLORS.values()]
     figure.legend(
-        handles, ["the paper's order", "the opposite", "undecided"], loc="outside upper right", ncols=3, frameon=False
+        handles, ["agrees with the paper", "disagrees", "undecided"], loc="outside upper right", ncols=3, frameon=False
     )
     figure.supxlabel("difference in accuracy, points, and its 95 % interval over the seeds", fontsize=9, color=INK)
     return figure

@@ -23,6 +23,7 @@ FREE = (
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train.py",
+        allow_abbrev=False,
         description="Train a network with a loss of fused_kd, with or without a teacher.",
         epilog="A teacher and its student: train.py --model cnn-large --out runs/teacher, then "
         "train.py --loss nkd --teacher runs/teacher/best.safetensors --out runs/nkd. "

@@ -10,6 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import fused_kd
+
 pytestmark = [pytest.mark.filterwarnings("ignore:.*torch.jit")]  # that they are to go
 every_loss = pytest.mark.parametrize("place", CPU, ids=ids(CPU))
 every_kind = pytest.mark.parametrize("place", KINDS, ids=ids(KINDS))
@@ -321,3 +323,17 @@ def test_onnx_exporters(place, tmp_path):
     values = [each.numpy() for each in (arguments[0], *arguments[1], target)]
     (value,) = ReferenceEvaluator(model).run(None, dict(zip((i.name for i in model.graph.input), values, strict=True)))
     torch.testing.assert_close(torch.tensor(value), module(*arguments).detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_schedule_lies_on_the_cpu_whatever_the_default_device():
+    """On a GPU reading it would stall; "meta" has nothing to read."""
+    student, teacher, target = torch.randn(4, 7), torch.randn(4, 7), torch.arange(4)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def compiled(gamma):
+        return fused_kd.nkd_loss(student, teacher, target, gamma=gamma)
+
+    with torch.device("meta"):
+        found = [float(compiled(gamma)) for gamma in (1.0, 2.5, 3.4)]
+    wanted = [float(fused_kd.nkd_loss(student, teacher, target, gamma=gamma)) for gamma in (1.0, 2.5, 3.4)]
+    assert found == pytest.approx(wanted)

@@ -1,4 +1,4 @@
-"""The fused losses of a teacher of whom some classes were kept, against the reference."""
+"""The fused losses of a top-k teacher, against the reference."""
 
 import pytest
 import torch

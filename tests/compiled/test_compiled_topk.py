@@ -1,4 +1,4 @@
-"""The kernels of a teacher of whom some classes were kept, compiled, through Triton's own JIT."""
+"""The kernels of a top-k teacher, compiled, through Triton's own JIT."""
 
 from __future__ import annotations
 

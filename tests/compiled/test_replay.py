@@ -62,6 +62,7 @@ def test_what_a_plan_looks_at_makes_another_one(planned):
     student, teacher, target = make("nkd", 0)
     target = torch.tensor([3, 17, 5, 99, 0])
     wide, shifted = torch.randn(5, 120), torch.randn(501)[1:].view(5, 100)
+    probabilities = torch.softmax(torch.randn(5, 100), 1)
     kinds = [
         ((student, teacher, target), {}),
         ((student, teacher, target), {"gamma": 2.0}),
@@ -75,6 +76,8 @@ def test_what_a_plan_looks_at_makes_another_one(planned):
         ((student, teacher.bfloat16(), target), {}),
         ((student, teacher, torch.softmax(teacher, 1)), {}),
         ((student, student.clone(), target), {}),
+        ((student, probabilities, probabilities), {"ce_weight": 1.0}),  # one tensor in two places, and then two
+        ((student, teacher, probabilities), {"ce_weight": 1.0}),
     ]
     for tensors, options in (*kinds, *reversed(kinds)):
         assert_reference("nkd", tensors, step("nkd", tensors, **options), **options)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import fused_kd
 from fused_kd import dist_loss, js_loss
 
 ROWS = 24
@@ -135,3 +136,28 @@ def test_classes_that_cannot_occur(backend):
 def test_jensen_shannon(backend, flat, beta):
     student, teacher, target = make(45, flat, torch.float32)
     compare(backend, js_loss, student, teacher, target, beta=beta)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("flat", ["student", "teacher", "both"])
+@pytest.mark.parametrize("classes", [10, 100, 2500])
+def test_rows_that_are_alike_have_columns_without_variation(backend, classes, flat, dtype):
+    """A head of zeros with a bias, and labels that differ: a row's sum must not tell which class is its target."""
+    student, teacher, target = make(classes, "", dtype)
+    for name, logits in (("student", student), ("teacher", teacher)):
+        if flat in (name, "both"):
+            logits[:] = 3 * logits[0]
+    target[4:8] = int(student[0].argmax())
+    compare(backend, dist_loss, student, teacher, target)
+
+
+@pytest.mark.parametrize("labels", ["smoothed", "mixed"])
+@pytest.mark.parametrize("loss", ["kd", "dkd", "js"])
+def test_z_scores_of_constant_rows_leave_the_cross_entropy_its_labels(backend, loss, labels):
+    """Their gradients are 1e7 times as large, and cancel where student and teacher agree."""
+    function = getattr(fused_kd, f"{loss}_loss")
+    student, teacher, target = torch.zeros(4, 10), torch.zeros(4, 10), torch.tensor([3, 0, 9, 5])
+    if labels == "mixed":
+        target = 0.7 * torch.eye(10)[target] + 0.3 * torch.eye(10)[(target + 2) % 10]
+    options = {"ce_weight": 1.0, "label_smoothing": 0.1 if labels == "smoothed" else 0.0, "logit_standardization": True}
+    compare(backend, function, student, teacher, target, tolerance=1e-6, **options)

@@ -31,7 +31,7 @@ REFUSALS = [
         (S, T, Y),
         {"temperature": torch.nn.Parameter(torch.tensor(2.0))},
         TypeError,
-        "temperature: expected a Python number, got a Tensor .* no gradient flows to it",
+        "temperature: expected a Python number, got a Tensor.* no gradient flows to it",
     ),
     ((S, T, T.softmax(1).requires_grad_()), {}, ValueError, "target: expected probabilities that do not require grad"),
     ((S, T.to("meta"), Y), {}, ValueError, "teacher_logits: expected the device of student_logits, cpu, got meta"),

@@ -7,6 +7,7 @@ import torch
 from loss_cases import HERE, INF, function, make, mixed, run
 from test_row_weight import PLACES
 
+import fused_kd
 from fused_kd.core.catalogue import LOSSES
 
 pytestmark = [
@@ -165,3 +166,13 @@ def test_zipfs_ranking_leaves_a_class_out(place):
             log_p = logits[row, kept].cpu().log_softmax(0)
             torch.testing.assert_close(value[row].cpu().detach(), (z * (z.log() - log_p)).sum())
             torch.testing.assert_close(leaf.grad[row, kept].cpu(), log_p.exp() - z)
+
+
+def test_wsld_of_a_label_that_the_teacher_excludes(backend):
+    """CE(teacher) is infinite, so u is 0 and the row has no distillation, whatever the student says of the class."""
+    student = torch.tensor([[0.0, 1.0, 2.0, -torch.inf]], requires_grad=True)
+    teacher = torch.tensor([[1.0, -torch.inf, 0.5, -torch.inf]])
+    for target in (torch.tensor([[0.4, 0.6, 0.0, 0.0]]), torch.tensor([1])):
+        loss = fused_kd.wsld_loss(student, teacher, target, backend=backend[0])
+        (gradient,) = torch.autograd.grad(loss, student)
+        assert loss == 0 and not gradient.any()

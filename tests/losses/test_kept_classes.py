@@ -1,4 +1,4 @@
-"""A teacher of whom some classes were kept, through the public functions; what its losses are is tested with the
+"""A top-k teacher, through the public functions; what its losses are is tested with the
 reference and the backends."""
 
 import warnings

@@ -89,3 +89,15 @@ def test_one_class_is_none(backend):
     kept = TopK(torch.zeros(4, 1), torch.zeros(4, 1, dtype=torch.int64), rest="bucket")
     with pytest.raises(ValueError, match="student_logits: expected at least 2 classes"):
         fused_kd.kd_loss(torch.randn(4, 1), kept, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss", ["nkd", "kd", "dkd", "wsld", "js"])
+def test_kept_classes_of_no_probability_make_their_row_nan(loss, backend):
+    """Loss and gradient alike, and no other row's."""
+    student, target = torch.randn(2, 7, requires_grad=True), torch.tensor([1, 2])
+    kept = TopK(torch.tensor([[-0.5, -2.0], [-torch.inf, -torch.inf]]), torch.tensor([[0, 1], [2, 3]]), "renormalize")
+    value = getattr(fused_kd, f"{loss}_loss")(student, kept, target, reduction="none", backend=backend)
+    value.sum().backward()
+    assert value[0].isfinite() and student.grad[0].isfinite().all()
+    assert value[1].isnan() and student.grad[1].isnan().all()

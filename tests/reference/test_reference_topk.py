@@ -1,4 +1,4 @@
-"""Losses of a teacher of whom some classes were kept, against loops over classes in NumPy."""
+"""Losses of a top-k teacher, against loops over classes in NumPy."""
 
 import math
 

@@ -272,7 +272,7 @@ def head_under_ddp(rank, size):
 
 
 def kept_classes(rank, size):
-    """A teacher of whom some classes were kept beside shards of the student's: by the reference, said once."""
+    """A top-k teacher beside shards of the student's: by the reference, said once."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(5, 31, generator=generator, dtype=torch.float64) for _ in "st")
     target = torch.randint(31, (5,), generator=generator)

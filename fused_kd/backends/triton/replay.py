@@ -62,19 +62,21 @@ def run(
     first = inputs[0]
     assert first is not None
     device = first.device
-    alike = [inputs[1] is first] if len(inputs) > 1 else []  # then both places have the number of one
-    key = (name, device, settings, *alike, *map(_kind, inputs))
+    tensors = [*inputs, *outputs]
+    ids = [*map(id, tensors)]
+    # Which are one tensor, such as a teacher whose probabilities are the labels: all its places have one number.
+    key = (name, device, settings, *map(ids.index, ids), *map(_kind, inputs))
     replay = _kept.get(key)
     if replay is not None:
         with cuda_devices.current(device):
-            _launch(replay, [*inputs, *outputs], device)
+            _launch(replay, tensors, device)
         return
     launches = plan()
     compiled = launching.run(launches, device)
     if key not in _kept:
         if len(_kept) >= MOST:
             _kept.clear()
-        _kept[key] = _keep(launches, compiled, [*inputs, *outputs])
+        _kept[key] = _keep(launches, compiled, tensors)
 
 
 def _kind(tensor: Tensor | None) -> Any:
@@ -88,8 +90,8 @@ def _launch(replay: Replay, tensors: list[Tensor | None], device: torch.device) 
     driver, knobs = _triton()
     active = driver.active
     stream = active.get_current_stream(active.get_current_device())
-    hook = knobs.launch_enter_hook  # a profiler's, who is told each kernel's name
-    hooked = bool(getattr(hook, "calls", hook))
+    # A profiler's, who is told each kernel's name.
+    hooked = any(bool(getattr(hook, "calls", hook)) for hook in (knobs.launch_enter_hook, knobs.launch_exit_hook))
     for kernel, programs, arguments, places in replay.steps:
         filled = arguments.copy()  # another thread may be at the same
         for where, which in places:

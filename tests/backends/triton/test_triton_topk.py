@@ -1,4 +1,4 @@
-"""The Triton kernels of a teacher of whom some classes were kept, against the reference."""
+"""The Triton kernels of a top-k teacher, against the reference."""
 
 import pytest
 import torch

@@ -283,15 +283,16 @@ def combine(
     d_s = s - zero_if_empty(stats.s_max)[:, None]
     if SINGLE or ((POINTWISE & LOSS) == 0):
         g = soft[:, None] * tl.exp2(d_s * per_row(soft_s, STD))
+        # What cancels comes first: of z-scores these two may be 1e7 times the rest.
+        if ((TEACHER & LOSS) != 0) and ((POINTWISE & LOSS) == 0):
+            d_t = t - zero_if_empty(stats.t_max)[:, None]
+            g += teacher[:, None] * tl.exp2(d_t * per_row(soft_t, STD))
         if not SINGLE:
             g += sharp[:, None] * tl.exp2(d_s * per_row(sharp_s, STD))
     else:  # the CE's alone
         g = sharp[:, None] * tl.exp2(d_s * per_row(sharp_s, STD))
     if RAW:
         g += raw[:, None] * tl.exp2(d_s * LOG2E)
-    if ((TEACHER & LOSS) != 0) and ((POINTWISE & LOSS) == 0):
-        d_t = t - zero_if_empty(stats.t_max)[:, None]
-        g += teacher[:, None] * tl.exp2(d_t * per_row(soft_t, STD))
     if PROB:
         g -= v_weight[:, None] * v
     if LINEAR:

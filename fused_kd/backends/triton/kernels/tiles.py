@@ -147,7 +147,8 @@ def row_moments(
 ):  # fmt: skip
     """:class:`.values.Moments` of a row, in two walks of their own."""
     # About some logit first, so that a constant row comes out as one.
-    about = zero_if_empty(tl.load(base - before * stride).to(ACC)) + tl.zeros([1], ACC)
+    first = tl.load(base - before * stride, mask=end > 0, other=0.0)  # a piece may have no columns
+    about = zero_if_empty(first.to(ACC)) + tl.zeros([1], ACC)
     total = tl.zeros([LANES], ACC)
     count = tl.zeros([LANES], ACC)
     if EDGES:

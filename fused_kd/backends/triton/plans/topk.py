@@ -1,4 +1,4 @@
-"""A row loss with a teacher of whom some classes were kept, by two kernels: see :mod:`fused_kd.backends.topk`.
+"""A row loss with a top-k teacher, by two kernels: see :mod:`fused_kd.backends.topk`.
 
 Between them come small tensors, (N, k): the reference's own formulas in float64, and what autograd makes of them.
 """
