@@ -43,7 +43,27 @@ def outcome(views: Sequence[View]) -> str:
         f"Of the {count(len(ranked), 'pair')} that the paper ranks, over {count(len(views), 'task')}, "
         f"{_verdicts(ranked)}{_widths(ranked)}."
     )
-    return f"{lines(rows)}\n\n{sentence}"
+    return f"{lines(rows)}\n\n{_best(views)}\n\n{sentence}"
+
+
+def _best(views: Sequence[View]) -> str:
+    """Of each task the method that has the highest mean accuracy, with a teacher and without one, as a list."""
+    found = []
+    for title, needs_teacher in (("Best with a teacher", True), ("Best without one", False)):
+        of_tasks = []
+        for view in views:
+            values = accuracies(view.main, view.splits[0])
+            means = {
+                name: statistics.fmean(by_seed.values())
+                for name, by_seed in values.items()
+                if METHODS[name].teacher == needs_teacher and name != "ce"
+            }
+            over = paper.compare(max(means, key=lambda name: means[name]), "ce", values) if means else None
+            if over:
+                of_tasks.append(f"{METHODS[over.better].title} on {view.task.title} ({over.text})")
+        if of_tasks:
+            found.append(f"- **{title}**, in points over the baseline: {'; '.join(of_tasks)}.")
+    return "\n".join(found)
 
 
 def _pair(better: str, worse: str) -> str:
