@@ -62,7 +62,7 @@ def _best(views: Sequence[View]) -> str:
             if over:
                 of_tasks.append(f"{METHODS[over.better].title} on {view.task.title} ({over.text})")
         if of_tasks:
-            found.append(f"- **{title}**, in points over the baseline: {'; '.join(of_tasks)}.")
+            found.append(f"- **{title}**, over the baseline: {'; '.join(of_tasks)}.")
     return "\n".join(found)
 
 
