@@ -25,6 +25,7 @@ from rich.console import Console
 from study.comparison import program
 from study.comparison.plan import METHODS, Task, Teacher
 from study.comparison.records import Records
+from study.datasets import registry
 from study.training import options, processes
 from study.training.errors import RunError
 from study.training.text_networks import TEXT_NETWORKS
@@ -80,6 +81,7 @@ def compare(args: argparse.Namespace, others: Sequence[str], console: Console) -
         RunError: With one line that says what to mend.
     """
     program.check(args, ("epochs", "batch_size"))
+    registry.check(args.data)
     for name in ("lr", "teacher_lr"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise RunError(f"--{name.replace('_', '-')}: expected a positive number, got {getattr(args, name)}")

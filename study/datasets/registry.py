@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,38 +42,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cache", type=Path, default=cache_root(), metavar="DIR", help="for arrays (%(default)s)")
 
 
+def check(data: Sequence[str]) -> None:
+    """Raise unless this is what ``--data`` takes: a name, and where its data are on disk.
+
+    Raises:
+        DataError: One line says what was expected.
+    """
+    name, *paths = data
+    if name not in ("glyphs", "text", *ON_DISK):
+        raise DataError(f"--data: expected glyphs, text, {' PATH, '.join(ON_DISK)} PATH, got {name!r}")
+    if name not in ON_DISK and paths:
+        raise DataError(f"--data {name}: expected no path, got {' '.join(paths)}")
+    if name in ON_DISK and len(paths) != 1:
+        raise DataError(f"--data {name}: expected one path, got {len(paths)}")
+    if name in ON_DISK and not Path(paths[0]).exists():
+        raise DataError(f"--data {name}: {paths[0]} does not exist")
+
+
 def load(args: argparse.Namespace, bar: Bar) -> Dataset:
     """The data set of the options, built in the cache first if it is not there.
 
     Raises:
         DataError: It cannot be had; one line says what was expected.
     """
+    check(args.data)
     name, *paths = args.data
     if name != "text" and args.tokens is not None:
         raise DataError(f"--tokens: is of text, not of {name}")
     if args.image_size < 8:
         raise DataError(f"--image-size: expected at least 8, got {args.image_size}")
     if name == "glyphs":
-        if paths:
-            raise DataError(f"--data glyphs: expected no path, got {' '.join(paths)}")
         given = {"classes": args.classes, "draws": args.draws, "seed": args.data_seed, "held_out": args.held_out}
         request = glyphs.Glyphs(size=args.image_size, **{key: x for key, x in given.items() if x is not None})
         return glyphs.load(request, args.cache, bar)
-    if name not in ON_DISK and name != "text":
-        raise DataError(f"--data: expected glyphs, text, {' PATH, '.join(ON_DISK)} PATH, got {name!r}")
     for option in ("draws", "held_out", "data_seed"):
         if getattr(args, option) is not None:
             raise DataError(f"--{option.replace('_', '-')}: is of glyphs, which are drawn; --data {name} is not")
     if name == "text":
-        if paths:
-            raise DataError(f"--data text: expected no path, got {' '.join(paths)}")
         asked = {key: x for key, x in (("classes", args.classes), ("tokens", args.tokens)) if x is not None}
         return text.load(text.Text(**asked), args.cache, bar)
-    if len(paths) != 1:
-        raise DataError(f"--data {name}: expected one path, got {len(paths)}")
     path = Path(paths[0])
-    if not path.exists():
-        raise DataError(f"--data {name}: {path} does not exist")
     dataset = ON_DISK[name](path, args.image_size, args.cache, bar)
     if args.classes not in (None, dataset.classes):
         raise DataError(f"--classes: {name} at {path} has {dataset.classes} classes, got {args.classes}")

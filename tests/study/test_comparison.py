@@ -265,6 +265,21 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (("imagefolder",), "--data imagefolder: expected one path, got 0"),
+        (("imagefolder", "nowhere"), "--data imagefolder: nowhere does not exist"),
+        (("text", "there"), "--data text: expected no path, got there"),
+        (("glyph",), "--data: expected glyphs, text, cifar100 PATH, imagefolder PATH, got 'glyph'"),
+    ],
+)
+def test_compare_looks_for_the_data_before_it_trains(data, message, tmp_path, capsys):
+    assert compare.main(["--data", *data, "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith(message)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_refusals_are_one_line_and_status_2(case, tmp_path, tiny, monkeypatch, capsys):
     monkeypatch.setattr(study, "COST_STUDENT", "cnn-huge")
