@@ -116,8 +116,9 @@ class _DistRows(torch.autograd.Function):
 
 def savable(tensor: Tensor | None) -> Tensor | None:
     """As autograd can save it for backward: of a tensor made in inference mode a copy."""
-    copied = tensor is not None and not torch.compiler.is_compiling() and tensor.is_inference()
-    return tensor.clone() if copied and tensor is not None else tensor
+    if tensor is None or torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    return tensor.clone()
 
 
 def _keep(ctx: Any, outputs: tuple[Tensor, ...], want_parts: bool, backend: str) -> Any:

@@ -34,6 +34,12 @@ def counted_weight(row_weight: Tensor | None, target: Tensor, ignore_index: int,
     return weight if target.is_floating_point() else torch.where(target == ignore_index, 0.0, weight)
 
 
+def counted_rows(row_weight: Tensor | None, target: Tensor, ignore_index: int) -> Tensor:
+    """Which rows count, (N,)."""
+    dtype = torch.float32 if row_weight is None else row_weight.dtype
+    return counted_weight(row_weight, target, ignore_index, dtype) != 0
+
+
 def shared_weight(row_weight: Tensor | None, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
     """:func:`counted_weight` in float64, over the sum of all for a mean."""
     weight = counted_weight(row_weight, target, ignore_index, torch.float64)

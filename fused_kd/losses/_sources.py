@@ -14,6 +14,7 @@ from fused_kd.core import checks
 from fused_kd.core.catalogue import LOSSES, ROW_LOSSES, has_column_term
 from fused_kd.core.options import HyperParameters, in_order
 from fused_kd.core.source_rows import SourceRows, Span
+from fused_kd.core.stored import counted_rows
 from fused_kd.core.transforms import carries_gradient
 from fused_kd.losses import _shards
 from fused_kd.losses._options import Common, normalized, returned
@@ -83,13 +84,13 @@ def row_loss(
     if isinstance(teacher_logits, TopK) and chosen != "reference":
         chosen = kernel_or_reference(name, teacher_logits.rest, numbers, (backend, chosen), student.span is not None)
     if chosen == "reference" and teacher is not None and teacher.rows.indices is not None:
-        counted = _counted(target, weight, settings["ignore_index"])
+        counted = counted_rows(weight, target, settings["ignore_index"])
         of_student = _logits(_shards.shared_hidden(student.rows, student.span), shape[-1], counted)
         logits = _shards.all_columns(of_student, student.span)
         loss, parts = _topk_reference(name, (logits, teacher.rows), (target, weight, counted), numbers, settings)
     elif chosen == "reference":
         sources = [_shards.shared_hidden(each.rows, each.span) for each in (student, teacher) if each is not None]
-        counted = _counted(target, weight, settings["ignore_index"])
+        counted = counted_rows(weight, target, settings["ignore_index"])
         given = [_shards.all_columns(_logits(each, shape[-1], counted), student.span) for each in sources]
         if target.is_floating_point():
             target = _shards.all_columns(target, student.span)
@@ -163,7 +164,7 @@ def uskd(
     target, weight = _of_rows(student, target, common, settings)
     chosen = backends.choose(backend, values.device, "uskd")
     if chosen == "reference":
-        counted = _counted(target, weight, settings["ignore_index"])
+        counted = counted_rows(weight, target, settings["ignore_index"])
         logits = [_logits(each.rows, shape[-1], counted) for each in (student, weak)]
         checks.check_target_values(target, weight, shape[-1], settings["ignore_index"])
         loss, packed = eager(*logits, target, **numbers, **settings, weight=weight)
@@ -282,13 +283,6 @@ def _check_teacher(teacher: _Given, student: _Given) -> None:
             "teacher_logits: expected a source whose tensors do not require grad, since no backend gives the teacher a "
             "gradient; detach its hidden states, weight and bias"
         )
-
-
-def _counted(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """Which rows count, (N,)."""
-    every = target.new_ones(target.shape[0], dtype=torch.bool)
-    counted = every if target.is_floating_point() else target != ignore_index
-    return counted if weight is None else counted & (weight != 0)
 
 
 def _logits(source: SourceRows, num_classes: int, counted: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ HOST = """
 from tools.ptx import host
 host.install()
 import triton
-print(*host.measure("nkd", 5, 100, repeats=3))
+print(*host.measure("nkd", 5, 100, repeats=31))  # a median that a busy machine moves little
 names = []
 def note(metadata):
     names.append(metadata.get()["name"])
@@ -104,5 +104,5 @@ def test_launches_reach_the_driver():
     figures, names = done.stdout.splitlines()
     launches, forward, both = map(float, figures.split())
     assert launches == 3
-    assert forward > 0 and both > 0  # on a busy machine either may be the longer one
+    assert 0 < forward < both
     assert names.split() == ["rows_on_chip", "reduce_parts", "scale_rows"]
