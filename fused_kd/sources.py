@@ -106,10 +106,12 @@ class ClassShard:
     Every process of the group takes part in each call and in its backward pass, where numbers are exchanged with
     ``reduction="none"``, with the same rows, weights, options, ``chunk_rows`` and dtypes, and with tensors of which the
     same require grad. The target is the same class indices ``(...)`` among all ``num_classes``, or probabilities of the
-    columns that are here, ``(..., width)``. Student and teacher are both sharded, alike. Errors that
-    several processes have a part in, such as classes that are missing or twice or bad values, are raised on all of
-    them. On a GPU, where reading would stall, the classes are checked until one call was right. An error of one process
-    alone, such as a wrong type, is raised there alone and leaves the others waiting.
+    columns that are here, ``(..., width)``. The teacher is sharded as the student is. Or it is a :class:`TopK` with
+    classes among all, the same on every process: then the student's logits of these are exchanged, too.
+
+    Errors that several processes have a part in, such as classes that are missing or twice or bad values, are raised on
+    all of them. On a GPU, where reading would stall, the classes are checked until one call was right. An error of one
+    process alone, such as a wrong type, is raised there alone and leaves the others waiting.
 
     A DTensor whose classes are sharded needs no ClassShard: it becomes one of its local tensor in the group of that
     dimension of its mesh. Its teacher is a DTensor with the same placements; target and weight are what the process has

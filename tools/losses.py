@@ -16,7 +16,7 @@ NOTATION = """`p`, `q` and `v` are the softmax of the student's, the teacher's a
 class and `Y` the targets of a mixed label. A hat denotes the softmax over the other classes, at temperature T. Every
 loss adds `ce_weight` times the ordinary cross-entropy in the same pass. `python -m tools.losses` writes this page."""
 SOURCES = """What a loss accepts in place of a matrix of logits, on the CPU (native) and on a GPU (Triton). Where a
-`TopK` has no kernel, `auto` takes the reference with a warning, as it does beside a `ClassShard`. Jensen–Shannon is not
+`TopK` has no kernel, `auto` takes the reference with a warning. Jensen–Shannon is not
 defined for `rest="drop"`, nor DIST for `"drop"` and `"bucket"`: such a call raises an error. `fused_kd.explain` says
 what runs."""
 SHARED = """All of them also take `ignore_index=-100`, `reduction="mean"`, `weight=None` (a tensor, one weight per row),

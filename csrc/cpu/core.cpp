@@ -293,9 +293,9 @@ struct Stored {
 
 // What all losses do around their kernels, which `run` calls: count, scale and reduce.
 template <class Run>
-int64_t run_loss(LossArgs& args, int kinds, const LossOutputs& out, std::initializer_list<Stored> stored,
-                 const Run& run) {
-    const Counted counted = count_rows(args.target, args.rows, args.classes, args.ignore_index);
+int64_t run_loss(LossArgs& args, int64_t num_classes, int kinds, const LossOutputs& out,
+                 std::initializer_list<Stored> stored, const Run& run) {
+    const Counted counted = count_rows(args.target, args.rows, num_classes, args.ignore_index);
     if (counted.bad_row >= 0) return counted.bad_row;
     const double divisor = divisor_of(out.reduction, counted.rows);
     void* const* norm = out.norms;
@@ -314,7 +314,7 @@ int64_t run_loss(LossArgs& args, int kinds, const LossOutputs& out, std::initial
 } // namespace
 
 int64_t row_loss(const Kernels& kernels, RowArgs args, const LossOutputs& out) {
-    return run_loss(args, 3, out, {{args.gradient, args.student}}, [&](const Counted& counted) {
+    return run_loss(args, args.classes, 3, out, {{args.gradient, args.student}}, [&](const Counted& counted) {
         FromBefore kept;
         const bool coupled = has_columns(args, counted);
         const double correlations = coupled ? dist_columns(kernels, args, kept) : 0;
@@ -355,18 +355,21 @@ int64_t uskd(const Kernels& kernels, UskdArgs args, const double* batch_sums, co
         args.reciprocals = singles.empty() ? static_cast<const void*>(doubles.data()) : singles.data();
         kernels.uskd(args);
     };
-    return run_loss(args, 4, out, {{args.student_gradient, args.student}, {args.weak_gradient, args.weak}}, run);
+    return run_loss(args, args.classes, 4, out,
+                    {{args.student_gradient, args.student}, {args.weak_gradient, args.weak}}, run);
 }
 
 int64_t zipf_ls(const Kernels& kernels, ZipfArgs args, const LossOutputs& out) {
-    return run_loss(args, 2, out, {{args.gradient, args.student}}, [&](const Counted&) { kernels.zipf_ls(args); });
+    return run_loss(args, args.classes, 2, out, {{args.gradient, args.student}},
+                    [&](const Counted&) { kernels.zipf_ls(args); });
 }
 
 int64_t topk_loss(const Kernels& kernels, TopKArgs args, const LossOutputs& out) {
     advise_large_pages(args.gradient.data, args.student.dtype, args.rows * args.classes);
     const std::unique_ptr<bool[]> bad(new bool[size_t(args.rows)]());
     args.bad = bad.get();
-    const int64_t bad_row = run_loss(args, 3, out, {}, [&](const Counted&) { kernels.topk_rows(args); });
+    const int64_t num_classes = args.piece ? args.piece->num_classes : args.classes;
+    const int64_t bad_row = run_loss(args, num_classes, 3, out, {}, [&](const Counted&) { kernels.topk_rows(args); });
     if (bad_row >= 0) return bad_row;
     const bool* const end = args.bad + args.rows;
     const bool* const found = std::find(static_cast<const bool*>(args.bad), end, true);

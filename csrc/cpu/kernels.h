@@ -108,6 +108,17 @@ struct ZipfArgs : LossArgs {
     Gradient gradient;
 };
 
+// What a call on some columns of rows with a top-k teacher gives the calls on the others, and what it gets of all: (5 +
+// kept, rows) doubles. They are of the classes that are neither kept nor the target the largest logit, the sums of
+// exponentials relative to it at T and at 1, and the sum of logits; then the student's logits of the target and of the
+// kept classes, in their order and 0 where another call has the class.
+struct TopKPiece {
+    int64_t first_class, num_classes; // where these columns begin in the row, and how many classes that has
+    const double* all;                // null in the first of both calls, which writes its own
+    double* own;
+};
+constexpr int kTopKFields = 5; // beside those of the kept classes
+
 // A row loss whose teacher is some classes of each row: (rows, kept) log-probabilities and indices, of which -1 is
 // none. Its target has class indices.
 struct TopKArgs : LossArgs {
@@ -117,6 +128,7 @@ struct TopKArgs : LossArgs {
     int loss; // its number, as of RowArgs
     Gradient gradient;
     bool* bad; // (rows): an index is none, or twice there, or all are pads where the rest is 0; nothing is written
+    const TopKPiece* piece; // of a run on some columns at a time; else null, and `classes` are all of a row's
 };
 
 struct TargetProbsArgs : BatchArgs {

@@ -4,6 +4,9 @@
 // A row is visited in blocks, as in row_losses.cpp, but what is read is the student alone. Kept classes and the target
 // belong to no sum of the others: where a block has some, they are replaced by -inf, whose exponential is 0, in a copy
 // of it, which lies in the cache. Their gradients are entries of their own and overwrite those of the second pass.
+//
+// Where the classes of a row lie apart (TopKPiece), a call finds the sums of its own columns, and a second call takes
+// those of all and makes the gradient of its columns. The kept classes are the same in all calls.
 #include "../losses/topk_losses.h"
 #include "rows.h"
 
@@ -53,12 +56,13 @@ struct Scratch {
     int64_t *at, *next, *first;
     uint64_t* seen; // a bit for each class, all 0 between rows
 
-    Scratch(int64_t classes, int64_t kept, bool sharp) {
+    Scratch(int64_t classes, int64_t num_classes, int64_t kept, bool sharp) {
         const int64_t row = (classes + 63) / 64 * 64, records = classes / kBlock<A> + 1, entries = kept + 1;
+        const int64_t words = num_classes / 64 + 1;
         const int64_t floats = row * (1 + sharp) + 2 * kBlock<A> + 64;
         const size_t bytes = size_t(floats) * sizeof(A) + size_t(5 * entries) * sizeof(double) +
                              size_t(records) * sizeof(RestBlock) +
-                             size_t(2 * entries + records + row / 64) * sizeof(int64_t);
+                             size_t(2 * entries + records + words) * sizeof(int64_t);
         e_soft = static_cast<A*>(thread_scratch(bytes));
         e_sharp = e_soft + row;
         student = e_soft + row * (1 + sharp);
@@ -74,7 +78,7 @@ struct Scratch {
         next = at + entries;
         first = next + entries;
         seen = reinterpret_cast<uint64_t*>(first + records);
-        __builtin_memset(seen, 0, size_t(row / 64) * sizeof(uint64_t));
+        __builtin_memset(seen, 0, size_t(words) * sizeof(uint64_t));
     }
     // Whether this class was new.
     bool mark(int64_t j) const {
@@ -83,6 +87,22 @@ struct Scratch {
         return !(word & bit);
     }
 };
+
+// All classes of a row, of which the columns at hand are some where it lies apart.
+inline int64_t all_classes(const TopKArgs& args) {
+    return args.piece ? args.piece->num_classes : args.classes;
+}
+
+// The student's logit of class j, which is entry `field` of what the calls on a row's pieces exchange.
+template <class A>
+double student_logit(const TopKArgs& args, const Scratch<A>& scratch, int64_t row, int64_t j, int64_t field) {
+    const TopKPiece* const piece = args.piece;
+    if (!piece) return double(*read(args.student, row, j, 1, scratch.one));
+    const int64_t at = field * args.rows + row, column = j - piece->first_class;
+    if (piece->all) return piece->all[at];
+    if (column < 0 || column >= args.classes) return 0;
+    return piece->own[at] = double(*read(args.student, row, column, 1, scratch.one));
+}
 
 // The kept classes of a row but for the target, which comes last where it is one of them; pads are passed over. False
 // where an index is none, or twice there.
@@ -95,7 +115,7 @@ bool read_kept(const TopKArgs& args, const Scratch<A>& scratch, int64_t row, int
     for (int64_t i = 0; i < args.kept; ++i) {
         const int64_t j = *reinterpret_cast<const int64_t*>(element(args.indices, row, i));
         if (j == -1) continue;
-        if (j < -1 || j >= args.classes || !scratch.mark(j)) {
+        if (j < -1 || j >= all_classes(args) || !scratch.mark(j)) {
             valid = false;
             continue;
         }
@@ -107,9 +127,9 @@ bool read_kept(const TopKArgs& args, const Scratch<A>& scratch, int64_t row, int
         }
         scratch.at[x.kept] = j;
         scratch.t[x.kept] = t;
-        scratch.s[x.kept++] = double(*read(args.student, row, j, 1, scratch.one));
+        scratch.s[x.kept++] = student_logit(args, scratch, row, j, kTopKFields + i);
     }
-    x.s_target = double(*read(args.student, row, y, 1, scratch.one));
+    x.s_target = student_logit(args, scratch, row, y, kTopKFields - 1);
     scratch.at[x.kept] = y;
     scratch.s[x.kept] = x.s_target;
     scratch.t[x.kept] = t_target;
@@ -211,6 +231,20 @@ FKD_NOINLINE Others rest_of(const TopKArgs& args, const Scratch<A>& scratch, int
     return out;
 }
 
+// The sums of a piece's columns, as TopKPiece has them.
+inline void give(const TopKArgs& args, int64_t row, const Others& rest) {
+    const double sums[] = {rest.max, rest.soft, rest.sharp, rest.linear + rest.number * rest.max};
+    for (int64_t field = 0; field < kTopKFields - 1; ++field)
+        args.piece->own[field * args.rows + row] = sums[field];
+}
+
+// Those of all columns.
+inline Others given(const TopKArgs& args, int64_t row, int64_t left_out) {
+    const double* const all = args.piece->all + row;
+    const double number = double(args.piece->num_classes - left_out), max = all[0];
+    return {number, max, all[args.rows], all[2 * args.rows], all[3 * args.rows] - number * max};
+}
+
 // The second pass: the others' gradients, and over them those of the classes that were left out.
 template <class A, bool single>
 FKD_NOINLINE void combine(const TopKArgs& args, const Scratch<A>& scratch, int64_t row, double T, const Others& rest,
@@ -264,6 +298,8 @@ FKD_NOINLINE void row_pass(const TopKArgs& args, const RowParams& params, TopKRe
     for (int64_t i = 0; i < blocks; ++i)
         scratch.first[i] = -1;
     for (int64_t i = 0; i <= x.kept; ++i) {
+        if (args.piece) scratch.at[i] -= args.piece->first_class;
+        if (scratch.at[i] < 0 || scratch.at[i] >= args.classes) continue;
         int64_t& first = scratch.first[scratch.at[i] / kBlock<A>];
         scratch.next[i] = first;
         first = i;
@@ -274,7 +310,9 @@ FKD_NOINLINE void row_pass(const TopKArgs& args, const RowParams& params, TopKRe
     A* const e_soft = in_place ? static_cast<A*>(args.gradient.data) + row * args.classes : scratch.e_soft;
     const auto rest = topk_needs(params, kind).linear ? rest_of<A, single, true> : rest_of<A, single, false>;
     x.rest = rest(args, scratch, row, params.temperature, e_soft);
-    x.log_share = log_share(x, args.classes, kind);
+    if (args.piece && !args.piece->all) return give(args, row, x.rest);
+    if (args.piece) x.rest = given(args, row, x.kept + 1);
+    x.log_share = log_share(x, all_classes(args), kind);
     const TopKResult result = topk_loss(x, params, kind);
     for (int k = 0; k < kRowParts; ++k)
         args.parts[kRowParts * row + k] = (args.factors ? args.factors[row] : 1) * result.parts[k];
@@ -284,12 +322,12 @@ FKD_NOINLINE void row_pass(const TopKArgs& args, const RowParams& params, TopKRe
 
 template <class A>
 void topk_rows_typed(const TopKArgs& args) {
-    const RowParams params = {args.hyper, args.loss, double(args.classes), false};
+    const RowParams params = {args.hyper, args.loss, double(all_classes(args)), false};
     const TopKRest kind = TopKRest(args.rest);
     const bool sharp = topk_needs(params, kind).sharp;
     const auto pass = sharp ? row_pass<A, false> : row_pass<A, true>;
     share_out(useful_threads(args.threads, args.rows, args.classes), args.rows, [&](int64_t begin, int64_t end) {
-        const Scratch<A> scratch(args.classes, args.kept, sharp);
+        const Scratch<A> scratch(args.classes, all_classes(args), args.kept, sharp);
         for (int64_t row = begin; row < end; ++row) {
             const int64_t y = *reinterpret_cast<const int64_t*>(element(args.target, row, 0));
             args.bad[row] = false;

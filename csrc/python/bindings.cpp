@@ -157,7 +157,7 @@ int64_t run_zipf_ls(const py::tuple& rows, const py::tuple& of_loss, const py::t
 
 // kept: (log_probs, indices, classes of a row, rest)
 int64_t run_topk_loss(const py::tuple& rows, const py::tuple& of_loss, const py::tuple& kept, int loss,
-                      const py::tuple& gradient, const py::tuple& results) {
+                      const py::tuple& gradient, const py::tuple& results, const py::object& piece) {
     const Batch batch(rows);
     TopKArgs args = batch.with<TopKArgs>(of_loss);
     Fields of_teacher(kept, 4);
@@ -167,6 +167,15 @@ int64_t run_topk_loss(const py::tuple& rows, const py::tuple& of_loss, const py:
     args.rest = int(of_teacher.integer());
     args.loss = loss;
     args.gradient = gradient_of(gradient);
+    TopKPiece here = {};
+    if (!piece.is_none()) {
+        Fields at(piece, 4);
+        here.first_class = at.integer();
+        here.num_classes = at.integer();
+        here.all = at.doubles();
+        here.own = at.doubles();
+        args.piece = &here;
+    }
     const LossOutputs out = outputs(results, 0);
     py::gil_scoped_release release;
     return topk_loss(*batch.kernels, args, out);

@@ -67,7 +67,7 @@ def run(
         logits = of_student.logits(*which)
         other = None if of_teacher is None else of_teacher.logits(*which)
         if sparse is not None:
-            found = _sparse_rows(kernels, logits, sparse, asked, which, options)
+            found = _sparse_rows(kernels, logits, sparse, asked, which, options, exchange)
         else:
             found = _rows(kernels, logits, other, asked, which, options, exchange)
         rows = slice(*which)
@@ -146,14 +146,22 @@ def _columns(student: SourceRows, span: Span) -> int:
 
 
 def _sparse_rows(
-    kernels: Any, logits: Tensor, teacher: SourceRows, asked: Asked, which: tuple[int, int], options: Options
+    kernels: Any,
+    logits: Tensor,
+    teacher: SourceRows,
+    asked: Asked,
+    which: tuple[int, int],
+    options: Options,
+    exchange: shards.Exchange | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`_rows`, of a top-k teacher."""
     rows = slice(*which)
     assert teacher.indices is not None
     kept = (teacher.values[rows], teacher.indices[rows], teacher.rest)
     factors = asked.factors[:, rows].contiguous()
-    loss, parts, gradient = topk.row_loss(kernels, logits, *kept, asked.target[rows], factors, options)
+    span = asked.where.span
+    shared = None if exchange is None else topk.Shared(span.first_class, span.num_classes, exchange)
+    loss, parts, gradient = topk.row_loss(kernels, logits, *kept, asked.target[rows], factors, options, shared)
     return loss, parts, logits if gradient is None else gradient
 
 

@@ -40,14 +40,12 @@ def explain(
                 raise ValueError(f"loss: {LOSSES[loss].title} does not take a {type(each).__name__}")
         if loss == "dist":
             how.append("with gamma=0 alone: the term of the batch's columns needs all rows at once")
-    sharded = isinstance(student_logits, ClassShard)
     if isinstance(teacher_logits, TopK):
         check_rest(loss, teacher_logits.rest, LOSSES[loss].defaults.get("beta", 0.0))
-    if isinstance(teacher_logits, TopK) and not topk.is_fused(loss, teacher_logits.rest, sharded):
-        beside = " beside a ClassShard" if sharded else ""
-        reason = f"no kernel of {LOSSES[loss].title} for a TopK of rest={teacher_logits.rest!r}{beside}"
-        reasons = {name: reason if name != "reference" else "chosen" for name in found.reasons}
-        found = found._replace(chosen="reference", reasons=reasons)
+        if not topk.is_fused(loss, teacher_logits.rest):
+            reason = f"no kernel of {LOSSES[loss].title} for a TopK of rest={teacher_logits.rest!r}"
+            reasons = {name: reason if name != "reference" else "chosen" for name in found.reasons}
+            found = found._replace(chosen="reference", reasons=reasons)
     return found._replace(how=tuple(line for line in how if line))
 
 

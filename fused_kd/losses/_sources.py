@@ -82,7 +82,7 @@ def row_loss(
         check_log_probs(teacher.rows, target, weight, settings["ignore_index"])
     chosen = backends.choose(backend, device, name)
     if isinstance(teacher_logits, TopK) and chosen != "reference":
-        chosen = kernel_or_reference(name, teacher_logits.rest, numbers, (backend, chosen), student.span is not None)
+        chosen = kernel_or_reference(name, teacher_logits.rest, numbers, (backend, chosen))
     if chosen == "reference" and teacher is not None and teacher.rows.indices is not None:
         counted = counted_rows(weight, target, settings["ignore_index"])
         of_student = _logits(_shards.shared_hidden(student.rows, student.span), shape[-1], counted)

@@ -41,11 +41,9 @@ def topk_rows(given: TopK, shape: tuple[int, ...]) -> SourceRows:
     return SourceRows(log_probs.reshape(-1, kept), indices=indices.reshape(-1, kept).to(torch.int64), rest=given.rest)
 
 
-def kernel_or_reference(
-    name: str, rest: str, numbers: Mapping[str, float], backend: tuple[str, str], sharded: bool
-) -> str:
+def kernel_or_reference(name: str, rest: str, numbers: Mapping[str, float], backend: tuple[str, str]) -> str:
     """The backend that serves a TopK: of that asked for and that chosen the latter, where it has a kernel for the loss
-    and the rest. None has one for classes over processes.
+    and the rest.
 
     Raises:
         ValueError, NotImplementedError: The loss has no meaning with that rest.
@@ -54,9 +52,9 @@ def kernel_or_reference(
     asked, chosen = backend
     check_rest(name, rest, numbers.get("beta", 0.0))
     run = as_run(name, numbers.get("beta", 1.0))
-    if topk.is_fused(run, rest, sharded):
+    if topk.is_fused(run, rest):
         return chosen
-    what = f"{LOSSES[name].title} with a TopK of rest={rest!r}{' beside a ClassShard' if sharded else ''}"
+    what = f"{LOSSES[name].title} with a TopK of rest={rest!r}"
     if asked != "auto":
         raise RuntimeError(f"backend {asked!r} cannot run {what}: it has no kernel for it; backend='reference' does it")
     warn_of_reference(what)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fused_kd.backends import native
+from fused_kd.backends import topk as fused_topk
 from fused_kd.reference import topk
 from tests.support import topk_cases
 from tests.support.topk_cases import FUSED, assert_same, assert_within_eager_error, make, run
@@ -90,6 +91,38 @@ def test_nan_stays_in_its_row(kernels, loss, rest):
     for place, (ours, exact) in enumerate(zip(found, clean, strict=True)):
         of_rows = (each.T if place == 1 else each for each in (ours, exact))
         assert torch.equal(*(each[[0, 1, 8]] for each in of_rows))
+
+
+@pytest.mark.parametrize("more", MORE, ids=["plain", "T", "all"])
+@pytest.mark.parametrize(("loss", "rest"), FUSED)
+def test_pieces_of_rows_are_the_row(kernels, loss, rest, more):
+    """One of them wide, one narrow, one without a class; and rows of which one has nothing, or NaN."""
+    for seed, (classes, k, sizes) in enumerate(SIZES):
+        problem = make(loss, rest, classes, k, seed=seed, **sizes, **more)
+        for widths in ((classes, 0), (1, classes - 1), (classes // 2, 0, classes - classes // 2)):
+            assert_same(kernels, problem, widths=widths)
+    problem = make(loss, rest, 2500, 40, rows=7, **more)
+    if loss != "dkd":  # as in test_classes_that_cannot_occur
+        problem.student[2, :1000] = -torch.inf
+    problem.student[3, problem.target[3]] = -torch.inf
+    problem.student[4, problem.indices[4, 0]] = torch.nan
+    problem.log_probs[5, 0] = torch.nan
+    assert_same(kernels, problem, widths=(1000, 1500))
+    far = problem._replace(student=torch.cat([problem.student[:, :1000] - 3000.0, problem.student[:, 1000:]], 1))
+    assert_same(kernels, far, widths=(1000, 500, 1000))
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_within_eager_error(kernels, make(loss, rest, 2500, 40, **more), dtype, widths=(1000, 1500))
+
+
+def test_errors_of_pieces(kernels):
+    """Every piece sees them, whoever has the class."""
+    for name, value in (("indices", 40), ("indices", -2), ("target", 41)):
+        problem = make("nkd", "bucket", 40, 4)
+        getattr(problem, name).view(5, -1)[3, 0] = value
+        for start in (0, 20):
+            shared = fused_topk.Shared(start, 40, pytest.fail)
+            with pytest.raises(IndexError, match=f"{name}: expected class.* 0 to 39.* got {value}"):
+                fused_topk.row_loss(kernels, problem.student[:, start : start + 20], *problem[1:], shared)
 
 
 @pytest.mark.parametrize("rest", topk.RESTS)

@@ -16,6 +16,7 @@ def test_a_loss_is_the_reference(gpu, loss, rest):
     options = {"temperature": 3.0, "ce_weight": 0.6, "label_smoothing": 0.1, "weighted": True}
     assert_within_eager_error(backend, make(loss, rest, 700, 16, pads=2, **options), torch.float32)
     assert_within_eager_error(backend, make(loss, rest, 333, 16, rows=3), torch.bfloat16)
+    assert_same(backend, make(loss, rest, 333, 16, rows=3, **options), widths=(120, 0, 213))
 
 
 @pytest.mark.parametrize("gpu", [80, 100], indirect=True, ids=["sm_80", "sm_100"])

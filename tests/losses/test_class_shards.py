@@ -173,5 +173,11 @@ def test_a_head_under_ddp(world):
 
 
 @each_size
-def test_kept_classes_of_the_teacher(world):
-    world.run(shard_jobs.kept_classes)
+@pytest.mark.parametrize("backend", ("native", "reference"))
+def test_kept_classes_of_the_teacher(world, backend):
+    world.run(shard_jobs.kept_classes, backend)
+
+
+def test_kept_classes_of_the_teacher_on_triton(world):
+    pytest.importorskip("triton")
+    world.run(shard_jobs.kept_classes, "triton")

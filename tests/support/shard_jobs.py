@@ -14,7 +14,6 @@ import fused_kd
 from fused_kd import ClassShard, Head, TopK, check
 from fused_kd.backends import shards, sources
 from fused_kd.core.catalogue import LOSSES, ROW_LOSSES
-from fused_kd.losses import _topk
 
 INF = float("inf")
 TOLERANCE = {"rtol": 1e-11, "atol": 1e-11, "equal_nan": True}
@@ -271,21 +270,36 @@ def head_under_ddp(rank, size):
     torch.testing.assert_close([each.grad for each in network.parameters()], [*expected])
 
 
-def kept_classes(rank, size):
-    """A top-k teacher beside shards of the student's: by the reference, said once."""
+def kept_classes(rank, size, backend):
+    """A top-k teacher beside shards of the student's logits, and of its head; and what was kept may be wrong."""
+    if backend == "triton":
+        interpreter.quicken(pytest.MonkeyPatch())
     generator = torch.Generator().manual_seed(0)
-    student, teacher = (torch.randn(5, 31, generator=generator, dtype=torch.float64) for _ in "st")
-    target = torch.randint(31, (5,), generator=generator)
-    kept = TopK(*teacher.log_softmax(1).topk(6), rest="bucket")
-    whole = student.clone().requires_grad_()
-    expected = fused_kd.nkd_loss(whole, kept, target, temperature=2.0)
-    (wanted,) = torch.autograd.grad(expected, whole)
-    own = columns(rank, [31 // size + (31 % size if each == 0 else 0) for each in range(size)])
-    local = student[:, own].clone().requires_grad_()
-    _topk.warn_of_reference.cache_clear()
-    with pytest.warns(RuntimeWarning, match="NKD with a TopK of rest='bucket' beside a ClassShard by its eager"):
-        found = fused_kd.nkd_loss(ClassShard(local, own.start, 31), kept, target, temperature=2.0)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(torch.autograd.grad(found, local)[0], wanted[:, own])
-    with pytest.raises(RuntimeError, match="backend 'native' cannot run NKD with a TopK"):
-        fused_kd.nkd_loss(ClassShard(local, own.start, 31), kept, target, backend="native")
+    hidden, weight, teacher = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((6, 5), (31, 5), (6, 31))
+    )
+    target, weights = torch.randint(31, (6,), generator=generator), torch.rand(6, generator=generator)
+    target[1], weights[2] = -100, 0.0
+    options = {"temperature": 2.0, "ce_weight": 1.0, "label_smoothing": 0.1, "weight": weights, "reduction": "none"}
+    cases = (("nkd", "bucket"), ("kd", "uniform"), ("dkd", "drop"), ("wsld", "renormalize"))
+    for (loss, rest), widths in zip(cases, 4 * widths_of(size, 31), strict=False):
+        kept, own = TopK(*teacher.log_softmax(1).topk(6), rest=rest), columns(rank, widths)
+        for head in (False, True):
+            results = []
+            for cut in (slice(0, 31), own):
+                leaves = [hidden, weight[cut]] if head else [hidden @ weight[cut].T]
+                leaves = [each.clone().requires_grad_() for each in leaves]
+                student = Head(*leaves, chunk_rows=4) if head else leaves[0]
+                student = student if cut is not own else ClassShard(student, own.start, 31)
+                found = called(loss, "reference" if cut is not own else backend, student, kept, target, options)
+                results.append([*found, *(each.grad for each in leaves)])
+            right = [*results[0][:-1], results[0][-1][own] if head else results[0][-1][:, own]]
+            torch.testing.assert_close(results[1], right, **TOLERANCE)
+    own = columns(rank, widths_of(size, 31)[0])
+    kept.indices[3, 0] = kept.indices[3, 1]
+    shard = ClassShard(hidden @ weight[own].T, own.start, 31)
+    if backend == "triton":
+        assert fused_kd.kd_loss(shard, kept, target, backend=backend, reduction="none").isnan().tolist()[3]
+    else:
+        with pytest.raises(ValueError, match="indices: expected each class once"):
+            fused_kd.kd_loss(shard, kept, target, backend=backend)

@@ -1,5 +1,6 @@
 """Teachers of whom some classes were kept, for the tests of the fused form on every backend."""
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,10 @@ from fused_kd.core.options import HyperParameters, Options, in_order
 
 #: What a loss is of each of, and which of the op's three parts it has.
 FUSED = [(name, rest) for name, loss in ROW_LOSSES.items() for rest in loss.rests]
+
+
+class _ToldError(Exception):
+    """Ends a piece's first visit."""
 
 
 class Problem(NamedTuple):
@@ -56,8 +61,30 @@ def make(loss, rest, classes, k, *, rows=5, seed=0, pads=0, spread=2.0, left=0.2
     return Problem(student, log_probs.gather(1, places), wide[:, : k + pads], rest, target, factors, asked)
 
 
-def run(kernels, problem):
-    return topk.row_loss(kernels, *problem)
+def run(kernels, problem, widths=()):
+    """``widths`` cut the rows, whose pieces exchange what they have found, as processes would."""
+    if not widths:
+        return topk.row_loss(kernels, *problem)
+    classes, pieces = problem.student.shape[1], problem.student.split(widths, 1)
+    starts = [sum(widths[:place]) for place in range(len(widths))]
+    found = []
+
+    def tell(own):
+        found.extend(own)
+        raise _ToldError
+
+    for start, student in zip(starts, pieces, strict=True):
+        with contextlib.suppress(_ToldError):
+            topk.row_loss(kernels, student, *problem[1:], topk.Shared(start, classes, tell))
+    every = torch.stack(found)
+    each = [
+        topk.row_loss(kernels, student, *problem[1:], topk.Shared(start, classes, lambda own: every))
+        for start, student in zip(starts, pieces, strict=True)
+    ]
+    for loss, parts, _ in each:
+        torch.testing.assert_close((loss, parts), each[0][:2], rtol=0, atol=0, equal_nan=True)
+    gradients = [gradient for *_, gradient in each if gradient is not None]
+    return *each[0][:2], torch.cat(gradients, 1) if gradients else None
 
 
 def expected(problem):
@@ -80,18 +107,19 @@ def expected(problem):
     return loss.detach() * by_row, all_parts * by_row, gradient.to(student.dtype)
 
 
-def assert_same(kernels, problem, tolerance=1e-11):
-    for ours, exact in zip(run(kernels, problem), expected(problem), strict=True):
+def assert_same(kernels, problem, tolerance=1e-11, widths=()):
+    for ours, exact in zip(run(kernels, problem, widths), expected(problem), strict=True):
         assert ours.dtype == exact.dtype and ours.shape == exact.shape
         torch.testing.assert_close(ours, exact, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-def assert_within_eager_error(kernels, problem, dtype, unit=1.0):
+def assert_within_eager_error(kernels, problem, dtype, unit=1.0, widths=()):
     """In a narrower dtype, against float64: as near as the reference in that dtype, and a few units."""
     narrow = problem.to(dtype)
     exact = expected(narrow.to(torch.float64))
     slack = check._SLACK_ULPS[torch.float32] * torch.finfo(torch.float32).eps
-    for place, (ours, eager, right) in enumerate(zip(run(kernels, narrow), expected(narrow), exact, strict=True)):
+    found = zip(run(kernels, narrow, widths), expected(narrow), exact, strict=True)
+    for place, (ours, eager, right) in enumerate(found):
         errors = [check.relative_error(each, right.double()) for each in (ours, eager)]
         budget = max(errors[1], unit * torch.finfo(dtype).eps if place == 2 else 0.0)
         assert errors[0] <= budget + slack, (place, errors)

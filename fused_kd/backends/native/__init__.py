@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_kd.backends import staged as stages
+from fused_kd.backends import topk
 from fused_kd.backends.native import core, cuda, direct, staged
 from fused_kd.backends.native.boundary import DTYPES, RANKS, REDUCTIONS, RESTS, address, batch, incoming, matrix
 from fused_kd.core import checks
@@ -176,23 +177,36 @@ def topk_loss(
     target: Tensor,
     factors: Tensor | None,
     options: Options,
+    shared: topk.Shared | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :func:`fused_kd.backends.topk.row_loss`."""
     dtype, rows, want = accumulation_dtype(student, log_probs), student.shape[0], options.wanted[0]
     loss, parts = student.new_empty(rows, dtype=dtype), student.new_empty((3, rows), dtype=dtype)
     gradient = torch.empty_like(student, memory_format=torch.contiguous_format) if want else None
-    bad_row = _core.topk_loss(
-        batch(_where(), student, target, options.ignore_index, dtype),
-        (options.hyper, address(factors)),
-        (matrix(log_probs), matrix(indices), indices.shape[1], RESTS[rest]),
-        NUMBERS[options.loss],
-        (address(gradient), options.scales[0]),
-        (REDUCTIONS["none"], loss.data_ptr(), parts.data_ptr()),
-    )
-    if bad_row >= rows:
-        raise checks.kept_error(indices, bad_row - rows, student.shape[1])
-    if bad_row >= 0:
-        raise checks.row_error(target, bad_row, student.shape[1], options.ignore_index)
+    num_classes = student.shape[1] if shared is None else shared.num_classes
+
+    def call(gradient: Tensor | None, piece: tuple[int, int, int, int] | None) -> None:
+        bad_row = _core.topk_loss(
+            batch(_where(), student, target, options.ignore_index, dtype),
+            (options.hyper, address(factors)),
+            (matrix(log_probs), matrix(indices), indices.shape[1], RESTS[rest]),
+            NUMBERS[options.loss],
+            (address(gradient), options.scales[0]),
+            (REDUCTIONS["none"], loss.data_ptr(), parts.data_ptr()),
+            piece,
+        )
+        if bad_row >= rows:
+            raise checks.kept_error(indices, bad_row - rows, num_classes)
+        if bad_row >= 0:
+            raise checks.row_error(target, bad_row, num_classes, options.ignore_index)
+
+    if shared is None:
+        call(gradient, None)
+        return loss, parts, gradient
+    own = student.new_zeros((topk.FIELDS + indices.shape[1], rows), dtype=torch.float64)
+    call(None, (*shared[:2], 0, own.data_ptr()))
+    every = topk.merged(shared.exchange([own]), options.hyper.temperature)
+    call(gradient, (*shared[:2], every.data_ptr(), 0))
     return loss, parts, gradient
 
 

@@ -110,3 +110,16 @@ def test_columns_with_a_stride_and_logits_far_from_zero():
     problem = make("kd", "uniform", 300, 7, temperature=2.0, ce_weight=1.0, label_smoothing=0.1)
     assert_same(backend, problem._replace(student=(problem.student + 5e6).T.contiguous().T), tolerance=1e-7)
     assert_within_eager_error(backend, problem._replace(student=problem.student + 1024.0), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("loss", "rest"), _thorough(FUSED, lambda loss, rest: (loss, rest) in (("nkd", "bucket"), ("kd", "uniform")))
+)
+def test_pieces_of_rows_are_the_row(loss, rest):
+    """One without a class, one far below the other, and a column that is among the kept of one row alone."""
+    problem = make(loss, rest, 150, 12, rows=6, pads=1, **MORE[2])
+    problem.student[3, :40] -= 3000.0
+    problem.student[4, 0] = torch.nan
+    for widths in ((40, 110), (1, 0, 149)):
+        assert_same(backend, problem, widths=widths)
+    assert_within_eager_error(backend, make(loss, rest, 150, 12, **MORE[2]), torch.bfloat16, widths=(70, 80))
