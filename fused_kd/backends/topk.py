@@ -2,7 +2,7 @@
 is.
 
 No row of the teacher is made, and of the student's only the gradient. A backend's ``topk_loss`` does it: the C++ core
-in one visit to each row, Triton by a kernel for what the loss needs of the other classes and one for their gradient.
+in one visit to each row, Triton by four kernels, of which two walk over the student's logits.
 Where processes share the classes, each has two visits to its own columns, and what the first has found of all of them,
 ``(5 + k, N)`` float64, decides the second: the largest logit of the classes that are neither kept nor the target, their
 sums of exponentials relative to it at T and at 1, and their sum; then the logits of the target and of the kept classes,

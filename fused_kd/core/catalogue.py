@@ -83,6 +83,8 @@ ROW_LOSSES = {
 BITS = {need: 1 << place for place, need in enumerate(NEEDS)}
 KIND_SHIFT = 16
 NUMBERS = {name: loss.kind << KIND_SHIFT | sum(map(BITS.__getitem__, loss.needs)) for name, loss in ROW_LOSSES.items()}
+#: What becomes of a top-k teacher's rest, as the kernels get it.
+REST_NUMBERS = {rest: number for number, rest in enumerate(RESTS)}
 
 
 def as_run(loss: str, beta: float) -> str:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_kd.backends import triton as backend
+from fused_kd.backends.triton.plans import topk as plans
+from tests.support import topk_cases
 from tests.support.topk_cases import assert_same, assert_within_eager_error, make
 
 
@@ -17,6 +20,29 @@ def test_a_loss_is_the_reference(gpu, loss, rest):
     assert_within_eager_error(backend, make(loss, rest, 700, 16, pads=2, **options), torch.float32)
     assert_within_eager_error(backend, make(loss, rest, 333, 16, rows=3), torch.bfloat16)
     assert_same(backend, make(loss, rest, 333, 16, rows=3, **options), widths=(120, 0, 213))
+
+
+class _Count(TorchDispatchMode):
+    """How many of PyTorch's own kernels run: what only makes room or a view is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not any(word in str(function) for word in ("empty", "detach", "alias", "view", "slice", "select")):
+            self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_call_is_five_launches(gpu, monkeypatch):
+    launched, run = [], plans.run
+    monkeypatch.setattr(plans, "run", lambda launches, device: launched.extend(launches) or run(launches, device))
+    problem = make("nkd", "bucket", 130, 9, rows=3, weighted=True, temperature=2.0).to(torch.float32)
+    with _Count() as counted:
+        topk_cases.run(backend, problem)
+    assert [launch.kernel for launch in launched] == ["mark_kept", "rest_statistics", "resolve_kept", "rest_gradient"]
+    assert counted.names == ["aten.zeros.default"], counted.names
 
 
 @pytest.mark.parametrize("gpu", [80, 100], indirect=True, ids=["sm_80", "sm_100"])

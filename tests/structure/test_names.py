@@ -6,12 +6,10 @@ import pytest
 from tree import FOLDERS, ROOT, SOURCES
 
 from fused_kd.backends import topk
-from fused_kd.backends.native.boundary import RESTS
 from fused_kd.backends.native.staged import FIELDS
 from fused_kd.backends.staged import STAGES
-from fused_kd.core.catalogue import BITS, KIND_SHIFT, LOSSES, ROW_LOSSES
+from fused_kd.core.catalogue import BITS, KIND_SHIFT, LOSSES, REST_NUMBERS, ROW_LOSSES
 from fused_kd.core.options import HyperParameters
-from fused_kd.reference import topk as reference_topk
 
 PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "Makefile", *(ROOT / "benchmarks").glob("*.md")]
@@ -80,8 +78,7 @@ def test_what_becomes_of_a_teachers_rest_has_one_number():
     header = (ROOT / "csrc/losses/topk_losses.h").read_text()
     (enum,) = re.findall(r"enum TopKRest[^{]*\{([^}]*)\}", header)
     numbers = {name.lower(): int(number) for name, number in re.findall(r"k(\w+) = (\d+)", enum)}
-    assert numbers == RESTS
-    assert {*reference_topk.RESTS} == {*RESTS}
+    assert numbers == REST_NUMBERS
     folder = ROOT / "fused_kd/backends/triton"
     kernels = re.search(r"^SHARP, LINEAR = tl.constexpr\((\d+)\), tl.constexpr\((\d+)\)$",
                         (folder / "kernels/topk.py").read_text(), re.MULTILINE)  # fmt: skip

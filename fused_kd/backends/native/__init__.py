@@ -15,9 +15,9 @@ from torch import Tensor
 from fused_kd.backends import staged as stages
 from fused_kd.backends import topk
 from fused_kd.backends.native import core, cuda, direct, staged
-from fused_kd.backends.native.boundary import DTYPES, RANKS, REDUCTIONS, RESTS, address, batch, incoming, matrix
+from fused_kd.backends.native.boundary import DTYPES, RANKS, REDUCTIONS, address, batch, incoming, matrix
 from fused_kd.core import checks
-from fused_kd.core.catalogue import NUMBERS
+from fused_kd.core.catalogue import NUMBERS, REST_NUMBERS
 from fused_kd.core.options import Options, outputs, pair_outputs
 from fused_kd.reference import accumulation_dtype
 
@@ -189,7 +189,7 @@ def topk_loss(
         bad_row = _core.topk_loss(
             batch(_where(), student, target, options.ignore_index, dtype),
             (options.hyper, address(factors)),
-            (matrix(log_probs), matrix(indices), indices.shape[1], RESTS[rest]),
+            (matrix(log_probs), matrix(indices), indices.shape[1], REST_NUMBERS[rest]),
             NUMBERS[options.loss],
             (address(gradient), options.scales[0]),
             (REDUCTIONS["none"], loss.data_ptr(), parts.data_ptr()),

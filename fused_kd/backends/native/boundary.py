@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_kd.reference import topk
-
 #: (address, dtype, strides in elements)
 Matrix = tuple[int, int, tuple[int, ...]]
 #: (where, student, target, shape, ignore_index, dtype in which is accumulated)
@@ -14,7 +12,6 @@ Batch = tuple[tuple[str, int], Matrix, Matrix, torch.Size, int, int]
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4}
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
-RESTS = {rest: number for number, rest in enumerate(topk.RESTS)}  # csrc/losses/topk_losses.h
 RANKS = {"normalized": 0, "cls_kd": 1, "weak": 2, "final": 3, "sum": 4}
 
 

@@ -53,7 +53,7 @@ def kernels() -> dict[str, Any]:
         "target_probabilities", "ranked_on_chip", "write_keys", "write_zipf", "combine_ranked",
         "find_votes", "rank_votes", "zipf_rows",
         "piece_moments", "piece_statistics", "piece_sums", "piece_gradient",
-        "rest_statistics", "rest_gradient",
+        "mark_kept", "rest_statistics", "resolve_kept", "rest_gradient",
     )  # fmt: skip
     return {name: getattr(module, name) for module in modules for name in names if hasattr(module, name)}
 

@@ -36,7 +36,7 @@ def _weighted(weight, value):
 
 
 @triton.jit
-def _log2_1p(x):
+def log2_1p(x):
     """log2(1 + x) with the digits of a small x: what 1 + x loses, the ratio brings back."""
     u = 1.0 + x
     lost = tl.where(u == 1.0, 1.0, x / tl.where(u == 1.0, 1.0, u - 1.0))
@@ -44,7 +44,7 @@ def _log2_1p(x):
 
 
 @triton.jit
-def _one_minus_exp(x):
+def one_minus_exp(x):
     """1 - exp(-x) of x >= 0, with the digits of a small x."""
     series = tl.zeros_like(x)
     for i in tl.static_range(8):
@@ -106,8 +106,8 @@ def _both_soft(stats, s_y, t_y, scales):
     q_rest_nll = q_log_z - tl.log2(stats.t_soft)
     # Logarithms of q / p: where p and q are close, by one difference for both, whose error then cancels.
     small = tl.abs(difference) < 0.25 * tl.minimum(p_y, p_rest)
-    log_target = tl.where(small, _log2_1p(-difference / tl.where(small, p_y, 1.0)), p_nll - q_nll)
-    log_rest = tl.where(small, _log2_1p(difference / tl.where(small, p_rest, 1.0)), p_rest_nll - q_rest_nll)
+    log_target = tl.where(small, log2_1p(-difference / tl.where(small, p_y, 1.0)), p_nll - q_nll)
+    log_rest = tl.where(small, log2_1p(difference / tl.where(small, p_rest, 1.0)), p_rest_nll - q_rest_nll)
     log_target = tl.where(q_y == 0.0, 0.0, log_target)
     log_rest = tl.where(q_rest == 0.0, 0.0, log_rest)
     return p_nll, p_rest_nll, p_factor, q_y, q_rest, q_factor, difference, log_target, log_rest
@@ -143,13 +143,13 @@ def _wsld(stats, s_y, t_y, v_y, z_sharp, z_tsharp, weights, scales, PROB: tl.con
     _p, s_rest, _f, s_log_z, s_ce = join_target(s_y, stats.s_max, z_sharp, scales.sharp_s)
     _q, t_rest, _qf, t_log_z, t_ce = join_target(t_y, stats.t_max, z_tsharp, scales.sharp_t)
     # u is a ratio of the two, which as p_y -> 1 are nearly 1 - p_y.
-    s_ce = tl.where(s_rest < 0.5, -_log2_1p(-s_rest), s_ce)
-    t_ce = tl.where(t_rest < 0.5, -_log2_1p(-t_rest), t_ce)
+    s_ce = tl.where(s_rest < 0.5, -log2_1p(-s_rest), s_ce)
+    t_ce = tl.where(t_rest < 0.5, -log2_1p(-t_rest), t_ce)
     if PROB:
         s_ce = times(v_y, s_ce) + stats.v_sum * s_log_z - stats.v_cross * scales.sharp_s
         t_ce = times(v_y, t_ce) + stats.v_sum * t_log_z - stats.v_cross_t * scales.sharp_t
     # A student that rules the target out has all to learn, and would be inf / inf where the teacher does so too.
-    u = tl.where(s_ce == _INF, 1.0, _one_minus_exp(s_ce * LN2 / (t_ce * LN2 + 1e-7)))
+    u = tl.where(s_ce == _INF, 1.0, one_minus_exp(s_ce * LN2 / (t_ce * LN2 + 1e-7)))
     p_nll, p_rest_nll, p_factor, q_y, q_rest, q_factor, difference, _t, _r = _both_soft(stats, s_y, t_y, scales)
     weight = alpha * temperature * u
     safe_s = tl.where(z_s == 0.0, 1.0, z_s)

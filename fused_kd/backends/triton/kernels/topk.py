@@ -1,13 +1,21 @@
 # mypy: ignore-errors
 # Triton compiles these functions; to a type checker they are not Python.
-"""What a row loss needs of the classes outside a few that were kept of the teacher: :mod:`fused_kd.backends.topk`.
+"""A row loss with a top-k teacher: :mod:`fused_kd.backends.topk`. :mod:`.topk_losses` has the formulas.
 
-Kept classes and the target are left out: ``marks`` (rows, words) has a bit for each class, which is 1 for those. A row
-that is not ``counted`` is not read. Constexpr arguments, beside those of :mod:`.on_chip`:
+Four kernels, a program for each row: :func:`mark_kept` looks at what was kept, :func:`rest_statistics` walks over the
+student's logits of the other classes, :func:`resolve_kept` computes the loss and the gradient's coefficients from a few
+numbers, in float64, and :func:`rest_gradient` walks again. A row's ``columns`` are some of its ``num_classes`` classes,
+from ``first_class`` on, where processes share the classes.
 
-NEED    bits: SHARP for the exponentials at temperature 1 beside those at T, LINEAR for the sum of the logits in the
-        first kernel and for what is added to each class's gradient in the second
+``marks`` (rows, words) has a bit for each class, 1 for a kept one: kept classes and the target belong to no sum of the
+others. ``state`` (rows,) is 0 for a row that does not count, which is not read, 1 for one that does, and 2 for a wrong
+one, which is NaN: its target or an index is out of range, or an index is there twice. Constexpr arguments, beside those
+of :mod:`.on_chip`:
+
+NEED    bits: SHARP for the exponentials at temperature 1 beside those at T, LINEAR for the sum of the logits in
+        rest_statistics and for what is added to each class's gradient in rest_gradient
 LANES   threads of a program, each with WIDTH classes of a tile
+KEPT    a power of two, of which the first ``kept`` entries are a row's kept classes
 """
 
 from __future__ import annotations
@@ -18,47 +26,81 @@ import triton.language as tl
 from fused_kd.backends.triton.kernels.on_chip import at
 from fused_kd.backends.triton.kernels.rows import LOG2E, narrowed, zero_if_empty
 from fused_kd.backends.triton.kernels.tiles import lane_columns
+from fused_kd.backends.triton.kernels.topk_losses import Row, resolve
 
 SHARP, LINEAR = tl.constexpr(1), tl.constexpr(2)
 _NEG_INF = tl.constexpr(float("-inf"))
-RUNTIME = ["rows", "classes", "words", "student_row", "student_col"]
+#: What rest_statistics finds beside the logits of kept classes: see :data:`fused_kd.backends.topk.FIELDS`.
+_FIELDS = tl.constexpr(5)
+RUNTIME = [
+    "rows", "columns", "first_class", "num_classes", "words", "kept", "ignore_index", "student_row", "student_col",
+    "indices_row", "indices_col", "log_probs_row", "log_probs_col",
+]  # fmt: skip
 
 
 @triton.jit
-def _load(base, marks, cols, end, stride, UNIT: tl.constexpr, ACC: tl.constexpr):
+def _indices(indices, row, kept, indices_row, indices_col, read, KEPT: tl.constexpr):
+    """Those of a row, -1 where there is none."""
+    entry = tl.arange(0, KEPT)
+    return entry, tl.load(indices + row * indices_row + entry * indices_col, mask=read & (entry < kept), other=-1)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def mark_kept(
+    target, indices, factors, marks, state, rows: tl.int64, num_classes: tl.int32, words: tl.int64, kept: tl.int32,
+    ignore_index: tl.int64, indices_row: tl.int64, indices_col: tl.int64, KEPT: tl.constexpr,
+):  # fmt: skip
+    """Fills ``marks``, which are 0, and ``state``. KEPT is no less than the program's threads, each of which thus has
+    entries of its own: an atomic's result is theirs."""
+    row = tl.program_id(0).to(tl.int64)
+    y = tl.load(target + row)
+    counted = y != ignore_index
+    if factors is not None:
+        counted = counted & (tl.load(factors + row) != 0.0)
+    _, j = _indices(indices, row, kept, indices_row, indices_col, counted, KEPT)
+    present = (j >= 0) & (j < num_classes)
+    # A bit that was there before is a class that is there twice.
+    bit = (j % 32).to(tl.int32)
+    before = tl.atomic_or(marks + row * words + tl.where(present, j, 0) // 32, 1 << bit, mask=present)
+    wrong = (j < -1) | (j >= num_classes) | (present & (((before >> bit) & 1) != 0))
+    bad = (tl.max(wrong.to(tl.int32), 0) != 0) | (y < 0) | (y >= num_classes)
+    tl.store(state + row, tl.where(counted, tl.where(bad, 2, 1), 0))
+
+
+@triton.jit
+def _load(base, marks, cols, end, first_class, y_column, stride, UNIT: tl.constexpr, ACC: tl.constexpr):
     """Logits, and which of a tile's columns are classes of the rest."""
     inside = cols < end
     s = tl.load(at(base, cols, stride, UNIT), mask=inside, other=_NEG_INF).to(ACC)
-    word = tl.load(marks + cols // 32, mask=inside, other=0)
-    return s, inside & (((word >> (cols % 32)) & 1) == 0)
+    j = first_class + cols
+    word = tl.load(marks + j // 32, mask=inside, other=0)
+    return s, inside & (((word >> (j % 32)) & 1) == 0) & (cols != y_column)
+
+
+@triton.jit
+def _columns_of(j, first_class, columns):
+    """Of classes the columns, -1 where they are not here."""
+    column = j - first_class
+    return tl.where((column >= 0) & (column < columns), column, -1).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def rest_statistics(
-    student,
-    marks,
-    counted,
-    out,
-    rows: tl.int64,
-    classes: tl.int32,
-    words: tl.int64,
-    student_row: tl.int64,
-    student_col: tl.int64,
-    temperature: tl.float64,
-    ACC: tl.constexpr,
-    LANES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    VEC: tl.constexpr,
-    UNIT: tl.constexpr,
-    NEED: tl.constexpr,
-):
-    """out (4, rows): the largest logit, 0 where none can occur, the sums of exponentials relative to it at T and at 1,
-    and the sum of the logits less that of the row's first column."""
-    classes = classes // VEC * VEC
+    student, marks, state, target, indices, found, rows: tl.int64, columns: tl.int32, first_class: tl.int32,
+    words: tl.int64, kept: tl.int32, student_row: tl.int64, student_col: tl.int64, indices_row: tl.int64,
+    indices_col: tl.int64, temperature: tl.float64, ACC: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+    VEC: tl.constexpr, UNIT: tl.constexpr, NEED: tl.constexpr, KEPT: tl.constexpr,
+):  # fmt: skip
+    """found (5 + kept, rows) float64, as :mod:`fused_kd.backends.topk` has it: the largest logit, 0 where none can
+    occur, the sums of exponentials relative to it at T and at 1, the sum of the logits, and those of the target and of
+    the kept classes."""
+    columns = columns // VEC * VEC
     k = tl.full((), LOG2E, ACC)
     soft_scale = k / tl.full((), temperature, ACC)
     row = tl.program_id(0).to(tl.int64)
-    end = classes * tl.load(counted + row)
+    valid = tl.load(state + row) == 1
+    y_column = tl.where(valid, _columns_of(tl.load(target + row), first_class, columns), -1)
+    end = columns * valid.to(tl.int32)
     base = student + row * (student_row // VEC * VEC)
     marks += row * words
     about = zero_if_empty(tl.load(base, mask=end > 0, other=0.0).to(ACC))
@@ -67,7 +109,7 @@ def rest_statistics(
     largest = tl.full([LANES], _NEG_INF, ACC)
     soft, sharp, linear = tl.zeros([LANES], ACC), tl.zeros([LANES], ACC), tl.zeros([LANES], ACC)
     for start in range(0, end, LANES * WIDTH):
-        s, of_rest = _load(base, marks, start + lane, end, student_col, UNIT, ACC)
+        s, of_rest = _load(base, marks, start + lane, end, first_class, y_column, student_col, UNIT, ACC)
         if LINEAR & NEED:
             linear += tl.sum(tl.where(of_rest, s - about, 0.0), 1)
         s = tl.where(of_rest, s, _NEG_INF)
@@ -86,41 +128,104 @@ def rest_statistics(
         sharp = tl.sum(sharp * tl.exp2(down * k), 0)
     else:
         sharp = soft
-    tl.store(out + row, origin)
-    tl.store(out + rows + row, soft)
-    tl.store(out + 2 * rows + row, sharp)
-    tl.store(out + 3 * rows + row, tl.sum(linear, 0))
+    entry, j = _indices(indices, row, kept, indices_row, indices_col, valid, KEPT)
+    at_kept = _columns_of(j, first_class, columns)
+    s_kept = tl.load(base + at_kept * student_col, mask=at_kept >= 0, other=0.0)
+    s_target = tl.load(base + y_column * student_col, mask=y_column >= 0, other=0.0)
+    left_out = tl.sum(((at_kept >= 0) & (at_kept != y_column)).to(tl.int32), 0) + (y_column >= 0).to(tl.int32)
+    number = (end - left_out).to(tl.float64)
+    tl.store(found + row, origin.to(tl.float64))
+    tl.store(found + rows + row, soft.to(tl.float64))
+    tl.store(found + 2 * rows + row, sharp.to(tl.float64))
+    linear = tl.sum(linear, 0).to(tl.float64) + tl.where(number > 0, number * about.to(tl.float64), 0.0)
+    tl.store(found + 3 * rows + row, linear)
+    tl.store(found + 4 * rows + row, s_target.to(tl.float64))
+    tl.store(found + (entry + _FIELDS).to(tl.int64) * rows + row, s_kept.to(tl.float64), mask=entry < kept)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def resolve_kept(
+    found, state, target, indices, log_probs, factors, loss, parts, coefficients, entries, rows: tl.int64,
+    num_classes: tl.int32, kept: tl.int32, indices_row: tl.int64, indices_col: tl.int64, log_probs_row: tl.int64,
+    log_probs_col: tl.int64, temperature: tl.float64, first: tl.float64, second: tl.float64, ce_weight: tl.float64,
+    smoothing: tl.float64, scale: tl.float64, LOSS: tl.constexpr, REST: tl.constexpr, SINGLE: tl.constexpr,
+    CE: tl.constexpr, GRAD: tl.constexpr, KEPT: tl.constexpr,
+):  # fmt: skip
+    """loss (rows,), parts (3, rows); of the gradient coefficients (4, rows), the largest logit of the rest and what
+    multiplies its exponentials at T and at 1 and is added, and entries (kept + 1, rows), the last of the target."""
+    row = tl.program_id(0).to(tl.int64)
+    state_of_row = tl.load(state + row)
+    valid = state_of_row == 1
+    y = tl.load(target + row)
+    entry, j = _indices(indices, row, kept, indices_row, indices_col, valid, KEPT)
+    present = j >= 0
+    t = tl.load(log_probs + row * log_probs_row + entry * log_probs_col, mask=present, other=0.0).to(tl.float64)
+    s = tl.load(found + (entry + _FIELDS).to(tl.int64) * rows + row, mask=present, other=0.0)
+    own, is_target = present & (j != y), present & (j == y)
+    number = num_classes - 1 - tl.sum(own.to(tl.int32), 0)
+    x = Row(
+        tl.where(own, s, _NEG_INF),
+        tl.where(own, t, _NEG_INF),
+        tl.load(found + 4 * rows + row),
+        tl.sum(tl.where(is_target, t, 0.0), 0),
+        tl.max(is_target.to(tl.int32), 0) != 0,
+        number.to(tl.float64),
+        tl.load(found + row),
+        tl.load(found + rows + row),
+        tl.load(found + 2 * rows + row),
+        tl.load(found + 3 * rows + row),
+    )
+    weights = (
+        tl.full((), first, tl.float64),
+        tl.full((), second, tl.float64),
+        tl.full((), temperature, tl.float64),
+        tl.full((), ce_weight, tl.float64),
+        tl.full((), smoothing, tl.float64),
+    )
+    one, two, ce, by, by_y, soft, sharp, constant = resolve(x, own, weights, num_classes, LOSS, REST, CE)
+    factor, of_gradient = tl.full((), 1.0, tl.float64), tl.full((), 1.0, tl.float64)
+    missing = tl.where(valid, 0.0 * factor, float("nan"))
+    if factors is not None:
+        factor, of_gradient = tl.load(factors + row), tl.load(factors + rows + row)
+    ignored = state_of_row == 0
+    one = tl.where(ignored, 0.0, factor * one + missing)
+    two = tl.where(ignored, 0.0, factor * two + missing)
+    ce = tl.where(ignored, 0.0, factor * ce + missing)
+    dtype = loss.dtype.element_ty
+    tl.store(loss + row, (one + two + ce).to(dtype))
+    tl.store(parts + row, one.to(dtype))
+    tl.store(parts + rows + row, two.to(dtype))
+    tl.store(parts + 2 * rows + row, ce.to(dtype))
+    if GRAD:
+        scale = tl.where(ignored, 0.0, scale * of_gradient + missing)
+        if SINGLE:
+            soft += sharp
+        tl.store(coefficients + row, x.top.to(dtype))
+        tl.store(coefficients + rows + row, (soft * scale).to(dtype))
+        tl.store(coefficients + 2 * rows + row, (sharp * scale).to(dtype))
+        tl.store(coefficients + 3 * rows + row, (constant * scale).to(dtype))
+        tl.store(entries + entry.to(tl.int64) * rows + row, (by * scale).to(dtype), mask=entry < kept)
+        tl.store(entries + kept.to(tl.int64) * rows + row, (by_y * scale).to(dtype))
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def rest_gradient(
-    student,
-    marks,
-    counted,
-    coefficients,
-    gradient,
-    rows: tl.int64,
-    classes: tl.int32,
-    words: tl.int64,
-    student_row: tl.int64,
-    student_col: tl.int64,
-    temperature: tl.float64,
-    ACC: tl.constexpr,
-    LANES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    VEC: tl.constexpr,
-    UNIT: tl.constexpr,
-    NEED: tl.constexpr,
-):
-    """soft exp((s - max) / T) + sharp exp(s - max) + constant, of coefficients (4, rows): max, soft, sharp, constant.
-    Columns that are left out get 0; so does a row that is not counted."""
-    classes = classes // VEC * VEC
+    student, marks, state, target, indices, coefficients, entries, gradient, rows: tl.int64, columns: tl.int32,
+    first_class: tl.int32, words: tl.int64, kept: tl.int32, student_row: tl.int64, student_col: tl.int64,
+    indices_row: tl.int64, indices_col: tl.int64, temperature: tl.float64, ACC: tl.constexpr, LANES: tl.constexpr,
+    WIDTH: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr, NEED: tl.constexpr, KEPT: tl.constexpr,
+):  # fmt: skip
+    """soft exp((s - max) / T) + sharp exp(s - max) + constant; of kept classes and the target their entries. A row that
+    does not count gets 0, a wrong one NaN."""
+    columns = columns // VEC * VEC
     k = tl.full((), LOG2E, ACC)
     soft_scale = k / tl.full((), temperature, ACC)
     row = tl.program_id(0).to(tl.int64)
-    end = classes * tl.load(counted + row)
+    counted = tl.load(state + row) != 0
+    y_column = tl.where(counted, _columns_of(tl.load(target + row), first_class, columns), -1)
+    end = columns * counted.to(tl.int32)
     base = student + row * (student_row // VEC * VEC)
-    out = gradient + row * classes
+    out = gradient + row * columns
     marks += row * words
     origin = tl.load(coefficients + row)
     soft = tl.load(coefficients + rows + row)
@@ -131,7 +236,7 @@ def rest_gradient(
     lane = lane_start[:, None] + width
     for start in range(0, end, LANES * WIDTH):
         cols = start + lane
-        s, of_rest = _load(base, marks, cols, end, student_col, UNIT, ACC)
+        s, of_rest = _load(base, marks, cols, end, first_class, y_column, student_col, UNIT, ACC)
         d = s - origin
         g = soft * tl.exp2(d * soft_scale)
         if SHARP & NEED:
@@ -141,5 +246,12 @@ def rest_gradient(
         # A kept class may be larger than all others by any amount. A row without a value is NaN everywhere.
         g = tl.where(of_rest, g, 0.0 * constant)
         tl.store(out + cols, narrowed(g, dtype), mask=cols < end)
-    for start in range(0, tl.where(end > 0, 0, classes), LANES * WIDTH):
-        tl.store(out + (start + lane), tl.zeros_like(lane).to(dtype), mask=start + lane < classes)
+    for start in range(0, tl.where(end > 0, 0, columns), LANES * WIDTH):
+        tl.store(out + (start + lane), tl.zeros_like(lane).to(dtype), mask=start + lane < columns)
+    tl.debug_barrier()  # other threads have stored there: a mask of single classes would make those stores scalar
+    entry, j = _indices(indices, row, kept, indices_row, indices_col, counted, KEPT)
+    at_kept = _columns_of(j, first_class, columns)
+    here = (at_kept >= 0) & (at_kept != y_column)
+    value = tl.load(entries + entry.to(tl.int64) * rows + row, mask=here, other=0.0)
+    tl.store(out + at_kept, narrowed(value, dtype), mask=here)
+    tl.store(out + y_column, narrowed(tl.load(entries + kept.to(tl.int64) * rows + row), dtype), mask=y_column >= 0)

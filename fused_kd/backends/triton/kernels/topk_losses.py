@@ -1,0 +1,316 @@
+# mypy: ignore-errors
+# Triton compiles these functions; to a type checker they are not Python.
+"""The row losses with a top-k teacher in Triton's language, of one row in float64: the same formulas as in
+``csrc/losses/topk_losses.h``, which has the notation. Kept classes other than the target are a block of entries; the
+target and the rest are scalars.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from fused_kd.backends.triton.kernels.losses import DKD, KD, NKD, WSLD, log2_1p, one_minus_exp
+from fused_kd.backends.triton.kernels.rows import LN2, LOG2E, join_target, times, zero_if_empty
+from fused_kd.core.catalogue import REST_NUMBERS
+
+_NEG_INF = tl.constexpr(float("-inf"))
+_INF = tl.constexpr(float("inf"))
+#: REST is one of these.
+DROP = tl.constexpr(REST_NUMBERS["drop"])
+RENORMALIZE = tl.constexpr(REST_NUMBERS["renormalize"])
+BUCKET = tl.constexpr(REST_NUMBERS["bucket"])
+UNIFORM = tl.constexpr(REST_NUMBERS["uniform"])
+
+
+class Row(NamedTuple):
+    """What is known of a row: ``s`` and ``t`` are blocks, -inf where an entry is no kept class."""
+
+    s: tl.tensor  # the student's logits
+    t: tl.tensor  # the teacher's log-probabilities
+    s_y: tl.tensor
+    t_y: tl.tensor  # 0 where the target was not kept
+    kept_y: tl.tensor
+    number: tl.tensor  # of the classes of the rest
+    top: tl.tensor  # their largest logit, 0 where none can occur
+    soft: tl.tensor  # the sums of their exponentials at T and at 1, relative to it
+    sharp: tl.tensor
+    linear: tl.tensor  # the sum of their logits
+
+
+class Side(NamedTuple):
+    """The softmax of the student's or the teacher's row at a scale, of exponentials relative to ``top``."""
+
+    top: tl.tensor
+    e: tl.tensor  # of the kept classes
+    e_y: tl.tensor  # of the target, 0 where it is not set apart
+    moved: tl.tensor  # what multiplies exponentials relative to the rest's own largest
+    kept: tl.tensor  # the sum of e and e_y
+    rest: tl.tensor
+    log_rest: tl.tensor
+    total: tl.tensor
+    log_total: tl.tensor  # 0 where no class can occur
+
+
+@triton.jit
+def _times(weight, value):
+    """weight * value with 0 * inf = 0; NaN stays."""
+    return weight * tl.where((weight == 0.0) & (tl.abs(value) == _INF), 0.0, value)
+
+
+@triton.jit
+def _side(x, x_y, others, others_top, scale):
+    some = others != 0.0
+    top = tl.maximum(tl.maximum(tl.max(x, 0), x_y), tl.where(some, others_top, _NEG_INF))
+    top = zero_if_empty(top)
+    e = tl.exp((x - top) * scale)
+    e_y = tl.exp((x_y - top) * scale)
+    down = (others_top - top) * scale
+    moved = tl.where(some, tl.exp(down), 0.0)
+    log_rest = tl.where(some, tl.log(tl.where(some, others, 1.0)) + down, _NEG_INF)
+    kept, rest = tl.sum(e, 0) + e_y, others * moved
+    total = kept + rest
+    empty = total == 0.0
+    log_total = tl.log(tl.where(empty, 1.0, total))
+    return Side(top, e, e_y, moved, kept, rest, log_rest, total, log_total)
+
+
+@triton.jit
+def _split(x_y, top, total, scale):
+    """The target's probability against all others, as :func:`.rows.join_target` has it, logarithms natural."""
+    empty = total == 0.0
+    m = tl.where(empty, _NEG_INF, top)
+    p, rest, factor, log_z, nll = join_target(x_y, m, total, scale * LOG2E)
+    log_z, nll = log_z * LN2, nll * LN2
+    nll = tl.where(rest < 0.5, -log2_1p(-rest) * LN2, nll)
+    log_of_rest = tl.where(empty, _NEG_INF, tl.log(tl.where(empty, 1.0, total)) - log_z)
+    return p, rest, factor, log_z, nll, log_of_rest
+
+
+@triton.jit
+def _soft_entry(s, t, log_p, log_q, q, by_p, e, temperature, ENTROPY: tl.constexpr):
+    """Of a term weight T sum q (log q - log p), or without log q: the value, and the gradient at a class."""
+    value = -_times(temperature * q, log_p)
+    if ENTROPY:
+        value += _times(temperature * q, log_q)
+    return value, tl.where(s == _NEG_INF, 0.0, by_p * e - q)
+
+
+@triton.jit
+def _soft_term(x, others, s, t, s_y, t_y, weight, share, temperature, ENTROPY: tl.constexpr, REST: tl.constexpr):
+    """Over the kept classes, the target where it is set apart, and the rest; ``others`` are the number, the sum of
+    exponentials and that of logits of its classes. Returns the value, the gradients at the kept classes and at the
+    target, and of the rest's the factor of exponentials and the constant.
+
+    In a bucket the others are one class, whose gradient they share like their probabilities.
+    """
+    number, exponentials, linear = others
+    scale = 1.0 / temperature
+    # Of drop less than 1; renormalised it is 1, or NaN where the teacher is.
+    counting = t.kept / t.total if (REST == DROP or REST == RENORMALIZE) else tl.full((), 1.0, tl.float64)
+    by_q = weight / t.total
+    by_p = tl.where(s.total == 0.0, 0.0, weight * counting / tl.where(s.total == 0.0, 1.0, s.total))
+    log_p, log_q = (x.s - s.top) * scale - s.log_total, (x.t - t.top) * scale - t.log_total
+    values, by = _soft_entry(x.s, x.t, log_p, log_q, by_q * t.e, by_p, s.e, temperature, ENTROPY)
+    log_p, log_q = (s_y - s.top) * scale - s.log_total, (t_y - t.top) * scale - t.log_total
+    value_y, by_y = _soft_entry(s_y, t_y, log_p, log_q, by_q * t.e_y, by_p, s.e_y, temperature, ENTROPY)
+    value = tl.sum(values, 0) + value_y
+    soft, constant = by_p * s.moved, tl.zeros_like(value)
+    q, some = by_q * t.rest, number > 0.0
+    if REST == BUCKET:
+        of_rest, _by = _soft_entry(s.top, t.top, s.log_rest - s.log_total, t.log_rest - t.log_total, q, by_p, q,
+                                   temperature, ENTROPY)  # fmt: skip
+        value += tl.where(some, of_rest, 0.0)
+        safe = tl.where(exponentials == 0.0, 1.0, exponentials)
+        soft = tl.where(some, tl.where(exponentials == 0.0, 0.0, (by_p * s.rest - q) / safe), soft)
+    if REST == UNIFORM:
+        log_p = (linear / tl.where(some, number, 1.0) - s.top) * scale - s.log_total
+        log_q = (share - t.top) * scale - t.log_total
+        of_rest, _by = _soft_entry(s.top, t.top, log_p, log_q, q, by_p, q, temperature, ENTROPY)
+        value += tl.where(some, of_rest, 0.0)
+        constant = tl.where(some, -q / tl.where(some, number, 1.0), 0.0)
+    return value, by, by_y, soft, constant
+
+
+@triton.jit
+def _js_slope(p, q, log_p, log_q, beta):
+    """beta KL(q | m) + (1 - beta) KL(p | m) at a class, and the slope in p: log p - log m, times 1 - beta, or 1."""
+    of_p = tl.where(beta == 1.0, 1.0, 1.0 - beta)
+    by_q, by_p = tl.log(beta) + log_q, tl.log(1.0 - tl.where(beta == 1.0, 0.0, beta)) + log_p
+    larger, smaller = tl.maximum(by_q, by_p), tl.minimum(by_q, by_p)
+    mixed = larger + log2_1p(tl.exp(smaller - larger)) * LN2
+    log_m = tl.where(beta == 1.0, log_q, mixed)
+    h = tl.where(p == 0.0, 0.0, of_p * (log_p - log_m))
+    of_q = tl.where(q == 0.0, 0.0, beta * q * (log_q - log_m))
+    return p * h + tl.where(beta == 1.0, 0.0, of_q), h
+
+
+@triton.jit
+def _jensen_shannon(x, others, s, t, s_y, t_y, beta, temperature):
+    """As :func:`_soft_term`; the rest is one class more."""
+    number, exponentials, _linear = others
+    scale = 1.0 / temperature
+    log_p, log_q = (x.s - s.top) * scale - s.log_total, (x.t - t.top) * scale - t.log_total
+    p, p_y, of_rest = s.e / s.total, s.e_y / s.total, s.rest / s.total
+    values, h = _js_slope(p, t.e / t.total, log_p, log_q, beta)
+    log_p, log_q = (s_y - s.top) * scale - s.log_total, (t_y - t.top) * scale - t.log_total
+    value_y, h_y = _js_slope(p_y, t.e_y / t.total, log_p, log_q, beta)
+    some = number > 0.0
+    log_p, log_q = s.log_rest - s.log_total, t.log_rest - t.log_total
+    value_r, h_r = _js_slope(of_rest, t.rest / t.total, log_p, log_q, beta)
+    value_r, h_r = tl.where(some, value_r, 0.0), tl.where(some, h_r, 0.0)
+    mean = tl.sum(p * h, 0) + p_y * h_y + tl.where(some, of_rest * h_r, 0.0)
+    by = tl.where(x.s == _NEG_INF, 0.0, temperature * p * (h - mean))
+    by_y = tl.where(s_y == _NEG_INF, 0.0, temperature * p_y * (h_y - mean))
+    none = exponentials == 0.0
+    soft = tl.where(none, 0.0, temperature * of_rest * (h_r - mean) / tl.where(none, 1.0, exponentials))
+    value = temperature * temperature * (tl.sum(values, 0) + value_y + value_r)
+    return value, by, by_y, soft, tl.zeros_like(value)
+
+
+@triton.jit
+def _whole_term(x, share, weight, beta, temperature, KIND: tl.constexpr, REST: tl.constexpr):
+    """A term of the softmaxes at T over all classes: weight T times KL, or the cross-entropy, or Jensen-Shannon."""
+    scale = 1.0 / temperature
+    possible = x.s_y != _NEG_INF
+    # A target that was not kept is of the rest.
+    joins = (x.kept_y == 0) & possible
+    some = x.soft != 0.0
+    top = tl.where(joins, tl.where(some, tl.maximum(x.s_y, x.top), x.s_y), x.top)
+    exponentials = tl.where(some, x.soft * tl.exp((x.top - top) * scale), 0.0)
+    exponentials += tl.where(joins, tl.exp((x.s_y - top) * scale), 0.0)
+    number = x.number + tl.where(x.kept_y, 0.0, 1.0)
+    linear = x.linear + tl.where(x.kept_y, 0.0, x.s_y)
+    s_y, t_y = tl.where(x.kept_y, x.s_y, _NEG_INF), tl.where(x.kept_y, x.t_y, _NEG_INF)
+    s, t = _side(x.s, s_y, exponentials, top, scale), _side(x.t, t_y, number, share, scale)
+    others = (number, exponentials, linear)
+    if KIND == KD or KIND == WSLD:
+        value, by, by_y, soft, constant = _soft_term(
+            x, others, s, t, s_y, t_y, weight, share, temperature, KIND == KD, REST
+        )
+    else:
+        value, by, by_y, soft, constant = _jensen_shannon(x, others, s, t, s_y, t_y, beta, temperature)
+    by_y += tl.where(joins, soft * tl.exp((x.s_y - top) * scale) + constant, 0.0)
+    soft = tl.where(some, soft * tl.exp((x.top - top) * scale), 0.0)
+    return tl.where(s.total == 0.0, float("nan"), value), by, by_y, soft, constant
+
+
+@triton.jit
+def _binary_term(x, s, t, share, alpha, temperature, REST: tl.constexpr):
+    """alpha T^2 sum b_t (log b_t - log b_s) over (target, all others), but for what ``drop`` leaves out of b_t, and the
+    gradient D at the target over alpha T: that of another class is -D times its probability among the others."""
+    scale = 1.0 / temperature
+    p, p_rest, _f, _z, p_nll, p_log_rest = _split(x.s_y, s.top, s.total, scale)
+    t_y = tl.where(x.kept_y, x.t_y, share)
+    q, q_rest, _f, log_z, q_nll, q_log_rest = _split(t_y, t.top, t.total, scale)
+    if REST == DROP:
+        none = t.kept == 0.0
+        q_log_rest = tl.where(none, _NEG_INF, tl.log(tl.where(none, 1.0, t.kept)) - log_z)
+        q_rest = tl.where(t.total == 0.0, q_rest, q_rest * t.kept / tl.where(t.total == 0.0, 1.0, t.total))
+        q = tl.where(x.kept_y, q, 0.0)
+        q_nll = tl.where(x.kept_y, q_nll, _INF)
+    weight = alpha * temperature * temperature
+    value = _times(weight * q, p_nll) - _times(weight * q, q_nll)
+    value += _times(weight * q_rest, q_log_rest) - _times(weight * q_rest, p_log_rest)
+    total = q + q_rest
+    return value, tl.where((p > 0.5) & (q > 0.5), q_rest - total * p_rest, total * p - q)
+
+
+@triton.jit
+def _hat_terms(x, share, weight, alpha, temperature, num_classes, KIND: tl.constexpr, REST: tl.constexpr):
+    """A term of the softmaxes at T over the classes that are not the target: weight T times KL, or the cross-entropy.
+    Hats renormalise, ``drop`` included. DKD has that of the target against all others besides."""
+    scale = 1.0 / temperature
+    nothing = tl.full((), _NEG_INF, tl.float64)
+    s, t = _side(x.s, nothing, x.soft, x.top, scale), _side(x.t, nothing, x.number, share, scale)
+    one, by, by_y, soft = tl.zeros_like(weight), tl.zeros_like(x.s), tl.zeros_like(weight), tl.zeros_like(weight)
+    if KIND == DKD:
+        one, difference = _binary_term(x, s, t, share, alpha, temperature, REST)
+        difference = tl.where(alpha == 0.0, 0.0, difference)
+        none = s.total == 0.0
+        by_p = tl.where(none, 0.0, -alpha * temperature * difference / tl.where(none, 1.0, s.total))
+        by = tl.where(x.s == _NEG_INF, 0.0, by_p * s.e)
+        by_y, soft = alpha * temperature * difference, by_p * s.moved
+        one = tl.where(alpha == 0.0, 0.0, one)
+    if REST == DROP:
+        empty = t.kept == 0.0
+        log_kept = tl.where(empty, 0.0, tl.log(tl.where(empty, 1.0, t.kept)))
+        t = Side(t.top, t.e, t.e_y, t.moved, t.kept, t.rest, t.log_rest, t.kept, log_kept)
+    alone = (num_classes == 2) | (t.total == 0.0)
+    others = (x.number, x.soft, x.linear)
+    value, more, _y, more_soft, constant = _soft_term(
+        x, others, s, t, nothing, nothing, weight, share, temperature, KIND == DKD,
+        RENORMALIZE if REST == DROP else REST,
+    )  # fmt: skip
+    two = tl.where(alone, 0.0, value)
+    by += tl.where(alone, 0.0, more)
+    soft += tl.where(alone, 0.0, more_soft)
+    return one, two, by, by_y, soft, tl.where(alone, 0.0, constant)
+
+
+@triton.jit
+def resolve(x, own, weights, num_classes, LOSS: tl.constexpr, REST: tl.constexpr, CE: tl.constexpr):
+    """The three parts, the gradient at the kept classes and at the target, and (soft, sharp, constant) of that of the
+    rest, soft exp((s - top) / T) + sharp exp(s - top) + constant. ``weights`` are the loss's own two hyper-parameters,
+    temperature, ce_weight and label_smoothing. CE: ce_weight is not 0."""
+    first, second, temperature, ce_weight, smoothing = weights
+    zero = tl.zeros_like(temperature)
+    entries = tl.sum(own.to(tl.int32), 0) + x.kept_y.to(tl.int32)
+    left = 1.0 - tl.sum(tl.where(own, tl.exp(x.t), 0.0), 0) - tl.where(x.kept_y, tl.exp(x.t_y), 0.0)
+    spread = left / tl.maximum(num_classes - entries, 1).to(tl.float64)
+    share = tl.where(left <= 0.0, _NEG_INF, tl.log(tl.where(left <= 0.0, 1.0, spread)))
+    share = tl.where(entries == num_classes, _NEG_INF, share)
+    if REST == RENORMALIZE:
+        share = zero + _NEG_INF
+    one, two, ce, u = zero, zero, zero, zero + 1.0
+    by, by_y, sharp, constant = tl.zeros_like(x.s), zero, zero, zero
+    distilled: tl.constexpr = LOSS == NKD or LOSS == WSLD
+    if distilled or CE:
+        s = _side(x.s, zero + _NEG_INF, x.sharp, x.top, 1.0)
+        p_y, p_rest, factor, log_z, nll, _l = _split(x.s_y, s.top, s.total, 1.0)
+        by_p = zero
+        if CE:
+            logits = tl.sum(tl.where(own, x.s - s.top, 0.0), 0) + x.linear - x.number * s.top
+            everything = nll + (num_classes - 1) * log_z - logits
+            uniform = smoothing / num_classes
+            ce = ce_weight * (times(1.0 - smoothing, nll) + tl.where(smoothing == 0.0, 0.0, uniform * everything))
+            others, label = smoothing - uniform, (1.0 - smoothing) + uniform
+            by_p = ce_weight * factor
+            constant = -ce_weight * uniform
+            by_y = ce_weight * (p_y * others - label * p_rest)
+        if distilled:
+            t_y = tl.where(x.kept_y, x.t_y, _NEG_INF)
+            outside = x.number + tl.where(x.kept_y, 0.0, 1.0)
+            t = _side(x.t, t_y, outside, share, 1.0)
+            log_q = tl.where(x.kept_y, x.t_y, share) - t.top - t.log_total
+            if REST == DROP or REST == RENORMALIZE:
+                log_q = tl.where(x.kept_y, log_q, tl.where(t.total == t.total, _NEG_INF, t.total))
+            if LOSS == NKD:
+                q = tl.exp(log_q)
+                one = times(q, nll)
+                by_p += q * factor
+                by_y -= q * p_rest
+            else:
+                u = tl.where(nll == _INF, 1.0, one_minus_exp(nll / (1e-7 - log_q)))
+        by = tl.where(x.s == _NEG_INF, 0.0, by_p * s.e + constant)
+        sharp = by_p * s.moved
+    if LOSS == NKD or LOSS == DKD:
+        weight, alpha = (first if LOSS == NKD else second) * temperature, first
+        first_part, two, more, more_y, soft, further = _hat_terms(
+            x, share, weight, alpha, temperature, num_classes, LOSS, REST
+        )
+        one += first_part
+    else:
+        weight = (first * u if LOSS == WSLD else 1.0) * temperature
+        one, more, more_y, soft, further = _whole_term(x, share, weight, first, temperature, LOSS, REST)
+    by, by_y, constant = by + more, by_y + more_y, constant + further
+    # A class that cannot occur has no gradient, the target included; NaN spreads to all.
+    by_y = tl.where(x.s_y == _NEG_INF, 0.0 * (soft + sharp), by_y)
+    if REST == RENORMALIZE:
+        # What was kept has no probability at all, so that it cannot be renormalised.
+        missing = tl.maximum(tl.max(x.t, 0), tl.where(x.kept_y, x.t_y, _NEG_INF)) == _NEG_INF
+        nan = tl.where(missing, float("nan"), 0.0).to(tl.float64)
+        one, two, ce, by, by_y, soft = one + nan, two + nan, ce + nan, by + nan, by_y + nan, soft + nan
+    return one, two, ce, by, by_y, soft, sharp, constant
