@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -59,14 +58,22 @@ def kernel_or_reference(
     what = f"{LOSSES[name].title} with a TopK of rest={rest!r}{' beside a ClassShard' if sharded else ''}"
     if asked != "auto":
         raise RuntimeError(f"backend {asked!r} cannot run {what}: it has no kernel for it; backend='reference' does it")
-    warn_of_reference(what)
+    _warn_once(what)
     return "reference"
 
 
-@cache
-def warn_of_reference(what: str) -> None:
+_warned: set[str] = set()
+
+
+def _warn_once(what: str) -> None:
     """Once in a process for each."""
-    backends.warn_of_reference(what, "which makes whole rows: it has no kernel for it")
+    if what not in _warned:
+        _warned.add(what)
+        backends.warn_of_reference(what, "which makes whole rows: it has no kernel for it")
+
+
+# In a compiled graph too, while it is traced: see fused_kd/backends/__init__.py.
+_warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_log_probs(teacher: SourceRows, target: Tensor, weight: Tensor | None, ignore_index: int) -> None:

@@ -282,7 +282,7 @@ def kept_classes(rank, size):
     (wanted,) = torch.autograd.grad(expected, whole)
     own = columns(rank, [31 // size + (31 % size if each == 0 else 0) for each in range(size)])
     local = student[:, own].clone().requires_grad_()
-    _topk.warn_of_reference.cache_clear()
+    _topk._warned.clear()
     with pytest.warns(RuntimeWarning, match="NKD with a TopK of rest='bucket' beside a ClassShard by its eager"):
         found = fused_kd.nkd_loss(ClassShard(local, own.start, 31), kept, target, temperature=2.0)
     torch.testing.assert_close(found, expected)
