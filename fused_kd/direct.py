@@ -63,7 +63,9 @@ def loss(
     """
     if _loss is None or torch.compiler.is_compiling():
         return None
-    which = NUMBERS.get(as_run(name, numbers.get("beta", 1.0)), name)
+    # A beta that is no number is left to the checks.
+    run = as_run(name, numbers["beta"]) if type(numbers.get("beta")) in (float, int) else name
+    which = NUMBERS.get(run, name)
     made = _loss(which, tensors, numbers, settings, common, native.instruction_set, torch.get_num_threads())
     if type(made) is not tuple:
         return None if made is None else (made, None)

@@ -44,7 +44,7 @@ def unavailable(name: str, device: torch.device | str, loss: str = "nkd") -> str
 
 def check_name(backend: str) -> None:
     """Raise a ValueError unless it is "auto" or a backend, whether or not that can run here."""
-    if backend not in ("auto", *BACKENDS):
+    if not isinstance(backend, str) or backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend: expected 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
 
 
@@ -53,7 +53,6 @@ _chosen: dict[tuple[str, torch.device | str, str], str] = {}
 
 
 def _choose(backend: str, device: torch.device | str, loss: str) -> str:
-    check_name(backend)
     device = cuda_devices.resolved(device)
     if backend == "auto":
         choice = _best(device, loss)
@@ -127,7 +126,6 @@ def choose(backend: str, device: torch.device | str, loss: str = "nkd") -> str:
     """The backend that serves a call: the one named, if it can, or for ``"auto"`` the best that can.
 
     Raises:
-        ValueError: no backend has that name.
         RuntimeError: the one named cannot run this loss of tensors of that device, with the reason.
     """
     if torch.compiler.is_compiling():

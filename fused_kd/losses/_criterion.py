@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar, overload
 
 from torch import Tensor, nn
@@ -44,7 +45,8 @@ class Criterion(nn.Module):
         # torch.compile takes a module's int for a constant, so that each new one would compile the graph anew.
         counts = name in ("ignore_index", "class_dim", "num_classes")
         if type(value) is int and not counts and name in self.__dict__.get("_names", ()):
-            value = float(value)
+            with suppress(OverflowError):  # the call says what is wrong with one that no float can hold
+                value = float(value)
         super().__setattr__(name, value)
 
     def _call(self, *tensors: Any, **given: Any) -> Any:

@@ -21,10 +21,9 @@ from fused_kd.sources import TopK
 def topk_rows(given: TopK, shape: tuple[int, ...]) -> SourceRows:
     """Checked, of student's logits of that ``shape``."""
     log_probs = checks.check_logits("teacher_logits.log_probs", given.log_probs)
-    indices = given.indices
-    if not isinstance(indices, Tensor) or indices.is_floating_point() or indices.dtype == torch.bool:
-        said = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
-        raise TypeError(f"teacher_logits.indices: expected a Tensor of integers, got {said}")
+    indices = checks.check_tensor("teacher_logits.indices", given.indices, "a Tensor of integers")
+    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+        raise TypeError(f"teacher_logits.indices: expected a Tensor of integers, got {indices.dtype}")
     checks.check_choice("teacher_logits.rest", given.rest, RESTS)
     kept = log_probs.shape[-1]
     if tuple(log_probs.shape[:-1]) != shape[:-1] or not 1 <= kept <= shape[-1]:
