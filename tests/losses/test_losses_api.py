@@ -160,6 +160,20 @@ def test_return_parts_is_a_flag(loss, backend, wrong):
         function(loss)(student, *others, target, backend=backend, return_parts=wrong)
 
 
+def test_a_module_says_its_name_where_an_argument_is_missing():
+    student, (teacher,), target = make("nkd")
+    of_images = type("OfImages", (fused_kd.NKDLoss,), {})
+    for module in (of_images(), *(getattr(fused_kd, loss.module)() for loss in LOSSES.values() if loss.name != "uskd")):
+        with pytest.raises(TypeError, match=rf"^{type(module).__name__}\.forward\(\) missing "):
+            module()
+        with pytest.raises(TypeError, match=rf"^{type(module).__name__}\.forward\(\) got an unexpected .* 'gamma'"):
+            module(student, teacher, target, gamma=2.0)
+    forward = fused_kd.NKDLoss.forward
+    assert inspect.signature(forward) == inspect.signature(fused_kd.DKDLoss.forward)
+    assert forward.__doc__.startswith("The loss, or with")
+    assert torch.equal(of_images()(student, teacher, target, weight=None), fused_kd.nkd_loss(student, teacher, target))
+
+
 @pytest.mark.parametrize("place", [place for place in HERE if place[0] not in ("tf_kd", "zipf_ls")], ids="-".join)
 def test_a_teacher_is_not_left_out(place):
     """None was taken for a loss without one: the divergence from the student itself, which is 0."""
