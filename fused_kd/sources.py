@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from fused_kd.backends.sources import CHUNK_BYTES
+from fused_kd.core import checks
 
 __all__ = ["CHUNK_BYTES", "ClassShard", "Head", "TopK"]
 
@@ -93,6 +94,12 @@ class TopK:
     def from_logits(cls, logits: Tensor, indices: Tensor) -> TopK:
         """Of logits ``(..., k)``, whose softmax over the kept classes is taken first: nothing is left over, as with
         ``"renormalize"``."""
+        checks.check_logits("logits", logits)
+        checks.check_tensor("indices", indices, "a Tensor of integers")
+        if indices.shape != logits.shape:
+            raise ValueError(
+                f"indices: expected the shape of logits, {tuple(logits.shape)}, got {tuple(indices.shape)}"
+            )
         kept = logits.masked_fill(indices < 0, float("-inf"))
         return cls(kept.log_softmax(-1), indices, "renormalize")
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fused_kd.backends import cuda_devices, native, triton
+from fused_kd.core import checks
 from fused_kd.core.catalogue import LOSSES
 
 __all__ = ["BACKENDS", "Explanation", "choose", "explain", "get", "unavailable"]
@@ -159,8 +160,10 @@ class Explanation(NamedTuple):
 
 def explain(student_logits: Tensor | torch.device | str = "cpu", loss: str = "nkd") -> Explanation:
     """See :func:`fused_kd.explain`, which takes more than tensors."""
-    if loss not in LOSSES:
-        raise ValueError(f"loss: expected one of {', '.join(map(repr, LOSSES))}, got {loss!r}")
+    checks.check_choice("loss", loss, tuple(LOSSES))
+    if not isinstance(student_logits, (Tensor, torch.device, str)):
+        given = type(student_logits).__name__
+        raise TypeError(f"student_logits: expected a Tensor, what stands for one, or a device, got {given}")
     device = student_logits.device if isinstance(student_logits, Tensor) else cuda_devices.resolved(student_logits)
     chosen = _best(device, loss)
     reasons = {}

@@ -52,8 +52,6 @@ def row_loss(
     _, _, class_dim, num_classes, backend, return_parts = common
     student = _flattened("student_logits", student_logits, class_dim)
     device, dtype = student.rows.values.device, student.rows.values.dtype
-    if student.span is None and student.shape[-1] < 2:
-        raise ValueError(f"student_logits: expected at least 2 classes, got shape {student.shape}")
     if num_classes is not None:
         student = _without_padding("student_logits", student, num_classes)
     shape = student.shape
@@ -218,6 +216,8 @@ def _flattened(name: str, given: Any, class_dim: int | None) -> _Given:
         logits = checks.check_logits(name, given)
         dim = checks.class_dimension(logits, class_dim)
         logits = logits.movedim(dim, -1)
+        if logits.shape[-1] < 2:
+            raise ValueError(f"{name}: expected at least 2 classes, got shape {tuple(logits.shape)}")
         return _Given(SourceRows(logits.reshape(-1, logits.shape[-1])), tuple(logits.shape), 0)
     raise TypeError(f"{name}: expected a Tensor or a source such as a Head, got {type(given).__name__}")
 
@@ -228,10 +228,11 @@ def _head(name: str, head: Head, class_dim: int | None, least: int = 2) -> _Give
     for given in (head.hidden, head.weight, head.bias):
         _shards.refuse_dtensor(name, given)
     hidden, weight = (checks.check_logits(f"{name}.{at}", getattr(head, at)) for at in ("hidden", "weight"))
-    if weight.dim() != 2 or hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1] or weight.shape[0] < least:
+    fits = weight.dim() == 2 and hidden.dim() >= 2 and hidden.shape[-1] == weight.shape[1] > 0
+    if not fits or weight.shape[0] < least:
         raise ValueError(
-            f"{name}: expected a Head of hidden states (..., D) and a weight (C, D) with C at least {least}, got "
-            f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
+            f"{name}: expected a Head of hidden states (..., D) and a weight (C, D) with C at least {least} and D at "
+            f"least 1, got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
     tensors = [hidden, weight]
     if head.bias is not None:

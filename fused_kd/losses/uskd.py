@@ -300,7 +300,7 @@ class USKDLoss(Criterion):
         """The dimension of the classes."""
         width, num_classes = self.weak_classifier.in_features, self.weak_classifier.out_features
         checks.check_tensor("student_logits", student_logits)
-        checks.check_tensor("feature", feature)
+        checks.check_logits("feature", feature)
         shape = tuple(student_logits.shape)
         dim = checks.class_dimension(student_logits, self._value("class_dim"))
         if len(shape) < 2 or shape[dim] != num_classes:
