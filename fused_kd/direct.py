@@ -63,9 +63,9 @@ def loss(
     """
     if _loss is None or torch.compiler.is_compiling():
         return None
-    # A beta that is no number is left to the checks.
-    run = as_run(name, numbers["beta"]) if type(numbers.get("beta")) in (float, int) else name
-    which = NUMBERS.get(run, name)
+    which = NUMBERS.get(name, name)
+    if name == "js" and type(numbers["beta"]) in (float, int):  # what is no number is left to the checks
+        which = NUMBERS[as_run(name, numbers["beta"])]
     made = _loss(which, tensors, numbers, settings, common, native.instruction_set, torch.get_num_threads())
     if type(made) is not tuple:
         return None if made is None else (made, None)
