@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from numbers import Real
+from numbers import Rational, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -36,10 +36,10 @@ def check_scalar(name: str, value: float, *, positive: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt, Real)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     wanted = "a finite number above 0" if positive else "a finite number of at least 0"
-    try:
-        number = value if isinstance(value, torch.SymFloat) else float(value)
-    except OverflowError:
-        raise ValueError(f"{name}: expected {wanted}, got one that no float can hold") from None
+    # Not by float's own error, which torch.compile takes for one of its own.
+    if isinstance(value, Rational) and not -sys.float_info.max <= value <= sys.float_info.max:
+        raise ValueError(f"{name}: expected {wanted}, got one that no float can hold")
+    number = value if isinstance(value, torch.SymFloat) else float(value)
     if not 0.0 <= number < math.inf or (positive and number == 0.0):
         raise ValueError(f"{name}: expected {wanted}, got {number}")
     return number

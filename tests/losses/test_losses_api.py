@@ -148,6 +148,8 @@ def test_a_number_that_no_float_can_hold_may_come_later():
     module.temperature = 10**400
     with pytest.raises(ValueError, match="temperature: expected a finite number above 0, got one that no float"):
         module(torch.randn(2, 3), torch.randn(2, 3))
+    with pytest.raises(ValueError, match="temperature: expected a finite number above 0, got one that no float"):
+        torch.compile(module, backend="eager")(torch.randn(2, 3), torch.randn(2, 3))
 
 
 @pytest.mark.parametrize("wrong", (1, None, "yes", np.bool_(True)), ids=repr)
