@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -52,6 +53,8 @@ def row_loss(
     _, _, class_dim, num_classes, backend, return_parts = common
     student = _flattened("student_logits", student_logits, class_dim)
     device, dtype = student.rows.values.device, student.rows.values.dtype
+    if student.span is None and student.shape[-1] < 2:
+        raise ValueError(f"student_logits: expected at least 2 classes, got shape {student.shape}")
     if num_classes is not None:
         student = _without_padding("student_logits", student, num_classes)
     shape = student.shape
@@ -216,9 +219,8 @@ def _flattened(name: str, given: Any, class_dim: int | None) -> _Given:
         logits = checks.check_logits(name, given)
         dim = checks.class_dimension(logits, class_dim)
         logits = logits.movedim(dim, -1)
-        if logits.shape[-1] < 2:
-            raise ValueError(f"{name}: expected at least 2 classes, got shape {tuple(logits.shape)}")
-        return _Given(SourceRows(logits.reshape(-1, logits.shape[-1])), tuple(logits.shape), 0)
+        rows = logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
+        return _Given(SourceRows(rows), tuple(logits.shape), 0)
     raise TypeError(f"{name}: expected a Tensor or a source such as a Head, got {type(given).__name__}")
 
 
