@@ -63,7 +63,9 @@ def loss(
     """
     if _loss is None or torch.compiler.is_compiling():
         return None
-    which = NUMBERS.get(as_run(name, numbers.get("beta", 1.0)), name)
+    which = NUMBERS.get(name, name)
+    if name == "js" and type(numbers["beta"]) in (float, int):  # what is no number is left to the checks
+        which = NUMBERS[as_run(name, numbers["beta"])]
     made = _loss(which, tensors, numbers, settings, common, native.instruction_set, torch.get_num_threads())
     if type(made) is not tuple:
         return None if made is None else (made, None)

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from fused_kd.backends.sources import CHUNK_BYTES
+from fused_kd.core import checks
 
 __all__ = ["CHUNK_BYTES", "ClassShard", "Head", "TopK"]
 
@@ -72,7 +73,9 @@ class TopK:
               student's :math:`1 - \sum_K p_j(T)`.
             - ``"uniform"``: each of the others has :math:`u^{1/T} / Z`.
 
-    An index twice in a row, or out of range, is an error on the CPU and a NaN row on a GPU.
+    An index twice in a row, or out of range, is an error on the CPU and a NaN row on a GPU. So are pads alone with
+    ``"renormalize"``, which leave nothing to renormalise, unless the row does not count: give it ``ignore_index`` or a
+    ``weight`` of 0. With any other rest a row of pads alone has no kept class, and all is rest.
 
     Above temperature 1 the rest weighs more than what it was at 1, since it is spread over so many classes: of 100,000
     classes a rest of 1e-8 weighs more at T = 4 than all that was kept. Where what was kept sums to 1 but for rounding,
@@ -91,6 +94,12 @@ class TopK:
     def from_logits(cls, logits: Tensor, indices: Tensor) -> TopK:
         """Of logits ``(..., k)``, whose softmax over the kept classes is taken first: nothing is left over, as with
         ``"renormalize"``."""
+        checks.check_logits("logits", logits)
+        checks.check_tensor("indices", indices, "a Tensor of integers")
+        if indices.shape != logits.shape:
+            raise ValueError(
+                f"indices: expected the shape of logits, {tuple(logits.shape)}, got {tuple(indices.shape)}"
+            )
         kept = logits.masked_fill(indices < 0, float("-inf"))
         return cls(kept.log_softmax(-1), indices, "renormalize")
 

@@ -205,10 +205,11 @@ inline bool common_of(PyObject* tuple, Asked& out) {
     if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != 6) return false;
     for (Py_ssize_t k = 0; k < 4; ++k)
         if (PyTuple_GET_ITEM(tuple, k) != Py_None) return false;
-    PyObject* const backend = PyTuple_GET_ITEM(tuple, 4);
-    out.want_parts = PyTuple_GET_ITEM(tuple, 5) == Py_True;
-    return PyUnicode_CheckExact(backend) && (PyUnicode_CompareWithASCIIString(backend, "auto") == 0 ||
-                                             PyUnicode_CompareWithASCIIString(backend, "native") == 0);
+    PyObject *const backend = PyTuple_GET_ITEM(tuple, 4), *const parts = PyTuple_GET_ITEM(tuple, 5);
+    out.want_parts = parts == Py_True;
+    return PyBool_Check(parts) && PyUnicode_CheckExact(backend) &&
+           (PyUnicode_CompareWithASCIIString(backend, "auto") == 0 ||
+            PyUnicode_CompareWithASCIIString(backend, "native") == 0);
 }
 
 inline const Kernels* kernels_named(PyObject* name) {

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fused_kd.backends import cuda_devices, native, triton
+from fused_kd.core import checks
 from fused_kd.core.catalogue import LOSSES
 
 __all__ = ["BACKENDS", "Explanation", "choose", "explain", "get", "unavailable"]
@@ -44,7 +45,7 @@ def unavailable(name: str, device: torch.device | str, loss: str = "nkd") -> str
 
 def check_name(backend: str) -> None:
     """Raise a ValueError unless it is "auto" or a backend, whether or not that can run here."""
-    if backend not in ("auto", *BACKENDS):
+    if not isinstance(backend, str) or backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend: expected 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
 
 
@@ -53,7 +54,6 @@ _chosen: dict[tuple[str, torch.device | str, str], str] = {}
 
 
 def _choose(backend: str, device: torch.device | str, loss: str) -> str:
-    check_name(backend)
     device = cuda_devices.resolved(device)
     if backend == "auto":
         choice = _best(device, loss)
@@ -127,7 +127,6 @@ def choose(backend: str, device: torch.device | str, loss: str = "nkd") -> str:
     """The backend that serves a call: the one named, if it can, or for ``"auto"`` the best that can.
 
     Raises:
-        ValueError: no backend has that name.
         RuntimeError: the one named cannot run this loss of tensors of that device, with the reason.
     """
     if torch.compiler.is_compiling():
@@ -161,8 +160,10 @@ class Explanation(NamedTuple):
 
 def explain(student_logits: Tensor | torch.device | str = "cpu", loss: str = "nkd") -> Explanation:
     """See :func:`fused_kd.explain`, which takes more than tensors."""
-    if loss not in LOSSES:
-        raise ValueError(f"loss: expected one of {', '.join(map(repr, LOSSES))}, got {loss!r}")
+    checks.check_choice("loss", loss, tuple(LOSSES))
+    if not isinstance(student_logits, (Tensor, torch.device, str)):
+        given = type(student_logits).__name__
+        raise TypeError(f"student_logits: expected a Tensor, what stands for one, or a device, got {given}")
     device = student_logits.device if isinstance(student_logits, Tensor) else cuda_devices.resolved(student_logits)
     chosen = _best(device, loss)
     reasons = {}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
+import sys
+from numbers import Rational, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -34,12 +35,14 @@ def check_scalar(name: str, value: float, *, positive: bool = False) -> float:
         raise TypeError(f"{name}: expected a Python number, got a Tensor; pass {name}.item(){learned}")
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt, Real)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if positive:
-        if not 0.0 < value < math.inf:
-            raise ValueError(f"{name}: expected a finite number above 0, got {value}")
-    elif not 0.0 <= value < math.inf:
-        raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
-    return value if isinstance(value, torch.SymFloat) else float(value)
+    wanted = "a finite number above 0" if positive else "a finite number of at least 0"
+    # Not by float's own error, which torch.compile takes for one of its own.
+    if isinstance(value, Rational) and not -sys.float_info.max <= value <= sys.float_info.max:
+        raise ValueError(f"{name}: expected {wanted}, got one that no float can hold")
+    number = value if isinstance(value, torch.SymFloat) else float(value)
+    if not 0.0 <= number < math.inf or (positive and number == 0.0):
+        raise ValueError(f"{name}: expected {wanted}, got {number}")
+    return number
 
 
 def check_fraction(name: str, value: float) -> float:
@@ -59,8 +62,7 @@ def check_share(name: str, value: float) -> float:
 
 
 def check_count(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    check_index(name, value)
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
 
@@ -73,7 +75,7 @@ def check_num_classes(name: str, value: int | None, most: int | None = None, of:
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
@@ -82,14 +84,38 @@ def check_flag(name: str, value: bool) -> None:
         raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
 
 
-def check_index(name: str, value: int) -> None:
+def check_index(name: str, value: int, wanted: str = "an int") -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected {wanted}, got {type(value).__name__}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: expected {wanted} of 64 bits, got {value}")
+
+
+def is_dtensor(value: Any) -> bool:
+    if value is None or type(value) is Tensor:
+        return False
+    module = sys.modules.get("torch.distributed.tensor")  # nobody has a DTensor who has not imported it
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def check_tensor(name: str, value: Any, wanted: str = "a Tensor") -> Tensor:
+    """A Tensor whose elements lie in memory of this process, with strides."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected {wanted}, got {type(value).__name__}")
+    if is_dtensor(value):
+        raise TypeError(
+            f"{name}: expected {wanted} that is no DTensor, got one; pass its to_local(), for what this process has, "
+            "or its full_tensor()"
+        )
+    if value.is_nested:
+        raise TypeError(f"{name}: expected {wanted}, got a nested one; pad it, and let ignore_index or weight mask it")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected {wanted} of layout torch.strided, got {value.layout}; pass its to_dense()")
+    return value
 
 
 def check_logits(name: str, logits: Tensor | None) -> Tensor:
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(logits).__name__}")
+    logits = check_tensor(name, logits)
     if logits.dtype not in _LOGIT_DTYPES:
         raise TypeError(f"{name}: expected float64, float32, float16 or bfloat16 logits, got {logits.dtype}")
     if logits.dim() == 0:
@@ -124,10 +150,8 @@ def check_process_group(name: str, value: Any) -> None:
 
 
 def check_class_dim(name: str, value: int | None) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name}: expected an int or None, got {type(value).__name__}")
+    if value is not None:
+        check_index(name, value, "an int or None")
 
 
 def class_dimension(student_logits: Tensor, class_dim: int | None, target: Tensor | None = None) -> int:
@@ -194,8 +218,8 @@ def flatten(
     """
     check_logits("student_logits", student_logits)
     other = None if other_name is None else check_logits(other_name, other_logits)
-    if not isinstance(target, Tensor) and (labels or target is not None):
-        raise TypeError(f"target: expected a Tensor, got {type(target).__name__}")
+    if labels or target is not None:
+        check_tensor("target", target)
     shape = student_logits.shape
     dim = class_dimension(student_logits, class_dim, target)
     num_classes, rows = shape[dim], rows_shape(shape, dim)
@@ -291,8 +315,7 @@ def flatten_weight(
     """
     if weight is None:
         return None
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight: expected a Tensor with one weight per row, or None, got {type(weight).__name__}")
+    check_tensor("weight", weight, "a Tensor with one weight per row, or None")
     if weight.dtype not in (*_LOGIT_DTYPES, torch.bool):
         raise TypeError(f"weight: expected float64, float32, float16 or bfloat16 weights or a mask, got {weight.dtype}")
     if weight.shape != rows:

@@ -87,10 +87,10 @@ def row_loss(
     complete = tensors[2] is not None or not labels
     if complete and (made := ordinary(name, parts_type, tensors, numbers, settings, common)) is not None:
         return made
-    numbers = checked(numbers, settings)
+    numbers = checked(numbers, settings, common)
     student_logits, teacher_logits, target = tensors
     plain = type(student_logits) is Tensor and (teacher_logits is None or type(teacher_logits) is Tensor)
-    if not plain and any(map(_shards.is_dtensor, (*tensors, common[0]))):
+    if any(map(checks.is_dtensor, (*tensors, common[0]))):
         tensors, weight = _shards.of_dtensors(tensors, common[0], common[2])
         common = (weight, *common[1:])
         student_logits, teacher_logits, target = tensors

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import WRAPPER_ASSIGNMENTS
+from types import FunctionType
 from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar, overload
 
 from torch import Tensor, nn
@@ -40,11 +43,23 @@ class Criterion(nn.Module):
         for name in self._names:
             setattr(self, name, options[name])
 
+    def __init_subclass__(cls, **given: Any) -> None:
+        """A ``forward`` of this file is each module's own: where an argument is missing, Python says its name."""
+        super().__init_subclass__(**given)
+        found: Any = cls.forward
+        if "forward" not in vars(cls) and found.__module__ == __name__:
+            own = FunctionType(found.__code__, found.__globals__)
+            for name in (*WRAPPER_ASSIGNMENTS, "__defaults__", "__kwdefaults__"):
+                setattr(own, name, getattr(found, name))
+            own.__qualname__ = f"{cls.__qualname__}.forward"
+            setattr(cls, "forward", own)  # noqa: B010 - a method that mypy would not have assigned
+
     def __setattr__(self, name: str, value: Any) -> None:
         # torch.compile takes a module's int for a constant, so that each new one would compile the graph anew.
         counts = name in ("ignore_index", "class_dim", "num_classes")
         if type(value) is int and not counts and name in self.__dict__.get("_names", ()):
-            value = float(value)
+            with suppress(OverflowError):  # the call says what is wrong with one that no float can hold
+                value = float(value)
         super().__setattr__(name, value)
 
     def _call(self, *tensors: Any, **given: Any) -> Any:

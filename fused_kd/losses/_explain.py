@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fused_kd import backends
 from fused_kd.backends import Explanation, topk
@@ -31,6 +32,9 @@ def explain(
         >>> print(fused_kd.explain(Head(hidden, weight), "kd", TopK(log_probs, indices, rest="bucket")))
     """
     found = backends.explain(_device(student_logits), loss)
+    if not (teacher_logits is None or isinstance(teacher_logits, (Tensor, Head, ClassShard, TopK))):
+        given = type(teacher_logits).__name__
+        raise TypeError(f"teacher_logits: expected a Tensor, what stands for one, or None, got {given}")
     how = [_said("student", student_logits), _said("teacher", teacher_logits)]
     given = [each for each in (student_logits, teacher_logits) if isinstance(each, (Head, ClassShard, TopK))]
     if given:

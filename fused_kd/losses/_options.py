@@ -34,13 +34,18 @@ _CHECKS: dict[str, Check] = {
 }
 
 
-def checked(numbers: Mapping[str, float], settings: Mapping[str, Any]) -> dict[str, float]:
+def checked(
+    numbers: Mapping[str, float], settings: Mapping[str, Any], common: Common | None = None
+) -> dict[str, float]:
     """The numbers as floats, after the checks of all, in their order."""
     floats = {}
     for name, value in numbers.items():
         floats[name] = _CHECKS[name](name, value)
     for name, value in settings.items():
         _CHECKS[name](name, value)
+    if common is not None:
+        backends.check_name(common[4])
+        checks.check_flag("return_parts", common[5])
     return floats
 
 
@@ -58,8 +63,8 @@ def normalized(weight: Tensor | None, normalizer: float | Tensor, settings: dict
     normalizer of 0 no row counts.
 
     Raises:
-        TypeError: it is neither a number nor a Tensor.
-        ValueError: it has more than one element, requires grad or is below 0; or the reduction is no mean.
+        TypeError: it is neither a number nor a Tensor of real numbers.
+        ValueError: it has a dimension, requires grad, is below 0 or on another device; or the reduction is no mean.
     """
     if settings["reduction"] != "mean":
         raise ValueError(
@@ -67,6 +72,12 @@ def normalized(weight: Tensor | None, normalizer: float | Tensor, settings: dict
             f"{settings['reduction']!r}"
         )
     if isinstance(normalizer, Tensor):
+        checks.check_tensor("normalizer", normalizer)
+        if normalizer.is_complex() or normalizer.dtype == torch.bool:
+            raise TypeError(f"normalizer: expected a real number, got {normalizer.dtype}")
+        if normalizer.device not in (torch.device("cpu"), target.device):
+            places = f"cpu or that of student_logits, {target.device}"
+            raise ValueError(f"normalizer: expected the device {places}, got {normalizer.device}")
         if normalizer.dim() != 0 or carries_gradient(normalizer):
             raise ValueError(
                 "normalizer: expected a number, or a Tensor without dimensions that does not require grad, got one of "

@@ -40,8 +40,8 @@ def span_of(name: str, shard: ClassShard, class_dim: int | None) -> Span:
 
 def shard_rows(name: str, logits: Tensor) -> Tensor:
     """Checked logits of a shard, (..., width), where a width may be 0, as (N, width)."""
-    logits = checks.check_logits(name, logits)
     refuse_dtensor(name, logits)
+    logits = checks.check_logits(name, logits)
     return logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
 
 
@@ -113,15 +113,8 @@ def all_columns(own: Tensor, span: Span | None) -> Tensor:
     return own if span is None else _Columns.apply(own, span)  # type: ignore[no-untyped-call]
 
 
-def is_dtensor(value: Any) -> bool:
-    if value is None or type(value) is Tensor:
-        return False
-    module = sys.modules.get("torch.distributed.tensor")  # nobody has a DTensor who has not imported it
-    return module is not None and isinstance(value, module.DTensor)
-
-
-def refuse_dtensor(name: str, tensor: Tensor) -> None:
-    if is_dtensor(tensor):
+def refuse_dtensor(name: str, given: Any) -> None:
+    if checks.is_dtensor(given):
         raise TypeError(
             f"{name}: expected Tensors in a Head or a ClassShard, got a DTensor; pass its to_local(), or the logits as "
             "a DTensor without a ClassShard"
@@ -131,7 +124,7 @@ def refuse_dtensor(name: str, tensor: Tensor) -> None:
 def of_dtensors(tensors: Tensors, weight: Tensor | None, class_dim: int | None) -> tuple[Tensors, Tensor | None]:
     """DTensors as their local tensors: of logits whose classes are sharded a :class:`ClassShard` of them."""
     student, teacher, target = tensors
-    place = _Place(student, class_dim) if is_dtensor(student) else None
+    place = _Place(student, class_dim) if checks.is_dtensor(student) else None
     return (
         (
             _local("student_logits", student, place, place),
@@ -184,7 +177,7 @@ class _Place:
 
 def _local(name: str, given: Any, place: _Place | None, of_logits: _Place | None) -> Any:
     """What a process has of an argument; ``of_logits`` is its place if it is logits."""
-    if not is_dtensor(given):
+    if not checks.is_dtensor(given):
         if isinstance(given, Tensor) and of_logits is not None and of_logits.over is not None:
             raise ValueError(
                 f"{name}: expected a DTensor with the placements of student_logits, {of_logits.placements}, got a "

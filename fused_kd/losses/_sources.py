@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -75,8 +76,8 @@ def row_loss(
     hyper = in_order(numbers)
     if has_column_term(name, HyperParameters._make(hyper)):
         raise ValueError(
-            f"gamma: expected 0 for {LOSSES[name].title} of a Head, a TopK or a ClassShard, since the term of the "
-            f"batch's columns needs the logits of all rows at once; got {numbers['gamma']}"
+            f"gamma: expected 0 for {LOSSES[name].title} of a Head, a TopK or classes that processes share, since the "
+            f"term of the batch's columns needs the logits of all rows at once; got {numbers['gamma']}"
         )
     if teacher is not None and teacher.rows.indices is not None:
         check_log_probs(teacher.rows, target, weight, settings["ignore_index"])
@@ -189,9 +190,8 @@ def _of_rows(
     shape, values = student.shape, student.rows.values
     if target is None and not labels:
         target = torch.zeros(shape[:-1], dtype=torch.int64, device=values.device)
-    elif not isinstance(target, Tensor):
-        raise TypeError(f"target: expected a Tensor, got {type(target).__name__}")
     else:
+        target = checks.check_tensor("target", target)
         rows, dim = shape[:-1], (-1 if class_dim is None else class_dim) % len(shape)
         target = checks.check_target(target, (*rows[:dim], shape[-1], *rows[dim:]), dim, values.device)
         target = target.movedim(dim, -1) if target.is_floating_point() else target
@@ -219,18 +219,22 @@ def _flattened(name: str, given: Any, class_dim: int | None) -> _Given:
         logits = checks.check_logits(name, given)
         dim = checks.class_dimension(logits, class_dim)
         logits = logits.movedim(dim, -1)
-        return _Given(SourceRows(logits.reshape(-1, logits.shape[-1])), tuple(logits.shape), 0)
+        rows = logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
+        return _Given(SourceRows(rows), tuple(logits.shape), 0)
     raise TypeError(f"{name}: expected a Tensor or a source such as a Head, got {type(given).__name__}")
 
 
 def _head(name: str, head: Head, class_dim: int | None, least: int = 2) -> _Given:
     if class_dim is not None:
         raise ValueError(f"class_dim: expected None with a Head, whose hidden states are (..., D), got {class_dim}")
+    for given in (head.hidden, head.weight, head.bias):
+        _shards.refuse_dtensor(name, given)
     hidden, weight = (checks.check_logits(f"{name}.{at}", getattr(head, at)) for at in ("hidden", "weight"))
-    if weight.dim() != 2 or hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1] or weight.shape[0] < least:
+    fits = weight.dim() == 2 and hidden.dim() >= 2 and hidden.shape[-1] == weight.shape[1] > 0
+    if not fits or weight.shape[0] < least:
         raise ValueError(
-            f"{name}: expected a Head of hidden states (..., D) and a weight (C, D) with C at least {least}, got "
-            f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
+            f"{name}: expected a Head of hidden states (..., D) and a weight (C, D) with C at least {least} and D at "
+            f"least 1, got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
     tensors = [hidden, weight]
     if head.bias is not None:
@@ -239,7 +243,6 @@ def _head(name: str, head: Head, class_dim: int | None, least: int = 2) -> _Give
             raise ValueError(f"{name}.bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
         tensors.append(bias)
     for tensor in tensors:
-        _shards.refuse_dtensor(name, tensor)
         if tensor.device != hidden.device:
             raise ValueError(f"{name}: expected a Head on one device, got {hidden.device} and {tensor.device}")
     if (hidden.dtype == torch.float64) != (weight.dtype == torch.float64):
@@ -259,7 +262,10 @@ def _head(name: str, head: Head, class_dim: int | None, least: int = 2) -> _Give
 def _without_padding(name: str, given: _Given, num_classes: int) -> _Given:
     """A head keeps its whole weight, so that the gradient needs no copy."""
     if given.span is not None:
-        raise ValueError(f"num_classes: expected None with a ClassShard, which has its own, got {num_classes}")
+        raise ValueError(
+            f"num_classes: expected None where processes share the classes, got {num_classes}; without the padding, "
+            f"give each a ClassShard of its columns and num_classes={num_classes}"
+        )
     checks.check_num_classes("num_classes", num_classes, given.shape[-1], name)
     rows = given.rows
     if rows.weight is None and rows.indices is None:

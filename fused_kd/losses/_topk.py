@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -22,10 +21,9 @@ from fused_kd.sources import TopK
 def topk_rows(given: TopK, shape: tuple[int, ...]) -> SourceRows:
     """Checked, of student's logits of that ``shape``."""
     log_probs = checks.check_logits("teacher_logits.log_probs", given.log_probs)
-    indices = given.indices
-    if not isinstance(indices, Tensor) or indices.is_floating_point() or indices.dtype == torch.bool:
-        said = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
-        raise TypeError(f"teacher_logits.indices: expected a Tensor of integers, got {said}")
+    indices = checks.check_tensor("teacher_logits.indices", given.indices, "a Tensor of integers")
+    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+        raise TypeError(f"teacher_logits.indices: expected a Tensor of integers, got {indices.dtype}")
     checks.check_choice("teacher_logits.rest", given.rest, RESTS)
     kept = log_probs.shape[-1]
     if tuple(log_probs.shape[:-1]) != shape[:-1] or not 1 <= kept <= shape[-1]:
@@ -57,14 +55,22 @@ def kernel_or_reference(name: str, rest: str, numbers: Mapping[str, float], back
     what = f"{LOSSES[name].title} with a TopK of rest={rest!r}"
     if asked != "auto":
         raise RuntimeError(f"backend {asked!r} cannot run {what}: it has no kernel for it; backend='reference' does it")
-    warn_of_reference(what)
+    _warn_once(what)
     return "reference"
 
 
-@cache
-def warn_of_reference(what: str) -> None:
+_warned: set[str] = set()
+
+
+def _warn_once(what: str) -> None:
     """Once in a process for each."""
-    backends.warn_of_reference(what, "which makes whole rows: it has no kernel for it")
+    if what not in _warned:
+        _warned.add(what)
+        backends.warn_of_reference(what, "which makes whole rows: it has no kernel for it")
+
+
+# In a compiled graph too, while it is traced: see fused_kd/backends/__init__.py.
+_warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_log_probs(teacher: SourceRows, target: Tensor, weight: Tensor | None, ignore_index: int) -> None:

@@ -154,7 +154,7 @@ def uskd_loss(
     tensors = (student_logits, weak_logits, target)
     if (made := ordinary("uskd", USKDParts, tensors, numbers, settings, common)) is not None:
         return made
-    numbers = checked(numbers, settings)
+    numbers = checked(numbers, settings, common)
     plain = type(student_logits) is Tensor and type(weak_logits) is Tensor
     if not plain and (_sources.is_source(student_logits) or _sources.is_source(weak_logits)):
         summed = partial(_over_processes, process_group=process_group)
@@ -299,9 +299,8 @@ class USKDLoss(Criterion):
     def _check(self, student_logits: Tensor, feature: Tensor) -> int:
         """The dimension of the classes."""
         width, num_classes = self.weak_classifier.in_features, self.weak_classifier.out_features
-        for name, tensor in (("student_logits", student_logits), ("feature", feature)):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+        checks.check_tensor("student_logits", student_logits)
+        checks.check_logits("feature", feature)
         shape = tuple(student_logits.shape)
         dim = checks.class_dimension(student_logits, self._value("class_dim"))
         if len(shape) < 2 or shape[dim] != num_classes:

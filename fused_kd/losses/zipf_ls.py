@@ -100,7 +100,7 @@ def zipf_ls_loss(
     tensors = (student_logits, dense_logits, target)
     if (made := ordinary("zipf_ls", DistillationParts, tensors, numbers, settings, common)) is not None:
         return made
-    numbers = checked(numbers, settings)
+    numbers = checked(numbers, settings, common)
     rows = checks.flatten(student_logits, None, None, target, class_dim)
     rows = checks.Rows(rows[0], checks.flatten_dense(dense_logits, student_logits, rows), *rows[2:])
     return call(

@@ -110,6 +110,21 @@ DTENSORS = {
     "head": "TypeError: student_logits: expected Tensors in a Head or a ClassShard, got a DTensor; pass its to_local",
     "teacher with gradient": "ValueError: teacher_logits: .* do not require grad",
     "in a shard": "TypeError: student_logits.logits: expected Tensors in a Head or a ClassShard",
+    "padding": "ValueError: num_classes: expected None where processes share the classes, got 7; .*a ClassShard of its",
+    "normalizer": "TypeError: normalizer: expected a Tensor that is no DTensor, got one; pass its to_local",
+    "plain logits, target of rows": "ValueError: target: expected no DTensor, or a replicated one, beside student_log",
+    "indices": "TypeError: teacher_logits.indices: expected a Tensor of integers that is no DTensor, got one; pass its",
+    **{
+        f"{name} {argument}": f"TypeError: {argument}: expected a Tensor that is no DTensor, got one; pass its to_local"
+        for name, other in (
+            ("uskd_loss", "weak_logits"),
+            ("uskd_soft_labels", "weak_logits"),
+            ("zipf_ls_loss", "dense_logits"),
+            ("decompose", "teacher_logits"),
+            ("USKDLoss", "feature"),
+        )
+        for argument in ("student_logits", other, "target")
+    },
 }
 SHARDS = {
     "gap": "ValueError: student_logits: expected shards that are together each of the classes once, .* of 11, from 0",

@@ -1,10 +1,13 @@
 """Every refusal names the argument, what was expected and what came."""
 
+import re
+
 import pytest
 import torch
 
 import fused_kd
-from fused_kd import nkd_loss
+from fused_kd import Head, TopK, nkd_loss
+from fused_kd.core.catalogue import LOSSES
 
 S, T, Y = torch.randn(4, 10), torch.randn(4, 10), torch.tensor([0, 1, 2, 9])
 
@@ -57,6 +60,50 @@ REFUSALS = [
 def test_refusals(arguments, options, error, message):
     with pytest.raises(error, match=message):
         nkd_loss(*arguments, **options)
+
+
+KINDS = {
+    "sparse": (torch.Tensor.to_sparse, "of layout torch.strided, got torch.sparse_coo; pass its to_dense()"),
+    "csr": (torch.Tensor.to_sparse_csr, "of layout torch.strided, got torch.sparse_csr; pass its to_dense()"),
+    "mkldnn": (torch.Tensor.to_mkldnn, "of layout torch.strided, got torch._mkldnn; pass its to_dense()"),
+    "nested": (lambda x: torch.nested.nested_tensor([*x]), "got a nested one; pad it"),
+    "jagged": (lambda x: torch.nested.nested_tensor([*x], layout=torch.jagged), "got a nested one; pad it"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(beta state|prototype stage):UserWarning")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", (*(loss.function for loss in LOSSES.values()), "decompose", "uskd_soft_labels"))
+def test_tensors_without_strides(name, kind):
+    """PyTorch has its own words for them, which name no argument."""
+    made, words = KINDS[kind]
+    function = getattr(fused_kd, name)
+    options = {"gamma": 0.0} if name == "dist_loss" else {}
+    tensors = {"student_logits": S, "target": T.softmax(1)}
+    if name != "tf_kd_loss":
+        other = {"uskd": "weak_logits", "zipf": "dense_logits"}.get(name.split("_")[0], "teacher_logits")
+        tensors[other] = torch.stack([T, T], 1) if other == "dense_logits" else T
+    if name not in ("decompose", "uskd_soft_labels"):
+        tensors["weight"] = torch.ones(4)
+    for argument, given in tensors.items():
+        if given.dim() != 2 and kind in ("csr", "nested", "jagged", "mkldnn"):
+            continue
+        with pytest.raises(TypeError, match=rf"^{argument}: expected a Tensor.*{re.escape(words)}"):
+            function(**tensors | {argument: made(given)}, **options)
+
+
+def test_sources_without_strides():
+    kept, indices = T.log_softmax(1).topk(3)
+    for source, words in (
+        (TopK(kept.to_sparse(), indices, "bucket"), "teacher_logits.log_probs: expected a Tensor of layout"),
+        (TopK(kept, indices.to_sparse(), "bucket"), "teacher_logits.indices: expected a Tensor of integers of layout"),
+        (Head(S.to_sparse(), torch.randn(10, 10)), "teacher_logits.hidden: expected a Tensor of layout"),
+        (Head(S, torch.eye(10).to_sparse()), "teacher_logits.weight: expected a Tensor of layout"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            nkd_loss(S, source, Y)
+    with pytest.raises(TypeError, match="feature: expected a Tensor of layout"):
+        fused_kd.USKDLoss(3, 10)(S, torch.randn(4, 3).to_sparse(), Y)
 
 
 @pytest.mark.parametrize("bad", (-1, 10, 2**40, -(2**40)))

@@ -113,7 +113,7 @@ def test_padding_of_the_student():
 def test_what_has_no_kernel_says_so_once():
     hidden, weight, _, kept, target = make()
     student = hidden @ weight.T
-    _topk.warn_of_reference.cache_clear()
+    _topk._warned.clear()
     words = "Jensen–Shannon with a TopK of rest='uniform' by its eager reference"
     with pytest.warns(RuntimeWarning, match=words) as seen:
         value = fused_kd.js_loss(student, TopK(*kept, rest="uniform"), target)

@@ -1,8 +1,11 @@
 """Every loss as a function and a module of PyTorch: shapes, errors, ops, compilation; the catalogue."""
 
 import inspect
+from decimal import Decimal
+from fractions import Fraction
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
@@ -87,18 +90,22 @@ def test_schedules():
         module(student, teacher, target)
 
 
+#: And some that no float can hold.
+NO_NUMBERS = (10**400, -(10**400), Fraction(10**400), 1j, Decimal(1), np.ones(2), np.bool_(True), torch.ones(2))
 WRONG = {
-    **dict.fromkeys(("alpha", "beta", "gamma", "mu", "power", "ce_weight"), (-1, "1", float("inf"), torch.ones(()))),
-    **dict.fromkeys(("correct", "label_smoothing"), (1.0, -0.1, True)),
+    **dict.fromkeys(
+        ("alpha", "beta", "gamma", "mu", "power", "ce_weight"), (-1, "1", float("inf"), torch.ones(()), *NO_NUMBERS)
+    ),
+    **dict.fromkeys(("correct", "label_smoothing"), (1.0, -0.1, True, *NO_NUMBERS)),
     **dict.fromkeys(("logit_standardization", "square"), (1, None)),
-    "temperature": (0, -1.0, "hot"),
-    "rank": ("p", 3),
-    "reduction": ("batchmean", None),
-    "ignore_index": (1.5, None),
+    "temperature": (0, -1.0, "hot", Fraction(1, 10**400), *NO_NUMBERS),
+    "rank": ("p", 3, np.array(["weak", "final"])),
+    "reduction": ("batchmean", None, np.array(["mean", "sum"])),
+    "ignore_index": (1.5, None, 2**63, -(10**400)),
     "process_group": ("WORLD",),
-    "class_dim": ("1", 1.0, True),
-    "num_classes": (1, "9", 9.0),
-    "backend": ("cuda", None),
+    "class_dim": ("1", 1.0, True, 2**63),
+    "num_classes": (1, "9", 9.0, 2**63),
+    "backend": ("cuda", None, ["native"]),
 }
 
 
@@ -123,6 +130,50 @@ def test_modules_are_checked_when_they_are_made(loss):
         tensors = (student, torch.randn(6, 5)) if loss == "uskd" else (student, *others)
         with pytest.raises((TypeError, ValueError), match=f"^{name}: expected "):
             criterion.double()(*(tensor.double() for tensor in tensors), target)
+
+
+@pytest.mark.parametrize("given", (np.float32(0.5), np.float64(0.5), np.longdouble(0.5), Fraction(1, 2)), ids=repr)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_numbers_of_other_types(loss, given):
+    student, others, target = make(loss)
+    others = others or [torch.randn(6, 9, dtype=torch.float64)] * (loss == "uskd")
+    for name, default in LOSSES[loss].defaults.items():
+        if type(default) is float:
+            expected = function(loss)(student, *others, target, **{name: 0.5})
+            assert torch.equal(function(loss)(student, *others, target, **{name: given}), expected)
+
+
+def test_a_number_that_no_float_can_hold_may_come_later():
+    module = fused_kd.KDLoss()
+    module.temperature = 10**400
+    with pytest.raises(ValueError, match="temperature: expected a finite number above 0, got one that no float"):
+        module(torch.randn(2, 3), torch.randn(2, 3))
+    with pytest.raises(ValueError, match="temperature: expected a finite number above 0, got one that no float"):
+        torch.compile(module, backend="eager")(torch.randn(2, 3), torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("wrong", (1, None, "yes", np.bool_(True)), ids=repr)
+@pytest.mark.parametrize("backend", ("auto", "reference"))
+@pytest.mark.parametrize("loss", LOSSES)
+def test_return_parts_is_a_flag(loss, backend, wrong):
+    """It was taken for False in one way of a call, and for True in another."""
+    student, others, target = make(loss)
+    with pytest.raises(TypeError, match="return_parts: expected True or False, got "):
+        function(loss)(student, *others, target, backend=backend, return_parts=wrong)
+
+
+def test_a_module_says_its_name_where_an_argument_is_missing():
+    student, (teacher,), target = make("nkd")
+    of_images = type("OfImages", (fused_kd.NKDLoss,), {})
+    for module in (of_images(), *(getattr(fused_kd, loss.module)() for loss in LOSSES.values() if loss.name != "uskd")):
+        with pytest.raises(TypeError, match=rf"^{type(module).__name__}\.forward\(\) missing "):
+            module()
+        with pytest.raises(TypeError, match=rf"^{type(module).__name__}\.forward\(\) got an unexpected .* 'gamma'"):
+            module(student, teacher, target, gamma=2.0)
+    forward = fused_kd.NKDLoss.forward
+    assert inspect.signature(forward) == inspect.signature(fused_kd.DKDLoss.forward)
+    assert forward.__doc__.startswith("The loss, or with")
+    assert torch.equal(of_images()(student, teacher, target, weight=None), fused_kd.nkd_loss(student, teacher, target))
 
 
 @pytest.mark.parametrize("place", [place for place in HERE if place[0] not in ("tf_kd", "zipf_ls")], ids="-".join)

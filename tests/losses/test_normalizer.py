@@ -67,6 +67,10 @@ def test_half_precision_keeps_small_gradients():
         (torch.ones((), requires_grad=True), ValueError, "does not require grad"),
         ("3", TypeError, "got str"),
         (True, TypeError, "got bool"),
+        (10**400, ValueError, "no float can hold"),
+        (torch.tensor(True), TypeError, "a real number, got torch.bool"),
+        (torch.tensor(3j), TypeError, "a real number, got torch.complex64"),
+        (torch.tensor(3.0, device="meta"), ValueError, "the device cpu or that of student_logits, cpu, got meta"),
     ],
 )
 def test_what_it_cannot_be(normalizer, error, words):

@@ -84,6 +84,67 @@ def test_pads_alone_cannot_be_renormalised(loss, backend):
     function(student, kept, torch.tensor([1, -100]), backend=backend)
 
 
+@pytest.mark.parametrize("loss", ["nkd", "kd", "dkd", "wsld", "js"])
+def test_pads_alone_are_a_nan_row_where_values_cannot_be_read(loss):
+    """As Triton's kernels have it: tests/backends/triton/test_triton_topk.py."""
+    student, target = torch.randn(3, 7, requires_grad=True), torch.tensor([1, 2, -100])
+    kept = torch.zeros(3, 2), torch.tensor([[0, -1], [-1, -1], [-1, -1]])
+
+    def rows(student, log_probs, indices, target):
+        teacher = TopK(log_probs, indices, rest="renormalize")
+        return getattr(fused_kd, f"{loss}_loss")(student, teacher, target, reduction="none", backend="reference")
+
+    value = torch.compile(rows, fullgraph=True, backend="aot_eager")(student, *kept, target)
+    (gradient,) = torch.autograd.grad(value.sum(), student)
+    assert value.isnan().tolist() == [False, True, False]
+    assert gradient.isnan().all(dim=1).tolist() == [False, True, False] and not gradient[[0, 2]].isnan().any()
+
+
+def test_nothing_to_make_rows_of():
+    """PyTorch's own words were of a reshape."""
+    student, target, kept = (
+        torch.randn(4, 9),
+        torch.arange(4),
+        TopK(torch.zeros(4, 1), torch.zeros(4, 1).long(), "drop"),
+    )
+    head, no_classes = Head(torch.randn(4, 5), torch.randn(9, 5)), student[:, :0]
+    for call, words in (
+        (lambda: fused_kd.nkd_loss(no_classes, kept, target), "student_logits: expected at least 2 classes"),
+        (lambda: fused_kd.nkd_loss(no_classes, head, target), "student_logits: expected at least 2 classes"),
+        (lambda: fused_kd.nkd_loss(head, no_classes, target), "teacher_logits: expected those of student_logits"),
+        (lambda: fused_kd.uskd_loss(no_classes, head, target), "weak_logits: expected the shape and device of student"),
+        (
+            lambda: fused_kd.kd_loss(Head(torch.randn(4, 0), torch.randn(9, 0)), student),
+            r"student_logits: expected a Head .* D at least 1, got \(4, 0\) and \(9, 0\)",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+def test_kept_logits_are_checked():
+    logits, indices = torch.randn(4, 9).topk(3)
+    for wrong, error, words in (
+        ((logits.tolist(), indices), TypeError, "logits: expected a Tensor, got list"),
+        ((indices, logits), TypeError, "logits: expected float64, .* got torch.int64"),
+        ((logits, indices.tolist()), TypeError, "indices: expected a Tensor of integers, got list"),
+        ((logits, indices[:, :2]), ValueError, r"indices: expected the shape of logits, \(4, 3\), got \(4, 2\)"),
+    ):
+        with pytest.raises(error, match=f"^{words}"):
+            TopK.from_logits(*wrong)
+
+
+@pytest.mark.parametrize("given", (None, 1, [1.0], torch.nn.Linear(2, 2)), ids=repr)
+def test_explain_says_what_it_cannot_explain(given):
+    with pytest.raises(TypeError, match=r"^student_logits: expected a Tensor, what stands for one, or a device, got "):
+        fused_kd.explain(given)
+    if given is not None:
+        with pytest.raises(TypeError, match=r"^teacher_logits: expected a Tensor, what stands for one, or None, got "):
+            fused_kd.explain(torch.randn(2, 3), "kd", given)
+    with pytest.raises(ValueError, match=r"^loss: expected one of 'nkd', .*, got "):
+        fused_kd.explain(torch.randn(2, 3), given)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_class_is_none(backend):
     kept = TopK(torch.zeros(4, 1), torch.zeros(4, 1, dtype=torch.int64), rest="bucket")

@@ -7,6 +7,7 @@ import torch
 
 import fused_kd
 from fused_kd import NKDLoss, backends, direct, kd_loss, nkd_loss, uskd_loss
+from fused_kd.losses import _topk
 
 STUDENT, TEACHER, TARGET = torch.randn(4, 10), torch.randn(4, 10), torch.arange(4)
 
@@ -66,6 +67,26 @@ def test_no_warning_where_there_is_no_kernel_to_be_had(without_core):
 
 def test_no_warning_with_the_core():
     assert not caught(lambda: uskd_loss(STUDENT, TEACHER, TARGET))
+
+
+@pytest.mark.parametrize("loss", ("js", "dist"))
+def test_a_top_k_teacher_without_a_kernel_in_one_graph(loss, monkeypatch):
+    monkeypatch.setattr(_topk, "_warned", set())
+    torch._dynamo.reset()
+    function, options = getattr(fused_kd, f"{loss}_loss"), {"gamma": 0.0} if loss == "dist" else {}
+    kept, indices = TEACHER.log_softmax(1).topk(3)
+    leaf = STUDENT.clone().requires_grad_()
+
+    def run(call, backend):
+        value = call(leaf, fused_kd.TopK(kept, indices, "uniform"), TARGET, backend=backend, **options)
+        return value.detach(), *torch.autograd.grad(value, leaf)
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    warned = caught(lambda: run(compiled, "auto"))
+    assert len(warned) == 1 and "with a TopK of rest='uniform' by its eager reference" in str(warned[0].message)
+    assert not caught(lambda: run(compiled, "auto")) and not caught(lambda: run(function, "auto")), "once"
+    for found, expected in zip(run(compiled, "auto"), run(function, "reference"), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_in_one_graph_of_torch_compile(without_core):

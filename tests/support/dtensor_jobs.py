@@ -6,7 +6,7 @@ from shard_jobs import Rows, called, columns, compare, make, whole
 from torch import distributed
 
 import fused_kd
-from fused_kd import ClassShard, Head, nkd_loss
+from fused_kd import ClassShard, Head, TopK, nkd_loss
 
 
 def of_classes(rank, world, loss, backend):
@@ -86,6 +86,29 @@ def refused_dtensors(rank, world):
     value.backward()
     torch.testing.assert_close(value, nkd_loss(problem.student, problem.teacher, target))
     assert replicated.grad.placements == (Replicate(),)
+
+    # Beside plain logits what is replicated is what it is.
+    def placed(tensor):
+        return distribute_tensor(tensor, mesh, [Replicate()])
+
+    ones = torch.ones(6)
+    for given in ((placed(target), None), (target, placed(ones)), (placed(target), placed(ones))):
+        found = nkd_loss(problem.student, problem.teacher, given[0], weight=given[1])
+        torch.testing.assert_close(found, nkd_loss(problem.student, problem.teacher, target))
+    rows = (problem.student, problem.teacher, target)
+    dense = torch.stack([problem.teacher] * 2, 1)
+    module = fused_kd.USKDLoss(8, 8).double()
+    whole_only = {}
+    for name, call, given, other in (
+        ("uskd_loss", fused_kd.uskd_loss, rows, "weak_logits"),
+        ("uskd_soft_labels", fused_kd.uskd_soft_labels, rows, "weak_logits"),
+        ("zipf_ls_loss", fused_kd.zipf_ls_loss, (rows[0], dense, target), "dense_logits"),
+        ("decompose", fused_kd.decompose, rows, "teacher_logits"),
+        ("USKDLoss", module, rows, "feature"),
+    ):
+        for at, argument in enumerate(("student_logits", other, "target")):
+            wrong = [placed(each) if at == place else each for place, each in enumerate(given)]
+            whole_only[f"{name} {argument}"] = _said(lambda call=call, wrong=wrong: call(*wrong))
     partial = DTensor.from_local(problem.student, mesh, [Partial()])
     square = distribute_tensor(torch.randn(2, 8, 3, 3), mesh, [Shard(1)])
     return {
@@ -98,6 +121,15 @@ def refused_dtensors(rank, world):
         "classes inside": _said(lambda: nkd_loss(square, square, torch.zeros(2, 3, 3).long(), class_dim=1)),
         "head": _said(lambda: nkd_loss(Head(student, student), Head(teacher, teacher), target)),
         "teacher with gradient": _said(lambda: nkd_loss(student, teacher.detach().requires_grad_(), target)),
+        "padding": _said(lambda: nkd_loss(student, teacher, target, num_classes=7)),
+        "normalizer": _said(lambda: nkd_loss(student, teacher, target, normalizer=placed(torch.tensor(3.0)))),
+        "plain logits, target of rows": _said(
+            lambda: nkd_loss(problem.student, problem.teacher, distribute_tensor(target, mesh, [Shard(0)]))
+        ),
+        "indices": _said(
+            lambda: nkd_loss(problem.student, TopK(problem.teacher[:, :1], placed(target[:, None]), "drop"), target)
+        ),
+        **whole_only,
         "in a shard": _said(lambda: nkd_loss(ClassShard(student, 0, 8), ClassShard(student, 0, 8), target)),
     }
 

@@ -91,6 +91,20 @@ def test_nan_stays_in_its_row(rest):
         assert torch.equal(*(each[[0, 1, 9]] for each in of_rows))
 
 
+@pytest.mark.parametrize(("loss", "rest"), FUSED)
+def test_pads_alone(loss, rest):
+    """Nothing is there to be renormalised: a row of NaN. With any other rest all is rest."""
+    problem = make(loss, rest, 60, 5, rows=4, temperature=2.0)
+    problem.indices[2] = -1
+    if rest != "renormalize":
+        assert_same(backend, problem)
+        return
+    value, _, gradient = run(backend, problem)
+    assert value.isnan().tolist() == [False, False, True, False]
+    assert gradient.isnan().all(dim=1).tolist() == [False, False, True, False]
+    assert not gradient[[0, 1, 3]].isnan().any()
+
+
 def test_rows_that_do_not_count_and_none_at_all():
     problem = make("dkd", "bucket", 40, 4, weighted=True, ce_weight=1.0, temperature=2.0)
     for row in (1, 4):
