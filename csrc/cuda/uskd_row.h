@@ -176,8 +176,8 @@ __device__ __forceinline__ void row_statistics(const UskdCall& call, int64_t ind
         }
         const auto p = state.row.p = common::split_softmax<A, 2>(x.s_target, s_max, sums.s);
         const auto v = state.row.v = common::split_softmax<A, 2>(x.w_target, w_max, sums.w);
-        const double probe = double(p.rest) + double(v.rest) + double(x.v_sum) + double(targets.poison) +
-                             call.batch_sums[0] + call.batch_sums[1];
+        // Without the means: a NaN of theirs is another row's, and reaches the student's gradient alone.
+        const A probe = p.rest + v.rest + x.v_sum + targets.poison;
         state.row.is_nan = A(probe != probe);
         state.row.key = common::uskd_key(p, v, targets.count, Rank(call.rank));
     }

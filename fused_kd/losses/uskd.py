@@ -57,7 +57,7 @@ def uskd_loss(
     """If that class is not a target, it leaves the non-target set: it takes no Zipf mass, keeps its place in the
     ranking, and the others' weights are renormalised. The target term is +inf if it is a target with P other than 0. A
     weak logit of -inf makes the weak term, which supervises every class, +inf; no gradient flows there.""",
-    "both gradients of that row; among the student's logits, through the mean in P, those of all rows",
+    "among the student's logits, through the mean in P, the loss and the student's gradient of all rows",
 )
 def uskd_loss(
     student_logits: Logits,

@@ -108,10 +108,22 @@ def test_rows_without_a_value(core, dtype):
         rest = [0, 2, 3]
         assert not any(bool(x.isnan().any()) for x in (loss[rest], student_gradient[rest], weak_gradient[rest], sums))
     student[2, 0] = NAN
-    loss, _, student_gradient, *_, sums = ours(core, student, weak, target, reduction="none")
+    weak[1, 3] = 0.0
+    loss, parts, student_gradient, weak_gradient, sums = ours(core, student, weak, target, reduction="none")
     assert loss.isnan().all(), "through the batch mean"
+    assert parts.isnan().all(1).tolist() == [True, False, False, False], "the target term alone"
     assert student_gradient.isnan().all()
+    assert weak_gradient.isnan().any(1).tolist() == [False, False, True, False]
     assert sums.isnan().tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_a_nan_among_labels_is_its_rows(core, dtype):
+    student, weak, target = inputs(4, 12, dtype)
+    labels = mixed(target, 12)
+    labels[1, labels[1].argmin()] = NAN
+    loss, *_ = check(core, student, weak, labels, reduction="none", ce_weight=1.0)
+    assert loss.isnan().tolist() == [False, True, False, False]
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
