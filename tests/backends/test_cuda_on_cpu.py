@@ -80,6 +80,22 @@ def test_ties_go_to_the_lower_class(core, classes, dtype):
         check(core, student, weak, target, rank=rank)
 
 
+@pytest.mark.parametrize("classes", (12, 300))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_a_target_that_ties_or_stands_alone(core, classes, dtype):
+    generator = torch.Generator().manual_seed(0)
+    ranking = torch.randint(3, (6, classes), generator=generator).to(dtype)
+    other, target = torch.randn(6, classes, generator=generator).to(dtype), torch.arange(6)
+    other[torch.arange(6), target] = torch.linspace(3, 200, 6, dtype=dtype)  # far above, where it does not rank
+    for labels in (target, mixed(target, classes)):
+        check(core, other, ranking, labels, rank="weak", beta=1.0)
+        check(core, ranking, other, labels, rank="final", beta=1.0)
+    weak = torch.full_like(other, -INF)
+    weak[torch.arange(6), target] = torch.linspace(-3, 3, 6, dtype=dtype)
+    for rank in reference.RANKS:
+        check(core, ranking + torch.arange(classes) / 500, weak, target, rank=rank, beta=1.0)
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 def test_classes_that_cannot_occur(core, dtype):
     student, weak, target = inputs(6, 12, dtype)
