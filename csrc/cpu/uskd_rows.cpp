@@ -51,8 +51,7 @@ FKD_NOINLINE void block_sums(const A* s, const A* w, const A* v, int64_t n, cons
         __builtin_prefetch(w + j + kBlock<A>);
         const Vec<A> sj = load(s + j, lanes), wj = load(w + j, lanes);
         const Vec<A> ds = s_shift(sj), dw = w_shift(wj);
-        const Vec<A> es = keep(lanes, sj == -A(INFINITY) ? zero : exp2_nonpositive<A>(ds), zero);
-        const Vec<A> ew = keep(lanes, wj == -A(INFINITY) ? zero : exp2_nonpositive<A>(dw), zero);
+        const Vec<A> es = keep(lanes, exp2_gradual<A>(ds), zero), ew = keep(lanes, exp2_gradual<A>(dw), zero);
         store(e_s + j, es, lanes);
         store(e_w + j, ew, lanes);
         s_sum += es;
@@ -79,7 +78,7 @@ FKD_NOINLINE void block_sums(const A* s, const A* w, const A* v, int64_t n, cons
 template <class A>
 FKD_INLINE A exponential(double logit, double max) {
     const Shift<A, true> shift{A(max)};
-    return logit <= max && logit > -INFINITY ? exp2_nonpositive<A>(shift(splat(A(logit))))[0] : A(0);
+    return logit <= max && logit > -INFINITY ? exp2_gradual<A>(shift(splat(A(logit))))[0] : A(0);
 }
 
 // The Zipf weights 1 / rank of all classes, targets too, in the order of their keys; e_s and e_w are the exponentials.

@@ -1,10 +1,8 @@
 """USKD's ranks where keys are hard to tell apart: targets that tie or stand alone, and the smallest probabilities."""
 
-import math
-
 import pytest
 import torch
-from uskd_cases import FUSED, make, run, zipf_labels
+from uskd_cases import FUSED, zipf_labels
 
 INF = float("inf")
 pytestmark = [
@@ -44,3 +42,22 @@ def test_a_target_ties_in_what_ranks_whatever_it_is_in_the_other(backend, rank, 
     zipf = zipf.scatter(1, target[:, None], 0.0).to(dtype)
     found = zipf_labels(backend, student, weak, target, rank)
     torch.testing.assert_close(found, zipf / zipf.sum(1, keepdim=True), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype, lowest", ((torch.float32, -94.0), (torch.float64, -730.0)), ids=str)
+@pytest.mark.parametrize("rank", ("normalized", "final", "weak", "sum"))
+def test_the_smallest_probabilities_keep_their_order(backend, rank, dtype, lowest):
+    """Subnormal as they are, as in an eager softmax."""
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.stack([torch.randperm(100, generator=generator) for _ in range(8)])
+    student = (lowest + 0.1 * steps).to(dtype)
+    weak = student.clone()
+    student[:, 50] = weak[:, 60] = 0.0
+    target = torch.arange(8)
+    if rank == "final":
+        weak = torch.randn(8, 100, generator=generator).to(dtype)
+    elif rank == "weak":
+        student = torch.randn(8, 100, generator=generator).to(dtype)
+    found = zipf_labels(backend, student, weak, target, rank)
+    expected = zipf_labels("reference", student.double(), weak.double(), target, rank)
+    torch.testing.assert_close(found, expected.to(dtype), rtol=1e-5, atol=1e-6)
