@@ -141,30 +141,43 @@ struct UskdStats : LabelStats<R> {
 };
 
 // The rank key of a class is weak * exp(w_j - w_max) + student * exp(s_j - s_max) + linear * (s_j - s_max) + constant.
+// A target has the same, so that ties are ties, unless it is above the rest in what ranks: its exponential may overflow
+// there, and it cannot tie but by rounding.
 template <class R>
 struct UskdKey {
     R weak, student, linear, constant;
-    R target[2];
+    R target[2]; // where above
+    int above[2];
 };
+
+// Whether a target's logit is above the rest's, of which the largest is max, or none where their exponentials' sum is
+// 0.
+template <class R>
+FKD_HD bool above_rest(R logit, R max, R sum) {
+    return logit > (sum == R(0) ? -R(INFINITY) : max);
+}
 
 // Eq. 10 and its variants (paper Table 9). 1 - sum of p over the targets is `rest`, without the subtraction.
 template <class R>
-FKD_HD UskdKey<R> uskd_key(const SplitSoftmax<R, 2>& p, const SplitSoftmax<R, 2>& v, int targets, Rank rank) {
+FKD_HD UskdKey<R> uskd_key(const UskdStats<R>& x, const SplitSoftmax<R, 2>& p, const SplitSoftmax<R, 2>& v, Rank rank) {
     const R small = R(1e-6);
     const R by_weak = rank == kNormalized || rank == kClsKd ? R(1) / (v.rest + small) : R(rank != kFinal);
     const R by_student = rank == kNormalized ? R(1) / (p.rest + small) : R(rank == kFinal || rank == kSum);
-    UskdKey<R> key = {by_weak * v.p_scale, by_student * p.p_scale, R(0), R(0), {R(0), R(0)}};
+    UskdKey<R> key = {by_weak * v.p_scale, by_student * p.p_scale, R(0), R(0), {R(0), R(0)}, {0, 0}};
     // A fixed number of turns here and in uskd_row, so that a GPU keeps the arrays in registers.
-    for (int k = 0; k < 2; ++k)
-        if (k < targets) key.target[k] = by_weak * v.p[k] + by_student * p.p[k];
     if (rank == kClsKd) {
         R divisor = R(1) + small;
         for (int k = 0; k < 2; ++k)
-            if (k < targets) divisor -= p.log_p[k];
+            if (k < x.targets) divisor -= p.log_p[k];
         key.linear = divisor == INFINITY ? R(0) : R(1) / divisor;
         key.constant = -key.linear * p.log_normalizer;
-        for (int k = 0; k < 2; ++k)
-            if (k < targets) key.target[k] += weighted(key.linear, p.log_p[k]);
+    }
+    const bool of_weak = by_weak != R(0), of_student = by_student != R(0) || key.linear != R(0);
+    for (int k = 0; k < 2; ++k) {
+        if (k >= x.targets) continue;
+        key.target[k] = by_weak * v.p[k] + by_student * p.p[k] + weighted(key.linear, p.log_p[k]);
+        key.above[k] = (of_weak && above_rest(x.w_target[k], x.w_max, x.w_sum)) ||
+                       (of_student && above_rest(x.s_target[k], x.s_max, x.s_sum));
     }
     return key;
 }

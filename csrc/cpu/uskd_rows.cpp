@@ -51,8 +51,7 @@ FKD_NOINLINE void block_sums(const A* s, const A* w, const A* v, int64_t n, cons
         __builtin_prefetch(w + j + kBlock<A>);
         const Vec<A> sj = load(s + j, lanes), wj = load(w + j, lanes);
         const Vec<A> ds = s_shift(sj), dw = w_shift(wj);
-        const Vec<A> es = keep(lanes, sj == -A(INFINITY) ? zero : exp2_nonpositive<A>(ds), zero);
-        const Vec<A> ew = keep(lanes, wj == -A(INFINITY) ? zero : exp2_nonpositive<A>(dw), zero);
+        const Vec<A> es = keep(lanes, exp2_gradual<A>(ds), zero), ew = keep(lanes, exp2_gradual<A>(dw), zero);
         store(e_s + j, es, lanes);
         store(e_w + j, ew, lanes);
         s_sum += es;
@@ -79,7 +78,7 @@ FKD_NOINLINE void block_sums(const A* s, const A* w, const A* v, int64_t n, cons
 template <class A>
 FKD_INLINE A exponential(double logit, double max) {
     const Shift<A, true> shift{A(max)};
-    return logit <= max && logit > -INFINITY ? exp2_nonpositive<A>(shift(splat(A(logit))))[0] : A(0);
+    return logit <= max && logit > -INFINITY ? exp2_gradual<A>(shift(splat(A(logit))))[0] : A(0);
 }
 
 // The Zipf weights 1 / rank of all classes, targets too, in the order of their keys; e_s and e_w are the exponentials.
@@ -89,13 +88,11 @@ FKD_NOINLINE void weights_by_keys(const UskdArgs& args, const Scratch<A>& scratc
                                   const SplitSoftmax<double, 2>& v, A* e_s, A* e_w) {
     const int64_t classes = args.classes;
     A* const z = scratch.keys;
-    // A target that is not above the rest in either softmax gets the arithmetic of the rest, so
-    // that ties are ties; else it cannot tie but by rounding, and its exponentials may overflow.
     for (int k = 0; k < targets.count; ++k) {
         e_s[targets.at.at[k]] = exponential<A>(x.s_target[k], x.s_max);
         e_w[targets.at.at[k]] = exponential<A>(x.w_target[k], x.w_max);
     }
-    const UskdKey<double> key = uskd_key(p, v, targets.count, Rank(args.rank));
+    const UskdKey<double> key = uskd_key(x, p, v, Rank(args.rank));
     const A by_student = A(key.student), by_weak = A(key.weak);
     for (int64_t j = 0; j < classes; j += kBlock<A>) {
         const int64_t n = block_length<A>(classes, j);
@@ -114,7 +111,7 @@ FKD_NOINLINE void weights_by_keys(const UskdArgs& args, const Scratch<A>& scratc
         }
     }
     for (int k = 0; k < targets.count; ++k)
-        if (x.s_target[k] > x.s_max || x.w_target[k] > x.w_max) z[targets.at.at[k]] = A(key.target[k]);
+        if (key.above[k]) z[targets.at.at[k]] = A(key.target[k]);
 
     // In the keys' place the Zipf weights 1 / rank.
     const A* const reciprocals = static_cast<const A*>(args.reciprocals);

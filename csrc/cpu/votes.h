@@ -64,32 +64,40 @@ FKD_NOINLINE bool vote_side_by_side(const Matrix& dense, int64_t positions, int6
 }
 
 template <class A>
-FKD_INLINE Votes count_votes(const Matrix& dense, int64_t positions, int64_t classes, A* staging,
+FKD_INLINE Votes count_votes(const Matrix& dense, int64_t positions, int64_t classes, void* block,
                              const VoteScratch& scratch) {
+    A* const staging = static_cast<A*>(block);
     Votes out = {0, false};
     __builtin_memset(scratch.votes, 0, size_t(classes) * sizeof(uint32_t));
+    __builtin_memset(scratch.classes_with, 0, size_t(positions + 1) * sizeof(uint32_t));
     if (dense.row_stride == 1 && dense.col_stride != 1) {
         out.nan = vote_side_by_side<A>(dense, positions, classes, staging, scratch, out.voted);
-        return out;
+    } else {
+        for (int64_t i = 0; i < positions; ++i) {
+            const int64_t index = argmax<A>(dense, i, classes, staging, -1, &out.nan);
+            vote(scratch, index < 0 ? 0 : index, out.voted); // where nothing is above -inf, the first
+        }
     }
-    for (int64_t i = 0; i < positions; ++i) {
-        const int64_t index = argmax<A>(dense, i, classes, staging, -1, &out.nan);
-        vote(scratch, index < 0 ? 0 : index, out.voted); // where nothing is above -inf, the first
-    }
+    for (int64_t i = 0; i < out.voted; ++i)
+        ++scratch.classes_with[scratch.votes[scratch.voted[i]]];
     return out;
 }
 
-// weights[v], the Zipf weight of a class with v votes, for the numbers of votes that there are.
-inline void vote_weights(const Votes& votes, int64_t positions, double power, const VoteScratch& scratch) {
-    __builtin_memset(scratch.classes_with, 0, size_t(positions + 1) * sizeof(uint32_t));
-    for (int64_t i = 0; i < votes.voted; ++i)
-        ++scratch.classes_with[scratch.votes[scratch.voted[i]]];
-    int64_t more = 0; // classes with more than v votes
+// weights[v], the Zipf weight of a class with v votes, for the numbers of votes that there are, 0 too. `kept` are those
+// of `voted` that count; the weights are relative to the best of them.
+inline void vote_weights(int64_t kept, int64_t positions, double power, const VoteScratch& scratch) {
+    uint32_t most = 0;
+    for (int64_t i = 0; i < kept; ++i) {
+        const uint32_t of = scratch.votes[scratch.voted[i]];
+        most = of > most ? of : most;
+    }
+    int64_t more = 0, best = 0; // classes with more than v votes
     for (int64_t v = positions; v > 0; --v) {
-        if (scratch.classes_with[v] == 0) continue;
-        scratch.weights[v] = zipf_weight(double(votes.voted + 1) / double(more + 1), power);
+        if (v == most) best = more + 1;
+        if (best && scratch.classes_with[v]) scratch.weights[v] = zipf_weight(double(best) / double(more + 1), power);
         more += scratch.classes_with[v];
     }
+    scratch.weights[0] = zipf_weight(best ? double(best) / double(more + 1) : 1, power);
 }
 
 } // namespace FKD_ISA

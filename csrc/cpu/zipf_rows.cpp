@@ -70,17 +70,24 @@ FKD_NOINLINE void block_sums(const A* s, const A* v, int64_t n, const Without<2>
 template <class A>
 FKD_NOINLINE int64_t add_voted(const ZipfArgs& args, const Scratch<A>& scratch, int64_t row, const Targets& targets,
                                int64_t voted, double s_max, const A* e, ZipfStats& x) {
+    const VoteScratch& votes = scratch.votes;
     int64_t kept = 0;
     for (int64_t i = 0; i < voted; ++i) {
-        const int64_t j = scratch.votes.voted[i];
+        const uint32_t j = votes.voted[i];
+        if (targets.at.at[0] != j && targets.at.at[1] != j &&
+            *read(args.student, row, j, 1, scratch.student) != -A(INFINITY))
+            votes.voted[kept++] = j;
+    }
+    vote_weights(kept, args.positions, args.hyper.power, votes);
+    x.unvoted = votes.weights[0];
+    for (int64_t i = 0; i < kept; ++i) {
+        const int64_t j = votes.voted[i];
         const double s = *read(args.student, row, j, 1, scratch.student);
-        if (targets.at.at[0] == j || targets.at.at[1] == j || s == -INFINITY) continue;
-        const ZipfWeight weight = scratch.votes.weights[scratch.votes.votes[j]];
-        x.more += weight.z - 1;
-        x.more_cross += (weight.z - 1) * (s - s_max);
-        x.entropy += weight.z * weight.log_z;
-        scratch.e_voted[kept] = e[j];
-        scratch.votes.voted[kept++] = uint32_t(j);
+        const ZipfWeight weight = votes.weights[votes.votes[j]];
+        x.more += weight.z - x.unvoted.z;
+        x.more_cross += (weight.z - x.unvoted.z) * (s - s_max);
+        x.more_entropy += weight.z_log_z - x.unvoted.z_log_z;
+        scratch.e_voted[i] = e[j];
     }
     return kept;
 }
@@ -115,14 +122,16 @@ FKD_NOINLINE void zipf_row_pass(const ZipfArgs& args, const Scratch<A>& scratch,
     const SplitSoftmax<double, 2> p = split_softmax<double, 2>(x.s_target, s_max, x.sum);
     Matrix dense = args.dense;
     dense.data = element({dense.data, dense.dtype, args.dense_stride, 1}, row, 0);
-    const Votes votes = count_votes<A>(dense, args.positions, classes, scratch.student, scratch.votes);
+    // Compared as they are: float32 has every other format.
+    const Votes votes = dense.dtype == kFloat64
+                            ? count_votes<double>(dense, args.positions, classes, scratch.student, scratch.votes)
+                            : count_votes<float>(dense, args.positions, classes, scratch.student, scratch.votes);
     const double probe = p.rest + x.v_sum;
     if (votes.nan || probe != probe) { // nothing else to say of the row
         parts[0] = parts[1] = NAN;
         gradient.fill(A(NAN), scratch.gradient);
         return;
     }
-    vote_weights(votes, args.positions, args.hyper.power, scratch.votes);
     const int64_t voted = add_voted(args, scratch, row, targets, votes.voted, s_max, e, x);
     const ZipfRow result = zipf_row(x, args.hyper, double(classes), p);
     const double factor = args.factors ? args.factors[row] : 1;
@@ -131,7 +140,7 @@ FKD_NOINLINE void zipf_row_pass(const ZipfArgs& args, const Scratch<A>& scratch,
     if (!gradient.data) return;
 
     const double scale = args.gradient.scale * (args.factors ? args.factors[args.rows + row] : 1);
-    const A a = A(result.student * scale), b = A((result.zipf - result.constant) * scale);
+    const A a = A(result.student * scale), b = A((result.zipf * x.unvoted.z - result.constant) * scale);
     const A c = A(-result.v * scale);
     for (int64_t j = 0; j < classes; j += kBlock<A>) {
         const int64_t n = block_length<A>(classes, j);
@@ -160,7 +169,7 @@ FKD_NOINLINE void zipf_row_pass(const ZipfArgs& args, const Scratch<A>& scratch,
 
 template <class A>
 void zipf_ls_typed(const ZipfArgs& args) {
-    const int threads = useful_threads(args.threads, args.rows, args.classes);
+    const int threads = useful_threads(args.threads, args.rows, args.classes * (args.positions + 1));
     share_out(threads, args.rows, [&](int64_t begin, int64_t end) {
         const Scratch<A> scratch(args.classes, args.positions);
         for (int64_t row = begin; row < end; ++row) {

@@ -176,10 +176,10 @@ __device__ __forceinline__ void row_statistics(const UskdCall& call, int64_t ind
         }
         const auto p = state.row.p = common::split_softmax<A, 2>(x.s_target, s_max, sums.s);
         const auto v = state.row.v = common::split_softmax<A, 2>(x.w_target, w_max, sums.w);
-        const double probe = double(p.rest) + double(v.rest) + double(x.v_sum) + double(targets.poison) +
-                             call.batch_sums[0] + call.batch_sums[1];
+        // Without the means: a NaN of theirs is another row's, and reaches the student's gradient alone.
+        const A probe = p.rest + v.rest + x.v_sum + targets.poison;
         state.row.is_nan = A(probe != probe);
-        state.row.key = common::uskd_key(p, v, targets.count, Rank(call.rank));
+        state.row.key = common::uskd_key(x, p, v, Rank(call.rank));
     }
     __syncthreads();
 }
@@ -195,13 +195,13 @@ __device__ __forceinline__ void row_keys(const Row& row, const RowState<A>& stat
         for (int k = 0; k < kChunk; ++k) {
             const int j = base + k;
             if (j >= classes) continue;
-            // Explicit fma: equal logits must give equal keys to the bit, wherever the compiler puts the code.
-            const A student =
-                key.linear != A(0) ? fma(s[k] - s_max, key.linear, key.constant) : exp(s[k] - s_max) * key.student;
-            A value = fma(exp(w[k] - w_max), key.weak, student);
-            // A target that is not above the rest in either has the formula of the rest, so that ties are ties.
-            if ((j == y0 || j == y1) && !(s[k] <= s_max && w[k] <= w_max))
-                value = j == y0 ? key.target[0] : key.target[1];
+            // A target may be far above the rest in what does not rank. Explicit fma: equal logits must give equal
+            // keys to the bit, wherever the compiler puts the code.
+            const A e_s = exp(fmin(s[k] - s_max, A(0))), e_w = exp(fmin(w[k] - w_max, A(0)));
+            const A student = key.linear != A(0) ? fma(s[k] - s_max, key.linear, key.constant) : e_s * key.student;
+            A value = fma(e_w, key.weak, student);
+            if (j == y0 && key.above[0]) value = key.target[0];
+            if (j == y1 && key.above[1]) value = key.target[1];
             put(j, value);
         }
     });

@@ -1,12 +1,13 @@
 // Zipf's label smoothing: from the statistics of a row to its loss parts and the coefficients of its gradient.
 // fused_kd/backends/triton/kernels/zipf_ls.py has the same formulas in Triton's language.
 //
-// Notation beyond row_math.h: d_j = s_j - s_max, and z_j the Zipf weight of a class, relative to that of a class
-// without a vote, ((1 + voted) / rank_j)^power. Nearly all classes have no vote, so each sum over z_j is one over all
-// classes that are no target and can occur, as if z were 1, and what the voted ones among them have beyond:
-//   total = sum z_j    = number + more,         more       = sum of z_j - 1 over the voted ones
-//   sum z_j d_j        = linear + more_cross,   more_cross = sum of (z_j - 1) d_j
-//   sum z_j log z_j    = entropy, to which the others add nothing
+// Notation beyond row_math.h: d_j = s_j - s_max, and z_j = (best / rank_j)^power the Zipf weight of a class, relative
+// to that of the best rank among the classes that are no target and can occur: no power makes it overflow, nor all of
+// them vanish. Nearly all classes have no vote and share a weight z_0, so each sum over z_j is one over all classes, as
+// if they had that, and what the voted ones among them have beyond:
+//   total = sum z_j    = z_0 number + more,           more         = sum of z_j - z_0 over the voted ones
+//   sum z_j d_j        = z_0 linear + more_cross,     more_cross   = sum of (z_j - z_0) d_j
+//   sum z_j log z_j    = z_0 log z_0 number + more_entropy
 #pragma once
 
 #include "../common/row_math.h"
@@ -14,18 +15,20 @@
 namespace fused_kd {
 namespace FKD_ISA {
 
-// ratio: (1 + voted) / rank
 struct ZipfWeight {
-    double z, log_z;
+    double z, z_log_z;
 };
 
+// ratio: best / rank, at most 1 for a class that counts
 FKD_HD ZipfWeight zipf_weight(double ratio, double power) {
-    return {pow(ratio, power), power * log(ratio)};
+    const double z = pow(ratio, power);
+    return {z, weighted(z, power * log(ratio))};
 }
 
 struct ZipfStats : LabelStats<double> {
     double sum, number, linear; // over the classes that are no target and can occur: exp(d_j), 1, d_j
-    double more, more_cross, entropy;
+    double more, more_cross, more_entropy;
+    ZipfWeight unvoted; // z_0
 };
 
 // Loss parts, already weighted, and the gradients, for j not a target:
@@ -38,15 +41,17 @@ struct ZipfRow {
 
 // With z^ = z / total and p^ = exp(d) / sum, the softmax without the targets:
 //   beta KL(z^ || p^) = beta sum z^_j (log z_j - log total - d_j + log sum)
-//                     = beta ((entropy - linear - more_cross) / total + log(sum / total))
+//                     = beta ((sum z_j log z_j - sum z_j d_j) / total + log(sum / total))
 //   d/ds_j            = beta (p^_j - z^_j)[j not in Y] + d CE/ds_j
 FKD_HD ZipfRow zipf_row(const ZipfStats& x, const HyperParameters& params, double classes,
                         const SplitSoftmax<double, 2>& p) {
     const CrossEntropy<double> ce = cross_entropy<double>(x, params, classes, p);
     ZipfRow out = {0, ce.loss, ce.sum * p.p_scale, 0, ce.v, ce.constant, {0, 0}};
     if (x.number > 1) { // one class is sure of itself, and none has nothing to say
-        const double total = x.number + x.more;
-        out.divergence = params.beta * ((x.entropy - x.linear - x.more_cross) / total + log(x.sum / total));
+        const double total = x.unvoted.z * x.number + x.more;
+        const double entropy = x.unvoted.z_log_z * x.number + x.more_entropy;
+        const double cross = x.unvoted.z * x.linear + x.more_cross;
+        out.divergence = params.beta * ((entropy - cross) / total + log(x.sum / total));
         out.student += params.beta / x.sum;
         out.zipf = -params.beta / total;
     }

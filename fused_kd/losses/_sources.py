@@ -30,6 +30,16 @@ def is_source(logits: Any) -> bool:
     return isinstance(logits, (Head, TopK, ClassShard))
 
 
+def shape_of(name: str, logits: Any, class_dim: int | None) -> tuple[tuple[int, ...], int]:
+    """Of the logits that a Tensor is, or a head stands for: their shape, and the dimension of the classes."""
+    if isinstance(logits, Head):
+        shape = _head(name, logits, class_dim).shape
+        return shape, len(shape) - 1
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{name}: expected a Tensor or a Head, got {type(logits).__name__}")
+    return tuple(logits.shape), checks.class_dimension(logits, class_dim)
+
+
 class _Given(NamedTuple):
     """A source, checked and flattened."""
 

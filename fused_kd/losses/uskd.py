@@ -57,7 +57,7 @@ def uskd_loss(
     """If that class is not a target, it leaves the non-target set: it takes no Zipf mass, keeps its place in the
     ranking, and the others' weights are renormalised. The target term is +inf if it is a target with P other than 0. A
     weak logit of -inf makes the weak term, which supervises every class, +inf; no gradient flows there.""",
-    "both gradients of that row; among the student's logits, through the mean in P, those of all rows",
+    "among the student's logits, through the mean in P, the loss and the student's gradient of all rows",
 )
 def uskd_loss(
     student_logits: Logits,
@@ -210,10 +210,10 @@ class USKDLoss(Criterion):
         class_dim: The dimension of the classes, and of D in the feature.
 
     Shape:
-        ``student_logits`` ``(N, C)``; ``feature`` ``(N, D)``, or ``(N, D, H, W)``, which is averaged over H and W;
-        ``target`` ``(N,)`` indices or ``(N, C)`` probabilities; ``weight`` ``(N,)``; the loss is a scalar, or ``(N,)``
-        for ``reduction="none"``. Or logits of more dimensions, and a feature of their shape with D for C: with
-        ``class_dim=1`` ``(N, C, H, W)`` and ``(N, D, H, W)``, where every position has a feature of its own.
+        ``student_logits`` ``(N, C)`` or a :class:`fused_kd.Head` of them; ``feature`` ``(N, D)``, or ``(N, D, H, W)``,
+        which is averaged over H and W; ``target`` ``(N,)`` indices or ``(N, C)`` probabilities; ``weight`` ``(N,)``;
+        the loss is a scalar, or ``(N,)`` for ``reduction="none"``. Or logits of more dimensions, and a feature of their
+        shape with D for C: with ``class_dim=1`` ``(N, C, H, W)`` and ``(N, D, H, W)``, a feature for every position.
 
     Example:
         >>> criterion = USKDLoss(in_features=256, num_classes=1000)
@@ -280,43 +280,46 @@ class USKDLoss(Criterion):
         normalizer: float | Tensor | None = None,
         return_parts: bool = False,
     ) -> Tensor | tuple[Tensor, USKDParts]:
-        if isinstance(student_logits, Head):
-            classifier = self.weak_classifier
-            weak = Head(feature, classifier.weight, classifier.bias)
-            return self._call(  # type: ignore[no-any-return]
-                student_logits, weak, target, weight=weight, normalizer=normalizer, return_parts=return_parts
-            )
-        student_logits = cast(Tensor, student_logits)
-        dim = self._check(student_logits, feature)
-        if feature.dim() == 4 and student_logits.dim() == 2:
+        dim, averaged = self._check(student_logits, feature)
+        if averaged:
             feature = feature.mean(dim=(2, 3))
-        weak_logits = self.weak_classifier(feature.movedim(dim, -1)).movedim(-1, dim)
-        result: Tensor | tuple[Tensor, USKDParts] = self._call(
+        weak_logits: Logits
+        if isinstance(student_logits, Head):
+            weak_logits = Head(feature, self.weak_classifier.weight, self.weak_classifier.bias)
+        else:
+            weak_logits = self.weak_classifier(feature.movedim(dim, -1)).movedim(-1, dim)
+        return self._call(  # type: ignore[no-any-return]
             student_logits, weak_logits, target, weight=weight, normalizer=normalizer, return_parts=return_parts
         )
-        return result
 
-    def _check(self, student_logits: Tensor, feature: Tensor) -> int:
-        """The dimension of the classes."""
+    def _check(self, student_logits: Logits, feature: Tensor) -> tuple[int, bool]:
+        """The dimension of the classes, and whether the feature is a map to be averaged."""
         width, num_classes = self.weak_classifier.in_features, self.weak_classifier.out_features
-        checks.check_tensor("student_logits", student_logits)
+        order = "the order is student_logits, feature, target"
+        if not isinstance(feature, Tensor) or not feature.is_floating_point():
+            given = getattr(feature, "dtype", type(feature).__name__)
+            raise TypeError(f"feature: expected a floating-point Tensor, got {given}; {order}")
         checks.check_logits("feature", feature)
-        shape = tuple(student_logits.shape)
-        dim = checks.class_dimension(student_logits, self._value("class_dim"))
+        if num_classes in feature.shape and width not in feature.shape:
+            raise ValueError(
+                f"feature: expected one of in_features={width}, got shape {tuple(feature.shape)}, as logits of "
+                f"num_classes={num_classes} have it; {order}, and weak logits are for fused_kd.uskd_loss"
+            )
+        shape, dim = _sources.shape_of("student_logits", student_logits, self._value("class_dim"))
         if len(shape) < 2 or shape[dim] != num_classes:
             raise ValueError(
                 f"student_logits: expected shape (N, {num_classes}), or more dimensions with num_classes={num_classes} "
                 f"in dimension {dim}, which is class_dim, got {shape}"
             )
         wanted = (*shape[:dim], width, *shape[dim + 1 :])
-        averaged = len(shape) == 2 and dim == 1 and feature.dim() == 4
+        maps = f" or ({shape[0]}, {width}, H, W)" if len(shape) == 2 and dim == 1 else ""
+        averaged = bool(maps) and feature.dim() == 4
         if tuple(feature.shape[:2] if averaged else feature.shape) != wanted:
-            maps = f" or ({shape[0]}, {width}, H, W)" if len(shape) == 2 and dim == 1 else ""
             raise ValueError(
                 f"feature: expected shape {wanted}{maps}, of in_features={width} and as many rows as student_logits, "
                 f"got {tuple(feature.shape)}"
             )
-        return dim
+        return dim, averaged
 
 
 def uskd_soft_labels(

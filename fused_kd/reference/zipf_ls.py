@@ -50,8 +50,10 @@ def zipf_ls_loss(
     valid = torch.where(broken & labels.counted, torch.nan, labels.valid)
     student = student * valid.unsqueeze(1)
 
-    zipf = _vote_ranks(dense).to(dtype).pow(-power)
-    zipf = torch.where(labels.is_target | (student.detach() == NEG_INF), 0.0, zipf)
+    ranks, left_out = _vote_ranks(dense).to(dtype), labels.is_target | (student.detach() == NEG_INF)
+    # Relative to the best rank that is left, so that no power makes all weights vanish.
+    best = torch.where(left_out, float("inf"), ranks).amin(dim=1, keepdim=True)
+    zipf = torch.where(left_out, 0.0, (best / ranks).pow(power))
     total = zipf.sum(dim=1, keepdim=True)
     zipf = zipf / torch.where(total == 0, 1.0, total)
     log_p_hat = masked_softmax(student, labels.is_target, log=True)

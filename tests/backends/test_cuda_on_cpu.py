@@ -80,6 +80,22 @@ def test_ties_go_to_the_lower_class(core, classes, dtype):
         check(core, student, weak, target, rank=rank)
 
 
+@pytest.mark.parametrize("classes", (12, 300))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_a_target_that_ties_or_stands_alone(core, classes, dtype):
+    generator = torch.Generator().manual_seed(0)
+    ranking = torch.randint(3, (6, classes), generator=generator).to(dtype)
+    other, target = torch.randn(6, classes, generator=generator).to(dtype), torch.arange(6)
+    other[torch.arange(6), target] = torch.linspace(3, 200, 6, dtype=dtype)  # far above, where it does not rank
+    for labels in (target, mixed(target, classes)):
+        check(core, other, ranking, labels, rank="weak", beta=1.0)
+        check(core, ranking, other, labels, rank="final", beta=1.0)
+    weak = torch.full_like(other, -INF)
+    weak[torch.arange(6), target] = torch.linspace(-3, 3, 6, dtype=dtype)
+    for rank in reference.RANKS:
+        check(core, ranking + torch.arange(classes) / 500, weak, target, rank=rank, beta=1.0)
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 def test_classes_that_cannot_occur(core, dtype):
     student, weak, target = inputs(6, 12, dtype)
@@ -108,10 +124,22 @@ def test_rows_without_a_value(core, dtype):
         rest = [0, 2, 3]
         assert not any(bool(x.isnan().any()) for x in (loss[rest], student_gradient[rest], weak_gradient[rest], sums))
     student[2, 0] = NAN
-    loss, _, student_gradient, *_, sums = ours(core, student, weak, target, reduction="none")
+    weak[1, 3] = 0.0
+    loss, parts, student_gradient, weak_gradient, sums = ours(core, student, weak, target, reduction="none")
     assert loss.isnan().all(), "through the batch mean"
+    assert parts.isnan().all(1).tolist() == [True, False, False, False], "the target term alone"
     assert student_gradient.isnan().all()
+    assert weak_gradient.isnan().any(1).tolist() == [False, False, True, False]
     assert sums.isnan().tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_a_nan_among_labels_is_its_rows(core, dtype):
+    student, weak, target = inputs(4, 12, dtype)
+    labels = mixed(target, 12)
+    labels[1, labels[1].argmin()] = NAN
+    loss, *_ = check(core, student, weak, labels, reduction="none", ce_weight=1.0)
+    assert loss.isnan().tolist() == [False, True, False, False]
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)

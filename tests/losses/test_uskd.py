@@ -235,6 +235,20 @@ def test_nan_stays_in_its_row_but_for_the_batch_mean(backend):
     assert run(backend, student, weak, target, reduction="none")[0].isnan().all()
 
 
+@pytest.mark.parametrize("kind", ("mixed", "one_hot"))
+def test_a_nan_among_labels_is_its_rows(backend, kind):
+    """Not even through the mean in P, which is of probabilities; it is passed over where the targets are found."""
+    student, weak, target = make(kind=kind)
+    spoilt = target.clone()
+    spoilt[2, target[2].argmin()] = math.nan
+    before = run(backend, student, weak, target, reduction="none", ce_weight=1.0)
+    after = run(backend, student, weak, spoilt, reduction="none", ce_weight=1.0)
+    rest = [0, 1, 3, 4, 5]
+    for clean, given in zip((before[0], before[1].t(), *before[2:]), (after[0], after[1].t(), *after[2:]), strict=True):
+        assert given[2].isnan().all()
+        torch.testing.assert_close(given[rest], clean[rest])
+
+
 def test_classes_that_cannot_occur(backend):
     student, weak, target = make()
     target = target % 11

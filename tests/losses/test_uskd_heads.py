@@ -72,6 +72,32 @@ def test_the_module_applies_its_own_layer_as_a_head():
     torch.testing.assert_close(torch.autograd.grad(loss, layer), torch.autograd.grad(dense, layer))
 
 
+def test_the_module_averages_a_map_beside_a_head():
+    given, target = tensors()
+    criterion = fused_kd.USKDLoss(7, CLASSES, ce_weight=1.0).double()
+    feature = torch.randn(ROWS, 7, 3, 2, dtype=torch.float64, requires_grad=True)
+    dense = criterion(logits(*given[:3]), feature, target)
+    loss = criterion(Head(*given[:3]), feature, target)
+    torch.testing.assert_close(loss, dense)
+    torch.testing.assert_close(torch.autograd.grad(loss, feature), torch.autograd.grad(dense, feature))
+
+
+def test_messages_of_the_module():
+    given, target = tensors()
+    head, feature = Head(*given[:3]), given[3]
+    with pytest.raises(ValueError, match=r"student_logits: expected shape \(N, 11\), .*, got \(9, 257\)"):
+        fused_kd.USKDLoss(7, 11).double()(head, feature, target)
+    with pytest.raises(
+        ValueError, match=r"feature: expected shape \(9, 8\) or \(9, 8, H, W\), of in_features=8 .* \(9, 7\)"
+    ):
+        fused_kd.USKDLoss(8, CLASSES).double()(head, feature, target)
+    with pytest.raises(ValueError, match="class_dim: expected None with a Head"):
+        fused_kd.USKDLoss(7, CLASSES, class_dim=1).double()(head, feature, target)
+    shard = fused_kd.ClassShard(logits(*given[:3]), 0, CLASSES)
+    with pytest.raises(TypeError, match="student_logits: expected a Tensor or a Head, got ClassShard"):
+        fused_kd.USKDLoss(7, CLASSES).double()(shard, feature, target)
+
+
 def test_messages():
     given, target = tensors()
     with pytest.raises(ValueError, match="weak_logits: expected the shape and device of student_logits"):

@@ -146,6 +146,21 @@ def test_refusals_of_shapes_and_features():
         criterion(student[:, :4].float(), torch.randn(6, 5), target)
 
 
+def test_arguments_in_another_order():
+    student, _, target = make(dtype=torch.float32)
+    criterion = USKDLoss(5, 12)
+    logits = r"feature: expected one of in_features=5, got shape \(6, 12\), as logits of .* have it; the order is"
+    for feature in (torch.randn(6, 5), torch.randn(6, 5, 3, 4)):
+        for given in ((feature, student, target), (student, student, target), (target, student, feature)):
+            with pytest.raises(ValueError, match=logits):
+                criterion(*given)
+        for given in ((student, target, feature), (feature, target, student)):
+            with pytest.raises(
+                TypeError, match=r"feature: expected a floating-point Tensor, got torch\.int64; the order"
+            ):
+                criterion(*given)
+
+
 def _group_worker(rank, store, backend, queue):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     student, weak, target = make(8, 20)

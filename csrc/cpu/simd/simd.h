@@ -267,6 +267,17 @@ FKD_INLINE Vec<A> exp2_nonpositive(Vec<A> x) {
     return x < S::kLowest ? Vec<A>{} : e;
 }
 
+// The same with subnormal results, where an order hangs on them. Rarely is there one.
+template <class A>
+FKD_INLINE Vec<A> exp2_gradual(Vec<A> x) {
+    typedef Simd<A> S;
+    const Vec<A> shifted = x + S::kRound, r = x - (shifted - S::kRound);
+    const Vec<A> e = exp2_scaled<A, S::kDegree>(S::kPoly, r, shifted);
+    const Mask<A> low = x < S::kLowest;
+    if (__builtin_expect(none(low), 1)) return e;
+    return low ? exp2_nonpositive<A>(x + A(64)) * A(0x1p-64) : e;
+}
+
 // Of x + low, where x is a rounded number and low what it was rounded by, within about an ulp; not for -inf.
 template <class A>
 FKD_INLINE Vec<A> exp2_nonpositive(Vec<A> x, Vec<A> low) {

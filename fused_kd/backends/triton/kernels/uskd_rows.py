@@ -120,14 +120,16 @@ def key_factors(p, v, targets, RANK: tl.constexpr):
 @triton.jit
 def rank_keys(d_s, d_w, cols, targets, of_student, of_weak, k, RANK: tl.constexpr):
     """The keys of tiles of s - m_s and w - m_w. A target above the rest in a softmax, whose exponential may overflow,
-    has a value of its own there; one that is not has the formula of the rest, so that equal logits make ties."""
+    has a value of its own there, as one beside which there is no rest; one that is not has the formula of the rest, so
+    that equal logits make ties."""
     is_0 = cols == targets[0][:, None]
     is_1 = cols == targets[1][:, None]
     key = d_s * 0.0
     if RANK != "final":
         key = gradual_exp2(d_w * k) * of_weak[0][:, None]
-        key = tl.where(is_0 & (d_w > 0.0), of_weak[1][:, None], key)
-        key = tl.where(is_1 & (d_w > 0.0), of_weak[2][:, None], key)
+        above = (d_w > 0.0) | (of_weak[0][:, None] == 0.0)
+        key = tl.where(is_0 & above, of_weak[1][:, None], key)
+        key = tl.where(is_1 & above, of_weak[2][:, None], key)
     if RANK == "weak":
         return key
     if RANK == "cls_kd":

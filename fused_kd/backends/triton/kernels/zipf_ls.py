@@ -7,11 +7,13 @@ vote, and all the others share one rank, 1 + the number of those that have; so `
 P x P of them, instead of sorting classes, and ``zipf_rows`` takes every class for one without a vote and corrects what
 the voted ones add. Nothing of the classes' number is kept between kernels.
 
-With z_j = rank_j^-power over the classes that are no target and can occur, and d_j = s_j - m_s, a row's divergence is
+With z_j = (best / rank_j)^power over the classes that are no target and can occur, relative to the best rank of them,
+and d_j = s_j - m_s, a row's divergence is
 
     weight (sum z log z / sum z - log sum z + log sum exp(d) - sum z d / sum z)
 
-where z log z and z d are z_0 times those sums over all classes, and what the voted ones have beyond z_0.
+where each sum is one over all classes, as if they had the weight z_0 of a class without a vote, and what the voted ones
+have beyond.
 
 Meaning of the constexpr arguments besides those that :mod:`.on_chip` and :mod:`.uskd` explain:
 
@@ -26,7 +28,7 @@ import triton
 import triton.language as tl
 
 from fused_kd.backends.triton.kernels.on_chip import gradient_scale
-from fused_kd.backends.triton.kernels.rows import LN2, LOG2E, load_factor, narrowed, zero_if_empty
+from fused_kd.backends.triton.kernels.rows import LN2, LOG2E, load_factor, narrowed, times, zero_if_empty
 from fused_kd.backends.triton.kernels.targets import (
     by_rows,
     ce_labels,
@@ -185,10 +187,12 @@ def _row_sums(
 
 
 @triton.jit
-def _zipf(rank, power):
-    """rank^-power and its logarithm, of ranks from 1 on."""
-    log_rank = tl.log2(rank)
-    return tl.where(power == 1.0, 1.0 / rank, tl.exp2(-power * log_rank)), -power * (log_rank * LN2)
+def _zipf(rank, best, power):
+    """z = (best / rank)^power and z log z, of ranks from 1 on."""
+    ratio = best / rank.to(best.dtype)
+    log_z = power * tl.log2(ratio)
+    z = tl.where(power == 1.0, ratio, tl.exp2(log_z))
+    return z, -times(z, -log_z * LN2)
 
 
 @triton.jit
@@ -199,6 +203,18 @@ def _load_votes(votes, ranks, row, start, positions, rows, VOTES: tl.constexpr):
     mask = rows[:, None] & (j < positions)
     rank = tl.load(ranks + at, mask=mask, other=0)
     return tl.load(votes + at, mask=mask, other=0), tl.maximum(rank, 1), rank > 0
+
+
+@triton.jit
+def _load_kept(
+    votes, ranks, view, targets, m, row, start, positions, rows, VOTES: tl.constexpr, UNIT: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Of a tile of votes the ranks of their classes, whether one is no target and can occur, and s_j - m."""
+    column, rank, takes = _load_votes(votes, ranks, row, start, positions, rows, VOTES)
+    takes &= (column >= 0) & (column != targets[0][:, None]) & (column != targets[1][:, None])
+    d = load_tile(view, column, takes, _NEG_INF, UNIT, ACC) - m[:, None]
+    return rank, takes & (d != _NEG_INF), d
 
 
 @triton.jit(
@@ -286,25 +302,33 @@ def zipf_rows(
     ce_0 = tl.where(s_0 == _NEG_INF, 0.0, tl.where(wanted, ce_0, 0.0))
     ce_1 = tl.where(s_1 == _NEG_INF, 0.0, tl.where(wanted, ce_1, 0.0))
 
-    z_0, log_z_0 = _zipf(tl.maximum(here, 0).to(ACC) + 1.0, power)
-    more, more_cross, entropy = tl.zeros([ROWS], ACC), tl.zeros([ROWS], ACC), tl.zeros([ROWS], ACC)
+    last = tl.maximum(here, 0) + 1
+    best = last
     for start in range(0, positions, VOTES):
-        column, rank, takes = _load_votes(votes, ranks, row, start, positions, counted, VOTES)
-        takes &= (column >= 0) & (column != targets[0][:, None]) & (column != targets[1][:, None])
-        d = load_tile(view, column, takes, _NEG_INF, UNIT, ACC) - m[:, None]
-        takes &= d != _NEG_INF
-        z_j, log_z_j = _zipf(rank.to(ACC), power)
+        rank, takes, _ = _load_kept(
+            votes, ranks, view, targets, m, row, start, positions, counted, VOTES, UNIT, ACC
+        )  # fmt: skip
+        best = tl.minimum(best, tl.min(tl.where(takes, rank, last[:, None]), 1))
+    best = best.to(ACC)
+    z_0, z_log_z_0 = _zipf(last, best, power)
+    more, more_cross, more_entropy = tl.zeros([ROWS], ACC), tl.zeros([ROWS], ACC), tl.zeros([ROWS], ACC)
+    for start in range(0, positions, VOTES):
+        rank, takes, d = _load_kept(
+            votes, ranks, view, targets, m, row, start, positions, counted, VOTES, UNIT, ACC
+        )  # fmt: skip
+        z_j, z_log_z_j = _zipf(rank, best[:, None], power)
         beyond = tl.where(takes, z_j - z_0[:, None], 0.0)
         more += tl.sum(beyond, 1)
         more_cross += tl.sum(tl.where(takes, beyond * d, 0.0), 1)
-        entropy += tl.sum(tl.where(takes, z_j * (log_z_j - log_z_0[:, None]), 0.0), 1)
+        more_entropy += tl.sum(tl.where(takes, z_log_z_j - z_log_z_0[:, None], 0.0), 1)
     total = z_0 * number + more
     # One class is sure of itself, and none has nothing to say.
     some = (number > 1.0) & (total != 0.0)
     total = tl.where(some, total, 1.0)
     z = tl.where(some, z, 1.0)
     weight = tl.where(some, weight, 0.0)
-    divergence = (entropy - z_0 * linear - more_cross) / total + log_z_0 + tl.log2(z / total) * LN2
+    entropy = z_log_z_0 * number + more_entropy
+    divergence = (entropy - z_0 * linear - more_cross) / total + tl.log2(z / total) * LN2
     divergence = tl.where(counted, weight * divergence + poison, 0.0)
     ce = tl.where(counted, ce + poison, 0.0)
     if factors is not None:
@@ -345,6 +369,6 @@ def zipf_rows(
             v = s
             if PROB:
                 v = load_tile(labels, column, takes, 0.0, UNIT, ACC)
-            z_j, _ = _zipf(rank.to(ACC), power)
+            z_j, _ = _zipf(rank, best[:, None], power)
             g = student_gradient(s, s - m[:, None], z_j, v, column, targets, terms, k, PROB, LINEAR)
             tl.store(out[:, None] + column, narrowed(g + poison[:, None], gradient.dtype.element_ty), mask=takes)
