@@ -13,17 +13,18 @@ ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- losses:begin -->", "<!-- losses:end -->"
 
 NOTATION = """`p`, `q` and `v` are the softmax of the student's, the teacher's and the weak logits. `y` is the target
-class and `Y` the set of targets of a mixed label. A hat means the softmax over the other classes, at temperature T. Every
-loss adds `ce_weight` times the ordinary cross-entropy in the same pass. `python -m tools.losses` writes this page."""
+class and `Y` the set of targets of a mixed label. A hat means the softmax over the other classes, at temperature T.
+Every loss adds `ce_weight` times the ordinary cross-entropy in the same pass. `python -m tools.losses` writes this
+page."""
 SOURCES = """The table shows what a loss accepts in place of a matrix of logits, on the CPU (native) and on a GPU
-(Triton). If there is no kernel for a `TopK`, or a `TopK` is combined with a `ClassShard`, `auto` takes the reference and
-warns. Jensen–Shannon is not defined for `rest="drop"`, and DIST is not defined for `"drop"` and `"bucket"`: such a call
-raises an error. `fused_kd.explain` says what runs."""
+(Triton). If there is no kernel for a `TopK`, or a `TopK` is combined with a `ClassShard`, `auto` takes the reference
+and warns. Jensen–Shannon is not defined for `rest="drop"`, and DIST is not defined for `"drop"` and `"bucket"`: such a
+call raises an error. `fused_kd.explain` says what runs."""
 SHARED = """All losses also take `ignore_index=-100`, `reduction="mean"`, `weight=None` (a tensor, one weight per row),
 `normalizer=None` (a number or tensor that replaces the mean's divisor), `class_dim=None` (the last dimension; required
 for logits of four or more dimensions), `backend="auto"` and `return_parts=False`. All but USKD and Zipf's LS take
-`num_classes=None` (how many columns are classes; the rest is padding). `fused_kd.decompose` returns the parts of KD, NKD
-and DKD side by side, for ablations."""
+`num_classes=None` (how many columns are classes; the rest is padding). `fused_kd.decompose` returns the parts of KD,
+NKD and DKD side by side, for ablations."""
 
 
 def markdown_table() -> str:

@@ -89,8 +89,8 @@ def orders(views: Sequence[View]) -> list[str]:
     parts = [
         "The paper ranks NKD over DKD over KD over the baseline with a teacher, and USKD over Zipf's LS and Tf-KD over "
         "label smoothing over the baseline without one. Runs of one seed start from the same weights and see the same "
-        "batches, so the difference of a pair is taken seed by seed. A pair agrees or disagrees if the 95 % interval of "
-        "the mean difference (Student's t) excludes zero; otherwise it is undecided. The pairs are not independent, "
+        "batches, so the difference of a pair is taken seed by seed. A pair agrees or disagrees if the 95 % interval "
+        "of the mean difference (Student's t) excludes zero; otherwise it is undecided. The pairs are not independent, "
         "and of twenty pairs without a true difference one would seem to have one.",
         "**At the baseline's best learning rate**",
         *_pairs(views, [view.main for view in views]),
@@ -99,8 +99,8 @@ def orders(views: Sequence[View]) -> list[str]:
     if with_own:
         own_seeds = {len(by_seed) for view in with_own for by_seed in view.own.values()}
         parts += [
-            "**At each method's own best learning rate**, chosen with other seeds among half the baseline's, the same and "
-            f"twice that; {count_seeds(own_seeds)} each. A sum of losses takes larger steps than one of them.",
+            "**At each method's own best learning rate**, chosen with other seeds among half the baseline's, the same "
+            f"and twice that; {count_seeds(own_seeds)} each. A sum of losses takes larger steps than one of them.",
             *_pairs(with_own, [view.own for view in with_own]),
         ]
     return parts
@@ -162,8 +162,8 @@ def convergence(views: Sequence[View]) -> list[str]:
         )  # fmt: skip
     return [
         "The baseline's learning rate was searched with other seeds, in factors of two, until both neighbours of the "
-        "best rate were no better. The table has accuracy on the first test set, in % or points: *last quarter* is what "
-        "the last quarter of the epochs adds, *twice as long* what twice as many epochs add at the same rate.",
+        "best rate were no better. The table has accuracy on the first test set, in % or points: *last quarter* is "
+        "what the last quarter of the epochs adds, *twice as long* what twice as many epochs add at the same rate.",
         lines(rows),
         *([_caveat(moving, gains)] if moving else []),
     ]

@@ -162,8 +162,8 @@ def _published() -> list[str]:
         rows.append([METHODS[method].title, f"{value:.2f}{gain}", source])
     return [
         "The published figures are for a ResNet-18, with a ResNet-34 as the teacher where there is one. In brackets is "
-        "the gain over the baseline of the same source. Figures for label smoothing, Tf-KD and Zipf's LS are not shown: "
-        "no public source at hand has them.",
+        "the gain over the baseline of the same source. Figures for label smoothing, Tf-KD and Zipf's LS are not "
+        "shown: no public source at hand has them.",
         lines(rows),
     ]
 
@@ -191,7 +191,8 @@ def _how(views: Sequence[View], command: str) -> list[str]:
             ]
         )  # fmt: skip
     parts = [
-        f"`{command}` makes all of it. Runs that have a record are not repeated, so it goes on where it was interrupted.",
+        f"`{command}` makes all of it. Runs that have a record are not repeated, so it goes on where it was "
+        "interrupted.",
         lines(rows),
         "All methods of a task share its schedule: a linear warm-up over a tenth of the steps, then a cosine to zero. "
         "CNNs use SGD with Nesterov momentum and a weight decay of 0.0005; transformers and language models use AdamW "
