@@ -19,21 +19,21 @@ __all__ = ["CHUNK_BYTES", "ClassShard", "Head", "TopK"]
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    r"""The last layer, not yet applied: logits :math:`z = \mathrm{logit\_scale} \cdot (h W^\top + b)`, and with a
-    ``softcap`` :math:`c \tanh(z / c)`.
+    r"""The last layer before it is applied. Its logits are :math:`z = \mathrm{logit\_scale} \cdot (h W^\top + b)`, or
+    with a ``softcap`` :math:`c \tanh(z / c)`.
 
-    The logits of all rows never exist together: they are made for a chunk of rows, whose loss and gradient are computed
-    and multiplied into the gradients of ``hidden``, ``weight`` and ``bias`` before the next chunk. Products accumulate
-    in float32 or better, and so does the weight's gradient over the chunks, whatever their dtype. Each of the three
-    gets a gradient if it requires one. As a teacher a head has none: pass its tensors detached.
+    The logits of all rows never exist at once. The loss computes them for one chunk of rows, then the gradient of that
+    chunk and from it the gradients of ``hidden``, ``weight`` and ``bias``, and goes on to the next chunk. Products
+    accumulate in float32 or better, whatever the dtype, and so does the weight's gradient over the chunks. Each of the
+    three tensors gets a gradient if it requires one. A teacher gets no gradient: pass its tensors detached.
 
     Args:
         hidden: Hidden states ``(..., D)``, the input of the last layer.
         weight: ``(C, D)``, as :class:`torch.nn.Linear` has it.
         bias: ``(C,)``, or None.
-        softcap: Bound of the logits' magnitude, above 0, or None.
-        logit_scale: What logits are multiplied by before the softcap.
-        chunk_rows: Rows of a chunk; the student's, if both heads say. None takes as many as
+        softcap: Bound c of the logits' magnitude, above 0, or None.
+        logit_scale: Factor of the logits, applied before the softcap.
+        chunk_rows: Rows in a chunk; if both heads set it, the student's counts. None takes as many as
             :data:`fused_kd.sources.CHUNK_BYTES` allows: 128 MiB on the CPU, 1 GiB on a GPU.
 
     Example:
@@ -55,31 +55,32 @@ class Head:
 class TopK:
     r"""A teacher of which only the top-k log-probabilities were stored.
 
-    With :math:`\ell` the kept log-probabilities of its full softmax, of the classes :math:`K`, :math:`r = \max(0,
-    1 - \sum_K e^{\ell_j})` is what was not kept, and :math:`u = r / (C - k)` its even share. At temperature :math:`T`
-    the rest is taken as spread evenly: :math:`Z = \sum_K e^{\ell_j / T} + (C - k) u^{1/T}`, :math:`q_j(T) = e^{\ell_j /
-    T} / Z` of a kept class and :math:`q_{rest}(T) = (C - k) u^{1/T} / Z`.
+    Let :math:`K` be the kept classes and :math:`\ell` their log-probabilities under the teacher's full softmax. The
+    rest has the probability :math:`r = \max(0, 1 - \sum_K e^{\ell_j})`, and :math:`u = r / (C - k)` is its share per
+    class. At temperature :math:`T` the rest is taken as spread evenly. With :math:`Z = \sum_K e^{\ell_j / T} + (C - k)
+    u^{1/T}`, a kept class has :math:`q_j(T) = e^{\ell_j / T} / Z`, and the rest has :math:`q_{rest}(T) = (C - k) u^{1/T}
+    / Z`.
 
     Args:
         log_probs: Log-probabilities ``(..., k)`` at temperature 1, of a softmax over all classes.
         indices: Their classes ``(..., k)``, integers in any order; -1 where a row has fewer.
-        rest: What the classes that were not kept are to be:
+        rest: How to treat the classes that were not kept:
 
             - ``"renormalize"``: the teacher is :math:`e^{\ell_j / T} / \sum_K e^{\ell_i / T}` on :math:`K` and 0
               elsewhere.
-            - ``"drop"``: it is :math:`q_j(T)` on :math:`K`, and the rest counts nowhere. The probabilities sum to less
-              than 1, so this is no divergence and may be below 0.
-            - ``"bucket"``: all others are one class, of the teacher's probability :math:`q_{rest}(T)` and of the
-              student's :math:`1 - \sum_K p_j(T)`.
-            - ``"uniform"``: each of the others has :math:`u^{1/T} / Z`.
+            - ``"drop"``: the teacher is :math:`q_j(T)` on :math:`K`, and the rest is ignored. The probabilities sum to
+              less than 1, so this is no divergence and may be below 0.
+            - ``"bucket"``: all other classes are one class. Its probability is :math:`q_{rest}(T)` for the teacher and
+              :math:`1 - \sum_K p_j(T)` for the student.
+            - ``"uniform"``: each other class has :math:`u^{1/T} / Z`.
 
-    An index twice in a row, or out of range, is an error on the CPU and a NaN row on a GPU. So are pads alone with
-    ``"renormalize"``, which leave nothing to renormalise, unless the row does not count: give it ``ignore_index`` or a
-    ``weight`` of 0. With any other rest a row of pads alone has no kept class, and all is rest.
+    A class twice in one row, or out of range, is an error on the CPU and makes the row NaN on a GPU. So do pads alone
+    with ``"renormalize"``, which leave nothing to renormalise, unless the row does not count: give it ``ignore_index``
+    or a ``weight`` of 0. With any other rest, a row of pads alone has no kept class: all classes are the rest.
 
-    Above temperature 1 the rest weighs more than what it was at 1, since it is spread over so many classes: of 100,000
-    classes a rest of 1e-8 weighs more at T = 4 than all that was kept. Where what was kept sums to 1 but for rounding,
-    there is no rest to speak of: take ``"renormalize"``, as :meth:`from_logits` does.
+    Above temperature 1 the rest weighs more than at 1, since it is spread over so many classes: with 100,000 classes, a
+    rest of 1e-8 weighs more at T = 4 than everything that was kept. If the kept probabilities sum to 1 except for
+    rounding, there is no meaningful rest: use ``"renormalize"``, as :meth:`from_logits` does.
 
     Example:
         >>> log_probs, indices = torch.randn(8, 1000).log_softmax(-1).topk(64)
@@ -92,8 +93,8 @@ class TopK:
 
     @classmethod
     def from_logits(cls, logits: Tensor, indices: Tensor) -> TopK:
-        """Of logits ``(..., k)``, whose softmax over the kept classes is taken first: nothing is left over, as with
-        ``"renormalize"``."""
+        """From the teacher's logits ``(..., k)`` of the kept classes. Their softmax is over these classes only, so
+        ``rest`` is ``"renormalize"``."""
         checks.check_logits("logits", logits)
         checks.check_tensor("indices", indices, "a Tensor of integers")
         if indices.shape != logits.shape:
@@ -106,35 +107,36 @@ class TopK:
 
 @dataclass(frozen=True, eq=False)
 class ClassShard:
-    """Some classes of each row, of which other processes have the others: vocabulary parallel.
+    """Some of the classes of each row; other processes have the rest (vocabulary parallelism).
 
-    The processes exchange some hundred bytes of each row, no logits. The loss and its parts are the same numbers on
-    each, and each has the gradient of its own columns. It is for every loss of rows with a teacher of its own or none:
-    USKD and Zipf's label smoothing rank all classes, and DIST needs ``gamma=0``.
+    The processes exchange a few hundred bytes per row, and no logits. All processes get the same loss and parts, and
+    each gets the gradient of its own columns. USKD and Zipf's label smoothing do not take a ClassShard, since they rank
+    all classes; DIST needs ``gamma=0``.
 
-    Every process of the group takes part in each call and in its backward pass, where numbers are exchanged with
-    ``reduction="none"``, with the same rows, weights, options, ``chunk_rows`` and dtypes, and with tensors of which the
-    same require grad. The target is the same class indices ``(...)`` among all ``num_classes``, or probabilities of the
-    columns that are here, ``(..., width)``. The teacher is sharded as the student is. Or it is a :class:`TopK` with
-    classes among all, the same on every process: then the student's logits of these are exchanged, too.
+    Every process of the group must make each call and its backward pass, which also exchanges numbers for
+    ``reduction="none"``. The rows, weights, options, ``chunk_rows`` and dtypes must be the same on all processes, and
+    the same tensors must require grad. The target is class indices ``(...)`` among all ``num_classes``, the same on all
+    processes, or the probabilities ``(..., width)`` of the columns that are here. The teacher must be sharded as the
+    student is, or be a :class:`TopK` with classes among all, the same on all processes.
 
-    Errors that several processes have a part in, such as classes that are missing or twice or bad values, are raised on
-    all of them. On a GPU, where reading would stall, the classes are checked until one call was right. An error of one
-    process alone, such as a wrong type, is raised there alone and leaves the others waiting.
+    Errors that concern several processes, such as bad values or classes that are missing or given twice, are raised on
+    all of them. On a GPU, where reading would stall, the classes are checked until one call was right. An error of a
+    single process, such as a wrong type, is raised only there and leaves the others waiting.
 
-    A DTensor whose classes are sharded needs no ClassShard: it becomes one of its local tensor in the group of that
-    dimension of its mesh. Its teacher is a DTensor with the same placements; target and weight are what the process has
-    of them, or DTensors that are placed as the rows are. The loss is a plain Tensor, and where another dimension of the
-    mesh shards the rows, that of the rows that are here: a mean divides by their number, not by that of all.
+    A DTensor whose classes are sharded needs no ClassShard: its local tensor is used as one, with the group of that
+    dimension of its mesh. Its teacher must be a DTensor with the same placements. Target and weight are the local ones,
+    or DTensors that are placed like the rows. The loss is a plain Tensor. If another dimension of the mesh shards the
+    rows, it is the loss of the local rows: a mean divides by their number, not by the number of all rows.
 
-    ``backend="reference"`` gathers the columns of all processes instead, and stalls a GPU. A second derivative is
-    refused. ``torch.compile`` holds a call in one graph.
+    ``backend="reference"`` gathers the columns of all processes instead, and stalls a GPU. Second derivatives raise an
+    error. ``torch.compile`` keeps a call in one graph.
 
     Args:
         logits: ``(..., width)`` logits of the classes from ``first_class`` on, or a :class:`Head` with their weight;
-            its ``hidden`` is the same on every process, and so is that one's gradient, which is summed over them. That
-            of weight and bias is of the classes that are here. A width may be 0, and they need not be equal.
-        first_class: The first of these classes, among all.
+            its ``hidden`` must be the same on every process. The gradient of ``hidden`` is summed over the processes,
+            so it is also the same on each; weight and bias get the gradient of the local classes. Widths may differ,
+            and may be 0.
+        first_class: The index of the first local class, among all classes.
         num_classes: How many classes a row has on all processes together.
         group: The process group, or None for the default one.
 

@@ -12,18 +12,19 @@ from fused_kd.core.catalogue import LOSSES, ROW_LOSSES
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- losses:begin -->", "<!-- losses:end -->"
 
-NOTATION = """`p`, `q` and `v` are the softmax of the student's, the teacher's and the weak logits; `y` is the target
-class and `Y` the targets of a mixed label. A hat denotes the softmax over the other classes, at temperature T. Every
-loss adds `ce_weight` times the ordinary cross-entropy in the same pass. `python -m tools.losses` writes this page."""
-SOURCES = """What a loss accepts in place of a matrix of logits, on the CPU (native) and on a GPU (Triton). Where a
-`TopK` has no kernel, `auto` takes the reference with a warning. Jensen–Shannon is not
-defined for `rest="drop"`, nor DIST for `"drop"` and `"bucket"`: such a call raises an error. `fused_kd.explain` says
+NOTATION = """`p`, `q` and `v` are the softmax of the student's, the teacher's and the weak logits. `y` is the target
+class and `Y` the set of targets of a mixed label. A hat means the softmax over the other classes, at temperature T.
+Every loss adds `ce_weight` times the ordinary cross-entropy in the same pass. `python -m tools.losses` writes this
+page."""
+SOURCES = """The table shows what a loss accepts in place of a matrix of logits, on the CPU (native) and on a GPU
+(Triton). If there is no kernel for a `TopK`, `auto` takes the reference and warns. Jensen–Shannon is not defined for
+`rest="drop"`, and DIST is not defined for `"drop"` and `"bucket"`: such a call raises an error. `fused_kd.explain` says
 what runs."""
-SHARED = """All of them also take `ignore_index=-100`, `reduction="mean"`, `weight=None` (a tensor, one weight per row),
-`normalizer=None` (a number or a tensor in place of the mean's divisor), `class_dim=None` (the last dimension; required
-for logits of four or more), `backend="auto"` and `return_parts=False`; all but USKD and Zipf's LS take
-`num_classes=None` (how many of the columns are classes, the others being padding).
-`fused_kd.decompose` gives the parts of KD, NKD and DKD side by side, for ablations."""
+SHARED = """All losses also take `ignore_index=-100`, `reduction="mean"`, `weight=None` (a tensor, one weight per row),
+`normalizer=None` (a number or tensor that replaces the mean's divisor), `class_dim=None` (the last dimension; required
+for logits of four or more dimensions), `backend="auto"` and `return_parts=False`. All but USKD and Zipf's LS take
+`num_classes=None` (how many columns are classes; the rest is padding). `fused_kd.decompose` returns the parts of KD,
+NKD and DKD side by side, for ablations."""
 
 
 def markdown_table() -> str:

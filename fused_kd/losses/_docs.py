@@ -16,44 +16,44 @@ from typing import Any, TypeVar
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _ARGS = r"""
-    student_logits: Unnormalised scores ``(..., C)``, C at least 2, float64, float32, float16 or bfloat16. Or one of
-        these in their place: a :class:`fused_kd.Head`, a :class:`fused_kd.ClassShard`, or a DTensor whose classes are
-        sharded, which ClassShard explains.
-    teacher_logits: The teacher's, same shape and device, any of those dtypes; must not require grad. Or one of these in
-        their place: a :class:`fused_kd.Head`, :class:`fused_kd.TopK`, :class:`fused_kd.ClassShard` or DTensor.
-    target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)``. They serve the
-        cross-entropy and ``ignore_index``; without them ``ce_weight`` must be 0 and every row counts.
-    temperature: T above.
+    student_logits: Unnormalised scores ``(..., C)``, C at least 2, float64, float32, float16 or bfloat16. In their
+        place a :class:`fused_kd.Head`, a :class:`fused_kd.ClassShard`, or a DTensor whose classes are sharded (see
+        ClassShard).
+    teacher_logits: The teacher's logits: same shape and device, any of those dtypes; must not require grad. In their
+        place a :class:`fused_kd.Head`, :class:`fused_kd.TopK`, :class:`fused_kd.ClassShard` or DTensor.
+    target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)``. Only the cross-entropy and
+        ``ignore_index`` use them; with None ``ce_weight`` must be 0, and every row counts.
+    temperature: T above, greater than 0.
     ce_weight: Weight of the ordinary cross-entropy, computed in the same pass.
     label_smoothing: Smoothing of the cross-entropy's labels, as in :func:`torch.nn.functional.cross_entropy`.
     logit_standardization: Use the z-scores of both logits, row by row, in all terms but the cross-entropy.
-    ignore_index: Rows with this class index count nowhere and get a zero gradient.
+    ignore_index: Rows with this class index are left out of all terms and get a zero gradient.
     reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
-    weight: Weight of each row, ``(...)``: a boolean mask, or floating-point, without gradient, at least 0. Not a weight
-        per class, as in cross_entropy; with as many rows as classes, no check can tell the two apart. ``"none"``
-        gives :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the rows that count.
-        A row of weight 0 adds exactly nothing to the loss and has a zero gradient, whatever it holds.
-    normalizer: What the sum over the rows is divided by in place of the mean's divisor, such as the number of items in
-        all micro-batches of a step: a number or a Tensor without dimensions, at least 0. With 0 the loss and its
-        gradient are 0. It goes with ``reduction="mean"`` alone.
+    weight: Weight of each row, ``(...)``: a boolean mask or floating-point numbers, at least 0, without gradient. It is
+        not a weight per class, as in cross_entropy; with as many rows as classes, no check can tell the two apart.
+        ``"none"`` gives :math:`w_i L_i`, ``"sum"`` their sum, and ``"mean"`` that sum over :math:`\sum_i w_i` of the
+        rows that count. A row of weight 0 adds nothing to the loss and has a zero gradient, even if it holds NaN.
+    normalizer: Replaces the mean's divisor, for instance by the number of items in all micro-batches of a step: a
+        number or a Tensor without dimensions, at least 0. With 0 the loss and its gradient are 0. Only for
+        ``reduction="mean"``.
     class_dim: The dimension of the classes, in the logits and in probability targets; the shapes here have it last.
-        None is the last one. Logits of four or more dimensions must give it: 1 for (N, C, H, W), as
-        :func:`torch.nn.functional.cross_entropy` has them, -1 for (N, H, W, C). Logits whose classes do not lie
-        side by side in memory are copied; (N, C, H, W) in ``torch.channels_last`` needs no copy.
-    num_classes: How many of the columns are classes, of logits whose last columns are padding. Padding has no
-        probability and a zero gradient; student and teacher may have different amounts of it. None is all.
+        None means the last one. Logits of four or more dimensions need it: 1 for (N, C, H, W), as in
+        :func:`torch.nn.functional.cross_entropy`, -1 for (N, H, W, C). Logits are copied if their classes do not lie
+        side by side in memory; (N, C, H, W) in ``torch.channels_last`` needs no copy.
+    num_classes: How many columns are classes, if the last columns are padding. Padding has no probability and a zero
+        gradient; student and teacher may have different amounts of it. None means all columns.
     backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
-    return_parts: Return ``(loss, parts)`` with the detached, weighted {parts}, which sum to the loss.
+    return_parts: Return ``(loss, parts)`` with {parts}; these are detached and weighted, and sum to the loss.
 """
 _INFINITIES = """
     A student's logit of -inf is a class that cannot occur: its probability and its gradient are 0, and 0 log 0
-    is 0. {own} The cross-entropy is +inf if a class at -inf has a label other than 0; label smoothing gives every
-    class one. A NaN or a logit of +inf makes the loss and the gradient of its row NaN, and {others}. An ignored row
-    stays 0, whatever it holds. A gradient that is 0 stays 0 for any incoming gradient.
+    is 0. {own} The cross-entropy is +inf if a class at -inf has a label other than 0; with label smoothing every
+    class has one. A NaN or a logit of +inf makes the loss and the gradient of its row NaN, and {others}. An ignored
+    row stays 0, even if it holds NaN. A gradient that is 0 stays 0 for any incoming gradient.
 """
 #: Of a loss whose distillation has the logarithm of the student's probabilities.
-WITH_A_TEACHER = """A teacher's -inf is a probability of 0. Where the student's is 0 and the teacher's is not, the loss
-is +inf."""
+WITH_A_TEACHER = """A teacher's logit of -inf is a probability of 0. If a class has probability 0 for the student but
+not for the teacher, the loss is +inf."""
 _SHAPE = """
     The loss is a scalar, or has the shape of the class indices ``(...)`` for ``reduction="none"``. Its dtype is
     float64 if any logits are, else float32. The gradient has the dtype of ``student_logits``.
@@ -61,13 +61,13 @@ _SHAPE = """
 _RAISES = """
     TypeError: An argument has a type or dtype that is not supported.
     ValueError: Shapes, devices or hyper-parameters do not fit; a tensor requires grad but gets none; or, on the CPU,
-        a row's probabilities do not sum to 1, give or take 0.02. On a GPU, where a check would stall, in Triton and
-        in a compiled reference the probabilities are not checked.
-    IndexError: A class index is out of range, on the CPU. On a GPU, where a check would stall, that row is NaN. A
-        weight that is negative or not finite also makes its row NaN there; elsewhere it is a ValueError.
-    RuntimeError: ``backend`` names one that cannot run here; the message says why. Or a fused backend is asked for
-        what only ``"reference"`` can do: a second derivative (create_graph=True, in the backward), forward mode, a
-        transform of torch.func, torch.jit.trace or an export to ONNX.
+        the probabilities of a row do not sum to 1 within 0.02. They are not checked on a GPU, where a check would
+        stall, in Triton, and in a compiled reference.
+    IndexError: On the CPU, a class index is out of range. On a GPU, where a check would stall, that row is NaN. There
+        a weight that is negative or not finite also makes its row NaN; elsewhere it raises ValueError.
+    RuntimeError: ``backend`` cannot run here; the message says why. Or a fused backend is asked for what only
+        ``"reference"`` can do: a second derivative (with create_graph=True, raised in the backward pass), forward
+        mode, a transform of torch.func, torch.jit.trace or an export to ONNX.
 """
 
 

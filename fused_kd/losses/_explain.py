@@ -17,12 +17,13 @@ from fused_kd.sources import ClassShard, Head, Logits, TeacherLogits, TopK
 def explain(
     student_logits: Logits | torch.device | str = "cpu", loss: str = "nkd", teacher_logits: TeacherLogits | None = None
 ) -> Explanation:
-    """The backend that ``backend="auto"`` takes for a loss of such a tensor (or device), and why not each other; of a
-    :class:`Head`, a :class:`ClassShard` or a :class:`TopK` also how it is run.
+    """Which backend ``backend="auto"`` takes for a loss, and why not the others. Print the result.
 
-    Of several GPUs each has a choice of its own; ``"cuda"`` is the current one.
-
-    ``loss`` is one of the names that :func:`fused_kd.catalogue` has, such as ``"nkd"`` or ``"uskd"``.
+    Args:
+        student_logits: A tensor or a device such as ``"cuda"``, the current GPU; each GPU has its own answer. For a
+            :class:`Head` or a :class:`ClassShard` the result also says how it runs.
+        loss: A name from :func:`fused_kd.catalogue`, such as ``"nkd"`` or ``"uskd"``.
+        teacher_logits: Needed only if the teacher is a :class:`Head`, a :class:`ClassShard` or a :class:`TopK`.
 
     Raises:
         ValueError, NotImplementedError: There is no such loss, or it does not take such a source.

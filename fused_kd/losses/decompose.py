@@ -22,17 +22,17 @@ def decompose(
     reduction: str = "mean",
     class_dim: int | None = None,
 ) -> Decomposition:
-    r"""What KD, NKD and DKD are made of, as sections 5.1 and G of arXiv:2303.13005 take them apart.
+    r"""The parts of KD, NKD and DKD, as in sections 5.1 and G of arXiv:2303.13005.
 
-    It is for study, and the reference computes it. With :math:`p, q` the student's and the teacher's softmax, :math:`y`
-    the target class and a hat for the softmax over the others, these are the parts, unweighted and differentiable in
-    the student:
+    It is for ablations, and the reference computes it. :math:`p, q` are the student's and the teacher's softmax,
+    :math:`y` is the target class, and a hat means the softmax over the other classes. The parts are unweighted and
+    differentiable in the student:
 
     ``kd_target``
         :math:`-T^2 q_y(T) \log p_y(T)`
     ``kd_non_target``
-        :math:`-T^2 \sum_{j \ne y} q_j(T) \log p_j(T)`; with the above it is KD's cross-entropy: KD plus
-        :math:`T^2 H(q(T))`
+        :math:`-T^2 \sum_{j \ne y} q_j(T) \log p_j(T)`; the sum of these two is KD's cross-entropy, that is KD
+        plus :math:`T^2 H(q(T))`
     ``nkd_non_target``
         :math:`-T^2 \sum_{j \ne y} \hat q_j \log \hat p_j`
     ``dkd_binary``
@@ -42,15 +42,15 @@ def decompose(
     ``nkd_target``
         :math:`-q_y \log p_y` at temperature 1
 
-    so that NKD = nkd_target + gamma nkd_non_target and DKD = alpha dkd_binary + beta dkd_non_target.
+    NKD is nkd_target + gamma nkd_non_target, and DKD is alpha dkd_binary + beta dkd_non_target.
 
     Args:
         student_logits: Unnormalised scores ``(..., C)``, C at least 2, float64, float32, float16 or bfloat16.
-        teacher_logits: The teacher's, same shape and device, any of those dtypes; must not require grad.
-        target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)``, of which each row's
+        teacher_logits: The teacher's logits: same shape and device, any of those dtypes; must not require grad.
+        target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)``: then each row's
             largest entry is the target, the lowest index on ties.
         temperature: T above.
-        ignore_index: Rows with this class index count nowhere.
+        ignore_index: Rows with this class index are left out.
         reduction: ``"mean"`` over the rows that count, ``"sum"`` or ``"none"``.
         class_dim: The dimension of the classes, as for :func:`fused_kd.nkd_loss`.
 

@@ -46,7 +46,7 @@ def dist_loss(
 
 @documented(
     DISTParts,
-    "A teacher's -inf is a probability of 0. The correlations take both as numbers, and the loss stays finite.",
+    "A teacher's logit of -inf is a probability of 0. The correlations take both as numbers; the loss stays finite.",
     "through the columns, unless gamma is 0, those of all rows",
 )
 def dist_loss(
@@ -78,19 +78,19 @@ def dist_loss(
         L_i = T^2 \Bigl(\beta (1 - \rho(p_i, q_i)) + \gamma \bigl(1 - \tfrac{1}{C} \sum_j \rho(p^j, q^j)\bigr)\Bigr)
             + \mathrm{ce\_weight} \cdot \mathrm{CE}(student, target)
 
-    The second term is one number for the batch. Every row that counts gets all of it, so that the loss stays the mean
-    of its rows. It needs a batch: with one row it is constant.
+    The second term is one number for the whole batch. Every row that counts gets it in full, so the loss is still the
+    mean of its rows. It needs a batch of several rows: with one row it is constant.
 
     Args:
         beta: Weight of the correlation along rows (inter-class).
         gamma: Weight of the correlation along columns (intra-class).
-        temperature: +; the paper has 4 for CIFAR-100, 1 for ImageNet.
+        temperature: +; the paper uses 4 for CIFAR-100, 1 for ImageNet.
         ce_weight: Weight of the ordinary cross-entropy.
-        ignore_index: Rows with this class index are in no term and get a zero gradient.
-        reduction: + For ``"none"``, unless gamma is 0, the incoming gradient of one row enters every row's gradient.
-            The fused backends compute that in the backward pass; until then both logits and the target are kept and
-            must not change.
-        weight: + The correlation along columns counts all other rows alike, whatever their weights.
+        ignore_index: Rows with this class index are left out of all terms and get a zero gradient.
+        reduction: + With ``"none"``, unless gamma is 0, the gradient of every row depends on the incoming gradients of
+            all rows. The fused backends compute it in the backward pass; until then both logits and the target are
+            kept and must not change.
+        weight: + The correlation along columns counts all other rows equally, whatever their weights.
 
     Example:
         >>> dist_loss(student_logits, teacher_logits, beta=1.0, gamma=1.0).backward()

@@ -71,15 +71,15 @@ def dkd_loss(
         L = T^2 (\alpha \mathrm{KL}(b_t \| b_s) + \beta \mathrm{KL}(\hat q \| \hat p))
             + \mathrm{ce\_weight} \cdot \mathrm{CE}(student, target)
 
-    There are no masks of −1000 and no logarithms of rounded probabilities, as in the published code, so saturated rows
+    Unlike the published code, this uses no masks of −1000 and no logarithms of rounded probabilities, so saturated rows
     stay finite.
 
     Args:
-        target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)`` (mixup, CutMix): DKD then
-            takes each row's largest entry, the lowest index on ties, and CE takes the probabilities.
+        target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)`` (mixup, CutMix). Then each
+            row's largest entry is DKD's target, the lowest index on ties, and CE uses the probabilities.
         alpha: Weight of the binary term.
-        beta: Weight of the non-target term; the paper has 8 for CIFAR-100, 0.5 for ImageNet.
-        temperature: +; the paper has 4 for CIFAR-100, 1 for ImageNet.
+        beta: Weight of the non-target term; the paper uses 8 for CIFAR-100, 0.5 for ImageNet.
+        temperature: +; the paper uses 4 for CIFAR-100, 1 for ImageNet.
         return_parts: + ``parts.target`` is the binary term.
 
     Example:

@@ -44,9 +44,9 @@ def js_loss(
 
 @documented(
     DistillationParts,
-    """A teacher's -inf is a probability of 0. With beta between 0 and 1 the mixture is positive where either side is,
-    and the loss stays finite; at 0 it is +inf where the student's probability is 0 and the teacher's is not, at 1 the
-    other way round.""",
+    """A teacher's logit of -inf is a probability of 0. With beta between 0 and 1 the mixture is positive where either
+    side is, and the loss stays finite. At 0 it is +inf if a class has probability 0 for the student but not for the
+    teacher, at 1 the other way round.""",
 )
 def js_loss(
     student_logits: Logits,
@@ -67,8 +67,8 @@ def js_loss(
     backend: str = "auto",
     return_parts: bool = False,
 ) -> Tensor | tuple[Tensor, DistillationParts]:
-    r"""Generalised Jensen–Shannon divergence, as Agarwal et al. distil language models with it, "On-Policy Distillation
-    of Language Models" (arXiv:2306.13649).
+    r"""Generalised Jensen–Shannon divergence, used for language models by Agarwal et al., "On-Policy Distillation of
+    Language Models" (arXiv:2306.13649).
 
     With :math:`p(T), q(T)` the softmax of the student's and the teacher's logits at temperature T:
 
@@ -76,14 +76,14 @@ def js_loss(
         L = T^2 \bigl(\beta \, \mathrm{KL}(q(T) \| m) + (1 - \beta) \, \mathrm{KL}(p(T) \| m)\bigr)
             + \mathrm{ce\_weight} \cdot \mathrm{CE}(student, target), \quad m = \beta q(T) + (1 - \beta) p(T)
 
-    The formula itself is 0 at :math:`\beta = 0` and at 1. As in the paper, these two mean something else:
+    The formula itself is 0 at :math:`\beta = 0` and at 1. As in the paper, these two values mean something else:
     :math:`\beta = 0` is :math:`T^2 \mathrm{KL}(q \| p)`, which is :func:`kd_loss`, and :math:`\beta = 1` is
-    :math:`T^2 \mathrm{KL}(p \| q)`, the limits there of the loss divided by :math:`\beta` or :math:`1 - \beta`. So the
-    loss jumps at both ends, and close to them it is nearly 0: do not let a schedule run into one.
+    :math:`T^2 \mathrm{KL}(p \| q)`. These are the limits of the loss divided by :math:`\beta` or :math:`1 - \beta`. So
+    the loss jumps at both ends, and close to them it is nearly 0: keep a schedule of beta away from both.
 
     Args:
-        beta: From 0 to 1, as above; 0 and 1 are special.
-        ignore_index: Rows with this class index, such as the padding of a text, count nowhere and get a zero gradient.
+        beta: From 0 to 1; 0 and 1 are special, as above.
+        ignore_index: Rows with this class index, such as the padding of a text, are left out and get a zero gradient.
 
     Example:
         >>> js_loss(student_logits, teacher_logits, token_ids, beta=0.5, ignore_index=pad_id).backward()

@@ -67,7 +67,7 @@ def kd_loss(
     .. math::
         L = T^2 \sum_j q_j(T) \log \frac{q_j(T)}{p_j(T)} + \mathrm{ce\_weight} \cdot \mathrm{CE}(student, target)
 
-    The mean divides by the number of rows, where ``F.kl_div(reduction="mean")`` would divide by N·C.
+    The mean divides by the number of rows; ``F.kl_div(reduction="mean")`` would divide by N·C.
 
     Args:
         temperature: +; 4 is common for CIFAR-100, 1 for ImageNet.

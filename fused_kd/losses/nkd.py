@@ -71,13 +71,13 @@ def nkd_loss(
         L = -q_y \log p_y - \gamma T^2 \sum_{j \ne y} \hat q_j \log \hat p_j
             + \mathrm{ce\_weight} \cdot \mathrm{CE}(student, target)
 
-    The temperature acts on the non-target term only. It is a cross-entropy, so it is not 0 for equal logits.
+    The temperature acts only on the non-target term. Both terms are cross-entropies, so equal logits do not give 0.
 
     Args:
-        target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)`` (mixup, CutMix): NKD then
-            takes each row's largest entry, the lowest index on ties, and CE takes the probabilities.
-        gamma: Weight of the non-target term; the paper has 1.5 for ImageNet, 1 for DeiT, 3.5 for CIFAR-100.
-        temperature: +; the paper has 1 for ImageNet, 3 for CIFAR-100.
+        target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)`` (mixup, CutMix). Then each
+            row's largest entry is NKD's target, the lowest index on ties, and CE uses the probabilities.
+        gamma: Weight of the non-target term; the paper uses 1.5 for ImageNet, 1 for DeiT, 3.5 for CIFAR-100.
+        temperature: +; the paper uses 1 for ImageNet, 3 for CIFAR-100.
         ce_weight: +; 1 gives Eq. 5.
 
     Example:

@@ -43,7 +43,7 @@ def tf_kd_loss(
 
 @documented(
     DistillationParts,
-    "The virtual teacher gives every class some probability, so the loss is +inf where there is such a class.",
+    "The virtual teacher gives every class some probability, so the loss is +inf if there is such a class.",
 )
 def tf_kd_loss(
     student_logits: Logits,
@@ -75,10 +75,11 @@ def tf_kd_loss(
     copy of the student as teacher, use :func:`kd_loss`.
 
     Args:
-        target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)`` (mixup, CutMix): the
-            virtual teacher then takes each row's largest entry, the lowest index on ties, and CE the probabilities.
-        correct: What the virtual teacher gives the target class, from 0 to below 1.
-        temperature: +, of the virtual teacher alone.
+        target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)`` (mixup, CutMix). Then
+            the virtual teacher's target is each row's largest entry, the lowest index on ties, and CE uses the
+            probabilities.
+        correct: What the virtual teacher gives the target class, at least 0 and below 1.
+        temperature: +; it applies only to the virtual teacher.
 
     Example:
         >>> tf_kd_loss(student_logits, target, ce_weight=1.0).backward()

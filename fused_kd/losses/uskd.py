@@ -54,9 +54,9 @@ def uskd_loss(
 
 @documented(
     USKDParts,
-    """If that class is not a target, it leaves the non-target set: it takes no Zipf mass, keeps its place in the
-    ranking, and the others' weights are renormalised. The target term is +inf if it is a target with P other than 0. A
-    weak logit of -inf makes the weak term, which supervises every class, +inf; no gradient flows there.""",
+    """If that class is not a target, it leaves the non-target set: it gets no Zipf weight but keeps its place in the
+    ranking, and the other weights are renormalised. If it is a target with P other than 0, the target term is +inf. A
+    weak logit of -inf makes the weak term +inf, since that term supervises every class; no gradient flows there.""",
     "among the student's logits, through the mean in P, the loss and the student's gradient of all rows",
 )
 def uskd_loss(
@@ -84,8 +84,8 @@ def uskd_loss(
     Distillation: A Unified Approach with Normalized Loss and Customized Soft Labels" (arXiv:2303.13005).
 
     There is no teacher. The soft labels come from the student's own softmax :math:`p` and from :math:`v`, the softmax
-    of the weak logits, which a linear layer computes from an earlier feature. :math:`Y` are the target classes of a
-    row, one, or two for a mixed label, with label values :math:`V_k`, and :math:`\hat p` is the softmax over the
+    of the weak logits, which a linear layer computes from an earlier feature. :math:`Y` is the set of a row's target
+    classes: one, or two for a mixed label, with label values :math:`V_k`. :math:`\hat p` is the softmax over the
     classes outside :math:`Y`:
 
     .. math::
@@ -96,50 +96,50 @@ def uskd_loss(
         P_k = p_k^2 + V_k - \mathrm{mean}_{batch}(p_k^2), \quad V'_j = 0.9 V_j + 0.1 / C, \quad
         \hat z_j = \frac{1 / r_j}{\sum_{k \notin Y} 1 / r_k}
 
-    where :math:`r_j` is the class's place, from 1, when all C classes are ordered by descending rank key (the lower
-    class first among equal keys). By default the key is
+    where :math:`r_j` is the rank of class j, from 1, when all C classes are sorted by descending key (among equal keys
+    the lower class comes first). By default the key is
 
     .. math::
         R_j = \frac{v_j}{1 - \sum_{k \in Y} v_k + 10^{-6}} + \frac{p_j}{1 - \sum_{k \in Y} p_k + 10^{-6}}
 
-    :math:`P` and :math:`\hat z` are constants to the gradient. The student's gradient comes from all terms but the weak
-    one, the weak logits' from that alone.
+    The gradient treats :math:`P` and :math:`\hat z` as constants. The student's gradient comes from all terms but the
+    weak one; the gradient of the weak logits comes from that term only.
 
-    Where one class is left outside the targets, as with C = 2, the non-target term is 0.
+    If only one class is not a target, as with C = 2, the non-target term is 0.
 
     Args:
         student_logits: Unnormalised scores ``(..., C)``, C at least 2, float64, float32, float16 or bfloat16, or a
             :class:`fused_kd.Head`.
-        weak_logits: The linear layer's on an earlier feature, same shape and device, any of those dtypes, or a Head.
-            :class:`fused_kd.USKDLoss` has that layer.
+        weak_logits: The logits that a linear layer computes from an earlier feature: same shape and device, any of
+            those dtypes, or a Head. :class:`fused_kd.USKDLoss` has that layer.
         target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)`` (mixup, CutMix, with or
-            without label smoothing): the targets are then the at most two largest entries that exceed the row's
-            smallest, the lower index first on ties, so that a one-hot row has one and a constant row none.
-        alpha: Weight of the target term; the paper has 1 for ImageNet, 0.1 for CIFAR-100.
-        beta: Weight of the non-target term; the paper has 0.1.
-        mu: Weight of the weak supervision; the paper has 0.005 for ImageNet, 0.1 for CIFAR-100.
+            without label smoothing). Then the targets are the largest entries, at most two, that exceed the row's
+            smallest; the lower index wins on ties. So a one-hot row has one target and a constant row none.
+        alpha: Weight of the target term; the paper uses 1 for ImageNet, 0.1 for CIFAR-100.
+        beta: Weight of the non-target term; the paper uses 0.1.
+        mu: Weight of the weak supervision; the paper uses 0.005 for ImageNet, 0.1 for CIFAR-100.
         ce_weight: +; 1 gives Eq. 13.
-        label_smoothing: + The labels of the weak supervision have the paper's own smoothing.
+        label_smoothing: + It does not change the labels of the weak supervision, :math:`V'` above.
         rank: The key that ranks the classes: ``"normalized"``, R above; ``"weak"``, v; ``"final"``, p; ``"sum"``,
-            v + p; or ``"cls_kd"``, which has logarithms in the second fraction of R, as the published code has at its
-            newest commit.
-        square: False puts :math:`p_k` where P has :math:`p_k^2`.
-        process_group: Take the mean in P over all processes of this group, ``torch.distributed.group.WORLD`` or
-            another: one all-reduce of three numbers. Every process of the group must make the call. By default the mean
-            is over this batch. What ``reduction`` does stays within the process.
-        ignore_index: Rows with this class index count nowhere, not in the mean in P either, and get a zero gradient.
-        weight: Weight of each row, ``(...)``: a boolean mask, or floating-point, without gradient, at least 0. Not a
-            weight per class, as in cross_entropy; with as many rows as classes, no check can tell the two apart.
-            ``"none"`` gives :math:`w_i L_i`, ``"sum"`` their sum and ``"mean"`` that over :math:`\sum_i w_i` of the
-            rows that count. A row of weight 0 adds nothing to the loss and has zero gradients; the mean in P counts all
-            rows alike.
+            v + p; or ``"cls_kd"``, which has logarithms in the second fraction of R, like the newest commit of the
+            published code.
+        square: False uses :math:`p_k` in P in place of :math:`p_k^2`.
+        process_group: Take the mean in P over all processes of this group, such as ``torch.distributed.group.WORLD``,
+            by one all-reduce of three numbers. Every process of the group must make the call. By default the mean is
+            over this batch. ``reduction`` stays within the process.
+        ignore_index: Rows with this class index are left out, also of the mean in P, and get a zero gradient.
+        weight: Weight of each row, ``(...)``: a boolean mask or floating-point numbers, at least 0, without gradient.
+            It is not a weight per class, as in cross_entropy; with as many rows as classes, no check can tell the two
+            apart. ``"none"`` gives :math:`w_i L_i`, ``"sum"`` their sum, and ``"mean"`` that sum over
+            :math:`\sum_i w_i` of the rows that count. A row of weight 0 adds nothing to the loss and has zero
+            gradients. The mean in P counts all rows equally.
 
     Shape:
         The loss is a scalar, or has the shape of the class indices ``(...)`` for ``reduction="none"``. Its dtype is
         float64 if any logits are, else float32. Each gradient has the dtype of its logits.
 
     Raises:
-        ValueError: + Or there is a ``process_group`` but torch.distributed is not initialised.
+        ValueError: + Or ``process_group`` is given but torch.distributed is not initialised.
         IndexError: + Through the mean in P an index out of range makes the target terms of all rows NaN.
 
     Example:
@@ -185,26 +185,26 @@ def _fused(
 class USKDLoss(Criterion):
     """Universal self-knowledge distillation; :func:`fused_kd.uskd_loss` documents every argument.
 
-    It owns the linear layer, ``weak_classifier``, that makes the weak logits of an earlier feature of the network: give
-    its parameters to the optimizer, and move the module to the network's device. The paper takes the feature map after
-    stage 2 of a CNN, and the class token after block L/2 of a vision transformer with L blocks; the weak term's
-    gradient flows through the layer into the network up to there. Under DistributedDataParallel wrap a module that has
-    both, or this one as well.
+    It owns the linear layer, ``weak_classifier``, that computes the weak logits from an earlier feature of the network.
+    Give its parameters to the optimizer, and move the module to the network's device. The paper takes the feature map
+    after stage 2 of a CNN, or the class token after block L/2 of a vision transformer with L blocks. The gradient of
+    the weak term flows through the layer into the part of the network before that feature. For DistributedDataParallel
+    wrap a module that contains both the network and this module, or wrap this module as well.
 
     Args:
-        in_features: Width D of the feature: the channels of a feature map, the width of a class token.
-        num_classes: C.
+        in_features: Width D of the feature: the channels of a feature map, or the width of a class token.
+        num_classes: The number of classes C.
         alpha: Weight of the target term.
         beta: Weight of the non-target term.
         mu: Weight of the weak supervision.
         ce_weight: Weight of the ordinary cross-entropy computed in the same pass.
-        label_smoothing: Of the cross-entropy's labels.
+        label_smoothing: Smoothing of the cross-entropy's labels.
         rank: The key that ranks the classes: ``"normalized"``, ``"cls_kd"``, ``"weak"``, ``"final"`` or ``"sum"``.
-        square: False puts p where the target's label has its square.
-        process_group: Take the batch mean over all processes of this group. ``torch.distributed.group.WORLD`` is None,
-            which is no group, before ``init_process_group``. A module with a group cannot be pickled or deep-copied, as
-            the group cannot; its ``state_dict`` can.
-        ignore_index: Rows with this class index count nowhere.
+        square: False uses p in the target's label in place of its square.
+        process_group: Take the batch mean over all processes of this group. Call ``init_process_group`` first: before,
+            ``torch.distributed.group.WORLD`` is None, which means no group. A module with a group cannot be pickled or
+            deep-copied, since the group cannot; its ``state_dict`` can.
+        ignore_index: Rows with this class index are left out.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``.
         class_dim: The dimension of the classes, and of D in the feature.
@@ -212,8 +212,8 @@ class USKDLoss(Criterion):
     Shape:
         ``student_logits`` ``(N, C)`` or a :class:`fused_kd.Head` of them; ``feature`` ``(N, D)``, or ``(N, D, H, W)``,
         which is averaged over H and W; ``target`` ``(N,)`` indices or ``(N, C)`` probabilities; ``weight`` ``(N,)``;
-        the loss is a scalar, or ``(N,)`` for ``reduction="none"``. Or logits of more dimensions, and a feature of their
-        shape with D for C: with ``class_dim=1`` ``(N, C, H, W)`` and ``(N, D, H, W)``, a feature for every position.
+        the loss is a scalar, or ``(N,)`` for ``reduction="none"``. Logits may have more dimensions; the feature then
+        has their shape with D in place of C: with ``class_dim=1`` ``(N, C, H, W)`` and ``(N, D, H, W)``.
 
     Example:
         >>> criterion = USKDLoss(in_features=256, num_classes=1000)
@@ -335,26 +335,25 @@ def uskd_soft_labels(
 ) -> Tensor:
     r"""The labels that USKD makes for each class: :math:`P_k` at the targets, :math:`\hat z_j` elsewhere.
 
-    They are there to inspect, log and plot, as the paper's Figure 3 does; :func:`uskd_loss` makes its own. The
-    reference always computes them.
+    They are for inspection, logs and plots such as the paper's Figure 3; :func:`uskd_loss` computes its own. The
+    reference computes them.
 
     Args:
         student_logits: Unnormalised scores ``(..., C)``, as for :func:`uskd_loss`.
-        weak_logits: The linear layer's on an earlier feature, same shape and device.
+        weak_logits: The logits that a linear layer computes from an earlier feature, same shape and device.
         target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)``.
         rank: The key that ranks the classes.
-        square: False puts :math:`p_k` where P has :math:`p_k^2`.
+        square: False uses :math:`p_k` in P in place of :math:`p_k^2`.
         process_group: Take the mean in P over all processes of this group.
-        ignore_index: Rows with this class index count nowhere, and their labels are 0.
+        ignore_index: Rows with this class index are left out, and their labels are 0.
         class_dim: The dimension of the classes, as for :func:`uskd_loss`.
 
     Shape:
         That of the logits, float64 if any logits are, else float32.
 
     Returns:
-        The labels, detached. The Zipf labels of a row sum to 1; P lies around the label's value and is not a
-        probability. A label is 0 where a student's logit of -inf says that a class cannot occur, and NaN in a row with
-        a NaN.
+        The labels, detached. The Zipf labels of a row sum to 1. P lies around the label's value and is not a
+        probability. A label is 0 where the student's logit is -inf, and NaN in a row with a NaN.
 
     Raises:
         TypeError, ValueError, IndexError: As :func:`uskd_loss`.

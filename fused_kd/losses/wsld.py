@@ -73,12 +73,12 @@ def wsld_loss(
     .. math::
         u = 1 - \exp\Bigl(-\frac{\mathrm{CE}(student, target)}{\mathrm{CE}(teacher, target) + 10^{-7}}\Bigr)
 
-    u is a constant to the gradient; its cross-entropies are at temperature 1 and without label smoothing.
+    The gradient treats u as a constant. The cross-entropies in u are at temperature 1 and without label smoothing.
 
     Args:
         target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)`` (mixup, CutMix).
         alpha: Weight of the distillation.
-        temperature: +; the paper has 2.
+        temperature: +; the paper uses 2.
 
     Example:
         >>> wsld_loss(student_logits, teacher_logits, target, ce_weight=1.0).backward()

@@ -44,9 +44,9 @@ def zipf_ls_loss(
 
 @documented(
     DistillationParts,
-    """If that class is not a target, it leaves the non-target set, as in USKD: it takes no Zipf mass, keeps its place
-    in the ranking, and the others' weights are renormalised, so the divergence stays finite. The dense logits only
-    vote: one of -inf is a small number, +inf the largest, and a NaN among a row's counts as one of the student's.""",
+    """If that class is not a target, it leaves the non-target set, as in USKD: it gets no Zipf weight but keeps its
+    place in the ranking, and the other weights are renormalised, so the divergence stays finite. The dense logits only
+    vote: -inf is the smallest number, +inf the largest, and a NaN acts like one in the student's row.""",
 )
 def zipf_ls_loss(
     student_logits: Tensor,
@@ -68,9 +68,9 @@ def zipf_ls_loss(
     r"""Zipf's label smoothing of Liang et al., "Efficient One Pass Self-distillation with Zipf's Label Smoothing"
     (arXiv:2207.12980).
 
-    The classifier is applied to each position of the network's last feature map, which votes for its top class. A
-    class's rank is 1 plus the number of classes with more votes. With :math:`\hat p` the student's softmax over the
-    classes that are not targets:
+    The classifier is applied to each position of the network's last feature map. Each position votes for its top class.
+    The rank of a class is 1 plus the number of classes with more votes. With :math:`\hat p` the student's softmax over
+    the classes that are not targets:
 
     .. math::
         L = \beta \cdot \mathrm{KL}(\hat z \| \hat p)
@@ -80,10 +80,10 @@ def zipf_ls_loss(
         student_logits: Unnormalised scores ``(..., C)``, C at least 2, float64, float32, float16 or bfloat16.
         dense_logits: The classifier's logits at each of P positions, ``(..., P, C)``, any of those dtypes, same device.
             For a feature map ``(N, C, H, W)`` of logits pass ``logits.flatten(2).transpose(1, 2)``. No gradient flows
-            here. ``...`` is the shape of the rows; ``class_dim`` does not apply here.
-        target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)``, which have one or two
+            here. ``...`` is the shape of the rows; ``class_dim`` does not apply to these logits.
+        target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)``, with one or two
             targets as in :func:`uskd_loss`.
-        beta: Weight of the divergence; the paper has 0.1.
+        beta: Weight of the divergence; the paper uses 0.1.
         power: Exponent of the rank in Zipf's law.
 
     Shape:

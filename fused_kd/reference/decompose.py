@@ -12,7 +12,7 @@ from fused_kd.reference.rows import masked_softmax, reduce_rows, teacher_rows, t
 
 
 class Decomposition(NamedTuple):
-    """Unweighted parts, differentiable in the student; :func:`decompose` has their formulas."""
+    """Unweighted parts, differentiable in the student's logits; :func:`decompose` has their formulas."""
 
     kd_target: Tensor
     kd_non_target: Tensor

@@ -54,7 +54,7 @@ ABLATIONS: tuple[Ablation, ...] = (
     Ablation("uskd-square", "USKD's soft target label, squared or not", "Table 12", "uskd",
              (Variant("squared"), Variant("not squared", ("square=false",))), _BOTH),
     Ablation(
-        "uskd-rank", "what USKD ranks the classes by", "Table 9", "uskd",
+        "uskd-rank", "What USKD ranks the classes by", "Table 9", "uskd",
         (
             Variant("both, normalised"),
             Variant("the weak logits", ("rank=weak",)),

@@ -72,7 +72,8 @@ def _pair(better: str, worse: str) -> str:
 
 def _verdicts(found: Sequence[Comparison]) -> str:
     numbers = [sum(c.verdict == verdict for c in found) for verdict in paper.VERDICTS]
-    return f"{numbers[0]} agree with its order, {numbers[1]} disagree, and {numbers[2]} are undecided"
+    verb = "is" if numbers[2] == 1 else "are"
+    return f"{numbers[0]} agree with its order, {numbers[1]} disagree, and {numbers[2]} {verb} undecided"
 
 
 def _widths(found: Sequence[Comparison]) -> str:
@@ -86,11 +87,11 @@ def _widths(found: Sequence[Comparison]) -> str:
 def orders(views: Sequence[View]) -> list[str]:
     """Tables of all pairs, at the shared learning rate and at each method's own."""
     parts = [
-        "The paper has NKD over DKD over KD over the baseline with a teacher, and USKD over Zipf's LS and Tf-KD over "
-        "label smoothing over the baseline without one. For each pair the difference is taken seed by seed, as runs of "
-        "one seed start from the same weights and see the same batches. It counts if the 95 % interval of its mean "
-        "(Student's t) excludes zero, in either direction; otherwise the pair is undecided. The pairs are not "
-        "independent of each other, and of twenty pairs without a true difference one would seem to have one.",
+        "The paper ranks NKD over DKD over KD over the baseline with a teacher, and USKD over Zipf's LS and Tf-KD over "
+        "label smoothing over the baseline without one. Runs of one seed start from the same weights and see the same "
+        "batches, so the difference of a pair is taken seed by seed. A pair agrees or disagrees if the 95 % interval "
+        "of the mean difference (Student's t) excludes zero; otherwise it is undecided. The pairs are not independent, "
+        "and of twenty pairs without a true difference one would seem to have one.",
         "**At the baseline's best learning rate**",
         *_pairs(views, [view.main for view in views]),
     ]
@@ -98,8 +99,8 @@ def orders(views: Sequence[View]) -> list[str]:
     if with_own:
         own_seeds = {len(by_seed) for view in with_own for by_seed in view.own.values()}
         parts += [
-            "**At each method's own best learning rate** of half the baseline's, the same and twice that, chosen with "
-            f"other seeds; {count_seeds(own_seeds)} each. A sum of losses takes larger steps than one of them.",
+            "**At each method's own best learning rate**, chosen with other seeds among half the baseline's, the same "
+            f"and twice that; {count_seeds(own_seeds)} each. A sum of losses takes larger steps than one of them.",
             *_pairs(with_own, [view.own for view in with_own]),
         ]
     return parts
@@ -160,9 +161,9 @@ def convergence(views: Sequence[View]) -> list[str]:
             ]
         )  # fmt: skip
     return [
-        "The baseline's learning rate was searched with seeds of its own, in steps of two, until the best had a worse "
-        "or equal one on either side. What follows is in % or points of accuracy on the first test set: how much the "
-        "last quarter of the epochs adds, and how much twice as many epochs add with the rate as it is.",
+        "The baseline's learning rate was searched with other seeds, in factors of two, until both neighbours of the "
+        "best rate were no better. The table has accuracy on the first test set, in % or points: *last quarter* is "
+        "what the last quarter of the epochs adds, *twice as long* what twice as many epochs add at the same rate.",
         lines(rows),
         *([_caveat(moving, gains)] if moving else []),
     ]
@@ -174,8 +175,7 @@ def _caveat(moving: Sequence[str], gains: Sequence[float]) -> str:
     more = f"Twice the epochs still add {' to '.join(ends)} points. " if ends else ""
     return (
         f"**Caveat:** the baseline has not converged on {'; '.join(moving)}: the last quarter, in which the learning "
-        f"rate falls to zero, adds more than the seeds differ by. {more}What this page "
-        "says is of training of this length."
+        f"rate falls to zero, adds more than the seeds differ by. {more}This page holds for training of this length."
     )
 
 
@@ -200,9 +200,9 @@ def ablations(views: Sequence[View]) -> list[str]:
         return ["Not run; `python -m study --part ablations page` does so."]
     return [
         "Accuracy in %, and in brackets the difference from the study's own setting, in points with its 95 % "
-        "interval; all at the learning rate that the methods share. The study's own setting is the paper's choice and "
-        f"has the seeds of the tables above, each other one {count_seeds(seeds)}. So a conclusion of the paper shows "
-        "where the other settings are worse, and does not where one is better:",
+        "interval. All settings use the learning rate that the methods share. The study's own setting is the paper's "
+        f"choice, with the seeds of the tables above; each other setting has {count_seeds(seeds)}. Other settings that "
+        "are worse confirm the paper's choice; one that is better does not:",
         lines(summary),
         *parts,
     ]

@@ -110,8 +110,8 @@ def _beginning(views: Sequence[View], of_study: bool) -> list[str]:
         f"The paper trains a ResNet-18 on ImageNet's 1000 classes. {here} trained with {losses} losses, each with "
         f"{seeds_of(views)}, on{' tasks small enough for two CPU cores' if of_study else ''}:",
         "\n".join(tasks),
-        "Accuracy is that of the last epoch in %, mean ± standard deviation over the seeds. Differences are in "
-        "points, with their 95 % interval.",
+        "Accuracies are those of the last epoch in %, as mean ± standard deviation over the seeds. Differences are in "
+        "points, with their 95 % intervals.",
     ]
     missing = [f"{view.task.title}: {', '.join(view.missing())}" for view in views if view.missing()]
     if missing:
@@ -129,7 +129,7 @@ def _tables(views: Sequence[View]) -> list[str]:
             student = next(iter(view.main["ce"].values())) if "ce" in view.main else None
             size = f" to the student's {student['parameters']:,}" if student else ""
             model, number = task.teacher.model, teacher["parameters"]
-            parts.append(f"The teacher, {model}, has {number:,} parameters{size}, and {own}.")
+            parts.append(f"The teacher, {model}, has {number:,} parameters{size}. Its accuracy in %: {own}.")
         parts.append(_accuracy_table(view))
     return parts
 
@@ -161,9 +161,9 @@ def _published() -> list[str]:
         gain = f" ({value - base:+.2f})" if method != "ce" and source == base_source else ""
         rows.append([METHODS[method].title, f"{value:.2f}{gain}", source])
     return [
-        "The published figures are of a ResNet-18, with a ResNet-34 as the teacher where there is one; in brackets "
-        "the gain over the baseline of the same source. Those for label smoothing, Tf-KD and Zipf's LS are not shown: "
-        "no public source at hand has them.",
+        "The published figures are for a ResNet-18, with a ResNet-34 as the teacher where there is one. In brackets is "
+        "the gain over the baseline of the same source. Figures for label smoothing, Tf-KD and Zipf's LS are not "
+        "shown: no public source at hand has them.",
         lines(rows),
     ]
 
@@ -191,14 +191,15 @@ def _how(views: Sequence[View], command: str) -> list[str]:
             ]
         )  # fmt: skip
     parts = [
-        f"`{command}` makes all of it, and goes on where it was interrupted; what has a record is not made again.",
+        f"`{command}` makes all of it. Runs that have a record are not repeated, so it goes on where it was "
+        "interrupted.",
         lines(rows),
-        "All methods of a task share its schedule: a linear warm-up over a tenth of the steps and a cosine to zero. "
-        "CNNs have SGD with Nesterov momentum and a weight decay of 0.0005, transformers and language models AdamW "
-        "with one of 0.05, unless the options say otherwise. A seed sets the weights and the order of the batches. A "
+        "All methods of a task share its schedule: a linear warm-up over a tenth of the steps, then a cosine to zero. "
+        "CNNs use SGD with Nesterov momentum and a weight decay of 0.0005; transformers and language models use AdamW "
+        "with 0.05, unless the options say otherwise. A seed sets the weights and the order of the batches. A "
         f"teacher is trained once, with cross-entropy on the same data and with seed {TEACHER_SEED}; its logits are "
         "computed once. "
-        "The hyper-parameters of the losses are published values or defaults, and none was tuned:",
+        "The hyper-parameters of the losses are published values or defaults; none was tuned:",
         lines(hyper),
     ]
     prints = {
