@@ -1,4 +1,4 @@
-"""Row losses whose teacher was not kept whole, for the compile matrix: see :mod:`fused_kd.backends.topk`."""
+"""Row losses with a top-k teacher, for the compile matrix: see :mod:`fused_kd.backends.topk`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 
 
 class TopKCase(NamedTuple):
-    """Both kernels; else as :class:`.cases.Case`."""
+    """A call of both kernels; else as :class:`.cases.Case`."""
 
     student: torch.dtype
     classes: int
