@@ -1,5 +1,4 @@
 """Benchmarks of fused_kd: `python -m benchmarks` measures, draws and prints; see `--help`.
 
-The modules build on each other in one direction: cases -> providers -> agreement, measure, ranking ->
-run -> report, plot -> __main__.
+Imports go one way: cases -> providers -> agreement, measured, ranking -> run -> report, plot -> __main__.
 """

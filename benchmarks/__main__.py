@@ -1,4 +1,4 @@
-"""Command line: measure (the default), `plot` and `table` from a result, `soft-labels` from the shipped logits."""
+"""Command line: measures by default; other commands draw, print and compare results."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from benchmarks.show.stored import load
 
 RESULTS = Path(__file__).parent / "results"
 FULL, QUICK = {"seconds": 20.0, "min_rounds": 20}, {"seconds": 3.0, "min_rounds": 5}
-QUICK_SECONDS = 27.0  # of timing at the most, shared among the cases
+QUICK_SECONDS = 27.0  # at most this much timing, shared among the cases
 
 
 def _argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Lets argparse show the parser's own message."""
+    """Wrap a parser so that argparse shows its message."""
 
     def wrapped(text: str) -> Any:
         try:
@@ -63,40 +63,41 @@ def _run_parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks",
         description="Times fused_kd against other forms of the same loss, after checking all of them against float64.",
         epilog="Other commands: `plot RESULT.json` draws a PNG, `table RESULT.json` prints Markdown, `guard` compares "
-        "with committed results, `soft-labels` shows what USKD makes of real logits, `--source head` (or topk, shard) "
-        "measures what may stand for logits; each has --help.",
+        "with committed results, `soft-labels` shows USKD's labels for real logits, `--source head` (or topk, shard) "
+        "measures alternatives to logits; each has --help.",
     )
     parser.add_argument(
-        "--loss", choices=[*LOSSES, "all"], action="append", help="may be given more than once; default: nkd and uskd"
+        "--loss", choices=[*LOSSES, "all"], action="append", help="may be repeated; default: nkd and uskd"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="within three minutes on two idle cores for NKD and USKD; less stable"
+        "--quick", action="store_true", help="NKD and USKD within three minutes on two idle cores; less stable"
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
     parser.add_argument(
         "--dtype", type=_argument(parse_dtypes), metavar="DTYPE,...", help="default: float32, on a GPU bfloat16,float32"
     )
     parser.add_argument(
-        "--cases", type=_argument(parse_shapes), metavar="ROWSxCLASSES,...", help="default: the loss's for the device"
+        "--cases", type=_argument(parse_shapes), metavar="ROWSxCLASSES,...", help="default: per loss and device"
     )
     parser.add_argument(
         "--caches", choices=REGIMES, help="cold: other eager work before each call; hot: back to back; default: both"
     )
-    parser.add_argument("--providers", metavar="NAME,...", help="default: all of each loss")
+    parser.add_argument("--providers", metavar="NAME,...", help="default: all providers of each loss")
     parser.add_argument(
         "--seconds",
         type=_positive(float),
-        help=f"of timing per case and caches, default {FULL['seconds']:g}, with --quick {QUICK['seconds']:g} or less",
+        help="timing per case and state of the caches, "
+        f"default {FULL['seconds']:g}, with --quick {QUICK['seconds']:g} or less",
     )
     parser.add_argument("--threads", type=_positive(int), help="CPU threads, default: PyTorch's choice")
-    parser.add_argument("--seed", type=int, default=0, help="of the inputs, default %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the inputs, default %(default)s")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
     parser.add_argument("--no-plot", action="store_true", help="write the JSON file only")
     return parser
 
 
 def _plan(parser: argparse.ArgumentParser, args: argparse.Namespace, device: str) -> list[Work]:
-    """The losses in the order of LOSSES, which providers of each, and in which cases."""
+    """Losses in the order of LOSSES, each with its providers and cases."""
     wanted: Sequence[str] = args.loss or HEADLINE
     if "all" in wanted:
         wanted = tuple(LOSSES)
@@ -120,9 +121,9 @@ def _plan(parser: argparse.ArgumentParser, args: argparse.Namespace, device: str
 
 
 def _quick(loss: Loss, shapes: Shapes, device: str, args: argparse.Namespace) -> Shapes:
-    """What fits into three minutes for the headline's losses, unless other cases were asked for."""
+    """Cases that fit into three minutes for the headline losses; --cases overrides them."""
     if not args.cases and device == "cpu":
-        # 1024×1000 is much like 256×1000; beside the headline two sizes are enough.
+        # 1024×1000 behaves like 256×1000; for losses outside the headline two sizes are enough.
         left_out = {(1024, 1000)} if loss.name in HEADLINE else {(1024, 1000), (32, 128256)}
         shapes = tuple(shape for shape in shapes if shape not in left_out)
     return shapes
@@ -130,7 +131,7 @@ def _quick(loss: Loss, shapes: Shapes, device: str, args: argparse.Namespace) ->
 
 @contextmanager
 def _progress(console: Console) -> Iterator[Callable[[str, float], None]]:
-    """A bar on a terminal, else one line per thing done."""
+    """A progress bar on a terminal, else one line per step."""
     if not console.is_terminal:
         last = ""
 
@@ -157,7 +158,7 @@ def _run(argv: Sequence[str]) -> int:
     if args.output.exists() and not args.output.is_dir():
         parser.error(f"--output: expected a folder, got the file {args.output}")
     plan = _plan(parser, args, device)
-    for loss, providers, _ in plan:  # before two minutes are spent on the others
+    for loss, providers, _ in plan:  # fail early, not after minutes of other measurements
         ours = next((provider for provider in providers if provider.name == OURS), None)
         if ours is not None and (reason := ours.unavailable(device)):
             print(f"error: {loss.name}: fused_kd has no kernel to be timed here: {reason}", file=sys.stderr)
@@ -180,7 +181,7 @@ def _run(argv: Sequence[str]) -> int:
     with _progress(Console(stderr=True)) as progress:
         result = run(plan, options, progress)
 
-    # Piped output has no width of its own; 100 columns hold the tables.
+    # Piped output has no width; the tables need 100 columns.
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=100)
     terminal.print_result(result, console)
     path = save(result, args.output)
@@ -196,14 +197,14 @@ def _run(argv: Sequence[str]) -> int:
 def _plot_or_explain(result: dict[str, Any], path: Path, console: Console) -> None:
     try:
         _draw(result, path)
-    except (ImportError, ValueError) as error:  # no matplotlib, or no published form among the providers
+    except (ImportError, ValueError) as error:  # no matplotlib, or the published form was not measured
         console.print(f"no plot: {error}", markup=False)
     else:
         console.print(str(path), soft_wrap=True)
 
 
 def _draw(result: dict[str, Any], path: Path) -> None:
-    """A panel for each loss, or one chart of them if there are many."""
+    """Draw a panel for each loss, or one chart if there are many."""
     from benchmarks.show.plot import PANELS, plot
 
     if len(result["losses"]) > PANELS:
@@ -218,7 +219,7 @@ def save(result: dict[str, Any], folder: Path) -> Path:
 
 
 def _chosen(result: dict[str, Any], losses: list[str] | None) -> dict[str, Any]:
-    """The result of some of its losses."""
+    """The result, restricted to some of its losses."""
     measured = [part["loss"] for part in result["losses"]]
     for name in losses or []:
         if name not in measured:
@@ -229,13 +230,13 @@ def _chosen(result: dict[str, Any], losses: list[str] | None) -> dict[str, Any]:
 def _result_parser(command: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks {command}", description=description)
     parser.add_argument("result", type=_argument(lambda text: (Path(text), load(Path(text)))), metavar="RESULT.json")
-    parser.add_argument("--loss", action="append", metavar="NAME", help="only this one of the result; may be repeated")
+    parser.add_argument("--loss", action="append", metavar="NAME", help="only this loss; may be repeated")
     return parser
 
 
 def _plot(argv: Sequence[str]) -> int:
     parser = _result_parser("plot", "Draws a result as a PNG.")
-    parser.add_argument("--output", type=Path, metavar="FILE.png", help="default: beside the result")
+    parser.add_argument("--output", type=Path, metavar="FILE.png", help="default: next to the result")
     args = parser.parse_args(argv)
     source, result = args.result
     path = args.output or source.with_suffix(".png")
@@ -254,7 +255,7 @@ def _table(argv: Sequence[str]) -> int:
         "--update",
         type=Path,
         metavar="FILE.md",
-        help=f"write it after {pages.HEADLINE_MARKS[0]} instead, with --details after {pages.DETAILS_MARKS[0]}",
+        help=f"write the table after {pages.HEADLINE_MARKS[0]}, with --details after {pages.DETAILS_MARKS[0]}",
     )
     args = parser.parse_args(argv)
     make, marks = (pages.details, pages.DETAILS_MARKS) if args.details else (pages.headline, pages.HEADLINE_MARKS)
@@ -276,10 +277,10 @@ def _table(argv: Sequence[str]) -> int:
 def _soft_labels(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks soft-labels",
-        description="What USKD makes of the shipped logits: the target's label and the top Zipf labels, table and PNG.",
+        description="Shows USKD's labels for the shipped logits: the target's and the top Zipf labels, table and PNG.",
     )
     parser.add_argument("--photos", metavar="NAME,...", help="names in data/README.md; default: five of them")
-    parser.add_argument("--top", type=_positive(int), default=6, help="classes beside the target, default %(default)s")
+    parser.add_argument("--top", type=_positive(int), default=6, help="other classes to show, default %(default)s")
     parser.add_argument("--output", type=Path, default=RESULTS / "soft-labels.png", metavar="FILE.png")
     args = parser.parse_args(argv)
     from benchmarks.forms import soft_labels

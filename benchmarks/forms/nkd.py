@@ -1,6 +1,6 @@
-"""The two forms of NKD that fused_kd is compared with: as published, and as lean as PyTorch operators allow.
+"""Two forms of NKD to compare fused_kd with: as published, and as lean as PyTorch operators allow.
 
-Both have the defaults of the ImageNet recipe, gamma 1.5 and temperature 1, and the mean over the rows.
+Both use the defaults of the ImageNet recipe, gamma 1.5 and temperature 1, and the mean over the rows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def published(
 ) -> Tensor:
     """NKD with the operations of the authors' release (github.com/yzd-v/cls_KD), rewritten.
 
-    The non-target logits are picked with a boolean mask, which copies them and synchronises a GPU.
+    A boolean mask picks the non-target logits, which copies them and synchronises a GPU.
     """
     rows, classes = student_logits.shape
     index = target.view(rows, 1)
@@ -35,11 +35,11 @@ def published(
 def mask_free(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor, gamma: float = 1.5, temperature: float = 1.0
 ) -> Tensor:
-    """NKD without indexing by a mask: one graph, static shapes, what a compiler can fuse best.
+    """NKD without boolean masks: one graph with static shapes, which a compiler fuses best.
 
-    Written with logsumexp because that compiled to faster code than masked log_softmax and than scatter forms did.
+    It uses logsumexp, which compiled to faster code than masked log_softmax or scatter.
     """
-    student_logits, teacher_logits = _accumulating(student_logits), _accumulating(teacher_logits)
+    student_logits, teacher_logits = accumulating(student_logits), accumulating(teacher_logits)
     index = target.unsqueeze(1)
     is_target = torch.arange(student_logits.shape[1], device=target.device) == index
     target_logit = student_logits.gather(1, index).squeeze(1)
@@ -53,5 +53,6 @@ def mask_free(
     return (target_term + gamma * temperature**2 * non_target_term).mean()
 
 
-def _accumulating(logits: Tensor) -> Tensor:
+def accumulating(logits: Tensor) -> Tensor:
+    """Half-precision logits in float32, others as they are."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits

@@ -1,6 +1,6 @@
-"""Other packages with a loss of the same value, or of like cost, where they are installed.
+"""Other packages, if installed, with the same loss or one of similar cost.
 
-None is a dependency of this project. liger-kernel and mdistiller work in the dtype of the logits, as the published
+None is a dependency of this project. liger-kernel and mdistiller compute in the dtype of the logits, as the published
 forms do; speculators accumulates in float32.
 """
 
@@ -16,7 +16,7 @@ from benchmarks.forms.spec import LossFunction, Provider
 
 
 def _on_a_gpu(package: str, project: str) -> Callable[[str], str | None]:
-    """Of a package whose kernels need a GPU: why it cannot run."""
+    """Why a package with GPU kernels cannot run on a device."""
 
     def reason(device: str) -> str | None:
         if importlib.util.find_spec(package) is None:
@@ -40,7 +40,7 @@ def _no_mdistiller(device: str) -> str | None:
 
 
 def liger_kl_div(temperature: float) -> LossFunction:
-    """T² KL(q(T) ‖ p(T)). It takes log-probabilities and probabilities, so a user pays for making them."""
+    """T² KL(q(T) ‖ p(T)). It takes log-probabilities and probabilities; the time includes making them."""
     kl_div = importlib.import_module("liger_kernel.transformers").LigerKLDIVLoss(reduction="batchmean")
     return lambda student_logits, teacher_logits, target: (
         temperature**2
@@ -49,7 +49,7 @@ def liger_kl_div(temperature: float) -> LossFunction:
 
 
 def liger_js() -> LossFunction:
-    """It takes log-probabilities of both."""
+    """Jensen–Shannon divergence; it takes log-probabilities of both."""
     divergence = importlib.import_module("liger_kernel.transformers").LigerJSD(beta=0.5)
     return lambda student_logits, teacher_logits, target: divergence(
         F.log_softmax(student_logits, dim=-1), F.log_softmax(teacher_logits, dim=-1)
@@ -57,7 +57,7 @@ def liger_js() -> LossFunction:
 
 
 def _speculators(name: str, temperature: float) -> LossFunction:
-    """Of a batch of one with as many positions as rows, a loss of each; its kernels have no temperature."""
+    """A loss per position of a batch of one, a position per row; its kernels have no temperature."""
     function = getattr(importlib.import_module("speculators.models.fused_losses"), name)
     return lambda student_logits, teacher_logits, target: (
         temperature**2
@@ -67,14 +67,14 @@ def _speculators(name: str, temperature: float) -> LossFunction:
 
 def quack_cross_entropy() -> LossFunction:
     function = importlib.import_module("quack").cross_entropy
-    # The backward kernel takes no gradient with a stride of 0, which a mean would give it.
+    # A mean would give the backward kernel a gradient with a stride of 0, which it rejects.
     return lambda student_logits, other_logits, target: (
         function(student_logits, target, reduction="none") * (1 / len(target))
     ).sum()
 
 
 def mdistiller_kd() -> LossFunction:
-    # By module: the package has a class of the same name in its place.
+    # Import by module name: the package replaces the attribute with a class of the same name.
     function = importlib.import_module("mdistiller.distillers.KD").kd_loss
     return lambda student_logits, teacher_logits, target: function(student_logits, teacher_logits, 4.0)
 
@@ -86,7 +86,7 @@ def mdistiller_dkd() -> LossFunction:
     )
 
 
-#: Beside NKD, which it has not: a loss of like cost.
+#: liger-kernel has no NKD; its KL divergence has a similar cost.
 LIGER_BESIDE_NKD = Provider(
     "liger",
     "liger-kernel's KL divergence, a peer: another loss",
@@ -120,7 +120,7 @@ SPECULATORS_JS = Provider(
     lambda: _speculators("fused_js_div_loss", 1.0),
     _no_speculators,
 )
-#: Beside NKD: a cross-entropy, which reads half as much.
+#: Compared with NKD: a cross-entropy, which reads half as much.
 QUACK_BESIDE_NKD = Provider(
     "quack", "QuACK's cross-entropy, a yardstick: another loss", quack_cross_entropy, _no_quack, same_loss=False
 )

@@ -1,4 +1,4 @@
-"""Who is measured: one entry per loss, one per provider of it. Adding a loss means adding an entry to LOSSES."""
+"""The losses and their providers, the forms that are measured. To add a loss, add an entry to LOSSES."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _published(function: LossFunction, summary: str) -> Provider:
 
 
 def _call(module: str | None, name: str, alone: bool, **options: Any) -> LossFunction:
-    """``name`` of fused_kd or of a module in it, without the other logits if the loss is of the student's alone."""
+    """Call ``name`` of fused_kd or of its ``module``; ``alone``: the loss takes no other logits."""
     import fused_kd
 
     function: Callable[..., Any] = getattr(getattr(fused_kd, module) if module else fused_kd, name)
@@ -62,7 +62,7 @@ def _fused(name: str, alone: bool = False) -> Provider:
 
 
 def _only_reference(loss: str, device: str) -> str | None:
-    """Why backend="auto" would run the eager reference, whose times are not fused_kd's; None if it would not."""
+    """Why backend="auto" would run the eager reference, which must not be timed as fused_kd; None if it would not."""
     from fused_kd import backends
 
     found = backends.explain(device, loss)
@@ -138,7 +138,7 @@ USKD = Loss(
 def _further(
     name: str, title: str, published: LossFunction, *others: Provider, alone: bool = False, **about: Any
 ) -> Loss:
-    """A loss whose published form has no boolean masks, so that it is what is compiled as well."""
+    """A loss with a published form without boolean masks, so the same form is compiled."""
     return Loss(
         name=name,
         title=title,
@@ -151,7 +151,7 @@ def _further(
             _fused(name, alone),
         ),
         reference_sum=_reference_sum(name, alone),
-        # The student's and, where there are any, the other's logits are read once, the gradient is written once.
+        # Read the student's and any other logits once, write the gradient once.
         **{"floor": lambda itemsize: (2 if alone else 3) * itemsize, **about},
     )
 
@@ -162,22 +162,22 @@ KD = _further(
 )  # fmt: skip
 DKD = _further("dkd", "DKD loss", teacher.dkd, peers.MDISTILLER_DKD, magnitude=teacher.dkd_magnitude)
 WSLD = _further("wsld", "WSLD loss", teacher.wsld)
-# A divergence as well, but from a nearly uniform label that no student gets close to: its value is no small difference.
+# No magnitude: no student gets close to Tf-KD's nearly uniform label, so its value is not a small difference.
 TF_KD = _further("tf_kd", "Tf-KD loss", teacher.tf_kd, alone=True)
 JS = _further("js", "JS loss", teacher.js, peers.LIGER_JS, peers.SPECULATORS_JS, magnitude=teacher.js_magnitude)
 DIST = _further(
     "dist",
     "DIST loss",
     dist.published,
-    # The gradient takes the statistics of the columns, and those take the statistics of every row: the logits, which
-    # a batch is too large for a cache to keep, are read twice.
+    # The gradient needs the statistics of the columns, which need those of every row. So both logits are read twice,
+    # as a batch does not fit into the caches.
     floor=lambda itemsize: 5 * itemsize,
     whole_batch=True,
-    long_row=2**14,  # twice the rounding: it divides by two of PyTorch's norms, which add up that way too
+    long_row=2**14,  # twice the rounding: it divides by two of PyTorch's norms, which add up in the same way
     shapes={**DEFAULT_SHAPES, "cuda": DEFAULT_SHAPES["cuda"][:-1]},  # eager forms keep too many copies of the last
 )
 
-POSITIONS = 49  # a map of 7 by 7, what a network has before its pooling at 224 by 224 pixels
+POSITIONS = 49  # the 7×7 map of a network before its pooling, at 224×224 pixels
 ZIPF_LS = Loss(
     name="zipf_ls",
     title="Zipf's LS loss",
@@ -196,5 +196,5 @@ ZIPF_LS = Loss(
 )
 
 LOSSES = {loss.name: loss for loss in (NKD, USKD, KD, DKD, WSLD, TF_KD, JS, DIST, ZIPF_LS)}
-#: What is measured unless something else is asked for.
+#: Losses measured by default.
 HEADLINE = ("nkd", "uskd")

@@ -1,6 +1,6 @@
-"""What USKD makes of real logits: the target's label P and the Zipf labels of the other classes, as table and picture.
+"""USKD's labels for real logits: the target's label P and the other classes' Zipf labels, as a table and a PNG.
 
-After Figure 3 of the paper, on the shipped logits. The teacher's logits play the weak logits, as in the benchmark.
+Like Figure 3 of the paper, on the shipped logits. The teacher's logits serve as the weak logits, as in the benchmark.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NAMES_FILE = Path(__file__).parents[1] / "data" / "imagenet_classes.txt"
-PHOTOS = ("chelsea", "coffee", "camera", "stereo_motorcycle", "rocket")  # what they show is a class of ImageNet
+PHOTOS = ("chelsea", "coffee", "camera", "stereo_motorcycle", "rocket")  # each shows a class of ImageNet
 STUDENT_COLOR, WEAK_COLOR, LABEL_COLOR = "#d1495b", "#e0a030", "#7ba3cc"
-LABEL_TEXT = "#4a7299"  # the same, dark enough to read
+LABEL_TEXT = "#4a7299"  # LABEL_COLOR, dark enough to read
 NOTE = (
-    "Zipf label: 1 / rank, the target left out and the rest scaled to sum 1. The rank is that of p and v together, "
-    "each relative to what the target leaves of it. P = p² + 1 − mean of p² over the {rows} shipped crops. Of each "
-    "photo the crop whose target has the median p. The weak logits are those of a second network, {teacher}; the "
-    "student is {student}. Probabilities are among the classes beside the target, of the targets themselves p."
+    "Zipf label: 1 / rank without the target, scaled to sum 1. The rank is by the sum of p and v, each renormalised "
+    "over the classes other than the target. P = p² + 1 − mean of p² over the {rows} shipped crops. Each photo is "
+    "shown by the crop with the median p of the target. The weak logits come from a second network, {teacher}; the "
+    "student is {student}. Probabilities of targets are p; those of other classes are renormalised without the target."
 )
 
 
@@ -38,8 +38,8 @@ NOTE = (
 class OtherClass:
     name: str
     label: float  # the Zipf label
-    student: float  # its probability among the classes other than the target, by the student's logits
-    weak: float  # and by the weak logits
+    student: float  # the student's probability, renormalised without the target
+    weak: float  # the same of the weak logits
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class Photo:
     name: str
     target: str
     label: float  # P
-    probability: float  # of the target, by the student
-    others: tuple[OtherClass, ...]  # with the largest labels, the largest first
-    note: str  # on all of them
+    probability: float  # the student's, of the target
+    others: tuple[OtherClass, ...]  # by descending label
+    note: str  # the same for all photos
 
 
 def class_names() -> list[str]:
@@ -57,7 +57,7 @@ def class_names() -> list[str]:
 
 
 def collect(photos: Sequence[str], top: int) -> list[Photo]:
-    """One crop of each photo; raises ValueError for a photo that is not among the shipped ones."""
+    """One crop per photo; raises ValueError for a photo that is not shipped."""
     import json
 
     import fused_kd
@@ -98,9 +98,7 @@ def collect(photos: Sequence[str], top: int) -> list[Photo]:
 
 
 def print_table(photos: Sequence[Photo], console: Console) -> None:
-    table = Table(
-        title="Labels that USKD makes of real logits", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD
-    )
+    table = Table(title="USKD's labels for real logits", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("photo", no_wrap=True)
     table.add_column("class", no_wrap=True)
     for column in ("label", "student", "weak"):
@@ -121,7 +119,7 @@ def print_table(photos: Sequence[Photo], console: Console) -> None:
 
 
 def plot(photos: Sequence[Photo], path: Path) -> None:
-    """Writes the PNG: the targets' labels in the first panel, then a panel of other classes for each photo."""
+    """Write the PNG: the targets' labels in the first panel, then a panel of other classes for each photo."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -143,7 +141,7 @@ def plot(photos: Sequence[Photo], path: Path) -> None:
             axes.set_visible(False)
         handles, texts = panels[1].get_legend_handles_labels()
         figure.legend(handles, texts, loc="outside upper right", ncols=len(texts), frameon=False)
-        figure.suptitle("Labels that USKD makes of real logits", x=0.01, ha="left", fontsize=12, fontweight="bold")
+        figure.suptitle("USKD's labels for real logits", x=0.01, ha="left", fontsize=12, fontweight="bold")
         note = "\n".join(textwrap.wrap(photos[0].note, 70 * columns))
         figure.supxlabel(note, x=0.01, ha="left", fontsize=7.5, color=MUTED)
         figure.savefig(path, dpi=160, facecolor="white")
@@ -159,7 +157,7 @@ def _draw_targets(photos: Sequence[Photo], axes: Axes) -> None:
         at = photo.label + 0.02 * largest
         axes.text(at, number, f"{photo.label:.2f}", va="center", fontsize=8, color=LABEL_TEXT)
     axes.set_title("Label P of the targets", loc="left", fontsize=10, fontweight="bold")
-    axes.axvline(1, color=MUTED, lw=0.8, zorder=1)  # what a plain cross-entropy has
+    axes.axvline(1, color=MUTED, lw=0.8, zorder=1)  # the label of a plain cross-entropy
     _style(axes, [photo.target for photo in photos], (0, 1.2 * largest))
 
 
@@ -190,7 +188,7 @@ def _draw_others(photo: Photo, axes: Axes, limits: tuple[float, float]) -> None:
 
 
 def _limits(photos: Sequence[Photo]) -> tuple[float, float]:
-    """Of a common axis. A probability below the least label by more than a factor of 20 lies on its edge."""
+    """Limits of a common axis. A probability below the least label by more than a factor of 20 lies on its edge."""
     others = [other for photo in photos for other in photo.others]
     largest = max(max(other.label, other.student, other.weak) for other in others)
     return min(other.label for other in others) / 20, largest * 4

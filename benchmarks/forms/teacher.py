@@ -1,7 +1,7 @@
 """The published forms of KD, DKD, WSLD, JS and Tf-KD, rewritten, with the defaults of each and the mean over the rows.
 
-A divergence from a teacher is a small difference of large terms, so of those losses this also has the magnitude of what
-they add up: the comparison with float64 allows each term one rounding.
+A divergence from a teacher is a small difference of large terms. ``*_magnitude`` sums the magnitudes of these terms:
+the comparison with float64 allows each term one rounding.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def kd(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float = 4.0) -> Tensor:
-    """Hinton et al., as every code base has it."""
+    """KD of Hinton et al., as commonly implemented."""
     log_p = F.log_softmax(student_logits / temperature, dim=1)
     q = F.softmax(teacher_logits / temperature, dim=1)
     return F.kl_div(log_p, q, reduction="none").sum(1).mean() * temperature**2
@@ -20,7 +20,7 @@ def kd(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperatu
 
 def kd_magnitude(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float = 4.0) -> Tensor:
     log_p, log_q = ((logits / temperature).log_softmax(1) for logits in (student_logits, teacher_logits))
-    return temperature**2 * _added_up(log_q, log_p)
+    return temperature**2 * _magnitude(log_q, log_p)
 
 
 def dkd(
@@ -31,8 +31,8 @@ def dkd(
     beta: float = 8.0,
     temperature: float = 4.0,
 ) -> Tensor:
-    """With the operations of the authors' release (megvii-research/mdistiller): multiplication by masks, −1000 for the
-    target among the others, logarithms of softmaxes."""
+    """DKD with the operations of the authors' release (megvii-research/mdistiller): multiplication by masks, −1000 for
+    the target among the others, logarithms of softmaxes."""
     rows, index = target.shape[0], target.unsqueeze(1)
     is_target = torch.zeros_like(student_logits).scatter_(1, index, 1).bool()
     others = torch.ones_like(student_logits).scatter_(1, index, 0).bool()
@@ -61,13 +61,13 @@ def dkd_magnitude(
         rest = logits.scatter(1, index, float("-inf")).logsumexp(1, keepdim=True)
         pairs.append(torch.cat([logits.gather(1, index), rest], dim=1).log_softmax(1))
         others.append(logits.scatter(1, index, -1000.0).log_softmax(1))
-    return temperature**2 * (alpha * _added_up(*pairs) + beta * _added_up(*others))
+    return temperature**2 * (alpha * _magnitude(*pairs) + beta * _magnitude(*others))
 
 
 def wsld(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor, alpha: float = 2.5, temperature: float = 2.0
 ) -> Tensor:
-    """With the operations of the authors' release (bellymonster/Weighted-Soft-Label-Distillation)."""
+    """WSLD with the operations of the authors' release (bellymonster/Weighted-Soft-Label-Distillation)."""
     q = F.softmax(teacher_logits / temperature, dim=1)
     soft = -torch.sum(q * F.log_softmax(student_logits / temperature, dim=1), 1, keepdim=True)
     student, teacher = student_logits.detach(), teacher_logits.detach()
@@ -96,14 +96,16 @@ def js(
 def js_magnitude(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, beta: float = 0.5) -> Tensor:
     log_p, log_q = student_logits.log_softmax(1), teacher_logits.log_softmax(1)
     log_m = (beta * log_q.exp() + (1 - beta) * log_p.exp()).log()
-    return beta * _added_up(log_q, log_m) + (1 - beta) * _added_up(log_p, log_m)
+    return beta * _magnitude(log_q, log_m) + (1 - beta) * _magnitude(log_p, log_m)
 
 
 def tf_kd(
     student_logits: Tensor, other_logits: Tensor, target: Tensor, correct: float = 0.99, temperature: float = 20.0
 ) -> Tensor:
-    """With the operations of the authors' release (yuanli2333/Teacher-free-Knowledge-Distillation), but the target set
-    by one scatter, where that has a loop over the rows, and the sum divided by the number of rows."""
+    """Tf-KD with the operations of the authors' release (yuanli2333/Teacher-free-Knowledge-Distillation).
+
+    But one scatter sets the targets, not a loop over the rows, and the sum is divided by the number of rows.
+    """
     classes = student_logits.shape[1]
     virtual = torch.ones_like(student_logits) * (1 - correct) / (classes - 1)
     virtual = virtual.scatter(1, target.unsqueeze(1), correct)
@@ -111,6 +113,6 @@ def tf_kd(
     return F.kl_div(F.log_softmax(student_logits, dim=1), q, reduction="batchmean")
 
 
-def _added_up(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """Of KL(q ‖ p), over all rows: Σ q (|log q| + |log p|)."""
+def _magnitude(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """Magnitude of the terms of KL(q ‖ p), over all rows: Σ q (|log q| + |log p|)."""
     return -(log_q.exp() * (log_q + log_p)).sum()

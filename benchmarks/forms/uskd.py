@@ -1,6 +1,6 @@
-"""USKD: the two forms that fused_kd is compared with, and which deviations near-equal keys and long sums explain.
+"""USKD: two forms to compare fused_kd with, and the deviations that near-equal keys and long sums explain.
 
-Both forms have the defaults of the ImageNet recipe, alpha 1, beta 0.1 and mu 0.005, class indices as targets, the rank
+Both forms use the defaults of the ImageNet recipe, alpha 1, beta 0.1 and mu 0.005, class indices as targets, the rank
 key of the paper's Eq. 10 and the mean over the rows.
 """
 
@@ -12,19 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.forms.nkd import accumulating
+
 ALPHA, BETA, MU = 1.0, 0.1, 0.005
 EPSILON = 1e-6  # in the divisors of the rank key
-KEPT, SPREAD = (
-    0.9,
-    0.1,
-)  # of the smoothed label that supervises the weak logits: share of the target, and of all classes
+KEPT, SPREAD = 0.9, 0.1  # shares of the target and of all classes in the smoothed label for the weak logits
 
 
 def published(student_logits: Tensor, weak_logits: Tensor, target: Tensor) -> Tensor:
     """USKD with the operations of the authors' release (github.com/yzd-v/cls_KD), rewritten.
 
-    The ranks come from two sorts, of the keys and of the order that gives, and a boolean mask picks the non-target
-    entries, which copies them and synchronises a GPU. The release's first version had this key, Eq. 10; its newest has
+    Two sorts give the ranks: one of the keys, one of the resulting order. A boolean mask picks the non-target entries,
+    which copies them and synchronises a GPU. The release's first version had this key, Eq. 10; its newest has
     logarithms in the student's half, which is another loss (fused_kd's rank="cls_kd") at the same cost.
     """
     rows, classes = student_logits.shape
@@ -60,8 +59,8 @@ def published(student_logits: Tensor, weak_logits: Tensor, target: Tensor) -> Te
 
 
 def mask_free(student_logits: Tensor, weak_logits: Tensor, target: Tensor) -> Tensor:
-    """USKD without indexing by a mask and with one sort: one graph, static shapes, what a compiler can fuse best."""
-    s, w = _accumulating(student_logits), _accumulating(weak_logits)
+    """USKD without boolean masks and with one sort: one graph with static shapes, which a compiler fuses best."""
+    s, w = accumulating(student_logits), accumulating(weak_logits)
     classes = s.shape[1]
     index = target.unsqueeze(1)
     is_target = torch.arange(classes, device=target.device) == index
@@ -73,7 +72,7 @@ def mask_free(student_logits: Tensor, weak_logits: Tensor, target: Tensor) -> Te
         square = (s_target - s_sum).exp().square()
         target_label = square + 1 - square.mean()
         w_rest = w.masked_fill(is_target, float("-inf")).logsumexp(1, keepdim=True)
-        # 1 - p as the sum over the others, which keeps its digits where p is near 1.
+        # 1 - p as the sum over the others keeps its digits where p is near 1.
         p_rest, v_rest = (s_rest - s_sum).exp() + EPSILON, (w_rest - w_sum).exp() + EPSILON
         order = ((w - w_sum).exp() / v_rest + (s - s_sum).exp() / p_rest).argsort(dim=1, descending=True, stable=True)
         zipf = 1 / torch.arange(1, classes + 1, dtype=s.dtype, device=s.device)
@@ -88,12 +87,8 @@ def mask_free(student_logits: Tensor, weak_logits: Tensor, target: Tensor) -> Te
     return (ALPHA * target_term + BETA * non_target_term + MU * weak_term).mean()
 
 
-def _accumulating(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-
-
 def rank_keys(student_logits: Tensor, weak_logits: Tensor, target: Tensor) -> Tensor:
-    """The keys that are ranked, in float32: what the bench of the ranking alone sorts."""
+    """USKD's rank keys in float32, for the benchmark of the ranking alone."""
     import fused_kd
 
     terms = fused_kd.reference.uskd_terms(student_logits.detach().float(), weak_logits.detach().float(), target)
@@ -101,10 +96,10 @@ def rank_keys(student_logits: Tensor, weak_logits: Tensor, target: Tensor) -> Te
 
 
 class Swaps(NamedTuple):
-    """What exchanged ranks of near-equal keys may do to the student's gradient of one row's loss.
+    """Deviations of the student's gradient of one row's loss that exchanged ranks of near-equal keys may cause.
 
-    An entry may lie between ``below`` (at most 0) and ``above`` (at least 0) beside the exact one, and while it stays
-    there its deviation times ``loss_per_gradient`` is what the same exchange does to the loss.
+    An entry may deviate from the exact one by ``below`` (at most 0) to ``above`` (at least 0). Its deviation times
+    ``loss_per_gradient`` is then the effect of the same exchange on the loss.
     """
 
     below: Tensor
@@ -116,12 +111,12 @@ class Swaps(NamedTuple):
 def explain_by_swaps(
     student_logits: Tensor, weak_logits: Tensor, target: Tensor, dtype: torch.dtype, as_published: bool
 ) -> Swaps:
-    """The ranks that a form may give, from an interval around each float64 key; ``dtype`` is that of its logits.
+    """Bound the ranks that a form may give, from an interval around each float64 key; its logits have ``dtype``.
 
     A softmax of logits up to m is off by at most 4 eps (1 + m), eps of the accumulating dtype: the difference to the
-    maximum or to log-sum-exp rounds by eps m, the exponential, the sum and the quotient by an eps each. A form that
-    works as the published one does rounds in the logits' own dtype, and its 1 - p loses digits where p is near 1: up to
-    2 eps of that dtype. Two classes may exchange ranks only where their intervals overlap.
+    maximum or to logsumexp rounds by eps m; the exponential, the sum and the quotient round by one eps each. The
+    published form rounds in the logits' dtype, and its 1 - p loses digits where p is near 1: up to 2 eps of that dtype.
+    Two classes may exchange ranks only if their intervals overlap.
     """
     import fused_kd
 
@@ -140,7 +135,7 @@ def explain_by_swaps(
         low += share * (1 - relative) / (rest + lost)
         high += share * (1 + relative) / (rest - lost).clamp(min=EPSILON / 2)
 
-    # The first possible rank has all classes before it that must be, the last one all that can be.
+    # The first possible rank counts the classes that must come before, the last one all that can.
     first = 1.0 + classes - torch.searchsorted(low.sort(1).values, high, right=True)
     last = (classes - torch.searchsorted(high.sort(1).values, low)).double()
     harmonic = (1 / torch.arange(1, classes + 1, dtype=torch.float64, device=target.device)).sum()
@@ -151,15 +146,16 @@ def explain_by_swaps(
     return Swaps(
         below=(BETA * (zipf - largest)).clamp(max=0.0).masked_fill(is_target, 0.0),
         above=(BETA * (zipf - smallest)).clamp(min=0.0).masked_fill(is_target, 0.0),
-        # The gradient has -beta zipf, the loss -beta zipf log p_hat.
+        # The gradient contains -beta zipf, the loss -beta zipf log p_hat.
         loss_per_gradient=log_p_hat.masked_fill(is_target, 0.0),
         is_target=is_target,
     )
 
 
 class LabelSum(NamedTuple):
-    """What rounding the sum of a row's labels may do to the weak gradient of one row's loss: ``direction`` times a
-    number per row, the same for every class, of magnitude up to ``limit``.
+    """Deviation of the weak gradient of one row's loss that rounding the sum of the row's labels may cause.
+
+    It is ``direction`` times one number per row of magnitude up to ``limit``.
     """
 
     direction: Tensor  # (N, C)
@@ -167,12 +163,12 @@ class LabelSum(NamedTuple):
 
 
 def explain_by_label_sum(weak_logits: Tensor, dtype: torch.dtype) -> LabelSum:
-    """The backward pass of PyTorch's ``log_softmax``, mu (v_j sum(V') - V'_j), with the sum as PyTorch has it.
+    """Bound the rounding of sum(V') in the backward pass of PyTorch's ``log_softmax``, mu (v_j sum(V') - V'_j).
 
-    It adds up a row in the accumulating dtype, one vector of classes after the other, and each addition rounds by up
-    to half an ulp of what there is so far, at most 1. One of the lanes begins with or meets the target's 0.9, and the
-    others' 0.1 / C are a few ulps of that at 128256 classes: nearly all of them round the same way. The fewer lanes a
-    vector has, the more additions: PyTorch's shortest are of 32 bytes (AVX2; AVX-512 has twice that).
+    PyTorch adds up a row in the accumulating dtype, one vector of classes after the other. Each addition rounds by up
+    to half an ulp of the sum so far, at most 1. One lane holds the target's 0.9. At 128256 classes the others' 0.1 / C
+    are a few ulps of that, so nearly all additions in this lane round the same way. Fewer lanes mean more additions;
+    PyTorch's shortest vectors have 32 bytes (AVX2; AVX-512 has twice that).
     """
     accumulating = torch.float64 if dtype == torch.float64 else torch.float32
     additions = weak_logits.shape[1] / (32 // accumulating.itemsize)

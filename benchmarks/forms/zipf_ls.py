@@ -1,7 +1,7 @@
-"""Zipf's label smoothing: the two forms that fused_kd is compared with.
+"""Zipf's label smoothing: two forms to compare fused_kd with.
 
-Both take dense logits (rows, positions, classes), whose argmaxes are votes, have the weight 0.1 and the power 1 of the
-ImageNet recipe, class indices as targets and the mean over the rows.
+Both take dense logits (rows, positions, classes), with argmaxes as votes, and class indices as targets. They use the
+weight 0.1 and the power 1 of the ImageNet recipe and the mean over the rows.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.forms.nkd import accumulating
+
 WEIGHT = 0.1
 
 
 def published(
     student_logits: Tensor, dense_logits: Tensor, target: Tensor, weight: float = WEIGHT, power: float = 1.0
 ) -> Tensor:
-    """With the operations of the authors' release (megvii-research/zipfls), rewritten.
+    """Zipf's LS with the operations of the authors' release (megvii-research/zipfls), rewritten.
 
-    The votes are counted in PyTorch on the CPU, wherever the logits are, and ranked and normalised by numpy in float64;
-    boolean masks pick the non-target entries.
+    PyTorch counts the votes on the CPU even if the logits are on a GPU; numpy ranks and normalises them in float64.
+    Boolean masks pick the non-target entries.
     """
     rows, classes = student_logits.shape
     index = target.unsqueeze(1)
@@ -33,7 +35,7 @@ def published(
     zipf = (1 / _ranks(-votes.numpy())) ** power
     zipf = zipf[others].reshape(rows, classes - 1)
     zipf = zipf / zipf.sum(axis=1, keepdims=True)
-    # The release has float32 here, which its half-precision logits are promoted to and float64 is too good for.
+    # The release uses float32 here: half-precision logits are promoted to it, but float64 must not be rounded to it.
     precision = torch.promote_types(student_logits.dtype, torch.float32)
     label = torch.from_numpy(zipf).to(precision).to(student_logits.device)
 
@@ -43,8 +45,10 @@ def published(
 
 
 def _ranks(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Ranks along the rows from the smallest value, equal ones sharing the least: what scipy.stats.rankdata does with
-    method="min", one sort and a few passes, without depending on SciPy."""
+    """Rank each row from the smallest value; equal values share the lowest rank.
+
+    The same as scipy.stats.rankdata with method="min", in one sort and a few passes, but without SciPy.
+    """
     order = np.argsort(values, axis=1, kind="stable")
     ordered = np.take_along_axis(values, order, axis=1)
     starts = np.ones(values.shape, dtype=bool)
@@ -57,19 +61,19 @@ def _ranks(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def mask_free(student_logits: Tensor, dense_logits: Tensor, target: Tensor) -> Tensor:
-    """Without masks and without sorting: one graph, static shapes, what a compiler can fuse best.
+    """Zipf's LS without masks or sorting: one graph with static shapes, which a compiler fuses best.
 
-    A row has no more different numbers of votes than positions, so its ranks are a table: for each number, how many
-    classes have more.
+    Vote counts range from 0 to the number of positions, so a row's ranks are a table: for each count, the number of
+    classes with more votes.
     """
-    s = student_logits.float() if student_logits.dtype in (torch.float16, torch.bfloat16) else student_logits
+    s = accumulating(student_logits)
     rows, classes = s.shape
     index = target.unsqueeze(1)
     chosen = dense_logits.detach().argmax(dim=2)
     votes = torch.zeros(rows, classes, dtype=torch.int64, device=s.device)
     votes = votes.scatter_add(1, chosen, torch.ones_like(chosen))
     numbers = torch.arange(chosen.shape[1] + 1, device=s.device)
-    # Of the classes that a row chose each position is one vote's share, so that the shares of a class add up to 1.
+    # Each position contributes 1 / votes to the class it chose, so the contributions to a class add up to 1.
     own = votes.gather(1, chosen)
     more = ((own.unsqueeze(2) > numbers) / own.unsqueeze(2)).sum(1)
     zipf = (1 / (1 + more.round())).to(s.dtype).gather(1, votes)

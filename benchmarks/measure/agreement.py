@@ -1,4 +1,4 @@
-"""Whether a provider computes the loss: its values and gradients against the float64 reference."""
+"""Compares a provider's loss and gradients with the float64 reference."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from benchmarks.measure.cases import Case, Inputs
 
 # Far above rounding in each dtype, far below what a wrong formula gives.
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2, "float16": 2e-2}
-CHUNK_ELEMENTS = 2**25  # of the float64 reference at a time, so that a billion logits fit
+CHUNK_ELEMENTS = 2**25  # per part of the float64 reference, so that a billion logits fit into memory
 
 _T = TypeVar("_T")
 
 
 def tolerance(loss: Loss, case: Case, provider: Provider) -> float:
-    """For a form that accumulates in float32, that of float32, as the rounding of what it stores is no error of it."""
+    """Largest accepted error; float32's for a form that accumulates in float32, as storage rounding is excused."""
     if case.dtype == "float64" or (provider.as_published and case.dtype != "float32"):
         return TOLERANCE[case.dtype]
     return TOLERANCE["float32"] * max(1.0, case.classes / loss.long_row)
@@ -33,26 +33,28 @@ def tolerance(loss: Loss, case: Case, provider: Provider) -> float:
 class Errors:
     """Largest errors against float64, relative to the loss and to the largest entry of the gradient.
 
-    A loss that is a small difference of large terms, as a divergence from a teacher is, has lost digits once each term
-    is rounded, however carefully they are added up: half a unit in the last place of the dtype that a form works in,
-    for each. What that explains is no error either.
-    Of a loss that ranks, what exchanged ranks of near-equal keys explain is no error, and the entries beside the
-    targets, where the ranks are, are taken relative to the largest of their own: a target's is many times that. Nor is
-    what PyTorch's own sum of a long row's labels explains, of a form that goes through it. With two gradients the
-    larger error is given.
+    Some deviations are not errors of a form and are excused:
+
+    * A divergence from a teacher is a small difference of large terms. Rounding each term once, by half a unit in the
+      last place of the form's dtype, loses digits however carefully the terms are added up.
+    * In a loss that ranks, near-equal keys may exchange ranks. Entries beside the targets, which have the ranks, are
+      compared with the largest entry among them: a target's is many times larger.
+    * PyTorch's ``log_softmax`` sums a long row's labels with rounding errors, in forms that use it.
+
+    With two gradients the larger error counts.
     """
 
     loss: float
-    loss_beyond_rounding: float  # less what rounding each term once explains
+    loss_beyond_rounding: float  # less the effect of rounding each term once
     gradient: float
-    beyond_rounding: float  # of the gradient, less what rounding each entry to the dtype of the logits explains
+    beyond_rounding: float  # of the gradient, less the rounding of each entry to the dtype of the logits
 
     def within(self, tolerance: float) -> bool:
         return self.loss_beyond_rounding <= tolerance and self.beyond_rounding <= tolerance  # NaN is not
 
 
 def run_once(function: LossFunction, inputs: Inputs, grad_output: float = 1.0) -> Tensor:
-    """One forward and backward pass; the gradients are left in the inputs."""
+    """Run one forward and backward pass; leave the gradients in the inputs."""
     inputs.drop_gradients()
     value = function(*inputs[:3])
     value.backward(torch.full_like(value, grad_output))  # type: ignore[no-untyped-call]
@@ -60,15 +62,15 @@ def run_once(function: LossFunction, inputs: Inputs, grad_output: float = 1.0) -
 
 
 class _Exact(NamedTuple):
-    """What some of the rows contribute to the mean over all rows."""
+    """Contribution of some rows to the mean over all rows."""
 
     loss: Tensor
-    magnitude: Tensor  # of the terms that the loss adds up, 0 where they all have one sign
+    magnitude: Tensor  # sum of the loss's terms' magnitudes, 0 if they all have one sign
     gradients: list[Tensor]
 
 
 class _Largest:
-    """The largest deviation in each group of entries, relative to the group's largest exact entry."""
+    """Largest deviation in each group of entries, relative to the group's largest exact entry."""
 
     def __init__(self, rounds_to: torch.dtype | None, scale: float) -> None:
         self.groups: dict[str, np.ndarray[Any, Any]] = {}
@@ -77,8 +79,8 @@ class _Largest:
     def add(self, group: str, deviation: Tensor, exact: Tensor) -> None:
         beyond = deviation
         if self.rounds_to is not None:
-            about = torch.finfo(self.rounds_to)
-            rounding = 0.51 * about.eps * exact.abs() + about.smallest_normal * about.eps / self.scale
+            finfo = torch.finfo(self.rounds_to)
+            rounding = 0.51 * finfo.eps * exact.abs() + finfo.smallest_normal * finfo.eps / self.scale
             beyond = deviation - deviation.clamp(-rounding, rounding)
         found = np.array([float(tensor.abs().max()) for tensor in (deviation, beyond, exact)])
         # numpy's maximum keeps a NaN, Python's may lose it.
@@ -90,9 +92,9 @@ class _Largest:
 
 
 class Judge:
-    """Compares loss and gradients (mean over the rows) with the float64 reference of the same, rounded inputs.
+    """Compares loss and gradients (mean over the rows) with the float64 reference on the same, rounded inputs.
 
-    The reference goes through the rows in parts, for memory; of inputs that are one part it is kept for the next
+    The reference takes the rows in parts, to save memory. If one part holds all rows, its results are kept for the next
     provider.
     """
 
@@ -112,7 +114,7 @@ class Judge:
 
     def errors(self, provider: Provider, function: LossFunction) -> Errors:
         student = self.inputs.student_logits
-        # As a GradScaler does: float16 has no digits left for a gradient that is divided by the number of rows.
+        # As a GradScaler does: in float16 a gradient divided by the number of rows would underflow.
         scale = 2.0 ** math.ceil(math.log2(self.rows)) if student.dtype == torch.float16 else 1.0
         value = run_once(function, self.inputs, scale)
         gradients = [logits.grad for logits in self.inputs.trained()]
@@ -143,11 +145,11 @@ class Judge:
                 largest.add("student", deviation.masked_fill(~swaps.is_target, 0.0), right)
                 beside = swaps.is_target
                 largest.add("beside targets", deviation.masked_fill(beside, 0.0), right.masked_fill(beside, 0.0))
-        works_in = student.dtype if provider.as_published else torch.promote_types(student.dtype, torch.float32)
+        computes_in = student.dtype if provider.as_published else torch.promote_types(student.dtype, torch.float32)
         deviation = (value.double() - expected).abs()
-        beyond = (deviation - torch.finfo(works_in).eps / 2 * magnitude).clamp(min=0.0)  # keeps a NaN
-        of_loss, of_loss_beyond = (float(part / expected.abs()) for part in (deviation, beyond))
-        return Errors(of_loss, of_loss_beyond, *largest.relative())
+        beyond = (deviation - torch.finfo(computes_in).eps / 2 * magnitude).clamp(min=0.0)  # keeps a NaN
+        relative, relative_beyond = (float(part / expected.abs()) for part in (deviation, beyond))
+        return Errors(relative, relative_beyond, *largest.relative())
 
     def _explained_by_sum(self, deviation: Tensor, label_sum: LabelSum) -> Tensor:
         along = label_sum.direction

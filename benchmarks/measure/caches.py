@@ -1,32 +1,30 @@
-"""Hot and cold: calls back to back, or each after other eager work, as a training step has it."""
+"""Hot and cold caches: calls back to back, or each after other eager work, as in a training step."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.measure.timing import Samples, time_in_turn
+from benchmarks.measure.timing import Samples, quantiles, synchronize, time_in_turn
 
 HOT, COLD = "hot", "cold"
 REGIMES = (COLD, HOT)
 TARGET, SHORTEST, LONGEST = 5e-3, 3e-3, 8e-3  # seconds of the other work before a cold call
-STREAMED_BYTES = 2**26  # beyond what two cores have of L2 and L3 on most processors
+STREAMED_BYTES = 2**26  # more than two cores' L2 and L3 on most processors
 BATCH, PIXELS, CHANNELS, BLOCKS = 4, 32, 16, 2
-COLD_BLOCK = 0.05  # seconds of a block of cold calls, the other work included
-QUANTILES = (0.2, 0.5, 0.8)
+COLD_BLOCK = 0.05  # seconds per block of cold calls, other work included
 
 Calls = dict[str, Callable[[Samples], None]]
 
 
 class _Network(nn.Module):
-    """Small layers of several kinds: it is their number, in Python and in the dispatcher, that empties the caches."""
+    """Small layers of several kinds: many calls, in Python and in the dispatcher, are what empties the caches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,9 +45,9 @@ class _Network(nn.Module):
 
 
 class OtherWork:
-    """What runs before each cold call: steps of a small network, and averaged weights that no cache can keep.
+    """Work before each cold call: steps of a small network, and a weight average too large for the caches.
 
-    The number of steps makes it last about ``TARGET``; ``about`` says how long it did.
+    The number of steps is chosen to last about ``TARGET``; ``about`` reports the actual duration.
     """
 
     def __init__(self, device: str) -> None:
@@ -58,28 +56,24 @@ class OtherWork:
             torch.manual_seed(0)
             self.network = _Network()
             self.images = torch.randn(BATCH, 3, PIXELS, PIXELS)
-            # At the end of a step some average their weights: this one pass reads both and writes one.
+            # Like weight averaging at the end of a training step: reads both tensors, writes one.
             self.average = torch.zeros(STREAMED_BYTES // 8)
             self.weights = torch.zeros_like(self.average)
         self.optimizer = torch.optim.SGD(self.network.parameters(), lr=1e-6, momentum=0.9)
         streaming = min(self._seconds(self._stream))
         step = min(self._seconds(self._step))
         self.steps = max(1, round((TARGET - streaming) / step))
-        self.taken: list[float] = []  # seconds, each time
+        self.taken: list[float] = []  # seconds of each call
 
     def _stream(self) -> None:
         self.average.lerp_(self.weights, 0.01)
-        self._wait()
+        synchronize(self.device)
 
     def _step(self) -> None:
         self.optimizer.zero_grad()
         self.network(self.images).sum().backward()
         self.optimizer.step()
-        self._wait()
-
-    def _wait(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
+        synchronize(self.device)
 
     def __call__(self) -> None:
         start = time.perf_counter()
@@ -97,7 +91,7 @@ class OtherWork:
         return times[3:]
 
     def about(self) -> dict[str, Any]:
-        """For the result: how long it took before the calls, too."""
+        """Description for the result, with the duration before the calls."""
         return {
             "steps": self.steps,
             "streamed_bytes": STREAMED_BYTES,
@@ -106,7 +100,7 @@ class OtherWork:
 
 
 def doubts(other_work: dict[str, Any] | None) -> list[str]:
-    """Whether the other work lasted too long, or not long enough, to stand for that of a training step."""
+    """A warning if the other work was too long or too short to stand for a training step."""
     milliseconds = other_work and other_work["milliseconds"]
     if milliseconds and not SHORTEST <= milliseconds["median"] / 1e3 <= LONGEST:
         wanted = f"{SHORTEST * 1e3:g} to {LONGEST * 1e3:g}"
@@ -122,7 +116,7 @@ def time_calls(
     min_rounds: int,
     progress: Callable[[float], None],
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Of each call and regime the number of calls and the quantiles in milliseconds; ``seconds`` are of each regime."""
+    """Number of calls and quantiles in milliseconds, by call and regime; each regime takes ``seconds``."""
     found: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in calls}
     for number, regime in enumerate(regimes):
 
@@ -135,8 +129,3 @@ def time_calls(
             parts = {part: quantiles(times) for part, times in asdict(sample).items() if times}
             found[name][regime] = {"calls": len(sample.both), "milliseconds": parts}
     return found
-
-
-def quantiles(seconds: Iterable[float]) -> dict[str, float]:
-    low, median, high = np.quantile(np.array(list(seconds)) * 1e3, QUANTILES)
-    return {"q20": float(low), "median": float(median), "q80": float(high)}

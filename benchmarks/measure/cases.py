@@ -1,4 +1,4 @@
-"""What is measured: the cases (rows x classes, dtype, device) and the logits that go into them."""
+"""Cases (rows × classes, dtype, device) and their input logits."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ class Case:
 
 class Inputs(NamedTuple):
     student_logits: torch.Tensor  # a leaf that requires grad
-    # The teacher's; in self-distillation the weak ones, then a leaf that requires grad, or dense ones of each position.
+    # The teacher's; in self-distillation weak logits (a leaf that requires grad) or dense logits of each position.
     other_logits: torch.Tensor
     target: torch.Tensor
-    source: str  # where the logits come from, for the report
+    source: str  # origin of the logits, for the report
 
     def trained(self) -> list[torch.Tensor]:
         return [logits for logits in (self.student_logits, self.other_logits) if logits.requires_grad]
@@ -77,7 +77,7 @@ class ShippedLogits(NamedTuple):
 
 
 def parse_shapes(text: str) -> Shapes:
-    """Reads "256x1000,1024x1000"; raises ValueError that names the part it could not read."""
+    """Parse "256x1000,1024x1000"; raise ValueError naming the part that does not parse."""
     shapes = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)\s*[x×]\s*(\d+)\s*", part)
@@ -91,7 +91,7 @@ def parse_shapes(text: str) -> Shapes:
 
 
 def parse_dtypes(text: str) -> tuple[str, ...]:
-    """Reads "bfloat16,float32"; raises ValueError that lists the known names."""
+    """Parse "bfloat16,float32"; raise ValueError listing the known names."""
     names = tuple(part.strip() for part in text.split(","))
     for name in names:
         if name not in DTYPES:
@@ -100,7 +100,7 @@ def parse_dtypes(text: str) -> tuple[str, ...]:
 
 
 def load_shipped_logits(path: Path = LOGITS_FILE) -> ShippedLogits:
-    """Logits of two published networks on real photographs; data/README.md says which."""
+    """Logits of two published networks on real photographs; data/README.md describes them."""
     with np.load(path) as data:
         return ShippedLogits(
             torch.from_numpy(data["student_logits"]).float(),
@@ -113,11 +113,11 @@ def load_shipped_logits(path: Path = LOGITS_FILE) -> ShippedLogits:
 
 
 def make_inputs(case: Case, seed: int = 0, trains_other: bool = False, positions: int = 0) -> Inputs:
-    """Seeded inputs of a case: real logits resampled for 1000 classes, generated ones otherwise.
+    """Seeded inputs of a case: resampled real logits for 1000 classes, else generated ones.
 
-    With ``trains_other`` the teacher's logits play the weak logits of self-distillation and require grad as well: they
-    are another network's opinion of the same picture, which is what ranking by two opinions is for. With ``positions``
-    there are dense logits ``(rows, positions, classes)`` in their place.
+    With ``trains_other`` the teacher's logits serve as the weak logits of self-distillation and require grad too: like
+    these, they are a second opinion of the same picture. With ``positions``, dense logits
+    ``(rows, positions, classes)`` replace them.
     """
     if case.classes == 1000:
         student, teacher, target, source = _resampled(case, seed)
@@ -135,7 +135,7 @@ def make_inputs(case: Case, seed: int = 0, trains_other: bool = False, positions
 
 
 def _dense(logits: torch.Tensor, positions: int, seed: int) -> torch.Tensor:
-    """What the classifier says at each position: an average pooling of these gives about the logits themselves."""
+    """Logits at each position; their average over the positions is about ``logits``."""
     generator = torch.Generator(logits.device).manual_seed(seed)
     rows, classes = logits.shape
     options: dict[str, Any] = {"generator": generator, "device": logits.device}
@@ -154,10 +154,10 @@ def _resampled(case: Case, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch
 def _generated(case: Case, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, str]:
     """Peaked logits with an exponential tail, like those of a trained classifier.
 
-    Teacher: Gaussian bulk plus a sparse exponential tail, and the target raised to about log(classes), which gives it
-    a probability anywhere between nearly 0 and nearly 1. Student: the same plus noise, target raised a little less.
+    Teacher: Gaussian bulk plus a sparse exponential tail. The target is raised by about log(classes), so its
+    probability is anywhere between nearly 0 and nearly 1. Student: the same plus noise, target raised a little less.
     """
-    # On the device itself: a billion logits take too long on a CPU.
+    # Generated on the device: a billion logits take too long on a CPU.
     generator = torch.Generator(case.device).manual_seed(seed)
     options: dict[str, Any] = {"generator": generator, "device": case.device}
     shape = (case.rows, case.classes)

@@ -1,11 +1,10 @@
-"""What is measured beside the cases of each loss: what a call costs at the least, bfloat16 beside float32, a training
-step in which the logits come from a product."""
+"""Extra measurements: the fixed cost of a call, bfloat16 against float32, and a training step with a linear layer."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,13 +17,13 @@ from benchmarks.measure import agreement, machine, measured, timing
 from benchmarks.measure.cases import Case, make_inputs
 from benchmarks.measure.measured import Progress, TimeCalls
 
-SMALLEST = (1, 10)  # next to no work, so that what is left is what a call costs
+SMALLEST = (1, 10)  # almost no arithmetic, so the time is the fixed cost of a call
 LONG_ROWS = (128, 21841)
 FLOAT32, BFLOAT16 = "float32", "bfloat16"
 STEP_ROWS, STEP_FEATURES, STEP_CLASSES = 256, 512, (1000, 21841)
 STEP_PROVIDERS = (BASELINE, COMPILED, "cross_entropy", OURS)
 NO_LOSS = "none"
-STEP_TOLERANCE = 1e-3  # of the weight's gradient, which is a product: only what a wrong loss gives is beyond it
+STEP_TOLERANCE = 1e-3  # of the weight's gradient: above a product's rounding, below the error of a wrong loss
 
 
 def fixed_cost(
@@ -35,7 +34,7 @@ def fixed_cost(
 
 
 def bfloat16(loss: Loss, device: str, seed: int, time_calls: TimeCalls, progress: Progress) -> dict[str, Any]:
-    """fused_kd in bfloat16 and in float32, in turn."""
+    """Time fused_kd in bfloat16 and float32, in turn."""
     entries, calls = [], {}
     provider = loss.provider(OURS)
     timed = timing.timer(device)
@@ -57,9 +56,9 @@ def bfloat16(loss: Loss, device: str, seed: int, time_calls: TimeCalls, progress
 
 
 class Step(NamedTuple):
-    """A linear layer, whose logits a loss gets, and what it is trained with."""
+    """A linear layer that makes the student's logits, and its inputs."""
 
-    hidden: Tensor  # it requires grad, as the network before the layer is trained as well
+    hidden: Tensor  # requires grad: the network before the layer is trained too
     weight: Tensor
     bias: Tensor
     teacher_logits: Tensor
@@ -74,7 +73,7 @@ class Step(NamedTuple):
 
 
 def _make_step(classes: int, device: str, seed: int) -> Step:
-    """The layer gives logits with a spread of about 2 beside those that a case of this size has for the teacher."""
+    """Student logits with a standard deviation of about 2; the teacher's are those of a case of this size."""
     inputs = make_inputs(Case(STEP_ROWS, classes, FLOAT32, device), seed)
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(STEP_ROWS, STEP_FEATURES, generator=generator)
@@ -84,27 +83,25 @@ def _make_step(classes: int, device: str, seed: int) -> Step:
 
 
 def _run_step(step: Step, function: LossFunction | None, given: Tensor, device: str, samples: timing.Samples) -> None:
-    """One step, and in it what the loss takes: its forward and backward passes, from the logits to their gradient.
+    """Time one step and, within it, the loss: its forward and backward passes, from the logits to their gradient.
 
-    The step is cut at the logits, so that this is timed where it happens: their difference to a step without a loss
-    would be a few per cent of a long product's own unsteadiness. Without a function the layer's backward pass gets a
-    gradient that is there already.
+    Detached logits allow timing the loss inside the step. The difference to a step without a loss would be a few per
+    cent of a long product's time and drown in its variation. Without a function the layer gets the gradient ``given``.
     """
-    wait: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
-    wait()
+    timing.synchronize(device)
     start = time.perf_counter()
     logits = F.linear(step.hidden, step.weight, step.bias)
     gradient: Tensor | None = given
     if function is not None:
-        wait()
+        timing.synchronize(device)
         began = time.perf_counter()
         leaf = logits.detach().requires_grad_()
         function(leaf, step.teacher_logits, step.target).backward()  # type: ignore[no-untyped-call]
         gradient = leaf.grad
-        wait()
+        timing.synchronize(device)
         samples.loss.append(time.perf_counter() - began)
     logits.backward(gradient)  # type: ignore[no-untyped-call]
-    wait()
+    timing.synchronize(device)
     samples.both.append(time.perf_counter() - start)
     step.drop_gradients()
 
@@ -139,9 +136,8 @@ def training_step(
                 off = float((found - expected).abs().max() / expected.abs().max())
                 if provider.same_loss and not off <= STEP_TOLERANCE:
                     entry |= {"status": "wrong", "reason": f"the weight's gradient is off by {off:.1e}"}
-        except Exception as error:  # a line of the report, as in a case
-            text = f"{type(error).__name__}: {machine.without_paths(str(error))}"
-            entry |= {"status": "failed", "reason": text[:300]}
+        except Exception as error:  # reported in the result, as in a case
+            entry |= {"status": "failed", "reason": machine.describe(error)}
         entries.append(entry)
         if entry["status"] == "ok":
             calls[provider.name] = partial(_run_step, step, function, given, device)

@@ -1,4 +1,4 @@
-"""What the figures were measured on: hardware, software and commit, without host name or paths."""
+"""The machine that ran the benchmark: hardware, software and commit, without host name or paths."""
 
 from __future__ import annotations
 
@@ -18,9 +18,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def without_paths(text: str) -> str:
-    """The first line of a message, with absolute paths replaced: results are published."""
+    """First line of a message with absolute paths replaced: results are published."""
     line = next((line.strip() for line in text.splitlines() if line.strip()), "")
     return re.sub(r"(?<![\w.])(?:/[\w.+@~-]+){2,}/?|[A-Za-z]:\\\S+", "<path>", line)
+
+
+def describe(error: Exception) -> str:
+    """Type and message of an error, short and without paths, for a result."""
+    return f"{type(error).__name__}: {without_paths(str(error))}"[:300]
 
 
 def _output(*command: str) -> str | None:
@@ -94,7 +99,7 @@ def machine() -> dict[str, Any]:
 
 
 def software() -> dict[str, Any]:
-    # Results of earlier runs do not make the code that is measured any different.
+    # Results of earlier runs do not change the measured code.
     status = _output("git", "status", "--porcelain", "--", ".", ":!benchmarks/results")
     return {
         "python": platform.python_version(),

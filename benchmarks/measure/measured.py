@@ -1,4 +1,4 @@
-"""One case: verifies every provider against float64 and times those that passed."""
+"""Measures one case: verifies every provider against float64 and times those that pass."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from benchmarks.forms.spec import Loss, LossFunction, Provider
 from benchmarks.measure import agreement, machine, ranking, timing
 from benchmarks.measure.cases import Case, make_inputs
 
-Progress = Callable[[str, float], None]  # what is being done, share of the whole that is done
-TimeCalls = Callable[..., dict[str, dict[str, dict[str, Any]]]]  # caches.time_calls, but of the calls and progress
+Progress = Callable[[str, float], None]  # current step, completed share of the run
+TimeCalls = Callable[..., dict[str, dict[str, dict[str, Any]]]]  # caches.time_calls of only calls and progress
 
 
 def measure(
     loss: Loss, case: Case, providers: Sequence[Provider], seed: int, time_calls: TimeCalls, progress: Progress
 ) -> dict[str, Any]:
-    torch._dynamo.reset()  # or the recompile limit would silently turn the later cases into eager ones
+    torch._dynamo.reset()  # else the recompile limit would silently make later cases eager
     progress("inputs", 0.0)
     inputs = make_inputs(case, seed, loss.trains_other, loss.positions)
     judge = agreement.Judge(loss, inputs)
@@ -38,7 +38,7 @@ def measure(
             torch.cuda.empty_cache()
     del judge
     bench = ranking.Bench(loss, inputs) if loss.rank_keys is not None else None
-    # In the same rounds, so that the share of the ranking is not one of two moments of the machine.
+    # In the same rounds, so that the ranking's share does not compare two moments of the machine.
     rankings = {f"ranking: {name}": call for name, call in bench.calls().items()} if bench else {}
     times = time_calls(calls | rankings, progress=lambda share: progress("timing", 0.5 + 0.5 * share)) if calls else {}
     for name in calls:
@@ -63,7 +63,7 @@ def measure(
 
 
 def prepare(judge: agreement.Judge, case: Case, provider: Provider) -> tuple[dict[str, Any], LossFunction | None]:
-    """Builds, runs and verifies one provider; returns its entry, and its function if it may be timed."""
+    """Build, run and verify one provider; return its entry, and its function if it may be timed."""
     entry: dict[str, Any] = {"name": provider.name, "summary": provider.summary, "same_loss": provider.same_loss}
     inputs, reason = judge.inputs, provider.unavailable(case.device)
     if reason:
@@ -81,9 +81,8 @@ def prepare(judge: agreement.Judge, case: Case, provider: Provider) -> tuple[dic
                 reason = f"off from float64 by {errors.loss_beyond_rounding:.1e} (loss), {errors.beyond_rounding:.1e}"
                 return entry | {"status": "wrong", "reason": f"{reason} (gradient), allowed {tolerance:.0e}"}, None
         entry["memory"] = asdict(timing.memory(function, inputs))
-    except Exception as error:  # whatever a provider raises is a line of the report, not the end of the run
-        reason = f"{type(error).__name__}: {machine.without_paths(str(error))}"
-        return entry | {"status": "failed", "reason": reason[:300]}, None
+    except Exception as error:  # reported in the result; the run goes on
+        return entry | {"status": "failed", "reason": machine.describe(error)}, None
     finally:
         inputs.drop_gradients()
     return entry | {"status": "ok", "reason": None}, function

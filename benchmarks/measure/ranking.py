@@ -1,4 +1,4 @@
-"""The ranking alone: fused_kd's argsort against PyTorch's, on the keys that a loss ranks for the case's inputs."""
+"""The ranking alone: fused_kd's argsort against PyTorch's, on a loss's rank keys for the case's inputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.measure.cases import Inputs
 
 SORT = "torch.sort"
 
-Ranking = Callable[[Tensor], Tensor]  # keys (N, C) -> indices from the largest key, the lower first among equal ones
+Ranking = Callable[[Tensor], Tensor]  # keys (N, C) -> indices by descending key, equal keys by ascending index
 
 
 def _torch_sort(keys: Tensor) -> Tensor:
@@ -31,12 +31,12 @@ def _no_fused_ranking(device: str) -> str | None:
     from fused_kd.backends import native
 
     if device != "cpu":
-        return "on a GPU the ranking is part of other kernels and no function of its own"
+        return "on a GPU the ranking is part of other kernels, not a function of its own"
     return native.unavailable(device)
 
 
 class Bench:
-    """The rankings of one case: verified here, timed by the calls it gives, in turn with the providers of the loss."""
+    """Rankings of one case: verified at construction; ``calls`` are timed in turn with the loss's providers."""
 
     def __init__(self, loss: Loss, inputs: Inputs) -> None:
         assert loss.rank_keys is not None
@@ -54,9 +54,8 @@ class Bench:
                 try:
                     if not torch.equal(function(self.keys), expected):
                         status, reason = "wrong", "another order than a stable descending sort of the same keys"
-                except Exception as error:  # a line of the report, as for the providers
-                    status = "failed"
-                    reason = f"{type(error).__name__}: {machine.without_paths(str(error))}"[:300]
+                except Exception as error:  # reported in the result, as for the providers
+                    status, reason = "failed", machine.describe(error)
             self.entries[name] = {"name": name, "status": status, "reason": reason}
             if status == "ok":
                 self._functions[name] = function
@@ -71,7 +70,7 @@ class Bench:
 
 
 def add_ratios(case: dict[str, Any]) -> None:
-    """How many times as fast as torch.sort the ranking is, and its share of the whole loss, forward and backward."""
+    """Add the ranking's speed over torch.sort, and its share of the whole loss, forward and backward."""
     measured = {entry["name"]: entry["times"] for entry in case["ranking"]["entries"] if "times" in entry}
     loss: dict[str, Any] = next(
         (entry["times"] for entry in case["providers"] if entry["name"] == OURS and "times" in entry), {}

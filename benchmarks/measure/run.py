@@ -1,4 +1,4 @@
-"""One run: verifies every provider against float64, times those that passed, and returns the result as plain data."""
+"""One run: verifies every provider against float64, times those that pass, and returns the result as plain data."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from benchmarks.measure.cases import Case
 from benchmarks.measure.measured import Progress
 
 SCHEMA = 3
-EXTRAS = ("fixed_cost", "training_step", "bfloat16")  # what extras.py has
-FIRST = "nkd"  # the loss of which the fixed cost and a training step are measured
-COPIES = 8  # times at the most that the copy bandwidth is measured; it takes a second
+EXTRAS = ("fixed_cost", "training_step", "bfloat16")  # functions of extras.py
+FIRST = "nkd"  # the loss for the fixed cost and the training step
+COPIES = 8  # copy bandwidths measured per run, at most; each takes a second
 NOT_RUN = ("failed", "unavailable")
-UNSTEADY = 2.0  # 80 % quantile over 20 % quantile from which a median is not to be trusted
+UNSTEADY = 2.0  # above this ratio of the 80 % to the 20 % quantile a median is not trusted
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Options:
     seed: int = 0
     quick: bool = False
     caches: tuple[str, ...] = caches.REGIMES
-    extras: tuple[str, ...] = ()  # of EXTRAS
+    extras: tuple[str, ...] = ()  # names from EXTRAS
 
 
 class Work(NamedTuple):
-    """What is to be measured of a loss."""
+    """Measurements of one loss to make."""
 
     loss: Loss
     providers: Sequence[Provider]
@@ -40,7 +40,7 @@ class Work(NamedTuple):
 
 
 def run(plan: Sequence[Work], options: Options, progress: Progress) -> dict[str, Any]:
-    """Measures the providers of each loss in its cases; the result is what the JSON file holds."""
+    """Measure the providers of each loss in its cases; return the content of the JSON file."""
     devices = {case.device for work in plan for case in work.cases}
     assert len(devices) == 1, "the other work runs on one device"
     (device,) = devices
@@ -63,8 +63,8 @@ def run(plan: Sequence[Work], options: Options, progress: Progress) -> dict[str,
         seconds=options.seconds,
         min_rounds=options.min_rounds,
     )
-    # Measured before every case, or of many before some, and the best one counts: other work on the machine slows a
-    # copy, and a bandwidth that is too low would flatter every kernel.
+    # Measured before every case, or before some of many. The best one counts: other work on the machine slows a copy,
+    # and a bandwidth that is too low would flatter every kernel.
     bandwidth: dict[str, float] = {}
     result["copy_bytes_per_second"] = bandwidth
     parts: list[dict[str, Any]] = [
@@ -97,7 +97,7 @@ def _steps(
     options: Options,
     timed: Callable[..., Any],
 ) -> Iterator[tuple[str, list[Any], Callable[..., dict[str, Any]]]]:
-    """What is done one after the other: its name, the list that it goes to, and what does it."""
+    """Steps of the run: a name, the list for the result, and the function that measures."""
     shared: dict[str, Any] = {"seed": options.seed, "time_calls": timed}
     for work, part in zip(plan, parts, strict=True):
         for case in work.cases:
@@ -108,7 +108,7 @@ def _steps(
         call = partial(extras.fixed_cost, first.loss, first.providers, device, **shared)
         yield "fixed cost", result["fixed_cost"], call
     if first and "training_step" in options.extras:
-        # The products of a step empty the caches as it is.
+        # One regime: a step's own products empty the caches anyway.
         once = {**shared, "time_calls": partial(timed, regimes=options.caches[:1])}
         for classes in extras.STEP_CLASSES:
             call = partial(extras.training_step, first.loss, first.providers, classes, device, **once)
@@ -120,7 +120,7 @@ def _steps(
 
 
 def failures(result: dict[str, Any]) -> list[str]:
-    """What makes the run as a whole a failure: wrong values anywhere, or fused_kd itself not measured."""
+    """Reasons why the whole run failed: wrong values anywhere, or fused_kd itself not measured."""
     found = []
     for where, case in _all_cases(result):
         bad = [(entry["name"], entry) for entry in case["providers"] if entry["status"] == "wrong"]
@@ -137,7 +137,7 @@ def _rankings(case: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _all_cases(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Every case, and how to name it; with several losses the loss is part of the name."""
+    """Every case with its name; with several losses the loss is part of the name."""
     several = len(result["losses"]) > 1
     found = [(part["loss"] if several else "", case) for part in result["losses"] for case in part["cases"]]
     found += [(name, case) for name in ("fixed_cost", "training_step") for case in result[name]]
@@ -163,7 +163,7 @@ def _add_ratios(case: dict[str, Any], bandwidth: float) -> None:
 
 
 def busy(about: dict[str, Any]) -> list[str]:
-    """Whether other work was on the machine when a run began."""
+    """A warning if the machine did other work when the run began."""
     load, spare = about["load_average_before"], (about["cores"] or 1) - about["threads"]
     if load is not None and load > spare + 0.5:
         return [f"other work was on the machine: its load average was {load:.1f} when the run began"]
@@ -171,7 +171,7 @@ def busy(about: dict[str, Any]) -> list[str]:
 
 
 def _warnings(result: dict[str, Any]) -> list[str]:
-    """What makes the figures doubtful. On a busy machine every barrier between threads waits for a time slice."""
+    """Reasons to doubt the figures. On a busy machine every barrier between threads waits for a time slice."""
     found = busy(result["machine"]) + caches.doubts(result["other_work"])
     for where, case in _all_cases(result):
         timed = [(f"{entry['name']} {entry.get('dtype', '')}".strip(), entry) for entry in case["providers"]]

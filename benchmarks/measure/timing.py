@@ -1,4 +1,4 @@
-"""How it is measured: memory, time, and the machine's copy bandwidth."""
+"""Measures memory, time, and the machine's copy bandwidth."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -20,17 +21,18 @@ from benchmarks.measure.cases import Inputs
 
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**32}  # well beyond the caches
 FLUSH_BYTES = 2**28  # several times a GPU's L2
+QUANTILES = (0.2, 0.5, 0.8)
 
-# The profiler otherwise writes two lines to stderr each time it is used, across the progress bar.
+# Else each use of the profiler writes two lines to stderr, across the progress bar.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 
 @dataclass(frozen=True)
 class Memory:
-    saved_bytes: int  # of the tensors that autograd saves, each storage once, the inputs left out
+    saved_bytes: int  # storages that autograd saves, each counted once, without the inputs
     saved_bytes_with_inputs: int
-    held_bytes: int  # allocated by the forward pass and still there at its end, whoever keeps it
-    peak_bytes: int  # beyond the inputs, over forward and backward; the gradient itself is in it
+    held_bytes: int  # allocated by the forward pass and not freed at its end
+    peak_bytes: int  # beyond the inputs, over forward and backward, the gradient included
 
 
 @dataclass
@@ -41,11 +43,23 @@ class Samples:
     backward: list[float] = field(default_factory=list)
     both: list[float] = field(default_factory=list)
     host: list[float] = field(default_factory=list)  # until the call returned; on a CPU the same as both
-    loss: list[float] = field(default_factory=list)  # of a training step, what its loss took
+    loss: list[float] = field(default_factory=list)  # the loss's part of a training step
+
+
+def quantiles(seconds: Iterable[float]) -> dict[str, float]:
+    """QUANTILES in milliseconds."""
+    low, median, high = np.quantile(np.array(list(seconds)) * 1e3, QUANTILES)
+    return {"q20": float(low), "median": float(median), "q80": float(high)}
+
+
+def synchronize(device: str) -> None:
+    """Wait for a GPU's work; on a CPU there is nothing to wait for."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def memory(function: LossFunction, inputs: Inputs) -> Memory:
-    """Bytes kept between forward and backward, and the peak of both."""
+    """Bytes kept between forward and backward, and the peak of both passes."""
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -79,7 +93,7 @@ def _cuda_allocations(function: LossFunction, inputs: Inputs) -> tuple[int, int]
 
 
 def _cpu_allocations(function: LossFunction, inputs: Inputs) -> tuple[int, int]:
-    """From the profiler's allocation events: what goes through PyTorch's allocator, so not a kernel's own scratch."""
+    """Bytes held and peak, from the profiler's allocation events: PyTorch's allocator, so not a kernel's scratch."""
     mark = "forward pass of the benchmark"
     inputs.drop_gradients()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
@@ -112,12 +126,12 @@ def _cpu_call(function: LossFunction, inputs: Inputs, samples: Samples) -> None:
     samples.backward.append(end - middle)
     samples.both.append(end - start)
     samples.host.append(end - start)
-    # Outside the timed part, and before other work: in training nothing holds the gradient of logits for longer.
+    # Outside the timed part, but before any other work: training does not keep the logits' gradient longer either.
     inputs.drop_gradients()
 
 
 class _CudaCall:
-    """Times by events after emptying the L2; while the GPU empties it, the host gets ahead with its launches."""
+    """Times by events after emptying the L2; meanwhile the host runs ahead with its launches."""
 
     def __init__(self) -> None:
         self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
@@ -155,12 +169,12 @@ def _cpu_plain(function: Callable[[], object], samples: Samples) -> None:
 
 
 def timer(device: str) -> Callable[[LossFunction, Inputs, Samples], None]:
-    """Runs a function once, forward and backward, and appends what it took to the samples."""
+    """A function that runs another once, forward and backward, and appends the times to the samples."""
     return _CudaCall() if device == "cuda" else _cpu_call
 
 
 def plain_timer(device: str) -> Callable[[Callable[[], object], Samples], None]:
-    """Runs a function once that has no backward pass."""
+    """The same for functions without a backward pass."""
     return _CudaCall().plain if device == "cuda" else _cpu_plain
 
 
@@ -172,12 +186,12 @@ def time_in_turn(
     block_seconds: float = 0.02,
     before: Callable[[], None] | None = None,
 ) -> dict[str, Samples]:
-    """Takes calls that time themselves in turn, round after round, so that a disturbance of the machine hits all alike.
+    """Run self-timing calls in turn, round after round, so that a disturbance of the machine hits all alike.
 
-    In each round each has one block of calls. A block of several calls drops the first, so that what the one before
-    left in the caches does not count. With ``before``, which then runs before each call, that is the case anyway.
+    Each round has one block per call. A block of several calls drops the first, which finds the caches as the previous
+    block left them. ``before`` runs before each call; then no call is dropped.
     """
-    fastest = {}  # of what the calls of a block take, with what runs before them
+    fastest = {}  # seconds per call, ``before`` included
     for name, call in calls.items():
         taken = []
         for _ in range(3):
@@ -214,16 +228,14 @@ def time_in_turn(
 
 
 def copy_bandwidth(device: str, repeats: int = 15) -> float:
-    """Bytes per second, read plus written, of copying a tensor far larger than the caches: the median."""
+    """Median bytes per second, read plus written, of copying a tensor far larger than the caches."""
     source = torch.ones(COPY_BYTES[device], dtype=torch.int8, device=device).view(torch.float32)
     destination = torch.zeros_like(source)
     times = []
     for _ in range(repeats + 3):
-        if device == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         start = time.perf_counter()
         destination.copy_(source)
-        if device == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         times.append(time.perf_counter() - start)
     return 2 * COPY_BYTES[device] / sorted(times[3:])[repeats // 2]

@@ -1,5 +1,4 @@
-"""Tables of what is measured beside the cases of each loss, for the terminal and for the page: a caption, a header and
-rows of text."""
+"""Tables of the extra measurements, for the terminal and the page: caption, header and rows of text."""
 
 from __future__ import annotations
 
@@ -15,11 +14,11 @@ class Rows(NamedTuple):
     title: str
     caption: str
     header: list[str]
-    rows: list[list[str]]  # the first cell of each is text
+    rows: list[list[str]]  # the first cell of each row is a name
 
 
 def tables(result: dict[str, Any]) -> Iterator[Rows]:
-    """Those that the result has."""
+    """Tables of the extra measurements in the result."""
     if result["fixed_cost"]:
         yield _fixed_cost(result["fixed_cost"][0])
     if result["bfloat16"]:

@@ -1,4 +1,4 @@
-"""All losses at a glance: a table of each regime for the page of details, and one chart, made from a result alone."""
+"""All losses at a glance: a table per regime for the page of details, and one chart, made from a result alone."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from benchmarks.show.report import case_name, entry_of, label, lines, median, no
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-YARDSTICK = "nkd"  # the loss that the others are compared with
-SHADES = ("#d1495b", "#edae49", "#00798c", "#30638e")  # of the cases
+YARDSTICK = "nkd"  # the other losses are compared with this one
+SHADES = ("#d1495b", "#edae49", "#00798c", "#30638e")  # one per case
 
 
 def cases(result: dict[str, Any]) -> list[str]:
-    """Names of the cases in which every loss was measured, as fused_kd and as published."""
+    """Names of the cases with a time of fused_kd and of the published form for every loss."""
     names = [
         [case_name(case) for case in part["cases"] if entry_of(case, BASELINE) and entry_of(case, OURS)]
         for part in result["losses"]
@@ -48,8 +48,8 @@ def _milliseconds(part: dict[str, Any], name: str, provider: str, regime: str) -
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """A table of each regime, a line per loss: fused_kd's time, how many times as long the others take, and the time in
-    units of NKD's."""
+    """A table per regime, a line per loss: fused_kd's time, the others' as multiples of it, and it as a multiple of
+    NKD's."""
     names = cases(result)
     yardstick = next((part for part in result["losses"] if part["loss"] == YARDSTICK), None)
     text = (
@@ -73,7 +73,7 @@ def _table(result: dict[str, Any], names: list[str], yardstick: dict[str, Any] |
         row = [title(part)]
         for name in names:
             ours = _milliseconds(part, name, OURS, regime)
-            assert ours is not None  # as cases() says
+            assert ours is not None  # cases() ensures it
             row.append(f"**{significant(ours)}**")
             for provider in (BASELINE, COMPILED):
                 other = _milliseconds(part, name, provider, regime)
@@ -85,8 +85,8 @@ def _table(result: dict[str, Any], names: list[str], yardstick: dict[str, Any] |
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Writes the PNG: for each loss and case the speed of fused_kd over the published form, and torch.compile's; a
-    chart of each regime."""
+    """Write the PNG: for each loss and case the speed of fused_kd and torch.compile over the published form, a chart
+    per regime."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -114,7 +114,7 @@ def _draw(result: dict[str, Any], names: list[str], regime: str, axes: Axes) -> 
             published, ours, compiled = (
                 _milliseconds(part, name, provider, regime) for provider in (BASELINE, OURS, COMPILED)
             )
-            assert published is not None and ours is not None  # as cases() says
+            assert published is not None and ours is not None  # cases() ensures it
             speed = published / ours
             axes.barh(
                 at,

@@ -1,4 +1,4 @@
-"""The Markdown blocks: a small table for the README, and everything in detail for a page of its own."""
+"""Markdown blocks: a small table for the README, and all details for a page of its own."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from benchmarks.show.report import case_name, entry_of, label, lines, median, pe
 
 HEADLINE_MARKS = ("<!-- benchmark:begin -->", "<!-- benchmark:end -->")
 DETAILS_MARKS = ("<!-- benchmark-details:begin -->", "<!-- benchmark-details:end -->")
-SMALL = ("cross_entropy", COMPILED, BASELINE)  # of the README's table, beside fused_kd
-SHAPES = ((256, 1000), (128, 21841), (32, 128256))  # of that table, of a result that has them
+SMALL = ("cross_entropy", COMPILED, BASELINE)  # providers of the README's table, beside fused_kd
+SHAPES = ((256, 1000), (128, 21841), (32, 128256))  # cases of that table, if the result has them
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
-    """Right-aligned but for the first columns, as many as ``texts``."""
+    """A table with the first ``texts`` columns aligned left, the others right."""
     return lines([header, [*["---"] * texts, *["---:"] * (len(header) - texts)], *rows])
 
 
 def headline(result: dict[str, Any]) -> str:
-    """The README's block: fused_kd's time of NKD and USKD, cold and hot, and the others' as multiples of it."""
+    """The README's block: fused_kd's times of NKD and USKD, cold and hot, and the others' as multiples of them."""
     chosen = _headline_parts(result)
     rows_of = [(part, case) for part in chosen for case in _shown(part["cases"])]
     dtypes = list(dict.fromkeys(case["dtype"] for _, case in rows_of))
@@ -50,7 +50,7 @@ def headline(result: dict[str, Any]) -> str:
 
 
 def small_cells(case: dict[str, Any], regime: str) -> list[str]:
-    """fused_kd's milliseconds, and those of SMALL as multiples."""
+    """fused_kd's milliseconds, and the times of SMALL as multiples."""
     ours = entry_of(case, OURS)
     cells = [f"**{significant(median(ours, regime))}**" if ours else "–"]
     for name in SMALL:
@@ -60,7 +60,7 @@ def small_cells(case: dict[str, Any], regime: str) -> list[str]:
 
 
 def _headline_parts(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Those of NKD and USKD, or all if the result has neither."""
+    """The parts of NKD and USKD, or all if the result has neither."""
     found = [part for part in result["losses"] if part["loss"] in HEADLINE]
     return found or result["losses"]
 
@@ -70,7 +70,7 @@ def _shown(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def details(result: dict[str, Any]) -> str:
-    """All times of NKD and USKD, ranking and memory, then what it was measured on."""
+    """All times of NKD and USKD, ranking and memory, then the machine."""
     parts = _headline_parts(result)
     paragraphs = [
         "Forward + backward through the public function: median milliseconds, and in brackets the time as a multiple "
@@ -152,7 +152,7 @@ def _measured(part: dict[str, Any]) -> list[str]:
 
 
 def _absent(part: dict[str, Any]) -> list[str]:
-    """One phrase per provider and reason, with the cases it concerns unless these are all."""
+    """One phrase per provider and reason, with its cases unless it applies to all."""
     cases: dict[tuple[str, str], list[str]] = {}
     for case in part["cases"]:
         for entry in case["providers"]:

@@ -1,4 +1,4 @@
-"""The picture for the README: how many times as fast as the published eager form each provider is."""
+"""The README's plot: each provider's speed as a multiple of the published eager form's."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 INK, MUTED, GRID = "#1f2933", "#616e7c", "#e4e7eb"
-PANELS = 3  # of more losses than this there is one chart, overview.py's
-COLUMNS = 4  # of the legend, for which the narrowest picture has room
+PANELS = 3  # for more losses than this overview.py draws one chart
+COLUMNS = 4  # of the legend; the narrowest plot has room for them
 COLORS = {
     "published": "#9aa5b1",
     "reference": "#c3b59b",
@@ -29,7 +29,7 @@ COLORS = {
 
 
 def speeds(part: dict[str, Any], regime: str) -> tuple[list[str], dict[str, list[float | None]]]:
-    """Names of a loss's cases, and for each provider its speed over the published eager form in each case."""
+    """Names of a loss's cases, and each provider's speed over the published eager form in each case."""
     cases = [case for case in part["cases"] if entry_of(case, BASELINE)]
     by_provider: dict[str, list[float | None]] = {}
     for name in dict.fromkeys(entry["name"] for case in cases for entry in case["providers"]):
@@ -44,7 +44,7 @@ def speeds(part: dict[str, Any], regime: str) -> tuple[list[str], dict[str, list
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Writes the PNG: a row of panels for each loss, a panel for each regime."""
+    """Write the PNG: a row of panels per loss, a panel per regime."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -84,7 +84,7 @@ def _draw(part: dict[str, Any], regime: str, axes: Axes) -> None:
         for position, value in enumerate(values):
             if value is None:
                 continue
-            # From 1 upwards, or downwards where a provider is slower than the published form.
+            # Bars start at 1 and point down if the provider is slower than the published form.
             x, below = position + offset, value < 1
             axes.bar(x, value - 1, width * 0.92, bottom=1, color=COLORS.get(name, MUTED), label=text, zorder=3)
             text = None  # one entry in the legend
@@ -98,12 +98,12 @@ def _draw(part: dict[str, Any], regime: str, axes: Axes) -> None:
                 fontsize=10 if ours else 9,
                 fontweight="bold" if ours else "normal",
                 color=INK if ours else MUTED,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},  # no grid line through the figure
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},  # hides grid lines behind the number
                 zorder=2,
             )
     axes.set_yscale("log")
     axes.set_ylim(min(0.92, smallest / 1.3), largest * 1.5)
-    spare = max(0.0, 2 - len(cases)) / 2  # a single case has no bars as wide as the picture
+    spare = max(0.0, 2 - len(cases)) / 2  # keeps the bars of a single case narrow
     axes.set_xlim(-0.55 - spare, len(cases) - 0.45 + spare)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}×")

@@ -1,4 +1,4 @@
-"""What tables and plots share: names, figures as text, what was measured; all from the result alone."""
+"""Shared by tables and plots: names, numbers as text, the machine; all from the result alone."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ LABELS = {
     "fused_kd": "fused_kd",
 }
 
-UNSTEADY_TOLD = 3  # of unsteady times, at the most
+UNSTEADY_SHOWN = 3  # at most this many unsteady times
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """Plain decimal notation with so many significant digits: 0.0662, 4.81, 78.3, 115."""
+    """Decimal notation with this many significant digits: 0.0662, 4.81, 78.3, 115."""
     if value == 0:
         return "0"
     if value >= 10 ** (digits - 1):
@@ -42,7 +42,7 @@ def significant(value: float, digits: int = 3) -> str:
 def size(count: int) -> str:
     """Bytes in the unit that fits."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= 0.9995 * factor:  # or 999.9 kB would be shown as 1000 kB
+        if count >= 0.9995 * factor:  # else 999.9 kB would be shown as 1000 kB
             return f"{significant(count / factor)} {unit}"
     return f"{count} B"
 
@@ -64,17 +64,17 @@ def case_name(case: dict[str, Any]) -> str:
 
 
 def entry_of(case: dict[str, Any], provider: str) -> dict[str, Any] | None:
-    """The entry of a provider that was measured, else None."""
+    """A provider's entry if it was measured, else None."""
     return next((entry for entry in case["providers"] if entry["name"] == provider and entry["status"] == "ok"), None)
 
 
 def regimes_of(case: dict[str, Any]) -> list[str]:
-    """Cold, hot or both, in the order that they are shown in."""
+    """Cold, hot or both, in display order."""
     return list(dict.fromkeys(regime for entry in case["providers"] for regime in entry.get("times", {})))
 
 
 def median(entry: dict[str, Any], regime: str, part: str = "both") -> float:
-    """Milliseconds."""
+    """Median in milliseconds."""
     return float(entry["times"][regime]["milliseconds"][part]["median"])
 
 
@@ -89,7 +89,7 @@ RANKING_COLUMNS = ("caches", "stable torch.sort", "fused_kd", "faster", "of fuse
 
 
 def ranking_rows(cases: list[dict[str, Any]]) -> list[list[str]]:
-    """Of each case and regime its name and a cell for each of RANKING_COLUMNS."""
+    """A row per case and regime: its name and a cell for each of RANKING_COLUMNS."""
     rows = []
     for case in cases:
         measured = {entry["name"]: entry for entry in case["ranking"]["entries"] if entry["status"] == "ok"}
@@ -111,19 +111,19 @@ def ranking_rows(cases: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def copy_share(entry: dict[str, Any]) -> float | None:
-    """The share of the copy bandwidth, hot where that was measured."""
+    """Share of the copy bandwidth, hot if that was measured."""
     found = entry["times"].get(HOT) or next(iter(entry["times"].values()))
     share: float | None = found.get("share_of_copy_bandwidth")
     return share
 
 
 def kept(memory: dict[str, int]) -> int:
-    """Bytes kept for backward beyond the inputs: those autograd saves, or those that stay allocated if more."""
+    """Bytes kept for backward beyond the inputs: saved by autograd, or still allocated if that is more."""
     return max(memory["saved_bytes"], memory["held_bytes"])
 
 
 def save(result: dict[str, Any], what: str, folder: Path) -> Path:
-    """Writes a result under a name that says what, on what, when and at which commit."""
+    """Write a result; the file name says what, on which device, when and at which commit."""
     moment = result["date"][:19].replace(":", "").replace("-", "")
     commit = (result["software"]["git_commit"] or "uncommitted")[:10]
     folder.mkdir(parents=True, exist_ok=True)
@@ -154,19 +154,19 @@ def describe_machine(result: dict[str, Any]) -> str:
 
 
 def provenance(result: dict[str, Any]) -> list[str]:
-    """What it was measured on, and what makes it doubtful."""
+    """The machine, and reasons to doubt the figures."""
     unsteady = [warning for warning in result["warnings"] if "was unsteady" in warning]
-    told = [warning for warning in result["warnings"] if warning not in unsteady[UNSTEADY_TOLD:]]
-    if len(unsteady) > UNSTEADY_TOLD:
-        told.append(f"so were {len(unsteady) - UNSTEADY_TOLD} other times, which the result lists")
-    doubts = ["Caveat: " + "; ".join(told) + "."] if told else []
+    shown = [warning for warning in result["warnings"] if warning not in unsteady[UNSTEADY_SHOWN:]]
+    if len(unsteady) > UNSTEADY_SHOWN:
+        shown.append(f"so were {len(unsteady) - UNSTEADY_SHOWN} other times, which the result lists")
+    doubts = ["Caveat: " + "; ".join(shown) + "."] if shown else []
     took = (result["other_work"] or {}).get("milliseconds") if "other_work" in result else None
     before = f" Before a cold call other work ran for {took['median']:.1f} ms." if took else ""
     return [f"Measured on {describe_machine(result)}{before}", *doubts]
 
 
 def note(result: dict[str, Any], width: int) -> str:
-    """:func:`provenance` for the foot of a picture, in lines of ``width`` characters."""
+    """:func:`provenance` for the foot of a plot, in lines of ``width`` characters."""
     return "\n".join(line for text in provenance(result) for line in textwrap.wrap(text, width))
 
 
@@ -175,7 +175,7 @@ def lines(rows: Iterable[Sequence[str]]) -> str:
 
 
 def replace_block(path: Path, begin: str, end: str, block: str) -> bool:
-    """Replaces what stands between the markers; returns whether the file changed."""
+    """Replace the text between the markers; return whether the file changed."""
     text = path.read_text(encoding="utf-8")
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"expected one line {begin} and after it one line {end} in {path.name}")

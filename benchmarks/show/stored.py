@@ -1,4 +1,4 @@
-"""Results from their JSON files, those of the former schema too."""
+"""Loads results from JSON files of the current and the former schema."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from benchmarks.measure.caches import HOT
 from benchmarks.measure.run import SCHEMA
 
-FORMER = 2  # before there was a cold regime: its times are hot ones and lie in the entries themselves
+FORMER = 2  # without a cold regime: all times are hot, stored in the entries themselves
 OF_TIMES = ("calls", "milliseconds", "fused_kd_speedup", "share_of_copy_bandwidth")
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Reads a result; raises ValueError that says what is wrong with the file."""
+    """Read a result; raise ValueError saying what is wrong with the file."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

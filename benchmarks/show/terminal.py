@@ -1,4 +1,4 @@
-"""What a run prints on the terminal."""
+"""Prints a result on the terminal."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from benchmarks.show.report import (
 
 
 def print_result(result: dict[str, Any], console: Console) -> None:
-    """One table per case, a line for every provider that is not in it, and what a loss spends on ranking."""
+    """Print a table per case, a line for every provider that is not in it, and the rankings."""
     for part in result["losses"]:
         for case in part["cases"]:
             console.print(_case_table(part["title"], case))
@@ -60,7 +60,7 @@ def _print_missing(entries: list[dict[str, Any]], console: Console) -> None:
 
 
 def _first_calls(case: dict[str, Any]) -> str:
-    """What a first call and its backward pass took: with what is compiled then, if its caches had it not."""
+    """Time of the first call and its backward pass, with compilation unless the compiler's cache was warm."""
     known = [entry for entry in case["providers"] if entry["status"] == "ok" and "setup_seconds" in entry]
     times = [f"{label(entry['name'])} {significant(entry['setup_seconds'], 2)} s" for entry in known]
     return f"first call, compilation included: {', '.join(times)}"
@@ -78,7 +78,7 @@ def _print_rows(rows: extras.Rows, console: Console) -> None:
 
 
 def _ranking_table(cases: list[dict[str, Any]]) -> Table:
-    found = table("The ranking alone, of the same keys, milliseconds", "N×C")
+    found = table("The ranking alone, on the same keys, milliseconds", "N×C")
     for column in RANKING_COLUMNS:
         found.add_column(column, justify="right", no_wrap=True)
     for row in ranking_rows(cases):
@@ -120,7 +120,7 @@ def _legend(result: dict[str, Any]) -> str:
     return (
         "Medians over single calls, forward + backward. cold: after other eager work; hot: back to back. fused_kd "
         "faster: time of the provider / time of fused_kd. kept (for backward), peak memory: beyond the inputs. error: "
-        "largest of the gradient against float64 relative to its largest entry; – where another loss is computed. copy "
-        "speed: bytes that must be moved at the least / time, hot where measured, as a share of this machine's copy "
+        "largest error of the gradient against float64, relative to its largest entry; – for another loss. copy speed: "
+        "least bytes to move / time, hot if measured, as a share of this machine's copy "
         f"bandwidth ({copies}, read + written); more than 100 % means that the data stayed in the caches."
     )

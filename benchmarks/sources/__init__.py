@@ -1,1 +1,1 @@
-"""The benchmark of what may stand where logits stand: ``python -m benchmarks --source head``, ``topk`` or ``shard``."""
+"""Benchmark of alternatives to logits: ``python -m benchmarks --source head``, ``topk`` or ``shard``."""

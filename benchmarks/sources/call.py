@@ -1,6 +1,6 @@
-"""One form of a head in a process of its own: ``python -m benchmarks.sources.call JSON`` prints what it took.
+"""``python -m benchmarks.sources.call JSON``: times one form of a head in a process of its own and prints the result.
 
-A process of its own, because what it has in memory is what is measured on a CPU, and other forms would leave theirs.
+On a CPU the process's resident memory is measured, so each form needs its own process.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from typing import Any
 import torch
 
 from benchmarks.measure.machine import ROOT, without_paths
+from benchmarks.measure.timing import synchronize
 from benchmarks.sources.case import Case, make_inputs
 from benchmarks.sources.forms import BARE, LOSSES, Form, Run, forms
 
-INTERVAL = 0.002  # seconds between two looks at the memory
+INTERVAL = 0.002  # seconds between two readings of the memory
 WARM_UP_ROWS = 8
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 
 class Resident:
-    """The largest resident memory of this process while the block runs, looked at by a thread."""
+    """Peak resident memory of this process while the block runs, sampled by a thread."""
 
     def __enter__(self) -> Resident:
         self._done = threading.Event()
@@ -51,7 +52,7 @@ class Resident:
 
 
 class Allocated:
-    """The same of a GPU, from PyTorch's allocator."""
+    """Peak memory of a GPU, from PyTorch's allocator."""
 
     def __enter__(self) -> Allocated:
         torch.cuda.synchronize()
@@ -71,18 +72,15 @@ def run_once(run: Run) -> None:
 
 
 def _timed(run: Run, device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     start = time.perf_counter()
     run_once(run)
-    if device == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     return time.perf_counter() - start
 
 
 def observe(form: Form, case: Case, seconds: float) -> dict[str, Any]:
-    """Seconds of each call, forward and backward, until so many have passed; and the peak of the first, beyond the
-    inputs and the gradients of what is trained."""
+    """Time calls, forward and backward, for ``seconds``; also the first call's peak beyond inputs and gradients."""
     inputs = make_inputs(case)
     few = inputs.first(WARM_UP_ROWS)
     run_once(form.make(few, case))
@@ -102,7 +100,7 @@ def observe(form: Form, case: Case, seconds: float) -> dict[str, Any]:
 
 
 def in_process(form: Form, case: Case, seconds: float, threads: int) -> dict[str, Any]:
-    """:func:`observe` in a process of its own; raises RuntimeError with what it had to say."""
+    """:func:`observe` in a process of its own; raises RuntimeError with the last line of its stderr."""
     asked = json.dumps({"form": form.key, "case": vars(case), "seconds": seconds, "threads": threads})
     command = [sys.executable, "-m", "benchmarks.sources.call", asked]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

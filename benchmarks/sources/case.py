@@ -1,4 +1,4 @@
-"""What is measured of a head: sizes, and the hidden states and weights that go into them."""
+"""Cases of heads: sizes, and their hidden states and weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.measure.cases import DTYPES
 
-SPREAD = 2.0  # standard deviation of the logits of the classes beside the target
+SPREAD = 2.0  # standard deviation of the non-target logits
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Case:
     dtype: str = "float32"
     device: str = "cpu"
     seed: int = 0
-    chunk_rows: int | None = None  # of fused_kd's heads, where not what it takes by itself
+    chunk_rows: int | None = None  # of fused_kd's heads; None: its own choice
 
     @property
     def name(self) -> str:
@@ -54,20 +54,20 @@ class Inputs(NamedTuple):
             leaf.grad = None
 
     def first(self, rows: int) -> Inputs:
-        """The same weights, and so many rows."""
+        """The same weights with the first rows only."""
         hidden = self.hidden.detach()[:rows].requires_grad_()
         return self._replace(
             hidden=hidden, teacher_hidden=self.teacher_hidden[:rows], target=self.target[:rows]
         )  # fmt: skip
 
     def double(self) -> Inputs:
-        """In float64, on the same values."""
+        """The same values in float64."""
         hidden, weight = (leaf.detach().double().requires_grad_() for leaf in self.trained())
         return Inputs(hidden, weight, self.teacher_hidden.double(), self.teacher_weight.double(), self.target)
 
 
 def make_inputs(case: Case) -> Inputs:
-    """Seeded: logits of both with a Gaussian bulk, and the target raised by log(classes)."""
+    """Seeded inputs: both networks' logits have a Gaussian bulk, with the target raised by log(classes)."""
     generator = torch.Generator(case.device).manual_seed(case.seed)
 
     def normal(*shape: int) -> Tensor:

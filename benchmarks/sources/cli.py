@@ -1,4 +1,4 @@
-"""The command line of ``python -m benchmarks --source``: what is measured of a source, and the JSON that it goes to."""
+"""Command line of ``python -m benchmarks --source``: measures a source and writes a JSON file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Progress = Callable[[str, float], None]
 
 class Sizes(NamedTuple):
     shapes: Shapes
-    width: int = 0  # of a head's hidden states, or how many classes are kept
+    width: int = 0  # of a head's hidden states, or the number of kept classes
     losses: tuple[str, ...] = ("nkd", "kd")
 
 
@@ -47,20 +47,22 @@ MILLION_WIDTH, MILLION_LOSSES = 128, ["nkd"]
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m benchmarks --source",
-        description="Time, memory and errors of what may stand where logits stand: a head that is not applied yet, a "
-        "teacher of whom a few classes were kept, classes shared by processes.",
+        description="Measures time, memory and errors of alternatives to logits: a head that is not applied yet, a "
+        "teacher with a few kept classes, classes shared by processes.",
     )
     made.add_argument("--source", choices=list(SIZES), required=True)
     made.add_argument("--loss", choices=list(LOSSES), action="append", help="may be repeated; default: the source's")
-    made.add_argument("--quick", action="store_true", help="small sizes, within a minute or two")
-    made.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    made.add_argument("--quick", action="store_true", help="small sizes, a minute or two")
+    made.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
     made.add_argument("--dtype", type=parse_dtypes, metavar="DTYPE,...", help="default: float32,bfloat16")
     made.add_argument("--cases", type=parse_shapes, metavar="ROWSxCLASSES,...", help="default: the source's")
-    made.add_argument("--width", type=int, help="of hidden states, of the teacher's half; of topk how many are kept")
-    made.add_argument("--rounds", type=int, help="of a head's forms in turn, default 3, with --quick 2")
-    made.add_argument("--seconds", type=float, help="of timing: of a head's form and round, else of a case")
+    made.add_argument(
+        "--width", type=int, help="head: width of hidden states, the teacher's is half of it; topk: kept classes"
+    )
+    made.add_argument("--rounds", type=int, help="rounds of a head's forms in turn, default 3, with --quick 2")
+    made.add_argument("--seconds", type=float, help="timing per form and round of a head, else per case")
     made.add_argument("--threads", type=int, help="CPU threads, default: PyTorch's choice")
-    made.add_argument("--seed", type=int, default=0, help="of the inputs, default %(default)s")
+    made.add_argument("--seed", type=int, default=0, help="seed of the inputs, default %(default)s")
     made.add_argument(
         "--output", type=Path, default=Path(__file__).parents[1] / "results", metavar="DIR",
         help="default: benchmarks/results",
@@ -69,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
-    """All cases of a source; what the JSON file holds."""
+    """Measure all cases of a source; return the content of the JSON file."""
     sizes = (QUICK if args.quick else SIZES)[args.source]
     shapes, losses = args.cases or sizes.shapes, args.loss or [*sizes.losses]
     dtypes = args.dtype or ("float32", "bfloat16")
@@ -90,7 +92,7 @@ def run(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
 
         result["cases"].append(_case(args, sizes, (rows, classes, dtype), losses, step))
     result["machine"]["load_average_after"] = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-    # Small sizes spend their time and memory on other things than rows.
+    # At small sizes fixed costs dominate time and memory.
     bars = {} if args.quick else {"head": heads.missed, "topk": topk.missed}
     result["missed"] = bars[args.source](result) if args.source in bars else []
     result["warnings"] = busy(result["machine"])
@@ -118,7 +120,7 @@ def _case(
 
 
 def failures(result: dict[str, Any]) -> list[str]:
-    """What makes the run a failure: a form that failed, or wrong values of fused_kd's."""
+    """Reasons why the run failed: a form that failed, or wrong values of fused_kd."""
     found = []
     for case in result["cases"]:
         for entry in case.get("forms", [case]):

@@ -1,4 +1,4 @@
-"""Errors of a head's loss and gradients against float64, and as multiples of what the eager form with logits has."""
+"""Errors of a head's loss and gradients against float64, and as multiples of the errors of the eager form on logits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.sources.call import run_once
 from benchmarks.sources.case import Case, Inputs, make_inputs
 from benchmarks.sources.forms import BARE, Form, Run, eager, smaller
 
-#: Of the mean of the rows, of the hidden states' gradient and of the weight's.
+#: The mean over the rows, the hidden states' gradient and the weight's.
 WHAT = ("loss", "hidden", "weight")
 
 
@@ -31,7 +31,7 @@ def _values(run: Run, inputs: Inputs) -> tuple[torch.Tensor, ...]:
 
 
 def _errors(found: tuple[torch.Tensor, ...], truth: tuple[torch.Tensor, ...]) -> dict[str, float]:
-    """Largest, relative to the largest entry."""
+    """Largest errors, relative to the largest entry."""
     return {
         name: float((ours - true).abs().max() / true.abs().max())
         for name, ours, true in zip(WHAT, found, truth, strict=True)
@@ -39,8 +39,10 @@ def _errors(found: tuple[torch.Tensor, ...], truth: tuple[torch.Tensor, ...]) ->
 
 
 def relative_errors(form: Form, case: Case) -> dict[str, Any] | None:
-    """On fewer rows and classes if there are many; None of what computes no loss. An eager form that is right by
-    chance has half a unit in the last place of what it computes in."""
+    """Errors on a smaller case; None for a form that computes no loss.
+
+    An eager form that is right by chance counts as off by half a unit in the last place of its accumulating dtype.
+    """
     if form.name in BARE:
         return None
     case = smaller(case)
@@ -50,12 +52,12 @@ def relative_errors(form: Form, case: Case) -> dict[str, Any] | None:
     own = _errors(_values(form.make(inputs, case), inputs), truth)
     plain = _errors(_values(eager(form.loss, inputs), inputs), truth)
     least = torch.finfo(case.accumulating).eps / 2
-    half = 4 * torch.finfo(inputs.hidden.dtype).eps
-    few = {"loss": 16 * least, "hidden": half, "weight": half}  # units in the last place beyond the eager form's error
+    few = 4 * torch.finfo(inputs.hidden.dtype).eps
+    allowed = {"loss": 16 * least, "hidden": few, "weight": few}  # beyond the eager form's error
     return {
         "rows": case.rows,
         "classes": case.classes,
         **own,
         "over_eager": {name: own[name] / max(plain[name], least) for name in WHAT},
-        "within": all(own[name] <= plain[name] + few[name] for name in WHAT),
+        "within": all(own[name] <= plain[name] + allowed[name] for name in WHAT),
     }

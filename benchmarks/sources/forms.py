@@ -1,4 +1,4 @@
-"""What is run of a head: fused_kd's, the form with logits, what each of its parts takes alone, and other packages'."""
+"""Forms of a head that are measured: fused_kd's, the form with logits, each of its parts alone, other packages'."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.sources.case import Case, Inputs
 from fused_kd import reference
 from fused_kd.backends import sources
 
-#: A scalar whose backward pass is a part of the work, or None.
+#: Returns a scalar to run backward, or None if the call did all the work.
 Run = Callable[[], Tensor | None]
 
 LOSSES: dict[str, tuple[Callable[..., Tensor], Callable[..., Any]]] = {
@@ -26,17 +26,17 @@ LOSSES: dict[str, tuple[Callable[..., Tensor], Callable[..., Any]]] = {
     "js": (fused_kd.js_loss, reference.js_loss),
 }
 OURS, UNFUSED, PRODUCTS, PRODUCTS_WHOLE, ROW_KERNEL = "fused_kd", "unfused", "products", "products_whole", "row_kernel"
-#: What has no value to be compared with float64.
+#: Forms without a loss to compare with float64.
 BARE = (PRODUCTS, PRODUCTS_WHOLE, ROW_KERNEL)
 
 
 @dataclass(frozen=True)
 class Form:
     name: str
-    loss: str  # "" of what is the same for all losses, "ce" of a cross-entropy without a teacher
+    loss: str  # "": the same for all losses; "ce": cross-entropy without a teacher
     make: Callable[[Inputs, Case], Run]
     unavailable: Callable[[Case], str | None] = lambda case: None
-    times: Callable[[Case], int] = lambda case: 1  # how often what ``make`` gives has to run for all rows
+    times: Callable[[Case], int] = lambda case: 1  # runs of ``make``'s function that cover all rows
 
     @property
     def key(self) -> str:
@@ -44,11 +44,11 @@ class Form:
 
 
 def chunk_rows(case: Case) -> int:
-    """Rows of a chunk that fused_kd takes."""
+    """Rows per chunk of fused_kd's head."""
     if case.chunk_rows:
         return min(case.chunk_rows, case.rows)
     empty = torch.empty(case.rows, 0, device=case.device)
-    gradient = 0 if case.device == "cpu" else 1  # which the C++ core writes over the student's logits
+    gradient = 0 if case.device == "cpu" else 1  # the C++ core writes it over the student's logits
     return min(sources.fitting_rows(empty, 2, (2 + gradient) * case.classes, case.accumulating), case.rows)
 
 
@@ -84,15 +84,17 @@ def _unfused(loss: str) -> Callable[[Inputs, Case], Run]:
 
 
 def eager(loss: str, inputs: Inputs) -> Run:
-    """The definition of a loss on logits, in the dtype of the inputs."""
+    """A loss by its eager definition on logits, in the dtype of the inputs."""
     if loss == "ce":
         return lambda: F.cross_entropy(F.linear(inputs.hidden, inputs.weight), inputs.target)
     return _with_logits(lambda *logits: LOSSES[loss][1](*logits)[0], inputs)
 
 
 def _factors(inputs: Inputs, case: Case) -> tuple[list[Tensor], dict[str, Any]]:
-    """Hidden states and weights of both as fused_kd multiplies them, and in what it adds up. A weight that it has to
-    convert is converted beforehand."""
+    """Both networks' hidden states and weights in the dtype that fused_kd multiplies, and the options of ``mm``.
+
+    Weights are converted here, outside the timed part.
+    """
     given = [each.detach() for each in inputs[:4]]
     if case.device == "cuda" and case.dtype in ("float16", "bfloat16"):
         return given, {"out_dtype": torch.float32}
@@ -100,7 +102,7 @@ def _factors(inputs: Inputs, case: Case) -> tuple[list[Tensor], dict[str, Any]]:
 
 
 def _products(inputs: Inputs, case: Case) -> Run:
-    """Two products forward and two backward for each chunk of rows; the logits stand for their gradient."""
+    """Two products forward and two backward per chunk of rows; the logits serve as their own gradient."""
     (hidden, weight, teacher_hidden, teacher_weight), options = _factors(inputs, case)
     step = chunk_rows(case)
     into = torch.zeros_like(weight, dtype=case.accumulating)
@@ -121,7 +123,7 @@ def _products(inputs: Inputs, case: Case) -> Run:
 
 
 def _products_whole(inputs: Inputs, case: Case) -> Run:
-    """The same of all rows at once, in the dtype of the inputs."""
+    """The same products for all rows at once, in the dtype of the inputs."""
     hidden, weight, teacher_hidden, teacher_weight = (each.detach() for each in inputs[:4])
 
     def run() -> None:
@@ -134,7 +136,7 @@ def _products_whole(inputs: Inputs, case: Case) -> Run:
 
 
 def _row_kernel(loss: str) -> Callable[[Inputs, Case], Run]:
-    """The loss of one chunk's logits and its gradient of them, in what the products accumulate in."""
+    """Loss and gradient of one chunk's logits, in the products' accumulating dtype."""
     function = LOSSES[loss][0]
 
     def make(inputs: Inputs, case: Case) -> Run:
@@ -154,7 +156,7 @@ def _row_kernel(loss: str) -> Callable[[Inputs, Case], Run]:
 
 
 def _fits(case: Case) -> str | None:
-    """Whether there is room for three matrices of logits, half of what there is."""
+    """Why the three matrices of logits do not fit into free memory, with some to spare; None if they do."""
     if case.device == "cuda":
         free = torch.cuda.mem_get_info()[0]
     else:
@@ -168,13 +170,13 @@ def _fits(case: Case) -> str | None:
 
 
 def _linear_cross_entropy(inputs: Inputs, case: Case) -> Run:
-    function: Any = F.linear_cross_entropy  # of PyTorch 2.13
+    function: Any = F.linear_cross_entropy  # since PyTorch 2.13
     options = torch.nn.LinearCrossEntropyOptions()
     return lambda: function(inputs.hidden, inputs.weight, inputs.target, options=options)
 
 
 def _no_linear_cross_entropy(case: Case) -> str | None:
-    return None if hasattr(F, "linear_cross_entropy") else "this PyTorch has no linear_cross_entropy, 2.13 has"
+    return None if hasattr(F, "linear_cross_entropy") else "linear_cross_entropy needs PyTorch 2.13"
 
 
 def _liger_ce(inputs: Inputs, case: Case) -> Run:
@@ -202,7 +204,7 @@ def _on_gpu(package: str) -> Callable[[Case], str | None]:
 
 
 def forms(losses: list[str]) -> list[Form]:
-    """All of them, in the order of the tables."""
+    """All forms, in the order of the tables."""
     found = [Form(OURS, loss, _fused(loss)) for loss in losses]
     found += [Form(UNFUSED, loss, _unfused(loss), _fits) for loss in losses]
     found += [Form(PRODUCTS, "", _products), Form(PRODUCTS_WHOLE, "", _products_whole, _fits)]
@@ -218,6 +220,6 @@ def forms(losses: list[str]) -> list[Form]:
 
 
 def smaller(case: Case, rows: int = 64, classes: int = 16384) -> Case:
-    """A case whose float64 is no burden, in several chunks."""
+    """A case small enough for float64, in several chunks."""
     fewer = min(case.rows, rows)
     return replace(case, rows=fewer, classes=min(case.classes, classes), chunk_rows=max(1, fewer // 4))

@@ -1,4 +1,4 @@
-"""Memory and time of heads, each form in a process of its own, in turn, round after round."""
+"""Measures memory and time of heads: each form in a process of its own, in turn, round after round."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
-from benchmarks.measure.machine import without_paths
+from benchmarks.measure.machine import describe
+from benchmarks.measure.timing import quantiles
 from benchmarks.sources.call import in_process, observe
 from benchmarks.sources.case import Case
 from benchmarks.sources.errors import relative_errors
 from benchmarks.sources.forms import OURS, PRODUCTS, PRODUCTS_WHOLE, ROW_KERNEL, UNFUSED, Form, chunk_rows, forms
 
 BARS = {"peak_over_logits": 0.05, "over_parts": 1.05, "over_unfused": 1.0, "peak_bytes": 2e9}
-MATRICES = 3  # of logits: both networks' and the gradient of the student's
-MILLION = 1_000_000  # from so many classes on only fused_kd is run, and its peak is what counts
+MATRICES = 3  # of the size of the logits: both networks' and the gradient of the student's
+MILLION = 1_000_000  # from this many classes on only fused_kd runs, and only its peak has a bar
 
 Progress = Callable[[str, float], None]
 
 
 class Effort(NamedTuple):
     rounds: int
-    seconds: float  # of calls in each process and round
-    processes: bool = True  # False: in this process, for tests; the memory is then of no use
+    seconds: float  # of calls per process and round
+    processes: bool = True  # False: in this process, for tests; the memory is then meaningless
 
 
 def measure(case: Case, losses: list[str], effort: Effort, progress: Progress) -> dict[str, Any]:
-    """One case: an entry for each form, and the ratios of fused_kd's to others of the same round."""
+    """Measure one case: an entry for each form, and fused_kd's ratios to others in the same round."""
     every = [form for form in forms(losses) if form.name == OURS or case.classes < MILLION]
     entries = {form.key: _entry(form, case, progress, at / len(every)) for at, form in enumerate(every)}
     rounds: list[dict[str, float]] = []
@@ -54,8 +54,7 @@ def measure(case: Case, losses: list[str], effort: Effort, progress: Progress) -
                     entry["peak_bytes"] = max(entry.get("peak_bytes", 0), found["peak_bytes"])
     for entry in entries.values():
         if entry["status"] == "ok":
-            low, middle, high = np.quantile(np.array(entry.pop("seconds")) * 1e3, (0.2, 0.5, 0.8))
-            entry["milliseconds"] = {"q20": float(low), "median": float(middle), "q80": float(high)}
+            entry["milliseconds"] = quantiles(entry.pop("seconds"))
     return {
         **vars(case),
         "name": case.name,
@@ -73,9 +72,8 @@ def _entry(form: Form, case: Case, progress: Progress, share: float) -> dict[str
     progress(f"{form.key}: errors", 0.1 * share)
     try:
         entry["relative_errors"] = relative_errors(form, case)
-    except Exception as error:  # whatever a form raises is a line of the report
-        reason = f"{type(error).__name__}: {without_paths(str(error))}"
-        return entry | {"status": "failed", "reason": reason[:300]}
+    except Exception as error:  # reported in the result
+        return entry | {"status": "failed", "reason": describe(error)}
     return entry
 
 
@@ -88,7 +86,7 @@ def _call(form: Form, case: Case, effort: Effort) -> dict[str, Any]:
 def _ratios(
     loss: str, case: Case, entries: dict[str, dict[str, Any]], rounds: list[dict[str, float]]
 ) -> dict[str, float]:
-    """What the bars are for. Ratios of times are those of one round, the median over the rounds."""
+    """Ratios that have bars. A ratio of times is taken within a round; the median over the rounds counts."""
     ours = f"{OURS}:{loss}"
     found = {}
     if "peak_bytes" in entries[ours]:
@@ -111,7 +109,7 @@ def _ratios(
 
 
 def missed(result: dict[str, Any]) -> list[str]:
-    """The bars that a run has not kept. What a case of a million classes has to keep is its peak alone."""
+    """Bars that a run exceeds. A case of a million classes has a bar for its peak alone."""
     found = []
     for case in result["cases"]:
         large = case["classes"] >= MILLION

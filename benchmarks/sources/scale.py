@@ -1,7 +1,7 @@
-"""docs/scale.md: what is stored, moved and exchanged from a thousand to a million classes, on 1 to 64 processes.
+"""docs/scale.md: bytes stored, moved and exchanged from a thousand to a million classes, on 1 to 64 processes.
 
-Bytes follow from the sizes. Times are a model: a head's products and the row kernel at the rates that were measured,
-whatever the size, and an exchange at a bandwidth and a latency that are assumed.
+Bytes follow from the sizes. Times are a model: a head's products and the row kernel run at measured rates, the same for
+all sizes; an exchange has an assumed bandwidth and latency.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.show.report import lines, percent, provenance, replace_block, significant, size
 from benchmarks.sources.case import Case
 from benchmarks.sources.forms import PRODUCTS, ROW_KERNEL, chunk_rows
+from benchmarks.sources.heads import MATRICES
 from fused_kd.backends.native.staged import FIELDS, _told
 
 if TYPE_CHECKING:
@@ -24,29 +25,29 @@ if TYPE_CHECKING:
 BEGIN, END = "<!-- scale:begin -->", "<!-- scale:end -->"
 CLASSES = (1_000, 10_000, 128_256, 1_000_000)
 PROCESSES = (1, 2, 4, 8, 16, 32, 64)
-NUMBER = 8  # bytes of what is exchanged, on a CPU
-BANDWIDTH, LATENCY = 10e9, 50e-6  # of an exchange, assumed: bytes per second that a process gets, and seconds
+NUMBER = 8  # bytes per exchanged number, on a CPU
+BANDWIDTH, LATENCY = 10e9, 50e-6  # of an exchange, assumed: bytes per second that a process receives, and seconds
+OF_STATISTICS = "NKD, KD, DKD, WSLD, Tf-KD"
 KINDS = {
-    "NKD, KD, DKD, WSLD, Tf-KD": ("statistics",),
+    OF_STATISTICS: ("statistics",),
     "JS, DIST": ("statistics", "sums"),
     "the first with z-scores": ("moments", "statistics"),
     "JS, DIST with z-scores": ("moments", "statistics", "sums"),
 }
-MATRICES = 3  # of logits: both networks' and a gradient
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The constants of the model, from a result."""
+    """Constants of the model, from a result."""
 
     case: Case
     flops: float  # of the products, per second
-    bytes: float  # of logits and their gradient that the row kernel of NKD moves, per second
-    peak: int | None = None  # bytes that NKD of two heads took beyond the inputs and the gradients
+    bytes: float  # logits and gradient that NKD's row kernel moves, per second
+    peak: int | None = None  # bytes of NKD with two heads beyond the inputs and the gradients
 
 
 def measured(result: dict[str, Any]) -> Measured:
-    """Of the float32 case with the most logits in which both parts were timed; raises ValueError without one."""
+    """Constants from the largest float32 case with both parts timed; raises ValueError without one."""
     found = []
     for case in result.get("cases", []) if result.get("source") == "head" else []:
         ms = {entry["name"] + entry["loss"]: entry.get("milliseconds") for entry in case["forms"]}
@@ -67,32 +68,32 @@ def measured(result: dict[str, Any]) -> Measured:
 
 
 def _flops(case: Case) -> float:
-    """Three products with the student's weight, one with the teacher's; a multiplication and an addition each."""
+    """Operations of three products with the student's weight and one with the teacher's, 2 per term."""
     return 2.0 * case.rows * case.classes * (3 * case.width + case.teacher_width)
 
 
 def _chunk(case: Case, device: str) -> tuple[int, int]:
-    """Rows of a chunk, and the bytes of its logits in float32: on a GPU with a gradient beside them."""
-    where = "cpu" if device == "cpu" else "meta"  # what is no CPU is as a GPU
+    """Rows of a chunk, and the bytes of its logits in float32, on a GPU with a gradient."""
+    where = "cpu" if device == "cpu" else "meta"  # fused_kd treats any other device like a GPU
     rows = chunk_rows(replace(case, device=where))
     return rows, (MATRICES - (device == "cpu")) * rows * case.classes * 4
 
 
 def numbers(kind: str) -> dict[str, int]:
-    """How many of a row each stage of a loss exchanges, of class indices."""
+    """Numbers per row that each stage of a loss exchanges, for class indices."""
     stages = KINDS[kind]
     told = {"statistics": len(_told(labels=False, standardize="moments" in stages))}
     return {stage: told.get(stage, FIELDS[stage]) for stage in stages}
 
 
 def exchanged(kind: str) -> int:
-    """Bytes of a row that a process gives to all others."""
+    """Bytes per row that a process sends to all others."""
     return NUMBER * sum(numbers(kind).values())
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of forward and backward, by the model."""
+    """The model's seconds of forward and backward."""
 
     products: float
     kernel: float
@@ -104,20 +105,22 @@ class Times:
 
 
 def times(about: Measured, classes: int, processes: int) -> Times:
-    """Of NKD, on one of the processes. With more than one they exchange the statistics of the rows, chunk by chunk, and
-    add up the hidden states' gradient."""
+    """Times of NKD on one of the processes.
+
+    Several processes exchange the statistics of the rows, chunk by chunk, and add up the hidden states' gradient.
+    """
     own = replace(about.case, classes=-(-classes // processes))
     chunks = -(-own.rows // _chunk(own, "cpu")[0])
     exchange = 0.0
     if processes > 1:
-        statistics = own.rows * (processes - 1) * exchanged("NKD, KD, DKD, WSLD, Tf-KD")
+        statistics = own.rows * (processes - 1) * exchanged(OF_STATISTICS)
         hidden = 2 * own.rows * own.width * 4 * (processes - 1) / processes
         exchange = (statistics + hidden) / BANDWIDTH + (chunks + 1) * LATENCY
     return Times(_flops(own) / about.flops, MATRICES * own.logits_bytes / about.bytes, exchange)
 
 
 def markdown(result: dict[str, Any], source: str) -> str:
-    """The page's block."""
+    """The generated block of the page."""
     about = measured(result)
     case = about.case
     sizes = f"{case.rows} rows, hidden states {case.width} wide and the teacher's {case.teacher_width}"
@@ -192,7 +195,7 @@ def _shared(about: Measured) -> str:
     for processes in PROCESSES:
         own = replace(about.case, classes=-(-CLASSES[-1] // processes))
         rows_of_chunk, stored = _chunk(own, "cpu")
-        got = (processes - 1) * exchanged("NKD, KD, DKD, WSLD, Tf-KD")
+        got = (processes - 1) * exchanged(OF_STATISTICS)
         rows.append(
             [
                 str(processes),
@@ -229,7 +232,7 @@ def _model(about: Measured) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Writes the PNG: bytes over the classes, and the model's time over the processes."""
+    """Write the PNG: bytes over the classes, and the model's time over the processes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -275,7 +278,7 @@ def _draw_bytes(about: Measured, axes: Axes) -> None:
 
 
 def _draw_times(about: Measured, axes: Axes) -> None:
-    """Of many classes and of few: what is divided among the processes, and what each of them adds."""
+    """Draw times for many and for few classes: the products and kernel that processes share, the exchange they add."""
     parts = {"products": "#7ba3cc", "kernel": "#d1495b", "exchange": "#edae49"}
     for classes, style in ((CLASSES[-1], "-"), (CLASSES[1], "--")):
         found = [times(about, classes, processes) for processes in PROCESSES]
@@ -295,14 +298,14 @@ def _draw_times(about: Measured, axes: Axes) -> None:
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks scale",
-        description="What is stored, moved and exchanged where logits need not exist, with a model of the time.",
+        description="Prints the bytes stored, moved and exchanged without whole logits, with a model of the time.",
     )
-    parser.add_argument("result", type=Path, metavar="RESULT.json", help="of --source head")
+    parser.add_argument("result", type=Path, metavar="RESULT.json", help="a result of --source head")
     parser.add_argument(
         "--update",
         type=Path,
         metavar="PAGE.md",
-        help=f"write it between {BEGIN} and {END}, and the plot beside the page",
+        help=f"write the tables between {BEGIN} and {END}, and the plot next to the page",
     )
     args = parser.parse_args(argv)
     try:

@@ -1,5 +1,5 @@
-"""Classes shared by processes: the time of a call beside one process that has as many columns alone, and the bytes that
-are exchanged. Each process is ``python -m benchmarks.sources.shards JSON``, with one thread on a CPU."""
+"""Classes shared by processes: the time of a call, compared with one process that has as many columns, and the bytes
+exchanged. Each process is ``python -m benchmarks.sources.shards JSON``, with one thread on a CPU."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, distributed
 
 import fused_kd
 from benchmarks.measure import cases
-from benchmarks.measure.machine import ROOT, without_paths
+from benchmarks.measure.machine import ROOT, describe
+from benchmarks.measure.timing import quantiles, synchronize
 from fused_kd import ClassShard, nkd_loss
 
 PATIENCE = 120.0  # seconds beyond the timing, for processes to start and make their inputs
@@ -47,7 +47,7 @@ class Case:
 
 
 class Counted:
-    """Bytes that one process gives to the others, and those that it gets, in one call."""
+    """Counts the bytes that this process sends to the others and receives, in one call."""
 
     def __init__(self) -> None:
         self.given = self.got = self.calls = 0
@@ -67,7 +67,7 @@ class Counted:
         def collective(*args: Any, **options: Any) -> Any:
             tensors = [each for given in args for each in (given if isinstance(given, list) else [given])]
             sizes = [each.nbytes for each in tensors if isinstance(each, Tensor)]
-            own = sizes[-1]  # what is gathered into comes first
+            own = sizes[-1]  # the outputs of a gather come first
             self.calls += 1
             self.given += own
             self.got += sum(sizes[:-1]) - own if len(sizes) > 1 else own
@@ -78,20 +78,15 @@ class Counted:
 
 def _step(function: Callable[[], Tensor], leaf: Tensor, device: str) -> float:
     leaf.grad = None
-    _wait(device)
+    synchronize(device)
     start = time.perf_counter()
     function().backward()  # type: ignore[no-untyped-call]
-    _wait(device)
+    synchronize(device)
     return time.perf_counter() - start
 
 
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def observe(case: Case, rank: int, seconds: float) -> dict[str, Any]:
-    """What a process finds: its times in turn with those of the first one alone, the bytes, and its errors."""
+    """Measure in this process: times, in turn with process 0 alone, bytes and errors."""
     whole = cases.make_inputs(cases.Case(case.rows, case.classes, case.dtype, case.device), case.seed)
     width = -(-case.classes // case.processes)
     columns = slice(rank * width, min((rank + 1) * width, case.classes))
@@ -137,13 +132,14 @@ def observe(case: Case, rank: int, seconds: float) -> dict[str, Any]:
             result["alone"].append(_step(alone, student, case.device))
         distributed.barrier()
         result["shared"].append(_step(shared, student, case.device))
-        more.fill_(float(time.perf_counter() - start < seconds))
+        # At least two rounds: the first one is dropped.
+        more.fill_(float(len(result["shared"]) < 2 or time.perf_counter() - start < seconds))
         distributed.broadcast(more, 0)
     return result
 
 
 def measure(case: Case, seconds: float, progress: Progress) -> dict[str, Any]:
-    """One case, by processes of its own."""
+    """Measure one case in processes of its own."""
     progress(f"{case.processes} processes", 0.1)
     about: dict[str, Any] = {**asdict(case), "name": case.name}
     if case.device == "cuda" and torch.cuda.device_count() < case.processes:
@@ -176,18 +172,14 @@ def measure(case: Case, seconds: float, progress: Progress) -> dict[str, Any]:
 
 
 def _summary(case: Case, found: list[dict[str, Any]]) -> dict[str, Any]:
-    """A call has taken as long as its slowest process."""
+    """Result of all processes. The slowest process determines a call's time; the first call is dropped."""
     shared = [max(each) for each in zip(*(process["shared"] for process in found), strict=True)][1:]
     alone = found[0]["alone"][1:]
-    milliseconds = {}
-    for name, times in (("shared", shared), ("alone", alone)):
-        low, middle, high = np.quantile(np.array(times) * 1e3, (0.2, 0.5, 0.8))
-        milliseconds[name] = {"q20": float(low), "median": float(middle), "q80": float(high)}
     return {
         "status": "ok",
         "reason": None,
         "calls": len(shared),
-        "milliseconds": milliseconds,
+        "milliseconds": {"shared": quantiles(shared), "alone": quantiles(alone)},
         "over_alone": median(both / one for both, one in zip(shared, alone, strict=True)),
         "exchanges": found[0]["exchanges"],
         "given_bytes_per_row": found[0]["given_bytes"] / case.rows,
@@ -214,11 +206,11 @@ def main(argument: str) -> None:
     )
     try:
         answer = observe(case, rank, asked["seconds"])
-    except Exception as error:  # a line of the report
-        answer = {"status": "failed", "reason": f"{type(error).__name__}: {without_paths(str(error))}"[:300]}
+    except Exception as error:  # reported in the result
+        answer = {"status": "failed", "reason": describe(error)}
     print(json.dumps(answer), flush=True)
     distributed.destroy_process_group()
-    # A thread of Gloo's that lets go of an object of Python's while the interpreter is ending aborts the process.
+    # Skip the interpreter's shutdown: a thread of Gloo that releases a Python object during it aborts the process.
     os._exit(0)
 
 

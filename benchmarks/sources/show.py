@@ -1,4 +1,4 @@
-"""Tables of the terminal for what was measured of a source."""
+"""Prints the result of a source on the terminal."""
 
 from __future__ import annotations
 
@@ -24,15 +24,14 @@ LABELS = {
 }
 LEGENDS = {
     "head": "Medians, forward + backward, each form in a process of its own. peak: beyond the inputs and their "
-    "gradients, resident memory on a CPU. error: largest against float64, relative to the largest entry, of the loss / "
-    "the hidden states' gradient / the weight's, on a smaller case; × eager: over that of the eager form with logits "
-    "in the same dtype. Ratios of times are of one round. 3 N×C: both networks' logits and a gradient. products, in "
-    "chunks: of the rows that fused_kd takes at a time and in the dtype that it multiplies; in one piece: in the dtype "
-    "of the inputs.",
-    "topk": "Medians, forward + backward, in turn. error: against float64, of the loss / the gradient. peak: beyond "
-    "the inputs and the gradient, from PyTorch's allocator. of dense: time over that of the dense loss.",
-    "shard": "Medians, forward + backward. shared: the slower process. alone: one process with as many columns and no "
-    "other, in turn with the others. bytes: of one row that a process gives to the others, and gets of them.",
+    "gradients, resident memory on a CPU. error: largest error against float64, relative to the largest entry, of the "
+    "loss / the hidden states' gradient / the weight's, on a smaller case; × eager: over the error of the eager form "
+    "with logits in the same dtype. Ratios of times are taken within a round. 3 N×C: both networks' logits and a "
+    "gradient. products, in chunks: with fused_kd's chunks and dtype; in one piece: in the dtype of the inputs.",
+    "topk": "Medians, forward + backward, in turn. error: of the loss / the gradient against float64. peak: beyond "
+    "the inputs and the gradient, from PyTorch's allocator. of dense: time over the dense loss's.",
+    "shard": "Medians, forward + backward. shared: the slower process. alone: one process with as many columns, in "
+    "turn with the others. bytes: per row, that a process sends to the others.",
 }
 
 
@@ -51,7 +50,7 @@ def print_result(result: dict[str, Any], console: Console) -> None:
 
 
 def _missing(case: dict[str, Any]) -> dict[tuple[str, str], list[str]]:
-    """What has no figures, by the reason."""
+    """Forms without figures, grouped by status and reason."""
     found: dict[tuple[str, str], list[str]] = {}
     for entry in case.get("forms", [case]):
         if entry["status"] != "ok":

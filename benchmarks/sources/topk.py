@@ -1,4 +1,4 @@
-"""A teacher of whom a few classes were kept, beside the dense loss of the same logits in the same run."""
+"""Measures a top-k teacher against the dense loss of the same logits, in the same run."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.measure import cases, timing
-from benchmarks.measure.machine import without_paths
+from benchmarks.measure.machine import describe
 from benchmarks.sources.forms import LOSSES
 from fused_kd import TopK
 from fused_kd.reference.topk import RESTS
 
 DENSE = "dense"
-BAR = 0.75  # of the time of the dense loss
+BAR = 0.75  # largest accepted share of the dense loss's time
 
 Progress = Callable[[str, float], None]
 
@@ -39,8 +38,8 @@ class Case:
 
 
 def measure(case: Case, losses: list[str], seconds: float, min_rounds: int, progress: Progress) -> dict[str, Any]:
-    """One case: for each loss the dense form and each ``rest``, with errors, memory, time, and its share of the dense
-    one's."""
+    """Measure one case: for each loss the dense form and each ``rest``, with errors, memory, time and time over the
+    dense form's."""
     inputs = cases.make_inputs(cases.Case(case.rows, case.classes, case.dtype, case.device), case.seed)
     log_probs, indices = inputs.other_logits.float().log_softmax(1).topk(case.kept)
     entries, calls = [], {}
@@ -52,9 +51,8 @@ def measure(case: Case, losses: list[str], seconds: float, min_rounds: int, prog
             entries.append(entry)
             try:
                 entry |= _checked(loss, rest, inputs, (log_probs, indices))
-            except Exception as error:  # a line of the report
-                reason = f"{type(error).__name__}: {without_paths(str(error))}"
-                entry |= {"status": "failed", "reason": reason[:300]}
+            except Exception as error:  # reported in the result
+                entry |= {"status": "failed", "reason": describe(error)}
                 continue
             calls[loss, rest] = partial(timed, _function(loss, rest, (log_probs, indices)), inputs)
     samples = timing.time_in_turn(
@@ -68,8 +66,7 @@ def measure(case: Case, losses: list[str], seconds: float, min_rounds: int, prog
     for entry in entries:
         name = f"{entry['loss']}:{entry['rest']}"
         if name in samples:
-            low, middle, high = np.quantile(np.array(samples[name].both) * 1e3, (0.2, 0.5, 0.8))
-            entry["milliseconds"] = {"q20": float(low), "median": float(middle), "q80": float(high)}
+            entry["milliseconds"] = timing.quantiles(samples[name].both)
             if f"{entry['loss']}:{DENSE}" in medians:
                 entry["over_dense"] = medians[name] / medians[f"{entry['loss']}:{DENSE}"]
     return {
@@ -92,7 +89,7 @@ def _function(loss: str, rest: str, kept: tuple[Tensor, Tensor]) -> Callable[[Te
 
 
 def _checked(loss: str, rest: str, inputs: cases.Inputs, kept: tuple[Tensor, Tensor]) -> dict[str, Any]:
-    """Errors against float64, and the memory."""
+    """Errors against float64, and memory."""
     function = _function(loss, rest, kept)
     student, teacher, target = (each.detach() for each in inputs[:3])
     exact = student.double().requires_grad_()

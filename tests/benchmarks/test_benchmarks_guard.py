@@ -150,7 +150,7 @@ def test_another_torch_is_told(folder: Path, result: dict[str, Any], capsys: pyt
     old["software"]["torch"] = "1.0"
     commit(folder, "old.json", old)
     assert guard.main([], folder, Measured(result)) == 0
-    assert f"of torch 1.0, these are of {torch.__version__}" in capsys.readouterr().out
+    assert f"from torch 1.0, these are from {torch.__version__}" in capsys.readouterr().out
 
 
 def test_the_command_measures(folder: Path, result: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

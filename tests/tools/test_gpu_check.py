@@ -48,7 +48,7 @@ def test_stages_are_reported(tmp_path, capsys):
     assert reasons["bad"] == "exit status 3"
     log = (tmp_path / "gpu-check.log").read_text()
     assert "all is well" in log and "broken" in log and "still run, well" in log
-    assert "what failed: bad, slow, no program" in capsys.readouterr().out
+    assert "\nfailed: bad, slow, no program" in capsys.readouterr().out
     assert json.loads((tmp_path / "gpu-check.json").read_text())["environment"]["torch"]
 
 

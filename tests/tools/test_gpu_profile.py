@@ -144,7 +144,7 @@ def test_says_why_it_cannot_run(machine, tmp_path, capsys, monkeypatch):
     assert "RuntimeError: out of memory" in capsys.readouterr().err
     monkeypatch.setattr(profile, "find_ncu", lambda: None)
     for reason, arguments in (
-        ("there is no ncu", []),
+        ("ncu not found", []),
         ("finds no GPU", []),
         ("expected names among nkd, uskd", ["--loss", "hinge"]),
     ):

@@ -1,8 +1,8 @@
-"""What the compilers make of the kernels, without a GPU: `python -m tools.compile_matrix`.
+"""Checks the compiled kernels without a GPU: `python -m tools.compile_matrix`.
 
-Every Triton kernel that dispatch can choose is compiled ahead of time, and every CUDA source by nvcc, for GPUs that
-need not be there; registers, shared memory, spills and the width of loads are read out of the machine code, and held
-against the rules of :mod:`tools.compile_matrix.rules`.
+Compiles every Triton kernel that dispatch can choose, and with nvcc every CUDA source, ahead of time for several GPUs.
+Reads registers, shared memory, spills and the width of loads from the machine code, and checks them against the rules
+of :mod:`tools.compile_matrix.rules`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from tools.compile_matrix.rules import Row, parsed_gpu, problems
 from tools.compile_matrix.tables import markdown, markdown_summary, print_summary, print_table
 
 ROOT = Path(__file__).parents[2]
-#: Blocks of a document: a row for each kernel of the selection, and a line for each function of the whole matrix.
+#: Markers in a page: a row for each kernel of the selection, and a line for each function of the full matrix.
 BEGIN, END = "<!-- kernels:begin -->", "<!-- kernels:end -->"
 FULL_BEGIN, FULL_END = "<!-- kernels-full:begin -->", "<!-- kernels-full:end -->"
 
 
 def read_rows(paths: Sequence[Path], parser: argparse.ArgumentParser) -> tuple[list[Row], int]:
-    """The rows of earlier runs, and how many problems they have."""
+    """Rows of earlier runs, and their number of problems."""
     rows: list[Row] = []
     broken = 0
     for path in paths:
@@ -48,9 +48,9 @@ def read_rows(paths: Sequence[Path], parser: argparse.ArgumentParser) -> tuple[l
 
 
 def compile_rows(args: argparse.Namespace, parser: argparse.ArgumentParser) -> tuple[list[Row], int]:
-    """Compile what the arguments ask for."""
+    """Compile the kernels that the arguments select; return rows and the number of problems."""
     if os.environ.get("TRITON_INTERPRET") == "1":
-        parser.error("TRITON_INTERPRET=1 is set: under its interpreter Triton compiles nothing")
+        parser.error("TRITON_INTERPRET=1 is set: Triton's interpreter compiles nothing")
     try:
         gpus = [parsed_gpu(text) for text in args.arch.split(",")]
     except ValueError:
@@ -60,7 +60,7 @@ def compile_rows(args: argparse.Namespace, parser: argparse.ArgumentParser) -> t
     errors = Console(stderr=True)
     if not args.no_cuda:
         if nvcc() is None:
-            errors.print("no nvcc: the CUDA sources are left out", highlight=False)
+            errors.print("nvcc not found: the CUDA sources are left out", highlight=False)
         else:
             sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
             wanted = args.sources.split(",") if args.sources else [source.name for source in sources]
@@ -74,33 +74,33 @@ def compile_rows(args: argparse.Namespace, parser: argparse.ArgumentParser) -> t
     except ValueError as error:
         parser.error(f"--part: {error}")
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["TRITON_CACHE_DIR"] = folder  # so that times are those of a first call
+        os.environ["TRITON_CACHE_DIR"] = folder  # an empty cache, so that times are of a first call
         return compile_all(tasks, args.jobs, errors)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.compile_matrix",
-        description="Compiles the kernels for GPUs that need not be there, and shows what the compiler made of them.",
+        description="Compiles the kernels for several GPUs without having them, and checks the machine code.",
     )
     parser.add_argument(
-        "--full", action="store_true", help="every configuration that dispatch can choose; some nine hours of a core"
+        "--full", action="store_true", help="every configuration that dispatch can choose; about nine hours of one core"
     )
     parser.add_argument("--part", metavar="K/N", default="1/1", help="the K-th of N parts, for N machines")
-    parser.add_argument("--loss", choices=[*cases.CASES, "all", "none"], default="all", help="of Triton's kernels")
     parser.add_argument(
-        "--arch", default="80,90,100", metavar="80,90,gfx942", help="compute capabilities, and AMD GPUs"
+        "--loss", choices=[*cases.CASES, "all", "none"], default="all", help="Triton kernels to compile, default: all"
     )
-    parser.add_argument("--no-cuda", action="store_true", help="leave the CUDA sources out")
-    parser.add_argument("--sources", metavar="NAME,...", help="of csrc/cuda; default: all")
+    parser.add_argument("--arch", default="80,90,100", metavar="80,90,gfx942", help="compute capabilities and AMD GPUs")
+    parser.add_argument("--no-cuda", action="store_true", help="leave out the CUDA sources")
+    parser.add_argument("--sources", metavar="NAME,...", help="files of csrc/cuda; default: all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, default: %(default)s")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to this file")
     parser.add_argument(
         "--read", type=Path, nargs="+", metavar="FILE", help="show the rows that --json wrote; compile nothing"
     )
     parser.add_argument(
         "--update", type=Path, metavar="FILE.md",
-        help=f"write a table between {BEGIN} and {END}, of --full kernels-full",
+        help=f"write the table between {BEGIN} and {END}, with --full between {FULL_BEGIN} and {FULL_END}",
     )  # fmt: skip
     args = parser.parse_args(argv)
     start = time.monotonic()

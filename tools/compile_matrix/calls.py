@@ -1,4 +1,4 @@
-"""Calls on meta tensors: what the cases of the compile matrix are made of."""
+"""Calls on meta tensors, for the cases of the compile matrix."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from fused_kd.backends.triton.launch import Launch
 
 
 class Call(Protocol):
-    """A call whose kernels are compiled; picklable, since other processes do that."""
+    """A call with kernels to compile; picklable, because other processes compile them."""
 
     @property
     def rows(self) -> int:
-        """N."""
+        """Number of rows, N."""
 
     @property
     def weighted(self) -> bool:
-        """Whether they have weights."""
+        """Whether the rows have weights."""
 
     @property
     def element_bytes(self) -> int:
-        """Of the widest logits."""
+        """Bytes per element of the widest logits."""
 
     def launches(self) -> list[Launch]:
-        """Every launch of a kernel that the call makes."""
+        """All kernel launches of the call."""
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -36,7 +36,7 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def logits(rows: int, classes: int, dtype: torch.dtype, layout: str) -> Tensor:
-    """Contiguous; "strided", whose neighbours are rows apart; or "offset", whose address no vector divides."""
+    """Logits: contiguous; "strided", with adjacent classes N elements apart; or "offset", at an unaligned address."""
     if layout == "strided":
         return empty(classes, rows, dtype=dtype).t()
     return empty(rows * classes + 1, dtype=dtype)[int(layout == "offset") :][: rows * classes].view(rows, classes)
@@ -51,7 +51,7 @@ def targets(rows: int, classes: int, labels: torch.dtype | None) -> Tensor:
 
 
 def factors(call: Call, kinds: int) -> Tensor | None:
-    """What weighs the rows; such calls reach a kernel with the reduction "sum" or "none"."""
+    """Row weights, or None; calls with weights reach a kernel with the reduction "sum" or "none"."""
     return empty(kinds, call.rows, dtype=torch.float64) if call.weighted else None
 
 

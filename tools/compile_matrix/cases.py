@@ -1,7 +1,7 @@
-"""Which calls the compile matrix covers.
+"""Calls that the compile matrix covers.
 
-A case is a call on meta tensors, planned by the very functions that dispatch a real one, so what is compiled is what
-would run.
+A case is a call on meta tensors. The same functions plan it that dispatch a real call, so the compiled kernels are the
+ones that would run.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ from tools.compile_matrix.topk import topk_cases
 
 
 class Case(NamedTuple):
-    """A call of a row loss; ``labels`` is the dtype of probability targets, None for class indices, ``layout`` the
-    student's (:func:`.calls.logits`), and ``weighted`` says whether the rows have weights."""
+    """A call of a row loss.
+
+    ``labels`` is the dtype of probability targets, None for class indices; ``layout`` is the student's
+    (:func:`.calls.logits`); ``weighted`` says whether the rows have weights.
+    """
 
     student: torch.dtype
     teacher: torch.dtype
@@ -57,7 +60,7 @@ class Case(NamedTuple):
         return max(self.student.itemsize, self.teacher.itemsize)
 
     def launches(self) -> list[Launch]:
-        """Every launch of the forward and of the backward op."""
+        """All launches of the forward and the backward op."""
         student = logits(self.rows, self.classes, self.student, self.layout)
         teacher = empty(self.rows, self.classes, dtype=self.teacher)
         made = outputs(student, self.gradient, 3, self.reduction, accumulation_dtype(student, teacher))
@@ -74,8 +77,10 @@ class Case(NamedTuple):
 
 
 class RankedCase(NamedTuple):
-    """A call of USKD; as :class:`Case`. ``gradient`` says of which logits it is wanted, and ``processes`` that there
-    are several of them, so that the batch's sums come from outside."""
+    """A call of USKD; as :class:`Case`.
+
+    ``gradient`` says which logits need one. With ``processes`` there are several, so the batch sums are an input.
+    """
 
     student: torch.dtype
     weak: torch.dtype
@@ -104,7 +109,7 @@ class RankedCase(NamedTuple):
         return max(self.student.itemsize, self.weak.itemsize)
 
     def launches(self) -> list[Launch]:
-        """Every launch of a kernel, of the batch sums and of the forward op; the backward op is NKD's."""
+        """All kernel launches of the batch sums and the forward op; the backward op is NKD's."""
         student = logits(self.rows, self.classes, self.student, self.layout)
         weak = empty(self.rows, self.classes, dtype=self.weak)
         made = pair_outputs(student, weak, self.gradient, 4, self.reduction, accumulation_dtype(student, weak))
@@ -119,7 +124,7 @@ class RankedCase(NamedTuple):
 
 
 class ZipfCase(NamedTuple):
-    """A call of Zipf's label smoothing; as :class:`Case`. ``order`` says what lies side by side in the dense logits."""
+    """A call of Zipf's label smoothing; as :class:`Case`. ``order``: the contiguous dimension of the dense logits."""
 
     student: torch.dtype
     dense: torch.dtype
@@ -146,10 +151,10 @@ class ZipfCase(NamedTuple):
         return max(self.student.itemsize, self.dense.itemsize)
 
     def launches(self) -> list[Launch]:
-        """Every launch of the forward op; the backward op is NKD's."""
+        """All launches of the forward op; the backward op is NKD's."""
         student = logits(self.rows, self.classes, self.student, self.layout)
         dense = empty(self.rows, self.positions, self.classes, dtype=self.dense)
-        if self.order == "positions":  # as a feature map has them
+        if self.order == "positions":  # like a feature map
             dense = empty(self.rows, self.classes, self.positions, dtype=self.dense).transpose(1, 2)
         elif self.order == "neither":
             dense = empty(self.rows, 2 * self.positions, 2 * self.classes, dtype=self.dense)[:, ::2, ::2]
@@ -162,9 +167,9 @@ class ZipfCase(NamedTuple):
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 DTYPES = (BF16, FP16, FP32, FP64)
-#: The others are as these two to the compiler, but for a conversion.
+#: Other mixed dtypes differ from these two only by a conversion.
 MIXED = ((BF16, FP32), (FP32, BF16))
-#: One class count of each row of the dispatch table, where several rows share a program and where one has its own.
+#: One class count per row of the dispatch table: several rows per program, and one row per program.
 REGIMES = (100, 1000, 2048, 4096, 8192, 21841, 128256)
 
 
@@ -173,8 +178,7 @@ def has_triton(loss: str) -> bool:
 
 
 def cases(full: bool) -> Iterator[Case]:
-    """NKD: calls that reach every row of the dispatch table; a selection that covers each regime, or every
-    configuration."""
+    """Calls of NKD: a selection that reaches every row of the dispatch table, or with ``full`` every configuration."""
     if not full:
         yield from (Case(BF16, BF16, classes) for classes in REGIMES)
         yield from (Case(FP32, FP32, classes) for classes in (1000, 8192, 21841))
@@ -200,7 +204,7 @@ def cases(full: bool) -> Iterator[Case]:
 
 
 def row_cases(full: bool) -> Iterator[Case]:
-    """The same for the row losses beside NKD, and for the options that they share with it."""
+    """Calls of the other row losses, and of the options that they share with NKD."""
     losses = [loss for loss in ROW_LOSSES if loss != "nkd" and has_triton(loss)]
     if not full:
         yield from (Case(BF16, BF16, classes, 4.0, loss=loss) for loss in losses for classes in (1000, 21841))
@@ -235,7 +239,7 @@ def row_cases(full: bool) -> Iterator[Case]:
                 yield from (case._replace(layout=layout) for layout in ("strided", "offset"))
                 yield from (case._replace(gradient=False), case._replace(labels=FP32), case._replace(teacher=FP32))
             yield case._replace(classes=1001)
-            if loss == "dist":  # whose columns are laid out by the number of rows too
+            if loss == "dist":  # the layout of its column kernels depends on the number of rows too
                 for rows, dtype, labels in itertools.product((1024, 40000), DTYPES, (None, FP32)):
                     yield case._replace(
                         rows=rows, student=dtype, teacher=FP64 if dtype == FP64 else FP32, labels=labels
@@ -248,7 +252,7 @@ def row_cases(full: bool) -> Iterator[Case]:
 
 
 def ranked_cases(full: bool) -> Iterator[RankedCase]:
-    """The same for USKD."""
+    """Calls of USKD."""
     if not full:
         yield from (RankedCase(BF16, BF16, classes) for classes in (100, 1000, 21841))
         yield RankedCase(FP16, FP32, 4096, "cls_kd", FP16)
@@ -273,7 +277,7 @@ def ranked_cases(full: bool) -> Iterator[RankedCase]:
 
 
 def zipf_cases(full: bool) -> Iterator[ZipfCase]:
-    """The same for Zipf's label smoothing."""
+    """Calls of Zipf's label smoothing."""
     if not full:
         yield from (ZipfCase(BF16, BF16, classes) for classes in (100, 1000, 21841))
         yield ZipfCase(FP32, FP32, 1000, 196, labels=FP32, smoothing=0.1)
@@ -292,7 +296,7 @@ def zipf_cases(full: bool) -> Iterator[ZipfCase]:
         yield from (case._replace(gradient=False), case._replace(layout="offset"), case._replace(labels=FP32))
 
 
-#: What has Triton kernels, NKD and the further row losses apart, with its calls: all of them, or a selection.
+#: Groups of Triton kernels and their calls: all (True) or a selection (False).
 CASES: dict[str, Callable[[bool], Iterator[Call]]] = {
     "nkd": cases,
     "rows": row_cases,
@@ -304,7 +308,7 @@ CASES: dict[str, Callable[[bool], Iterator[Call]]] = {
 
 
 class Job(NamedTuple):
-    """A kernel to compile: which launch of a call, and of which entry of CASES that is."""
+    """A kernel to compile: the ``number``-th launch of a call in the group ``loss`` of CASES."""
 
     loss: str
     call: Call
@@ -313,8 +317,8 @@ class Job(NamedTuple):
 
 
 def distinct(losses: Iterable[str], full: bool) -> list[Job]:
-    """The kernels of calls that differ in what the compiler sees. The count kernels and reductions of two calls are
-    mostly the same, and a hyper-parameter is an argument."""
+    """Kernels that differ for the compiler. Calls mostly share count and reduction kernels, and hyper-parameters are
+    arguments."""
     found: dict[tuple[Any, ...], Job] = {}
     for loss in losses:
         for call in CASES[loss](full):

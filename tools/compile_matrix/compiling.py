@@ -1,4 +1,4 @@
-"""Compiles launches and sources, many side by side. The functions run in processes of their own."""
+"""Compiles launches and sources in parallel, in worker processes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TEACHER = BITS["teacher"]
 
 
 def compile_triton(case: Call, number: int, gpu: Gpu, loss: str) -> Row:
-    """One launch of a call; run in processes of its own."""
+    """Compile one launch of a call, in a worker process."""
     from fused_kd.backends.triton.compile import compile_launch, source_of, target_of
 
     launch = case.launches()[number]
@@ -36,9 +36,9 @@ def compile_triton(case: Call, number: int, gpu: Gpu, loss: str) -> Row:
     threads = target_of(gpu).warp_size * source_of(launch, gpu)[1]["num_warps"]
     elements = _elements(launch, threads)
     limit = shared_limit(gpu)
-    # VEC is of a row, of which a thread may have less.
+    # VEC is the vector of a row; a thread may have fewer elements.
     most = min(launch.options.get("VEC", 1), elements or math.inf)
-    # A call's first tensors are its logits, and no vector divides an address that is offset.
+    # The first tensors of a launch are its logits; an offset address rules out vectors.
     aligned = all(tensor.data_ptr() % 16 == 0 for tensor in launch.arguments[:2])
     return {
         "source": "triton",
@@ -57,7 +57,7 @@ def compile_triton(case: Call, number: int, gpu: Gpu, loss: str) -> Row:
         "stores": report.stores,
         "vector": 2 * most if aligned else 2,
         "element_bytes": case.element_bytes,
-        # Tf-KD reads the student's logits alone, and so do the kernels before and after USKD's ranking.
+        # Tf-KD and the kernels before and after USKD's ranking read the student's logits alone.
         "inputs": 2 if launch.kernel not in ONE_INPUT and launch.options.get("LOSS", TEACHER) & TEACHER else 1,
         "writes": launch.options.get("GRAD", True),
         "instructions": report.instructions,
@@ -69,7 +69,7 @@ def compile_triton(case: Call, number: int, gpu: Gpu, loss: str) -> Row:
 
 
 def _elements(launch: Launch, threads: int) -> int:
-    """Of a tile, for each thread."""
+    """Elements of a tile per thread."""
     options = launch.options
     tile = options.get("ROWS", 1) * options.get("BLOCK", options.get("LANES", 0) * options.get("WIDTH", 0))
     return int(tile) // threads
@@ -80,7 +80,7 @@ def nvcc() -> str | None:
 
 
 def compile_cuda(source: Path, capability: int) -> list[Row]:
-    """Every kernel of a CUDA source."""
+    """Compile a CUDA source; return a row for each of its kernels."""
     from fused_kd.backends.triton.compile import read_cubin
 
     with tempfile.TemporaryDirectory() as folder:
@@ -111,7 +111,7 @@ def compile_cuda(source: Path, capability: int) -> list[Row]:
                 "registers": code.registers,
                 "threads": int(threads[1]) if threads else code.threads,
                 "shared": code.shared,
-                "shared_limit": 48 * 1024,  # what is static; arrangements.h bounds what is not
+                "shared_limit": 48 * 1024,  # of static shared memory; arrangements.h bounds the dynamic part
                 "stack": code.stack,
                 "local": code.local,
                 "spilled": spilled.get(name, 0),
@@ -132,7 +132,7 @@ def compile_cuda(source: Path, capability: int) -> list[Row]:
 
 
 def _readable(name: str) -> str:
-    """The function of a mangled name, and its numbers."""
+    """The function and the numbers of a mangled name."""
     if "3cub" in name:
         return "CUB's segmented sort"
     own = re.findall(r"(?<=\d)([a-z]+(?:_[a-z]+)*)(?=I|E|P)", name)
@@ -145,13 +145,13 @@ Task = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
 def tasks_of(losses: Sequence[str], full: bool, gpus: Sequence[Gpu]) -> list[Task]:
-    """A compilation of every distinct kernel for every GPU."""
+    """Tasks that compile every distinct kernel for every GPU."""
     jobs = cases.distinct(losses, full)
     return [(compile_triton, (job.call, job.number, gpu, job.loss)) for job in jobs for gpu in gpus]
 
 
 def part_of(tasks: list[Task], text: str) -> list[Task]:
-    """The K-th of N parts of about equal work, for "K/N"."""
+    """The K-th of N parts of about equal work, given "K/N"."""
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
         raise ValueError(f"expected a part such as 1/4, got {text!r}")
@@ -159,17 +159,18 @@ def part_of(tasks: list[Task], text: str) -> list[Task]:
 
 
 def _longest_first(task: Task) -> int:
-    """So that no process is left alone with one at the end: nvcc takes half a minute, a sort on chip some seconds."""
+    """Sort key: long tasks first, so that none is left alone at the end. nvcc takes half a minute, a sort on chip some
+    seconds."""
     function, arguments = task
     return 0 if function is compile_cuda else 1 if arguments[3] == "uskd" else 2
 
 
 def compile_all(tasks: list[Task], workers: int, console: Console) -> tuple[list[Row], int]:
-    """The rows of all tasks, in the tasks' order, and how many problems there are; tells of each when it is found."""
+    """Run all tasks; print each problem when found. Return the rows in the tasks' order and the number of problems."""
     columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     results: list[list[Row]] = [[] for _ in tasks]
     broken = 0
-    # Fresh processes, since forking one whose threads have started is unsafe.
+    # Spawned, because forking a process with running threads is unsafe.
     context = multiprocessing.get_context("spawn")
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("", total=len(tasks))
@@ -181,7 +182,7 @@ def compile_all(tasks: list[Task], workers: int, console: Console) -> tuple[list
                 task = futures[future]
                 try:
                     result = future.result()
-                except Exception as error:  # of an hour's work, what does not compile is one line
+                except Exception as error:  # one kernel that does not compile must not end an hour's work
                     found = [f"{' '.join(map(str, tasks[task][1]))}: {type(error).__name__}: {error}"]
                 else:
                     results[task] = result if isinstance(result, list) else [result]

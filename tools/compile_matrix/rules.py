@@ -1,4 +1,4 @@
-"""The rules that a compiled kernel in use must keep: no spills, launchable, rows in wide vectors."""
+"""Rules for compiled kernels: no spills, launchable, rows in wide vectors."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any, TypeAlias
 
 #: A compute capability, such as 90 for 9.0, or an AMD GPU, such as "gfx942".
 Gpu: TypeAlias = "int | str"
-#: Shared memory that a block can have, in bytes, by compute capability.
+#: Bytes of shared memory available to a block, by compute capability.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-#: What every AMD GPU up to gfx942 gives a block.
+#: The same on every AMD GPU up to gfx942.
 AMD_SHARED = 64 * 1024
-#: What ranking on chip may take: what every GPU since sm_80 gives a block, the smaller ones included.
+#: Limit for ranking on chip: available on every GPU since sm_80, the smaller ones included.
 RANKED_SHARED = 99 * 1024
-REGISTERS = 65536  # of a multiprocessor
+REGISTERS = 65536  # per multiprocessor
 ROW_KERNELS = ("rows_on_chip", "rows_looped")
 RANK_KERNELS = ("target_probabilities", "ranked_on_chip", "write_keys", "combine_ranked")
 ONE_INPUT = ("target_probabilities", "combine_ranked")
@@ -36,10 +36,10 @@ def shared_limit(gpu: Gpu) -> int:
 
 
 def problems(row: Row) -> list[str]:
-    """Which rules a compiled kernel breaks."""
+    """Rules that a compiled kernel breaks, as messages."""
     name = f"{row['kernel']} of {row['case']}, {name_of(row['capability'])}"
     if row["library"]:
-        return []  # CUB's own choices for sorting in global memory, which spill some bytes
+        return []  # CUB's own kernels for sorting in global memory, which spill some bytes
     found = []
     if row["stack"] or row["local"] or row["spilled"]:
         found.append(
@@ -49,19 +49,19 @@ def problems(row: Row) -> list[str]:
     limit = min(shared_limit(row["capability"]), row["shared_limit"])
     if row["shared"] > limit:
         found.append(f"{name}: {row['shared']} bytes of shared memory, {limit} at most")
-    amd = isinstance(row["capability"], str)  # whose compiler knows the threads, and spills where they have too few
+    amd = isinstance(row["capability"], str)  # AMD's compiler knows the block size and spills if registers run out
     if not amd and row["registers"] * row["threads"] > REGISTERS:
         found.append(f"{name}: {row['registers']} registers in {row['threads']} threads cannot launch")
-    # On chip a thread's part of each row is loaded in vectors, all of it; what else is loaded are targets, counts, the
-    # logits at y, and DIST's sums of columns. Rows of an odd length have no vectors there, so what is asked of them is
-    # what the plan says can be had. The loops of the looped kernel stand in the code once or unrolled.
+    # On chip, each thread loads its whole part of each row in vectors. Other loads are targets, counts, the logits at
+    # y, and DIST's column sums. Rows of odd length allow no such vectors, so the rule uses the width that the plan says
+    # is possible. The code has the loops of the looped kernel once or unrolled.
     loads, stores, vector = row["loads"], row["stores"], row["vector"]
     if row["kernel"] in ROW_KERNELS and row["element_bytes"] == 2 and vector >= 8:
         tile = max(1, 2 * row["elements"] // vector) if row["kernel"] == "rows_on_chip" else 1
         scalar_stores = row["writes"] and not stores.get(vector)
         if loads.get(vector, 0) < row["inputs"] * tile or scalar_stores:
             found.append(f"{name}: expected rows in vectors of {vector} bytes, got {loads} and {stores}")
-    # These read their rows more than once, after the ranking in another order: one wide load of each row at least.
+    # These read their rows more than once, after the ranking in another order: at least one wide load per row.
     if row["kernel"] in RANK_KERNELS and row["element_bytes"] == 2 and vector >= 8:
         wide = sum(count for width, count in loads.items() if width >= 8)
         if wide < row["inputs"]:

@@ -20,7 +20,7 @@ BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 
 
 class StagedCase(NamedTuple):
-    """All stages of a piece of ``classes`` columns, of 8 pieces; else as :class:`.cases.Case`."""
+    """All stages of one of 8 pieces, with ``classes`` columns; else as :class:`.cases.Case`."""
 
     student: torch.dtype
     classes: int
@@ -44,13 +44,13 @@ class StagedCase(NamedTuple):
         return self.student.itemsize
 
     def launches(self) -> list[Launch]:
-        """The launch of each stage."""
+        """The launches of all stages."""
         student = logits(self.rows, self.classes, self.student, self.layout)
         teacher = None if self.loss == "tf_kd" else empty(self.rows, self.classes, dtype=self.student)
         labels = None if self.labels is None else empty(self.rows, self.classes, dtype=self.labels)
         target = empty(self.rows, dtype=torch.int64)
         piece = staged.Piece(student, teacher, labels, target, self.classes, 8 * self.classes)
-        own = dict(zip(ROW_LOSSES[self.loss].own, (0.5, 0.0), strict=False))  # DIST's rows alone
+        own = dict(zip(ROW_LOSSES[self.loss].own, (0.5, 0.0), strict=False))  # for DIST gamma=0: rows alone
         hyper = HyperParameters(**own, temperature=self.temperature, ce_weight=1.0, label_smoothing=self.smoothing)
         options = Options(hyper, -100, "none", (True,), (1.0,), self.loss, self.standardize)
         acc = accumulation_dtype(student, teacher if teacher is not None else student)
@@ -65,7 +65,7 @@ class StagedCase(NamedTuple):
 
 
 def staged_cases(full: bool) -> Iterator[StagedCase]:
-    """Every loss, in the dtypes and with what makes its kernels others."""
+    """Every loss, in each dtype and with the options that change its kernels."""
     if not full:
         yield StagedCase(BF16, 16032)
         yield StagedCase(FP32, 4001, "js", 2.0, standardize=True)

@@ -1,4 +1,4 @@
-"""The rows of a run as tables: in Markdown and for a terminal."""
+"""Tables of a run's rows, in Markdown and for a terminal."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ COLUMNS = ("kernel", "call", "sm", "threads", "regs", "shared", "local", "load",
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """A row as text: bytes of shared memory, instructions on local memory, widest access in bytes, elements of a tile
-    for each thread, instructions in all and those that make an exponential, seconds."""
+    """A row as text: bytes of shared memory, instructions on local memory, widest accesses in bytes, elements of a tile
+    per thread, all instructions, instructions that compute an exponential, seconds."""
     return (
         *(row["kernel"], row["case"], str(row["capability"]), str(row["threads"] or "–"), str(row["registers"])),
         *(str(row["shared"]), str(row["local"] or "none"), _widest(row["loads"]), _widest(row["stores"])),
@@ -30,7 +30,7 @@ def _widest(counts: dict[int, int]) -> str:
 
 
 def _markdown(columns: Sequence[str], words: int, rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first columns are ``words``, the others figures."""
+    """A table with the first ``words`` columns aligned left, the others right."""
     align = ["---"] * words + ["---:"] * (len(columns) - words)
     return lines([columns, align, *([cell.replace("<", "&lt;") for cell in row] for row in rows)])
 
@@ -49,7 +49,7 @@ def print_table(rows: list[Row], console: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in COLUMNS:
         text = column in ("kernel", "call")
-        # Only the call's description may wrap; figures cut short are of no use.
+        # Only the call's description may wrap: truncated figures are useless.
         width = {"kernel": 22, "call": 34}.get(column)
         table.add_column(column, justify="left" if text else "right", no_wrap=column != "call", width=width)
     for row in rows:
@@ -61,8 +61,8 @@ SUMMARY = ("kernel", "sm", "configurations", "regs", "shared", "local", "narrowe
 
 
 def summarise(rows: list[Row]) -> list[tuple[str, ...]]:
-    """A line for each kernel and GPU: the range of registers, the most shared memory, how many configurations spill,
-    the narrowest of their widest loads, seconds in all and of the slowest."""
+    """A line per kernel and GPU: range of registers, most shared memory, number of configurations that spill, narrowest
+    of their widest loads, total seconds and seconds of the slowest."""
     groups: dict[tuple[str, Gpu], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["kernel"], row["capability"]), []).append(row)

@@ -1,10 +1,9 @@
-"""One command for a machine with a GPU: `python -m tools.gpu.check FOLDER`, or `make gpu-check OUT=FOLDER`.
+"""All checks on a machine with a GPU: `python -m tools.gpu.check FOLDER`, or `make gpu-check OUT=FOLDER`.
 
 Builds in place, runs the tests of CUDA tensors and of Triton's kernels, compares with float64, runs the sanitizer on a
-small run, and the benchmark; and writes into the folder a log, one JSON file with all that was found, and the plots. It
-needs Python with torch and triton, nvcc and CMake, and no network. What further packages are missing costs the stages
-that need them, and it says so. A stage that fails or runs out of time does not stop the next, and cannot take the time
-that is set aside for those after it.
+small run, and runs the benchmark. Writes a log, one JSON file with all results, and the plots into the folder. Needs
+Python with torch and triton, nvcc and CMake, but no network. Stages with missing packages are skipped, with a message.
+A stage that fails or runs out of time does not stop the next, and cannot use the time reserved for later stages.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
-#: Seconds that all stages may take together. Most of it goes to compiling the kernels of the tests: six minutes were
-#: enough for 2205 of 2225 tests on 16 cores beside an H200.
+#: Seconds for all stages together. Compiling the tests' kernels takes most of it: six minutes were enough for 2205 of
+#: 2225 tests on 16 cores with an H200.
 LIMIT = 1800.0
-#: Tests that give Triton's kernels CPU tensors in small tiles and odd layouts; the plugin takes those to the GPU.
+#: Tests that give Triton's kernels CPU tensors in small tiles and odd layouts; the plugin runs them on the GPU.
 TRITON_TESTS = (
     "tests/backends/triton/test_triton.py",
     "tests/backends/triton/test_triton_dist.py",
@@ -37,10 +36,10 @@ TRITON_TESTS = (
     "tests/backends/triton/test_triton_uskd.py",
     "tests/backends/triton/test_triton_zipf.py",
 )
-#: What the sanitizer ends with where it found something.
+#: The sanitizer's exit status if it found something.
 FOUND = 9
-#: As `python setup.py build_ext --inplace`, but that setuptools does not read pyproject.toml, which those before 77
-#: refuse, and that a core without CUDA is a failure here.
+#: Like `python setup.py build_ext --inplace`, with two differences: setuptools does not read pyproject.toml, which
+#: versions before 77 reject, and a core without CUDA is a failure.
 BUILD = """
 import sys
 import setup as build
@@ -57,8 +56,11 @@ sys.exit(reason and f"not built: {reason}")
 
 
 class Stage(NamedTuple):
-    """A command, the most seconds that it may take, and how many the stages before it must leave; ``missing`` says why
-    it cannot run, if so. A ``tool``'s own inability is no failure of what it looks at."""
+    """A command with a time limit.
+
+    ``least``: seconds that earlier stages must leave for it. ``missing``: why it cannot run, or None. ``tool``: if the
+    program itself does not work here, the stage is skipped, not failed.
+    """
 
     name: str
     command: tuple[str, ...]
@@ -70,7 +72,7 @@ class Stage(NamedTuple):
 
 
 def lacking(*packages: str) -> str | None:
-    """Which of these cannot be imported, as a reason."""
+    """A reason that names the packages that cannot be imported, or None."""
     absent = []
     for name in packages:
         with contextlib.suppress(ImportError):
@@ -83,7 +85,7 @@ def lacking(*packages: str) -> str | None:
 def stages(args: argparse.Namespace, capability: int, scratch: Path) -> list[Stage]:
     python, device = sys.executable, args.device
     check = (python, "-m", "fused_kd", "check", "--quick", "--device", device)
-    # Those of CPU tensors pass anywhere, or do not.
+    # Tests of CPU tensors need no GPU machine.
     marks = "not large and not slow" if device == "cpu" else "gpu and not large and not slow"
     tests = ("-m", "tools.gpu.tests", *args.tests, "--marks", marks, "--json", str(scratch / "tests.json"))
     drive = (python, "-m", "tools.gpu.drive", "--device", device)
@@ -92,7 +94,7 @@ def stages(args: argparse.Namespace, capability: int, scratch: Path) -> list[Sta
         Stage("build", (python, "-c", BUILD, device), 150, 60, lacking("setuptools")),
         Stage("tests", (python, *tests, "--seconds", "{seconds}"), 900, 60, lacking("pytest", "xdist")),
         _triton_tests(device, str(scratch / "triton-tests.json")),
-        # After them, since it is one process, and by now most of what it calls is compiled.
+        # After the tests: it is one process, and by now most of its kernels are compiled.
         Stage("check", check, 300, 15),
         Stage("small run", drive, 90, 15),
         *(_sanitizer(tool, drive, device) for tool in ("memcheck", "racecheck")),
@@ -100,7 +102,7 @@ def stages(args: argparse.Namespace, capability: int, scratch: Path) -> list[Sta
     for loss, most, least in (("nkd", 150, 100), ("uskd", 150, 60)):
         options = ("--device", device, "--dtype", args.dtype, "--seconds", f"{args.seconds:g}")
         command = (python, "-m", "benchmarks", "--quick", "--loss", loss, *options, "--output", str(scratch / loss))
-        # Caches of its own, so that the time of a first call has the compilation in it.
+        # Its own caches, so that the time of a first call includes the compilation.
         caches = {"TRITON_CACHE_DIR": str(scratch / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor")}
         planned.append(Stage(f"benchmark {loss}", command, most, least, lacking("numpy", "rich"), caches))
     table = (python, "-m", "tools.compile_matrix", "--arch", str(capability), "--json", str(scratch / "kernels.json"))
@@ -109,19 +111,19 @@ def stages(args: argparse.Namespace, capability: int, scratch: Path) -> list[Sta
 
 def _triton_tests(device: str, found: str) -> Stage:
     missing = lacking("pytest", "xdist", "triton") or (
-        "the tests run them by Triton's interpreter" if device == "cpu" else None
+        "on a CPU the ordinary tests run them by Triton's interpreter" if device == "cpu" else None
     )
     command = (sys.executable, "-m", "tools.gpu.tests", *TRITON_TESTS, "--json", found, "--seconds", "{seconds}")
     return Stage("Triton's tests", command, 500, 60, missing, {"PYTEST_PLUGINS": "tools.gpu.plugin"})
 
 
 def _sanitizer(tool: str, drive: tuple[str, ...], device: str) -> Stage:
-    """compute-sanitizer on the small run, of our kernels alone: PyTorch's are many, and take long to instrument."""
+    """compute-sanitizer on the small run, for our kernels alone: instrumenting PyTorch's many kernels takes long."""
     program = shutil.which("compute-sanitizer") or _beside_nvcc("compute-sanitizer")
-    missing = None if program else "there is no compute-sanitizer"
+    missing = None if program else "compute-sanitizer not found"
     if device == "cpu":
-        missing = "it looks at kernels on a GPU"
-    names = ["fused_kd"]  # in the mangled names of the CUDA ones
+        missing = "it checks kernels on a GPU"
+    names = ["fused_kd"]  # part of the CUDA kernels' mangled names
     if missing is None and lacking("triton") is None:
         from fused_kd.backends.triton.launch import kernels
 
@@ -129,7 +131,7 @@ def _sanitizer(tool: str, drive: tuple[str, ...], device: str) -> Stage:
     options = ["--tool", tool, "--error-exitcode", str(FOUND), "--target-processes", "application-only"]
     options += ["--launch-timeout", "60", "--report-api-errors", "no", "--print-limit", "20"]
     options += [word for name in names for word in ("--kernel-name", f"kns={name}")]
-    # Without PyTorch's caching every tensor is an allocation of its own, whose bounds the sanitizer knows.
+    # Without PyTorch's caching every tensor is an allocation of its own, with bounds that the sanitizer knows.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return Stage(tool, (program or tool, *options, *drive), 120, 20, missing, uncached, tool=True)
 
@@ -140,15 +142,15 @@ def _beside_nvcc(name: str) -> str | None:
 
 
 def run_stage(stage: Stage, log: Path, seconds: float) -> dict[str, Any]:
-    """Run a stage in a process group of its own, so that its time limit ends its children as well."""
+    """Run a stage in a process group of its own, so that the time limit ends its children too."""
     seconds = min(seconds, stage.seconds)
-    # A stage that keeps an eye on the clock itself ends a little earlier, to say what it has.
+    # A stage with its own time limit ends a little earlier, to report its results.
     command = [word.format(seconds=f"{seconds - 5:.0f}") if word == "{seconds}" else word for word in stage.command]
     entry: dict[str, Any] = {"name": stage.name, "status": "skipped", "reason": stage.missing, "seconds": 0.0}
     if stage.missing or seconds < 5:
         return entry | {"reason": stage.missing or "no time was left"}
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    # As root in somebody else's checkout git would say nothing.
+    # Git refuses to work for root in another user's checkout.
     trust = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*"}
     environment |= {"PYTHONUNBUFFERED": "1", **trust, **stage.environment}
     start = time.monotonic()
@@ -167,7 +169,7 @@ def run_stage(stage: Stage, log: Path, seconds: float) -> dict[str, Any]:
             code: int | None = process.wait(seconds)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):  # a driver that hangs keeps even a killed process
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a hanging driver keeps even a killed process alive
                 process.wait(5)
             code = None
     took = time.monotonic() - start
@@ -182,9 +184,9 @@ def run_stage(stage: Stage, log: Path, seconds: float) -> dict[str, Any]:
 
 
 def _of_tool(code: int, text: str, reason: str) -> tuple[str, str]:
-    """Whether the sanitizer found something, or could not work here: not every driver and container lets it."""
+    """Status and reason: the sanitizer found errors, or does not work with this driver or container."""
     if code == FOUND:
-        return "failed", "it found errors, which the log has"
+        return "failed", "it found errors; see the log"
     own = [line.strip("= ") for line in text.splitlines() if line.startswith("========= Error: ")]
     return ("skipped", f"it does not work here: {own[0]}") if own else ("failed", reason)
 
@@ -197,7 +199,7 @@ def _ask(*command: str) -> str | None:
 
 
 def about(commit: str | None) -> dict[str, Any]:
-    """The machine and the versions."""
+    """Facts about the machine and the versions."""
     import torch
 
     here = torch.cuda.is_available()
@@ -218,8 +220,10 @@ def about(commit: str | None) -> dict[str, Any]:
 
 
 def collect(scratch: Path, folder: Path) -> dict[str, Any]:
-    """What the stages left in the scratch folder; the plots go to the folder. The benchmark's results lie at the top
-    as in a file of its own, so that `python -m benchmarks table` and `plot` read the JSON file as one."""
+    """Read the stages' results from the scratch folder; copy the plots to ``folder``.
+
+    The benchmark's results are at the top level, so `python -m benchmarks table` and `plot` can read the JSON file.
+    """
     results = []
     for loss in ("nkd", "uskd"):
         results += [json.loads(path.read_text(encoding="utf-8")) for path in (scratch / loss).glob("*.json")]
@@ -233,7 +237,7 @@ def collect(scratch: Path, folder: Path) -> dict[str, Any]:
 
 
 def _together(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One result of those of several runs of the benchmark, beside the best copy that any of them measured."""
+    """Merge the results of several benchmark runs; all shares are of the best copy bandwidth among them."""
     if not results:
         return {}
     best: dict[str, float] = {}
@@ -259,20 +263,20 @@ def summary(entries: list[dict[str, Any]], *tests: dict[str, Any] | None) -> str
 
         lines += as_text(each)
     bad = [entry["name"] for entry in entries if entry["status"] in ("failed", "timed out")]
-    lines.append(f"what failed: {', '.join(bad)}" if bad else "nothing failed")
+    lines.append(f"failed: {', '.join(bad)}" if bad else "nothing failed")
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None, plan: Callable[..., list[Stage]] = stages) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.gpu.check", description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", type=Path, help="for the log, the JSON file and the plots")
+    parser.add_argument("folder", type=Path, help="folder for the log, the JSON file and the plots")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries this script out")
-    parser.add_argument("--stages", metavar="NAME,...", help="only these")
-    parser.add_argument("--tests", nargs="*", default=["tests"], help="what pytest runs, default: tests")
+    parser.add_argument("--stages", metavar="NAME,...", help="run only these stages")
+    parser.add_argument("--tests", nargs="*", default=["tests"], help="arguments for pytest, default: tests")
     parser.add_argument("--dtype", default="bfloat16", metavar="DTYPE,...", help="of the benchmark, default: bfloat16")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of timing per case of the benchmark")
+    parser.add_argument("--seconds", type=float, default=1.0, help="timing per case of the benchmark")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for everything, default: %(default)g")
-    parser.add_argument("--commit", help="which one this is, where git cannot say")
+    parser.add_argument("--commit", help="the commit, if git cannot tell")
     args = parser.parse_args(argv)
     start = time.monotonic()
     facts = about(args.commit)

@@ -1,5 +1,5 @@
-"""Calls losses once, forward and backward, for a profiler or a sanitizer to look at: tools/gpu/profile.py and
-tools/gpu/check.py run `python -m tools.gpu.drive` under one. Needs nothing but PyTorch."""
+"""Calls losses once, forward and backward, for a profiler or sanitizer: tools/gpu/profile.py and tools/gpu/check.py run
+`python -m tools.gpu.drive` under one. Needs only PyTorch."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def small_cases(device: str) -> Iterator[tuple[str, check.Case]]:
-    """(backend, case) such that every kernel runs, in each layout: several rows a program, one of odd length, and one
-    too long to be held."""
+    """(backend, case) pairs that run every kernel in each layout: several rows per program, one row of odd length, and
+    one row too long to stay on chip."""
     for loss in LOSSES:
         for backend in check.runnable(device, loss):
             for classes in (10, 1001, 9001):
@@ -26,19 +26,19 @@ def small_cases(device: str) -> Iterator[tuple[str, check.Case]]:
                 yield backend, check.Case(torch.bfloat16, 5, classes, {}, loss=loss, weighted=True)
             yield backend, check.Case(torch.float16, 5, 300, {"ce_weight": 1.0}, soft=True, loss=loss)
             yield backend, check.Case(torch.float64, 5, 300, {"reduction": "sum"}, loss=loss)
-        for backend in check.runnable(device, loss):  # counted and reduced in chunks
+        for backend in check.runnable(device, loss):  # rows are counted and reduced in chunks
             yield backend, check.Case(torch.float32, 17000, 4, {}, loss=loss)
 
 
 def run(backend: str, case: check.Case, device: str, grad_output: float) -> None:
-    """One call; an incoming gradient other than 1 has the stored one scaled."""
+    """Run one call; an incoming gradient other than 1 makes backward scale the stored gradient."""
     student, other, target = case.inputs(device)
     incoming = torch.tensor(grad_output, device=device, dtype=torch.float64 if case.dtype == torch.float64 else None)
     check.evaluate(backend, student, other, target, case.options, incoming, case.loss)
 
 
 def big_inputs(case: check.Case, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Made on the device, of a size for which the CPU would take its time."""
+    """Random inputs made on the device, as the CPU would take long for large sizes."""
     generator = torch.Generator(device).manual_seed(0)
     shapes = [(case.rows, case.classes)] * 2
     if case.loss == "zipf_ls":
@@ -58,7 +58,7 @@ def _profiler_range() -> Iterator[None]:
 
 
 def profile_once(backend: str, case: check.Case, device: str) -> None:
-    """Warm up, then one call that a profiler sees."""
+    """Warm up, then make one call inside the profiler's range."""
     tensors = big_inputs(case, device)
     for _ in range(2):
         check.evaluate(backend, *tensors, case.options, loss=case.loss)
@@ -69,8 +69,8 @@ def profile_once(backend: str, case: check.Case, device: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.gpu.drive", description=__doc__.split(":")[0])
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--loss", choices=LOSSES, help="one call of this; default: small calls of every loss")
-    parser.add_argument("--backend", help="default: the first that runs there")
+    parser.add_argument("--loss", choices=LOSSES, help="one call of this loss; default: small calls of every loss")
+    parser.add_argument("--backend", help="default: the first that runs on the device")
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--classes", type=int, default=21841)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")

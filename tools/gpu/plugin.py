@@ -1,7 +1,7 @@
-"""``pytest -p tools.gpu.plugin``: tests that give Triton's kernels CPU tensors, for its interpreter, run them on a GPU.
+"""``pytest -p tools.gpu.plugin``: runs tests on a GPU that give Triton's kernels CPU tensors for its interpreter.
 
-Each launch takes the storages of its tensors there and back, as aligned as they are; all else is Triton's own. So the
-small tiles, odd layouts and planned launches of tests/backends/triton meet the hardware. For a machine with one.
+Each launch copies the storages of its tensors to the GPU and back, with the same alignment; the rest is Triton's own
+code. So the small tiles, odd layouts and planned launches of tests/backends/triton run on hardware.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from torch import Tensor
 
 from tools import cpu_tensors
 
-#: Storages begin at a multiple of this many bytes, or as far behind one as on the CPU.
+#: Copies of storages keep their addresses modulo this many bytes.
 ALIGNMENT = 512
 
 
 class Carried:
-    """Copies on a device of what CPU tensors lie in."""
+    """Copies of CPU tensors' storages on a device."""
 
     def __init__(self, device: str = "cuda") -> None:
         self.device = device
         self.storages: dict[int, tuple[Tensor, Tensor]] = {}
 
     def there(self, value: Any) -> Any:
-        """A tensor that begins at the copy of what ``value`` begins at; what is no CPU tensor as it is."""
+        """The copy of a CPU tensor, starting at its first element; other values unchanged."""
         if not (isinstance(value, Tensor) and value.device.type == "cpu"):
             return value
         storage = value.untyped_storage()
@@ -47,7 +47,7 @@ class Carried:
 
 
 def install() -> None:
-    """From now on fused_kd's Triton backend takes CPU tensors, and a GPU computes."""
+    """Make fused_kd's Triton backend accept CPU tensors and compute on a GPU."""
     from triton.runtime import driver
 
     original = driver.active.launcher_cls
@@ -64,7 +64,7 @@ def install() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests() -> None:
-    # Before a conftest imports Triton; not for whoever imports this module. And for pytest-xdist's workers.
+    # Set before a conftest imports Triton, but not on import of this module. Pytest-xdist's workers inherit both.
     os.environ["TRITON_INTERPRET"] = "0"
     os.environ["PYTEST_PLUGINS"] = "tools.gpu.plugin"
     install()

@@ -1,10 +1,10 @@
-"""What each kernel really moves, by the GPU's counters: `python -m tools.gpu.profile FOLDER`, or
+"""Measures each kernel's memory traffic by the GPU's counters: `python -m tools.gpu.profile FOLDER`, or
 `make gpu-profile OUT=FOLDER`.
 
-Runs Nsight Compute (ncu) on one call of each loss after a warm-up, and writes a table and a JSON file: time, bytes read
-from and written to memory, bytes per second, and that as a share of the peak, of every kernel; and the bytes of the
-whole call beside those that must be moved at the least. Where the counters cannot be read, which mostly takes an
-administrator, it says so and why, and ends with status 3.
+Runs Nsight Compute (ncu) on one call of each loss after a warm-up, and writes a table and a JSON file. They have, for
+every kernel, time, bytes read and written, and bytes per second, also as a share of the peak; and for each call its
+bytes and the least bytes it must move. If the counters cannot be read, which usually needs an administrator, it prints
+the reason and exits with status 3.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 READ, WRITTEN = "dram__bytes_read.sum", "dram__bytes_write.sum"
 TIME, SHARE = "gpu__time_duration.sum", "dram__throughput.avg.pct_of_peak_sustained_elapsed"
 METRICS = (READ, WRITTEN, TIME, SHARE)
-#: What ncu's units are in bytes, seconds and parts of 1; versions differ in their names.
+#: ncu's units in bytes, seconds and shares; versions of ncu use different names.
 UNITS = {
     **{f"{prefix}byte": factor for prefix, factor in (("", 1.0), ("K", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12))},
     **{name: 1e-9 for name in ("ns", "nsecond")},
@@ -40,7 +40,7 @@ NOT_READABLE = 3
 
 
 class Call(NamedTuple):
-    """One call; ``passes`` are how often the logits must be read or written at the least, forward and backward."""
+    """One call; ``passes``: the least number of times that forward and backward read or write the logits."""
 
     loss: str
     rows: int
@@ -61,13 +61,13 @@ CALLS = (
     *(Call("uskd", *shape, 4) for shape in ((1024, 1000), (4096, 21841))),
     *(Call(loss, 4096, 21841, 3) for loss in ("kd", "dkd", "wsld", "js")),
     Call("tf_kd", 4096, 21841, 2),
-    Call("dist", 4096, 21841, 5),  # every row's softmax comes before any column's moments
-    Call("zipf_ls", 512, 21841, 6),  # reads four positions a row beside the student's logits
+    Call("dist", 4096, 21841, 5),  # reads both logits twice: the columns' moments need every row's softmax
+    Call("zipf_ls", 512, 21841, 6),  # also reads four positions per row
 )
 
 
 class CountersNotReadable(Exception):
-    """What ncu said."""
+    """ncu's message."""
 
 
 def find_ncu() -> str | None:
@@ -76,7 +76,7 @@ def find_ncu() -> str | None:
 
 
 def command(ncu: str, call: Call) -> list[str]:
-    # The range that tools/gpu/drive.py marks; the clocks as they are, since it is memory that is looked at.
+    # Profile only the range that tools/gpu/drive.py marks. Clocks stay as they are: memory traffic is what counts.
     options = ["--csv", "--print-units", "base", "--profile-from-start", "off", "--clock-control", "none"]
     options += ["--target-processes", "application-only", "--metrics", ",".join(METRICS)]
     drive = [sys.executable, "-m", "tools.gpu.drive", "--loss", call.loss]
@@ -84,9 +84,9 @@ def command(ncu: str, call: Call) -> list[str]:
 
 
 def parse(text: str) -> list[dict[str, Any]]:
-    """The kernels of what ncu printed, in the order of their launches, each with a value or None for every metric.
+    """Kernels in ncu's output, in launch order, each with a value or None for every metric.
 
-    Raises :class:`CountersNotReadable` with ncu's own words where there are none.
+    Raises :class:`CountersNotReadable` with ncu's message if there are none.
     """
     lines = text.splitlines()
     header = next((i for i, line in enumerate(lines) if line.startswith('"ID",')), None)
@@ -97,7 +97,7 @@ def parse(text: str) -> list[dict[str, Any]]:
     for row in csv.DictReader(line for line in lines[header:] if line.startswith('"')):
         kernel = kernels.setdefault(row["ID"], {"kernel": short_name(row["Kernel Name"]), **dict.fromkeys(METRICS)})
         name, unit, value = row["Metric Name"], row["Metric Unit"], row["Metric Value"].replace(",", "")
-        if name in METRICS and re.fullmatch(r"[\d.eE+-]+", value):  # "n/a" where the chip has no such counter
+        if name in METRICS and re.fullmatch(r"[\d.eE+-]+", value):  # "n/a" if the chip has no such counter
             if unit not in UNITS:
                 raise ValueError(f"ncu: expected a unit among {', '.join(UNITS)} for {name}, got {unit!r}")
             kernel[name] = float(value) * UNITS[unit]
@@ -107,14 +107,14 @@ def parse(text: str) -> list[dict[str, Any]]:
 
 
 def short_name(name: str) -> str:
-    """Without namespaces, template arguments and parameters."""
+    """A kernel's name without namespaces, template arguments and parameters."""
     while (shorter := re.sub(r"<[^<>]*>|\([^()]*\)", "", name)) != name:
         name = shorter
     return name.split()[-1].split("::")[-1] if name.split() else name
 
 
 def measure(call: Call, ncu: str, run: Callable[..., Any] = subprocess.run) -> dict[str, Any]:
-    """One entry of the JSON file."""
+    """Profile one call; return its entry of the JSON file."""
     finished = run(command(ncu, call), cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
     try:
         kernels = parse(finished.stdout)
@@ -130,7 +130,7 @@ COLUMNS = ("call", "kernel", "time µs", "read MB", "written MB", "GB/s", "of th
 
 
 def table(entries: Iterable[dict[str, Any]]) -> str:
-    """Plain text: this must run where nothing but PyTorch is."""
+    """The table as plain text: this must run with no package but PyTorch."""
     rows: list[tuple[str, ...]] = [COLUMNS]
     for entry in entries:
         name = str(Call(*(entry[key] for key in Call._fields)))
@@ -154,9 +154,9 @@ def _text(value: float | None, factor: float) -> str:
 
 def main(argv: Sequence[str] | None = None, calls: Sequence[Call] = CALLS) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.gpu.profile", description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", type=Path, help="for gpu-profile.json")
-    parser.add_argument("--loss", metavar="NAME,...", help="only these")
-    parser.add_argument("--commit", help="which one this is, where git cannot say")
+    parser.add_argument("folder", type=Path, help="folder for gpu-profile.json")
+    parser.add_argument("--loss", metavar="NAME,...", help="profile only these losses")
+    parser.add_argument("--commit", help="the commit, if git cannot tell")
     args = parser.parse_args(argv)
     known = dict.fromkeys(call.loss for call in calls)
     wanted = args.loss.split(",") if args.loss else list(known)
@@ -165,9 +165,9 @@ def main(argv: Sequence[str] | None = None, calls: Sequence[Call] = CALLS) -> in
             parser.error(f"--loss: expected names among {', '.join(known)}, got {name!r}")
     ncu, facts = find_ncu(), about(args.commit)
     if facts["gpu"] is None:
-        parser.error("this PyTorch finds no GPU, and the counters are a GPU's")
+        parser.error("this PyTorch finds no GPU, which the counters need")
     if ncu is None:
-        parser.error("there is no ncu on the PATH: it comes with the CUDA toolkit, as Nsight Compute")
+        parser.error("ncu not found: it is Nsight Compute, part of the CUDA toolkit")
     from fused_kd import check
 
     entries, failed = [], {}

@@ -1,8 +1,8 @@
-"""The test suite by pytest-xdist, and what became of every test: for tools/gpu/check.py.
+"""Runs the test suite by pytest-xdist and records the outcome of every test, for tools/gpu/check.py.
 
-Every outcome is written as soon as it is known, so that a run that is out of time leaves what it has found. A process
-whose CUDA context an error has taken down would fail all its other tests: it ends, and xdist starts another. Work is
-shared out in runs of neighbours, which mostly call the same kernels, so that one process compiles them.
+Every outcome is written at once, so that a run out of time keeps its results. A process with a broken CUDA context
+would fail all its other tests, so it exits, and xdist starts another. Each process gets runs of neighbouring tests:
+they mostly call the same kernels, which one process then compiles.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ OPTIONS = (
     "-o", "addopts=-ra --strict-markers", "-p", "no:cacheprovider", "-p", "tools.gpu.tests", "-q",
     "--dist", "worksteal", "--continue-on-collection-errors",
 )  # fmt: skip
-#: Where pytest's process learns from its environment to write the outcomes.
+#: The environment variable that tells pytest's process where to write the outcomes.
 OUTCOMES = "FUSED_KD_OUTCOMES"
-#: PyTorch's errors and Triton's, most of which last as long as the process.
+#: PyTorch's and Triton's CUDA errors; after most of them every later CUDA call of the process fails.
 CUDA_ERROR = re.compile(r"CUDA error|Triton Error \[CUDA\]")
 
 
-# pytest calls these in the processes that name this module with -p: the one that has the terminal, and the workers.
+# pytest calls these hooks in the controlling process and in the workers, which load this module by -p.
 def pytest_collectreport(report: Any) -> None:
     if report.failed:
         _write({"test": report.nodeid, "outcome": "failed", "reason": _reason(report)})
@@ -72,12 +72,12 @@ def _write(entry: dict[str, Any]) -> None:
 
 
 def run(tests: Sequence[str], jobs: int, seconds: float, marks: str) -> dict[str, Any]:
-    """Run them in so many processes; returns what :func:`summarise` does."""
+    """Run tests in ``jobs`` processes; return :func:`summarise`'s result."""
     command = [sys.executable, "-m", "pytest", *OPTIONS, "--numprocesses", str(jobs), "-m", marks, *tests]
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "outcomes"
-        # Of an outer run by xdist, whose worker this would be taken for.
+        # Variables of an outer xdist run would make this process look like its worker.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
         environment |= {OUTCOMES: str(path), "OMP_NUM_THREADS": threads}
         process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
@@ -86,7 +86,7 @@ def run(tests: Sequence[str], jobs: int, seconds: float, marks: str) -> dict[str
         except subprocess.TimeoutExpired:
             problem = "out of time"
             os.killpg(process.pid, signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):  # a driver that hangs keeps even a killed process
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a hanging driver keeps even a killed process alive
                 process.wait(0.5)
         written = path.read_text(encoding="utf-8") if path.exists() else ""
     return summarise([json.loads(line) for line in written.splitlines()], problem)
@@ -99,11 +99,11 @@ def _problem(status: int) -> str | None:
 
 
 def summarise(entries: Sequence[dict[str, Any]], problem: str | None) -> dict[str, Any]:
-    """Counts, the tests that failed and why, and if the run did not come to its end, ``problem``, what was left."""
+    """Counts, failed tests with reasons, and if the run did not finish, ``problem`` and the tests left."""
     outcomes: dict[str, dict[str, Any]] = {}
     for entry in (entry for entry in entries if "test" in entry):
         known = outcomes.get(entry["test"])
-        # A test that passed can still fail when what it used is torn down.
+        # A test that passed can still fail in its teardown.
         if known is None or known["outcome"] in ("begun", "passed"):
             outcomes[entry["test"]] = entry
     kinds = [entry["outcome"] for entry in outcomes.values()]
@@ -124,9 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.gpu.tests", description=__doc__.split("\n\n")[0])
     parser.add_argument("tests", nargs="*", default=["tests"], help="folders or files, default: tests")
     parser.add_argument("--jobs", type=int, default=max(1, min(16, os.cpu_count() or 1)), help="default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=240.0, help="for all of them, default: %(default)g")
+    parser.add_argument("--seconds", type=float, default=240.0, help="for all tests, default: %(default)g")
     parser.add_argument("--marks", default="not large and not slow", help="pytest's -m, default: %(default)s")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcome there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcome to this file")
     args = parser.parse_args(argv)
     found = run(args.tests, args.jobs, args.seconds, args.marks)
     if args.json:
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def as_text(found: dict[str, Any]) -> list[str]:
-    """For people."""
+    """The outcome as lines of text."""
     lines = [f"tests: {found['passed']} passed, {found['failed']} failed, {found['skipped']} skipped"]
     lines += [f"  {line}" for line in (*found["failures"], *found["unfinished"])]
     return lines

@@ -1,9 +1,9 @@
-"""What each kernel takes on a GPU, by PyTorch's profiler: `python -m tools.gpu.times RESULT.json`.
+"""Measures each kernel's time on a GPU by PyTorch's profiler: `python -m tools.gpu.times RESULT.json`.
 
-Where a GPU's counters may not be read (tools/gpu/profile.py reads them), times may: of every loss and backend
-forward and backward in bfloat16, the kernels' own times, the host's until the call returns, and the bytes that must be
-moved at the least over all kernels' time, as a share of what a copy moves. `--table RESULT.json` prints Markdown, of
-two files the kernels' times side by side; `--update` writes it into docs/kernels.md.
+Unlike tools/gpu/profile.py it needs no access to the GPU's counters. For every loss and backend, forward and backward
+in bfloat16, it measures the kernels' times, the host's time until the call returns, and the least bytes to move over
+all kernels' time, as a share of the copy bandwidth. `--table` prints Markdown, with an earlier file's times in
+brackets; `--update` writes it into docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from tools.gpu.profile import CALLS, Call, short_name
 
 PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
 MARKS = "<!-- gpu-times:begin -->\n", "<!-- gpu-times:end -->\n"
-#: What empties the L2 between calls, and fills the incoming gradient of 1: no kernels of the loss.
+#: Kernels not of the loss: they empty the L2 between calls and fill the incoming gradient of 1.
 OTHERS = ("vectorized_elementwise_kernel", "Memset", "FillFunctor")
 
 
 def kernel_times(call: Callable[[], object], flush: Tensor, repeats: int = 5) -> dict[str, float]:
-    """Microseconds that a call spends in each kernel, of all its launches: medians over calls."""
+    """Microseconds that a call spends in each kernel, over all its launches: medians over calls."""
     call()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as found:
@@ -49,7 +49,7 @@ def kernel_times(call: Callable[[], object], flush: Tensor, repeats: int = 5) ->
 
 
 def summed(events: Sequence[tuple[str, float]], repeats: int) -> dict[str, float]:
-    """Of (name, microseconds): what is launched several times a call counts together."""
+    """Sum (name, microseconds) by kernel, per call; several launches per call add up."""
     times: dict[str, list[float]] = defaultdict(list)
     for name, microseconds in events:
         if not any(other in name for other in OTHERS):
@@ -60,7 +60,7 @@ def summed(events: Sequence[tuple[str, float]], repeats: int) -> dict[str, float
 
 
 def host_time(call: Callable[[], object], repeats: int = 100) -> float:
-    """Microseconds until the call returns: the median."""
+    """Median microseconds until the call returns."""
     taken = []
     for _ in range(repeats + 20):
         begun = time.perf_counter()
@@ -99,7 +99,7 @@ def measure(calls: Sequence[Call]) -> dict[str, Any]:
 
 
 def table(now: dict[str, Any], before: dict[str, Any] | None = None) -> str:
-    """Markdown."""
+    """The results as a Markdown table, with the earlier ones in brackets."""
     known = {_place(entry): entry for entry in (before or {"results": []})["results"]}
     lines = [
         f"Microseconds of each kernel on a machine with an {now['machine']['gpu']}, bfloat16, forward and backward,"
@@ -133,9 +133,9 @@ def _short(microseconds: float) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.gpu.times", description=__doc__.split("\n\n")[0])
     parser.add_argument("result", type=Path, help="the JSON file to write; with --table or --update, to read")
-    parser.add_argument("before", type=Path, nargs="?", help="an earlier one, to stand in brackets")
-    parser.add_argument("--table", action="store_true", help="print Markdown of it")
-    parser.add_argument("--update", action="store_true", help="write that into docs/kernels.md")
+    parser.add_argument("before", type=Path, nargs="?", help="an earlier result, shown in brackets")
+    parser.add_argument("--table", action="store_true", help="print the result as Markdown")
+    parser.add_argument("--update", action="store_true", help="write the table into docs/kernels.md")
     args = parser.parse_args(argv)
     if not (args.table or args.update):
         if not torch.cuda.is_available():

@@ -1,9 +1,9 @@
-"""Compiled GPU code, run without a GPU: a functional interpreter of the PTX that Triton and nvcc make of our kernels.
+"""A functional interpreter of PTX: runs the GPU code that Triton and nvcc compile from our kernels, without a GPU.
 
-All threads of some blocks are lanes of NumPy arrays. What the compilers did to a kernel is there: contraction, layouts,
-shuffles, barriers, vector loads. Besides results it checks the bounds and the alignment of every access, reads of
-shared memory that nobody wrote, races between warps and between blocks, masks of shuffles, and deadlocks. It shows no
-time, nothing of what ptxas does after it, and no order of memory but the one in which it runs.
+The threads of several blocks are lanes of NumPy arrays. The code is as compiled: with contraction, layouts, shuffles,
+barriers and vector loads. Besides computing results the interpreter checks the bounds and alignment of every access,
+reads of unwritten shared memory, races between warps and between blocks, masks of shuffles, and deadlocks. It gives no
+times, does not model ptxas, and knows no memory order but its own execution order.
 
     module = Module(text)
     memory = Memory()

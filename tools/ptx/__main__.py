@@ -1,5 +1,5 @@
-"""``python -m tools.ptx report``, ``model`` and ``host``: what compiled kernels read, write and issue, which resource
-of a GPU bounds them, and what a call takes on the host."""
+"""``python -m tools.ptx report``, ``model`` and ``host``: counts the accesses and instructions of compiled kernels,
+finds the resource of a GPU that bounds them, and times calls on the host."""
 
 from __future__ import annotations
 
@@ -24,15 +24,17 @@ def main(arguments: list[str] | None = None) -> int:
     report_parser = commands.add_parser("report", help="bytes, instructions, shuffles and barriers of each kernel")
     report_parser.add_argument("--sm", type=int, default=90, help="compute capability to compile for (%(default)s)")
     report_parser.add_argument(
-        "--quick", action="store_true", help="bfloat16 alone, a short and a long odd row: the page's table"
+        "--quick", action="store_true", help="the page's table: bfloat16 alone, a short row and a long odd one"
     )
     model_parser = commands.add_parser("model", help="which resource bounds each kernel on sm_80, sm_90 and sm_100")
-    host_parser = commands.add_parser("host", help="microseconds of a call on the host, with a GPU that does nothing")
+    host_parser = commands.add_parser(
+        "host", help="microseconds of a call on the host, with a driver that does nothing"
+    )
     for each in (report_parser, model_parser, host_parser):
-        each.add_argument("--loss", choices=list(LOSSES), action="append", help="default: all of them")
+        each.add_argument("--loss", choices=list(LOSSES), action="append", help="may be repeated; default: all")
     for each in (report_parser, model_parser):
         each.add_argument(
-            "--update", type=Path, metavar="PAGE", help="put the table into a page, such as docs/kernels.md"
+            "--update", type=Path, metavar="PAGE", help="write the table into this page, such as docs/kernels.md"
         )
     options = parser.parse_args(arguments)
     return {"report": _report, "model": _model, "host": _host}[options.command](options)
@@ -87,7 +89,7 @@ def _report(options: argparse.Namespace) -> int:
         table.add_row(*report.cells(reading), style="bold" if reading.more else None)
     console.print(table)
     more = sum(reading.more for reading in readings)
-    console.print(f"{more} of {len(readings)} ask for more than the page says by over 5 % (bold)" if more else "")
+    console.print(f"{more} of {len(readings)} ask for over 5 % more than the page says (bold)" if more else "")
     if options.update:
         from benchmarks.show.report import replace_block
 

@@ -1,4 +1,4 @@
-"""Kinds of instructions, for counts of what warps issue."""
+"""Kinds of instructions, to count what warps issue."""
 
 from __future__ import annotations
 
@@ -30,5 +30,5 @@ def kind_of(i: Instruction) -> str:
 
 
 def kinds_of(instructions: list[Instruction]) -> Counter[str]:
-    """Of a straight run, what a warp issues when it runs through it once."""
+    """Instructions by kind that a warp issues in one pass through a straight run."""
     return Counter(f"{kind_of(i)} instructions" for i in instructions)

@@ -1,7 +1,7 @@
-"""What a call of the Triton backend takes on the host: ``python -m tools.ptx host``.
+"""Host time of a call of the Triton backend: ``python -m tools.ptx host``.
 
-All is as on a GPU, Triton's own launcher in C included, but for CUDA's driver, which does nothing (libcuda.c); so
-nothing is computed, and what the driver itself takes is missing. It takes a C compiler.
+Everything runs as on a GPU, Triton's own launcher in C included, except CUDA's driver: libcuda.c replaces it and does
+nothing. So nothing is computed, and the driver's own time is missing. Needs a C compiler.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _library: Any = None
 
 
 class Taken(NamedTuple):
-    """Medians in microseconds, of forward alone and with backward, and the launches of both."""
+    """Median microseconds of forward, and of forward and backward (``both``), with the launches of both."""
 
     launches: int
     forward: float
@@ -32,14 +32,13 @@ class Taken(NamedTuple):
 
 
 def install() -> None:
-    """From now on CPU tensors are launched for, on nothing. For a process in which Triton has not been asked for
-    anything yet."""
+    """Make calls on CPU tensors launch kernels on the stand-in driver; call it before any use of Triton."""
     global _library
     folder = tempfile.mkdtemp()
     path = Path(folder) / "libcuda.so.1"
     command = [os.environ.get("CC", "cc"), "-O2", "-shared", "-fPIC", f"-Wl,-soname,{path.name}", str(_SOURCE)]
     subprocess.run([*command, "-o", str(path)], check=True)
-    _library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)  # Triton's finds it by its name
+    _library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)  # Triton's launcher finds it by its name
     os.environ["TRITON_LIBCUDA_PATH"] = folder
 
     from triton.backends.nvidia import driver as nvidia
@@ -62,7 +61,7 @@ def install() -> None:
 
 
 def measure(loss: str, rows: int, classes: int, repeats: int = 300) -> Taken:
-    """Of bfloat16, with a mean, on one thread."""
+    """Time calls in bfloat16 with reduction="mean", on one thread."""
     import fused_kd
     from fused_kd import autograd, check
     from fused_kd.core.catalogue import LOSSES
@@ -94,7 +93,7 @@ def measure(loss: str, rows: int, classes: int, repeats: int = 300) -> Taken:
 
 
 def _unknown(_grad_output: torch.Tensor) -> bool:
-    """As of a tensor on a GPU. No mock, which would take longer than a launch."""
+    """Replaces ``_is_one``, with its answer for a tensor on a GPU. A mock would take longer than a launch."""
     return False
 
 

@@ -1,4 +1,4 @@
-"""Runs the threads: jumps, meeting points, barriers, and the order of warps."""
+"""Runs the threads: jumps, instructions that wait for other threads, barriers, and the order of warps."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tools.ptx.state import Options, Size, State
 from tools.ptx.types import BITS, Array, Fault, Unsupported
 
 _JUMPS = ("bra", "brx", "ret", "exit", "trap")
-#: Instructions of one batch of blocks, a straight run counted as many as it has: more is an endless loop.
+#: Most instructions that a batch of blocks may step through: more is an endless loop.
 LIMIT = 50_000_000
 
 
 class Straight(NamedTuple):
-    """Instructions that run one after the other, and the jump or meeting point at their end, if there is one."""
+    """Instructions without jumps, and the jump or waiting instruction at their end, if any."""
 
     body: list[Instruction]
     last: Instruction | None
@@ -34,8 +34,8 @@ class Straight(NamedTuple):
 
 
 class Result(NamedTuple):
-    """``problems``: what no GPU refuses but no program should do, such as races, and how often. ``counts``: sectors,
-    bytes, shuffles, barriers, and instructions of warps by kind."""
+    """``problems``: errors that a GPU does not report, such as races, with their counts. ``counts``: sectors, bytes,
+    shuffles, barriers, and instructions of warps by kind."""
 
     problems: Counter[str]
     counts: Counter[str]
@@ -51,17 +51,17 @@ def launch(
     params: bytes,
     options: Options | None = None,
 ) -> Result:
-    """Runs a kernel. Its arrays in ``memory`` then have what it wrote.
+    """Run a kernel; it writes to the arrays in ``memory``.
 
     Raises:
-        Fault: an access out of bounds or misaligned, a deadlock, a trap, more threads than the kernel is made for.
-        Unsupported: an instruction that is not known.
+        Fault: an access out of bounds or misaligned, a deadlock, a trap, more threads than the kernel allows.
+        Unsupported: an unknown instruction.
     """
     options = options or Options()
     function = module.functions[name]
     threads = block[0] * block[1] * block[2]
     if threads > (function.maxntid or 1024):
-        raise Fault(f"{name}: {threads} threads in a block, made for {function.maxntid or 1024} at the most")
+        raise Fault(f"{name}: {threads} threads in a block, at most {function.maxntid or 1024} are allowed")
     globals_at = {
         label: memory.add(np.frombuffer(variable.value, np.uint8).copy()) for label, variable in module.globals.items()
     }
@@ -102,11 +102,11 @@ class Machine:
             for start, end in zip(ordered, [*ordered[1:], len(self.code)], strict=True)
         ]
         self.runs: dict[int, list[Run]] = {}
-        if not state.function.known:  # once: later launches compile what they reach, which is little of CUB's
+        if not state.function.known:  # only once: later launches compile what they reach, a small part of CUB's code
             for at in range(len(self.straights)):
                 self._compile(at)
             state.function.known = True
-        self.place = np.zeros(state.lanes, np.int64)  # the straight that each thread is at
+        self.place = np.zeros(state.lanes, np.int64)  # each thread's current straight
         self.done = np.zeros(state.lanes, np.bool_)
         self.waiting = np.zeros(state.lanes, np.bool_)
         self.visits = np.zeros(len(self.straights), np.int64)
@@ -114,7 +114,7 @@ class Machine:
     def _straight(self, instructions: list[Instruction]) -> Straight:
         last = instructions[-1] if instructions[-1].opcode in (*_JUMPS, *warps.TOGETHER) else None
         if last is not None and last.opcode == "bra" and last.operands[-1] not in self.state.function.labels:
-            raise Unsupported(f"{last}: label {last.operands[-1]}, which is not there")
+            raise Unsupported(f"{last}: unknown label {last.operands[-1]}")
         if last is not None and last.opcode in warps.TOGETHER:
             warps.check(last)
         return Straight(instructions[: -1 if last else None], last)
@@ -132,7 +132,7 @@ class Machine:
         state, steps = self.state, 0
         while not self.done.all():
             runnable = self._turn(~(self.done | self.waiting))
-            at = int(self.place[runnable].min())  # those that lag behind go on, so that ways meet again
+            at = int(self.place[runnable].min())  # the threads furthest behind, so that diverged paths meet again
             mask = runnable & (self.place == at)
             straight = self.straights[at]
             everyone = None if mask.all() else mask
@@ -154,7 +154,7 @@ class Machine:
                 state.counts[kind] += times * int(visits)
 
     def _turn(self, runnable: Array) -> Array:
-        """Of the threads that can go on, those whose turn it is."""
+        """The runnable threads that the schedule selects."""
         if not runnable.any():
             at = sorted({str(self.straights[k].last) for k in self.place[self.waiting]})
             raise Fault(f"deadlock: {int(self.waiting.sum())} threads wait at {'; '.join(at[:4])}")
@@ -205,7 +205,7 @@ class Machine:
             self._meet_in_warp(i, at)
 
     def _meet_in_warp(self, i: Instruction, at: int) -> None:
-        """Goes on with the warps in which everyone has come whom the mask names."""
+        """Run the instruction for warps in which all threads named by the mask have arrived."""
         state = self.state
         here = self.waiting & (self.place == at)
         size = np.minimum(32, self.state.threads - 32 * state.warp_in_block)
@@ -214,10 +214,10 @@ class Machine:
             state.problem("a thread is not in its own mask", i)
         ready = here
         if not here.all():
-            came, gone = warps.ballot(state, here), warps.ballot(state, self.done)
-            if (here & (named & gone != 0)).any():
+            arrived, ended = warps.ballot(state, here), warps.ballot(state, self.done)
+            if (here & (named & ended != 0)).any():
                 state.problem("the mask names threads that have ended", i)
-            ready = here & (named & ~gone & ~came == 0)
+            ready = here & (named & ~ended & ~arrived == 0)
             if not ready.any():
                 return
         warps.operate(state, i, ready)
@@ -225,7 +225,7 @@ class Machine:
         self.place[ready] = at + 1
 
     def _open_barriers(self) -> None:
-        """Blocks all of whose threads wait at barriers, or have ended, go on."""
+        """Open a barrier in every block in which all threads that have not ended wait at it."""
         state = self.state
         barriers = {
             int(k): last
@@ -235,7 +235,7 @@ class Machine:
         left = np.bincount(state.block_here[~self.done], minlength=state.blocks)
         opened = np.zeros(state.blocks, np.bool_)
         go = np.zeros(state.lanes, np.bool_)
-        for name in {self._name(i) for i in barriers.values()}:  # those of another name are another barrier
+        for name in {self._name(i) for i in barriers.values()}:  # instructions with one name share a barrier
             places = [k for k, i in barriers.items() if self._name(i) == name]
             arrived = self.waiting & np.isin(self.place, places)
             full = np.bincount(state.block_here[arrived], minlength=state.blocks) == left

@@ -1,4 +1,4 @@
-"""What a program may read and write, and who did: bounds, alignment, races, reads of what nobody wrote."""
+"""Memory of a program, with checks of bounds, races, and reads of unwritten cells."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import numpy as np
 
 from tools.ptx.types import UNSIGNED, Array
 
-#: Addresses that name another space than global memory.
+#: Base addresses of spaces other than global memory.
 SHARED, LOCAL, PARAM = 1 << 56, 1 << 57, 1 << 58
 SECTOR = 32
 
 
 class Memory:
-    """Global memory: arrays of bytes at addresses, each with a gap around it.
+    """Global memory: arrays of bytes at addresses, with gaps between them.
 
-    The arrays stand in one arena while a program runs, each at its address modulo 512, so that what is aligned for the
-    program is aligned there.
+    While a program runs, one arena holds the arrays, each at its address modulo 512: data aligned for the program is
+    aligned there too.
     """
 
     GAP = 4096
@@ -28,7 +28,7 @@ class Memory:
         self.size = self.GAP
 
     def add(self, data: Array, address: int | None = None, offset: int = 0) -> int:
-        """Room for an array, at an address if one is given, else ``offset`` bytes after a multiple of 512."""
+        """Add an array and return its address: the given one, else ``offset`` bytes after a multiple of 512."""
         wanted = offset if address is None else address % 512
         place = -(-self.size // 512) * 512 + wanted % 512
         address = self.FIRST + place if address is None else address
@@ -37,7 +37,7 @@ class Memory:
         return address
 
     def load(self, grain: int) -> None:
-        """Builds the arena. No access is narrower than ``grain`` bytes."""
+        """Build the arena; no access is narrower than ``grain`` bytes."""
         self.regions.sort(key=lambda region: region[0])
         self.bytes = np.full(-(-self.size // 64) * 64, 0xDB, np.uint8)
         for _, place, data in self.regions:
@@ -49,18 +49,18 @@ class Memory:
         self.touched = {how: np.zeros(len(self.bytes) // SECTOR + 1, np.bool_) for how in ("load", "store")}
 
     def store(self) -> None:
-        """Gives the arrays what the program wrote."""
+        """Copy the program's writes back to the arrays."""
         for _, place, data in self.regions:
             data[:] = self.bytes[place : place + len(data)]
 
     def locate(self, addresses: Array, size: int) -> tuple[Array, Array]:
-        """Places in the arena of ``size`` bytes each, and which of them lie inside one array."""
+        """Places in the arena of accesses of ``size`` bytes, and which of them lie within one array."""
         if not self.regions:
             return np.zeros(len(addresses), np.int64), np.zeros(len(addresses), np.bool_)
         low = int(addresses.min())
         k = max(int(np.searchsorted(self.addresses, np.uint64(low), side="right")) - 1, 0)
         start, place, length = int(self.addresses[k]), int(self.places[k]), int(self.lengths[k])
-        if start <= low and int(addresses.max()) + size <= start + length:  # all in one array, as nearly always
+        if start <= low and int(addresses.max()) + size <= start + length:  # fast path: all in one array
             return (addresses - np.uint64(start)).astype(np.int64) + place, np.ones(len(addresses), np.bool_)
         which = np.maximum(np.searchsorted(self.addresses, addresses, side="right") - 1, 0)
         inside = (addresses - self.addresses[which]).astype(np.int64)
@@ -69,9 +69,12 @@ class Memory:
 
 
 class Shadow:
-    """Who wrote and who read each cell of a memory last. Somebody is a stamp: block, how many barriers it has passed,
-    and warp. Between two barriers of its block a warp must not touch what another one writes; and no block what another
-    block writes, since blocks do not wait for each other."""
+    """The last writer and reader of each cell of a memory.
+
+    A stamp identifies them: block, number of barriers it has passed, and warp. Between two barriers of its block, a
+    warp must not touch cells that another warp writes. A block must never touch cells that another block writes,
+    because blocks do not wait for each other.
+    """
 
     NOBODY, SEVERAL_BLOCKS, ATOMIC = -1, -2, -3
     SEVERAL_WARPS = 0xFFFF
@@ -93,7 +96,7 @@ class Shadow:
         return (first[:, None] + np.arange(number)).ravel(), np.repeat(stamp, number)
 
     def read(self, places: Array, size: int, stamp: Array) -> tuple[Counter[str], bool]:
-        """What is wrong with reading, and whether something is read that nobody has written."""
+        """Record a read; return its conflicts and whether it reads unwritten cells."""
         cells, stamp = self._cells(places, size, stamp)
         writer, reader = self.writer[cells], self.reader[cells]
         wrong = self._conflicts(writer, stamp, "one block reads what another writes", "write and read")
@@ -111,8 +114,8 @@ class Shadow:
         return wrong, bool((writer == self.NOBODY).any())
 
     def write(self, places: Array, size: int, stamp: Array, changed: Array) -> Counter[str]:
-        """What is wrong with writing. Values that change nothing may be written twice: that is how compilers store what
-        several warps hold."""
+        """Record a write; return its conflicts. Unchanged values may be written twice: compilers store values that
+        several warps hold this way."""
         cells, stamp = self._cells(places, size, stamp)
         changed = np.repeat(changed, size // self.grain)
         writer, reader = self.writer[cells], self.reader[cells]
@@ -122,7 +125,7 @@ class Shadow:
         return wrong
 
     def update(self, places: Array, size: int) -> bool:
-        """An atomic, in conflict with nobody; whether it reads what nobody has written."""
+        """Record an atomic, which has no conflicts; return whether it reads unwritten cells."""
         cells, _ = self._cells(places, size, places)
         unwritten = bool((self.writer[cells] == self.NOBODY).any())
         self.writer[cells] = self.ATOMIC
@@ -140,12 +143,12 @@ class Shadow:
 
 
 def gather(memory: Array, places: Array, size: int) -> Array:
-    """The words of ``size`` bytes at aligned places."""
+    """Read words of ``size`` bytes at aligned places."""
     return memory.view(UNSIGNED[8 * size])[places // size]
 
 
 def scatter(memory: Array, places: Array, values: Array) -> bool:
-    """Writes words at aligned places; whether each is there then, as it is not if one place is given two values."""
+    """Write words at aligned places; return False if one place was given two values."""
     words, at = memory.view(values.dtype), places // values.itemsize
     words[at] = values
     return bool((words[at] == values).all())

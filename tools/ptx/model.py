@@ -1,9 +1,9 @@
-"""What bounds a compiled Triton kernel, by a simple model: ``python -m tools.ptx model``.
+"""A simple model of the resource that bounds a compiled Triton kernel: ``python -m tools.ptx model``.
 
-:mod:`tools.ptx` counts what a call issues and asks for; ptxas says how many registers that takes. Each resource of a
-GPU needs a time for its share of it alone: the longest bounds the kernel from below, and no kernel is as fast as that.
-So the model ranks resources, and claims no time. It knows no latency, no conflicts of banks, no bandwidth of L2, and
-instructions are those of PTX, of which ptxas makes others. Few rows are run in the place of many.
+:mod:`tools.ptx` counts a call's instructions and accesses; ptxas gives the registers. Each resource of a GPU needs some
+time for its share alone, and the longest of these times is a lower bound that no kernel reaches. So the model ranks
+resources and predicts no times. It has no latency, no bank conflicts and no L2 bandwidth, and it counts PTX
+instructions, which ptxas translates into others. A few rows are run, and their counts extrapolated.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ import torch
 from tools.ptx.counters import KINDS
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-#: Of a multiprocessor, for compute capability 8.0, 9.0 and 10.0 alike ("Arithmetic Instructions" and "Technical
-#: Specifications per Compute Capability" in NVIDIA's CUDA C++ Programming Guide): schedulers, each of which issues one
-#: instruction of a warp a clock; lanes of special functions and of shuffles a clock; warps and blocks that it holds;
-#: 32-bit registers, which a warp gets by 256; bytes of shared memory that each block costs besides its own.
+#: A multiprocessor of compute capability 8.0, 9.0 or 10.0 ("Arithmetic Instructions" and "Technical Specifications per
+#: Compute Capability" in NVIDIA's CUDA C++ Programming Guide): schedulers, each issuing one instruction of a warp per
+#: clock; lanes of special functions and of shuffles per clock; resident warps and blocks; 32-bit registers, allocated
+#: to a warp in units of 256; bytes of shared memory reserved per block.
 SCHEDULERS, SPECIAL_LANES, SHUFFLE_LANES = 4, 16, 32
 WARPS, BLOCKS, REGISTERS, REGISTER_UNIT, RESERVED = 64, 32, 65536, 256, 1024
-#: Bytes a clock from the first-level cache, a line, as a V100 has it (Jia, Maggioni, Staiger and Scarpazza, "Dissecting
+#: Bytes per clock from the first-level cache: one line, as on a V100 (Jia, Maggioni, Staiger and Scarpazza, "Dissecting
 #: the NVIDIA Volta GPU Architecture via Microbenchmarking", 2018).
 LINE = 128
-#: Seconds that a kernel takes at the least: scale_rows, which returns at once, took an H200 1.4 us and more in the
-#: kernel times under benchmarks/results.
+#: Least seconds of a kernel: scale_rows, which returns at once, took 1.4 us and more on an H200 in the kernel times
+#: under benchmarks/results.
 LAUNCH = 1.4e-6
 
 
 class Gpu(NamedTuple):
-    """``clock`` is the highest, in Hz; ``bandwidth`` of memory in bytes a second; ``cache`` and ``shared`` the bytes of
-    the second-level cache and of a multiprocessor's shared memory."""
+    """``clock``: the highest, in Hz. ``bandwidth``: of memory, in bytes per second. ``cache``, ``shared``: bytes of the
+    second-level cache and of a multiprocessor's shared memory."""
 
     name: str
     multiprocessors: int
@@ -51,9 +51,9 @@ class Gpu(NamedTuple):
 
 
 #: By compute capability. A100 80GB SXM: NVIDIA's datasheet and "A100 Tensor Core GPU Architecture". H200 SXM: its
-#: datasheet, and "H100 Tensor Core GPU Architecture" for what it shares with the H100, whose memory has 3.35e12; the
-#: clock follows from 67e12 operations in float32. B200: 64e12 bytes a second are in the datasheet of eight (DGX B200);
-#: 148 multiprocessors and the cache are what its driver reports, and 75e12 operations in float32 give the clock.
+#: datasheet, and "H100 Tensor Core GPU Architecture" for the parts shared with the H100 (its memory: 3.35e12); the
+#: clock follows from 67e12 float32 operations per second. B200: the datasheet of eight (DGX B200) gives 64e12 bytes per
+#: second; its driver reports 148 multiprocessors and the cache; 75e12 float32 operations per second give the clock.
 GPUS = {
     80: Gpu("A100", 108, 1.41e9, 2.039e12, 40 << 20, 164 << 10),
     90: Gpu("H200", 132, 1.98e9, 4.8e12, 50 << 20, 228 << 10),
@@ -68,7 +68,7 @@ class Call(NamedTuple):
 
     @property
     def run(self) -> int:
-        """Rows that are run in their place at the most."""
+        """Number of rows that are run instead of all, at most."""
         return min(self.rows, 1024 if self.classes <= 2048 else 32)
 
     def __str__(self) -> str:
@@ -76,7 +76,7 @@ class Call(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """What the launches of one kernel in a call count together, scaled up to its rows; ``blocks`` of the largest."""
+    """Counts of all launches of one kernel in a call, scaled up to its rows; ``blocks`` is the largest launch's."""
 
     name: str
     call: Call
@@ -90,7 +90,7 @@ class Kernel(NamedTuple):
 
     @property
     def instructions(self) -> float:
-        """Of warps."""
+        """Instructions of warps."""
         return sum(self.counts.get(f"{kind} instructions", 0.0) for kind in KINDS)
 
     @property
@@ -99,27 +99,27 @@ class Kernel(NamedTuple):
 
     @property
     def resident(self) -> int:
-        """Blocks that a multiprocessor holds."""
+        """Resident blocks per multiprocessor."""
         warps = -(-self.threads // 32)
-        of_warp = -(-32 * self.registers // REGISTER_UNIT) * REGISTER_UNIT
-        by_registers = REGISTERS // SCHEDULERS // of_warp * SCHEDULERS // warps
+        warp_registers = -(-32 * self.registers // REGISTER_UNIT) * REGISTER_UNIT
+        by_registers = REGISTERS // SCHEDULERS // warp_registers * SCHEDULERS // warps
         by_shared = GPUS[self.capability].shared // (self.shared + RESERVED)
         return min(BLOCKS, WARPS // warps, by_registers, by_shared)
 
     @property
     def occupancy(self) -> float:
-        """The share of the warps that a multiprocessor could hold."""
+        """Resident warps as a share of the most that a multiprocessor can hold."""
         return self.resident * -(-self.threads // 32) / WARPS
 
     def bounds(self) -> dict[str, float]:
-        """Seconds for which each resource is busy at the least, the longest first."""
+        """Least seconds that each resource is busy, the longest first."""
         gpu, counts = GPUS[self.capability], self.counts
         cycles = min(gpu.multiprocessors, self.blocks) * gpu.clock
         sectors = counts.get("load sectors", 0.0) + counts.get("store sectors", 0.0)
         touched = {how: counts.get(f"{how} bytes of memory", 0.0) for how in ("load", "store")}
-        # What is under way at once and fits the second-level cache comes from memory once.
-        under_way = min(self.blocks, self.resident * gpu.multiprocessors) / self.blocks * touched["load"]
-        loaded = touched["load"] if under_way <= gpu.cache else 32 * counts.get("load sectors", 0.0)
+        # If the data of all resident blocks fits into the second-level cache, memory delivers it once.
+        working_set = min(self.blocks, self.resident * gpu.multiprocessors) / self.blocks * touched["load"]
+        loaded = touched["load"] if working_set <= gpu.cache else 32 * counts.get("load sectors", 0.0)
         found = {
             "instructions": self.instructions / (SCHEDULERS * cycles),
             "special functions": 32 / SPECIAL_LANES * counts.get("special instructions", 0.0) / cycles,
@@ -132,13 +132,13 @@ class Kernel(NamedTuple):
 
     @property
     def bound(self) -> tuple[str, float]:
-        """Which resource bounds it, and how many times as long as the next one it is busy."""
+        """The bounding resource, and its time over the next one's."""
         (first, longest), (_, second), *_ = self.bounds().items()
         return first, longest / second if second else math.inf
 
 
 def calls(losses: list[str]) -> Iterator[Call]:
-    """In bfloat16, with a mean: those that have been measured (tools/gpu/profile.py), and 1024×1000 of every loss."""
+    """Calls in bfloat16 with a mean: the measured ones (tools/gpu/profile.py), and 1024×1000 for every loss."""
     from tools.gpu.profile import CALLS
 
     measured = [Call(each.loss, each.rows, each.classes) for each in CALLS]
@@ -159,10 +159,11 @@ def registers(ptx: str, capability: int) -> int:
 
 
 def run(call: Call, capability: int) -> list[Kernel]:
-    """Forward and backward of a call, as a GPU launches them, on the driver of :mod:`tools.ptx.triton`.
+    """Run forward and backward of a call, launched as on a GPU, on the driver of :mod:`tools.ptx.triton`.
 
-    It is run with two numbers of rows. A line through both counts tells those of all rows from what a launch does
-    once."""
+    Two runs with different numbers of rows separate counts per row from counts per launch; a line through both gives
+    the counts of all rows.
+    """
     few, more = (_run(call, rows, capability) for rows in (call.run // 2, call.run))
     further = (call.rows - call.run) / (call.run - call.run // 2)
     found = []
@@ -187,7 +188,7 @@ def _run(call: Call, rows: int, capability: int) -> dict[str, Kernel]:
     with (
         warnings.catch_warnings(),
         mock.patch.object(session, "capability", capability),
-        # Launched as for all the rows, whatever such a call was before, and as for an incoming gradient on a GPU.
+        # Launch as for all rows, without a replay of earlier calls, and as for an incoming gradient on a GPU.
         mock.patch.object(replay, "_kept", {}),
         mock.patch.object(common, "COUNT_ROWS", common.COUNT_ROWS * rows // call.rows),
         mock.patch.object(scale, "SCALE_PROGRAMS", scale.SCALE_PROGRAMS * rows // call.rows),
@@ -221,7 +222,7 @@ def _run(call: Call, rows: int, capability: int) -> dict[str, Kernel]:
 
 
 def measured() -> dict[tuple[str, Call], float]:
-    """Seconds of each kernel in each call on an H200, of the newest result."""
+    """Seconds of each kernel in each call on an H200, from the newest result."""
     newest: dict[str, Any] = json.loads(sorted(RESULTS.glob("kernel-times-cuda-*.json"))[-1].read_text("utf-8"))
     assert newest["machine"]["gpu"] == "NVIDIA H200"
     return {
@@ -236,25 +237,25 @@ HEADER = (
     "kernel", "N×C", "launches", "instructions", "sectors loaded", "stored", "shuffles", "barriers", "registers",
     "occupancy", *(f"bound on {gpu.name}" for gpu in GPUS.values()), "of an H200's time",
 )  # fmt: skip
-#: Kernels that do a few numbers a row, or return at once: their launch bounds them.
+#: Kernels bounded by their launch: they process a few numbers per row, or return at once.
 SMALL = ("count_chunks", "reduce_parts", "rank_votes", "scale_rows")
 
 
-def cells(of_all: dict[int, Kernel], known: dict[tuple[str, Call], float]) -> list[str]:
-    """A row of one kernel in one call, for each of :data:`GPUS`: counts per element, per row what is shuffles and
-    barriers, 80 / 90 / 100 where they differ."""
-    first = next(iter(of_all.values()))
+def cells(by_gpu: dict[int, Kernel], known: dict[tuple[str, Call], float]) -> list[str]:
+    """A row of one kernel in one call: counts per element, shuffles and barriers per row; "80 / 90 / 100" where
+    :data:`GPUS` differ."""
+    first = next(iter(by_gpu.values()))
 
     def each(text: Any) -> str:
-        values = list(dict.fromkeys(text(kernel) for kernel in of_all.values()))
-        return values[0] if len(values) == 1 else " / ".join(text(kernel) for kernel in of_all.values())
+        values = [text(kernel) for kernel in by_gpu.values()]
+        return values[0] if len(set(values)) == 1 else " / ".join(values)
 
     def per(name: str, by: int) -> Any:
         return lambda kernel: f"{kernel.counts.get(name, 0.0) / by:.3g}"
 
-    bounds = [f"{name}, {min(times, 99):.1f}×" for name, times in (kernel.bound for kernel in of_all.values())]
-    took = known.get((first.name, first.call))
-    on_h200 = f"{max(of_all[90].bounds().values()) / took:.0%}" if took and 90 in of_all else "–"
+    bounds = [f"{name}, {min(times, 99):.1f}×" for name, times in (kernel.bound for kernel in by_gpu.values())]
+    seconds = known.get((first.name, first.call))
+    on_h200 = f"{max(by_gpu[90].bounds().values()) / seconds:.0%}" if seconds and 90 in by_gpu else "–"
     return [
         first.name, f"{first.call.rows}×{first.call.classes}", str(first.launches),
         each(lambda kernel: f"{kernel.instructions / kernel.elements:.2f}"),
@@ -266,7 +267,7 @@ def cells(of_all: dict[int, Kernel], known: dict[tuple[str, Call], float]) -> li
 
 
 def rows_of(call: Call, capabilities: list[int], known: dict[tuple[str, Call], float]) -> list[list[str]]:
-    """The rows of a call's kernels, each with the loss before its name."""
+    """The rows of a call's kernels, with the loss before each name."""
     found = {capability: {kernel.name: kernel for kernel in run(call, capability)} for capability in capabilities}
     names = next(iter(found.values()))
     rows = [cells({capability: found[capability][name] for capability in capabilities}, known) for name in names]

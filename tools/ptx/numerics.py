@@ -1,7 +1,7 @@
-"""Arithmetic to the last bit where PTX says so: fused multiply-add, directed rounding, bf16, wide products.
+"""Arithmetic exact to the last bit where PTX requires it: fused multiply-add, directed rounding, bf16, wide products.
 
-Sums are first rounded to odd: toward the neighbour whose last bit is 1 where they are not exact. Rounded once more,
-to at least two bits less, the result is that of a single rounding (Boldo and Melquiond, 2008).
+Inexact sums are first rounded to odd: to the neighbour with last bit 1. Rounding again, to at least two bits less, then
+equals a single rounding (Boldo and Melquiond, 2008).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from tools.ptx.types import NUMPY, SIGNED, UNSIGNED, Array
 
 
 def flush(x: Array) -> Array:
-    """Subnormal numbers as zeros of their sign."""
+    """Replace subnormal numbers by zeros of their sign."""
     return np.where(np.abs(x) < np.finfo(x.dtype).smallest_normal, np.copysign(x.dtype.type(0), x), x)
 
 
 def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
-    """The rounded sum and what rounding took from it (Knuth)."""
+    """The rounded sum and its rounding error (Knuth)."""
     s = a + b
     t = s - a
     return s, (a - (s - t)) + (b - t)
@@ -30,7 +30,7 @@ def odd_sum(a: Array, b: Array) -> Array:
     s, e = two_sum(a, b)
     bits = s.view(np.int64)
     inexact = np.isfinite(s) & np.isfinite(e) & (e != 0) & (bits & 1 == 0)
-    # One step away from zero if what is missing has the sum's sign, else towards it.
+    # One step away from zero if the error has the sum's sign, else towards it.
     step = np.where((e > 0) == (s > 0), 1, -1)
     return np.where(inexact, bits + step, bits).view(np.float64)
 
@@ -40,7 +40,7 @@ def fma32(a: Array, b: Array, c: Array) -> Array:
 
 
 def two_product(a: Array, b: Array) -> tuple[Array, Array]:
-    """The rounded product and what rounding took from it (Dekker)."""
+    """The rounded product and its rounding error (Dekker)."""
 
     def halves(x: Array) -> tuple[Array, Array]:
         k = x * 134217729.0
@@ -58,12 +58,12 @@ def fma64(a: Array, b: Array, c: Array) -> Array:
     high, middle = two_sum(product, carried)
     result = high + odd_sum(middle, rest)
     plain = np.where(np.isfinite(a) & np.isfinite(b) & ~np.isfinite(c), c, product + c)
-    # Where a part may leave float64's range fractions are exact; infinities and NaN are as in plain arithmetic.
+    # Fractions are exact where a part may leave float64's range; infinities and NaN follow plain arithmetic.
     finite = np.isfinite(a) & np.isfinite(b) & np.isfinite(c)
     sizes = np.abs(np.stack(np.broadcast_arrays(a, b, c, product)))
     risky = (((sizes != 0) & (sizes < 2.0**-900)) | (sizes > 2.0**900)).any(axis=0)
     risky = finite & (risky | ((product == 0) & (a != 0) & (b != 0)))
-    zero = (product == 0) | ((high == 0) & (result == 0))  # an exact zero has the sign that a plain sum gives it
+    zero = (product == 0) | ((high == 0) & (result == 0))  # an exact zero gets the sign of a plain sum
     result = np.where(finite & ~zero, result, plain)
     for k in np.nonzero(risky)[0]:
         result[k] = _fma_exactly(float(a[k]), float(b[k]), float(c[k]))
@@ -81,7 +81,7 @@ def _fma_exactly(a: float, b: float, c: float) -> float:
 
 
 def directed(x: Array, mode: str) -> Array:
-    """float64, exact or rounded to odd, to float32: toward zero (rz), down (rm) or up (rp)."""
+    """Round float64, exact or rounded to odd, to float32: toward zero (rz), down (rm) or up (rp)."""
     near = x.astype(np.float32)
     wide = near.astype(np.float64)
     below = np.where(wide > x, np.nextafter(near, np.float32(-np.inf)), near)
@@ -110,7 +110,7 @@ def high_product(a: Array, b: Array, kind: str) -> Array:
     if bits < 64:
         wide = (SIGNED if kind[0] == "s" else UNSIGNED)[2 * bits]
         return ((a.astype(wide) * b.astype(wide)) >> wide(bits)).astype(NUMPY[kind])
-    if kind[0] == "s":  # of the two's complements, less what their signs added
+    if kind[0] == "s":  # the unsigned product, less the excess from the two's complements of negative factors
         x, y = a.view(np.uint64), b.view(np.uint64)
         excess = np.where(a < 0, y, np.uint64(0)) + np.where(b < 0, x, np.uint64(0))
         return (high_product(x, y, "u64") - excess).view(np.int64)
@@ -122,21 +122,24 @@ def high_product(a: Array, b: Array, kind: str) -> Array:
 
 
 def divide(a: Array, b: Array) -> tuple[Array, Array]:
-    """Quotient toward zero and remainder. By zero: all ones and the dividend, as GPUs do where PTX leaves it open."""
+    """Quotient toward zero and remainder. Division by zero gives all ones and the dividend, as GPUs do; PTX leaves it
+    open."""
     zero = b == 0
     safe = np.where(zero, b.dtype.type(1), b)
     if a.dtype.kind == "u":
         quotient = a // safe
     else:
         unsigned = UNSIGNED[8 * a.dtype.itemsize]
-        size = np.abs(a).view(unsigned) // np.abs(safe).view(unsigned)  # the smallest has no opposite but its bits
+        size = np.abs(a).view(unsigned) // np.abs(safe).view(unsigned)  # unsigned, as -smallest overflows to itself
         quotient = np.where((a < 0) != (safe < 0), (unsigned(0) - size).view(a.dtype), size.view(a.dtype))
     return np.where(zero, ~np.zeros_like(a), quotient), np.where(zero, a, a - quotient * safe)
 
 
 class Approximation:
-    """What ``ex2.approx`` and its kin may give: the exact value, or off by up to ``noise`` times the documented error,
-    as a function of the value, since hardware gives one answer to one question."""
+    """Results of ``ex2.approx`` and the like: off by up to ``noise`` times the documented error.
+
+    The error is a function of the value, because hardware gives the same result for the same input.
+    """
 
     def __init__(self, noise: float) -> None:
         self.noise = noise
@@ -145,7 +148,7 @@ class Approximation:
         return self._off(exact, bound, relative=True)
 
     def log2(self, x: Array) -> Array:
-        """Off by an absolute error from 1/2 to 2, where the logarithm passes 0, elsewhere by a relative one."""
+        """The error is absolute from 1/2 to 2, where the logarithm passes 0, and relative elsewhere."""
         exact = np.log2(x)
         near = (x > 0.5) & (x < 2)
         off = np.where(near, self._off(exact, 2.0**-22, relative=False), self._off(exact, 2.0**-22, relative=True))

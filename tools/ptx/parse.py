@@ -1,4 +1,4 @@
-"""PTX text to functions: instructions, labels, and what they declare."""
+"""Parses PTX text into functions: instructions, labels and declarations."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Instruction:
 @dataclass
 class Variable:
     align: int
-    size: int | None  # None: as much as the launch gives
+    size: int | None  # None: dynamic, the launch decides
     value: bytes = b""
 
 
@@ -47,12 +47,12 @@ class Function:
     param_bytes: int = 0
     code: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
-    registers: dict[str, str] = field(default_factory=dict)  # of single ones, their type
-    families: dict[str, tuple[str, int]] = field(default_factory=dict)  # "%r": type and number
+    registers: dict[str, str] = field(default_factory=dict)  # name: type
+    families: dict[str, tuple[str, int]] = field(default_factory=dict)  # "%r": type and count
     local: dict[str, Variable] = field(default_factory=dict)
-    tables: dict[str, list[str]] = field(default_factory=dict)  # of brx.idx
+    tables: dict[str, list[str]] = field(default_factory=dict)  # branch targets of brx.idx
     maxntid: int | None = None
-    known: bool = False  # that all of its instructions can be compiled
+    known: bool = False  # whether all of its instructions have compiled once
 
     def register_type(self, name: str) -> str | None:
         if name not in self.registers:
@@ -76,7 +76,7 @@ class Module:
         text = re.sub(r"//[^\n]*", "", text)
         text = re.sub(r"\.section[^{]*\{.*?\n\s*\}", "", text, flags=re.DOTALL)
         text = re.sub(r"^\s*\.file\b[^\n]*$", "", text, flags=re.MULTILINE)
-        # The one statement without a semicolon that instructions are told by.
+        # The only statement without a semicolon that is kept: it gives instructions their source lines.
         text = re.sub(r"^\s*\.loc\s+(\d+)\s+(\d+)[^\n]*$", r".loc \1 \2;", text, flags=re.MULTILINE)
         self._parse(text)
 
@@ -138,9 +138,9 @@ class Module:
         return function
 
     def _statement(self, function: Function, statement: str, where: str) -> str:
-        """Adds a statement to the function; where the next one stands in the source."""
+        """Add a statement to the function; return the source line for the next one."""
         while True:
-            statement = statement.lstrip("{} \t\n")  # of scopes; those of operands come later in a statement
+            statement = statement.lstrip("{} \t\n")  # braces of scopes; those of operands come later in a statement
             label = re.match(r"([\w$]+)\s*:(?!:)", statement)
             if not label:
                 break
@@ -176,7 +176,7 @@ def _matching(text: str, brace: int) -> int:
         depth += 1 if found[0] == "{" else -1
         if not depth:
             return found.start()
-    raise Unsupported("a brace without its other one")
+    raise Unsupported("an unmatched brace")
 
 
 def _instruction(statement: str, where: str) -> Instruction:
@@ -191,12 +191,12 @@ def _instruction(statement: str, where: str) -> Instruction:
 
 
 def split_operands(text: str) -> tuple[str, ...]:
-    """At the commas outside braces and brackets."""
+    """Split at the commas outside braces and brackets."""
     return tuple(part.strip() for part in re.split(r",(?![^{\[(]*[}\])])", text))
 
 
 def number(text: str) -> int | float:
-    """A literal, such as -3, 0x1F, 0f3F800000 or 1.5."""
+    """Parse a literal, such as -3, 0x1F, 0f3F800000 or 1.5."""
     text = text.strip()
     if text.startswith("-"):
         return -number(text[1:])
@@ -211,7 +211,7 @@ def number(text: str) -> int | float:
 
 
 def bits_of(text: str, kind: str) -> int:
-    """The bits of a literal operand of a type: a float's own for float literals, whatever the type."""
+    """The bits of a literal operand of a type; a float literal has its float's bits, whatever the type."""
     if text[:2].lower() in ("0f", "0d"):
         return int(text[2:], 16)
     value = number(text)

@@ -1,4 +1,4 @@
-"""The interpreter's options on pytest's command line, for both plugins."""
+"""The interpreter's options for pytest's command line, shared by both plugins."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SCHEDULES = ("together", "forward", "backward")
 def add(parser: pytest.Parser) -> pytest.OptionGroup:
     group = parser.getgroup("ptx", "compiled kernels on an interpreter of PTX")
     group.addoption("--ptx-schedule", choices=SCHEDULES, default="together", help="order of warps (%(default)s)")
-    group.addoption("--ptx-noise", type=float, default=0.0, help="share of the hardware's documented errors, 0 to 1")
+    group.addoption("--ptx-noise", type=float, default=0.0, help="share of the documented errors to add, 0 to 1")
     group.addoption("--ptx-fuse", action="store_true", help="contract products and sums as ptxas may")
     return group
 

@@ -1,8 +1,8 @@
-"""What compiled Triton kernels read, write and issue, counted by running them: ``python -m tools.ptx report``.
+"""Counts the accesses and instructions of compiled Triton kernels by running them: ``python -m tools.ptx report``.
 
-Counts are of a launch, per element of an N×C matrix or per row. In units of e, the bytes of a logit, they stand beside
-what docs/kernels.md says that a kernel moves. *Asked for* counts 32-byte sectors for each instruction of a warp, as the
-first-level cache sees them; *touched* counts each sector of memory once, however often it is asked for.
+Counts are of one launch, per element of an N×C matrix or per row. Bytes are in units of e, the bytes of a logit, and
+are shown next to the numbers of docs/kernels.md. *Asked for* counts 32-byte sectors for each instruction of a warp, as
+the first-level cache sees them; *touched* counts each sector of memory once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from tools.ptx.counters import KINDS
 
-#: Rows of each call: few, but so many that what a launch does once does not count.
+#: Rows of each call: few, but enough to make the fixed part of a launch negligible.
 ROWS = 16
 ON_CHIP, LONG, LONG_ODD = 1000, 9000, 9001
 
@@ -30,9 +30,9 @@ class Call(NamedTuple):
 
 
 def stated(kernel: str, call: Call) -> tuple[float, float] | None:
-    """Reads and writes in units of e per element, as docs/kernels.md has them; None of what it has per row."""
-    float32 = 4 / call.dtype.itemsize  # one for each element, be it a key or a number of a column
-    long = call.classes > 2048  # rows that USKD and Zipf's label smoothing read once more
+    """Reads and writes in units of e per element, as stated in docs/kernels.md; None for kernels stated per row."""
+    float32 = 4 / call.dtype.itemsize  # one float32 per element: a key, or a number of a column
+    long = call.classes > 2048  # USKD and Zipf's label smoothing read such rows once more
     one_matrix, three_walks = call.loss == "tf_kd", call.loss in ("js", "dist")
     of_columns = 4 * float32 if call.loss == "dist" else 0
     return {
@@ -52,8 +52,8 @@ def stated(kernel: str, call: Call) -> tuple[float, float] | None:
 
 
 class Reading(NamedTuple):
-    """Of one kernel in one call. ``loads`` and ``stores`` are (asked for, touched) in units of e per element;
-    ``instructions`` those of threads per element, ``shuffles`` and ``barriers`` per row."""
+    """Counts of one kernel in one call. ``loads`` and ``stores``: (asked for, touched) in units of e per element.
+    ``instructions`` and ``special``: of threads, per element. ``shuffles`` and ``barriers``: per row."""
 
     kernel: str
     call: str
@@ -67,7 +67,7 @@ class Reading(NamedTuple):
 
     @property
     def more(self) -> bool:
-        """Whether what is asked for exceeds what is stated by more than a twentieth."""
+        """Whether the bytes asked for exceed the stated ones by more than 5 %."""
         asked = self.loads[0], self.stores[0]
         return self.stated is not None and any(a > 1.05 * b for a, b in zip(asked, self.stated, strict=True) if b)
 
@@ -80,7 +80,7 @@ def calls(losses: list[str], quick: bool = False) -> Iterator[Call]:
 
 
 def read(call: Call) -> list[Reading]:
-    """Runs a call, forward and backward, on the driver of :mod:`tools.ptx.triton`, which must be installed."""
+    """Run a call, forward and backward, on the driver of :mod:`tools.ptx.triton`, which must be installed."""
     from fused_kd import check
     from tools.ptx.triton.driver import session
 
@@ -132,7 +132,7 @@ def cells(reading: Reading) -> list[str]:
 
 
 def markdown(readings: list[Reading], capability: int) -> str:
-    """Of the kernels that walk rows: what the others move is a few numbers a row."""
+    """Markdown table of the kernels with stated numbers; the others move a few numbers per row."""
     rows = [cells(reading) for reading in readings if reading.stated is not None]
     table = [list(HEADER), ["---", "---", *["---:"] * (len(HEADER) - 2)], *rows]
     lines = ["| " + " | ".join(row) + " |" for row in table]

@@ -1,4 +1,4 @@
-"""The state of some blocks of a launch that run together: each of their threads is a lane of arrays."""
+"""State of several blocks of a launch that run together: each thread is a lane of NumPy arrays."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tools.ptx.parse import Function, Instruction, Module, bits_of, number
 from tools.ptx.types import BITS, NUMPY, SIGNED, UNSIGNED, Array, Fault, Unsupported, as_type
 
 Source = Callable[[], Array]
-#: Writes values where the mask is true, or everywhere if it is None.
+#: Writes values where the mask is true; None means everywhere.
 Target = Callable[[Array, Array | None], None]
 Size = tuple[int, int, int]
 
@@ -25,11 +25,11 @@ Size = tuple[int, int, int]
 class Options:
     """How to run a program.
 
-    schedule: the warps of a block in step ("together"), or each as far as it gets, in order ("forward") or the other
-        way round ("backward").
-    noise: how much of its documented error an approximation has, 0 to 1.
-    fuse: contract products and sums to fused multiply-adds where PTX leaves that open, as ptxas does.
-    lanes: so many threads at a time, in whole blocks.
+    schedule: run the warps of a block in step ("together"), or each as far as it gets, in order ("forward") or in
+        reverse order ("backward").
+    noise: the share of its documented error that an approximation has, 0 to 1.
+    fuse: contract products and sums to fused multiply-adds where PTX allows it, as ptxas does.
+    lanes: number of threads to run at a time, in whole blocks.
     """
 
     schedule: str = "together"
@@ -68,7 +68,7 @@ class State:
         self.epoch = np.zeros(self.blocks, np.int64)  # barriers passed
         self.registers: dict[str, Array] = {}
         self.carry = np.zeros(self.lanes, np.bool_)
-        self.products: dict[str, tuple[str, ...]] = {}  # registers that hold a product which may still be contracted
+        self.products: dict[str, tuple[str, ...]] = {}  # registers with a product that may still be contracted
         self.problems: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
         self.symbols = dict(globals_at)
@@ -118,7 +118,7 @@ class State:
         self.local_written = np.zeros(len(self.local), np.bool_)
 
     def warps_of(self, mask: Array) -> int:
-        """How many warps have threads in a mask."""
+        """Number of warps with threads in a mask."""
         return self.warps if mask.all() else int(np.count_nonzero(np.bincount(self.warp[mask])))
 
     # Operands
@@ -127,19 +127,19 @@ class State:
         if name not in self.registers:
             kind = self.function.register_type(name)
             if kind is None:
-                raise Unsupported(f"register {name}, which is not declared")
+                raise Unsupported(f"undeclared register {name}")
             if kind == "pred":
                 array = np.zeros(self.lanes, np.bool_)
             elif kind == "b128":
                 array = np.zeros((self.lanes, 2), np.uint64)
-            else:  # nothing that happens to be right
+            else:  # a pattern that is unlikely to be right by chance
                 pattern = 0xCDCDCDCDCDCDCDCD & ((1 << BITS[kind]) - 1)
                 array = np.full(self.lanes, pattern, UNSIGNED[BITS[kind]])
             self.registers[name] = array
         return self.registers[name]
 
     def source(self, operand: str, kind: str) -> Source:
-        """What gives an operand's values, as an array of a type."""
+        """A function that returns an operand's values as an array of a type."""
         if kind == "pred":
             return self._predicate(operand)
         bits, dtype = BITS[kind], NUMPY[kind]
@@ -156,7 +156,7 @@ class State:
         if array.itemsize * 8 == bits:
             view = array.view(dtype)
             return lambda: view
-        return lambda: array.astype(UNSIGNED[bits]).view(dtype)  # the lower part; of a special register, all of it
+        return lambda: array.astype(UNSIGNED[bits]).view(dtype)  # the lower part; a special register is widened
 
     def _predicate(self, operand: str) -> Source:
         if operand.lstrip("-").isdigit():
@@ -166,7 +166,7 @@ class State:
         return (lambda: ~array) if operand.startswith("!") else (lambda: array)
 
     def target(self, operand: str, kind: str) -> Target:
-        """What writes values of a type to a register, extended by their sign where it is wider."""
+        """A function that writes values of a type to a register, sign-extended if the register is wider."""
         if operand == "_":
             return lambda values, mask: None
         array = self.register(operand)
@@ -184,11 +184,11 @@ class State:
     def _symbol(self, operand: str) -> int:
         name, _, offset = operand.partition("+")
         if name.strip() not in self.symbols:
-            raise Unsupported(f"symbol {name.strip()}, which is not declared")
+            raise Unsupported(f"undeclared symbol {name.strip()}")
         return self.symbols[name.strip()] + (int(number(offset)) if offset else 0)
 
     def address(self, operand: str) -> Source:
-        """Of ``[base + offset]``."""
+        """A function that returns the addresses of ``[base + offset]``."""
         inside = operand.strip()[1:-1].strip()
         base, _, rest = (part.strip() for part in inside.partition("+"))
         offset = int(number(rest)) if rest else 0
@@ -207,8 +207,10 @@ class State:
     def access(
         self, space: str | None, address: Array, lanes: Array, size: int, instruction: Instruction, how: str
     ) -> tuple[Array, Array]:
-        """The bytes of a space and where in them the lanes' ``size`` bytes are, checked, to "load", "store" or
-        "update". No space: as addresses say."""
+        """Check the lanes' accesses of ``size`` bytes; return the space's bytes and the places in them.
+
+        ``how`` is "load", "store" or "update". Without a space the addresses determine it.
+        """
         address = address[lanes]
         wrong = address % np.uint64(size) != 0
         if wrong.any():
@@ -230,13 +232,13 @@ class State:
         if how == "store":
             self.local_written[of_bytes] = True
         elif not self.local_written[of_bytes].all():
-            self.problem("local memory is read that nobody has written", instruction)
+            self.problem("a read of unwritten local memory", instruction)
         return self.local, places
 
     def _space_of(self, address: Array) -> tuple[str, Array]:
         kinds = np.searchsorted(np.array([SHARED, LOCAL, PARAM], np.uint64), address, side="right")
         if (kinds != kinds[0]).any():
-            raise Unsupported("one access to several spaces at once")
+            raise Unsupported("one access to several spaces")
         name, base = (("global", 0), ("shared", SHARED), ("local", LOCAL), ("param", PARAM))[kinds[0]]
         return name, address - np.uint64(base)
 
@@ -273,18 +275,18 @@ class State:
     def _watch(
         self, shadow: Shadow, places: Array, size: int, lanes: Array, instruction: Instruction, how: str
     ) -> None:
-        """Of a load or an update; of a store :meth:`store` does, which knows the values."""
+        """Check a load or an update for races; :meth:`store` checks stores, as it knows the values."""
         unwritten = False
         if how == "load":
             wrong, unwritten = shadow.read(places, size, self._stamp(lanes))
             self._report(wrong, shadow, instruction)
         elif how == "update":
             unwritten = shadow.update(places, size)
-        if unwritten and shadow is self.shared_shadow:  # tensors are there before the kernel
-            self.problem("shared memory is read that nobody has written", instruction)
+        if unwritten and shadow is self.shared_shadow:  # global memory is initialised before the kernel
+            self.problem("a read of unwritten shared memory", instruction)
 
     def store(self, memory: Array, places: Array, values: Array, lanes: Array, instruction: Instruction) -> None:
-        """Writes words, one for each lane, to places that :meth:`access` gave."""
+        """Write one word per lane to places from :meth:`access`."""
         size = values.itemsize
         changed = gather(memory, places, size) != values
         if not scatter(memory, places, values):

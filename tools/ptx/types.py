@@ -1,4 +1,4 @@
-"""PTX's types, and NumPy's for their values. Formats that NumPy lacks (bf16, and pairs) travel as their bits."""
+"""PTX's types, and NumPy's types for their values. Formats that NumPy lacks (bf16 and pairs) are held as bits."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ NUMPY |= {f"f{bits}": dtype for bits, dtype in FLOAT.items()}
 
 
 class Fault(Exception):
-    """The program does what no GPU would let it do: an address out of bounds, a deadlock, a trap."""
+    """An error that stops a program on a GPU: an address out of bounds, a deadlock, a trap."""
 
 
 class Unsupported(NotImplementedError):
-    """The interpreter does not know an instruction, and does not guess."""
+    """Code that the interpreter does not know; it does not guess."""
 
 
 def is_float(name: str) -> bool:
@@ -42,6 +42,6 @@ def is_float(name: str) -> bool:
 
 
 def as_type(values: Array, name: str) -> Array:
-    """Values converted to a type, or bits of its width seen as it."""
+    """Values converted to a type."""
     dtype = NUMPY[name]
     return values if values.dtype == dtype else values.astype(dtype)

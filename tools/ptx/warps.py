@@ -1,4 +1,4 @@
-"""What the threads of a warp do together: shuffles, votes, matches, sums, and 8×8 matrices in shared memory."""
+"""Instructions that the threads of a warp run together: shuffles, votes, matches, reductions, 8×8 matrices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tools.ptx.parse import Instruction
 from tools.ptx.state import State
 from tools.ptx.types import Array, Fault, Unsupported
 
-#: Instructions that a thread waits at for others, or that ask who is there, and what may be said of them.
+#: Instructions that wait for other threads or ask which are active, with their known modifiers.
 _MODIFIERS = {
     "bar": "sync warp cta red popc and or aligned", "barrier": "sync cta red popc and or aligned",
     "shfl": "sync up down bfly idx", "vote": "sync ballot any all uni", "match": "sync any",
@@ -25,11 +25,11 @@ TOGETHER = tuple(_MODIFIERS)
 
 
 def check(i: Instruction) -> None:
-    """Raises Unsupported for what :func:`operate`, or the machine's barriers, do not know."""
+    """Raise Unsupported for instructions unknown to :func:`operate` and to the machine's barriers."""
     try:
         known(i, *_MODIFIERS[i.opcode].split())
         if i.opcode in ("ldmatrix", "stmatrix") and i.types != ["b16"]:
-            raise Unsupported("matrices of other than 16 bits")
+            raise Unsupported("matrices of elements other than b16")
         if i.opcode == "redux" and i.types == ["f32"] and not {"min", "max"} & set(i.modifiers):
             raise Unsupported("a sum of f32")
     except NotImplementedError as error:
@@ -37,26 +37,26 @@ def check(i: Instruction) -> None:
 
 
 def members(state: State, i: Instruction) -> Array:
-    """The mask of the threads that take part, which each thread names."""
+    """Each thread's mask of the participating threads."""
     if i.opcode in ("ldmatrix", "stmatrix"):
         return np.full(state.lanes, 0xFFFFFFFF, np.int64)
     return state.source(i.operands[0 if i.opcode in ("bar", "barrier") else -1], "u32")().astype(np.int64)
 
 
 def ballot(state: State, mask: Array) -> Array:
-    """For each thread, the bits of those of its warp that the mask has."""
+    """For each thread, the bits of its warp's threads in the mask."""
     bits = np.zeros(state.warps, np.int64)
     np.bitwise_or.at(bits, state.warp[mask], 1 << state.lane_in_warp[mask].astype(np.int64))
     return bits[state.warp]
 
 
 def operate(state: State, i: Instruction, mask: Array) -> None:
-    """Does what the masked threads, whole groups of them, have come together for."""
+    """Run the instruction for the masked threads, which are whole groups."""
     OPERATIONS[i.opcode](state, i, mask)
 
 
 def _barrier(state: State, i: Instruction, mask: Array) -> None:
-    """bar.warp.sync: to have waited is all."""
+    """bar.warp.sync: waiting was all."""
 
 
 def _active(state: State, i: Instruction, mask: Array) -> None:
@@ -77,10 +77,9 @@ def _shuffle(state: State, i: Instruction, mask: Array) -> None:
         source = lane + by if "down" in i.modifiers else lane ^ by if "bfly" in i.modifiers else first | (by & ~segment)
         inside = source <= last
     source = np.where(inside, source, lane)
-    taking_part = members(state, i)
-    if (mask & (taking_part >> source & 1 == 0)).any():
+    if (mask & (members(state, i) >> source & 1 == 0)).any():
         state.problem("a shuffle reads a thread outside its mask", i)
-    # A warp at the end of a block may have fewer threads than 32.
+    # The last warp of a block may have fewer than 32 threads.
     place = np.minimum(state.all_lanes - lane + source, state.lanes - 1)
     state.counts["shuffles"] += state.warps_of(mask)
     state.target(name, "b32")(value[place], mask)
@@ -144,8 +143,10 @@ def _elect(state: State, i: Instruction, mask: Array) -> None:
 
 
 def _matrices(state: State, i: Instruction, mask: Array) -> None:
-    """ldmatrix and stmatrix: matrix k of 8×8 words of 16 bits has its rows at the addresses that threads 8k to 8k + 7
-    name; a thread has two neighbours of a row, or with .trans of a column."""
+    """ldmatrix and stmatrix: threads 8k to 8k + 7 give the addresses of the rows of matrix k, 8×8 words of 16 bits.
+
+    Each thread holds two neighbours of a row, with .trans of a column.
+    """
     load = i.opcode == "ldmatrix"
     names = parts(i.operands[0 if load else 1])
     address = state.address(i.operands[1 if load else 0])()

@@ -1,7 +1,7 @@
-"""What must hold before a version is published: `python -m tools.release.check`, which `make release-check` runs.
+"""Checks before a version is published: `python -m tools.release.check`, which `make release-check` runs.
 
-Every check runs, and each says in a line what it saw; the program ends with 1 where one failed. With --tag the version
-must be the tag's and the wheel is left to those who built it, as the release workflow asks for.
+Every check runs and prints one line; the exit status is 1 if one failed. With --tag, for the release workflow, the
+version must be the tag's, and no wheel is built.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from tools.release.wheel import ROOT, Failure, run
 
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
-#: Of the page that hosts the repository, beside its files.
+#: Links to pages of the code host, not to files.
 HOSTED = "../../actions/"
 
 
@@ -26,7 +26,7 @@ def version() -> str:
 
 
 def check_version(root: Path, tag: str | None) -> str:
-    """One version in the package, the citation and the changelog, whose newest entry is dated."""
+    """The package, the citation and the changelog's newest, dated entry have the same version."""
     here = version()
     if tag not in (None, f"v{here}"):
         raise Failure(f"the tag is {tag}, and the version {here}")
@@ -40,17 +40,17 @@ def check_version(root: Path, tag: str | None) -> str:
 
 
 def check_tree(tag: str | None) -> str:
-    """Nothing is left to commit; the tag, where one is named, is of this commit."""
+    """Nothing is left to commit, and the tag, if given, points at this commit."""
     if left := run("git", "status", "--porcelain", cwd=ROOT).splitlines():
         raise Failure(f"not committed: {', '.join(line[3:] for line in left)}")
     tags = run("git", "tag", "--points-at", "HEAD", cwd=ROOT).split()
     if tag and tag not in tags:
-        raise Failure(f"{tag} is not a tag of this commit, whose tags are {', '.join(tags) or 'none'}")
+        raise Failure(f"{tag} is not a tag of this commit; its tags: {', '.join(tags) or 'none'}")
     return f"clean; tags of this commit: {', '.join(tags) or 'none yet'}"
 
 
 def broken_links(root: Path) -> Iterator[str]:
-    """Links of the Markdown files that git tracks, to files that are not there."""
+    """Links in tracked Markdown files to missing files."""
     for name in run("git", "ls-files", "*.md", cwd=root).splitlines():
         text = re.sub(r"^```.*?^```", "", (root / name).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
         for target in LINK.findall(text):
@@ -62,22 +62,20 @@ def broken_links(root: Path) -> Iterator[str]:
 
 def check_links(root: Path) -> str:
     if broken := sorted(broken_links(root)):
-        raise Failure(f"links to what is not there: {', '.join(broken)}")
+        raise Failure(f"links to missing files: {', '.join(broken)}")
     text = (root / "README.md").read_text(encoding="utf-8")
     inside = [target for target in LINK.findall(text) if not re.match(r"[a-z]+:|#", target)]
-    note = (
-        f"; {len(inside)} of the README lead into the repository, and nowhere from the package index" if inside else ""
-    )
-    return f"every link between files leads to one{note}"
+    note = f"; {len(inside)} of the README's are relative and broken on the package index" if inside else ""
+    return f"every link between files works{note}"
 
 
 def check_readme(root: Path) -> str:
-    """As the package index renders it."""
+    """The package index can render the README."""
     from readme_renderer import markdown
 
     html = markdown.render((root / "README.md").read_text(encoding="utf-8"))
     if html is None:
-        raise Failure("README.md: the package index's renderer refuses it")
+        raise Failure("README.md: the package index's renderer rejects it")
     return f"the package index renders it, {html.count('<table>')} tables and {html.count('<pre')} blocks of code"
 
 
@@ -90,11 +88,11 @@ def check_sdist() -> str:
 def check_wheel() -> str:
     run(sys.executable, "-m", "tools.release.wheel", cwd=ROOT)
     (newest, *_) = sorted((ROOT / "dist").glob("*.whl"), key=lambda path: path.stat().st_mtime, reverse=True)
-    return f"{newest.name} built, looked at, installed and used"
+    return f"{newest.name} built, checked, installed and used"
 
 
 def check_docs(root: Path) -> str:
-    """`make docs`, where the Makefile has it; the folder of that name would satisfy make."""
+    """Run `make docs` if the Makefile has this target; else make would accept the folder docs/ as up to date."""
     if not re.search(r"^docs:", (root / "Makefile").read_text(encoding="utf-8"), re.MULTILINE):
         return "not built: the Makefile has no target docs"
     run("make", "docs", cwd=root)
@@ -112,7 +110,7 @@ def passed(name: str, check: Callable[[], str]) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.release.check", description=__doc__)
-    parser.add_argument("--tag", help="the tag that is to be published, such as v0.2.0; builds no wheel")
+    parser.add_argument("--tag", help="the tag to publish, such as v0.2.0; builds no wheel")
     tag = parser.parse_args(arguments).tag
     checks: list[tuple[str, Callable[[], str]]] = [
         ("version", lambda: check_version(ROOT, tag)),

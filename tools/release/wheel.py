@@ -1,8 +1,8 @@
 """Builds the wheel and tries it as a user would: `python -m tools.release.wheel`, which `make wheel` runs.
 
-The sdist is built first and the wheel from it. auditwheel says which systems the wheel fits, and must find nothing to
-bundle: the core takes its threads from the OpenMP runtime that PyTorch has loaded, and a bundled one would be a second.
-Then the wheel is installed into an environment that has PyTorch alone, away from the sources, and used there.
+Builds the sdist, and the wheel from it. auditwheel reports which systems the wheel fits, and must find nothing to
+bundle: the core uses the OpenMP runtime that PyTorch has loaded, and a bundled one would be a second. Then the wheel is
+installed and used away from the sources, in an environment with PyTorch alone.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-#: A first loss, as the README has it. It prints the backend, the OpenMP runtimes that the process has loaded, and the
-#: threads that the kernels have started.
+#: A first loss, as in the README. Prints the backend, the loaded OpenMP runtimes, and the number of threads before and
+#: after a call with more threads.
 FIRST_LOSS = """
 import time; began = time.perf_counter()
 import torch, fused_kd
@@ -42,11 +42,14 @@ print(f"{before}|{tasks()}")
 
 
 class Failure(Exception):
-    """What went wrong, in a line."""
+    """What went wrong, in one line."""
 
 
 def run(*command: object, cwd: Path | None = None) -> str:
-    """What it prints; PYTHONPATH would bring the sources back, and auditwheel looks for patchelf on the PATH."""
+    """Run a command and return its output.
+
+    PYTHONPATH is removed, because it would import the sources. auditwheel looks for patchelf on the PATH.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
     given = list(map(str, command))
@@ -60,7 +63,7 @@ def run(*command: object, cwd: Path | None = None) -> str:
 
 
 def build(out: Path) -> tuple[Path, Path]:
-    """The sdist, and the wheel made of it, each in a build environment of its own."""
+    """Build the sdist, and the wheel from it, each in a build environment of its own."""
     with tempfile.TemporaryDirectory(prefix="fused_kd_dist_") as folder:
         run(sys.executable, "-m", "build", "--outdir", folder, ROOT)
         (sdist,), (wheel,) = Path(folder).glob("*.tar.gz"), Path(folder).glob("*.whl")
@@ -69,7 +72,7 @@ def build(out: Path) -> tuple[Path, Path]:
 
 
 def check_contents(wheel: Path) -> None:
-    """The package, one compiled module, and no library beside it."""
+    """Check that the wheel has the package, one compiled module, and no other library."""
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     strange = [name for name in names if not re.match(r"fused_kd(/|-[^/]*\.dist-info/)", name)]
@@ -84,23 +87,23 @@ def check_contents(wheel: Path) -> None:
 
 
 def repair(wheel: Path) -> tuple[Path, str]:
-    """As auditwheel names it for the oldest system that it fits, and what that is; on Linux alone."""
-    said = re.search(r'platform tag:\s+"(\S+)"', run(sys.executable, "-m", "auditwheel", "show", wheel))
-    if said is None:
+    """Rename the wheel for the oldest system that it fits; return it and the platform. For Linux alone."""
+    platform = re.search(r'platform tag:\s+"(\S+)"', run(sys.executable, "-m", "auditwheel", "show", wheel))
+    if platform is None:
         raise Failure(f"{wheel.name}: auditwheel names no platform that it fits")
     with tempfile.TemporaryDirectory(prefix="fused_kd_repaired_") as folder:
         run(sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", folder, wheel)
         (repaired,) = Path(folder).glob("*.whl")
         check_contents(repaired)
         wheel.unlink()
-        return repaired.replace(wheel.with_name(repaired.name)), said[1]
+        return repaired.replace(wheel.with_name(repaired.name)), platform[1]
 
 
 def clean_environment(folder: Path) -> Path:
-    """The Python of an environment that has PyTorch, that of this one, and nothing else of it that is editable."""
+    """Python of a new environment with this one's PyTorch, but without its editable packages."""
     torch = importlib.util.find_spec("torch")
     if torch is None or torch.origin is None:
-        raise Failure("PyTorch is not here, which the installed wheel is tried with")
+        raise Failure("PyTorch is not installed; the installed wheel is tried with it")
     venv.create(folder, with_pip=False)
     (packages,) = folder.glob("lib/python*/site-packages")
     (packages / "shared.pth").write_text(f"{Path(torch.origin).parents[1]}\n", encoding="utf-8")
@@ -108,7 +111,7 @@ def clean_environment(folder: Path) -> Path:
 
 
 def try_installed(wheel: Path) -> list[str]:
-    """What is seen of the wheel where it is installed."""
+    """Install the wheel into a clean environment and use it; return lines about it."""
     with tempfile.TemporaryDirectory(prefix="fused_kd_clean_") as text:
         folder = Path(text)
         python = clean_environment(folder / "environment")
@@ -128,8 +131,8 @@ def try_installed(wheel: Path) -> list[str]:
             raise Failure(f"threads: expected more than {before} after torch.set_num_threads, got {after}")
         table = run(python, "-m", "fused_kd", "check", "--quick", "--backend", "native", cwd=folder)
     return [
-        f"OpenMP runtimes loaded: {loaded.replace('|', ', ') or 'not known here'}",
-        f"threads of the process, and after a call with more: {before}, {after}",
+        f"OpenMP runtimes loaded: {loaded.replace('|', ', ') or 'unknown on this system'}",
+        f"threads of the process before and after a call with more: {before}, {after}",
         f"check --quick: {table.count(' ok')} lines ok",
         f"pip install {installed - began:.1f} s, a first loss {ended - installed:.1f} s: {ended - began:.1f} s",
     ]
@@ -138,7 +141,7 @@ def try_installed(wheel: Path) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.release.wheel", description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="default: dist/")
-    parser.add_argument("--wheel", type=Path, metavar="FILE", help="try this one; build nothing")
+    parser.add_argument("--wheel", type=Path, metavar="FILE", help="try this wheel; build nothing")
     parsed = parser.parse_args(arguments)
     try:
         if parsed.wheel:

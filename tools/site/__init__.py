@@ -1,1 +1,1 @@
-"""What mkdocs.yml takes beside docs/: pages made of the package, docstrings in Markdown, mathematics in MathML."""
+"""Extensions for mkdocs.yml: pages generated from the package, docstrings in Markdown, mathematics in MathML."""

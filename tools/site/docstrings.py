@@ -1,4 +1,4 @@
-"""Docstrings for mkdocstrings: completed as Python has them, and in Markdown where they are in reStructuredText."""
+"""Docstrings for mkdocstrings: as completed at import, and converted from reStructuredText to Markdown."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TERM = re.compile(r"^(``\w+``)\n {4}(\S.*(?:\n {4}.*)*)", re.M)
 
 
 def markdown(text: str) -> str:
-    """Of the roles and directives that the package's docstrings have; the rest is the same in both."""
+    """Convert the roles and directives that the package's docstrings use; the rest is the same in Markdown."""
     text = _MATH_BLOCK.sub(lambda found: f"\n{found[1]}$${_one_line(found[2])}$$\n\n", text)
     text = _ROLE.sub(_role, text)
     text = _TERM.sub(r"\1\n:   \2\n", text)
@@ -38,17 +38,17 @@ def _role(found: re.Match[str]) -> str:
 
 
 class Docstrings(griffe.Extension):
-    """The text that `help` shows: ``fused_kd/losses/_docs.py`` completes docstrings when they are imported."""
+    """Shows the same text as `help`: ``fused_kd/losses/_docs.py`` completes docstrings at import."""
 
     def on_package(self, *, pkg: griffe.Module, loader: griffe.GriffeLoader, **kwargs: Any) -> None:
         if pkg.path == fused_kd.__name__:
             self._visit(pkg)
-            # Of two of a name, griffe takes the module, and Python what the module's package imports from it.
+            # For this name griffe takes the module; Python takes the function that the package imports from it.
             pkg.set_member("decompose", griffe.Alias("decompose", pkg["losses.decompose.decompose"]))
 
     def _visit(self, found: griffe.Object) -> None:
         if isinstance(found, griffe.Function):
-            found.overloads = None  # three forms of one signature, for type checkers
+            found.overloads = None  # variants of one signature, for type checkers only
         if found.docstring and isinstance(found, (griffe.Function, griffe.Class)):
             names = found.path.removeprefix(f"{found.module.path}.").split(".")
             given: Any = reduce(getattr, names, importlib.import_module(found.module.path))

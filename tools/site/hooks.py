@@ -1,4 +1,4 @@
-"""MkDocs' hooks: pages that are not in docs/, mathematics as MathML, and the font that it is set in."""
+"""MkDocs hooks: pages from outside docs/, mathematics as MathML, and its font."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from mkdocs.structure.pages import Page
 import fused_kd
 
 ROOT = Path(__file__).parents[2]
-#: Pages of the repository that the site has too, by the name that docs/ links them with.
+#: Files outside docs/ that are pages of the site too, and the pages' names.
 BESIDE = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "benchmarks/README.md": "measuring.md"}
-#: What a page of the reference has beside a loss's function and module.
+#: More entries of a loss's reference page, after its function and module.
 FURTHER = {"uskd": ("uskd_soft_labels",)}
-#: Latin, accents, Greek, primes, script l, arrows, operators, and the italics that MathML makes of letters.
+#: Latin, accents, Greek, primes, script l, arrows, operators, and mathematical italics.
 RANGES = (
     *((0x20, 0x7E), (0xA0, 0xB7), (0x2C6, 0x2DC), (0x300, 0x308), (0x391, 0x3C9), (0x2016, 0x2034), (0x2113, 0x2113)),
     *((0x2190, 0x2193), (0x2200, 0x226B), (0x22A4, 0x22C5), (0x1D434, 0x1D467), (0x1D6E2, 0x1D71B)),
@@ -43,7 +43,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links of docs/ into the repository go to the page that the site has of it."""
+    """Replace links from docs/ to files outside it by links to their pages of the site."""
     for path, name in BESIDE.items():
         markdown = markdown.replace(f"](../{path}", f"]({name}")
     return markdown
@@ -54,14 +54,14 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 
 
 def mathml(escaped: str, block: bool) -> str:
-    """MathML of TeX as arithmatex leaves it, with the space after a logarithm that the converter forgets."""
+    """Convert TeX from arithmatex to MathML; add the space after a logarithm that the converter omits."""
     text = re.sub(r"\\log\b", r"\\log\\,", html.unescape(escaped).strip())
     made = converter.convert(text, display="block" if block else "inline")
     return f'<div class="formula">{made}</div>' if block else made
 
 
 def _font() -> bytes:
-    """STIX Two Math of ziamath's distribution, under the Open Font License, without the scripts that no formula has."""
+    """STIX Two Math from ziamath's distribution, under the Open Font License, reduced to RANGES."""
     font = TTFont(io.BytesIO((resources.files("ziamath.fonts") / "STIXTwoMath-Regular.ttf").read_bytes()))
     options = subset.Options(flavor="woff", layout_features=["*"], name_IDs=["*"], notdef_outline=True)
     chosen = subset.Subsetter(options)

@@ -1,4 +1,4 @@
-"""The CUDA sources by nvcc, to PTX and host code, linked with the stand-in runtime into a Python module.
+"""Compiles the CUDA sources with nvcc to PTX and host code, and links them with the stand-in runtime into a module.
 
 python -m tools.ptx.cuda.build FOLDER [--architecture 90] [--flag=-fmad=false]
 """
@@ -23,15 +23,15 @@ ROOT = HERE.parents[2]
 CSRC = ROOT / "csrc"
 MODULE = "cuda_on_cpu.so"
 ARCHITECTURE = 90
-#: As tests/support/cuda_core.py has it: small tests take several passes of the sort in global memory.
+#: As in tests/support/cuda_core.py: makes small tests take several passes of the sort in global memory.
 DEFINES = ("-DFKD_WITH_CUDA", "-DFKD_SORTED_AT_ONCE=20000")
-#: The sources that take longest first, as two compile at once.
+#: The slowest sources first, because two compile at once.
 SLOW_FIRST = ("uskd_in_block", "uskd_sorted")
 Step: TypeAlias = tuple[Path, Path, list[str]]  # source, object, command
 
 
 class BuildError(Exception):
-    """What is missing, or what a compiler said."""
+    """A missing tool, or a compiler's message."""
 
 
 def find_nvcc() -> Path:
@@ -43,7 +43,7 @@ def find_nvcc() -> Path:
 
 
 def build(folder: Path, architecture: int = ARCHITECTURE, flags: Sequence[str] = ()) -> Path:
-    """The module, in this folder with its PTX. What is there is kept while sources and compilers are the same."""
+    """Build the module and its PTX in this folder. Objects are reused while sources and compilers are the same."""
     nvcc = find_nvcc()
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def build(folder: Path, architecture: int = ARCHITECTURE, flags: Sequence[str] =
             changed = list(pool.map(lambda step: _compile(common, *step), steps))
         module = folder / MODULE
         if any(changed) or not module.is_file():
-            # As with the static runtime that the package has, its symbols are nobody else's.
+            # Symbols bind within the module, as with the static runtime that the package links.
             _run([_compiler(), "-shared", "-Wl,-Bsymbolic", *(str(step[1]) for step in steps), "-o", str(module)])
         (folder / "architecture").write_text(str(architecture))
     return module
@@ -66,7 +66,7 @@ def architecture_of(folder: Path) -> int:
 
 
 def _common_state(nvcc: Path) -> str:
-    """What all steps depend on, their own source apart."""
+    """A digest of all that every step depends on, except its own source."""
     digest = hashlib.sha256()
     for path in (*sorted(CSRC.rglob("*.h")), CSRC / "python" / "bindings_cuda.cpp"):
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
@@ -76,7 +76,7 @@ def _common_state(nvcc: Path) -> str:
 
 
 def _compile(common: str, source: Path, target: Path, command: list[str]) -> bool:
-    """Whether it had to."""
+    """Compile unless the object is up to date; return whether it compiled."""
     mark = target.with_suffix(".hash")
     words = [word.replace(str(target.parent), ".") for word in command]
     state = hashlib.sha256("\0".join((common, source.read_text(), *words)).encode()).hexdigest()
@@ -113,13 +113,13 @@ def _kernel_steps(nvcc: Path, folder: Path, architecture: int, flags: Sequence[s
 
 
 def _host_steps(nvcc: Path, folder: Path) -> Iterator[Step]:
-    import torch  # its copy of pybind11's headers
+    import torch  # has a copy of pybind11's headers
 
     (folder / "cuda_build.h").write_text('#define FKD_CUDA_ARCHITECTURES "PTX"\n#define FKD_CUDA_MISSING ""\n')
     theirs = (Path(torch.__file__).parent / "include", sysconfig.get_path("include"))
     places = [*("-I", str(folder), "-I", str(CSRC)), *(word for place in theirs for word in ("-isystem", str(place)))]
     by_host = [_compiler(), "-std=c++17", "-fPIC", "-Wall", "-Wextra", *DEFINES, *places]
-    by_nvcc = [str(nvcc), "-std=c++17", "-Xcompiler", "-fPIC,-Wall,-Wextra"]  # which knows where CUDA's headers are
+    by_nvcc = [str(nvcc), "-std=c++17", "-Xcompiler", "-fPIC,-Wall,-Wextra"]  # nvcc finds CUDA's headers
     for name, command in (("module", by_host), ("runtime", by_nvcc)):
         source, target = HERE / f"{name}.cpp", folder / f"host_{name}.o"
         yield source, target, [*command, "-c", str(source), "-o", str(target)]
@@ -133,9 +133,9 @@ def _run(command: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Build the CUDA library for the PTX interpreter.")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--architecture", type=int, default=ARCHITECTURE, metavar="90", help="of compute_90")
-    parser.add_argument("--flag", action="append", default=[], help="for nvcc, such as --flag=-fmad=false")
+    parser.add_argument("folder", type=Path, help="folder for the module and its PTX")
+    parser.add_argument("--architecture", type=int, default=ARCHITECTURE, metavar="90", help="90 for compute_90")
+    parser.add_argument("--flag", action="append", default=[], help="a flag for nvcc, such as --flag=-fmad=false")
     options = parser.parse_args()
     try:
         print(build(options.folder, options.architecture, options.flag))

@@ -1,11 +1,11 @@
-"""Launches of the CUDA library, run on the interpreter.
+"""Runs the CUDA library's launches on the interpreter.
 
     library = Library(build(folder))
     with library.patched(native_cuda):
         native_cuda.uskd(library.core, ...)  # CPU tensors
 
-The memory of a launch is what its call was given and what was allocated since: each tensor's own extent, so that one
-element past its end is out of bounds.
+A launch may access its call's arguments and the tensors allocated during the call: each tensor's own extent, so that
+one element past its end is out of bounds.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from torch.overrides import TorchFunctionMode
 from tools.ptx import Fault, Memory, Module, Options, launch
 from tools.ptx.cuda.build import architecture_of
 
-#: What the library's callers call.
+#: The library's functions.
 CALLS = ("uskd_batch_sums", "uskd", "scale_gradient")
-#: CUDA's error numbers, where it is not the runtime (runtime.cpp) that answers.
+#: CUDA's error numbers that this driver returns; runtime.cpp returns others.
 INVALID_VALUE, ILLEGAL_ADDRESS = 1, 700
 
 
 class Request(ctypes.Structure):
-    """runtime.cpp's Launch."""
+    """``Launch`` of runtime.cpp."""
 
     _fields_ = [
         ("kernel", ctypes.c_char_p),
@@ -54,7 +54,7 @@ LAUNCHER = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(Request))
 
 @dataclass
 class Totals:
-    """Of all launches."""
+    """Totals of all launches."""
 
     launches: int = 0
     seconds: float = 0.0
@@ -63,12 +63,12 @@ class Totals:
     kernels: Counter[str] = field(default_factory=Counter)
 
 
-#: What outputs and workspaces are made by.
+#: Functions that allocate outputs and workspaces.
 _MAKERS = (torch.empty, torch.empty_like, torch.Tensor.new_empty)
 
 
 class Extents(TorchFunctionMode):
-    """The memory of the tensors it is shown, and of those made while it is on; all are kept alive."""
+    """Memory extents of added tensors and of tensors made while the mode is active; keeps all of them alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Extents(TorchFunctionMode):
         return result
 
     def ranges(self) -> list[tuple[int, int]]:
-        """Addresses from and to, those that overlap as one."""
+        """(start, end) addresses, with overlapping ranges merged."""
         merged: list[tuple[int, int]] = []
         for start, end in sorted(map(_extent, self.tensors)):
             if merged and start < merged[-1][1]:
@@ -102,30 +102,30 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 class Library:
-    """A module that :func:`tools.ptx.cuda.build.build` made. One in a process: Python takes a second for it."""
+    """A module from :func:`tools.ptx.cuda.build.build`. Only one per process: Python would return it for a second."""
 
     def __init__(self, path: Path, options: Options | None = None) -> None:
         self.core = _import(path)
         self.options = options or Options()
         self.totals = Totals()
         self.extents = Extents()
-        self.fault: BaseException | None = None  # what ended the last launch
+        self.fault: BaseException | None = None  # the error that ended the last launch
         self._texts = {ptx: ptx.read_text() for ptx in sorted(path.parent.glob("*.ptx"))}
         self._modules: dict[Path, Module] = {}
         self._runtime = ctypes.CDLL(str(path))
         self._runtime.ptx_waits.restype = ctypes.c_long
         self._runtime.ptx_runs_backwards.restype = ctypes.c_bool
-        self._launcher = LAUNCHER(self._answer)  # kept: C does not
+        self._launcher = LAUNCHER(self._answer)  # a reference, because C keeps none
         self._runtime.ptx_set_launcher(self._launcher, architecture_of(path.parent))
 
     def reset(self) -> None:
-        """A context that no fault has ruined."""
+        """Restore the context after a fault."""
         self._runtime.ptx_reset()
         self.fault = None
 
     @contextlib.contextmanager
     def patched(self, native_cuda: ModuleType) -> Iterator[None]:
-        """The calls of fused_kd.backends.native.cuda take CPU tensors, and raise what was wrong with a launch."""
+        """Make the functions of fused_kd.backends.native.cuda accept CPU tensors and raise errors of launches."""
         before = {name: getattr(native_cuda, name) for name in (*CALLS, "_place")}
         for name in CALLS:
             setattr(native_cuda, name, self.checked(before[name]))
@@ -144,7 +144,7 @@ class Library:
                 result = self.unchecked(function)(*args, **kwargs)
             except RuntimeError:
                 if self.fault is None:
-                    raise  # a refusal, of which CUDA's words are all there is to know
+                    raise  # the runtime refused the launch; CUDA's message is all there is
                 fault = self.fault
                 self.reset()
                 raise fault from None
@@ -158,7 +158,7 @@ class Library:
         return call
 
     def unchecked(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The call as it would be on a GPU, with CUDA's errors alone."""
+        """The call as on a GPU, with CUDA's errors alone."""
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -171,14 +171,14 @@ class Library:
         return call
 
     def _module(self, kernel: str) -> Module:
-        """The one that has this kernel; parsed once it is wanted, as CUB's are long."""
+        """The module with this kernel; parsed on demand, as CUB's are long."""
         path = next(path for path, text in self._texts.items() if f".entry {kernel}(" in text)
         if path not in self._modules:
             self._modules[path] = Module(self._texts[path])
         return self._modules[path]
 
     def _answer(self, pointer: Any) -> int:
-        """Called by runtime.cpp, through C: nothing may be raised."""
+        """Called by runtime.cpp through C, so it must not raise."""
         try:
             return self._launch(pointer.contents)
         except BaseException as fault:
@@ -199,7 +199,7 @@ class Library:
         for start, end in self.extents.ranges():
             memory.add(_bytes_at(start, end - start), start)
         options = self.options
-        if self._runtime.ptx_runs_backwards():  # a test asks for it
+        if self._runtime.ptx_runs_backwards():  # set by a test
             options = replace(options, schedule="backward")
         began = time.perf_counter()
         result = launch(module, name, memory, grid, block, request.shared, bytes(parameters), options)

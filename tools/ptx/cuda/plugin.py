@@ -1,4 +1,4 @@
-"""tests/backends/test_cuda_on_cpu.py on what nvcc made, in place of the stand-ins for CUDA's headers:
+"""Runs tests/backends/test_cuda_on_cpu.py on nvcc's code instead of the stand-ins for CUDA's headers:
 
     python -m pytest -p tools.ptx.cuda.plugin tests/backends/test_cuda_on_cpu.py -k ties
 
@@ -43,7 +43,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.fixture(autouse=True)
 def healthy_context(request: pytest.FixtureRequest) -> Any:
-    """A test that ruins the context ruins it for itself."""
+    """Reset the context after each test, so that a fault affects one test only."""
     yield
     request.config.stash[LIBRARY].reset()
 

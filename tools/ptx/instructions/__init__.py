@@ -1,6 +1,6 @@
-"""What each instruction does to a state: functions that make of one a function of the mask of its threads.
+"""Effects of instructions on a state: each is compiled to a function of the mask of its threads.
 
-Those that wait for other threads (shuffles, votes, barriers) are in tools.ptx.warps, jumps in tools.ptx.machine.
+Instructions that wait for other threads (shuffles, votes, barriers) are in tools.ptx.warps, jumps in tools.ptx.machine.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from tools.ptx.parse import Instruction
 from tools.ptx.state import State
 from tools.ptx.types import Array, Unsupported
 
-#: By opcode, whatever the type.
+#: Compilers by opcode, for all types.
 GENERAL: dict[str, Compiler] = {
     **memory.OPCODES, **moves.OPCODES, **convert.OPCODES, **compare.OPCODES, **bits.OPCODES,
 }  # fmt: skip
 
 
 def compile_instruction(state: State, i: Instruction) -> Run:
-    """Raises Unsupported, with the instruction, for what is not known."""
+    """Compile an instruction; raise Unsupported, naming it, if it is unknown."""
     try:
         run = _compiler(i)(state, i)
     except (KeyError, IndexError, ValueError, StopIteration, NotImplementedError) as error:

@@ -11,7 +11,7 @@ from tools.ptx.types import BITS, NUMPY, UNSIGNED, Array, Unsupported
 
 
 def _shift(state: State, i: Instruction) -> Run:
-    """By more than all bits it leaves none, or the sign."""
+    """shl and shr: a shift by the width or more leaves zero, or the sign."""
     known(i)
     kind = i.types[-1]
     bits, dtype = BITS[kind], NUMPY[kind]
@@ -60,7 +60,7 @@ def _logic3(state: State, i: Instruction) -> Run:
 
 
 def _permute(state: State, i: Instruction) -> Run:
-    """Four of the eight bytes of two words; bit 3 of a selector asks for the byte's sign instead."""
+    """prmt: four of the eight bytes of two words; bit 3 of a selector replicates the byte's sign instead."""
     known(i)
     a, b, c = (state.source(operand, "u32") for operand in i.operands[1:])
     put = state.target(i.operands[0], "b32")
@@ -79,13 +79,13 @@ def _permute(state: State, i: Instruction) -> Run:
 
 
 def _low_mask(n: Array, bits: int) -> Array:
-    """n ones, of which there may be more than bits."""
+    """A word with its lowest n bits set; n may exceed the width."""
     word = UNSIGNED[bits]
     return np.where(n >= bits, ~word(0), (word(1) << np.minimum(n, bits - 1).astype(word)) - word(1))
 
 
 def _extract(state: State, i: Instruction) -> Run:
-    """bfe: a field, extended by its sign, or by the word's where it goes past the word."""
+    """bfe: a field, sign-extended; a field that reaches past the word takes the word's sign."""
     known(i)
     kind = i.types[-1]
     bits = BITS[kind]
@@ -125,7 +125,7 @@ def _insert(state: State, i: Instruction) -> Run:
 
 
 def _length(x: Array, bits: int) -> Array:
-    """The place of the highest one, from 1 on; 0 where there is none."""
+    """Position of the highest set bit, counted from 1; 0 if there is none."""
     n = np.zeros(x.shape, np.uint32)
     word = UNSIGNED[bits]
     for half in (32, 16, 8, 4, 2, 1):
@@ -177,7 +177,7 @@ def _reverse(state: State, i: Instruction) -> Run:
 
 
 def _bit_mask(state: State, i: Instruction) -> Run:
-    """bmsk: ones from a place on."""
+    """bmsk: n set bits from a position on."""
     known(i, "wrap", "clamp")
     if "clamp" not in i.modifiers:
         raise Unsupported("bmsk.wrap")

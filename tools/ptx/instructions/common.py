@@ -1,4 +1,4 @@
-"""What the instructions' modules share."""
+"""Helpers shared by the instructions' modules."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ ROUNDINGS = ("rn", "rz", "rm", "rp")
 
 
 def known(i: Instruction, *words: str, types: int = 1) -> None:
-    """Refuses modifiers that are neither types, of which there are to be so many at the most, nor among the words: none
-    is passed over."""
+    """Raise Unsupported for unknown modifiers, so that none is ignored: allowed are ``words`` and up to ``types``
+    types."""
     if len(i.types) > types:
         raise Unsupported(f"types {', '.join(i.types)}")
     for word in i.modifiers:
@@ -26,7 +26,7 @@ def known(i: Instruction, *words: str, types: int = 1) -> None:
 def mapped(
     state: State, i: Instruction, kind: str, function: Callable[..., Array], result: str | None = None, first: int = 1
 ) -> Run:
-    """An instruction that is a function of its operands, all of one type."""
+    """Compile an instruction that is a function of its operands, all of one type."""
     sources = [state.source(operand, kind) for operand in i.operands[first:]]
     put = state.target(i.operands[0], result or kind)
     return lambda mask: put(function(*[source() for source in sources]), mask)

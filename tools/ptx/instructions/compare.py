@@ -1,4 +1,4 @@
-"""Comparisons, and choices by them."""
+"""Comparisons and selections."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _JOIN: dict[str, Callable[[Array, Array], Array]] = {"and": np.logical_and, "or"
 
 
 def relation(name: str, floating: bool) -> Callable[[Array, Array], Array]:
-    """Of floats an ordered relation is false with NaN, one with u true."""
+    """A comparison; for floats with NaN an ordered one is false, one with u is true."""
     if name in _ORDERED:
         plain = _ORDERED[name]
         if not floating or name != "ne":
@@ -53,7 +53,7 @@ def _compare(state: State, i: Instruction) -> Run:
 
     def run(mask: Array | None) -> None:
         result = test(a(), b())
-        # Of pairs the second destination has the upper halves' result, else the opposite one.
+        # For pairs the second destination gets the upper halves' result, else the negated result.
         second = result[:, 1] if packed else ~result
         result = result[:, 0] if packed else result
         values = [_joined(value, join, also) for value in (result, second)]
@@ -80,7 +80,7 @@ def _value(state: State, operand: str, kind: str, ftz: bool) -> Source:
 
 
 def _as_word(state: State, i: Instruction, test: Source) -> Run:
-    """set: 1.0 or all ones, or 0."""
+    """set: 1.0 or all ones if true, 0 if false."""
     kind = i.types[0]
     put = state.target(i.operands[0], kind)
     if kind == "f32":
@@ -91,7 +91,7 @@ def _as_word(state: State, i: Instruction, test: Source) -> Run:
 def _select(state: State, i: Instruction) -> Run:
     known(i)
     kind = i.types[-1]
-    bits = f"b{BITS[kind]}" if kind != "pred" else kind  # a choice changes no bit
+    bits = f"b{BITS[kind]}" if kind != "pred" else kind  # a selection changes no bits
     a, b = state.source(i.operands[1], bits), state.source(i.operands[2], bits)
     test, put = state.source(i.operands[3], "pred"), state.target(i.operands[0], bits)
     return lambda mask: put(np.where(test(), a(), b()), mask)

@@ -42,7 +42,7 @@ def _convert(state: State, i: Instruction) -> Run:
 
 
 def _pack(state: State, i: Instruction, base: str, mode: str | None) -> Run:
-    """Two float32, the first one into the upper half."""
+    """Convert two float32 to a pair, the first into the upper half."""
     high, low = (state.source(operand, "f32") for operand in i.operands[1:])
     put = state.target(i.operands[0], f"{base}x2")
 
@@ -66,7 +66,7 @@ def _function(to: str, source: str, mode: str | None) -> Callable[[Array], Array
         return lambda values: _to_float(_widened(values, source), to, mode)
     if is_float(to):
         return lambda values: _to_float(values, to, mode)
-    # Extended by the source's sign, or cut.
+    # Extended by the source's sign, or truncated.
     word = SIGNED[64] if source[0] == "s" else UNSIGNED[64]
     return lambda values: values.astype(word).view(np.uint64).astype(UNSIGNED[BITS[to]]).view(NUMPY[to])
 
@@ -88,7 +88,7 @@ def _to_float(values: Array, to: str, mode: str | None) -> Array:
 
 
 def _to_integer(values: Array, to: str, mode: str | None) -> Array:
-    """Cut to the range. NaN is 0 if neither type has 64 bits, else the upper bit alone."""
+    """Convert with saturation. NaN becomes 0 if neither type has 64 bits, else the highest bit alone."""
     wide = values.dtype == np.float64 or BITS[to] == 64
     if mode not in _TO_INTEGER:
         raise Unsupported("an integer without its rounding")

@@ -1,4 +1,4 @@
-"""float32 and float64 arithmetic, and the pairs of float32 that sm_100 has."""
+"""Arithmetic of float32 and float64, and of sm_100's pairs of float32."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _fma(kind: str) -> Operation:
 
 
 def _plain(i: Instruction, kind: str) -> Operation:
-    """Rounded to the nearest."""
+    """Operation rounded to nearest."""
     table: dict[str, Operation] = {
         "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "fma": _fma(kind), "mad": _fma(kind),
         "sqrt": np.sqrt, "rcp": lambda a: NUMPY[kind](1) / a,
@@ -29,13 +29,13 @@ def _plain(i: Instruction, kind: str) -> Operation:
 
 
 def _rounded(i: Instruction, mode: str) -> Operation:
-    """float32 rounded another way, from a sum that is exact or rounded to odd in float64."""
+    """float32 operation with directed rounding, from a float64 result that is exact or rounded to odd."""
 
     def wide(function: Operation) -> Operation:
         return lambda *values: directed(function(*(value.astype(np.float64) for value in values)), mode)
 
     def total(a: Array, b: Array) -> Array:
-        """What cancels is -0 where it is rounded down."""
+        """The sum; an exact zero from cancellation is -0 when rounding down."""
         result = odd_sum(a, b)
         return np.where((result == 0) & (np.signbit(a) | np.signbit(b)), -0.0, result) if mode == "rm" else result
 
@@ -69,7 +69,7 @@ def _arithmetic(state: State, i: Instruction) -> Run:
 
 
 def _finish(state: State, i: Instruction, kind: str, sources: list[Source], function: Operation) -> Run:
-    """Subnormals flushed on the way in and out with .ftz, results cut to [0, 1] with .sat."""
+    """Apply .ftz (flush subnormal inputs and results) and .sat (clamp results to [0, 1])."""
     put = state.target(i.operands[0], kind)
     ftz, saturated = "ftz" in i.modifiers, "sat" in i.modifiers
     if not ftz and not saturated:
@@ -88,7 +88,7 @@ def _finish(state: State, i: Instruction, kind: str, sources: list[Source], func
 def _contracted(
     state: State, i: Instruction, sources: list[Source], function: Operation
 ) -> tuple[list[Source], Operation]:
-    """The sum of a product as a fused multiply-add, where neither says how it is to be rounded."""
+    """Contract the sum of a product to a fused multiply-add if neither has an explicit rounding."""
     kind = i.types[-1]
     if any(word in ROUNDINGS or word == "sat" for word in i.modifiers):
         return sources, function
@@ -109,7 +109,7 @@ def _fused(kind: str, minus_product: bool, minus_sum: bool) -> Operation:
 
 
 def remember_product(state: State, i: Instruction) -> None:
-    """Keeps which registers hold a product that may be contracted, as the instructions of a straight run are read."""
+    """Update the registers that hold a product to contract, after each instruction of a straight run."""
     written = set(i.operands[:1])
     state.products = {
         register: product
@@ -137,7 +137,7 @@ def _pairs(state: State, i: Instruction) -> Run:
 
 
 def _mixed(state: State, i: Instruction) -> Run:
-    """add, sub and fma whose factors, or first term, have 16 bits."""
+    """add, sub and fma with factors, or a first term, of 16 bits."""
     known(i, "rn", types=2)
     result, narrow = i.types
     if result != "f32" or narrow not in ("f16", "bf16") or i.opcode not in ("add", "sub", "fma"):
@@ -151,9 +151,9 @@ def _mixed(state: State, i: Instruction) -> Run:
 
 
 def _approximate(state: State, i: Instruction, kind: str) -> Operation:
-    """By the errors that the PTX manual documents."""
+    """Approximate operation, with the errors that the PTX manual documents."""
     relative, wide = state.approximation.relative, np.float64
-    if kind == "f64":  # rcp and rsqrt.approx.ftz.f64 make the upper word alone
+    if kind == "f64":  # rcp and rsqrt.approx.ftz.f64 compute only the upper word
         upper = np.uint64(0xFFFFFFFF00000000)
         upper_of: dict[str, Operation] = {"rcp": lambda a: 1 / a, "rsqrt": lambda a: 1 / np.sqrt(a)}
         function = upper_of[i.opcode]
@@ -172,7 +172,7 @@ def _approximate(state: State, i: Instruction, kind: str) -> Operation:
 
 
 def _approximate_quotient(a: Array, b: Array, relative: Operation) -> Array:
-    """div.approx is a product with the reciprocal: 0 where that is too small to be a normal number."""
+    """div.approx multiplies by the reciprocal: the result is 0 if that is subnormal."""
     quotient = relative(a.astype(np.float64) / b, 2.0**-22)
     large = np.isfinite(b) & (np.abs(b) > np.float32(2.0**126))
     zero = np.where(np.isinf(a), np.float32(np.nan), np.copysign(np.float32(0), quotient))
@@ -187,7 +187,7 @@ def _sign(state: State, i: Instruction) -> Run:
 
 
 def _extreme(state: State, i: Instruction) -> Run:
-    """A number wins over NaN, but with .NaN; -0 is below 0."""
+    """min and max: a number wins over NaN, except with .NaN; -0 is below 0."""
     known(i, "ftz", "NaN")
     kind = i.types[-1]
     sources = [state.source(operand, kind) for operand in i.operands[1:]]
@@ -208,7 +208,7 @@ def extreme(opcode: str, values: tuple[Array, ...], nan: bool) -> Array:
 
 
 def _copy_sign(state: State, i: Instruction) -> Run:
-    """The second operand with the sign of the first."""
+    """copysign: the second operand with the sign of the first."""
     known(i)
     kind = i.types[-1]
     return _finish(
@@ -217,7 +217,7 @@ def _copy_sign(state: State, i: Instruction) -> Run:
 
 
 def _needs(word: str) -> Compiler:
-    """An instruction that there is as an approximation alone."""
+    """Compiler of an instruction that exists only with a modifier, such as .approx."""
 
     def compiler(state: State, i: Instruction) -> Run:
         if word not in i.modifiers:

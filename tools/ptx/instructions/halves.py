@@ -1,4 +1,4 @@
-"""Arithmetic of float16 and bf16, alone and in pairs: in float32, rounded once."""
+"""Arithmetic of float16 and bf16, single and in pairs: computed in float32 and rounded once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ def narrow(values: Array, base: str) -> Array:
 
 
 def _fma(a: Array, b: Array, c: Array) -> Array:
-    """To odd in float32, so that it is rounded once in all: exact in float64, whose odd neighbour float32's is."""
+    """Fused multiply-add in float32, rounded to odd, so that the result is rounded only once.
+
+    The float64 sum is exact or rounded to odd; this rounds it to odd again, to float32.
+    """
     exact = odd_sum(a.astype(np.float64) * b, c.astype(np.float64))
     near = exact.astype(np.float32)
     off = np.isfinite(near) & (near.astype(np.float64) != exact) & (near.view(np.int32) & 1 == 0)
@@ -43,7 +46,7 @@ def _arithmetic(state: State, i: Instruction) -> Run:
     put, sources = state.target(i.operands[0], kind), [state.source(operand, kind) for operand in i.operands[1:]]
 
     def function(*bits: Array) -> Array:
-        if i.opcode == "neg":  # NaN too
+        if i.opcode == "neg":  # negates NaN too
             return bits[0] ^ np.uint16(0x8000)
         if i.opcode == "abs":
             return bits[0] & np.uint16(0x7FFF)

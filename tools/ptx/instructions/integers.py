@@ -1,6 +1,8 @@
-"""Integer arithmetic, and logic of bits and of predicates."""
+"""Integer arithmetic, and logic of bits and predicates."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 
@@ -11,7 +13,7 @@ from tools.ptx.state import State
 from tools.ptx.types import BITS, NUMPY, Array, Unsupported
 
 
-def _simple(function: np.ufunc) -> Compiler:
+def _simple(function: Callable[..., Array]) -> Compiler:
     def compiler(state: State, i: Instruction) -> Run:
         known(i)
         return mapped(state, i, i.types[-1], function)
@@ -20,7 +22,7 @@ def _simple(function: np.ufunc) -> Compiler:
 
 
 def _add(state: State, i: Instruction) -> Run:
-    """add, add.cc, addc and addc.cc: the carry is a register that each thread has."""
+    """add, add.cc, addc and addc.cc: each thread has a carry register."""
     known(i, "cc")
     kind = i.types[-1]
     carries, sets = i.opcode == "addc", "cc" in i.modifiers
@@ -42,13 +44,8 @@ def _add(state: State, i: Instruction) -> Run:
     return mapped(state, i, kind, function)
 
 
-def _sub(state: State, i: Instruction) -> Run:
-    known(i)
-    return mapped(state, i, i.types[-1], np.subtract)
-
-
 def _multiply(state: State, i: Instruction) -> Run:
-    """mul and mad: the lower half of the product, the upper one, or all of it."""
+    """mul and mad: the lower half of the product, the upper half, or all of it."""
     known(i, "lo", "hi", "wide")
     kind = i.types[-1]
     if "wide" in i.modifiers:
@@ -64,7 +61,7 @@ def _multiply(state: State, i: Instruction) -> Run:
         return high_product(a, b, kind) if "hi" in i.modifiers else a * b
 
     if "hi" not in i.modifiers and "lo" not in i.modifiers:
-        raise Unsupported("a product without its part")
+        raise Unsupported("a product without lo, hi or wide")
     if i.opcode == "mul":
         return mapped(state, i, kind, product)
     return mapped(state, i, kind, lambda a, b, c: product(a, b) + c)
@@ -76,24 +73,10 @@ def _quotient(state: State, i: Instruction) -> Run:
     return mapped(state, i, i.types[-1], lambda a, b: divide(a, b)[which])
 
 
-def _negate(state: State, i: Instruction) -> Run:
-    known(i)
-    return mapped(state, i, i.types[-1], lambda a: np.zeros_like(a) - a)
-
-
-def _not(state: State, i: Instruction) -> Run:
-    known(i)
-    return mapped(state, i, i.types[-1], np.invert)
-
-
-def _count_not(state: State, i: Instruction) -> Run:
-    known(i)
-    return mapped(state, i, i.types[-1], lambda a: (a == 0).astype(a.dtype))
-
-
 OPCODES: dict[str, Compiler] = {
-    "add": _add, "addc": _add, "sub": _sub, "mul": _multiply, "mad": _multiply, "div": _quotient, "rem": _quotient,
-    "neg": _negate, "abs": _simple(np.abs), "min": _simple(np.minimum), "max": _simple(np.maximum),
-    "and": _simple(np.bitwise_and), "or": _simple(np.bitwise_or), "xor": _simple(np.bitwise_xor), "not": _not,
-    "cnot": _count_not,
+    "add": _add, "addc": _add, "sub": _simple(np.subtract), "mul": _multiply, "mad": _multiply, "div": _quotient,
+    "rem": _quotient, "neg": _simple(lambda a: np.zeros_like(a) - a), "abs": _simple(np.abs),
+    "min": _simple(np.minimum), "max": _simple(np.maximum), "and": _simple(np.bitwise_and),
+    "or": _simple(np.bitwise_or), "xor": _simple(np.bitwise_xor), "not": _simple(np.invert),
+    "cnot": _simple(lambda a: (a == 0).astype(a.dtype)),
 }  # fmt: skip

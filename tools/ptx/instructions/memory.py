@@ -17,7 +17,7 @@ from tools.ptx.state import State
 from tools.ptx.types import BITS, NUMPY, UNSIGNED, Array, Unsupported
 
 _SPACES = ("global", "shared", "local", "param", "const")
-#: How long a line is wanted in which cache; no value depends on it.
+#: Cache hints and the like, which change no value.
 _HINTS = re.compile(
     r"(nc|ca|cg|cs|cv|lu|wb|wt|volatile|relaxed|weak|acquire|release|acq_rel|cta|gpu|sys|v2|v4|v8|"
     r"(L1|L2)__.*|shared__cta|unaligned)$"
@@ -32,19 +32,19 @@ def _space(i: Instruction) -> str | None:
 
 
 def _known(i: Instruction, *words: str) -> None:
-    """Refuses modifiers that are neither a type, a space, a hint nor among the words."""
+    """Raise Unsupported for modifiers that are no type, space, hint or one of the words."""
     for word in i.modifiers:
         if word not in (*words, *i.types, *_SPACES) and not _HINTS.match(word):
             raise Unsupported(f"modifier .{word}")
 
 
 def _width(i: Instruction, operand: str) -> list[str]:
-    """The registers of a vector, as many as its modifier says."""
+    """The registers of a vector; their number must match its modifier."""
     _known(i)
     names = parts(operand)
-    said = next((int(word[1]) for word in i.modifiers if re.fullmatch(r"v[248]", word)), 1)
-    if said != len(names):
-        raise Unsupported(f"{len(names)} registers of a vector of {said}")
+    width = next((int(word[1]) for word in i.modifiers if re.fullmatch(r"v[248]", word)), 1)
+    if width != len(names):
+        raise Unsupported(f"{len(names)} registers for a vector of {width}")
     return names
 
 
@@ -115,7 +115,7 @@ def _store_wide(state: State, i: Instruction, names: list[str]) -> Run:
 
 
 def _atomic(state: State, i: Instruction) -> Run:
-    """atom and red, a thread after the other. An atomic is no race with another one."""
+    """atom and red, one thread after the other. Two atomics are not a race."""
     operation = next(word for word in i.modifiers if word in _ATOMICS)
     _known(i, operation)
     kind, gives = i.types[-1], i.opcode == "atom"

@@ -1,4 +1,4 @@
-"""Moves, packing, addresses of other spaces, and hints that change no value."""
+"""Moves, packing, address conversions, and hints that change no value."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SPACES = {"global": 0, "const": 0, "shared": SHARED, "shared__cta": SHARED, "lo
 
 
 def parts(operand: str) -> list[str]:
-    """``{%r1, %r2}`` or a single one."""
+    """The registers of ``{%r1, %r2}``, or a single one."""
     return [part.strip() for part in operand[1:-1].split(",")] if operand.startswith("{") else [operand]
 
 
@@ -78,7 +78,7 @@ def _pack(state: State, destination: str, names: list[str], bits: int) -> Run:
 
 
 def _address(state: State, i: Instruction) -> Run:
-    """cvta: between an address of a space and a generic one. Global addresses are generic ones."""
+    """cvta: converts between a space's addresses and generic ones. Global addresses are generic."""
     known(i, "to", *_SPACES)
     kind = i.types[-1]
     base = np.uint64(_SPACES[next(word for word in i.modifiers if word in _SPACES)])
@@ -91,7 +91,7 @@ def _address(state: State, i: Instruction) -> Run:
 
 
 def _nothing(state: State, i: Instruction) -> Run:
-    """Fences order what this interpreter never reorders; prefetches move what it keeps in one place."""
+    """Fences and prefetches: the interpreter reorders nothing and has no caches."""
     return lambda mask: None
 
 

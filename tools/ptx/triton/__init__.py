@@ -1,1 +1,1 @@
-"""Triton without a GPU: its own JIT binds, specialises, caches and compiles, and launches on the interpreter."""
+"""Triton without a GPU: its JIT binds, specialises, caches and compiles, and launches run on the interpreter."""

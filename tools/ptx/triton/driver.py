@@ -1,7 +1,7 @@
-"""A Triton driver whose device is the interpreter: CPU tensors run what Triton compiles for an NVIDIA GPU.
+"""A Triton driver with the interpreter as its device: runs code compiled for an NVIDIA GPU on CPU tensors.
 
-Binding, specialisation, cache, compilation and the check of globals at each launch are Triton's own JIT. What is not
-executed is ptxas: the "binary" is the PTX.
+Triton's own JIT does the binding, specialisation, caching, compilation and the check of globals at each launch. Only
+ptxas does not run: the "binary" is the PTX.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _FORMATS = {
     "i1": "<b", "i8": "<b", "i16": "<h", "i32": "<i", "i64": "<q", "u1": "<B", "u8": "<B", "u16": "<H", "u32": "<I",
     "u64": "<Q", "fp32": "<f", "fp64": "<d",
 }  # fmt: skip
-#: Bytes of shared memory that a block can have, by compute capability.
+#: KiB of shared memory available to a block, by compute capability.
 _SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 
 
 class Launched(NamedTuple):
-    """``shared`` are the bytes of shared memory of a block of ``threads``."""
+    """One launch; ``shared``: bytes of shared memory of a block of ``threads``."""
 
     kernel: str
     grid: tuple[int, int, int]
@@ -45,7 +45,7 @@ class Launched(NamedTuple):
 
 
 class Session:
-    """What has been launched, and how."""
+    """All launches so far, and the options for the next ones."""
 
     def __init__(self) -> None:
         self.capability = 90
@@ -80,14 +80,14 @@ class _Utils:
 
 
 class _Launcher:
-    """Packs arguments as the driver's API has them, and runs the kernel."""
+    """Packs arguments as for CUDA's driver API, and runs the kernel."""
 
     def __init__(self, src: Any, metadata: Any) -> None:
         self.types = list(src.signature.values())
         self.metadata = metadata
 
     def __call__(self, x: int, y: int, z: int, stream: int, function: Any, *rest: Any) -> None:
-        # Before the kernel's own arguments come Triton's: metadata, hooks. Their number changes with its release.
+        # Triton's own arguments (metadata, hooks) come first; their number differs between releases.
         arguments = rest[len(rest) - len(self.types) :]
         module, name, shared, binary = function
         memory, pieces = Memory(), []
@@ -100,7 +100,7 @@ class _Launcher:
             else:
                 pieces.append(struct.pack("<Q", _pointer(memory, places, value)))
         kernel = module.functions[name]
-        # Triton adds pointers to scratch memory, which no kernel of ours has.
+        # Triton adds pointers to scratch memory, which none of our kernels uses.
         if getattr(self.metadata, "global_scratch_size", 0) or getattr(self.metadata, "profile_scratch_size", 0):
             raise Fault(f"{name}: scratch memory")
         pieces += [bytes(8)] * (len(kernel.params) - len(pieces))
@@ -119,7 +119,7 @@ class _Launcher:
 
 
 def _pointer(memory: Memory, places: dict[int, int], tensor: Tensor) -> int:
-    """Where a tensor begins, after its storage has been given a place of its own, as aligned as it is."""
+    """A tensor's address in ``memory``; adds its storage on first use, with the same alignment."""
     storage = tensor.untyped_storage()
     start = storage.data_ptr()
     if not storage.nbytes():
@@ -137,7 +137,7 @@ class Driver:
         return GPUTarget("cuda", session.capability, 32)
 
     def get_current_device(self) -> int:
-        return session.capability  # the JIT then keeps what it compiled for each apart
+        return session.capability  # makes the JIT cache kernels per capability
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -147,7 +147,7 @@ _make_cubin = compiler.CUDABackend.make_cubin
 
 
 def assemble(ptx: str, capability: int) -> bytes:
-    """The cubin that Triton has of a launch's PTX, made by its own ptxas."""
+    """Assemble a launch's PTX to a cubin with Triton's own ptxas."""
     backend = compiler.CUDABackend(GPUTarget("cuda", capability, 32))
     options = backend.parse_options({"enable_fp_fusion": False, "arch": f"sm{capability}"})
     cubin: bytes = _make_cubin(backend, ptx, {}, options, capability)
@@ -159,11 +159,13 @@ def _no_binary(self: Any, source: str, metadata: Any, options: Any, capability: 
 
 
 def install(capability: int = 90, options: Options | None = None) -> Session:
-    """From now on fused_kd's Triton backend runs CPU tensors on the interpreter, compiled for a compute capability (90
-    for 9.0). For a process in which Triton has not been asked for anything yet."""
+    """Make fused_kd's Triton backend run CPU tensors on the interpreter, compiled for a capability (90 for 9.0).
+
+    Call it before any use of Triton in the process.
+    """
     if os.environ.get("TRITON_INTERPRET") == "1":
-        raise RuntimeError("TRITON_INTERPRET=1 asks for Triton's own interpreter, which compiles nothing")
-    # What is cached here is no binary that a GPU could run.
+        raise RuntimeError("TRITON_INTERPRET=1 is set: Triton's interpreter compiles nothing")
+    # A cache of its own: a GPU cannot run these binaries.
     os.environ["TRITON_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / "fused_kd_ptx_cache")
     session.capability, session.options = capability, options or Options()
     compiler.CUDABackend.make_cubin = _no_binary

@@ -1,4 +1,4 @@
-"""``pytest -p tools.ptx.triton.plugin``: tests that ask for Triton's interpreter run compiled PTX instead.
+"""``pytest -p tools.ptx.triton.plugin``: runs compiled PTX in tests that ask for Triton's interpreter.
 
 Options: ``--sm`` chooses the GPU to compile for; ``--ptx-schedule``, ``--ptx-noise`` and ``--ptx-fuse`` are those of
 :class:`tools.ptx.Options`.
@@ -14,7 +14,7 @@ import pytest
 from tools.ptx import pytest_options
 
 _NAME = "tools.ptx.triton.plugin"
-# Before any conftest imports Triton; and for pytest-xdist's workers, which load what this variable names soon enough.
+# Set before any conftest imports Triton. PYTEST_PLUGINS makes pytest-xdist's workers load this module early enough.
 os.environ["TRITON_INTERPRET"] = "0"
 os.environ["PYTEST_PLUGINS"] = _NAME
 
@@ -35,9 +35,9 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     from tools.ptx.triton.driver import session as launched
 
-    said = getattr(session.config, "workeroutput", None)
-    if said is not None:  # a worker tells the process that has the terminal
-        said["ptx"] = [len(launched.launches), sum(each.seconds for each in launched.launches), len(launched.modules)]
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:  # a worker reports to the controlling process
+        output["ptx"] = [len(launched.launches), sum(each.seconds for each in launched.launches), len(launched.modules)]
 
 
 _workers: Counter[str] = Counter()
