@@ -313,9 +313,9 @@ ZIPF_SHORT, ZIPF_ELEMENTS = 256, 16
 
 
 @lru_cache(maxsize=1024)
-def zipf_config(classes: int, *, wide: bool, probabilities: bool, neighbours: bool) -> Streamed:
+def zipf_config(classes: int, *, wide: bool, neighbours: bool) -> Streamed:
     """Layout of zipf_rows: as USKD's kernels around a sort, but with all the registers that there are."""
-    config = streamed_config(classes, wide=wide, probabilities=probabilities, neighbours=neighbours)
+    config = streamed_config(classes, wide=wide, neighbours=neighbours)
     rows, warps = min(ZIPF_WIDE_ROWS, config.rows) if wide else config.rows, config.warps
     block = 1 << (classes - 1).bit_length()
     if ZIPF_SHORT < block <= STREAMED[False, True][0] and neighbours and not wide:
@@ -366,14 +366,14 @@ def uskd_config(
         if block <= tile:
             rows = min(ON_CHIP_ROWS, max(1, tile // block))
             return OnChip(rows, block, warps, RANKED_ROWS_REGISTERS if rows > 1 and probabilities else registers)
-    config = streamed_config(classes, wide=wide, probabilities=probabilities, neighbours=neighbours)
+    config = streamed_config(classes, wide=wide, neighbours=neighbours)
     if smoothed and probabilities and not wide:  # they spill two words at 128, on sm_100
         config = config._replace(registers=STREAMED_SMOOTHED_REGISTERS)
     return config
 
 
 @lru_cache(maxsize=1024)
-def streamed_config(classes: int, *, wide: bool, probabilities: bool, neighbours: bool) -> Streamed:
+def streamed_config(classes: int, *, wide: bool, neighbours: bool) -> Streamed:
     """Layout of the kernels around PyTorch's sort, and of the one that makes USKD's batch sums."""
     tile, warps, registers = STREAMED[wide, neighbours]
     block = min(tile, max(16, 1 << (classes - 1).bit_length()))

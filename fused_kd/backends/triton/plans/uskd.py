@@ -89,12 +89,7 @@ def _plan_row_sums(
     """What each row adds to the batch's sums, (3, rows), after a launch that is appended."""
     rows, classes = student.shape
     wide = dtype == torch.float64
-    config = layout.streamed_config(
-        classes,
-        wide=wide,
-        probabilities=target.is_floating_point(),
-        neighbours=_neighbours(target, (student,)),
-    )
+    config = layout.streamed_config(classes, wide=wide, neighbours=_neighbours(target, (student,)))
     row_sums = torch.empty((3, rows), dtype=dtype, device=student.device)
     arguments = (
         student, target, row_sums, rows, classes, *student.stride(), *_target_strides(target), ignore_index,

@@ -55,7 +55,7 @@ def plan_zipf_ls(
     unit = student.stride(1) == 1 and (not probabilities or target.stride(1) == 1)
     matrices = [student, *([target] if probabilities else [])]
     vector = 16 // min(t.element_size() for t in matrices) if unit else 1
-    config = layout.zipf_config(classes, wide=loss.dtype == torch.float64, probabilities=probabilities, neighbours=unit)
+    config = layout.zipf_config(classes, wide=loss.dtype == torch.float64, neighbours=unit)
     meta = {
         "ACC": acc_types()[loss.dtype],
         "ROWS": config.rows,
