@@ -61,63 +61,101 @@ def row_loss(
     """As :func:`fused_kd.losses._call.row_loss`, of checked numbers."""
     student_logits, teacher_logits, target = tensors
     _, _, class_dim, num_classes, backend, return_parts = common
-    student = _flattened("student_logits", student_logits, class_dim)
-    device, dtype = student.rows.values.device, student.rows.values.dtype
-    if student.span is None and student.shape[-1] < 2:
-        raise ValueError(f"student_logits: expected at least 2 classes, got shape {student.shape}")
-    if num_classes is not None:
-        student = _without_padding("student_logits", student, num_classes)
-    shape = student.shape
-    teacher = None
     if isinstance(teacher_logits, TopK):
         _check_topk(target, settings)
-        classes = student.span.num_classes if student.span else shape[-1]
-        teacher = _Given(topk_rows(teacher_logits, (*shape[:-1], classes)), shape, 0, student.span)
-    elif teacher_logits is not None or "teacher" in ROW_LOSSES[name].needs:
-        teacher = _flattened(
-            "teacher_logits", teacher_logits, class_dim if isinstance(teacher_logits, Tensor) else None
-        )
-        if num_classes is not None:
-            teacher = _without_padding("teacher_logits", teacher, num_classes)
-    if teacher is not None:
-        _check_teacher(teacher, student)
-    reduction = settings["reduction"]
-    target, weight = _of_rows(student, target, common, settings, ROW_LOSSES[name].labels)
-    hyper = in_order(numbers)
-    if has_column_term(name, HyperParameters._make(hyper)):
+    both = _student_and_teacher(name, student_logits, teacher_logits, class_dim, num_classes)
+    student, teacher = both
+    rows = _of_rows(student, target, common, settings, ROW_LOSSES[name].labels)
+    if has_column_term(name, HyperParameters._make(in_order(numbers))):
         raise ValueError(
             f"gamma: expected 0 for {LOSSES[name].title} of a Head, a TopK or classes that processes share, since the "
             f"term of the batch's columns needs the logits of all rows at once; got {numbers['gamma']}"
         )
-    if teacher is not None and teacher.rows.indices is not None:
-        check_log_probs(teacher.rows, target, weight, settings["ignore_index"])
-    chosen = backends.choose(backend, device, name)
-    if isinstance(teacher_logits, TopK) and chosen != "reference":
-        chosen = kernel_or_reference(name, teacher_logits.rest, numbers, (backend, chosen))
-    if chosen == "reference" and teacher is not None and teacher.rows.indices is not None:
-        counted = counted_rows(weight, target, settings["ignore_index"])
-        of_student = _logits(_shards.shared_hidden(student.rows, student.span), shape[-1], counted)
-        logits = _shards.all_columns(of_student, student.span)
-        loss, parts = _topk_reference(name, (logits, teacher.rows), (target, weight, counted), numbers, settings)
-    elif chosen == "reference":
-        sources = [_shards.shared_hidden(each.rows, each.span) for each in (student, teacher) if each is not None]
-        counted = counted_rows(weight, target, settings["ignore_index"])
-        given = [_shards.all_columns(_logits(each, shape[-1], counted), student.span) for each in sources]
-        if target.is_floating_point():
-            target = _shards.all_columns(target, student.span)
-        checks.check_target_values(target, weight, given[0].shape[1], settings["ignore_index"])
-        loss, packed = eager(*given, target, **numbers, **settings, weight=weight)
-        parts = [*packed]
+    chosen = backends.choose(backend, student.rows.values.device, name)
+    if teacher is not None and isinstance(teacher_logits, TopK):
+        check_log_probs(teacher.rows, *rows, settings["ignore_index"])
+        if chosen != "reference":
+            chosen = kernel_or_reference(name, teacher_logits.rest, numbers, (backend, chosen))
+    if chosen == "reference":
+        loss, parts = _by_reference(name, eager, both, rows, numbers, settings)
     else:
-        asked = (settings.get("logit_standardization", False), settings["ignore_index"], settings["reduction"])
-        chunk_rows = student.chunk_rows or (teacher.chunk_rows if teacher is not None else 0)
-        span = student.span or Span(0, shape[-1])
-        where = ([span.first_class, span.num_classes], span.group, chunk_rows, _products_dtype(device, dtype))
-        loss, stacked = source_autograd.row_loss(
-            student.rows, teacher and teacher.rows, (target, weight), name, hyper, asked, where, chosen
+        loss, parts = _by_kernels(name, both, rows, numbers, settings, chosen)
+    return returned(loss, parts if return_parts else None, parts_type, student.shape[:-1], settings["reduction"])
+
+
+def _student_and_teacher(
+    name: str, student_logits: Any, teacher_logits: Any, class_dim: int | None, num_classes: int | None
+) -> tuple[_Given, _Given | None]:
+    student = _flattened("student_logits", student_logits, class_dim)
+    if student.span is None and student.shape[-1] < 2:
+        raise ValueError(f"student_logits: expected at least 2 classes, got shape {student.shape}")
+    if num_classes is not None:
+        student = _without_padding("student_logits", student, num_classes)
+    if isinstance(teacher_logits, TopK):
+        classes = student.span.num_classes if student.span else student.shape[-1]
+        rows = topk_rows(teacher_logits, (*student.shape[:-1], classes))
+        teacher = _Given(rows, student.shape, 0, student.span)
+    elif teacher_logits is not None or "teacher" in ROW_LOSSES[name].needs:
+        teacher_dim = class_dim if isinstance(teacher_logits, Tensor) else None
+        teacher = _flattened("teacher_logits", teacher_logits, teacher_dim)
+        if num_classes is not None:
+            teacher = _without_padding("teacher_logits", teacher, num_classes)
+    else:
+        return student, None
+    _check_teacher(teacher, student)
+    return student, teacher
+
+
+def _by_reference(
+    name: str,
+    eager: Callable[..., tuple[Tensor, Parts]],
+    both: tuple[_Given, _Given | None],
+    rows: tuple[Tensor, Tensor | None],
+    numbers: dict[str, float],
+    settings: dict[str, Any],
+) -> tuple[Tensor, list[Tensor]]:
+    """Makes all logits, and brings the columns of all processes together."""
+    (student, teacher), (target, weight), ignore_index = both, rows, settings["ignore_index"]
+    counted = counted_rows(weight, target, ignore_index)
+
+    def whole(given: _Given) -> Tensor:
+        source = _shards.shared_hidden(given.rows, given.span)
+        return _shards.all_columns(_logits(source, student.shape[-1], counted), student.span)
+
+    logits = whole(student)
+    if target.is_floating_point():
+        target = _shards.all_columns(target, student.span)
+    checks.check_target_values(target, weight, logits.shape[1], ignore_index)
+    if teacher is not None and teacher.rows.indices is not None:
+        kept, indices = teacher.rows, teacher.rows.indices
+        check_indices(indices, logits.shape[1], counted, kept.rest)
+        options = {"ignore_index": ignore_index, "reduction": settings["reduction"], "weight": weight}
+        loss, parts = reference.topk.topk_loss(
+            name, logits, kept.values, indices, kept.rest, target, numbers, **options
         )
-        parts = [stacked[part] for part in ROW_LOSSES[name].parts]
-    return returned(loss, parts if return_parts else None, parts_type, shape[:-1], reduction)
+        return loss, [*parts]
+    given = [logits] if teacher is None else [logits, whole(teacher)]
+    loss, packed = eager(*given, target, **numbers, **settings, weight=weight)
+    return loss, [*packed]
+
+
+def _by_kernels(
+    name: str,
+    both: tuple[_Given, _Given | None],
+    rows: tuple[Tensor, Tensor | None],
+    numbers: dict[str, float],
+    settings: dict[str, Any],
+    backend: str,
+) -> tuple[Tensor, list[Tensor]]:
+    student, teacher = both
+    asked = (settings.get("logit_standardization", False), settings["ignore_index"], settings["reduction"])
+    chunk_rows = student.chunk_rows or (teacher.chunk_rows if teacher is not None else 0)
+    span, values = student.span or Span(0, student.shape[-1]), student.rows.values
+    where = ([span.first_class, span.num_classes], span.group, chunk_rows, _products_dtype(values.device, values.dtype))
+    loss, stacked = source_autograd.row_loss(
+        student.rows, teacher and teacher.rows, rows, name, in_order(numbers), asked, where, backend
+    )
+    return loss, [stacked[part] for part in ROW_LOSSES[name].parts]
 
 
 def _check_topk(target: Tensor | None, settings: dict[str, Any]) -> None:
@@ -127,25 +165,6 @@ def _check_topk(target: Tensor | None, settings: dict[str, Any]) -> None:
         )
     if target is not None and target.is_floating_point():
         raise ValueError("target: expected class indices with a TopK, got probabilities; take the likeliest class")
-
-
-def _topk_reference(
-    name: str,
-    sources: tuple[Tensor, SourceRows],
-    of_rows: tuple[Tensor, Tensor | None, Tensor],
-    numbers: dict[str, float],
-    settings: dict[str, Any],
-) -> tuple[Tensor, list[Tensor]]:
-    """``of_rows`` are the target, the weight and which rows count."""
-    (logits, teacher), (target, weight, counted) = sources, of_rows
-    assert teacher.indices is not None
-    ignore_index = settings["ignore_index"]
-    checks.check_target_values(target, weight, logits.shape[1], ignore_index)
-    check_indices(teacher.indices, logits.shape[1], counted, teacher.rest)
-    given = (logits, teacher.values, teacher.indices, teacher.rest, target, numbers)
-    options = {"ignore_index": ignore_index, "reduction": settings["reduction"], "weight": weight}
-    loss, parts = reference.topk.topk_loss(name, *given, **options)
-    return loss, [*parts]
 
 
 def uskd(
