@@ -1,4 +1,4 @@
-"""What the results come to: the paper's order, rates and convergence, and the ablations."""
+"""Findings for the page: the paper's order, learning rates and convergence, and the ablations."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from study.comparison.results import (
 )
 
 ORDERS = (("With a teacher", paper.WITH_TEACHER), ("Without a teacher", paper.TEACHER_FREE))
-#: Pairs that the outcome has.
+#: Pairs in the outcome's table.
 _FIRST = (("nkd", "ce"), ("nkd", "kd"), ("nkd", "dkd"), ("uskd", "ce"), ("uskd", "label-smoothing"))
 
 
 def comparisons(view: View, runs: BySeed) -> list[Comparison]:
-    """All pairs that the paper ranks, of those methods that the task has."""
+    """All pairs that the paper ranks, for the task's methods."""
     return compare_all([pair for _, pairs in ORDERS for pair in pairs], accuracies(runs, view.splits[0]))
 
 
 def outcome(views: Sequence[View]) -> str:
-    """The whole in a short table and a sentence, for the head of the page and for other pages."""
+    """Summary for the top of the page and for other pages: a short table, a list and a sentence."""
     rows = [["points of accuracy", *(view.task.title for view in views)], ["---", *["---:"] * len(views)]]
     for better, worse in _FIRST:
         found = [paper.compare(better, worse, accuracies(view.main, view.splits[0])) for view in views]
@@ -47,10 +47,10 @@ def outcome(views: Sequence[View]) -> str:
 
 
 def _best(views: Sequence[View]) -> str:
-    """Of each task the method that has the highest mean accuracy, with a teacher and without one, as a list."""
+    """A list of each task's method with the highest mean accuracy, with a teacher and without one."""
     found = []
     for title, needs_teacher in (("Best with a teacher", True), ("Best without one", False)):
-        of_tasks = []
+        best = []
         for view in views:
             values = accuracies(view.main, view.splits[0])
             means = {
@@ -60,9 +60,9 @@ def _best(views: Sequence[View]) -> str:
             }
             over = paper.compare(max(means, key=lambda name: means[name]), "ce", values) if means else None
             if over:
-                of_tasks.append(f"{METHODS[over.better].title} on {view.task.title} ({over.text})")
-        if of_tasks:
-            found.append(f"- **{title}**, over the baseline: {'; '.join(of_tasks)}.")
+                best.append(f"{METHODS[over.better].title} on {view.task.title} ({over.text})")
+        if best:
+            found.append(f"- **{title}**, over the baseline: {'; '.join(best)}.")
     return "\n".join(found)
 
 
@@ -86,11 +86,11 @@ def _widths(found: Sequence[Comparison]) -> str:
 def orders(views: Sequence[View]) -> list[str]:
     """Tables of all pairs, at the shared learning rate and at each method's own."""
     parts = [
-        "The paper has NKD over DKD over KD over the baseline with a teacher, and USKD over Zipf's LS and Tf-KD over "
-        "label smoothing over the baseline without one. For each pair the difference is taken seed by seed, as runs of "
-        "one seed start from the same weights and see the same batches. It counts if the 95 % interval of its mean "
-        "(Student's t) excludes zero, in either direction; otherwise the pair is undecided. The pairs are not "
-        "independent of each other, and of twenty pairs without a true difference one would seem to have one.",
+        "With a teacher the paper ranks NKD over DKD over KD over the baseline; without one it ranks USKD over Zipf's "
+        "LS and Tf-KD over label smoothing over the baseline. For each pair the difference is taken seed by seed, as "
+        "runs of one seed start from the same weights and see the same batches. It counts if the 95 % interval of its "
+        "mean (Student's t) excludes zero, in either direction; otherwise the pair is undecided. The pairs are not "
+        "independent, and among twenty pairs without a true difference one would seem to have one.",
         "**At the baseline's best learning rate**",
         *_pairs(views, [view.main for view in views]),
     ]
@@ -98,7 +98,7 @@ def orders(views: Sequence[View]) -> list[str]:
     if with_own:
         own_seeds = {len(by_seed) for view in with_own for by_seed in view.own.values()}
         parts += [
-            "**At each method's own best learning rate** of half the baseline's, the same and twice that, chosen with "
+            "**At each method's own best learning rate**: half the baseline's, the same, or twice that, chosen with "
             f"other seeds; {count_seeds(own_seeds)} each. A sum of losses takes larger steps than one of them.",
             *_pairs(with_own, [view.own for view in with_own]),
         ]
@@ -160,32 +160,32 @@ def convergence(views: Sequence[View]) -> list[str]:
             ]
         )  # fmt: skip
     return [
-        "The baseline's learning rate was searched with seeds of its own, in steps of two, until the best had a worse "
-        "or equal one on either side. What follows is in % or points of accuracy on the first test set: how much the "
-        "last quarter of the epochs adds, and how much twice as many epochs add with the rate as it is.",
+        "The baseline's learning rate was searched with separate seeds, in factors of two, until the best one had a "
+        "worse or equal one on either side. The table has accuracies on the first test set in %, and differences in "
+        "points: what the last quarter of the epochs adds, and what twice as many epochs add at the same rate.",
         lines(rows),
         *([_caveat(moving, gains)] if moving else []),
     ]
 
 
 def _caveat(moving: Sequence[str], gains: Sequence[float]) -> str:
-    """Of tasks whose last quarter adds more than the seeds differ, with what twice the epochs add."""
+    """Caveat for tasks with a last quarter that adds more than the seeds differ, and the gain of twice the epochs."""
     ends = dict.fromkeys(f"{gain:.1f}" for gain in (min(gains), max(gains))) if gains else ()
     more = f"Twice the epochs still add {' to '.join(ends)} points. " if ends else ""
     return (
         f"**Caveat:** the baseline has not converged on {'; '.join(moving)}: the last quarter, in which the learning "
-        f"rate falls to zero, adds more than the seeds differ by. {more}What this page "
-        "says is of training of this length."
+        f"rate falls to zero, adds more than the seeds differ by. {more}This page's results hold for training of this "
+        "length."
     )
 
 
 def _last_quarter(curve: Sequence[float]) -> float:
-    """What the last quarter of the epochs, at least one, adds, in points."""
+    """Points that the last quarter of the epochs, at least one epoch, adds."""
     return 100 * (curve[-1] - curve[-1 - max(1, len(curve) // 4)]) if len(curve) > 1 else 0.0
 
 
 def ablations(views: Sequence[View]) -> list[str]:
-    """A table for each ablation that has runs."""
+    """A summary, and a table for each ablation with runs."""
     parts: list[str] = []
     seeds: set[int] = set()
     summary = [["the other settings are", *(view.task.title for view in views)], ["---", *["---"] * len(views)]]
@@ -200,16 +200,16 @@ def ablations(views: Sequence[View]) -> list[str]:
         return ["Not run; `python -m study --part ablations page` does so."]
     return [
         "Accuracy in %, and in brackets the difference from the study's own setting, in points with its 95 % "
-        "interval; all at the learning rate that the methods share. The study's own setting is the paper's choice and "
-        f"has the seeds of the tables above, each other one {count_seeds(seeds)}. So a conclusion of the paper shows "
-        "where the other settings are worse, and does not where one is better:",
+        "interval; all at the learning rate that the methods share. The study's own setting is the paper's choice, "
+        f"with the seeds of the tables above; the others have {count_seeds(seeds)} each. So a conclusion of the paper "
+        "is reproduced where the other settings are worse, and not reproduced where one is better:",
         lines(summary),
         *parts,
     ]
 
 
 def _over_own(ablation: Ablation, variant: Variant, view: View) -> Comparison | None:
-    """A variant against the study's own setting; None without runs."""
+    """Compare a variant with the study's own setting; None without runs."""
     split = view.splits[0]
     usual = of_seeds(view.main.get(ablation.method, {}), split)
     return compare_seeds(ablation.method, ablation.method, of_seeds(view.variant(ablation, variant), split), usual)

@@ -1,4 +1,4 @@
-"""docs/study.md and its plots, made of the records alone."""
+"""Makes docs/study.md and its plots from the records alone."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from study.comparison.results import (
 from study.training import checkpoint
 from study.training.errors import RunError
 
-#: Where another page has the outcome.
+#: Markers of the outcome in another page.
 BEGIN, END = "<!-- study:begin -->", "<!-- study:end -->"
 
 
 def views_of(records: Records) -> list[View]:
-    """The tasks that have runs of the methods to show.
+    """Views of the tasks with runs at the shared rate.
 
     Raises:
-        RunError: There is none.
+        RunError: There are none.
     """
     views = [View(task, records) for name, task in records.tasks.items() if records.runs[name]]
     views = [view for view in views if view.main]
@@ -42,7 +42,7 @@ def views_of(records: Records) -> list[View]:
 
 
 def make(records: Records, path: Path, command: str, update: Sequence[Path] = ()) -> list[Path]:
-    """Write the page and its plots, and the outcome into the pages ``update``; returns what was written."""
+    """Write the page and its plots, and the outcome into the pages ``update``; return the written paths."""
     views = views_of(records)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def _update(other: Path, text: str) -> None:
 
 
 def block(views: Sequence[View], page: Path, other: Path) -> str:
-    """What another page has of the study: the outcome, and where the whole is."""
+    """The study's block in another page: the outcome and a link."""
     link = Path(os.path.relpath(page, other.parent)).as_posix()
     return (
         f"Small students on {count(len(views), 'task')}, {seeds_of(views)} each:\n\n"
@@ -74,7 +74,7 @@ def block(views: Sequence[View], page: Path, other: Path) -> str:
 
 
 def markdown(views: Sequence[View], cost: dict[str, Any] | None, stem: str, command: str) -> str:
-    """The page; its pictures' names begin with ``stem``; ``command`` is what makes it."""
+    """The page; names of its plots begin with ``stem``, and ``command`` writes it."""
     of_study = any(view.task.name in TASKS for view in views)
     picture = f"![The loss's share of a step]({stem}-cost.png)"
     parts = [
@@ -161,9 +161,9 @@ def _published() -> list[str]:
         gain = f" ({value - base:+.2f})" if method != "ce" and source == base_source else ""
         rows.append([METHODS[method].title, f"{value:.2f}{gain}", source])
     return [
-        "The published figures are of a ResNet-18, with a ResNet-34 as the teacher where there is one; in brackets "
-        "the gain over the baseline of the same source. Those for label smoothing, Tf-KD and Zipf's LS are not shown: "
-        "no public source at hand has them.",
+        "The published figures are of a ResNet-18, with a ResNet-34 as the teacher if the method has one; in brackets "
+        "the gain over the baseline of the same source. Figures for label smoothing, Tf-KD and Zipf's LS are not "
+        "shown: no public source at hand has them.",
         lines(rows),
     ]
 
@@ -191,14 +191,14 @@ def _how(views: Sequence[View], command: str) -> list[str]:
             ]
         )  # fmt: skip
     parts = [
-        f"`{command}` makes all of it, and goes on where it was interrupted; what has a record is not made again.",
+        f"`{command}` makes everything, and continues after an interruption; runs with a record are not repeated.",
         lines(rows),
         "All methods of a task share its schedule: a linear warm-up over a tenth of the steps and a cosine to zero. "
-        "CNNs have SGD with Nesterov momentum and a weight decay of 0.0005, transformers and language models AdamW "
-        "with one of 0.05, unless the options say otherwise. A seed sets the weights and the order of the batches. A "
+        "CNNs use SGD with Nesterov momentum and a weight decay of 0.0005, transformers and language models AdamW "
+        "with 0.05, unless the options say otherwise. A seed sets the weights and the order of the batches. A "
         f"teacher is trained once, with cross-entropy on the same data and with seed {TEACHER_SEED}; its logits are "
         "computed once. "
-        "The hyper-parameters of the losses are published values or defaults, and none was tuned:",
+        "The hyper-parameters of the losses are published values or defaults; none was tuned:",
         lines(hyper),
     ]
     prints = {
@@ -206,7 +206,7 @@ def _how(views: Sequence[View], command: str) -> list[str]:
     }
     if mixed := [title for title, found in prints.items() if len(found) > 1]:
         parts.append(
-            f"**Caveat:** runs of {listed(mixed)} were made with different data: other fonts, or another Python."
+            f"**Caveat:** runs of {listed(mixed)} were made with different data, from other fonts or another Python."
         )
     return parts
 
