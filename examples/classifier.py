@@ -1,8 +1,8 @@
-"""Distil a classifier with NKD: a small network learns from labels and from a larger one. Half a minute on a laptop.
+"""Distil a classifier with NKD: a small network learns from labels and a larger network. Half a minute on a laptop.
 
     python examples/classifier.py
 
-The task is made here: points whose class a random network decides. In your own training only `criterion` is new.
+The data are synthetic: noisy points around a random centre per class. In your own training only `criterion` is new.
 """
 
 import argparse
@@ -23,7 +23,7 @@ def network(width: int) -> nn.Module:
 
 
 def make_data(rows: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Noisy points around a centre for each class."""
+    """Noisy points around a random centre per class."""
     centres = torch.randn(CLASSES, FEATURES, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(seed)
     target = torch.randint(CLASSES, (rows,), generator=generator)
@@ -31,7 +31,7 @@ def make_data(rows: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def train(model: nn.Module, teacher: nn.Module | None, steps: int) -> float:
-    """Accuracy on the test set, after training with a teacher or with labels alone."""
+    """Train with a teacher or with labels alone; return the accuracy on the test set."""
     inputs, target = make_data(8192, seed=1)
     criterion = NKDLoss(gamma=1.5, temperature=1.0, ce_weight=1.0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
@@ -54,7 +54,7 @@ def train(model: nn.Module, teacher: nn.Module | None, steps: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--steps", type=int, default=600, help="of each training, default: %(default)s")
+    parser.add_argument("--steps", type=int, default=600, help="per training, default: %(default)s")
     steps = parser.parse_args().steps
     torch.manual_seed(0)
     teacher, student = network(512), network(48)

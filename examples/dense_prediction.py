@@ -1,4 +1,4 @@
-"""Distil a segmentation network pixel by pixel: logits (N, C, H, W), as F.cross_entropy has them. A few seconds.
+"""Distil a segmentation network pixel by pixel: logits (N, C, H, W), as for F.cross_entropy. A few seconds.
 
 python examples/dense_prediction.py
 """
@@ -21,7 +21,7 @@ def network(width: int) -> nn.Module:
 
 
 def make_images(rows: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Rectangles whose colour is that of a class; some pixels are not labelled."""
+    """Images of rectangles with one colour per class; some pixels have no label."""
     colours = torch.randn(CLASSES, 3, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(seed)
     target = torch.zeros(rows, 32, 32, dtype=torch.int64)
@@ -36,11 +36,11 @@ def make_images(rows: int, seed: int) -> tuple[Tensor, Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--steps", type=int, default=40, help="of each training, default: %(default)s")
+    parser.add_argument("--steps", type=int, default=40, help="per training, default: %(default)s")
     steps = parser.parse_args().steps
     torch.manual_seed(0)
     teacher, student = network(48), network(8)
-    criterion = NKDLoss(class_dim=1, ignore_index=UNKNOWN, ce_weight=1.0)  # classes are not in the last dimension
+    criterion = NKDLoss(class_dim=1, ignore_index=UNKNOWN, ce_weight=1.0)  # the classes are dimension 1
     for name, model in (("teacher", teacher), ("student", student)):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         for step in range(steps):

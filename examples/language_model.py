@@ -2,9 +2,9 @@
 
     python examples/language_model.py
 
-Tokens are characters of Python's own documentation. A prompt's tokens have the label -100 and count for nothing. The
-mean goes over the counted tokens of the whole batch: ``normalizer`` is their number. Where the logits of a large
-vocabulary do not fit, pass ``Head(hidden, head.weight, head.bias)`` in their place.
+Tokens are characters of Python's own documentation. A prompt's tokens have the label -100 and are ignored. The mean is
+over the counted tokens of the whole batch: ``normalizer`` is their number. If the logits of a large vocabulary do not
+fit into memory, pass ``Head(hidden, head.weight, head.bias)`` instead.
 """
 
 import argparse
@@ -19,7 +19,7 @@ LENGTH, PROMPT = 64, 8
 
 
 class Model(nn.Module):
-    """A GRU; a transformer changes nothing below."""
+    """A GRU; with a transformer the rest stays the same."""
 
     def __init__(self, tokens: int, width: int) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Model(nn.Module):
 
 
 def batch(text: Tensor, rows: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Tokens (rows, LENGTH), and for each the next one, but for the prompt's."""
+    """Tokens (rows, LENGTH), and the next tokens as targets, except for the prompt."""
     starts = torch.randint(len(text) - LENGTH - 1, (rows, 1), generator=torch.Generator().manual_seed(seed))
     window = text[starts + torch.arange(LENGTH + 1)]
     target = window[:, 1:].clone()
@@ -69,7 +69,7 @@ def perplexity(model: nn.Module, text: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--steps", type=int, default=150, help="of each training, default: %(default)s")
+    parser.add_argument("--steps", type=int, default=150, help="per training, default: %(default)s")
     steps = parser.parse_args().steps
     page = "".join(pydoc.render_doc(name, renderer=pydoc.plaintext) for name in ("argparse", "subprocess", "pathlib"))
     characters = sorted(set(page))

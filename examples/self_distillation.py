@@ -1,9 +1,9 @@
-"""Train a classifier with USKD, where there is no teacher: its own inner feature gives the ranks. A few seconds.
+"""Train a classifier with USKD, without a teacher: its own inner feature gives the ranks. A few seconds.
 
     python examples/self_distillation.py
 
-A forward hook takes the feature, so that the network stays as it is. The criterion owns the weak classifier: its
-parameters go to the optimizer, and its state into the checkpoint.
+A forward hook takes the feature, so the network needs no change. The criterion owns the weak classifier: give its
+parameters to the optimizer, and save its state in the checkpoint.
 """
 
 import argparse
@@ -29,7 +29,7 @@ class Network(nn.Module):
 
 
 def make_images(rows: int, seed: int) -> tuple[Tensor, Tensor]:
-    """A pattern for each class, under noise."""
+    """One pattern per class, plus noise."""
     patterns = torch.randn(CLASSES, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(seed)
     target = torch.randint(CLASSES, (rows,), generator=generator)
@@ -54,7 +54,7 @@ def main() -> None:
         optimizer.step()
         if step % max(1, steps // 5) == 0:
             shown = "  ".join(f"{name} {value.item():.3f}" for name, value in parts._asdict().items())
-            print(f"step {step:4}  loss {loss.item():.3f}  of it: {shown}")
+            print(f"step {step:4}  loss {loss.item():.3f}  parts: {shown}")
     with torch.no_grad():
         images, target = make_images(2000, seed=0)
         print(f"accuracy {(model(images).argmax(1) == target).float().mean().item():.1%}")

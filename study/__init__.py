@@ -1,9 +1,9 @@
-"""Training with the losses of fused_kd: the paper's experiment in small. ``python study/train.py --help``."""
+"""Training with fused_kd's losses: the paper's experiment in small. ``python study/train.py --help``."""
 
 import sys
 from importlib.util import find_spec
 
-#: What is imported, some of it only when a run saves its network, and the package that has it.
+#: Imported modules and their packages. Some are imported only when a run saves its network.
 _NEEDED = {
     "torch": "torch",
     "rich": "rich",
@@ -15,7 +15,7 @@ _NEEDED = {
 
 
 def require(program: str) -> None:
-    """End the program with one line if something that it imports is not installed."""
+    """Exit with one line if a package that the program imports is not installed."""
     if missing := [package for module, package in _NEEDED.items() if find_spec(module) is None]:
         sys.exit(
             f"{program}: not installed: {', '.join(missing)}; "

@@ -1,12 +1,12 @@
-"""The paper's comparison on tasks that two cores can do, and what a step costs.
+"""The paper's comparison on tasks small enough for two cores, and the cost of a training step.
 
-    python -m study                                      # what has no record yet, then docs/study.md
-    python -m study --part page                          # the page alone, of the records
+    python -m study                                      # runs without a record, then docs/study.md
+    python -m study --part page                          # the page alone, from the records
     python -m study --part rates main --task text-gru    # one task
-    python -m study --part cost page                     # measures the cost again, at a quiet moment
-    python -m study --records runs/mine --page runs/study.md   # all of it anew, in some four hours of two cores
+    python -m study --part cost page                     # measure the cost again, on an idle machine
+    python -m study --records runs/mine --page runs/study.md   # everything anew, about four hours on two cores
 
-A study that was interrupted goes on where it was.
+The same command continues an interrupted study.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from study.training.report import Bar
 
 COMMAND = "make study"
 PARTS = (*stages.STAGES, "cost", "page")
-#: The program that measures a step, and what it does so with.
+#: The program that measures a step, and its settings.
 COST: tuple[str, ...] = (sys.executable, "-m", "study.comparison.cost")
 COST_STUDENT, COST_TEACHER = "cnn-small", "cnn-medium"
 COST_CLASSES, COST_BATCH, COST_DRAWS = 1000, 128, 1
@@ -52,30 +52,30 @@ def make_parser() -> argparse.ArgumentParser:
     )
     program.add_options(parser, PARTS, Path("runs/study"), Path("study/records"), Path("docs/study.md"))
     parser.add_argument("--task", choices=tuple(TASKS), nargs="+", default=tuple(TASKS), metavar="TASK",
-                        help=f"of {', '.join(TASKS)} (all)")  # fmt: skip
-    parser.add_argument("--cost-steps", type=int, default=48, metavar="N", help="that are measured (%(default)s)")
+                        help=f"tasks among {', '.join(TASKS)} (all)")  # fmt: skip
+    parser.add_argument("--cost-steps", type=int, default=48, metavar="N", help="measured steps (%(default)s)")
     parser.add_argument("--cost-classes", type=int, nargs="+", metavar="N",
-                        help=f"({COST_CLASSES}, and as many as the fonts allow)")  # fmt: skip
+                        help=f"numbers of classes ({COST_CLASSES}, and as many as the fonts allow)")  # fmt: skip
     return parser
 
 
 def most_classes() -> int:
-    """The largest number of classes for which there are two font families, one of them to be held out.
+    """The largest number of classes that two font families cover; one of them is held out.
 
     Raises:
-        DataError: There are no two families.
+        DataError: There are fewer than two families.
     """
     families = sorted(find_families(glyphs.characters(), 2), key=lambda family: -len(family.covered))
     if len(families) < 2:
-        raise DataError(f"--cost-classes: the fonts that are installed do not give any; {INSTALL}")
+        raise DataError(f"--cost-classes: the installed fonts are not enough; {INSTALL}")
     return len(families[0].covered & families[1].covered)
 
 
 def measure_cost(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """One method after the other, each in a process of its own, with all threads.
+    """Measure one method after the other, each in a process of its own, with all threads.
 
     Raises:
-        RunError: One of them failed.
+        RunError: A measurement failed.
     """
     most = most_classes()
     wanted = args.cost_classes or sorted({COST_CLASSES, most})
@@ -98,7 +98,7 @@ def measure_cost(args: argparse.Namespace, console: Console) -> dict[str, Any]:
                 capture_output=True, text=True, env=runs.environment(os.cpu_count() or 1), check=False,
             )  # fmt: skip
             if process.returncode:
-                lines = [line for line in process.stderr.splitlines() if line.strip()] or ["nothing was said"]
+                lines = [line for line in process.stderr.splitlines() if line.strip()] or ["no output"]
                 raise RunError(f"cost of {name}: {lines[-1].removeprefix('study.comparison.cost: ')}")
             rows.append({"method": name, **json.loads(process.stdout.splitlines()[-1])})
             console.print(f"cost of {name} at {classes} classes measured", highlight=False)
@@ -107,22 +107,22 @@ def measure_cost(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def run_study(args: argparse.Namespace, console: Console) -> None:
-    """Make the parts that are asked for.
+    """Make the selected parts.
 
     Raises:
-        RunError: With one line that says what to mend.
+        RunError: With a one-line message for the user.
     """
     program.check(args, ("cost_steps",))
     records = Records(args.records, TASKS)
     program.make_runs(args, {name: TASKS[name] for name in args.task}, records, console)
-    # What a step costs is measured by itself, and only when it is asked for or was never measured.
+    # The cost is measured after all runs, and only on request or if it has no record.
     if "cost" in args.part and (records.cost is None or tuple(args.part) != PARTS):
         records.add_cost(measure_cost(args, console))
     program.make_page(args, records, COMMAND, console)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The program: 0, or 2 after one line on stderr."""
+    """Run the program; return 0, or 2 after one line on stderr."""
     return program.main("study", lambda: run_study(make_parser().parse_args(arguments), Console(stderr=True)))
 
 

@@ -4,9 +4,9 @@
     python study/train.py --loss nkd --teacher runs/teacher/best.safetensors --out runs/nkd
     python study/train.py --loss uskd --out runs/uskd
 
-A folder gets ``best.safetensors`` (the network of the epoch that was best on the first test set, so that this
-accuracy is an optimistic one), ``last.pt`` (all that ``--resume`` needs), ``steps.csv``, ``epochs.csv`` and
-``curves.png``. On the CPU a resumed run has the same bits as one that was never interrupted.
+Each run writes into its folder: ``best.safetensors`` (the network of the best epoch on the first test set, so this
+accuracy is optimistic), ``last.pt`` (all that ``--resume`` needs), ``steps.csv``, ``epochs.csv`` and ``curves.png``. On
+the CPU a resumed run gives the same bits as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ STATE = ("run", "step", "student", "optimizer", "scaler", "means", "best", "seco
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run came to.
+    """Result of a finished run.
 
-    ``accuracy`` by test split of the last epoch, ``best`` of the best epoch by the first of them; ``epoch_seconds`` the
-    median time of training an epoch, tests left out; ``loss_share`` of that in the loss's forward and backward to the
-    logits (None without ``--time-loss``); ``peak_memory`` in bytes: on CUDA what tensors took, else the process's;
-    ``data`` the data set's fingerprint.
+    ``accuracy``: by test split, after the last epoch. ``best``: the same after the best epoch on the first split.
+    ``epoch_seconds``: median training time of an epoch, without tests. ``loss_share``: share of it in the loss's
+    forward and its backward to the logits (None without ``--time-loss``). ``peak_memory``: bytes, on CUDA of tensors,
+    else of the process. ``data``: the data set's fingerprint.
     """
 
     accuracy: dict[str, float]
@@ -72,7 +72,7 @@ class Result:
 
 
 class Run:
-    """One run in its folder: what is between two epochs, and the logs."""
+    """One run and its folder: its state, its epochs and its logs."""
 
     def __init__(self, args: argparse.Namespace, where: Processes, dataset: Dataset, bar: Bar) -> None:
         self.args, self.where, self.data, self.bar = args, where, dataset, bar
@@ -167,7 +167,7 @@ class Run:
             checkpoint.save(self.args.out / "last.pt", state)
 
     def go(self) -> Result:
-        """Train to the end, and sum up."""
+        """Train to the end; return the result."""
         args, out, per_epoch = self.args, self.args.out, len(self.batches)
         names = ["loss", *(f"loss_{name}" for name in self.parts)]
         if self.where.first:
@@ -277,15 +277,15 @@ def _check_teacher(args: argparse.Namespace, method: methods.Method) -> None:
     if method.needs_teacher and not args.teacher:
         raise RunError(f"--loss {args.loss}: needs a teacher; train one and give its best.safetensors to --teacher")
     if args.teacher and not method.needs_teacher:
-        raise RunError(f"--teacher: --loss {args.loss} has no use for one")
+        raise RunError(f"--teacher: --loss {args.loss} takes no teacher")
 
 
 def _claim(args: argparse.Namespace) -> None:
-    """Make the folder of a run; one that has a run is not written over."""
+    """Make the run's folder; never overwrite another run."""
     out = args.out
     there = [name for name in ("last.pt", "best.safetensors") if (out / name).exists()]
     if there and not args.resume:
-        raise RunError(f"--out {out}: has a run already ({there[0]}); --resume goes on with it, or name another folder")
+        raise RunError(f"--out {out}: already has a run ({there[0]}); --resume continues it, or name another folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -295,7 +295,7 @@ def _claim(args: argparse.Namespace) -> None:
 
 
 def _summary(run: Run) -> Result:
-    """From the logs, so that a run that is complete already has its result, too."""
+    """The result, read from the logs, so that it also works for a run that was already complete."""
     rows = read_table(run.args.out / "epochs.csv")
     if not rows:
         raise RunError(f"--out {run.args.out}: epochs.csv is missing or empty, so there is no result to show")
@@ -326,10 +326,10 @@ def _parameters(run: Run) -> int:
 
 
 def run(args: argparse.Namespace, console: Console | None = None) -> Result:
-    """Train as ``args`` of :func:`study.training.options.parse` say, or go on with a run, and return what it came to.
+    """Train with the options of :func:`study.training.options.parse`, or resume a run; return its result.
 
     Raises:
-        RunError: With one line that says what to mend.
+        RunError: With a one-line message for the user.
     """
     console = console or Console(stderr=True)
     with processes(args.device) as where:
@@ -353,9 +353,9 @@ def _announce(this: Run, console: Console) -> None:
     for line in registry.about(dataset):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     if args.cache_teacher and not dataset.text and (args.shift or args.flip):
-        console.print("the teacher's logits are cached: of images without the student's shift and flip", soft_wrap=True)
+        console.print("the teacher's cached logits are of images without the student's shift and flip", soft_wrap=True)
     if this.step:
-        console.print(f"goes on at step {this.step} of {this.steps}", highlight=False)
+        console.print(f"resuming at step {this.step} of {this.steps}", highlight=False)
 
 
 def _show(result: Result, args: argparse.Namespace, console: Console) -> None:
@@ -376,7 +376,7 @@ def _show(result: Result, args: argparse.Namespace, console: Console) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The program: 0, or 2 after one line on stderr."""
+    """Run the program; return 0, or 2 after one line on stderr."""
     console = Console(stderr=True)
     try:
         args = options.parse(arguments)
@@ -385,7 +385,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("train.py: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        print("train.py: interrupted; --resume continues from the last checkpoint", file=sys.stderr)
         return 130
     if int(os.environ.get("RANK", "0")) == 0:
         _show(result, args, Console())

@@ -64,7 +64,7 @@ def collect(photos: Sequence[str], top: int) -> list[Photo]:
 
     names, shipped = class_names(), load_shipped_logits()
     if not 1 <= top < len(names):
-        raise ValueError(f"expected 1 to {len(names) - 1} classes beside the target, got {top}")
+        raise ValueError(f"expected 1 to {len(names) - 1} classes other than the target, got {top}")
     labels = fused_kd.uskd_soft_labels(shipped.student_logits, shipped.teacher_logits, shipped.target)
     column = shipped.target.unsqueeze(1)
     p = shipped.student_logits.softmax(1)
@@ -181,7 +181,7 @@ def _draw_others(photo: Photo, axes: Axes, limits: tuple[float, float]) -> None:
     for name, color, marker, size, figures in series:
         x = [max(figure, limits[0]) for figure in figures]
         axes.scatter(x, y, size, color=color, marker=marker, label=name, clip_on=False, zorder=3)
-    axes.set_title(f"{photo.name}: beside {photo.target}", loc="left", fontsize=10, fontweight="bold")
+    axes.set_title(f"{photo.name}: other than {photo.target}", loc="left", fontsize=10, fontweight="bold")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.xaxis.set_minor_locator(NullLocator())
     _style(axes, [x.name for x in photo.others], limits)

@@ -37,8 +37,8 @@ class Errors:
 
     * A divergence from a teacher is a small difference of large terms. Rounding each term once, by half a unit in the
       last place of the form's dtype, loses digits however carefully the terms are added up.
-    * In a loss that ranks, near-equal keys may exchange ranks. Entries beside the targets, which have the ranks, are
-      compared with the largest entry among them: a target's is many times larger.
+    * In a loss that ranks, near-equal keys may exchange ranks. Non-target entries, which have the ranks, are compared
+      with the largest entry among them: a target's is many times larger.
     * PyTorch's ``log_softmax`` sums a long row's labels with rounding errors, in forms that use it.
 
     With two gradients the larger error counts.
@@ -143,8 +143,8 @@ class Judge:
                 expected += (explained * swaps.loss_per_gradient).sum()
                 deviation -= explained
                 largest.add("student", deviation.masked_fill(~swaps.is_target, 0.0), right)
-                beside = swaps.is_target
-                largest.add("beside targets", deviation.masked_fill(beside, 0.0), right.masked_fill(beside, 0.0))
+                others = (each.masked_fill(swaps.is_target, 0.0) for each in (deviation, right))
+                largest.add("non-targets", *others)
         computes_in = student.dtype if provider.as_published else torch.promote_types(student.dtype, torch.float32)
         deviation = (value.double() - expected).abs()
         beyond = (deviation - torch.finfo(computes_in).eps / 2 * magnitude).clamp(min=0.0)  # keeps a NaN

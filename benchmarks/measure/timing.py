@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from benchmarks.measure.cases import Inputs
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**32}  # well beyond the caches
 FLUSH_BYTES = 2**28  # several times a GPU's L2
 QUANTILES = (0.2, 0.5, 0.8)
+ALLOCATION = "[memory]"  # the profiler's name for allocations and deallocations
 
 # Else each use of the profiler writes two lines to stderr, across the progress bar.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
@@ -101,19 +103,25 @@ def _cpu_allocations(function: LossFunction, inputs: Inputs) -> tuple[int, int]:
             value = function(*inputs[:3])
         value.backward()  # type: ignore[no-untyped-call]
     inputs.drop_gradients()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        prof.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    forward = next(event for event in events if event.get("name") == mark and "dur" in event)
+    events = trace_events(prof, mark, ALLOCATION)
+    forward = next(event for event in events if event["name"] == mark and "dur" in event)
     forward_end = forward["ts"] + forward["dur"]
     live = held = peak = 0
-    for event in sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"]):
+    for event in (event for event in events if event["name"] == ALLOCATION):
         live += event["args"]["Bytes"]
         peak = max(peak, live)
         if event["ts"] <= forward_end:
             held = live
     return held, peak
+
+
+def trace_events(prof: profile, *names: str) -> list[dict[str, Any]]:
+    """A profile's events with these names, in the order of time. A profile can be read only once."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        prof.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    return sorted((event for event in events if event.get("name") in names), key=lambda event: event["ts"])
 
 
 def _cpu_call(function: LossFunction, inputs: Inputs, samples: Samples) -> None:

@@ -82,8 +82,8 @@ def _chunk(case: Case, device: str) -> tuple[int, int]:
 def numbers(kind: str) -> dict[str, int]:
     """Numbers per row that each stage of a loss exchanges, for class indices."""
     stages = KINDS[kind]
-    told = {"statistics": len(_told(labels=False, standardize="moments" in stages))}
-    return {stage: told.get(stage, FIELDS[stage]) for stage in stages}
+    statistics = len(_told(labels=False, standardize="moments" in stages))
+    return {stage: statistics if stage == "statistics" else FIELDS[stage] for stage in stages}
 
 
 def exchanged(kind: str) -> int:

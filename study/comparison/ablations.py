@@ -1,4 +1,4 @@
-"""The paper's ablations in small: what is varied, and which table or figure of the paper varies it."""
+"""The paper's ablations in small: the variants, and the table or figure of the paper with the same ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Variant:
-    """One setting: its title, and what ``--set`` gets besides the method's own; none for the study's own setting."""
+    """A variant: its title, and its additional ``--set`` options; none for the study's own setting."""
 
     title: str
     settings: tuple[str, ...] = ()
@@ -15,7 +15,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Ablation:
-    """One question: a method, its variants, the tasks that it is asked on, and where the paper asks it."""
+    """An ablation: a method, its variants and tasks; ``source`` is the paper's table or figure."""
 
     name: str
     title: str
@@ -32,7 +32,7 @@ def _grid(name: str, values: tuple[str, ...], default: str, symbol: str) -> tupl
 _BOTH = ("glyphs", "text-gru")
 ABLATIONS: tuple[Ablation, ...] = (
     Ablation(
-        "nkd-parts", "NKD's parts, each beside the cross-entropy", "Tables 5 and 6", "nkd",
+        "nkd-parts", "NKD's parts, with the cross-entropy", "Tables 5 and 6", "nkd",
         (
             Variant("target and non-target"),
             Variant("target alone", ("gamma=0",)),

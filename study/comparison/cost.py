@@ -1,15 +1,14 @@
-"""What a step costs, in a process of its own: ``python -m study.comparison.cost --steps N``, then options of train.py.
+"""Cost of a training step: ``python -m study.comparison.cost --steps N``, then options of train.py.
 
-Each form of the loss trains a network of its own, in turns, a step each, so that other work on the machine slows all of
-them alike. What is written, one line of JSON, are medians over the steps. A teacher has random weights here: its values
-change no time.
+Each form of the loss trains a network of its own. The forms take turns, one step each, so that other work on the
+machine slows all alike. The output is one line of JSON with medians over the steps. A teacher has random weights, which
+does not change the times.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import fused_kd
+from benchmarks.measure.timing import ALLOCATION, trace_events
 from study.datasets import registry
 from study.datasets.arrays import Dataset
 from study.train import Run
@@ -43,18 +43,14 @@ from study.training.networks import Outputs
 from study.training.processes import Processes
 from study.training.report import Bar
 
-#: Forms of a loss of fused_kd, by name: what --backend is given. "published" is the loss in the operations of its
-#: authors' release, which benchmarks/ has.
+#: Forms of a loss and their --backend. "published" has the operations of the authors' release, from benchmarks/.
 BACKENDS = {"fused": "auto", "eager": "reference", "published": "reference"}
-# The profiler otherwise writes two lines to stderr each time it is used.
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-
 #: Steps before the first one that counts.
 WARM_UP = 3
 
 
 def published(method: Method) -> Method:
-    """The same loss as its authors published it, with F.cross_entropy beside it."""
+    """The same loss in its published form, plus F.cross_entropy."""
     from benchmarks.forms.providers import LOSSES
 
     loss = LOSSES[method.name.replace("-", "_")].provider("published").build()
@@ -63,7 +59,7 @@ def published(method: Method) -> Method:
         second = {"teacher_logits": teacher_logits, "weak_logits": outputs.weak, "dense_logits": outputs.dense}
         other = second[method.other] if method.other else None
         assert not isinstance(other, fused_kd.TopK), "the published forms take matrices"
-        # A loss of the student's logits alone does not look at the others.
+        # A loss of the student's logits alone ignores the second argument.
         value = loss(outputs.logits, outputs.logits if other is None else other, target)
         value = value + F.cross_entropy(outputs.logits, target)
         return value, {"all": value.detach()}
@@ -72,7 +68,7 @@ def published(method: Method) -> Method:
 
 
 class _Form:
-    """One form of the loss, its network, and the times of its steps."""
+    """A form of the loss, with its network and the times of its steps."""
 
     def __init__(self, name: str, run: Run) -> None:
         if name == "published":
@@ -89,7 +85,7 @@ class _Form:
     def step(self) -> None:
         trainer = self.run.trainer
         spent, started = trainer.timing_seconds, time.perf_counter()
-        # Of every step that --time-loss measures, so that there are as many times of the loss as of the step.
+        # This step number makes --time-loss measure the loss in every step.
         trainer.step(next(self.batches), TIMED * self.count + 1)
         elapsed = time.perf_counter() - started - (trainer.timing_seconds - spent)
         self.count += 1
@@ -102,26 +98,19 @@ class _Form:
         return {**seconds, "memory": self._memory()}
 
     def _memory(self) -> int:
-        """Bytes that a step allocates, at their peak. Weights and momentum are there before it, gradients are not."""
+        """Peak bytes that a step allocates: gradients, but not weights and momentum, which exist before it."""
         trainer, batch = self.run.trainer, next(self.batches)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             trainer.step(batch, 0)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "trace.json"
-            profiled.export_chrome_trace(str(path))
-            events = json.loads(path.read_text())["traceEvents"]
         live = peak = 0
-        for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda event: event["ts"]):
+        for event in trace_events(profiled, ALLOCATION):
             live += event["args"]["Bytes"]
             peak = max(peak, live)
         return peak
 
 
 def measure(arguments: Sequence[str], steps: int, teacher: str | None) -> dict[str, Any]:
-    """Times of the forms of the loss that the options of train.py name.
-
-    ``teacher`` is the network of the teacher, where the loss wants one.
-    """
+    """Measure all forms of the loss that the options of train.py name; ``teacher`` is the teacher's model, if any."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         first = options.parse([*arguments, "--out", str(folder)])
@@ -152,7 +141,7 @@ def measure(arguments: Sequence[str], steps: int, teacher: str | None) -> dict[s
 
 def _check_fused(loss: str) -> None:
     """Raises:
-    RunError: What is called fused would be the eager reference.
+    RunError: The fused form would run the eager reference.
     """
     if loss in methods.LOSSES:
         found = fused_kd.explain("cpu", methods.LOSSES[loss].name)
@@ -171,8 +160,8 @@ def _save_random(path: Path, model: str, dataset: Dataset) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m study.comparison.cost", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--steps", type=int, default=20, help="that count, of each form (20)")
-    parser.add_argument("--teacher-model", metavar="NAME", help="the network of a teacher, where the loss wants one")
+    parser.add_argument("--steps", type=int, default=20, help="measured steps of each form (20)")
+    parser.add_argument("--teacher-model", metavar="NAME", help="the teacher's model, if the loss needs a teacher")
     args, rest = parser.parse_known_args(arguments)
     try:
         print(json.dumps(measure(rest, args.steps, args.teacher_model)))

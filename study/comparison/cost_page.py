@@ -1,4 +1,4 @@
-"""The page's section on what a step costs."""
+"""The page's section on the cost of a step."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from benchmarks.show.report import lines, percent, significant, size
 from study.comparison.plan import METHODS
 from study.comparison.results import count
 
-#: Forms of a loss as the cost has them, and their titles.
+#: Forms of a loss in the record of the cost, and their titles.
 FORMS = {"published": "published", "eager": "eager", "fused": "fused_kd", "PyTorch": "F.cross_entropy"}
 OF_FUSED_KD = ("published", "eager", "fused")
 Cost = dict[str, Any]
 
 
 def largest(cost: Cost) -> list[dict[str, Any]]:
-    """What was measured of fused_kd's losses at the largest number of classes."""
+    """Measurements of fused_kd's losses at the largest number of classes."""
     rows = [row for row in cost["rows"] if "fused" in row["forms"]]
     return [row for row in rows if row["classes"] == max(row["classes"] for row in rows)]
 
 
 def sentences(cost: Cost) -> list[str]:
-    """For the head of the page: what share of a step NKD and USKD take."""
+    """List items for the top of the page: the shares of a step that NKD and USKD take."""
     parts = []
     for row in largest(cost):
         if row["method"] in ("nkd", "uskd"):
@@ -39,19 +39,19 @@ def _row(cost: Cost, method: str, classes: int) -> dict[str, Any] | None:
 
 
 def section(cost: Cost | None, picture: str) -> list[str]:
-    """The section's parts."""
+    """Parts of the section."""
     if not cost:
         return ["Not measured; `python -m study --part cost page` does so."]
     classes = sorted({row["classes"] for row in cost["rows"]})
     row = cost["rows"][0]
     steps, threads = count(row["steps"], "step"), count(row["threads"], "thread")
     parts = [
-        f"Each step uses a batch of {row['batch_size']} and runs forward, the teacher's forward where there is one, "
-        "loss, backward and update. The loss's part of it is measured on the same step: its forward, and its backward "
-        f"to the logits, with the cross-entropy beside it. Times are medians over {steps} with {threads}. The methods "
-        'run one after the other; the forms of a loss take turns, a step each. "Eager" is `fused_kd.reference`, '
-        'without boolean masks; "published" has the operations of the authors\' releases, as in `benchmarks/`. The '
-        f"networks are {cost['student']} and its teacher {cost['teacher']}, on glyphs of 32 × 32 pixels.",
+        f"Each step uses a batch of {row['batch_size']} and runs forward, the teacher's forward if there is one, loss, "
+        "backward and update. The loss's part is measured in the same step: its forward and its backward to the "
+        f"logits, cross-entropy included. Times are medians over {steps} with {threads}. The methods run one after the "
+        'other; the forms of a loss take turns, one step each. "Eager" is `fused_kd.reference`, without boolean masks; '
+        '"published" has the operations of the authors\' releases, as in `benchmarks/`. The networks are '
+        f"{cost['student']} and its teacher {cost['teacher']}, on glyphs of 32 × 32 pixels.",
         picture,
     ]
     for number in classes:
@@ -75,13 +75,12 @@ def section(cost: Cost | None, picture: str) -> list[str]:
             f"{FORMS[form]} {percent(min(values))} to {percent(max(values))}" for form, values in shares.items()
         )
         parts.append(
-            f"At {classes[-1]} classes{all_of_them} the loss's share of a step ranges over the methods as follows: "
-            f"{ranges}."
+            f"At {classes[-1]} classes{all_of_them} the loss's share of a step depends on the method: {ranges}."
         )
     parts += [
-        "The most memory that a step allocates, teacher, activations, logits and gradients together:",
+        "The peak memory that a step allocates for the teacher, activations, logits and gradients:",
         _memory(cost, classes),
-        "All this is on the CPU; it was not measured on a GPU.",
+        "All measurements are on the CPU, none on a GPU.",
     ]
     return parts
 

@@ -1,4 +1,4 @@
-"""What the results come to: the paper's order, rates and convergence, and the ablations."""
+"""Findings for the page: the paper's order, learning rates and convergence, and the ablations."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from study.comparison.results import (
 )
 
 ORDERS = (("With a teacher", paper.WITH_TEACHER), ("Without a teacher", paper.TEACHER_FREE))
-#: Pairs that the outcome has.
+#: Pairs in the outcome's table.
 _FIRST = (("nkd", "ce"), ("nkd", "kd"), ("nkd", "dkd"), ("uskd", "ce"), ("uskd", "label-smoothing"))
 
 
 def comparisons(view: View, runs: BySeed) -> list[Comparison]:
-    """All pairs that the paper ranks, of those methods that the task has."""
+    """All pairs that the paper ranks, for the task's methods."""
     return compare_all([pair for _, pairs in ORDERS for pair in pairs], accuracies(runs, view.splits[0]))
 
 
 def outcome(views: Sequence[View]) -> str:
-    """The whole in a short table and a sentence, for the head of the page and for other pages."""
+    """Summary for the top of the page and for other pages: a short table, a list and a sentence."""
     rows = [["points of accuracy", *(view.task.title for view in views)], ["---", *["---:"] * len(views)]]
     for better, worse in _FIRST:
         found = [paper.compare(better, worse, accuracies(view.main, view.splits[0])) for view in views]
@@ -47,10 +47,10 @@ def outcome(views: Sequence[View]) -> str:
 
 
 def _best(views: Sequence[View]) -> str:
-    """Of each task the method that has the highest mean accuracy, with a teacher and without one, as a list."""
+    """A list of each task's method with the highest mean accuracy, with a teacher and without one."""
     found = []
     for title, needs_teacher in (("Best with a teacher", True), ("Best without one", False)):
-        of_tasks = []
+        best = []
         for view in views:
             values = accuracies(view.main, view.splits[0])
             means = {
@@ -60,9 +60,9 @@ def _best(views: Sequence[View]) -> str:
             }
             over = paper.compare(max(means, key=lambda name: means[name]), "ce", values) if means else None
             if over:
-                of_tasks.append(f"{METHODS[over.better].title} on {view.task.title} ({over.text})")
-        if of_tasks:
-            found.append(f"- **{title}**, over the baseline: {'; '.join(of_tasks)}.")
+                best.append(f"{METHODS[over.better].title} on {view.task.title} ({over.text})")
+        if best:
+            found.append(f"- **{title}**, over the baseline: {'; '.join(best)}.")
     return "\n".join(found)
 
 
@@ -170,7 +170,7 @@ def convergence(views: Sequence[View]) -> list[str]:
 
 
 def _caveat(moving: Sequence[str], gains: Sequence[float]) -> str:
-    """Of tasks whose last quarter adds more than the seeds differ, with what twice the epochs add."""
+    """Caveat for tasks with a last quarter that adds more than the seeds differ, and the gain of twice the epochs."""
     ends = dict.fromkeys(f"{gain:.1f}" for gain in (min(gains), max(gains))) if gains else ()
     more = f"Twice the epochs still add {' to '.join(ends)} points. " if ends else ""
     return (
@@ -180,12 +180,12 @@ def _caveat(moving: Sequence[str], gains: Sequence[float]) -> str:
 
 
 def _last_quarter(curve: Sequence[float]) -> float:
-    """What the last quarter of the epochs, at least one, adds, in points."""
+    """Points that the last quarter of the epochs, at least one epoch, adds."""
     return 100 * (curve[-1] - curve[-1 - max(1, len(curve) // 4)]) if len(curve) > 1 else 0.0
 
 
 def ablations(views: Sequence[View]) -> list[str]:
-    """A table for each ablation that has runs."""
+    """A summary, and a table for each ablation with runs."""
     parts: list[str] = []
     seeds: set[int] = set()
     summary = [["the other settings are", *(view.task.title for view in views)], ["---", *["---"] * len(views)]]
@@ -209,7 +209,7 @@ def ablations(views: Sequence[View]) -> list[str]:
 
 
 def _over_own(ablation: Ablation, variant: Variant, view: View) -> Comparison | None:
-    """A variant against the study's own setting; None without runs."""
+    """Compare a variant with the study's own setting; None without runs."""
     split = view.splits[0]
     usual = of_seeds(view.main.get(ablation.method, {}), split)
     return compare_seeds(ablation.method, ablation.method, of_seeds(view.variant(ablation, variant), split), usual)

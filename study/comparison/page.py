@@ -1,4 +1,4 @@
-"""docs/study.md and its plots, made of the records alone."""
+"""Makes docs/study.md and its plots from the records alone."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from study.comparison.results import (
 from study.training import checkpoint
 from study.training.errors import RunError
 
-#: Where another page has the outcome.
+#: Markers of the outcome in another page.
 BEGIN, END = "<!-- study:begin -->", "<!-- study:end -->"
 
 
 def views_of(records: Records) -> list[View]:
-    """The tasks that have runs of the methods to show.
+    """Views of the tasks with runs at the shared rate.
 
     Raises:
-        RunError: There is none.
+        RunError: There are none.
     """
     views = [View(task, records) for name, task in records.tasks.items() if records.runs[name]]
     views = [view for view in views if view.main]
@@ -42,7 +42,7 @@ def views_of(records: Records) -> list[View]:
 
 
 def make(records: Records, path: Path, command: str, update: Sequence[Path] = ()) -> list[Path]:
-    """Write the page and its plots, and the outcome into the pages ``update``; returns what was written."""
+    """Write the page and its plots, and the outcome into the pages ``update``; return the written paths."""
     views = views_of(records)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def _update(other: Path, text: str) -> None:
 
 
 def block(views: Sequence[View], page: Path, other: Path) -> str:
-    """What another page has of the study: the outcome, and where the whole is."""
+    """The study's block in another page: the outcome and a link."""
     link = Path(os.path.relpath(page, other.parent)).as_posix()
     return (
         f"Small students on {count(len(views), 'task')}, {seeds_of(views)} each:\n\n"
@@ -74,7 +74,7 @@ def block(views: Sequence[View], page: Path, other: Path) -> str:
 
 
 def markdown(views: Sequence[View], cost: dict[str, Any] | None, stem: str, command: str) -> str:
-    """The page; its pictures' names begin with ``stem``; ``command`` is what makes it."""
+    """The page; names of its plots begin with ``stem``, and ``command`` writes it."""
     of_study = any(view.task.name in TASKS for view in views)
     picture = f"![The loss's share of a step]({stem}-cost.png)"
     parts = [
@@ -207,7 +207,7 @@ def _how(views: Sequence[View], command: str) -> list[str]:
     }
     if mixed := [title for title, found in prints.items() if len(found) > 1]:
         parts.append(
-            f"**Caveat:** runs of {listed(mixed)} were made with different data: other fonts, or another Python."
+            f"**Caveat:** runs of {listed(mixed)} were made with different data, from other fonts or another Python."
         )
     return parts
 

@@ -1,4 +1,4 @@
-"""The published figures for ImageNet, the order that they say, and whether results show it."""
+"""The published figures for ImageNet, the paper's order of methods, and comparisons of results with it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from study.comparison.results import signed
 
-#: Where the figures below stand; each was read there.
+#: Sources of the figures below; each figure was read there.
 CLS_KD = "[cls_KD](https://github.com/yzd-v/cls_KD/blob/master/nkd.md), the paper's own code"
 MDISTILLER = "[mdistiller](https://github.com/megvii-research/mdistiller), the code of DKD's authors"
-#: Top-1 accuracy in % of a ResNet-18 on ImageNet, with a ResNet-34 as the teacher where there is one; and its source.
+#: Top-1 accuracy in % of a ResNet-18 on ImageNet, with a ResNet-34 as the teacher if there is one; and its source.
 IMAGENET: dict[str, tuple[float, str]] = {
     "ce": (69.90, CLS_KD),
     "nkd": (71.96, CLS_KD),
@@ -20,9 +20,7 @@ IMAGENET: dict[str, tuple[float, str]] = {
     "kd": (71.03, MDISTILLER),
     "dkd": (71.70, MDISTILLER),
 }
-#: That of the teacher, a ResNet-34, and its source.
-TEACHER = (73.62, "[mmrazor](https://github.com/open-mmlab/mmrazor/blob/main/configs/distill/mmcls/dkd/metafile.yml)")
-#: (better, worse) as the paper has them, neighbours in its order and each method against the baseline.
+#: (better, worse) pairs of the paper: neighbours in its order, and each method against the baseline.
 WITH_TEACHER = (
     ("nkd", "dkd"), ("dkd", "kd"), ("kd", "label-smoothing"), ("kd", "ce"), ("dkd", "ce"), ("nkd", "ce"),
 )  # fmt: skip
@@ -30,7 +28,7 @@ TEACHER_FREE = (
     ("uskd", "zipf-ls"), ("uskd", "tf-kd"), ("zipf-ls", "label-smoothing"), ("tf-kd", "label-smoothing"),
     ("label-smoothing", "ce"), ("tf-kd", "ce"), ("zipf-ls", "ce"), ("uskd", "ce"),
 )  # fmt: skip
-#: 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; for more of them the last one is safe.
+#: 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; for more, the last one errs on the safe side.
 T_QUANTILES = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
     2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
@@ -40,9 +38,9 @@ VERDICTS = AGREES, DISAGREES, UNDECIDED = ("agrees", "disagrees", "undecided")
 
 @dataclass(frozen=True)
 class Comparison:
-    """Whether ``better`` is better, by the paired differences over the seeds that both have.
+    """Paired comparison of two methods over the seeds that both have.
 
-    ``half_width`` is that of the 95 % interval of the mean difference (Student's t); None with fewer than two seeds.
+    ``half_width``: half the 95 % interval of the mean difference (Student's t); None with fewer than two seeds.
     """
 
     better: str
@@ -65,14 +63,14 @@ class Comparison:
 
 
 def compare(better: str, worse: str, accuracy: Mapping[str, Mapping[int, float]]) -> Comparison | None:
-    """Of accuracies by method and seed; None if the two have no seed in common."""
+    """Compare two methods, given accuracies by method and seed; None if they have no seed in common."""
     return compare_seeds(better, worse, accuracy.get(better, {}), accuracy.get(worse, {}))
 
 
 def compare_seeds(
     better: str, worse: str, first: Mapping[int, float], second: Mapping[int, float]
 ) -> Comparison | None:
-    """Of accuracies by seed; None if the two have no seed in common."""
+    """Compare accuracies by seed; None if there is no common seed."""
     differences = [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
     if not differences:
         return None
@@ -84,6 +82,6 @@ def compare_seeds(
 
 
 def compare_all(pairs: Sequence[tuple[str, str]], accuracy: Mapping[str, Mapping[int, float]]) -> list[Comparison]:
-    """Those of the pairs that have results."""
+    """Comparisons of all pairs with results."""
     made = (compare(better, worse, accuracy) for better, worse in pairs)
     return [comparison for comparison in made if comparison is not None]

@@ -1,4 +1,4 @@
-"""What the study runs: its tasks, the methods and their hyper-parameters, and what one run is."""
+"""The study's plan: tasks, methods with their hyper-parameters, and single runs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Method:
-    """One loss as the study has it.
-
-    ``settings`` are given to ``--set``; what they leave out is fused_kd's default.
-    """
+    """A loss with the study's ``settings`` for ``--set``; other hyper-parameters have fused_kd's defaults."""
 
     title: str
     loss: str
@@ -22,8 +19,8 @@ class Method:
     note: str = ""
 
 
-#: By name. Hyper-parameters are those published for ImageNet with a ResNet-34 and a ResNet-18 where there are such,
-#: else the defaults of fused_kd, which are the papers' own. None is tuned here.
+#: Methods by name. Hyper-parameters are values published for ImageNet with a ResNet-34 and a ResNet-18, else fused_kd's
+#: defaults, which are the papers' own. None is tuned here.
 METHODS: dict[str, Method] = {
     "ce": Method("baseline", "ce", note="cross-entropy"),
     "label-smoothing": Method("label smoothing", "label-smoothing", note="ε = 0.1"),
@@ -38,29 +35,28 @@ METHODS: dict[str, Method] = {
     "nkd": Method("NKD", "nkd", teacher=True, note="γ = 1.5, T = 1: the paper's values for ImageNet"),
     "tf-kd": Method(
         "Tf-KD", "tf-kd",
-        note="the designed teacher with 0.99 for the target, T = 20. Its term counts as much as the cross-entropy; the "
-        "published code also divides it by the number of classes, so that there it counts far less",
+        note="the designed teacher with 0.99 for the target, T = 20. Its term counts as much as the cross-entropy; in "
+        "the published code it counts far less, as it is also divided by the number of classes",
     ),
-    "zipf-ls": Method("Zipf's LS", "zipf-ls", note="weight 0.1, the votes of the last map's positions"),
+    "zipf-ls": Method("Zipf's LS", "zipf-ls", note="weight 0.1, votes from the positions of the last map"),
     "uskd": Method("USKD", "uskd", note="α = 1, β = 0.1, μ = 0.005: the paper's values for ImageNet"),
 }  # fmt: skip
 WITH_TEACHER = ("ce", "label-smoothing", "kd", "dkd", "nkd")
 TEACHER_FREE = ("ce", "label-smoothing", "tf-kd", "zipf-ls", "uskd")
-#: Of the students that are compared, unless a task has more. Only the shared learning rate has more.
+#: Seeds of the compared students. A task may have more at the shared learning rate.
 SEEDS = tuple(range(5))
-#: Of the runs that learning rates are chosen by, and no others.
+#: Seeds of the runs that choose learning rates, and of no others.
 RATE_SEEDS = (50, 51)
-#: A teacher has a seed of its own.
 TEACHER_SEED = 100
-#: The baseline is also trained twice as long, with so many of the seeds.
+#: The baseline is also trained this many times as long, with this many of the seeds.
 LONGER, LONGER_SEEDS = 2, 3
-#: Ablations have so many of them.
+#: Number of the seeds that ablations use.
 ABLATION_SEEDS = 3
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """The network that teaches, trained once with cross-entropy. Tasks of the same data may share one, by ``name``."""
+    """A teacher, trained once with cross-entropy. Tasks with the same data may share one, by ``name``."""
 
     name: str
     model: str
@@ -70,11 +66,11 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Task:
-    """Data, a student and its schedule, which all methods share.
+    """Data, a student and its schedule, shared by all methods.
 
-    ``data`` are options of train.py; ``rates`` the learning rates that the search for the baseline's best begins with,
-    each twice the one before; ``what`` completes "trained on"; ``unit`` what a label is of, ``"image"`` or ``"token"``;
-    ``seeds`` those of its students at the shared rate: a task whose seeds differ more needs more of them.
+    ``data``: options of train.py. ``rates``: the first learning rates in the search for the baseline's best, each twice
+    the previous one. ``what``: completes "trained on". ``unit``: a label belongs to an ``"image"`` or a ``"token"``.
+    ``seeds``: of the students at the shared rate; a task with a larger deviation between seeds needs more.
     """
 
     name: str
@@ -92,7 +88,7 @@ class Task:
     device: str = "cpu"
 
     def setting(self) -> dict[str, Any]:
-        """What must be the same for runs to be comparable, as JSON has it."""
+        """The settings that comparable runs share, in JSON's types."""
         own: dict[str, Any] = asdict(self)
         setting = {name: own[name] for name in ("data", "student", "teacher", "epochs", "batch_size")}
         return {**setting, "data": list(self.data)}
@@ -101,9 +97,9 @@ class Task:
 _GLYPHS = ("--data", "glyphs", "--classes", "1000", "--image-size", "16", "--draws", "12", "--shift", "0")
 _TEXT = ("--data", "text", "--classes", "1024")
 _TEXT_TEACHER = Teacher("text", "gru-large", epochs=5, lr=0.002)
-_OF_PYTHON = "the next of 1024 byte-pair tokens in the sources of Python's standard library"
-#: Text has no Zipf's LS: its votes are those of the positions of an image's last map.
-_OF_TEXT = tuple(name for name in METHODS if name != "zipf-ls")
+_PYTHON_TEXT = "predicting the next of 1024 byte-pair tokens in the sources of Python's standard library"
+#: All but Zipf's LS: its votes come from the positions of an image's last map.
+_TEXT_METHODS = tuple(name for name in METHODS if name != "zipf-ls")
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
@@ -113,14 +109,14 @@ TASKS: dict[str, Task] = {
             seeds=tuple(range(10)),
         ),
         Task(
-            "text-gru", "text, GRU", _OF_PYTHON,
+            "text-gru", "text, GRU", _PYTHON_TEXT,
             _TEXT, "gru-small", _TEXT_TEACHER, epochs=4, batch_size=32, rates=(0.004, 0.008, 0.016),
-            methods=_OF_TEXT, unit="token",
+            methods=_TEXT_METHODS, unit="token",
         ),
         Task(
-            "text-transformer", "text, transformer", _OF_PYTHON,
+            "text-transformer", "text, transformer", _PYTHON_TEXT,
             _TEXT, "transformer-small", _TEXT_TEACHER, epochs=4, batch_size=32, rates=(0.004, 0.008, 0.016),
-            methods=_OF_TEXT, unit="token",
+            methods=_TEXT_METHODS, unit="token",
         ),
     )
 }  # fmt: skip
@@ -128,8 +124,11 @@ TASKS: dict[str, Task] = {
 
 @dataclass(frozen=True)
 class Spec:
-    """One training run of a task: a method, what of it is set otherwise than in :data:`METHODS`, the peak learning
-    rate and the seed. ``longer`` times the task's epochs are made."""
+    """One training run of a task.
+
+    ``settings`` are added to those of :data:`METHODS`, ``lr`` is the peak learning rate, and ``longer`` multiplies the
+    task's epochs.
+    """
 
     task: str
     method: str
@@ -140,14 +139,14 @@ class Spec:
 
     @property
     def key(self) -> str:
-        """Its name within the task: that of its folder and its record."""
+        """The run's name within the task, also of its folder and record."""
         long = (f"epochs-x{self.longer}",) if self.longer > 1 else ()
         return "-".join((self.method, *self.settings, *long, f"lr-{self.lr:g}", f"seed-{self.seed}"))
 
 
 @dataclass(frozen=True)
 class Job:
-    """A training run as a process: its folder and options of train.py."""
+    """A training run for a process: its folder and options of train.py."""
 
     name: str
     folder: Path
@@ -160,7 +159,7 @@ def _common(task: Task, cache: Path, folder: Path) -> tuple[str, ...]:
 
 
 def teacher_job(task: Task, cache: Path, out: Path) -> Job:
-    """The training of a task's teacher."""
+    """The job that trains a task's teacher."""
     teacher, folder = task.teacher, out / "teachers" / task.teacher.name
     own: tuple[str, ...] = ("--model", teacher.model, "--epochs", str(teacher.epochs), "--lr", f"{teacher.lr:g}")
     own += ("--seed", str(TEACHER_SEED))
@@ -168,19 +167,10 @@ def teacher_job(task: Task, cache: Path, out: Path) -> Job:
 
 
 def student_job(task: Task, spec: Spec, cache: Path, out: Path) -> Job:
-    """The training of a student."""
+    """The job that trains a student."""
     method, folder = METHODS[spec.method], out / task.name / spec.key
-    own = [
-        "--model",
-        task.student,
-        "--epochs",
-        str(task.epochs * spec.longer),
-        "--lr",
-        f"{spec.lr:g}",
-        "--seed",
-        str(spec.seed),
-    ]
-    own += ["--loss", method.loss]
+    own = ["--model", task.student, "--epochs", str(task.epochs * spec.longer), "--lr", f"{spec.lr:g}"]
+    own += ["--seed", str(spec.seed), "--loss", method.loss]
     for setting in (*method.settings, *spec.settings):
         own += ["--set", setting]
     if method.teacher:
@@ -194,5 +184,5 @@ def needs_teacher(spec: Spec) -> bool:
 
 
 def unique(specs: Sequence[Spec]) -> list[Spec]:
-    """Each once, in the order in which they first come."""
+    """The specs without duplicates, in order of first occurrence."""
     return list(dict.fromkeys(specs))

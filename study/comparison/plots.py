@@ -1,4 +1,4 @@
-"""The study's pictures: differences with their intervals, rates and convergence, and the loss's share of a step."""
+"""The study's plots: differences with intervals, rates and convergence, and the loss's share of a step."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ACCENT, AGREED = "#d1495b", "#00798c"
-#: Of an interval, by what it says of the paper's order.
+#: Colours of the intervals, by verdict.
 COLORS = {paper.AGREES: AGREED, paper.DISAGREES: ACCENT, paper.UNDECIDED: MUTED}
-#: Forms of a loss, from the slowest, with the colours that the benchmark's plots have for them.
+#: Forms of a loss from the slowest: titles, and the colours of the benchmark's plots.
 FORMS = {
     "published": ("published eager form", "#9aa5b1"),
     "eager": ("mask-free eager form", "#c3b59b"),
@@ -29,7 +29,7 @@ FORMS = {
 
 
 def draw(views: Sequence[View], cost: dict[str, Any] | None, page: Path) -> list[Path]:
-    """Write the pictures beside the page; returns their paths."""
+    """Write the plots next to the page; return their paths."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -42,7 +42,7 @@ def draw(views: Sequence[View], cost: dict[str, Any] | None, page: Path) -> list
     if cost:
         makers["cost"] = lambda: _cost(plt, cost["rows"])
     paths = []
-    # A number of the largest font would be as wide as a panel, so all pictures have the same small one.
+    # One small font for all plots: larger numbers would be as wide as a panel.
     with plt.rc_context({"font.size": 9, "text.color": INK, "axes.labelcolor": INK}):
         for name, maker in makers.items():
             path = page.with_name(f"{page.stem}-{name}.png")
@@ -54,7 +54,7 @@ def draw(views: Sequence[View], cost: dict[str, Any] | None, page: Path) -> list
 
 
 def _differences(plt: Any, views: Sequence[View]) -> Any:
-    """A panel for each task, a line for each pair: the mean difference and its interval."""
+    """A panel per task, a line per pair: the mean difference and its interval."""
     pairs = [pair for _, both in findings.ORDERS for pair in both]
     figure, panels = plt.subplots(
         1, len(views), figsize=(2.6 + 2.6 * len(views), 4.6), layout="constrained", squeeze=False, sharey=True
@@ -84,7 +84,7 @@ def _differences(plt: Any, views: Sequence[View]) -> Any:
 
 
 def _convergence(plt: Any, views: Sequence[View]) -> Any:
-    """Above: the baseline's accuracy by learning rate. Below: by epoch, as it is and with twice as many."""
+    """The baseline's accuracy: above by learning rate, below by epoch, also with twice as many epochs."""
     figure, grid = plt.subplots(2, len(views), figsize=(3.1 * len(views), 5.2), layout="constrained", squeeze=False)
     figure.get_layout_engine().set(wspace=0.06)
     for (upper, lower), view in zip(grid.T, views, strict=True):
@@ -137,7 +137,7 @@ def _cost(plt: Any, rows: list[dict[str, Any]]) -> Any:
 
 
 def _shares(axes: Axes, classes: int, rows: list[dict[str, Any]]) -> None:
-    """Bars of the loss's share of a step, a group for each method."""
+    """Bars of the loss's share of a step, a group per method."""
     names = [row["method"] for row in rows]
     shown: set[str] = set()
     for y, row in enumerate(reversed(rows)):

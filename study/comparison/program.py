@@ -1,4 +1,4 @@
-"""What ``python -m study`` and ``python -m study.compare`` share: their options, and the parts in their order."""
+"""Shared by ``python -m study`` and ``python -m study.compare``: common options, runs and the page."""
 
 from __future__ import annotations
 
@@ -18,36 +18,37 @@ from study.comparison.records import Records
 from study.datasets.arrays import DataError, cache_root
 from study.training.errors import RunError
 
-#: Their places in the folder of --out, of a comparison that is not the study.
+#: Names in the folder of --out, for a comparison other than the study.
 RECORDS, PAGE = "records", "comparison.md"
 
 
 def add_options(
     parser: argparse.ArgumentParser, parts: Sequence[str], out: Path, records: Path | None, page: Path | None
 ) -> None:
-    """Where things are, which parts are made, and how many runs at a time. What is None is in the folder of --out."""
+    """Add the options for paths, parts and processes; paths that are None are in the folder of --out."""
     parser.add_argument("--part", choices=tuple(parts), nargs="+", default=tuple(parts), metavar="PART",
-                        help=f"of {', '.join(parts)} (all)")  # fmt: skip
+                        help=f"parts among {', '.join(parts)} (all)")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N",
-                        help="of the students (those of the task, from 0 on)")  # fmt: skip
-    parser.add_argument("--out", type=Path, default=out, metavar="DIR", help="runs (%(default)s)")
+                        help="seeds of the students (the task's, from 0 on)")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=out, metavar="DIR", help="folder for the runs (%(default)s)")
     parser.add_argument(
         "--records", type=Path, default=records, metavar="DIR",
-        help=f"a small file for each finished run; what has one is not made again ({records or f'{RECORDS} in --out'})",
+        help=f"a small file per finished run, which is then not repeated ({records or f'{RECORDS} in --out'})",
     )  # fmt: skip
     parser.add_argument("--page", type=Path, default=page, metavar="FILE",
-                        help=f"the page; its plots are beside it as PNG ({page or f'{PAGE} in --out'})")  # fmt: skip
+                        help=f"the page, with its plots next to it ({page or f'{PAGE} in --out'})")  # fmt: skip
     parser.add_argument("--update", type=Path, nargs="+", default=(), metavar="FILE",
-                        help="write the outcome into these pages, too")  # fmt: skip
-    parser.add_argument("--cache", type=Path, default=cache_root(), metavar="DIR", help="for data (%(default)s)")
+                        help="also write the outcome into these pages")  # fmt: skip
+    parser.add_argument("--cache", type=Path, default=cache_root(), metavar="DIR",
+                        help="folder for data (%(default)s)")  # fmt: skip
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="runs at a time (%(default)s)"
     )
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of each run (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads per run (%(default)s)")
 
 
 def check(args: argparse.Namespace, positive: Sequence[str]) -> None:
-    """Fill in the places that are in the folder of ``--out``.
+    """Check the options, and fill in the paths in the folder of ``--out``.
 
     Raises:
         RunError: An option is out of range.
@@ -61,13 +62,13 @@ def check(args: argparse.Namespace, positive: Sequence[str]) -> None:
     if any(seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds) or set(seeds) & set(RATE_SEEDS):
         reserved = " and ".join(map(str, RATE_SEEDS))
         raise RunError(
-            f"--seeds: expected different ones from 0 on, without {reserved}, which choose the learning rates; got "
+            f"--seeds: expected distinct seeds from 0 on, without {reserved}, which choose the learning rates; got "
             f"{' '.join(map(str, seeds))}"
         )
 
 
 def make_runs(args: argparse.Namespace, tasks: Mapping[str, Task], records: Records, console: Console) -> None:
-    """Train what the parts want and has no record.
+    """Train the runs of the selected parts that have no record.
 
     Raises:
         RunError: The folder cannot be written, or a run failed.
@@ -81,11 +82,11 @@ def make_runs(args: argparse.Namespace, tasks: Mapping[str, Task], records: Reco
         raise RunError(f"--out {args.out}: cannot be written ({error.strerror})") from None
 
     def wanted() -> list[Spec]:
-        # In turns, so that a study that is stopped has as many seeds of one task as of another.
-        of_parts = [
+        # Tasks in turn, so that an interrupted study has equally many seeds of each.
+        by_part = [
             [stages.wanted(task, part, records, args.seeds or task.seeds) for task in tasks.values()] for part in parts
         ]
-        return unique([spec for own in of_parts for turn in zip_longest(*own) for spec in turn if spec is not None])
+        return unique([spec for own in by_part for turn in zip_longest(*own) for spec in turn if spec is not None])
 
     study = runs.Study(tasks, records, args.out, args.cache, wanted)
     if not study.missing():
@@ -102,18 +103,18 @@ def make_page(args: argparse.Namespace, records: Records, command: str, console:
 
 
 def main(name: str, program: Callable[[], None]) -> int:
-    """Run a program: 0, or 2 after one line on stderr."""
+    """Run a program; return 0, or 2 after one line on stderr."""
     try:
         program()
     except (RunError, DataError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; the same command goes on", file=sys.stderr)
+        print(f"{name}: interrupted; the same command continues", file=sys.stderr)
         return 130
     return 0
 
 
 def leave_no_runs() -> None:
-    """A program that is ended by SIGTERM ends its runs first: a later call would start them once more."""
+    """Make SIGTERM end the program's runs first; else a later call would start them a second time."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -1,6 +1,6 @@
-"""Records: of every finished run one small JSON file with its results, its curve and what it was made with.
+"""Records: one small JSON file per finished run, with its results, its curve and the machine.
 
-They are all that the study keeps. What has a record is not made again, on whichever machine it was made.
+The study keeps nothing else. A run with a record is not repeated, whichever machine made it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Record = dict[str, Any]
 
 
 class Records:
-    """The records in a folder, by task and :attr:`Spec.key`, and those of the teachers by name."""
+    """The records in a folder: runs by task and :attr:`Spec.key`, teachers by name."""
 
     def __init__(self, folder: Path, tasks: Mapping[str, Task]) -> None:
         self.folder, self.tasks = folder, tasks
@@ -53,7 +53,7 @@ class Records:
         self.teachers[task.teacher.name] = record
 
     def add_cost(self, cost: Record) -> None:
-        """Record what a step costs."""
+        """Record the cost of a step."""
         self._write(self.folder / "cost.json", cost)
         self.cost = cost
 
@@ -89,7 +89,7 @@ class Records:
 
 
 def _outcome(folder: Path) -> Record:
-    """What a finished run in ``folder`` came to. Rounded to what has a meaning, so that the file stays small."""
+    """Results of the finished run in ``folder``, rounded to keep the file small."""
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     rows = read_table(folder / "epochs.csv")
     splits = list(result["accuracy"])

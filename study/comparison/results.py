@@ -1,4 +1,4 @@
-"""What the records say of a task, and how the page words numbers."""
+"""Results of a task from its records, and numbers as text."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from study.comparison.ablations import Ablation, Variant
 from study.comparison.plan import LONGER, METHODS, RATE_SEEDS, Spec, Task
 from study.comparison.records import Record, Records
 
-#: By method and seed.
+#: Records by method and seed.
 BySeed = dict[str, dict[int, Record]]
 
 
 @dataclass(frozen=True)
 class View:
-    """One task's records. ``rate`` is the learning rate that its methods share, None until it has been found."""
+    """A task's records. ``rate`` is the learning rate that its methods share, None until it is found."""
 
     task: Task
     records: Records
@@ -30,7 +30,7 @@ class View:
 
     @cached_property
     def splits(self) -> list[str]:
-        """Test sets by name, the first one the one that counts."""
+        """Names of the test sets; the first one is used for comparisons."""
         return list(next(iter(self.records.runs[self.task.name].values()))["accuracy"])
 
     @property
@@ -40,7 +40,7 @@ class View:
     def _of(
         self, method: str, rate: float | None, settings: tuple[str, ...] = (), longer: int = 1
     ) -> dict[int, Record]:
-        """By seed, those that rates are chosen by left out."""
+        """Runs by seed, without those that choose learning rates."""
         found = {}
         for record in self.records.runs[self.task.name].values():
             same = (record["method"], record["lr"], tuple(record["settings"]), record["longer"])
@@ -50,13 +50,13 @@ class View:
 
     @cached_property
     def main(self) -> BySeed:
-        """The runs at the rate that all methods share."""
+        """Runs at the rate that all methods share."""
         found = {method: self._of(method, self.rate) for method in self.task.methods}
         return {method: by_seed for method, by_seed in found.items() if by_seed}
 
     @cached_property
     def own_rates(self) -> dict[str, float]:
-        """Each method's best rate of three, where it has been found."""
+        """Each method's best rate of three, if it is found."""
         if self.rate is None:
             return {}
         found = {name: stages.own_rates(self.task, name, self.rate, self.records).rate for name in self.task.methods}
@@ -64,21 +64,21 @@ class View:
 
     @cached_property
     def own(self) -> BySeed:
-        """The runs at each method's own rate; none where only the baseline's has been found."""
+        """Runs at each method's own rate; none if only the baseline's is found."""
         found = {method: self._of(method, rate) for method, rate in self.own_rates.items()}
         found = {method: by_seed for method, by_seed in found.items() if by_seed}
         return found if set(found) - {"ce"} else {}
 
     @cached_property
     def longer(self) -> dict[int, Record]:
-        """The baseline, trained :data:`LONGER` times as long."""
+        """Runs of the baseline, trained :data:`LONGER` times as long."""
         return self._of("ce", self.rate, longer=LONGER)
 
     def variant(self, ablation: Ablation, variant: Variant) -> dict[int, Record]:
         return self._of(ablation.method, self.rate, variant.settings)
 
     def searched(self, method: str) -> dict[float, float]:
-        """Accuracy in % by learning rate, of the runs that rates are chosen by."""
+        """Accuracy in % by learning rate, from the runs that choose rates."""
         runs = self.records.runs[self.task.name].values()
         rates = sorted({record["lr"] for record in runs if record["seed"] in RATE_SEEDS and record["method"] == method})
         means = {
@@ -89,11 +89,11 @@ class View:
 
     @property
     def seeds(self) -> list[int]:
-        """Those that any method has at the shared rate."""
+        """Seeds that any method has at the shared rate."""
         return sorted({seed for by_seed in self.main.values() for seed in by_seed})
 
     def missing(self) -> list[str]:
-        """Methods and seeds that have no run at the shared rate."""
+        """Methods and seeds without a run at the shared rate."""
         return [
             f"{METHODS[name].title} with seed {seed}"
             for name in self.task.methods
@@ -103,12 +103,12 @@ class View:
 
 
 def seeds_of(views: Sequence[View]) -> str:
-    """How many seeds the tasks have at the shared rate, as text: "5 seeds", or "5 to 10 seeds"."""
+    """Number of seeds at the shared rate, as text: "5 seeds", or "5 to 10 seeds"."""
     return count_seeds({len(view.seeds) for view in views})
 
 
 def accuracies(runs: BySeed, split: str) -> dict[str, dict[int, float]]:
-    """In %, by method and seed."""
+    """Accuracies in %, by method and seed."""
     return {method: of_seeds(by_seed, split) for method, by_seed in runs.items()}
 
 
@@ -122,14 +122,14 @@ def perplexities(by_seed: dict[int, Record], split: str) -> list[float]:
 
 
 def mean_and_deviation(values: Iterable[float], digits: int = 2) -> str:
-    """As text; a deviation, of the sample, from two values on."""
+    """Mean as text, with the sample's standard deviation if there are two values or more."""
     values = list(values)
     mean = f"{statistics.fmean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def count(number: int, noun: str) -> str:
-    """A number with its noun, in the plural where it is one."""
+    """A number with its noun, in the plural unless it is 1."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
@@ -139,11 +139,11 @@ def signed(points: float) -> str:
 
 
 def count_seeds(numbers: Collection[int]) -> str:
-    """How many seeds there are of each thing, as text."""
+    """Numbers of seeds as text."""
     fewest, most = min(numbers), max(numbers)
     return count(most, "seed") if fewest == most else f"{fewest} to {most} seeds"
 
 
 def listed(names: Sequence[str]) -> str:
-    """ "a", "a and b", "a, b and c"."""
+    """Join names: "a", "a and b", "a, b and c"."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -1,4 +1,4 @@
-"""Training runs in processes of their own, some at a time: what has a record is skipped, what broke off goes on."""
+"""Training runs in parallel processes: runs with a record are skipped, interrupted ones continue."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from study.comparison.records import Records
 from study.training.errors import RunError
 
 ROOT = Path(__file__).resolve().parents[2]
-#: The program that a job's options are for.
+#: The program that runs a job's options.
 TRAIN: tuple[str, ...] = (sys.executable, "-m", "study.train")
 
 
 def done(job: Job) -> bool:
-    """The job has its result."""
+    """Whether the job has its result."""
     return (job.folder / "result.json").is_file()
 
 
 def environment(threads: int) -> dict[str, str]:
-    """That of a process with so many threads, which finds this package."""
+    """Environment of a process with this many threads that can import this package."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
 
 
 @dataclass(frozen=True)
 class _Todo:
-    """A process to be started, and what its result is recorded as: a student, or with no ``spec`` a teacher."""
+    """A process to start, and the record of its result: a student's, or without ``spec`` a teacher's."""
 
     job: Job
     task: Task
@@ -43,7 +43,7 @@ class _Todo:
 
 
 class _Process:
-    """A job that is running; what it says goes into a file, whose last line says why it failed."""
+    """A running job; its output goes to a log, with the reason of a failure in the last line."""
 
     def __init__(self, todo: _Todo, threads: int) -> None:
         self.todo, job = todo, todo.job
@@ -60,25 +60,25 @@ class _Process:
         self.process.wait()
 
     def check(self) -> bool:
-        """It has ended well.
+        """Whether the job has succeeded; False while it runs.
 
         Raises:
-            RunError: It has ended otherwise.
+            RunError: The job failed.
         """
         status = self.process.poll()
         if status is None:
             return False
         if status < 0:
-            raise RunError(f"run {self.todo.job.name}: killed by signal {-status}; the same command goes on")
+            raise RunError(f"run {self.todo.job.name}: killed by signal {-status}; the same command continues")
         if status or not done(self.todo.job):
             lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
-            last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing was said")
+            last = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
             raise RunError(f"run {self.todo.job.name}: ended with status {status}: {last.removeprefix('train.py: ')}")
         return True
 
 
 class Study:
-    """What there is to do for a list of runs that grows with the records."""
+    """The remaining work for a list of runs that grows with the records."""
 
     def __init__(
         self, tasks: Mapping[str, Task], records: Records, out: Path, cache: Path, wanted: Callable[[], Sequence[Spec]]
@@ -89,7 +89,7 @@ class Study:
         return [spec for spec in self.wanted() if self.records.of(spec) is None]
 
     def next(self, specs: Sequence[Spec], running: set[str]) -> _Todo | None:
-        """The first of the runs that can be started beside those that are running; a teacher before its students."""
+        """The first run that can start now; a teacher comes before its students."""
         for spec in specs:
             task = self.tasks[spec.task]
             job = student_job(task, spec, self.cache, self.out)
@@ -112,10 +112,10 @@ class Study:
 
 
 def run(study: Study, parallel: int, threads: int, console: Console) -> None:
-    """Make all runs that are missing, ``parallel`` at a time with ``threads`` each, and show how far they are.
+    """Make all missing runs, ``parallel`` at a time with ``threads`` each, and show the progress.
 
     Raises:
-        RunError: One of them failed; the others are stopped and can be gone on with.
+        RunError: A run failed; the others are stopped and can be resumed.
     """
     running: list[_Process] = []
     columns = (
@@ -123,7 +123,7 @@ def run(study: Study, parallel: int, threads: int, console: Console) -> None:
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     ready = 0
-    # Runs of different tasks are not equally long, so the speed is that of some minutes.
+    # Runs of different tasks are not equally long, so the speed is averaged over twenty minutes.
     with Progress(*columns, console=console, disable=not console.is_terminal, speed_estimate_period=1200) as progress:
         shown = progress.add_task("runs")
         try:

@@ -1,4 +1,4 @@
-"""Which runs each stage of the study wants, given the records there are: a choice of rates waits for its runs."""
+"""The runs of each stage of the study, given the records so far: a choice of rates waits for its runs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from study.comparison.records import Records
 
 @dataclass
 class Wanted:
-    """The runs that a stage wants so far; ``rate`` is the baseline's learning rate once it is chosen."""
+    """Runs that a search for a learning rate needs so far; ``rate`` is the rate once it is chosen."""
 
     specs: list[Spec]
     rate: float | None = None
 
 
 def mean_accuracy(records: Records, specs: Sequence[Spec]) -> float | None:
-    """On the first test set, in %; None if a run is missing."""
+    """Mean accuracy on the first test set, in %; None if a run is missing."""
     found = [records.of(spec) for spec in specs]
     values = [100 * next(iter(record["accuracy"].values())) for record in found if record is not None]
     return statistics.fmean(values) if len(values) == len(found) else None
@@ -29,23 +29,22 @@ def mean_accuracy(records: Records, specs: Sequence[Spec]) -> float | None:
 def _by_rate(
     task: Task, method: str, rates: Sequence[float], records: Records
 ) -> tuple[list[Spec], dict[float, float]]:
-    """The runs that compare these learning rates, and the accuracy with each that has all its runs."""
+    """The runs that compare these learning rates, and the mean accuracy of each rate with complete runs."""
     by_rate = {rate: [Spec(task.name, method, rate, seed) for seed in RATE_SEEDS] for rate in rates}
     means = {rate: mean_accuracy(records, own) for rate, own in by_rate.items()}
-    return [spec for own in by_rate.values() for spec in own], {
-        r: mean for r, mean in means.items() if mean is not None
-    }
+    known = {rate: mean for rate, mean in means.items() if mean is not None}
+    return [spec for own in by_rate.values() for spec in own], known
 
 
 def best_rate(task: Task, records: Records) -> Wanted:
-    """Search the baseline's learning rate: twice or half the outermost one until the best has neighbours that are worse
-    or equal."""
+    """Search the baseline's learning rate: extend the rates by factors of two until both neighbours of the best are
+    worse or equal."""
     rates = list(task.rates)
     while True:
         specs, known = _by_rate(task, "ce", rates, records)
         if len(known) < len(rates):
             return Wanted(specs)
-        # Of equal ones one that has both neighbours, or accuracies that are all the same would be searched for ever.
+        # Ties go to a rate with both neighbours, else a search with equal accuracies would never end.
         best = max(known, key=lambda rate: (known[rate], rate not in (rates[0], rates[-1])))
         if best == rates[0]:
             rates.insert(0, best / 2)
@@ -56,7 +55,7 @@ def best_rate(task: Task, records: Records) -> Wanted:
 
 
 def own_rates(task: Task, method: str, rate: float, records: Records) -> Wanted:
-    """A method's best learning rate of half the baseline's, the same, and twice that."""
+    """Choose a method's learning rate: half the baseline's, the same, or twice that."""
     rates = (rate / 2, rate, rate * 2)
     specs, known = _by_rate(task, method, rates, records)
     return Wanted(specs, max(known, key=lambda own: known[own]) if len(known) == len(rates) else None)
@@ -81,11 +80,11 @@ def _own(task: Task, rate: float, records: Records, seeds: Sequence[int]) -> lis
 
 
 def _ablations(task: Task, rate: float, records: Records, seeds: Sequence[int]) -> list[Spec]:
-    of_task = [ablation for ablation in ABLATIONS if task.name in ablation.tasks]
     return [
         Spec(task.name, ablation.method, rate, seed, variant.settings)
         for seed in seeds[:ABLATION_SEEDS]
-        for ablation in of_task
+        for ablation in ABLATIONS
+        if task.name in ablation.tasks
         for variant in ablation.variants
     ]
 
@@ -97,7 +96,7 @@ STAGES = ("rates", *_AFTER_RATES)
 
 
 def wanted(task: Task, stage: str, records: Records, seeds: Sequence[int]) -> list[Spec]:
-    """The runs of a stage that can be named so far, with those that its learning rate depends on."""
+    """The runs of a stage that are known so far; first the runs that choose its learning rate."""
     found = best_rate(task, records)
     if stage == "rates" or found.rate is None:
         return found.specs

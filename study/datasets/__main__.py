@@ -1,4 +1,4 @@
-"""`python -m study.datasets --sheet FILE` draws some images of the training set."""
+"""`python -m study.datasets --sheet FILE` describes a data set and draws some of its training images."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Data sets as memory-mapped arrays: every source is decoded once into a folder that later runs open.
 
-A folder has, for each split, ``<split>.inputs.npy`` and ``<split>.labels.npy`` (see :class:`Split`), and a manifest
-with what was asked for and the hash of every file.
+A folder has ``<split>.inputs.npy`` and ``<split>.labels.npy`` for each split (see :class:`Split`), and a manifest with
+the request and the hash of every file.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import numpy.typing as npt
 from study.training.errors import RunError
 
 MANIFEST = "manifest.json"
-#: Raised when a folder of the same request looks otherwise.
+#: Increased when the same request gives another folder layout.
 FORMAT = 2
-#: Files up to this size are hashed whole; of longer ones evenly spaced blocks are, so that opening stays quick.
+#: Files up to this size are hashed whole, longer ones in evenly spaced blocks, to keep opening fast.
 HASHED_WHOLE = 256 * 2**20
 BLOCK = 2**20
 
@@ -35,8 +35,8 @@ class DataError(RunError):
 
 @dataclass(frozen=True)
 class Split:
-    """Images (N, C, H, W) uint8 and labels (N,) int64, or windows of text: tokens (N, L) int16 and the ones that follow
-    them (N, L) int64. Memory-mapped."""
+    """Memory-mapped rows: images (N, C, H, W) uint8 with labels (N,) int64, or windows of text: tokens (N, L) int16
+    with the next tokens (N, L) int64."""
 
     inputs: npt.NDArray[Any]
     labels: npt.NDArray[np.int64]
@@ -46,16 +46,16 @@ class Split:
 
     @property
     def text(self) -> bool:
-        """It has windows of text and no images."""
+        """Whether the rows are windows of text, not images."""
         return self.inputs.ndim == 2
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A training split, the test splits by name, and what a run must know of them.
+    """A training split, the test splits by name, and facts about them.
 
-    ``fingerprint`` changes with any image, label or their order. ``mean`` and ``std`` are per channel, of the training
-    images in [0, 1].
+    ``fingerprint`` changes with any image, label or their order. ``mean`` and ``std`` are per channel, over the
+    training images in [0, 1].
     """
 
     name: str
@@ -69,17 +69,17 @@ class Dataset:
 
     @property
     def text(self) -> bool:
-        """It has windows of text and no images."""
+        """Whether the rows are windows of text, not images."""
         return self.train.text
 
     @property
     def noun(self) -> str:
-        """What its rows are."""
+        """Noun for the rows."""
         return "windows" if self.text else "images"
 
     @property
     def channels(self) -> int:
-        """Of an image; 1 for text."""
+        """Channels of an image; 1 for text."""
         return 1 if self.text else int(self.train.inputs.shape[1])
 
     @property
@@ -89,12 +89,12 @@ class Dataset:
 
 
 def cache_root() -> Path:
-    """Where arrays go unless the command line says otherwise: the user's cache folder."""
+    """Default folder for arrays, in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused_kd"
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256 of the file's length and contents; beyond :data:`HASHED_WHOLE` of 256 blocks of it."""
+    """SHA-256 of the file's length and contents; beyond :data:`HASHED_WHOLE`, of 256 of its blocks."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
@@ -109,14 +109,14 @@ def content_hash(path: Path) -> str:
 
 
 def key_of(request: dict[str, Any]) -> str:
-    """A short name of a request, for the cache's folder."""
+    """A short key of a request, for the name of its cache folder."""
     return hashlib.sha256(json.dumps([FORMAT, request], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def write_folder(folder: Path, manifest: dict[str, Any], fill: Callable[[Path], dict[str, Any]]) -> None:
-    """Make ``folder`` whole or not at all: ``fill`` writes files into a temporary one and returns more of the manifest.
+    """Make ``folder`` atomically: ``fill`` writes files into a temporary folder and returns more of the manifest.
 
-    If another process made the folder in the meantime, that one stays.
+    If another process has made the folder in the meantime, its version stays.
 
     Raises:
         OSError: It cannot be written.
@@ -138,7 +138,7 @@ def write_folder(folder: Path, manifest: dict[str, Any], fill: Callable[[Path], 
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder of :func:`write_folder`, after comparing every file with it."""
+    """Read the manifest of a folder from :func:`write_folder`, and check every file against it."""
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files: dict[str, str] = manifest["files"]
@@ -169,7 +169,7 @@ def statistics(images: npt.NDArray[np.uint8]) -> dict[str, list[float]]:
 
 
 def dataset(folder: Path, manifest: dict[str, Any], fill: Callable[[Path], dict[str, Any]]) -> Dataset:
-    """Open the data set in ``folder``, made there first by :func:`write_folder` where there is none.
+    """Open the data set in ``folder``; make it first by :func:`write_folder` if it does not exist.
 
     Raises:
         DataError: The cache cannot be written to, or is corrupt.

@@ -1,4 +1,4 @@
-"""CIFAR-100 as it is distributed: the folder cifar-100-python, or its archive."""
+"""CIFAR-100 in its distributed form: the folder cifar-100-python, or its archive."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from study.datasets.arrays import DataError, Dataset, content_hash, dataset, key
 from study.training.report import Bar
 
 CLASSES, SIDE = 100, 32
-#: What the pickles hold beside lists and dictionaries: an array, by NumPy's names of then and of now, and bytes, as
-#: Python 3 writes them for Python 2.
+#: Globals in the pickles: for arrays, by NumPy's old and new names, and for bytes that Python 3 writes for Python 2.
 _ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "_reconstruct"),
@@ -27,19 +26,19 @@ _ALLOWED = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes nothing but arrays: a pickle may ask for any function to be called."""
+    """Loads nothing but arrays: a pickle could call any function."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR file has")
+            raise pickle.UnpicklingError(f"it uses {module}.{name}, which no CIFAR file does")
         return super().find_class(module, name)
 
 
 def load(path: Path, size: int, cache: Path, bar: Bar) -> Dataset:
-    """Open CIFAR-100 from its folder, a folder with that in it, or cifar-100-python.tar.gz.
+    """Open CIFAR-100 from its folder, the folder's parent, or cifar-100-python.tar.gz.
 
     Raises:
-        DataError: A file is missing, cut off or not what CIFAR-100 has, or ``size`` is not 32.
+        DataError: A file is missing, truncated or not of CIFAR-100, or ``size`` is not 32.
     """
     if size != SIDE:
         raise DataError(f"--image-size: cifar100 has {SIDE} pixels, got {size}")
@@ -73,11 +72,9 @@ def _read(path: Path, split: str) -> tuple[npt.NDArray[np.uint8], list[int]]:
         labels = [int(label) for label in content[b"fine_labels"]]
         if len(images) != len(labels) or not labels or not 0 <= min(labels) <= max(labels) < CLASSES:
             raise ValueError(f"{len(images)} images and {len(labels)} labels, or labels that are not 0 to 99")
-    except (
-        Exception
-    ) as error:  # damaged pickles and archives raise almost anything: IndexError, MemoryError, zlib.error
+    except Exception as error:  # damaged files raise almost anything: IndexError, MemoryError, zlib.error
         reason = f"{type(error).__name__}: {error}"
-        raise DataError(f"cifar100: {split} of {path} is cut off or not CIFAR-100's ({reason})") from None
+        raise DataError(f"cifar100: {split} of {path} is truncated or not of CIFAR-100 ({reason})") from None
     return images, labels
 
 
@@ -89,7 +86,7 @@ def _bytes(path: Path, split: str) -> bytes:
         if file is None:
             raise ValueError(f"no file cifar-100-python/{split}")
         content = file.read()
-        # gzip compares its checksum at the end of the archive only.
+        # Read to the end of the archive: only there gzip checks its checksum.
         while archive.fileobj is not None and archive.fileobj.read(2**20):
             pass
         return content

@@ -1,4 +1,4 @@
-"""Images in a folder for each class: PATH/train/CLASS/*.jpg, and the same under val or test."""
+"""Images in a folder per class: PATH/train/CLASS/*.jpg, and the same under val or test."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".t
 
 
 def load(path: Path, size: int, cache: Path, bar: Bar) -> Dataset:
-    """Open the folder's images as RGB squares of ``size`` pixels, the middle of each, scaled by its shorter side.
+    """Open the folder's images as RGB squares of ``size`` pixels: centre crops, scaled by the shorter side.
 
     Raises:
-        DataError: Folders are missing or empty, the tests have classes that training has not, or an image is damaged.
+        DataError: Folders are missing or empty, a test class is not in the training set, or an image is damaged.
     """
     tests = [name for name in TESTS if (path / name).is_dir()]
     if not (path / "train").is_dir() or not tests:

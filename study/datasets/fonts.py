@@ -1,4 +1,4 @@
-"""Fonts that are installed: which families there are, and which characters each covers."""
+"""Installed fonts: their families, and the characters that each covers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ INSTALL = (
     "install Chinese fonts, on Debian: apt-get install fonts-noto-cjk fonts-wqy-zenhei fonts-wqy-microhei "
     "fonts-arphic-uming fonts-arphic-ukai fonts-lxgw-wenkai"
 )
-#: Endings that say how heavy a face is, or for which region it was drawn; what is left names the family.
+#: Endings for the weight or region of a face; the rest is the family's name.
 _STYLE = re.compile(r"\s+(Light|Regular|Medium|Bold|Black|Thin|Heavy|DemiLight|SemiBold|SC|TC|HK|JP|KR|CN|TW|MBE)$")
-#: Faces of fixed width or with bitmaps, which repeat the drawings of another.
+#: Faces of fixed width or with bitmaps, which repeat another face's glyphs.
 _REPEATS = re.compile(r"\b(Mono|Sharp)\b")
-#: The region whose forms come first: those of GB 2312.
+#: Preference of regions: first the forms of GB 2312.
 _REGIONS = {"SC": 0, "CN": 0, "": 1, "JP": 2, "TC": 3, "HK": 4, "TW": 5, "MBE": 6, "KR": 7}
 
 
@@ -40,14 +40,14 @@ class Face:
 
 @dataclass
 class Family:
-    """Faces of one design in several weights, and the code points that all of them have."""
+    """Faces of one design in several weights, and the code points that all faces have."""
 
     name: str
     faces: list[Face] = field(default_factory=list)
     covered: frozenset[int] = frozenset()
 
     def identity(self) -> dict[str, object]:
-        """What tells this family from another version of it."""
+        """Data that identifies this version of the family."""
         return {
             "name": self.name,
             "faces": [[face.path.name, face.index, content_hash(face.path)] for face in self.faces],
@@ -55,7 +55,7 @@ class Family:
 
 
 def font_folders() -> list[Path]:
-    """Where this system keeps fonts."""
+    """Font folders of this system."""
     home = Path.home()
     if sys.platform == "darwin":
         return [Path("/System/Library/Fonts"), Path("/Library/Fonts"), home / "Library/Fonts"]
@@ -67,10 +67,10 @@ def font_folders() -> list[Path]:
 
 
 def find_families(characters: list[str], at_least: int, folders: list[Path] | None = None) -> list[Family]:
-    """The families that cover at least ``at_least`` of the characters, by name.
+    """Families that cover at least ``at_least`` of the characters, by name.
 
-    Of a family the same weight is taken once, in the region's form nearest to GB 2312; faces of fixed width repeat the
-    drawings of another and are left out.
+    Each weight of a family is taken once, in the regional form nearest to GB 2312. Faces of fixed width repeat another
+    face's glyphs and are left out.
     """
     wanted = frozenset(map(ord, characters))
     found: dict[str, dict[str, tuple[int, Face, frozenset[int]]]] = {}
@@ -107,14 +107,14 @@ def _split_name(name: str) -> tuple[str, str]:
 
 
 def _faces(path: Path, wanted: frozenset[int]) -> list[tuple[int, str, str, frozenset[int]]]:
-    """(index, family, style, covered) of each face of a file that repeats no other; none if it cannot be read."""
+    """(index, family, style, covered) of each face in a file, without repeats; none if the file is unreadable."""
     try:
         if path.suffix.lower() in (".ttc", ".otc"):
             fonts = list(TTCollection(str(path), lazy=True).fonts)
         else:
             fonts = [TTFont(str(path), lazy=True)]
         faces = []
-        # Faces of a collection share tables, and parsing one takes a tenth of a second.
+        # Faces of a collection share tables, and parsing a table takes a tenth of a second.
         parsed: dict[int, frozenset[int]] = {}
         for index, font in enumerate(fonts):
             name = font["name"].getBestFamilyName() or path.stem
@@ -127,14 +127,14 @@ def _faces(path: Path, wanted: frozenset[int]) -> list[tuple[int, str, str, froz
             faces.append((index, name, style, parsed[table]))
         return faces
     except (TTLibError, OSError, KeyError, AttributeError, AssertionError, ValueError):
-        return []  # a damaged font of somebody else's is no reason to stop
+        return []  # ignore damaged fonts of the system
 
 
 def choose_families(characters: list[str], classes: int, held_out: str | None) -> tuple[list[Family], Family]:
-    """(families to train on, the one held out) of which every one covers some ``classes`` characters in common."""
+    """(families to train on, held-out family); all cover at least ``classes`` common characters."""
     families: list[Family] = []
     common = frozenset(map(ord, characters))
-    # The widest first, so that a font of few characters is left out rather than keeping others out.
+    # Largest coverage first, so that a font with few characters does not exclude others.
     for family in sorted(find_families(characters, classes), key=lambda family: -len(family.covered)):
         if len(common & family.covered) >= classes:
             families.append(family)

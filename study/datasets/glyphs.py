@@ -1,7 +1,7 @@
 """The default data set: Chinese characters in several font families, shifted, scaled, rotated, blurred and noisy.
 
-The classes are the first ones of GB 2312's level 1, the 3755 most used characters, that every family covers. One family
-is held out of training, as a second test set; the test draws of the others come from generators of their own.
+The classes are the first characters of GB 2312's level 1, the 3755 most used ones, that every family covers. One family
+is held out of training as a second test set. The other families' test images come from separate generators.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from study.datasets.arrays import DataError, Dataset, dataset, key_of, statistic
 from study.datasets.fonts import INSTALL, Family, choose_families
 from study.training.report import Bar
 
-#: Raised when the same request gives other images.
+#: Increased when the same request gives other images.
 VERSION = 1
 _SPLITS = {"train": 0, "test": 1, "held-out": 2}
-#: Families to train on that the recommended fonts make, and draws in each.
+#: Training families among the recommended fonts, and draws per family.
 _FAMILIES, _DRAWS = 6, 6
-#: How many times larger than the image a character is drawn before it is warped.
+#: Characters are drawn this many times larger than the image before warping.
 _OVERSAMPLING = 2
 
 
 @dataclass(frozen=True)
 class Glyphs:
-    """What to build. Draws are per class and family; None is 6, or with fewer than 6 families as many as make as many
-    images of a class, without which an epoch has too few steps to learn much."""
+    """A request for a data set. ``draws`` is per class and family; None means 6, or with fewer than 6 families enough
+    for equally many images per class: with fewer images an epoch would have too few steps."""
 
     classes: int = 1000
     size: int = 32
@@ -43,13 +43,13 @@ class Glyphs:
 
 
 def characters() -> list[str]:
-    """Level 1 of GB 2312 in its order, by pronunciation: rows 16 to 55 of 94 columns, the last row not full."""
+    """Level 1 of GB 2312 in its order, by pronunciation: rows 16 to 55 of 94 columns, the last row incomplete."""
     pairs = (bytes((0xA0 + row, 0xA0 + column)) for row in range(16, 56) for column in range(1, 95))
     return [text for pair in pairs if (text := pair.decode("gb2312", errors="ignore"))]
 
 
 def load(request: Glyphs, cache: Path, bar: Bar) -> Dataset:
-    """Open the data set in ``cache``, built there first if need be."""
+    """Open the data set in ``cache``; build it first if needed."""
     level = characters()
     if not 2 <= request.classes <= len(level):
         raise DataError(f"--classes: glyphs has 2 to {len(level)} classes, got {request.classes}")
@@ -73,15 +73,15 @@ def load(request: Glyphs, cache: Path, bar: Bar) -> Dataset:
 
 
 def about(made: Dataset) -> list[str]:
-    """The font families of a data set, which depend on the machine, and a warning if they are few."""
+    """Lines with the data set's font families, which depend on the machine, and a warning if they are few."""
     names, held_out = made.notes["families"], made.notes["held_out"]
     draws = len(made.train) // (made.classes * len(names))
     families = "1 font family" if len(names) == 1 else f"{len(names)} font families"
     lines = [f"glyphs: {families} ({', '.join(names)}), {draws} draws of a character in each; held out: {held_out}"]
     if len(names) < _FAMILIES:
         lines.append(
-            f"warning: the recommended fonts make {_FAMILIES} families to train on, here are {len(names)}, so that "
-            f"accuracies are not those of docs/study.md; {INSTALL}"
+            f"warning: the recommended fonts give {_FAMILIES} training families, here are {len(names)}, so accuracies "
+            f"differ from docs/study.md; {INSTALL}"
         )
     return lines
 
@@ -99,7 +99,7 @@ def _build(folder: Path, request: Glyphs, families: list[Family], held_out: Fami
     with bar.task("drawing characters", total=request.classes) as advance:
         for text in level:
             drawn = {name: [_draw(font, text, request.size) for font in faces] for name, faces in fonts.items()}
-            # A font may list a character and have no drawing of it.
+            # A font may list a character without a glyph for it.
             if all(image.getbbox() is not None for images in drawn.values() for image in images):
                 for split, (members, draws) in counts.items():
                     warps = [
@@ -125,7 +125,7 @@ def _build(folder: Path, request: Glyphs, families: list[Family], held_out: Fami
 
 
 def _draw(font: ImageFont.FreeTypeFont, text: str, size: int) -> Image.Image:
-    """The character in white on black, its ink centred on a canvas of twice the image's size."""
+    """Draw the character in white on black, centred on a canvas of twice the image's size."""
     canvas = size * _OVERSAMPLING * 2
     left, top, right, bottom = font.getbbox(text)
     image = Image.new("L", (canvas, canvas))
@@ -137,7 +137,7 @@ def _draw(font: ImageFont.FreeTypeFont, text: str, size: int) -> Image.Image:
 def _warp(
     images: list[Image.Image], request: Glyphs, split: str, text: str, family: str, draw: int
 ) -> npt.NDArray[np.uint8]:
-    """One draw. Its generator knows nothing of the other draws, so more of them leave these as they are."""
+    """Make one draw. Its generator is independent of other draws, so adding draws does not change it."""
     key = (request.seed, _SPLITS[split], ord(text), zlib.crc32(family.encode()), draw)
     random = np.random.Generator(np.random.SFC64(np.random.SeedSequence(key)))
     size = request.size
@@ -145,7 +145,7 @@ def _warp(
     angle, shear = np.deg2rad(random.uniform(-12, 12)), random.uniform(-0.15, 0.15)
     scale_x, scale_y = np.exp(random.uniform(-0.15, 0.15, 2)) * 0.8
     shift_x, shift_y = random.uniform(-0.09, 0.09, 2) * size
-    # The affine map takes a pixel of the result to a place in the source.
+    # The affine map goes from a pixel of the result to a place in the source.
     cos, sin = np.cos(angle), np.sin(angle)
     matrix = np.array([[cos, sin + shear], [-sin, cos]]) / np.array([[scale_x], [scale_y]]) * _OVERSAMPLING
     centre, middle = source.width / 2, size / 2
@@ -161,7 +161,7 @@ def _warp(
 
 
 def _blur(pixels: npt.NDArray[np.float32], sigma: float) -> npt.NDArray[np.float32]:
-    """A Gaussian of five taps along both axes."""
+    """Blur by a Gaussian of five taps along both axes."""
     taps = np.exp(-0.5 * (np.arange(-2, 3) / sigma) ** 2).astype(np.float32)
     taps /= taps.sum()
     for axis in (0, 1):

@@ -1,4 +1,4 @@
-"""Which data a run has: the command line of the data sets."""
+"""The data sets by name, and their command-line options."""
 
 from __future__ import annotations
 
@@ -18,35 +18,36 @@ ON_DISK: dict[str, Load] = {"cifar100": cifar.load, "imagefolder": folder.load}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say which data."""
+    """Add the options that select the data."""
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data", nargs="+", default=["glyphs"], metavar=("NAME", "PATH"),
-        help="glyphs: Chinese characters in the fonts that are installed; text: the sources of Python's standard "
-        "library, token by token; or images on disk: cifar100 PATH, imagefolder PATH (glyphs)",
+        help="glyphs: Chinese characters in the installed fonts; text: the sources of Python's standard library, token "
+        "by token; or images on disk: cifar100 PATH, imagefolder PATH (glyphs)",
     )  # fmt: skip
     group.add_argument(
         "--classes", type=int,
-        help="how many glyphs has (1000), the size of text's vocabulary (1024), or what the data on disk must have",
+        help="classes of glyphs (1000), size of text's vocabulary (1024), or the expected number for data on disk",
     )  # fmt: skip
     group.add_argument("--image-size", type=int, default=32, metavar="PIXELS", help="side of an image (32)")
-    group.add_argument("--tokens", type=int, metavar="N", help="of text, the most to train on (1000000)")
+    group.add_argument("--tokens", type=int, metavar="N", help="text: most tokens to train on (1000000)")
     group.add_argument(
         "--draws",
         type=int,
         metavar="N",
-        help="of glyphs, of a class in a font family (6; with fewer than 6 families, enough for 36 images a class)",
+        help="glyphs: images per class and font family (6; with fewer than 6 families, enough for 36 images per class)",
     )
-    group.add_argument("--held-out", metavar="FAMILY", help="the font family of glyphs that is only tested on")
-    group.add_argument("--data-seed", type=int, metavar="N", help="of glyphs (0)")
-    group.add_argument("--cache", type=Path, default=cache_root(), metavar="DIR", help="for arrays (%(default)s)")
+    group.add_argument("--held-out", metavar="FAMILY", help="glyphs: the font family used for tests only")
+    group.add_argument("--data-seed", type=int, metavar="N", help="glyphs: seed of the images (0)")
+    group.add_argument("--cache", type=Path, default=cache_root(), metavar="DIR",
+                       help="folder for arrays (%(default)s)")  # fmt: skip
 
 
 def check(data: Sequence[str]) -> None:
-    """Raise unless this is what ``--data`` takes: a name, and where its data are on disk.
+    """Check the values of ``--data``: a name, and a path for data on disk.
 
     Raises:
-        DataError: One line says what was expected.
+        DataError: With one line that says what was expected.
     """
     name, *paths = data
     if name not in ("glyphs", "text", *ON_DISK):
@@ -60,15 +61,15 @@ def check(data: Sequence[str]) -> None:
 
 
 def load(args: argparse.Namespace, bar: Bar) -> Dataset:
-    """The data set of the options, built in the cache first if it is not there.
+    """Open the data set that the options select; build it in the cache first if needed.
 
     Raises:
-        DataError: It cannot be had; one line says what was expected.
+        DataError: With one line that says what was expected.
     """
     check(args.data)
     name, *paths = args.data
     if name != "text" and args.tokens is not None:
-        raise DataError(f"--tokens: is of text, not of {name}")
+        raise DataError(f"--tokens: only for --data text, got {name}")
     if args.image_size < 8:
         raise DataError(f"--image-size: expected at least 8, got {args.image_size}")
     if name == "glyphs":
@@ -77,10 +78,10 @@ def load(args: argparse.Namespace, bar: Bar) -> Dataset:
         return glyphs.load(request, args.cache, bar)
     for option in ("draws", "held_out", "data_seed"):
         if getattr(args, option) is not None:
-            raise DataError(f"--{option.replace('_', '-')}: is of glyphs, which are drawn; --data {name} is not")
+            raise DataError(f"--{option.replace('_', '-')}: only for --data glyphs, got {name}")
     if name == "text":
-        asked = {key: x for key, x in (("classes", args.classes), ("tokens", args.tokens)) if x is not None}
-        return text.load(text.Text(**asked), args.cache, bar)
+        given = {"classes": args.classes, "tokens": args.tokens}
+        return text.load(text.Text(**{key: x for key, x in given.items() if x is not None}), args.cache, bar)
     path = Path(paths[0])
     dataset = ON_DISK[name](path, args.image_size, args.cache, bar)
     if args.classes not in (None, dataset.classes):
@@ -89,25 +90,25 @@ def load(args: argparse.Namespace, bar: Bar) -> Dataset:
 
 
 def described(dataset: Dataset) -> str:
-    """A set in a few words."""
+    """A data set in a few words."""
     shape = f"of {dataset.size} tokens" if dataset.text else f"{dataset.channels}×{dataset.size}×{dataset.size}"
     return f"{dataset.name}: {len(dataset.train):,} {dataset.noun} {shape}, {dataset.classes} classes"
 
 
 def about(dataset: Dataset) -> list[str]:
-    """What a set is made of, a line each, where that is not the same everywhere."""
-    of = {"glyphs": glyphs.about, "text": text.about}
-    return of[dataset.name](dataset) if dataset.name in of else []
+    """Lines about a data set's content, if it depends on the machine."""
+    lines = {"glyphs": glyphs.about, "text": text.about}.get(dataset.name)
+    return lines(dataset) if lines else []
 
 
 def sheet(dataset: Dataset, path: Path, rows: int = 12, columns: int = 24) -> None:
-    """Write images of the first classes as a picture, a row for each class."""
+    """Write images of the first classes as a picture, a row per class."""
     from PIL import Image
 
     lines = []
     for label in range(min(rows, dataset.classes)):
         chosen = np.flatnonzero(dataset.train.labels == label)
-        # Evenly over a class's images, which are in the order of the font families.
+        # Spread over a class's images, which are ordered by font family.
         shown = min(columns, len(chosen))
         images = dataset.train.inputs[chosen[np.arange(shown) * len(chosen) // max(shown, 1)]]
         blank = np.zeros((columns - len(images), *images.shape[1:]), np.uint8)

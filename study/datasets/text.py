@@ -1,7 +1,7 @@
-"""Text that every installation of Python has: the sources of its standard library, as windows of byte-pair tokens.
+"""Text from any installation of Python: the sources of its standard library, as windows of byte-pair tokens.
 
-A file's tokens are cut into blocks, and one block of twelve is tested on, so that both splits have text of every file.
-The tokenizer is trained on the whole. The library's own tests are left out, as some distributions do not install them.
+A file's tokens are cut into blocks, and every twelfth block is for tests, so that both splits have text from all parts.
+The tokenizer is trained on the whole text. The library's own tests are left out, as some distributions lack them.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ import numpy.typing as npt
 from study.datasets.arrays import DataError, Dataset, content_hash, dataset, key_of, write_split
 from study.training.report import Bar
 
-#: Raised when the same request gives other tokens.
+#: Increased when the same request gives other tokens.
 VERSION = 1
-#: Windows of a block, and one block of so many is tested on.
+#: Windows per block; one of this many blocks is for tests.
 BLOCK, TEST_SHARE = 16, 12
-#: Begins each file.
+#: The token that begins each file.
 BEGIN = "<file>"
 _LEFT_OUT = frozenset(("test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages", "__pycache__"))
 
 
 @dataclass(frozen=True)
 class Text:
-    """What to build: ``classes`` is the size of the vocabulary, ``window`` the tokens of a row, ``tokens`` the
-    most to train on, ``of_file`` the most of one file, as some are long tables."""
+    """A request for a data set: ``classes``, the size of the vocabulary; ``window``, tokens of a row; ``tokens``, the
+    most to train on; ``of_file``, the most of one file, as some are long tables."""
 
     classes: int = 1024
     window: int = 32
@@ -39,14 +39,14 @@ class Text:
 
 
 def sources(root: Path) -> list[Path]:
-    """The files under ``root``, relative to it, in an order that has nothing to do with what is in them."""
+    """Files under ``root``, relative to it, in an order independent of their content."""
     found = [path.relative_to(root) for path in root.rglob("*.py")]
     kept = [path for path in found if not _LEFT_OUT.intersection(path.parts)]
     return sorted(kept, key=lambda path: (zlib.crc32(path.as_posix().encode()), path))
 
 
 def load(request: Text, cache: Path, bar: Bar, folder: Path | None = None) -> Dataset:
-    """Open the data set in ``cache``, built there first if need be; ``folder`` stands in for the standard library.
+    """Open the data set in ``cache``; build it first if needed. ``folder`` replaces the standard library.
 
     Raises:
         DataError: There is too little text, ``tokenizers`` is not installed, or a number is out of range.
@@ -89,7 +89,7 @@ def _build(folder: Path, request: Text, files: list[Path], bar: Bar) -> dict[str
     with bar.task("tokens", request.tokens) as advance:
         for text in texts:
             tokens = np.array([begin, *tokenizer.encode(text).ids[: request.of_file]])
-            # What is left at a file's end is no whole block; each block has the token after its last one, too.
+            # An incomplete block at a file's end is dropped. Each block also has the token after its last one.
             for first in range(0, len(tokens) - length, length):
                 split = "train" if count % TEST_SHARE else "test"
                 blocks[split].append(tokens[first : first + length + 1])
@@ -108,7 +108,7 @@ def _build(folder: Path, request: Text, files: list[Path], bar: Bar) -> dict[str
 
 
 def about(made: Dataset) -> list[str]:
-    """What the text is of."""
+    """A line about the text's size."""
     return [
         f"text: {made.train.labels.size:,} tokens to train on, of {made.notes['files']} files of Python's own sources"
     ]

@@ -1,7 +1,7 @@
 """Training batches from the memory map: order, random shift, flip, mixup and CutMix.
 
-Every draw comes from a generator seeded with (seed, epoch, batch) for the whole global batch, of which each process
-takes its share. So a run that is resumed, or made by more processes, sees the same images.
+All random numbers of a global batch come from a generator seeded with (seed, epoch, batch), and each process takes its
+share. So a resumed run, or one with more processes, sees the same images.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """``shift``: the largest offset in pixels, edges repeated; ``mixup`` and ``cutmix``: their Beta's parameter, 0
-    for none (with both, each batch takes one by a coin)."""
+    """``shift``: the largest offset in pixels, with edges repeated. ``mixup`` and ``cutmix``: parameters of their Beta
+    distributions, 0 for none; with both, each batch uses one at random."""
 
     shift: int = 2
     flip: bool = False
@@ -34,8 +34,8 @@ class Augmentation:
 
 
 class Batch(NamedTuple):
-    """Images (N, C, H, W) in [0, 1], target (N,) classes or (N, C) probabilities, and their rows in the split. Of text
-    tokens (N, L) and the ones that follow them (N, L)."""
+    """Images (N, C, H, W) in [0, 1], target (N,) classes or (N, C) probabilities, and their rows in the split. For
+    text: tokens (N, L) and the next tokens (N, L)."""
 
     inputs: Tensor
     target: Tensor
@@ -47,11 +47,11 @@ class Batches:
 
     Args:
         split: The training split.
-        classes: C of mixed labels.
-        batch_size: Of the global batch; a last incomplete batch of an epoch is left out.
-        augmentation: What is done to them.
-        seed: Of order and draws.
-        rank, world: This process and their number.
+        classes: Number of classes, for mixed labels.
+        batch_size: Size of the global batch; an epoch's last incomplete batch is dropped.
+        augmentation: Augmentation of images.
+        seed: Seed of order and augmentation.
+        rank, world: This process and the number of processes.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Batches:
         return len(self.split) // self.batch_size
 
     def epoch(self, epoch: int, begin: int) -> Iterator[Batch]:
-        """The batches of an epoch from number ``begin`` on; the next one is made while one is trained on."""
+        """The batches of an epoch from number ``begin`` on; a thread prepares the next one."""
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.split))
         with ThreadPoolExecutor(1) as pool:
             coming = pool.submit(self._make, order, epoch, begin)
@@ -79,7 +79,7 @@ class Batches:
     def _make(self, order: Indices, epoch: int, i: int) -> Batch:
         draws = np.random.default_rng([self.seed, epoch, i])
         rows = order[i * self.batch_size : (i + 1) * self.batch_size]
-        if self.split.text:  # nothing is done to text
+        if self.split.text:  # no augmentation
             rows = rows[self.share]
             return Batch(*_read_text(self.split, rows), torch.from_numpy(rows))
         kind = self.augmentation
@@ -88,7 +88,7 @@ class Batches:
         images, labels = self._read(rows, shifts, flips, self.share)
         if not (kind.mixup or kind.cutmix):
             return Batch(images, labels, torch.from_numpy(rows[self.share]))
-        # Each image's partner is one of the global batch, with that one's shift and flip.
+        # Each image's partner comes from the global batch, with its own shift and flip.
         partner = draws.permutation(self.batch_size)
         others, other_labels = self._read(rows[partner], shifts[partner], flips[partner], self.share)
         if kind.mixup and (not kind.cutmix or draws.random() < 0.5):
@@ -113,8 +113,8 @@ def _read_text(split: Split, rows: Indices | slice) -> tuple[Tensor, Tensor]:
 
 
 def shifted(images: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
-    """Each image (N, C, H, W) moved by its (rows, columns), edges repeated, and mirrored where ``flips``; channels
-    last."""
+    """Shift each image (N, C, H, W) by its (rows, columns), repeating edges, and mirror it where ``flips``; the result
+    has channels last."""
     n, _, height, width = images.shape
     rows = (torch.arange(height) + shifts[:, :1]).clamp_(0, height - 1)
     columns = (torch.arange(width) + shifts[:, 1:]).clamp_(0, width - 1)
@@ -124,8 +124,8 @@ def shifted(images: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
 
 
 def cut(images: Tensor, others: Tensor, weight: float, draws: np.random.Generator) -> tuple[Tensor, float]:
-    """CutMix: a rectangle of ``others`` in ``images``, the same in all; returns them and the share of the images'
-    own."""
+    """CutMix: paste one rectangle of ``others`` into all ``images``; return the result and the images' remaining
+    share."""
     height, width = images.shape[2:]
     side = (1 - weight) ** 0.5
     y, x = draws.integers(height), draws.integers(width)
@@ -137,7 +137,7 @@ def cut(images: Tensor, others: Tensor, weight: float, draws: np.random.Generato
 
 
 def plain_batches(split: Split, batch_size: int, begin: int, end: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Rows ``begin`` to ``end`` of a split in order: their slice, images in [0, 1] or tokens, and classes."""
+    """Batches of rows ``begin`` to ``end`` of a split in order: slice, images in [0, 1] or tokens, and classes."""
     for first in range(begin, end, batch_size):
         rows = slice(first, min(first + batch_size, end))
         if split.text:

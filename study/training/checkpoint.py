@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill at any moment, and networks as safetensors with all that a teacher needs."""
+"""Atomic checkpoints, and networks as safetensors with all that a teacher needs."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ from study.training.errors import RunError
 from study.training.network import Network
 
 FORMAT = 1
-#: What a network's file must say of it.
+#: Required metadata of a network's file.
 DESCRIPTION = ("model", "norm", "classes", "channels", "size", "mean", "std")
 
 
 def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
-    """Write a file whole or not at all: into a temporary one that is synced and renamed. The previous one stays until
-    then.
+    """Write a file atomically: write a temporary one, sync it and rename it. Until then the previous file stays.
 
     Raises:
-        RunError: It cannot be written.
+        RunError: The file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -40,12 +39,12 @@ def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
             temporary.replace(path)
             folder = os.open(path.parent, os.O_RDONLY)
             try:
-                os.fsync(folder)  # the new name, too
+                os.fsync(folder)  # makes the rename durable
             finally:
                 os.close(folder)
         finally:
             temporary.unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:  # PyTorch's writer turns the former into the latter
+    except (OSError, RuntimeError) as error:  # PyTorch's writer turns OSError into RuntimeError
         raise RunError(
             f"{path}: cannot be written ({' '.join(str(error).split())}); the previous one is kept"
         ) from None
@@ -60,7 +59,7 @@ def load(path: Path, keys: Sequence[str]) -> dict[str, Any]:
     """Read the state of a run, on the CPU.
 
     Raises:
-        RunError: It cannot be read, or is not a checkpoint of this program.
+        RunError: The file cannot be read, or is not a checkpoint of this program.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -72,7 +71,7 @@ def load(path: Path, keys: Sequence[str]) -> dict[str, Any]:
 
 
 def save_network(path: Path, network: Network, description: dict[str, Any]) -> None:
-    """Write a network's weights as safetensors, with ``description``, JSON values by name, as metadata."""
+    """Write a network's weights as safetensors, with the JSON values of ``description`` as metadata."""
     from safetensors.torch import save as to_bytes
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
@@ -81,10 +80,10 @@ def save_network(path: Path, network: Network, description: dict[str, Any]) -> N
 
 
 def load_network(path: Path, option: str) -> tuple[Network, dict[str, Any]]:
-    """The network of a file of :func:`save_network`, in evaluation mode, and its description.
+    """Load a file of :func:`save_network`: the network in evaluation mode, and its description.
 
     Raises:
-        RunError: It cannot be read, or is no such file; the message begins with ``option``.
+        RunError: The file cannot be read, or is not such a file; the message begins with ``option``.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -111,7 +110,7 @@ def load_network(path: Path, option: str) -> tuple[Network, dict[str, Any]]:
 
 
 def load_teacher(path: Path, data: Dataset) -> Network:
-    """The network of ``--teacher``, which must fit the data.
+    """Load the network of ``--teacher``, which must fit the data.
 
     Raises:
         RunError: It cannot be read, or was trained with other classes, channels or image sizes.

@@ -1,4 +1,4 @@
-"""Training steps and evaluation: what happens between a batch and the weights."""
+"""Training steps and evaluation."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from study.training.networks import Outputs, Student, to_device
 from study.training.processes import Processes
 
 AMP = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-#: With --time-loss one step in so many is measured.
+#: With --time-loss, one of this many steps is measured.
 TIMED = 8
 
 
 class Mean:
-    """Means of the loss and its parts over some steps; they stay on the device until they are asked for."""
+    """Means of the loss and its parts over some steps, kept on the device until read."""
 
     def __init__(self) -> None:
         self.sums: Tensor | None = None
@@ -41,7 +41,7 @@ class Mean:
         self.count += 1
 
     def take(self) -> list[float]:
-        """The means so far; begins anew."""
+        """Return the means so far and reset."""
         assert self.sums is not None
         means: list[float] = (self.sums / self.count).tolist()
         self.sums, self.count = None, 0
@@ -64,7 +64,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 
 
 def make_optimizer(student: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum, or AdamW. Weight decay is for matrices and convolutions, not for biases and norms."""
+    """SGD with Nesterov momentum, or AdamW. Matrices and convolutions get weight decay, biases and norms do not."""
     parameters = [p for p in student.parameters() if p.requires_grad]
     decayed = {"params": [p for p in parameters if p.dim() > 1], "weight_decay": args.weight_decay}
     others = {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}
@@ -77,12 +77,12 @@ class Trainer:
     """A student, its loss and its optimizer.
 
     Args:
-        student: Its weights are trained in place.
-        teach: The teacher's logits of a batch, or None where the loss needs none.
+        student: Trained in place.
+        teach: Returns the teacher's logits of a batch; None if the loss needs none.
         method: The loss.
-        steps: Of the whole run, for the learning rate.
+        steps: Steps of the whole run, for the learning rate.
         where: This process.
-        args: ``amp``, ``accumulate``, ``compile``, ``seed``, and those of the optimizer.
+        args: ``amp``, ``accumulate``, ``compile``, ``seed``, and the optimizer's options.
     """
 
     def __init__(
@@ -109,8 +109,8 @@ class Trainer:
         self.timing_seconds = 0.0
 
     def step(self, batch: Batch, number: int) -> Tensor:
-        """One update of the weights. Returns the loss and its parts, means over the global batch, on the device."""
-        # What a network itself draws, such as dropout, depends on the step alone, so that a resumed run draws the same.
+        """Update the weights once. Return the loss and its parts, means over the global batch, on the device."""
+        # Random numbers of the network, such as dropout's, depend on the step alone, so a resumed run has the same.
         torch.manual_seed((self.args.seed * 1_000_003 + number) * 4099 + self.where.rank)
         rate = learning_rate(number, self.steps, self.args.lr, self.args.warmup)
         for group in self.optimizer.param_groups:
@@ -134,7 +134,7 @@ class Trainer:
         inputs = to_device(batch.inputs, device)
         target = batch.target.to(device, non_blocking=True)
         if not target.is_floating_point():
-            target = target.flatten()  # of text (N, L), where every position is a row of the loss
+            target = target.flatten()  # text (N, L): every position is a row of the loss
         with contextlib.nullcontext() if ddp is None or last else ddp.no_sync():
             with autocast(device, self.args.amp):
                 outputs: Outputs = self.trained(inputs)
@@ -146,9 +146,9 @@ class Trainer:
         return torch.stack([loss.detach(), *parts.values()])
 
     def _time_loss(self, outputs: Outputs, teacher_logits: Tensor | TopK | None, target: Tensor) -> None:
-        """Measure the loss's forward and its backward to the logits, apart from the step's own."""
+        """Measure the loss's forward and its backward to the logits, in calls of their own."""
         begin = time.perf_counter()
-        for repeat in range(2):  # the first call may find its data out of the caches that the network filled
+        for repeat in range(2):  # the first call is a warm-up: the network may have evicted its data from the caches
             tensors = (None if t is None else t.detach().requires_grad_(t.requires_grad) for t in outputs)
             leaves = Outputs(*tensors)  # type: ignore[arg-type]
             self._synchronize()
@@ -170,7 +170,7 @@ def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManage
 
 
 def predictor(network: Network, where: Processes, amp: str, compiled: bool) -> Callable[[Tensor], Tensor]:
-    """Images or tokens to logits of a network that is not trained."""
+    """A function from images or tokens to a network's logits, without gradients."""
     called: Callable[[Tensor], Tensor] = torch.compile(network) if compiled else network
 
     def predict(inputs: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ def predictor(network: Network, where: Processes, amp: str, compiled: bool) -> C
 
 
 def evaluate(network: Network, split: Split, where: Processes, amp: str) -> tuple[float, float]:
-    """Accuracy and mean cross-entropy of every label of a split, whose rows the processes share."""
+    """Accuracy and mean cross-entropy over all labels of a split; the processes share its rows."""
     was_training = network.training
     predict = predictor(network.eval(), where, amp, compiled=False)
     sums = torch.zeros(2, dtype=torch.float64, device=where.device)

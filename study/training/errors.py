@@ -1,5 +1,5 @@
-"""What the command line shows as one line."""
+"""Errors that the command line shows as one line."""
 
 
 class RunError(Exception):
-    """A run that cannot start or go on for a reason that its user can mend; the program's exit status is 2."""
+    """A run cannot start or continue, for a reason that the user can fix; the exit status is 2."""

@@ -1,4 +1,4 @@
-"""The losses by name: what each needs of the networks, its hyper-parameters, and how it is called."""
+"""The losses by name: their inputs, hyper-parameters, and calls."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from study.training.networks import Outputs
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-#: Each loss of fused_kd under its name with hyphens, and the two that are F.cross_entropy.
+#: fused_kd's losses, by name with hyphens.
 LOSSES = {loss.name.replace("_", "-"): loss for loss in fused_kd.catalogue()}
 NAMES = ("ce", "label-smoothing", *LOSSES)
 BACKENDS = ("auto", "native", "triton", "reference")
 
-#: Loss and its detached parts, which sum to it.
+#: The loss, and its detached parts, which sum to it.
 Value = tuple[Tensor, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A loss ready to be called with what the networks put out, the teacher's logits and the target.
+    """A loss as a function of the student's outputs, the teacher's logits and the target.
 
-    ``other`` is what it takes beside the student's logits: ``"teacher_logits"``, ``"weak_logits"``,
+    ``other`` is its second argument after the student's logits: ``"teacher_logits"``, ``"weak_logits"``,
     ``"dense_logits"`` or None.
     """
 
@@ -46,8 +46,8 @@ class Method:
 
 
 def defaults(name: str) -> dict[str, Any]:
-    """Hyper-parameters and their defaults: those of fused_kd, but that the ordinary cross-entropy has weight 1, as in
-    the papers' totals. Of NKD also the weight of its target term, which is 1 in the paper and in fused_kd."""
+    """Hyper-parameters and their defaults: fused_kd's, but with weight 1 for the ordinary cross-entropy, as in the
+    papers' totals. NKD also has the weight of its target term, which is 1 in the paper and in fused_kd."""
     if name in LOSSES:
         own = {"target_weight": 1.0} if name == "nkd" else {}
         return {**LOSSES[name].defaults, "ce_weight": 1.0, **own}
@@ -55,10 +55,10 @@ def defaults(name: str) -> dict[str, Any]:
 
 
 def build(name: str, settings: Sequence[str], backend: str, process_group: ProcessGroup | None = None) -> Method:
-    """The method ``name`` with ``settings`` such as ``"gamma=1"`` in place of defaults.
+    """Build the method ``name``; ``settings`` such as ``"gamma=1"`` override defaults.
 
     Raises:
-        RunError: An unknown hyper-parameter, or a value that is no number where it should be.
+        RunError: A hyper-parameter is unknown, or its value has the wrong type.
     """
     options = {**defaults(name), **_parse(name, settings)}
     method = _of_fused_kd(name, options, backend, process_group) if name in LOSSES else _cross_entropy(name, options)
@@ -68,7 +68,7 @@ def build(name: str, settings: Sequence[str], backend: str, process_group: Proce
 
 
 def described(name: str, backend: str, device: torch.device) -> str:
-    """The loss, and what of fused_kd runs it."""
+    """The loss, with the backend that runs it."""
     if name not in LOSSES:
         return name
     taken = fused_kd.explain(device, LOSSES[name].name).chosen if backend == "auto" else backend
@@ -79,7 +79,7 @@ def check(method: Method, classes: int, device: torch.device) -> list[str]:
     """Call the method on logits of two rows, and return the names of its parts.
 
     Raises:
-        RunError: The loss refuses its hyper-parameters, or its backend cannot run on ``device``.
+        RunError: The loss rejects its hyper-parameters, or its backend cannot run on ``device``.
     """
     logits = torch.zeros(2, classes, device=device)
     outputs = Outputs(logits, logits, logits.unsqueeze(1))
@@ -135,7 +135,7 @@ def _of_fused_kd(name: str, options: dict[str, Any], backend: str, process_group
         tensors = {} if other is None else {other: second[other]}
         loss, parts = function(outputs.logits, target=target, **tensors, **keywords, return_parts=True)
         found = parts._asdict()
-        if target_weight != 1:  # NKD without gamma and cross-entropy is its target term
+        if target_weight != 1:  # with gamma=0 and ce_weight=0, NKD is its target term
             alone = function(outputs.logits, target=target, **tensors, **{**keywords, "gamma": 0.0, "ce_weight": 0.0})
             loss, found["target"] = loss + (target_weight - 1) * alone, target_weight * found["target"]
         return loss, found

@@ -1,4 +1,4 @@
-"""What a network has for the losses: the features that its heads see, and the heads."""
+"""Interface of networks: the features for the losses, and the heads."""
 
 from __future__ import annotations
 
@@ -11,36 +11,35 @@ from torch import Tensor, nn
 
 
 class Features(NamedTuple):
-    """``weak``: what USKD's weak classifier sees, (N, D). ``final``: what the head sees; its form is the network's
-    own."""
+    """``weak``: input of USKD's weak classifier, (N, D). ``final``: input of the head, in the network's own form."""
 
     weak: Tensor
     final: Tensor
 
 
 class Network(nn.Module, ABC):
-    """Images (N, C, H, W) in [0, 1] to logits (N, classes), or tokens (N, L) to logits (N·L, classes)."""
+    """Maps images (N, C, H, W) in [0, 1] to logits (N, classes), or tokens (N, L) to logits (N·L, classes)."""
 
     weak_width: int
 
     @abstractmethod
     def features(self, inputs: Tensor) -> Features:
-        """What the heads see of the inputs."""
+        """Features of the inputs for the heads."""
 
     @abstractmethod
     def classify(self, final: Tensor) -> Tensor:
-        """Logits (N, classes) of the final features."""
+        """Logits (N, classes) from the final features."""
 
     @abstractmethod
     def dense(self, final: Tensor) -> Tensor:
-        """The head at each of P positions: logits (N, P, classes)."""
+        """Logits (N, P, classes) of the head at each of P positions."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.classify(self.features(inputs).final)
 
 
 class ImageNetwork(Network):
-    """A network that normalises its images itself."""
+    """A network that normalises its input images."""
 
     mean: Tensor
     std: Tensor

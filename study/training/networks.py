@@ -1,8 +1,8 @@
-"""Students and teachers: residual CNNs and vision transformers for small images, timm's where it is installed, and the
+"""Students and teachers: residual CNNs and vision transformers for small images, timm's networks if installed, and the
 language models of :mod:`study.training.text_networks`.
 
-Every network of images normalises them itself, by mean and standard deviation kept as buffers, so that a checkpoint is
-all that a teacher needs.
+Image networks normalise their inputs, with mean and standard deviation as buffers, so a teacher needs nothing but its
+checkpoint.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from study.training.text_networks import TEXT_NETWORKS, build_text
 
 @dataclass(frozen=True)
 class Cnn:
-    """A residual CNN: width and number of blocks of each stage, and the stride of its first convolution."""
+    """A residual CNN: width and number of blocks of each stage, and the stride of the first convolution."""
 
     widths: tuple[int, ...]
     blocks: tuple[int, ...]
@@ -31,14 +31,14 @@ class Cnn:
 
 @dataclass(frozen=True)
 class Vit:
-    """A vision transformer; its patches are such that there are 8 × 8 of them."""
+    """A vision transformer with 8 × 8 patches."""
 
     width: int
     depth: int
     heads: int
 
 
-#: cnn-small is for two cores, cnn-large its teacher; the resnets have the usual widths and want a GPU.
+#: cnn-small is for two cores, cnn-large is its teacher; the resnets have the usual widths and need a GPU.
 NETWORKS: dict[str, Cnn | Vit] = {
     "cnn-tiny": Cnn((8, 16, 32), (1, 1, 1), stride=2),
     "cnn-small": Cnn((16, 32, 128), (1, 1, 1), stride=2),
@@ -76,7 +76,7 @@ class Block(nn.Module):
 
 
 class ResidualCnn(ImageNetwork):
-    """The weak feature is stage 2's map, averaged; the final one the last stage's map."""
+    """The weak feature is the averaged map of stage 2, the final one the map of the last stage."""
 
     def __init__(
         self, spec: Cnn, classes: int, channels: int, size: int, norm: str, mean: Sequence[float], std: Sequence[float]
@@ -86,7 +86,7 @@ class ResidualCnn(ImageNetwork):
         self.stem = nn.Sequential(
             nn.Conv2d(channels, first, kernel, spec.stride, kernel // 2, bias=False), _norm(norm, first), nn.ReLU(True)
         )
-        while size > 48:  # every later stage works on maps as small as those of 32 px
+        while size > 48:  # makes the stages' maps as small as for 32 pixels
             self.stem.append(nn.MaxPool2d(3, 2, 1))
             size //= 2
         self.stages = nn.ModuleList()
@@ -116,14 +116,14 @@ class ResidualCnn(ImageNetwork):
 
 
 class VisionTransformer(ImageNetwork):
-    """The weak feature is the class token after block L/2; the final one all tokens, the class token first."""
+    """The weak feature is the class token after block L/2, the final one all tokens, the class token first."""
 
     def __init__(
         self, spec: Vit, classes: int, channels: int, size: int, mean: Sequence[float], std: Sequence[float]
     ) -> None:
         super().__init__(mean, std)
         if size % 8:
-            raise RunError(f"--model: a vit wants images of a multiple of 8 pixels, got {size}")
+            raise RunError(f"--model: a vit needs an image size that is a multiple of 8 pixels, got {size}")
         patch, width = size // 8, spec.width
         self.patches = nn.Conv2d(channels, width, patch, patch)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -155,7 +155,7 @@ class VisionTransformer(ImageNetwork):
 
 
 class Timm(ImageNetwork):
-    """A network of timm. The weak feature comes from a forward hook on stage 2, or on block L/2 (its class token)."""
+    """A network of timm. A forward hook takes the weak feature from stage 2, or from block L/2 (its class token)."""
 
     def __init__(
         self, name: str, classes: int, channels: int, size: int, mean: Sequence[float], std: Sequence[float]
@@ -169,7 +169,7 @@ class Timm(ImageNetwork):
         try:
             try:
                 self.model = timm.create_model(name, img_size=size, **options)
-            except TypeError:  # a CNN takes any size
+            except TypeError:  # CNNs take any size and have no such option
                 self.model = timm.create_model(name, **options)
         except Exception as error:
             raise RunError(f"--model timm:{name}: {' '.join(str(error).split())}") from None
@@ -198,7 +198,7 @@ class Timm(ImageNetwork):
     def features(self, images: Tensor) -> Features:
         final = self.model.forward_features(self.normalise(images))
         weak, self._weak = self._weak, None
-        if weak is None:  # there is no hook
+        if weak is None:  # no hook
             weak = final.new_empty(len(final), 0)
         elif weak.dim() == 4:
             weak = weak.mean(dim=(1, 2) if self._channels_last else (2, 3))
@@ -225,10 +225,10 @@ class Timm(ImageNetwork):
 def build(
     name: str, *, classes: int, channels: int, size: int, norm: str, mean: Sequence[float], std: Sequence[float]
 ) -> Network:
-    """The network ``name``: one of :data:`NETWORKS` or :data:`TEXT_NETWORKS`, or ``timm:`` and a name of timm's.
+    """Build the network ``name``: one of :data:`NETWORKS` or :data:`TEXT_NETWORKS`, or ``timm:`` and timm's name.
 
     Raises:
-        RunError: No such network, or it cannot take images of this size.
+        RunError: There is no such network, or it does not take images of this size.
     """
     if name.startswith("timm:"):
         return Timm(name.removeprefix("timm:"), classes, channels, size, mean, std)
@@ -244,7 +244,7 @@ def build(
 
 def check_data(name: str, text: bool) -> None:
     """Raises:
-    RunError: The network ``name`` is of images and the data set of text, or the other way round.
+    RunError: The network ``name`` takes images but the data set is text, or the reverse.
     """
     if text and name not in TEXT_NETWORKS:
         raise RunError(f"--model {name}: takes images, and the data are text; {', '.join(TEXT_NETWORKS)} take text")
@@ -253,18 +253,18 @@ def check_data(name: str, text: bool) -> None:
 
 
 def to_device(inputs: Tensor, device: torch.device) -> Tensor:
-    """Images with channels last, or tokens, on a device."""
+    """Move images, with channels last, or tokens to a device."""
     layout = torch.channels_last if inputs.dim() == 4 else torch.preserve_format
     return inputs.to(device, memory_format=layout, non_blocking=True)
 
 
 def place(module: nn.Module, device: torch.device) -> None:
-    """Move a network to a device, with channels last, which convolutions are fastest with."""
+    """Move a network to a device, with channels last, the fastest layout for convolutions."""
     module.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 class Outputs(NamedTuple):
-    """Logits (N, C), the weak classifier's (N, C) where there is one, those of P positions (N, P, C) where wanted."""
+    """Logits (N, C), the weak classifier's logits (N, C), and logits of P positions (N, P, C); None if not needed."""
 
     logits: Tensor
     weak: Tensor | None
@@ -272,7 +272,7 @@ class Outputs(NamedTuple):
 
 
 class Student(nn.Module):
-    """What is trained: a network and, for USKD, the weak classifier on its inner feature, in one module for DDP."""
+    """The trained module: a network and, for USKD, the weak classifier on its inner feature, in one module for DDP."""
 
     def __init__(self, network: Network, classes: int, weak: bool, dense: bool) -> None:
         super().__init__()
@@ -289,6 +289,6 @@ class Student(nn.Module):
         weak = None if self.weak_classifier is None else self.weak_classifier(features.weak)
         dense = None
         if self._dense:
-            with torch.no_grad():  # its votes are labels
+            with torch.no_grad():  # only their votes are used, as labels
                 dense = self.network.dense(features.final)
         return Outputs(self.network.classify(features.final), weak, dense)

@@ -12,8 +12,7 @@ from study.training.engine import AMP
 from study.training.errors import RunError
 from study.training.text_networks import TEXT_NETWORKS
 
-#: What a resumed run may have otherwise than the run it goes on with: it changes no weight, or it is a path to what is
-#: compared by its contents.
+#: Options that may differ when a run is resumed: they change no weight, or are paths to files compared by content.
 FREE = (
     "out", "resume", "device", "data", "cache", "teacher", "cache_teacher", "checkpoint_steps", "log_steps",
     "time_loss", "tensorboard", "quiet",
@@ -30,13 +29,13 @@ def make_parser() -> argparse.ArgumentParser:
         "More processes: torchrun --nproc-per-node 2 -m study.train, with the same arguments.",
     )
     registry.add_arguments(parser)
-    what = parser.add_argument_group("what is trained")
+    what = parser.add_argument_group("network and loss")
     what.add_argument(
         "--model",
         default="cnn-small",
         help=f"{', '.join((*networks.NETWORKS, *TEXT_NETWORKS))}, or timm:NAME (cnn-small)",
     )
-    what.add_argument("--norm", choices=networks.NORMS, default="batch", help="of the CNNs (batch)")
+    what.add_argument("--norm", choices=networks.NORMS, default="batch", help="normalisation of the CNNs (batch)")
     what.add_argument(
         "--loss", choices=methods.NAMES, default="ce", metavar="NAME", help=f"{', '.join(methods.NAMES)} (ce)"
     )
@@ -47,31 +46,31 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="a hyper-parameter of the loss; may be repeated",
     )
-    what.add_argument("--backend", choices=methods.BACKENDS, default="auto", help="of fused_kd's losses (auto)")
+    what.add_argument("--backend", choices=methods.BACKENDS, default="auto", help="backend of fused_kd's losses (auto)")
     what.add_argument("--teacher", type=Path, metavar="FILE", help="best.safetensors of another run")
     what.add_argument(
         "--cache-teacher", type=Path, metavar="DIR",
-        help="compute the teacher's logits once, of the images without augmentation (the student's keep theirs), and "
-        "keep them here; not with mixup or CutMix",
+        help="compute the teacher's logits once, on images without augmentation (the student's are augmented), and "
+        "keep them in this folder; not with mixup or CutMix",
     )  # fmt: skip
     what.add_argument(
         "--cache-top-k", type=int, default=0, metavar="K",
-        help="keep each image's K largest and the remaining mass, spread equally over the others (0: all, in bfloat16)",
+        help="keep the K largest per image, and spread the remaining mass over the others (0: keep all, in bfloat16)",
     )  # fmt: skip
-    how = parser.add_argument_group("how")
+    how = parser.add_argument_group("training")
     how.add_argument("--epochs", type=int, default=10, help="(10)")
-    how.add_argument("--batch-size", type=int, default=256, help="of one update, over all processes (256)")
+    how.add_argument("--batch-size", type=int, default=256, help="global batch size of an update (256)")
     how.add_argument(
         "--accumulate",
         type=int,
         default=1,
         metavar="K",
-        help="make a process's batch in K pieces, each with its own batch mean of USKD (1)",
+        help="split a process's batch into K pieces, each with its own batch mean for USKD (1)",
     )
     how.add_argument("--optimizer", choices=("sgd", "adamw"), help="(sgd; for a vit and for text adamw)")
     how.add_argument("--lr", type=float, help="peak learning rate (sgd 0.2, adamw 0.001, times batch size / 256)")
     how.add_argument("--weight-decay", type=float, help="(sgd 0.0005, adamw 0.05)")
-    how.add_argument("--warmup", type=float, default=0.1, help="share of the steps in which the rate rises (0.1)")
+    how.add_argument("--warmup", type=float, default=0.1, help="share of the steps with a rising rate (0.1)")
     how.add_argument("--shift", type=int, default=2, metavar="PIXELS", help="random shift (2)")
     how.add_argument("--flip", action="store_true", help="random mirror images")
     how.add_argument("--mixup", type=float, default=0.0, metavar="ALPHA", help="(0: none)")
@@ -79,24 +78,26 @@ def make_parser() -> argparse.ArgumentParser:
     how.add_argument("--amp", choices=tuple(AMP), default="no", help="autocast; fp16 with a GradScaler, on CUDA (no)")
     how.add_argument("--compile", action="store_true", help="torch.compile the networks")
     how.add_argument("--device", choices=processes.DEVICES, default="auto", help="(auto)")
-    how.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (0)")
+    how.add_argument("--seed", type=int, default=0, help="seed of weights, order and augmentation (0)")
     run = parser.add_argument_group("the run")
-    run.add_argument("--out", type=Path, required=True, metavar="DIR", help="checkpoints, logs and curves")
-    run.add_argument("--resume", action="store_true", help="go on from DIR's checkpoint, if there is one")
-    run.add_argument("--checkpoint-steps", type=int, default=0, metavar="N", help="also every N steps of an epoch")
+    run.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for checkpoints, logs and curves")
+    run.add_argument("--resume", action="store_true", help="continue from DIR's checkpoint, if there is one")
+    run.add_argument(
+        "--checkpoint-steps", type=int, default=0, metavar="N", help="also save a checkpoint every N steps of an epoch"
+    )
     run.add_argument("--log-steps", type=int, default=10, metavar="N", help="a row of steps.csv every N steps (10)")
     run.add_argument("--time-loss", action="store_true", help="measure the loss's share of the time")
-    run.add_argument("--tensorboard", action="store_true", help="also write TensorBoard's logs")
+    run.add_argument("--tensorboard", action="store_true", help="also write TensorBoard logs")
     run.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options of a run, with defaults that depend on others filled in.
+    """Parse the options of a run, and fill in defaults that depend on other options.
 
     Raises:
-        RunError: Options that do not go together.
-        SystemExit: What argparse itself refuses.
+        RunError: An option is out of range, or options conflict.
+        SystemExit: Argparse rejects the arguments.
     """
     args = make_parser().parse_args(arguments)
     positive = ("epochs", "batch_size", "accumulate", "log_steps")
@@ -115,7 +116,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if args.weight_decay is None:
         args.weight_decay = 5e-4 if sgd else 0.05
     if args.cache_teacher and not args.teacher:
-        raise RunError("--cache-teacher: there is no --teacher whose logits could be cached")
+        raise RunError("--cache-teacher: there is no --teacher with logits to cache")
     if args.cache_top_k and not args.cache_teacher:
         raise RunError("--cache-top-k: there is no --cache-teacher")
     if args.cache_teacher and (args.mixup or args.cutmix):
@@ -124,5 +125,5 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def identity(args: argparse.Namespace) -> dict[str, object]:
-    """The options that must be the same when a run is resumed."""
+    """Options that must be the same when a run is resumed."""
     return {f"--{name.replace('_', '-')}": value for name, value in sorted(vars(args).items()) if name not in FREE}

@@ -1,4 +1,4 @@
-"""Which process this is, of how many, and its device: one process, or those that torchrun starts."""
+"""This process among all of the run, and its device: a single process, or torchrun's processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEVICES = ("auto", "cpu", "cuda")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's number ``rank`` of ``world``, and its device."""
+    """Process ``rank`` of ``world``, and its device."""
 
     rank: int
     world: int
@@ -28,16 +28,16 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """This is the process that writes."""
+        """Whether this is the first process, which writes the files."""
         return self.rank == 0
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait for all processes."""
         if self.world > 1:
             distributed.barrier()
 
     def first_then_others(self, make: Callable[[], T]) -> T:
-        """What ``make`` returns; the others call it once the first process is done, and find what that wrote."""
+        """Call ``make`` in the first process, then in the others, which find the files that the first one wrote."""
         if not self.first:
             self.wait()
         made = make()
@@ -46,14 +46,14 @@ class Processes:
         return made
 
     def of_first(self, make: Callable[[], T]) -> T:
-        """What ``make`` returns in the first process, in all of them: of what only that one writes."""
+        """Call ``make`` in the first process only, as it alone writes files; return its value in all processes."""
         made: list[T | None] = [make() if self.first else None]
         if self.world > 1:
             distributed.broadcast_object_list(made, src=0)
         return cast("T", made[0])
 
     def summed(self, values: Tensor) -> Tensor:
-        """The sum over all processes, in place."""
+        """Sum over all processes, in place."""
         if self.world > 1:
             distributed.all_reduce(values)
         return values
@@ -65,7 +65,7 @@ class Processes:
 
 @contextmanager
 def processes(device: str) -> Iterator[Processes]:
-    """Join torchrun's processes, by nccl on GPUs and gloo elsewhere, or be the only one.
+    """Join torchrun's processes, by nccl on GPUs and gloo elsewhere, or run as a single process.
 
     Raises:
         RunError: There is no such device.
@@ -90,10 +90,10 @@ def processes(device: str) -> Iterator[Processes]:
 
 
 def leave(status: int) -> NoReturn:
-    """End the program; one process of several at once, without the interpreter's own clearing up.
+    """Exit the program; one of several processes skips the interpreter's shutdown.
 
-    DistributedDataParallel keeps the group and so gloo's threads, and one of them that lets go of a tensor of Python's
-    while the interpreter is ending aborts the process.
+    DistributedDataParallel keeps the group and so gloo's threads. A thread that releases a Python tensor during the
+    interpreter's shutdown aborts the process.
     """
     if "WORLD_SIZE" in os.environ:
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""What a run tells: progress, CSV and TensorBoard logs, the curves."""
+"""Reports of a run: progress, CSV and TensorBoard logs, and curves."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from study.training.errors import RunError
 
-#: Rows from which a curve is a line without points.
+#: Curves with fewer rows also have markers.
 FEW = 10
 
 
 class Bar:
-    """Progress bars on a terminal; elsewhere, and in processes other than the first, nothing moves."""
+    """Progress bars on a terminal; hidden elsewhere and with ``quiet``."""
 
     def __init__(self, console: Console, quiet: bool = False) -> None:
         self.console = console
@@ -26,7 +26,7 @@ class Bar:
 
     @contextmanager
     def task(self, title: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
-        """A bar from ``done`` to ``total``; call what it yields with the steps made and, optionally, a text."""
+        """Show a bar from ``done`` to ``total``; yields a function that takes the steps made and an optional text."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -47,11 +47,10 @@ class Bar:
 
 
 class Table:
-    """A CSV file of named columns, to which rows are added as a run goes on."""
+    """A CSV file with named columns, to which a run adds rows."""
 
     def __init__(self, path: Path, columns: Sequence[str], key: str, resume_at: int) -> None:
-        """Keep the rows whose ``key`` is at most ``resume_at``: what an interrupted run wrote beyond its checkpoint is
-        computed again."""
+        """Keep rows with a ``key`` up to ``resume_at``: a resumed run computes rows after its checkpoint again."""
         self.path, self.columns = path, list(columns)
         kept = [row for row in read_table(path) if int(row[key]) <= resume_at]
         with path.open("w", newline="", encoding="utf-8") as file:
@@ -60,13 +59,13 @@ class Table:
             writer.writerows(kept)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Write one row; what it does not have stays empty."""
+        """Write one row; missing columns stay empty."""
         with self.path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self.columns, restval="").writerow(row)
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file, none if it is not there. A last line that was cut off is left out."""
+    """Rows of a CSV file; none if it does not exist. A truncated last line is left out."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -74,7 +73,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 
 class TensorBoard:
-    """Scalars for TensorBoard, where it is installed."""
+    """Scalars for TensorBoard, which must be installed."""
 
     def __init__(self, folder: Path, purge_step: int) -> None:
         try:
@@ -84,7 +83,7 @@ class TensorBoard:
         self.writer: Any = SummaryWriter(str(folder), purge_step=purge_step)
 
     def add(self, group: str, values: dict[str, float], step: int) -> None:
-        """Write one value of each name."""
+        """Write one value per name."""
         for name, value in values.items():
             self.writer.add_scalar(f"{group}/{name}", value, step)
 
@@ -93,7 +92,7 @@ class TensorBoard:
 
 
 def plot_curves(folder: Path, title: str) -> Path | None:
-    """Draw ``curves.png`` of a run's tables: the loss by step, accuracies by epoch. None without matplotlib or rows."""
+    """Draw ``curves.png`` from a run's tables: loss by step, accuracy by epoch. None without matplotlib or rows."""
     steps, epochs = read_table(folder / "steps.csv"), read_table(folder / "epochs.csv")
     if not steps or not epochs:
         return None
@@ -111,7 +110,7 @@ def plot_curves(folder: Path, title: str) -> Path | None:
     for name in ("loss", *(parts if len(parts) > 1 else ())):
         width = 1.8 if name == "loss" else 1.0
         y = [float(row[name]) for row in steps]
-        # A line through one point is none.
+        # A line through one point is invisible.
         losses.plot(
             x, y, linewidth=width, marker="o" if len(x) < FEW else "", markersize=3, label=name.removeprefix("loss_")
         )

@@ -1,8 +1,8 @@
 """A teacher's logits of the training images, computed once and memory-mapped.
 
-They are of the images as they are in the data set: with a cache the teacher does not see the random shift and flip
-that the student does, and mixed images have no cached logits. ``logits`` are (N, C) bfloat16. With top-k, of each row
-only the k largest log-probabilities are kept, in float32: a :class:`fused_kd.TopK` whose rest is spread evenly.
+The images are as stored in the data set: with a cache the teacher does not see the student's random shift and flip, and
+mixed images have no cached logits. Logits are (N, C) bfloat16. With top-k, only the k largest log-probabilities of each
+row are kept, in float32: a :class:`fused_kd.TopK` with the rest spread evenly.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class TeacherCache:
         self.classes_of = np.load(folder / "classes.npy", mmap_mode="r") if top_k else None
 
     def source(self, rows: Tensor, device: torch.device, loss: str) -> Tensor | TopK:
-        """What a loss takes for the teacher's logits of these rows; of two losses no kernel takes a TopK."""
+        """The teacher's logits of these rows, or a TopK; JS and DIST have no kernel for a TopK."""
         if not self.top_k or loss in ("js", "dist"):
             return self.logits(rows).to(device, non_blocking=True)
         kept = self.kept(rows)
@@ -40,7 +40,7 @@ class TeacherCache:
         return TopK(log_probs, indices, kept.rest)
 
     def logits(self, rows: Tensor) -> Tensor:
-        """Logits (N, C), or (N·L, C) of text, of these rows of the training split: bfloat16, with top-k float32."""
+        """Logits (N, C), or (N·L, C) for text, of these rows of the training split: bfloat16, with top-k float32."""
         if not self.top_k:
             return torch.from_numpy(self.values[rows.numpy()]).view(torch.bfloat16).flatten(0, -2)
         kept = self.kept(rows)
@@ -49,7 +49,7 @@ class TeacherCache:
         return each.repeat(1, self.classes).scatter_(1, kept.indices, kept.log_probs)
 
     def kept(self, rows: Tensor) -> TopK:
-        """Of a cache with top-k what there is of these rows: nothing is made that is as wide as the classes."""
+        """The kept classes of these rows, for a cache with top-k; makes no tensor as wide as the classes."""
         assert self.classes_of is not None
         index = rows.numpy()
         indices = torch.from_numpy(self.classes_of[index].astype(np.int64)).flatten(0, -2)
@@ -59,18 +59,18 @@ class TeacherCache:
 def open_cache(
     folder: Path, data: Dataset, teacher: str, top_k: int, predict: Callable[[Tensor], Tensor], bar: Bar
 ) -> TeacherCache:
-    """Open the cache in ``folder``, and make it first where there is none.
+    """Open the cache in ``folder``; make it first if it does not exist.
 
     Args:
-        folder: Of the cache.
-        data: Whose training split the rows are.
-        teacher: Whose logits they are: :func:`study.training.checkpoint.weights_hash` of it.
-        top_k: How many of each row's logits are kept; 0 for all.
-        predict: Images (N, C, H, W) in [0, 1] to the teacher's logits on the CPU.
-        bar: Shows the progress of making it.
+        folder: The cache's folder.
+        data: The data set; the rows are its training split.
+        teacher: :func:`study.training.checkpoint.weights_hash` of the teacher.
+        top_k: Number of logits to keep per row; 0 for all.
+        predict: Maps images (N, C, H, W) in [0, 1] to the teacher's logits on the CPU.
+        bar: Shows the progress of making the cache.
 
     Raises:
-        RunError: The cache there is of other data, another teacher or another top-k, is corrupt, or cannot be written.
+        RunError: The cache is of other data, another teacher or another top-k, is corrupt, or cannot be written.
     """
     if top_k < 0 or top_k >= data.classes:
         raise RunError(f"--cache-top-k: expected 0 (all) to {data.classes - 1}, got {top_k}")

@@ -1,4 +1,4 @@
-"""Language models that two cores can train: a GRU and a causal transformer over tokens."""
+"""Language models small enough for two cores: a GRU and a causal transformer over tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Gru:
 
 @dataclass(frozen=True)
 class Transformer:
-    """Width, number of blocks and of heads."""
+    """Width, number of blocks, and number of heads."""
 
     width: int
     depth: int
@@ -41,7 +41,7 @@ TEXT_NETWORKS: dict[str, Gru | Transformer] = {
 
 
 class LanguageModel(Network):
-    """Tokens (N, L) to logits (N·L, classes) of the token after each."""
+    """Maps tokens (N, L) to logits (N·L, classes) of each next token."""
 
     head: nn.Linear
 
@@ -49,11 +49,11 @@ class LanguageModel(Network):
         return cast("Tensor", self.head(final))
 
     def dense(self, final: Tensor) -> Tensor:
-        raise RunError("--loss zipf-ls: its votes are those of an image's positions, which text has not")
+        raise RunError("--loss zipf-ls: its votes are those of an image's positions; text has none")
 
 
 class GruModel(LanguageModel):
-    """The weak feature is the first layer's state, the final one the last layer's."""
+    """The weak feature is the first layer's state, the final one the last layer's state."""
 
     def __init__(self, spec: Gru, classes: int) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class GruModel(LanguageModel):
 
 
 class TransformerModel(LanguageModel):
-    """The weak feature is what block L/2 gives, normalised as the final one is."""
+    """The weak feature is the output of block L/2, normalised like the final one."""
 
     mask: Tensor
 
@@ -99,6 +99,6 @@ class TransformerModel(LanguageModel):
 
 
 def build_text(name: str, classes: int, length: int) -> LanguageModel:
-    """The network ``name`` of :data:`TEXT_NETWORKS` for windows of ``length`` tokens."""
+    """Build the network ``name`` of :data:`TEXT_NETWORKS` for windows of ``length`` tokens."""
     spec = TEXT_NETWORKS[name]
     return GruModel(spec, classes) if isinstance(spec, Gru) else TransformerModel(spec, classes, length)

@@ -54,9 +54,9 @@ def test_a_study_that_broke_off_goes_on_and_is_not_made_twice(tmp_path, tiny, mo
         context.setenv("KILL_AT_STEP", "12")  # in the second of two epochs
         assert main(tmp_path, "--jobs", "1", "--part", "rates") == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error == "study: run tiny ce-lr-0.02-seed-50: killed by signal 9; the same command goes on"
+    assert error == "study: run tiny ce-lr-0.02-seed-50: killed by signal 9; the same command continues"
     assert main(tmp_path, "--part", "rates", "main", "cost", "page") == 0
-    assert "goes on at step 8 of 16" in (tmp_path / "runs" / "tiny" / "ce-lr-0.02-seed-50" / "log.txt").read_text()
+    assert "resuming at step 8 of 16" in (tmp_path / "runs" / "tiny" / "ce-lr-0.02-seed-50" / "log.txt").read_text()
     records = Records(tmp_path / "records", {"tiny": TINY})
     main_runs = [(r["method"], r["seed"]) for r in records.runs["tiny"].values() if r["seed"] < 50]
     assert sorted(main_runs) == [("ce", 0), ("ce", 1), ("nkd", 0), ("nkd", 1)]
@@ -256,7 +256,7 @@ def test_target_term_of_nkd_weighs_what_is_set(weight):
 
 
 REFUSED = {
-    "seeds": (("--seeds", "1", "1"), "--seeds: expected different ones from 0 on"),
+    "seeds": (("--seeds", "1", "1"), "--seeds: expected distinct seeds from 0 on"),
     "rate_seeds": (("--seeds", "1", "50"), "without 50 and 51, which choose the learning rates; got 1 50"),
     "jobs": (("--jobs", "0"), "--jobs: expected at least 1, got 0"),
     "no_runs": (("--part", "page"), "has no runs of the methods; make them first"),

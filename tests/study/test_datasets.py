@@ -105,7 +105,7 @@ def test_few_families_make_as_many_images_and_are_told(installed, tmp_path, caps
     assert (np.bincount(made.train.labels) == 36).all()
     what, warning = registry.about(made)
     assert what == "glyphs: 2 font families (Alpha, Beta), 18 draws of a character in each; held out: Gamma"
-    assert warning.startswith("warning: the recommended fonts make 6 families to train on, here are 2")
+    assert warning.startswith("warning: the recommended fonts give 6 training families, here are 2")
     assert fonts.INSTALL in warning
     made.notes["families"] = ["A", "B", "C", "D", "E", "F"]
     assert [line.startswith("glyphs: 6 font families") for line in registry.about(made)] == [True]
@@ -196,9 +196,9 @@ def test_corrupt_cache(installed, tmp_path, harm):
         (("--data", "imagenet"), "--data: expected glyphs, text, cifar100 PATH, imagefolder PATH, got 'imagenet'"),
         (
             ("--data", "cifar100", ".", "--draws", "3"),
-            "--draws: is of glyphs, which are drawn; --data cifar100 is not",
+            "--draws: only for --data glyphs, got cifar100",
         ),
-        (("--data", "imagefolder", ".", "--data-seed", "0"), "--data-seed: is of glyphs"),
+        (("--data", "imagefolder", ".", "--data-seed", "0"), "--data-seed: only for --data glyphs"),
         (("--data", "cifar100"), "--data cifar100: expected one path, got 0"),
         (("--data", "cifar100", "/none"), "--data cifar100: /none does not exist"),
     ],

@@ -81,8 +81,8 @@ def test_refusals(sources, tmp_path):
     "arguments, message",
     [
         (("--data", "text", "PATH"), "--data text: expected no path, got PATH"),
-        (("--data", "text", "--draws", "2"), "--draws: is of glyphs"),
-        (("--data", "glyphs", "--tokens", "99"), "--tokens: is of text, not of glyphs"),
+        (("--data", "text", "--draws", "2"), "--draws: only for --data glyphs, got text"),
+        (("--data", "glyphs", "--tokens", "99"), "--tokens: only for --data text, got glyphs"),
     ],
 )
 def test_options_of_other_data_are_refused(arguments, message):

@@ -206,7 +206,7 @@ def test_gradient_of_the_weak_feature_ends_where_it_is_taken(model):
 
 REFUSED = {
     "teacher_missing": (("--loss", "nkd"), "--loss nkd: needs a teacher"),
-    "teacher_useless": (("--teacher", "TEACHER"), "--teacher: --loss ce has no use for one"),
+    "teacher_useless": (("--teacher", "TEACHER"), "--teacher: --loss ce takes no teacher"),
     "teacher_no_file": (("--loss", "kd", "--teacher", "none.safetensors"), "--teacher none.safetensors: no such file"),
     "option": (
         ("--loss", "uskd", "--set", "gamma=1"),
@@ -294,7 +294,7 @@ def test_interruption_is_one_line(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(engine.Trainer, "step", interrupted)
     assert train.main([*train_runs.SMALL, "--out", str(tmp_path)]) == 130
-    assert capsys.readouterr().err.splitlines()[-1].endswith("--resume goes on from the last checkpoint")
+    assert capsys.readouterr().err.splitlines()[-1].endswith("--resume continues from the last checkpoint")
 
 
 def test_result_is_written(tmp_path, capsys):

@@ -86,7 +86,7 @@ def test_resume_without_a_checkpoint_begins(tmp_path):
 def test_folder_with_a_run_is_refused_and_kept(tmp_path):
     run("--out", tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(RunError, match=r"has a run already .*--resume goes on with it"):
+    with pytest.raises(RunError, match=r"already has a run .*--resume continues it"):
         run("--out", tmp_path, "--seed", 1)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 

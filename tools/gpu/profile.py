@@ -91,8 +91,8 @@ def parse(text: str) -> list[dict[str, Any]]:
     lines = text.splitlines()
     header = next((i for i, line in enumerate(lines) if line.startswith('"ID",')), None)
     if header is None:
-        said = [re.sub(r"^==\w+==\s*", "", line) for line in lines if re.match(r"==(ERROR|WARNING)==", line)]
-        raise CountersNotReadable(" ".join(said) or (lines[-1] if lines else "ncu printed nothing"))
+        messages = [re.sub(r"^==\w+==\s*", "", line) for line in lines if re.match(r"==(ERROR|WARNING)==", line)]
+        raise CountersNotReadable(" ".join(messages) or (lines[-1] if lines else "ncu printed nothing"))
     kernels: dict[str, dict[str, Any]] = {}
     for row in csv.DictReader(line for line in lines[header:] if line.startswith('"')):
         kernel = kernels.setdefault(row["ID"], {"kernel": short_name(row["Kernel Name"]), **dict.fromkeys(METRICS)})
@@ -120,8 +120,8 @@ def measure(call: Call, ncu: str, run: Callable[..., Any] = subprocess.run) -> d
         kernels = parse(finished.stdout)
     except CountersNotReadable as error:
         drive = finished.stderr.strip().splitlines()
-        said = str(error) if "==ERROR==" in finished.stdout or not drive else f"{error} {drive[-1]}"
-        raise CountersNotReadable(said) from None
+        message = str(error) if "==ERROR==" in finished.stdout or not drive else f"{error} {drive[-1]}"
+        raise CountersNotReadable(message) from None
     moved = sum((kernel[READ] or 0.0) + (kernel[WRITTEN] or 0.0) for kernel in kernels)
     return {**call._asdict(), "least_bytes": call.least_bytes, "moved_bytes": moved, "kernels": kernels}
 

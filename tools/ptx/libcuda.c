@@ -1,12 +1,12 @@
-/* The functions of CUDA's driver that Triton's own launcher calls. They do nothing, and say that all went well:
-   tools/ptx/host.py measures what a launch takes before it would reach a GPU. */
+/* The functions of CUDA's driver that Triton's launcher calls. They do nothing and report success:
+   tools/ptx/host.py measures the time of a launch before it would reach a GPU. */
 
 static int launched;
 
 int launches(void) { return launched; }
 
 static int attribute(int* value) {
-  *value = 1024; /* registers, threads or bytes: enough of whatever is asked for */
+  *value = 1024; /* registers, threads or bytes: enough of any attribute */
   return 0;
 }
 

@@ -1,6 +1,7 @@
-// The Python module: what bindings_cuda.cpp has, and what tests/cuda_on_cpu/module.cpp has of its stand-ins.
+// The Python module: the bindings of bindings_cuda.cpp, and the stand-ins' functions as in
+// tests/cuda_on_cpu/module.cpp.
 //
-// Includes what it binds: pybind11 takes longer to compile than either.
+// It includes the source that it binds, so that pybind11, the slowest part, is compiled once.
 #include "python/bindings_cuda.cpp"
 
 extern "C" {

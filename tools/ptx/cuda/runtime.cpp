@@ -1,9 +1,9 @@
-// As much of CUDA's runtime as the library and CUB call. What a GPU would run is handed to a launcher (driver.py); what
-// the runtime itself decides is decided here: which launches it refuses, and what an error does to later calls.
+// The part of CUDA's runtime that the library and CUB call. Launches go to a launcher (driver.py). The runtime's own
+// decisions are made here: which launches to refuse, and the effect of an error on later calls.
 //
-// Errors are as CUDA has them. Each call returns its own and leaves it as the thread's last error, where
-// cudaPeekAtLastError sees it and cudaGetLastError takes it away. A kernel that faults ruins the context: from then on
-// every call returns that error, whatever anybody clears.
+// Errors work as in CUDA. Each call returns its error and stores it as the thread's last error: cudaPeekAtLastError
+// reads it, cudaGetLastError reads and clears it. A kernel that faults ruins the context: from then on every call
+// returns that error, even after clearing it.
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
@@ -15,7 +15,7 @@
 namespace {
 
 constexpr int kDevices = 2, kMultiprocessors = 132, kMostThreads = 1024;
-// What a block may have without asking (cudaFuncSetAttribute), with asking, and what a multiprocessor has.
+// Shared memory of a block by default, with cudaFuncSetAttribute, and of a multiprocessor.
 constexpr size_t kShared = 48 * 1024, kSharedOptIn = 227 * 1024, kSharedOfAll = 228 * 1024;
 
 struct Launch {
@@ -25,7 +25,7 @@ struct Launch {
     void** arguments;
     int device;
 };
-// 0; what the launch is refused with; or, where the kernel ran and faulted, the negative of what the context has then.
+// Returns 0, the error that refuses the launch, or, if the kernel faulted, the negative of the context's error.
 using Launcher = int (*)(const Launch*);
 
 struct Function {
@@ -33,7 +33,7 @@ struct Function {
     size_t most_shared = kShared;
 };
 
-// By the address of the host's stub. Filled by static constructors, so made at the first use.
+// By the address of the host's stub. Static constructors fill it, so it is made at the first use.
 std::map<const void*, Function>& functions() {
     static std::map<const void*, Function> all;
     return all;
@@ -52,7 +52,7 @@ thread_local struct {
     void* stream;
 } configuration;
 
-// Every call's way out.
+// Every call returns through this.
 cudaError_t result(cudaError_t error) {
     if (sticky != cudaSuccess) error = sticky;
     if (error != cudaSuccess) last = error;
@@ -90,13 +90,13 @@ cudaError_t run(const void* stub, dim3 grid, dim3 block, void** arguments, size_
 
 extern "C" {
 
-// What driver.py and the tests ask.
+// For driver.py and the tests.
 
 void ptx_set_launcher(Launcher f, int compute_capability) {
     launcher = f;
     architecture = compute_capability;
 }
-// A context that nothing has happened to.
+// Restore a healthy context.
 void ptx_reset() {
     sticky = last = cudaSuccess;
     device = 0;
@@ -114,12 +114,12 @@ bool ptx_runs_backwards() {
 long ptx_launches() {
     return launches;
 }
-// Calls that wait for the GPU, of which the library promises none.
+// Number of calls that wait for the GPU; the library promises none.
 long ptx_waits() {
     return waits;
 }
 
-// What nvcc's host code calls.
+// Called by nvcc's host code.
 
 void** __cudaRegisterFatBinary(void*) {
     static void* handle = nullptr;
@@ -155,7 +155,7 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void*
     return result(run(reinterpret_cast<const void*>(kernel), grid, block, arguments, shared));
 }
 
-// CUDA's own.
+// CUDA's public functions.
 
 cudaError_t cudaLaunchKernel(const void* stub, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t) {
     return result(run(stub, grid, block, arguments, shared));
@@ -189,7 +189,7 @@ const char* cudaGetErrorString(cudaError_t error) {
     case cudaErrorLaunchOutOfResources:
         return "too many resources requested for launch";
     default:
-        return "an error that tools/ptx/cuda/runtime.cpp has no words for";
+        return "an error without a message in tools/ptx/cuda/runtime.cpp";
     }
 }
 const char* cudaGetErrorName(cudaError_t error) {
@@ -258,7 +258,7 @@ cudaError_t cudaFuncSetAttribute(const void* stub, cudaFuncAttribute attribute, 
     functions()[stub].most_shared = size_t(value);
     return result(cudaSuccess);
 }
-// By threads and dynamic shared memory; registers are ptxas's affair.
+// By threads and dynamic shared memory; only ptxas knows the registers.
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void* stub, int threads,
                                                                    size_t shared, unsigned) {
     if (!is_function(stub)) return result(cudaErrorInvalidDeviceFunction);
