@@ -57,8 +57,8 @@ class TopK:
     Let :math:`K` be the kept classes and :math:`\ell` their log-probabilities under the teacher's full softmax. The
     rest has the probability :math:`r = \max(0, 1 - \sum_K e^{\ell_j})`, and :math:`u = r / (C - k)` is its share per
     class. At temperature :math:`T` the rest is taken as spread evenly. With :math:`Z = \sum_K e^{\ell_j / T} + (C - k)
-    u^{1/T}`, a kept class has :math:`q_j(T) = e^{\ell_j / T} / Z`, and the rest has :math:`q_{rest}(T) = (C - k) u^{1/T}
-    / Z`.
+    u^{1/T}`, a kept class has :math:`q_j(T) = e^{\ell_j / T} / Z`, and the rest has :math:`q_{rest}(T) = (C - k)
+    u^{1/T} / Z`.
 
     Args:
         log_probs: Log-probabilities ``(..., k)`` at temperature 1, of a softmax over all classes.
