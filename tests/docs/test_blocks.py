@@ -29,12 +29,6 @@ def test_a_test_of_its_own_runs_each_named_block():
     assert ran == set(pages.snippets())
 
 
-def test_blocks_in_lists_are_indented_as_the_site_needs():
-    """By four columns; with fewer, Markdown on the site ends the list."""
-    for page in (*pages.PAGES, *(pages.DOCS.parent / name for name in ("CONTRIBUTING.md", "benchmarks/README.md"))):
-        assert not re.findall(r"^ {1,3}```", page.read_text(encoding="utf-8"), flags=re.MULTILINE), page
-
-
 def test_the_loss_that_contributing_adds():
     text = (pages.DOCS.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"^ *```python\n(.*?)```", text, flags=re.DOTALL | re.MULTILINE)
