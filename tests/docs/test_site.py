@@ -55,6 +55,12 @@ def test_nothing_comes_from_a_network(site):
         assert "//" not in re.sub(r"^//.*$", "", site[name].read_text(), flags=re.MULTILINE)
 
 
+def test_lists_are_lists(site):
+    """Markdown on the site wants four columns in a list and a line between its paragraphs; else a step becomes text."""
+    for name, text in texts(site).items():
+        assert not re.findall(r"^[1-9]\. .*", re.sub(r"<pre.*?</pre>", "", text, flags=re.DOTALL), re.MULTILINE), name
+
+
 def test_every_loss_has_a_page_with_its_formula(site):
     pages = texts(site)
     for loss in fused_kd.catalogue():

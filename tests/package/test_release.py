@@ -69,8 +69,15 @@ def test_links_lead_to_files(tmp_path):
         "```\n[f](code.md)\n```\n"
     )
     (tmp_path / "there.md").write_text("![g](picture.png)")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text("[h](api/nkd.md) [i](api/none.md) [j](../there.md)")
     subprocess.run(["git", "add", "."], cwd=tmp_path, check=True)
-    assert sorted(check.broken_links(tmp_path)) == ["README.md: gone.md", "there.md: picture.png"]
+    expected = ["README.md: gone.md", "docs/index.md: api/none.md", "there.md: picture.png"]
+    assert sorted(check.broken_links(tmp_path)) == expected
+
+
+def test_the_links_of_this_repository():
+    assert check.check_links(ROOT).startswith("every link between files leads to one")
 
 
 def test_docs_are_built_where_there_is_a_target(tmp_path):
