@@ -12,19 +12,8 @@
 
 #include <math.h>
 
+#include "compile.h"
 #include "hyper_parameters.h"
-
-#if defined(__CUDACC__)
-#define FKD_HD __host__ __device__ inline
-#else
-#define FKD_HD static inline
-#endif
-
-// The files in cpu/ that are compiled once per instruction set define FKD_ISA, so that the linker cannot merge one
-// build's inline functions into another's and run AVX-512 code where there is none.
-#ifndef FKD_ISA
-#define FKD_ISA common
-#endif
 
 namespace fused_kd {
 namespace FKD_ISA {
@@ -67,7 +56,7 @@ FKD_HD SplitSoftmax<R, K> split_softmax(const R (&logits)[K], R max_nt, R sum) {
     }
     out.rest = nt / z + invalid;
     out.p_scale = scale / z + invalid;
-    out.log_normalizer = no_rest ? R(0) : (top - max_nt) + log_z;
+    out.log_normalizer = (no_rest ? R(0) * log_z : (top - max_nt) + log_z) + invalid; // NaN where p is
     return out;
 }
 
@@ -99,13 +88,14 @@ struct CrossEntropy {
 template <class R>
 FKD_HD CrossEntropy<R> cross_entropy(const LabelStats<R>& x, const HyperParameters& params, double classes,
                                      const SplitSoftmax<R, 2>& p) {
+    if (params.ce_weight == 0) return {}; // a row without a softmax need not have it
     const R weight = R(params.ce_weight), kept = R(1 - params.label_smoothing);
     const R share = R(params.label_smoothing / classes);
     R ce = R(0);
     for (int k = 0; k < 2; ++k) // a fixed number of turns, so that a GPU keeps the arrays in registers
         if (k < x.targets) ce -= weighted(x.label[k], p.log_p[k]);
     if (x.v_free != R(0)) ce += x.v_free * p.log_normalizer - x.v_cross;
-    if (x.v_blocked > R(0)) ce = INFINITY;
+    if (x.v_blocked > R(0)) ce = R(INFINITY) + R(0) * p.rest; // NaN where no class can occur
     if (share != R(0)) {
         // Every class has a share, so one that cannot occur makes the CE infinite.
         const R rest = R(classes) - R(x.targets);
@@ -139,6 +129,13 @@ struct UskdStats : LabelStats<R> {
     R w_linear;       // sum over nt of w_j - w_max
     R v_weak, v_rest; // of probability targets, over nt: sum V_j (w_j - w_max), sum V_j
 };
+
+// Whether a target is above all other classes in a softmax, so that its key is none of the rest's formula. Alone in the
+// student's it need not be told, as there is nothing to rank then.
+template <class R>
+FKD_HD bool is_above_rest(const UskdStats<R>& x, int k) {
+    return x.s_target[k] > x.s_max || x.w_target[k] > x.w_max || (x.w_sum == R(0) && x.w_target[k] != -INFINITY);
+}
 
 // The rank key of a class is weak * exp(w_j - w_max) + student * exp(s_j - s_max) + linear * (s_j - s_max) + constant.
 template <class R>

@@ -137,9 +137,9 @@ def rest_gradient(
         if SHARP & NEED:
             g += sharp * tl.exp2(d * k)
         if LINEAR & NEED:
-            g = tl.where(s == _NEG_INF, 0.0 * g, g + constant)
-        # A kept class may be larger than all others by any amount. A row without a value is NaN everywhere.
-        g = tl.where(of_rest, g, 0.0 * constant)
+            g += constant
+        # A class that cannot occur has no gradient, and a kept one may be larger than all others by any amount.
+        g = tl.where(of_rest & (s != _NEG_INF), g, 0.0)
         tl.store(out + cols, narrowed(g, dtype), mask=cols < end)
     for start in range(0, tl.where(end > 0, 0, classes), LANES * WIDTH):
         tl.store(out + (start + lane), tl.zeros_like(lane).to(dtype), mask=start + lane < classes)

@@ -120,14 +120,16 @@ def key_factors(p, v, targets, RANK: tl.constexpr):
 @triton.jit
 def rank_keys(d_s, d_w, cols, targets, of_student, of_weak, k, RANK: tl.constexpr):
     """The keys of tiles of s - m_s and w - m_w. A target above the rest in a softmax, whose exponential may overflow,
-    has a value of its own there; one that is not has the formula of the rest, so that equal logits make ties."""
+    has a value of its own there; one that is not has the formula of the rest, so that equal logits make ties. Alone in
+    the student's softmax it need not be told, as there is nothing to rank then."""
     is_0 = cols == targets[0][:, None]
     is_1 = cols == targets[1][:, None]
     key = d_s * 0.0
     if RANK != "final":
         key = gradual_exp2(d_w * k) * of_weak[0][:, None]
-        key = tl.where(is_0 & (d_w > 0.0), of_weak[1][:, None], key)
-        key = tl.where(is_1 & (d_w > 0.0), of_weak[2][:, None], key)
+        above = (d_w > 0.0) | (of_weak[0] == 0.0)[:, None]  # or alone
+        key = tl.where(is_0 & above, of_weak[1][:, None], key)
+        key = tl.where(is_1 & above, of_weak[2][:, None], key)
     if RANK == "weak":
         return key
     if RANK == "cls_kd":
@@ -219,11 +221,12 @@ def rank_terms(zipf_sum, zipf_cross, z_s, y_0, y_1, classes, beta):
 
 
 @triton.jit
-def weak_gradient(w, d_w, v, cols, targets, terms, k, PROB: tl.constexpr):
-    """Tiles of it, from terms = (factor, at the first target, at the second, uniform, factor of V)."""
+def weak_gradient(w, d_w, v, cols, targets, terms, poison, k, PROB: tl.constexpr):
+    """Tiles of it, as :func:`.targets.student_gradient`, from terms = (factor, at the first target, at the second,
+    uniform, factor of V)."""
     g = terms[0][:, None] * tl.exp2(d_w * k) - terms[3][:, None]
     if PROB:
         g -= terms[4][:, None] * v
     g = tl.where(cols == targets[0][:, None], terms[1][:, None], g)
     g = tl.where(cols == targets[1][:, None], terms[2][:, None], g)
-    return tl.where(w == _NEG_INF, 0.0, g)
+    return tl.where(w == _NEG_INF, 0.0, g + poison[:, None])

@@ -61,6 +61,9 @@ def topk_loss(
     few = few._replace(**{name: value.requires_grad_() for name, value in few._asdict().items() if name != "number"})
     s_kept = student.gather(1, kept.columns).double().requires_grad_()
     s_target = student.gather(1, y.unsqueeze(1)).squeeze(1).double().requires_grad_()
+    # As in the reference: a logsumexp of +inf has a derivative, but its row has no value.
+    infinite = (top == math.inf) | (s_kept == math.inf).any(1) | (s_target == math.inf)
+    valid = valid.masked_fill(infinite & counted, math.nan)
     with torch.enable_grad():
         values = row_parts(loss, s_kept, s_target, few, kept, rest, hyper._asdict(), classes)
         total = torch.stack(values).sum()
@@ -88,8 +91,7 @@ def topk_loss(
     run([plan_rest("rest_gradient", *shared, coefficients, gradient)], student.device)
     entries = torch.cat([of_kept, of_target.unsqueeze(1)], 1)
     logits = torch.cat([s_kept, s_target.unsqueeze(1)], 1).detach()
-    entries = torch.where(logits == -math.inf, 0.0 * by.unsqueeze(1), entries * by.unsqueeze(1))
-    entries = torch.where(counted.unsqueeze(1), entries, 0.0).to(dtype).to(student.dtype)
+    entries = torch.where(counted.unsqueeze(1) & (logits != -math.inf), entries * by.unsqueeze(1), 0.0).to(dtype).to(student.dtype)
     # A pad, and the target among the kept, writes once more what the target's own entry does.
     own = kept.present & ~kept.is_target
     columns = torch.cat([torch.where(own, kept.columns, y.unsqueeze(1)), y.unsqueeze(1)], 1)
