@@ -12,19 +12,8 @@
 
 #include <math.h>
 
+#include "compile.h"
 #include "hyper_parameters.h"
-
-#if defined(__CUDACC__)
-#define FKD_HD __host__ __device__ inline
-#else
-#define FKD_HD static inline
-#endif
-
-// The files in cpu/ that are compiled once per instruction set define FKD_ISA, so that the linker cannot merge one
-// build's inline functions into another's and run AVX-512 code where there is none.
-#ifndef FKD_ISA
-#define FKD_ISA common
-#endif
 
 namespace fused_kd {
 namespace FKD_ISA {
@@ -67,7 +56,7 @@ FKD_HD SplitSoftmax<R, K> split_softmax(const R (&logits)[K], R max_nt, R sum) {
     }
     out.rest = nt / z + invalid;
     out.p_scale = scale / z + invalid;
-    out.log_normalizer = no_rest ? R(0) : (top - max_nt) + log_z;
+    out.log_normalizer = (no_rest ? R(0) * log_z : (top - max_nt) + log_z) + invalid; // NaN where p is
     return out;
 }
 
@@ -99,13 +88,14 @@ struct CrossEntropy {
 template <class R>
 FKD_HD CrossEntropy<R> cross_entropy(const LabelStats<R>& x, const HyperParameters& params, double classes,
                                      const SplitSoftmax<R, 2>& p) {
+    if (params.ce_weight == 0) return {}; // a row without a softmax need not have it
     const R weight = R(params.ce_weight), kept = R(1 - params.label_smoothing);
     const R share = R(params.label_smoothing / classes);
     R ce = R(0);
     for (int k = 0; k < 2; ++k) // a fixed number of turns, so that a GPU keeps the arrays in registers
         if (k < x.targets) ce -= weighted(x.label[k], p.log_p[k]);
     if (x.v_free != R(0)) ce += x.v_free * p.log_normalizer - x.v_cross;
-    if (x.v_blocked > R(0)) ce = INFINITY;
+    if (x.v_blocked > R(0)) ce = R(INFINITY) + R(0) * p.rest; // NaN where no class can occur
     if (share != R(0)) {
         // Every class has a share, so one that cannot occur makes the CE infinite.
         const R rest = R(classes) - R(x.targets);

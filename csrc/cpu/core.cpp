@@ -1,10 +1,12 @@
 // What the kernels share and is compiled once, for any processor: scratch, thread count, and the reductions.
 #include "core.h"
 
+#include "../common/scales.h"
 #include "../losses/row_losses.h"
 
 #include <algorithm>
 #include <atomic>
+#include <cfenv>
 #include <cmath>
 #include <cstdlib>
 #include <dlfcn.h>
@@ -93,19 +95,26 @@ const OpenMp& openmp() {
     return found;
 }
 
-// A team's work, and what the first thread that failed has thrown: no exception may leave a thread of OpenMP's.
+// A team's work, and what the first thread that failed has thrown: no exception may leave a thread of OpenMP's. How
+// numbers are rounded, and subnormal ones flushed, is each thread's own affair (torch.set_flush_denormal sets the
+// calling one's), so all take the caller's way for the time of the work.
 struct TeamWork {
     void (*work)(const void*, int, int);
     const void* data;
+    std::fenv_t of_caller = {};
     std::atomic_flag failed = ATOMIC_FLAG_INIT;
     std::exception_ptr error = nullptr;
 
     void share(int thread, int threads) noexcept {
+        std::fenv_t own;
+        std::fegetenv(&own);
+        std::fesetenv(&of_caller);
         try {
             work(data, thread, threads);
         } catch (...) {
             if (!failed.test_and_set()) error = std::current_exception();
         }
+        std::fesetenv(&own);
     }
 };
 
@@ -120,6 +129,7 @@ std::string openmp_runtime() {
 void in_team(int threads, void (*work)(const void*, int, int), const void* data) {
     if (threads <= 1 || !openmp().parallel) return work(data, 0, 1);
     TeamWork team = {work, data};
+    std::fegetenv(&team.of_caller);
     const auto run = [](void* team) {
         // Maybe fewer threads than were asked for.
         static_cast<TeamWork*>(team)->share(openmp().thread_num(), openmp().num_threads());
@@ -175,15 +185,6 @@ void put(void* to, DType dtype, int64_t i, double x) {
         static_cast<float*>(to)[i] = float(x);
 }
 
-// What a gradient is multiplied with when it is stored, and the factor left for the backward pass. Divided now, an
-// incoming gradient of 1 leaves nothing to do. Float16 would underflow, so there a power of two next to the divisor is
-// multiplied in and left to the backward pass, which thus rounds nothing (see fused_kd/ops.py).
-double stored_scale(DType dtype, double scale, double divisor, void* norm, DType norm_dtype) {
-    const double power = dtype == kFloat16 ? std::exp2(std::floor(std::log2(divisor))) : 1.0;
-    put(norm, norm_dtype, 0, 1.0 / (scale * power));
-    return scale * power / divisor;
-}
-
 // In the rows' order, so the same bits whatever the number of threads.
 void reduce_parts(const std::vector<double>& parts, int kinds, int64_t rows, double divisor, Reduction reduction,
                   DType dtype, void* loss_out, void* parts_out) {
@@ -222,17 +223,13 @@ std::vector<A> reciprocals(int64_t n) {
 void advise_large_pages(void* data, DType dtype, int64_t elements) {
 #if defined(MADV_HUGEPAGE)
     constexpr uintptr_t page = uintptr_t(2) << 20;
-    const int64_t bytes = elements * (dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2);
+    const int64_t bytes = elements * common::element_size(dtype);
     const uintptr_t start = reinterpret_cast<uintptr_t>(data), end = start + uintptr_t(bytes);
     const uintptr_t first = (start + page - 1) / page * page, last = end / page * page;
     if (data && last > first + page) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #else
     (void)data, (void)dtype, (void)elements;
 #endif
-}
-
-double divisor_of(Reduction reduction, int64_t counted) {
-    return reduction == kMean ? double(std::max<int64_t>(counted, 1)) : 1.0;
 }
 
 // What the last visit to the rows of DIST takes of what came before.
@@ -270,20 +267,12 @@ bool has_columns(const RowArgs& args, const Counted& counted) {
     return args.loss & common::kColumns && args.hyper.gamma != 0 && counted.rows > 0;
 }
 
-// What a row's parts are multiplied by: 0 for one that does not count.
-double part_factor(const RowArgs& args, int64_t row) {
-    if (args.target.dtype == kInt64 &&
-        static_cast<const int64_t*>(args.target.data)[row * args.target.row_stride] == args.ignore_index)
-        return 0;
-    return args.factors ? args.factors[row] : 1;
-}
-
 // The loss that each row that counts has of the columns, of which a row has so many.
 void put_column_part(const RowArgs& args, double correlations, int64_t classes) {
     const double temperature = args.hyper.temperature;
     const double part = args.hyper.gamma * temperature * temperature * (1 - correlations / double(classes));
     for (int64_t row = 0; row < args.rows; ++row)
-        if (const double factor = part_factor(args, row); factor != 0) args.parts[3 * row + 1] = factor * part;
+        if (common::row_counts(args, row)) args.parts[3 * row + 1] = (args.factors ? args.factors[row] : 1) * part;
 }
 
 struct Stored {
@@ -297,17 +286,18 @@ int64_t run_loss(LossArgs& args, int64_t num_classes, int kinds, const LossOutpu
                  std::initializer_list<Stored> stored, const Run& run) {
     const Counted counted = count_rows(args.target, args.rows, num_classes, args.ignore_index);
     if (counted.bad_row >= 0) return counted.bad_row;
-    const double divisor = divisor_of(out.reduction, counted.rows);
+    const int64_t divisor = out.reduction == kMean ? std::max<int64_t>(counted.rows, 1) : 1;
     void* const* norm = out.norms;
     for (const auto& [gradient, logits] : stored) {
-        gradient.scale = stored_scale(logits.dtype, gradient.scale, divisor, *norm++, args.accumulate);
+        put(*norm++, args.accumulate, 0, common::stored_norm(logits.dtype, gradient.scale, divisor));
+        gradient.scale = common::stored_scale(logits.dtype, gradient.scale, divisor);
         advise_large_pages(gradient.data, logits.dtype, args.rows * args.classes);
     }
     std::vector<double> parts(size_t(kinds * args.rows)), sums = label_sums(args.target, args.rows);
     args.parts = parts.data();
     args.label_sums = sums.empty() ? nullptr : sums.data();
     run(counted);
-    reduce_parts(parts, kinds, args.rows, divisor, out.reduction, args.accumulate, out.loss, out.parts);
+    reduce_parts(parts, kinds, args.rows, double(divisor), out.reduction, args.accumulate, out.loss, out.parts);
     return no_probabilities(sums);
 }
 

@@ -22,13 +22,15 @@ struct GradientRow {
     void finish(int64_t j, int64_t n, const A* staging) const {
         if (dtype != dtype_of<A>()) write(staging, n, data + j * element_size(dtype), dtype);
     }
-    // The whole row, where it is wanted.
-    void fill(A value, A* staging) const {
-        if (!data) return;
-        for (int64_t i = 0; i < kBlock<A>; ++i)
-            staging[i] = value;
-        for (int64_t j = 0; j < classes; j += kBlock<A>)
-            write(staging, block_length<A>(classes, j), data + j * element_size(dtype), dtype);
+    // Of a row without a value, where it is wanted: NaN, but 0 at the classes that cannot occur.
+    void fill_nan(const Matrix& logits, int64_t row, A* staging) const {
+        for (int64_t j = 0; data && j < classes; j += kBlock<A>) {
+            const int64_t n = block_length<A>(classes, j);
+            const A* const x = read(logits, row, j, n, staging);
+            for (int64_t i = 0; i < n; ++i)
+                staging[i] = x[i] == -INFINITY ? A(0) : A(NAN);
+            write(staging, n, data + j * element_size(dtype), dtype);
+        }
     }
 };
 

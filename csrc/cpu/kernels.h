@@ -4,11 +4,11 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../common/dtypes.h"
 #include "../common/hyper_parameters.h"
 
 namespace fused_kd {
 
-enum DType { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3, kInt64 = 4 };
 enum Reduction { kNone = 0, kSum = 1, kMean = 2 };
 
 // A matrix, or a vector when col_stride is unused; strides count elements, so offsets are 64-bit throughout.
@@ -57,6 +57,19 @@ struct LossArgs : BatchArgs {
     double* parts;         // (rows, 2 to 4), the last of them CE; 0 for rows that do not count
     double* label_sums;    // (rows): of the probabilities of rows that count; null for class indices
 };
+
+namespace FKD_ISA {
+
+// Whether a row counts: its class is not the one to be ignored, and it does not weigh 0.
+FKD_HD bool row_counts(const BatchArgs& args, int64_t row) {
+    const int64_t at = row * args.target.row_stride;
+    return args.target.dtype != kInt64 || static_cast<const int64_t*>(args.target.data)[at] != args.ignore_index;
+}
+FKD_HD bool row_counts(const LossArgs& args, int64_t row) {
+    return !(args.factors && args.factors[row] == 0) && row_counts(static_cast<const BatchArgs&>(args), row);
+}
+
+} // namespace FKD_ISA
 
 // Where a gradient goes: contiguous, of its logits' dtype, null when it is not wanted; and what it is stored times.
 struct Gradient {

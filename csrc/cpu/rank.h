@@ -6,6 +6,7 @@
 // Where bits were cut off, the few neighbours that agree in all that were kept are put in order afterwards.
 #pragma once
 
+#include "../common/key_bits.h"
 #include "simd/sort_words.h"
 
 namespace fused_kd {
@@ -19,42 +20,19 @@ static_assert(kMostWords == 1 << kIndexBits, "a word has room for the index");
 constexpr int kBucketKeys = 6, kMostDigits = 11;
 constexpr int kStep = 256; // keys that are taken to integers at a time, in vectors
 
-template <class A>
-struct OrderBits;
-template <>
-struct OrderBits<float> {
-    typedef uint32_t Bits;
-    static constexpr Bits kSign = 0x80000000u;
-};
-template <>
-struct OrderBits<double> {
-    typedef uint64_t Bits;
-    static constexpr Bits kSign = 0x8000000000000000u;
-};
-template <class A>
-using Bits = typename OrderBits<A>::Bits;
-
-template <class A>
-FKD_INLINE Bits<A> descending_bits(A key) {
-    key += A(0); // -0 becomes 0
-    Bits<A> bits;
-    __builtin_memcpy(&bits, &key, sizeof bits);
-    return bits & OrderBits<A>::kSign ? bits : bits ^ (OrderBits<A>::kSign - 1);
-}
-
 FKD_INLINE int bit_length(uint64_t x) {
     return x ? 64 - __builtin_clzll(x) : 0;
 }
 
 // Integers of `n` keys, those that `indices` names or, where it is null, the ones from `start` on.
 template <class A>
-FKD_INLINE void read_bits(const A* keys, const uint32_t* indices, int64_t start, int64_t n, Bits<A>* bits) {
+FKD_INLINE void read_bits(const A* keys, const uint32_t* indices, int64_t start, int64_t n, KeyBits<A>* bits) {
     if (indices)
         for (int64_t i = 0; i < n; ++i)
-            bits[i] = descending_bits<A>(keys[indices[start + i]]);
+            bits[i] = descending_bits(keys[indices[start + i]]);
     else
         for (int64_t i = 0; i < n; ++i)
-            bits[i] = descending_bits<A>(keys[start + i]);
+            bits[i] = descending_bits(keys[start + i]);
 }
 
 template <class B>
@@ -140,7 +118,7 @@ FKD_INLINE void rank_bucket(const B* bits, int n, Emit emit) {
 // from `first`. `order` has room for n indices, and may be `from`'s.
 template <class A, class Emit>
 FKD_NOINLINE void rank_keys(const A* keys, const uint32_t* from, int64_t n, int64_t first, uint32_t* order, Emit emit) {
-    typedef Bits<A> B;
+    typedef KeyBits<A> B;
     B bits[kMostWords];
     if (n <= kMostWords) {
         read_bits<A>(keys, from, 0, n, bits);

@@ -308,7 +308,8 @@ FKD_NOINLINE Statistics merge(const Statistics* parts, int64_t count, const Scal
 // As the formulas want them: logits relative to the maxima, and in their own units.
 inline RowStats row_stats(const Statistics& x, const Scales& k, bool general) {
     RowStats row = {};
-    row.s_target = x.s_target - x.s_max;
+    // Of a finite logit NaN where another is infinite: only a class that cannot occur has -inf.
+    row.s_target = x.s_target == -INFINITY ? -INFINITY : x.s_target - x.s_max + 0 * x.s_max;
     row.t_target = x.t_target - x.t_max;
     row.soft_s = k.soft_s;
     row.soft_t = k.soft_t;

@@ -30,9 +30,11 @@ struct Coefficients {
 // Backwards through the z-scores z = f (x - mean), f = 1 / (d + 1e-7) with d the deviation of n classes:
 //   d/dx_j = f (g_j - sum(g) / n) - z_j sum(g z) / ((n - 1) d)
 // where the sum of g is 0, a softmax being indifferent to a shift, unless the student rules out what the teacher asks.
-Coefficients standardized(const RowResult& r, const RowStats& x, const RowMoments& m, const Statistics& all,
-                          bool pointwise) {
-    const double deviation = m.deviation(), f = 1 / (deviation + 1e-7), origin = all.s_max - m.mean;
+// The loops take x about the mean as rounded to their numbers, `about`; what that is off by is put right here.
+Coefficients standardized(const RowResult& r, const RowStats& x, const RowMoments& m, double about,
+                          const Statistics& all, bool pointwise) {
+    const double deviation = m.deviation(), off = about - m.mean, target = x.s_target + all.s_max - about;
+    const double f = m.count > 1 ? 1 / (deviation + 1e-7) : 0; // a class alone has the z-score 0, whatever its logit
     const bool target_possible = x.s_target != -INFINITY;
     double sum = 0;
     if (!pointwise && (x.blocked > 0 || !target_possible))
@@ -40,10 +42,11 @@ Coefficients standardized(const RowResult& r, const RowStats& x, const RowMoment
     double with_z = r.soft * all.w_soft + r.sharp * all.w_sharp + r.teacher * all.w_teacher;
     for (int k = 0; pointwise && k < 3; ++k)
         with_z += r.slopes[k] * x.pointwise.centred[k];
-    if (target_possible) with_z += r.target * (x.s_target + origin);
+    if (target_possible) with_z += r.target * target;
+    with_z += off * sum;
     const double slope = deviation == 0 ? 0 : f * f * with_z / ((m.count - 1) * deviation);
-    const double constant = -f * sum / m.count;
-    const double at_target = f * r.target + (target_possible ? constant - slope * (x.s_target + origin) : 0);
+    const double constant = -f * sum / m.count - slope * off;
+    const double at_target = target_possible ? f * r.target + constant - slope * target : 0;
     return {f * r.soft,
             f * r.sharp,
             f * r.teacher,
@@ -87,18 +90,14 @@ FKD_INLINE void block_combine(const A* s, const A* v, int64_t n, const Coefficie
             if (v) rest = mul_add<A>(load(v + j, lanes), minus_v, rest);
             if (minus_slope != A(0)) rest = mul_add<A>(load(s + j, lanes) - mean, minus_slope, rest);
         }
-        if constexpr (careful) { // a class that cannot occur has no gradient
-            const Vec<A> zero = {};
-            const Mask<A> impossible = load(s + j, lanes) == -A(INFINITY);
-            g = impossible ? zero : g;
-            rest = impossible ? zero : rest;
-        }
         // What cancels comes first: of z-scores these two may be 1e7 times the rest.
         g = mul_add<A>(load(e_soft + j, lanes), soft, g);
         if constexpr (general) g += rest;
         if constexpr (!single) g = mul_add<A>(load(e_sharp + j, lanes), sharp, g);
         if constexpr (general && !single)
             if (raw != A(0)) g = mul_add<A>(load(e_raw + j, lanes), raw, g);
+        // A class that cannot occur has no gradient, in a row without a value either.
+        if constexpr (careful) g = load(s + j, lanes) == -A(INFINITY) ? Vec<A>{} : g;
         store(out + j, g, lanes);
     });
 }
@@ -195,10 +194,7 @@ FKD_NOINLINE RowResult row_pass(const RowArgs& args, const RowParams& params, co
             weigh(result, factor);
             factor = 1;
         }
-        if (stats.s_target != -INFINITY)
-            result.target = probabilities.gradient_at_target(result.slopes);
-        else if (result.parts[0] != result.parts[0])
-            result.target = NAN; // a row without a value: a target that cannot occur, or a NaN or +inf elsewhere
+        if (stats.s_target != -INFINITY) result.target = probabilities.gradient_at_target(result.slopes);
     }
     if (!wanted) return result;
 
@@ -211,7 +207,8 @@ FKD_NOINLINE RowResult row_pass(const RowArgs& args, const RowParams& params, co
                       0,
                       result.target + result.raw_target,
                       {result.slopes[0], result.slopes[1], result.slopes[2]}};
-    if (general && params.standardize) c = standardized(result, stats, s_moments, all, pointwise);
+    if (general && params.standardize)
+        c = standardized(result, stats, s_moments, double(A(s_moments.mean)), all, pointwise);
     if (!needs.raw) {
         c.sharp += c.raw;
         c.raw = 0;
@@ -279,20 +276,7 @@ void row_losses_typed(const RowArgs& args) {
         const Scratch<A> scratch(args.classes, row_needs(params), piece ? piece->pieces : 0);
         for (int64_t row = begin; row < end; ++row) {
             double* parts = args.parts + kRowParts * row;
-            int64_t y;
-            bool counts = true;
-            if (piece) {
-                y = piece->target[row] - piece->first_class;
-                counts = with_probs || piece->target[row] != args.ignore_index;
-            } else if (with_probs) {
-                y = argmax(args.target, row, args.classes, scratch.probs);
-                if (y < 0) y = 0; // every probability is NaN or -inf
-            } else {
-                y = *reinterpret_cast<const int64_t*>(element(args.target, row, 0));
-                counts = y != args.ignore_index;
-            }
-            if (args.factors && args.factors[row] == 0) counts = false;
-            if (!counts) {
+            if (!row_counts(args, row)) {
                 for (int k = 0; k < kRowParts; ++k)
                     parts[k] = 0;
                 if (args.origins) args.origins[2 * row].by = -1;
@@ -303,6 +287,15 @@ void row_losses_typed(const RowArgs& args) {
                 put(row_moments<A>(args.student, row, args.classes, scratch.student), 0, args, row);
                 put(row_moments<A>(args.teacher, row, args.classes, scratch.teacher), 3, args, row);
                 continue;
+            }
+            int64_t y;
+            if (piece) {
+                y = piece->target[row] - piece->first_class;
+            } else if (with_probs) {
+                y = argmax(args.target, row, args.classes, scratch.probs);
+                if (y < 0) y = 0; // every probability is NaN or -inf
+            } else {
+                y = *reinterpret_cast<const int64_t*>(element(args.target, row, 0));
             }
             const RowResult result = pass(args, params, scratch, row, y);
             const double factor = args.factors ? args.factors[row] : 1;

@@ -90,7 +90,8 @@ FKD_NOINLINE void softmax_piece(const A* logits, int64_t n, const SoftmaxOrigin&
         // With fused multiply-add what the product was rounded by, without 0.
         const Vec<A> rounded = kFused ? mul_add<A>(d, scale, -exponent) : zero;
         const Vec<A> e = exp2_nonpositive<A>(exponent, mul_add<A>(d, scale_low, rounded));
-        store(out + j, x == -A(INFINITY) ? zero : mul_add<A>(e, by, e * by_low), lanes);
+        // 0 at -inf, but NaN, as everywhere, in a row without a softmax.
+        store(out + j, x == -A(INFINITY) ? zero + by * A(0) : mul_add<A>(e, by, e * by_low), lanes);
     });
 }
 

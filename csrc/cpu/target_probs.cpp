@@ -14,8 +14,8 @@ void target_probs_typed(const TargetProbsArgs& args) {
         for (int64_t row = begin; row < end; ++row) {
             double* const values = args.values + 2 * row;
             values[0] = values[1] = 0;
+            if (!row_counts(args, row)) continue;
             Targets targets = targets_of<A>(args.target, row, args.classes, labels);
-            if (args.target.dtype == kInt64 && targets.at.at[0] == args.ignore_index) continue;
             const bool swapped = targets.count == 2 && targets.at.at[0] > targets.at.at[1];
             ascending(targets);
             double max = -INFINITY, sum = 0;

@@ -1,5 +1,5 @@
-// The row losses with a teacher of whom some classes were kept (topk_losses.h): loss parts and gradient in one visit to
-// each row. Compiled once per instruction set.
+// The row losses with a top-k teacher (topk_losses.h): loss parts and gradient in one visit to each row. Compiled once
+// per instruction set.
 //
 // A row is visited in blocks, as in row_losses.cpp, but what is read is the student alone. Kept classes and the target
 // belong to no sum of the others: where a block has some, they are replaced by -inf, whose exponential is 0, in a copy
@@ -264,8 +264,8 @@ FKD_NOINLINE void combine(const TopKArgs& args, const Scratch<A>& scratch, int64
         const double sharp_by = result.sharp * by * (d == 0 ? 1 : exp(d));
         const A soft = A(single ? soft_by + sharp_by : soft_by), sharp = A(sharp_by);
         A* const out = same && !streamed ? own_row + j : scratch.gradient;
-        // A class that cannot occur has no gradient: where there is one, the student is looked at again.
-        const bool look = constant != A(0) && block.blocked > 0;
+        // A class that cannot occur has no gradient: where there may be one, the student is looked at again.
+        const bool look = (constant != A(0) && block.blocked > 0) || soft != soft || sharp != sharp;
         const A* const s = look ? read(args.student, row, j, n, scratch.student) : nullptr;
         for_lanes<A>(n, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
             Vec<A> g = mul_add<A>(load(e_soft + j + i, lanes), soft, constant);
@@ -329,10 +329,9 @@ void topk_rows_typed(const TopKArgs& args) {
     share_out(useful_threads(args.threads, args.rows, args.classes), args.rows, [&](int64_t begin, int64_t end) {
         const Scratch<A> scratch(args.classes, all_classes(args), args.kept, sharp);
         for (int64_t row = begin; row < end; ++row) {
-            const int64_t y = *reinterpret_cast<const int64_t*>(element(args.target, row, 0));
             args.bad[row] = false;
-            if (y != args.ignore_index && !(args.factors && args.factors[row] == 0)) {
-                pass(args, params, kind, scratch, row, y);
+            if (row_counts(args, row)) {
+                pass(args, params, kind, scratch, row, *reinterpret_cast<const int64_t*>(element(args.target, row, 0)));
                 continue;
             }
             for (int k = 0; k < kRowParts; ++k)

@@ -170,8 +170,8 @@ FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch,
     if (probe != probe) { // NaN: no ranking, and nothing else to say of the row
         for (int k = 0; k < 4; ++k)
             parts[k] = NAN;
-        student.fill(A(NAN), scratch.student);
-        weak.fill(A(NAN), scratch.weak);
+        student.fill_nan(args.student, row, scratch.student);
+        weak.fill_nan(args.weak, row, scratch.weak);
         return;
     }
 
@@ -205,7 +205,10 @@ FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch,
         const int64_t n = block_length<A>(classes, j);
         const A* labels = with_probs ? read(args.target, row, j, n, scratch.probs) : nullptr;
         if (student.data) {
-            const A* s = labels || smoothed ? read(args.student, row, j, n, scratch.student) : nullptr;
+            // A class that cannot occur has no gradient: by its exponential and weight of 0, but for what labels add,
+            // and the NaN of a batch mean.
+            const bool look = labels || smoothed || result.student != result.student;
+            const A* s = look ? read(args.student, row, j, n, scratch.student) : nullptr;
             A* const out = student.block(j, scratch.weak);
             const A a = A(result.student * s_scale), b = A(result.zipf * s_scale);
             const A c = A(result.v * s_scale), constant = A(result.constant * s_scale);
@@ -214,7 +217,7 @@ FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch,
                 if (s) {
                     Vec<A> label = zero + constant;
                     if (labels) label = mul_add<A>(load(labels + l, lanes), c, label);
-                    g -= load(s + l, lanes) == -A(INFINITY) ? zero : label;
+                    g = load(s + l, lanes) == -A(INFINITY) ? zero : g - label;
                 }
                 store(out + l, g, lanes);
             });
@@ -249,18 +252,14 @@ void uskd_typed(const UskdArgs& args) {
     share_out(threads, args.rows, [&](int64_t begin, int64_t end) {
         const Scratch<A> scratch(args.classes);
         for (int64_t row = begin; row < end; ++row) {
-            const Targets targets = targets_of<A>(args.target, row, args.classes, scratch.probs);
-            const bool ignored = args.target.dtype == kInt64 && targets.at.at[0] == args.ignore_index;
-            if (ignored || (args.factors && args.factors[row] == 0)) {
+            if (!row_counts(args, row)) {
                 for (int k = 0; k < 4; ++k)
                     args.parts[4 * row + k] = 0;
-                GradientRow<A>(args.student_gradient.data, args.student.dtype, row, args.classes, nullptr)
-                    .fill(A(0), scratch.student);
-                GradientRow<A>(args.weak_gradient.data, args.weak.dtype, row, args.classes, nullptr)
-                    .fill(A(0), scratch.weak);
+                no_gradient(args.student_gradient.data, args.student.dtype, row, args.classes);
+                no_gradient(args.weak_gradient.data, args.weak.dtype, row, args.classes);
                 continue;
             }
-            uskd_row_pass<A>(args, scratch, row, targets);
+            uskd_row_pass<A>(args, scratch, row, targets_of<A>(args.target, row, args.classes, scratch.probs));
         }
     });
 }

@@ -126,10 +126,11 @@ FKD_NOINLINE void zipf_row_pass(const ZipfArgs& args, const Scratch<A>& scratch,
     const Votes votes = dense.dtype == kFloat64
                             ? count_votes<double>(dense, args.positions, classes, scratch.student, scratch.votes)
                             : count_votes<float>(dense, args.positions, classes, scratch.student, scratch.votes);
-    const double probe = p.rest + x.v_sum;
-    if (votes.nan || probe != probe) { // nothing else to say of the row
+    const bool infinite = !(x.s_target[0] < INFINITY && x.s_target[1] < INFINITY); // or NaN
+    const double probe = x.sum + x.v_sum;
+    if (votes.nan || infinite || probe != probe) { // nothing else to say of the row
         parts[0] = parts[1] = NAN;
-        gradient.fill(A(NAN), scratch.gradient);
+        gradient.fill_nan(args.student, row, scratch.gradient);
         return;
     }
     const int64_t voted = add_voted(args, scratch, row, targets, votes.voted, s_max, e, x);
@@ -173,15 +174,12 @@ void zipf_ls_typed(const ZipfArgs& args) {
     share_out(threads, args.rows, [&](int64_t begin, int64_t end) {
         const Scratch<A> scratch(args.classes, args.positions);
         for (int64_t row = begin; row < end; ++row) {
-            const Targets targets = targets_of<A>(args.target, row, args.classes, scratch.probs);
-            const bool ignored = args.target.dtype == kInt64 && targets.at.at[0] == args.ignore_index;
-            if (ignored || (args.factors && args.factors[row] == 0)) {
+            if (!row_counts(args, row)) {
                 args.parts[2 * row] = args.parts[2 * row + 1] = 0;
-                GradientRow<A>(args.gradient.data, args.student.dtype, row, args.classes, nullptr)
-                    .fill(A(0), scratch.gradient);
+                no_gradient(args.gradient.data, args.student.dtype, row, args.classes);
                 continue;
             }
-            zipf_row_pass<A>(args, scratch, row, targets);
+            zipf_row_pass<A>(args, scratch, row, targets_of<A>(args.target, row, args.classes, scratch.probs));
         }
     });
 }

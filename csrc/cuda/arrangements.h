@@ -34,9 +34,6 @@ constexpr int capacity(const Arrangement& a) {
     return a.threads * a.items;
 }
 
-// What a block may ask for on every GPU since compute capability 8.0; some have more.
-constexpr int kSharedLimit = 99 * 1024;
-
 // An upper bound of an arrangement's shared memory; cuda/uskd_in_block.cu asserts it. The sort exchanges 32-bit keys
 // with a word of padding in 32, and before that counts 16 digits per thread in 16 bits each, and scans them; a kilobyte
 // and a half holds the rest.

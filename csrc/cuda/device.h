@@ -6,14 +6,18 @@
 #include <cuda_runtime.h>
 
 #include "../common/row_math.h"
+#include "../common/scales.h"
 #include "arrangements.h"
 #include "launch.h"
 
 namespace fused_kd {
 namespace cuda {
 
+using common::element_size;
 using common::Rank;
 using common::SplitSoftmax;
+using common::stored_norm;
+using common::stored_scale;
 using common::UskdKey;
 using common::UskdParams;
 using common::UskdRow;

@@ -9,10 +9,6 @@ namespace cuda {
 
 constexpr int kChunk = 4;
 
-__host__ __device__ constexpr int element_size(DType dtype) {
-    return dtype == kFloat64 || dtype == kInt64 ? 8 : dtype == kFloat32 ? 4 : 2;
-}
-
 __device__ __forceinline__ float bits_as_bfloat16(uint32_t bits) {
     return __uint_as_float(bits << 16);
 }

@@ -15,8 +15,6 @@ struct Targets {
     int at[2]; // -1 for none; the largest label first
     A label[2];
     A poison; // NaN if one of the probabilities is not finite, else 0
-
-    __device__ int which(int j) const { return j == at[0] ? 0 : j == at[1] ? 1 : -1; }
 };
 
 // The two largest probabilities, the lower index first on ties, and the smallest. Comparisons pass over NaN.

@@ -2,7 +2,7 @@
 // gradients in one launch. cuda/arrangements.h says which block serves which number of classes.
 #include <cub/block/block_radix_sort.cuh>
 
-#include "key_bits.h"
+#include "../common/key_bits.h"
 #include "uskd_launch.h"
 #include "uskd_row.h"
 
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, kKeep ? 512 / kThreads : 0) rank_in_
 
     // Keys go through shared memory, from the order in which they were loaded to each thread's run of consecutive
     // classes: the sort is stable, so equal keys stay in the classes' order. What is past the row's end sorts last.
-    row_keys<float>(row, state.row, classes, [&](int j, float key) { shared.keys[j] = descending_bits(key); });
+    row_keys<float>(row, state.row, classes, [&](int j, float key) { shared.keys[j] = common::descending_bits(key); });
     for (int j = classes + threadIdx.x; j < kThreads * kItems; j += kThreads)
         shared.keys[j] = UINT32_MAX;
     __syncthreads();

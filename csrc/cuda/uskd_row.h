@@ -5,7 +5,6 @@
 //              which those past the row's end have any value.
 #pragma once
 
-#include "scales.h"
 #include "targets.h"
 
 namespace fused_kd {
@@ -234,17 +233,25 @@ __device__ __forceinline__ void put_parts(const RowsArguments& args, int64_t ind
     parts[3] = ce;
 }
 
-// A row that does not count is 0, one without a value NaN.
+// A row that does not count is 0, one without a value NaN, but for the gradients of classes that cannot occur.
 template <class A>
 __device__ __forceinline__ void constant_row(const RowsArguments& args, int64_t index, A value) {
     const UskdCall& call = args.call;
-    const A values[kChunk] = {value, value, value, value};
-    const GradientRow student = gradient_row(call.student_gradient, call.student.dtype, index, call.classes);
-    const GradientRow weak = gradient_row(call.weak_gradient, call.weak.dtype, index, call.classes);
-    for (int base = threadIdx.x * kChunk; base < call.classes; base += blockDim.x * kChunk) {
-        if (student.data) store_chunk(student, base, call.classes, values);
-        if (weak.data) store_chunk(weak, base, call.classes, values);
-    }
+    const auto fill = [&](void* gradient, const Matrix& logits) {
+        if (!gradient) return;
+        const GradientRow out = gradient_row(gradient, logits.dtype, index, call.classes);
+        const RowView row = row_view(logits, index);
+        for (int base = threadIdx.x * kChunk; base < call.classes; base += blockDim.x * kChunk) {
+            A values[kChunk] = {A(0), A(0), A(0), A(0)};
+            if (value != A(0)) load_chunk(row, base, call.classes, values);
+#pragma unroll
+            for (int k = 0; k < kChunk; ++k)
+                values[k] = values[k] == -INFINITY ? A(0) : value;
+            store_chunk(out, base, call.classes, values);
+        }
+    };
+    fill(call.student_gradient, call.student);
+    fill(call.weak_gradient, call.weak);
     if (threadIdx.x == 0) put_parts(args, index, value, value, value, value);
 }
 

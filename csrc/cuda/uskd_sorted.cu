@@ -3,23 +3,15 @@
 // does, so the rest reads its rows as often as is simple: three times before it and twice after.
 #include <cub/device/device_segmented_radix_sort.cuh>
 
-#include "key_bits.h"
+#include "../common/key_bits.h"
 #include "uskd_launch.h"
 
 namespace fused_kd {
 namespace cuda {
 namespace {
 
-template <class A>
-struct KeyBits;
-template <>
-struct KeyBits<float> {
-    using Type = uint32_t;
-};
-template <>
-struct KeyBits<double> {
-    using Type = uint64_t;
-};
+using common::descending_bits;
+using common::KeyBits;
 
 template <class A>
 __device__ __forceinline__ StreamedRow<A> streamed_row(const UskdCall& call, int64_t index) {
@@ -48,7 +40,7 @@ __global__ void __launch_bounds__(kMostStreamingThreads, kBlocksAtOnce<A>) write
     if (threadIdx.x == 0) stored = state.row;
     if (state.row.is_nan) return;
     const int64_t start = int64_t(blockIdx.x) * call.classes;
-    auto* const keys = static_cast<typename KeyBits<A>::Type*>(args.keys) + start;
+    auto* const keys = static_cast<KeyBits<A>*>(args.keys) + start;
     uint32_t* const order = args.order + start;
     row_keys<A>(row, state.row, call.classes, [&](int j, A key) {
         keys[j] = descending_bits(key);
@@ -93,7 +85,7 @@ cudaError_t sort_rows(void* temporary, size_t& bytes, cub::DoubleBuffer<Key>& ke
 // The workspace of a pass: row states, two buffers of keys, two of orders, and what CUB asks for.
 template <class A>
 struct Buffers {
-    using Key = typename KeyBits<A>::Type;
+    using Key = KeyBits<A>;
     char *states, *keys[2], *order[2], *temporary;
     size_t temporary_bytes = 0, total = 0;
 
@@ -124,7 +116,7 @@ struct Buffers {
 
 template <class A>
 const char* rank_typed(const Place& place, RowsArguments args) {
-    using Key = typename KeyBits<A>::Type;
+    using Key = KeyBits<A>;
     const int classes = args.call.classes;
     const int64_t rows = args.call.rows, per_pass = rows_per_pass(rows, classes);
     const int threads = streaming_threads(classes);

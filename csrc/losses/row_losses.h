@@ -125,7 +125,7 @@ FKD_HD double binary_divergence(double weight, const Split& p, double p_log_rest
 FKD_HD double cross_entropy(const RowStats& x, const Split& p, double v_cross) {
     double ce = -weighted(x.v_target, p.log_p[0]);
     if (x.v_free != 0) ce += x.v_free * p.log_normalizer - v_cross;
-    return x.v_blocked > 0 ? INFINITY : ce;
+    return x.v_blocked > 0 ? INFINITY + 0 * p.rest : ce; // NaN where no class can occur
 }
 
 // parts[2] = w CE(s, V'), V' = (1 - e) V + e / C; d/ds_j = w (p_j sum V' - V'_j).
@@ -279,8 +279,6 @@ FKD_HD RowResult row_loss(const RowStats& x, const RowParams& params) {
         break;
     }
     out.slopes[2] = 1;
-    // A class that cannot occur has no gradient, the target included.
-    if (x.s_target == -INFINITY) out.target = out.raw_target = 0 * (out.soft + out.sharp + out.raw);
     // NaN among the labels reaches loss and gradient, whatever the weights.
     const double valid = 1 + 0 * x.v_sum;
     out.parts[0] *= valid;
@@ -290,6 +288,8 @@ FKD_HD RowResult row_loss(const RowStats& x, const RowParams& params) {
     out.target *= valid;
     for (int k = 0; k < 3; ++k)
         out.slopes[k] *= valid;
+    // A class that cannot occur has no gradient, the target included, in a row without a value either.
+    if (x.s_target == -INFINITY) out.target = out.raw_target = 0;
     return out;
 }
 

@@ -1,6 +1,6 @@
-// The row losses with a teacher of whom only some classes of a row were kept: from the logits and log-probabilities of
-// those classes and a few sums over the others to the loss parts and the gradient. fused_kd/reference/topk.py has the
-// same formulas.
+// The row losses with a top-k teacher, which keeps only some classes of each row: from the logits and log-probabilities
+// of those classes and a few sums over the others to the loss parts and the gradient. fused_kd/reference/topk.py has
+// the same formulas.
 //
 // Notation beyond row_losses.h: K are the kept classes, and the rest those that are neither in K nor the target; no sum
 // over them is a difference. What the teacher has left for the C - |K| classes outside K is spread evenly, a share u
@@ -27,7 +27,7 @@ struct Others {
 struct TopKRow {
     int64_t kept; // without the target
     bool target_kept;
-    const double *s, *t; // the student's logits, the teacher's log-probabilities
+    const double *s, *t; // the student's logits, at `kept` the target's; the teacher's log-probabilities
     double *e, *f;       // room for exponentials
     double* by;          // the gradient of each, the target's last even where it was not kept
     double s_target;
@@ -117,7 +117,7 @@ FKD_HD TopKTerm soft_term(const TopKRow& x, int64_t entries, const Others& rest,
     for (int64_t i = 0; i < entries; ++i) {
         const double q = by_q * x.f[i];
         add(q, (x.t[i] - t.top) * t.scale - log_t, (x.s[i] - s.top) * s.scale - log_s);
-        if (x.s[i] != -INFINITY) x.by[i] += by_p * x.e[i] - q;
+        x.by[i] += by_p * x.e[i] - q;
     }
     if (rest.number == 0) return out;
     const double q = by_q * t.rest;
@@ -157,7 +157,7 @@ FKD_HD TopKTerm jensen_shannon(const TopKRow& x, int64_t entries, const Others& 
         if (rest.soft != 0) out.soft = T * p * (h - mean) / rest.soft;
     }
     for (int64_t i = 0; i < entries; ++i)
-        if (x.s[i] != -INFINITY) x.by[i] += T * (x.e[i] / s.sum) * (x.f[i] - mean);
+        x.by[i] += T * (x.e[i] / s.sum) * (x.f[i] - mean);
     out.value = T * T * value;
     return out;
 }
@@ -218,7 +218,7 @@ FKD_HD double sharp_terms(const TopKRow& x, const RowParams& params, TopKRest ki
         weight = -expm1(p.log_p[0] / (1e-7 - log_q));
     }
     for (int64_t i = 0; i < x.kept; ++i)
-        if (x.s[i] != -INFINITY) x.by[i] += by_p * x.e[i] + ce.constant;
+        x.by[i] += by_p * x.e[i] + ce.constant;
     x.by[x.kept] += at_target;
     out.sharp = by_p * s.moved;
     out.constant = ce.constant;
@@ -238,8 +238,7 @@ FKD_HD double whole_term(const TopKRow& x, const RowParams& params, TopKRest kin
                              : soft_term(x, entries, rest, kind, s, t, weight, entropy);
     if (x.rest.soft != 0) out.soft += term.soft * exp((x.rest.max - rest.max) * scale);
     out.constant += term.constant;
-    if (!x.target_kept && x.s_target != -INFINITY)
-        x.by[x.kept] += term.soft * exp((x.s_target - rest.max) * scale) + term.constant;
+    if (!x.target_kept) x.by[x.kept] += term.soft * exp((x.s_target - rest.max) * scale) + term.constant;
     return s.sum == 0 ? NAN : term.value; // no class can occur
 }
 
@@ -254,7 +253,7 @@ FKD_HD void hat_terms(const TopKRow& x, const RowParams& params, TopKRest kind, 
         const double difference = binary_term(x, kind, s, t, alpha, out.parts[0]);
         const double by_p = s.sum == 0 ? 0 : -alpha * difference / s.sum;
         for (int64_t i = 0; i < x.kept; ++i)
-            if (x.s[i] != -INFINITY) x.by[i] += by_p * x.e[i];
+            x.by[i] += by_p * x.e[i];
         out.soft += by_p * s.moved;
         x.by[x.kept] += alpha * difference;
     }
@@ -284,7 +283,7 @@ FKD_HD TopKResult topk_loss(const TopKRow& x, const RowParams& params, TopKRest 
         for (double& part : out.parts)
             part = NAN;
         for (int64_t i = 0; i <= x.kept; ++i)
-            x.by[i] = NAN;
+            x.by[i] = x.s[i] == -INFINITY ? 0 : NAN;
         out.soft = NAN;
         return out;
     }
@@ -304,8 +303,9 @@ FKD_HD TopKResult topk_loss(const TopKRow& x, const RowParams& params, TopKRest 
     default: // KD, Jensen-Shannon
         out.parts[0] = whole_term(x, params, kind, T, true, out);
     }
-    // A class that cannot occur has no gradient, the target included; NaN spreads to all.
-    if (x.s_target == -INFINITY) x.by[x.kept] = 0 * (out.soft + out.sharp);
+    // A class that cannot occur has no gradient, the target included, in a row without a value either.
+    for (int64_t i = 0; i <= x.kept; ++i)
+        if (x.s[i] == -INFINITY) x.by[i] = 0;
     return out;
 }
 

@@ -2,10 +2,10 @@
 // it.
 #include <stdexcept>
 
+#include "../common/key_bits.h"
+#include "../common/scales.h"
 #include "../cuda/arrangements.h"
-#include "../cuda/key_bits.h"
 #include "../cuda/launch.h"
-#include "../cuda/scales.h"
 #include "boundary.h"
 #include "cuda_build.h" // written by CMake
 
@@ -121,7 +121,6 @@ void bind_cuda(py::module_& m) {
     m.attr("cuda_architectures") = FKD_CUDA_ARCHITECTURES; // "" where CUDA was left out
     m.attr("cuda_missing") = FKD_CUDA_MISSING;             // then why
     // What the launches are decided by, for tests where there is no GPU.
-    m.attr("cuda_shared_limit") = cuda::kSharedLimit;
     m.def("cuda_arrangements", [] {
         py::list all;
         for (const cuda::Arrangement& a : cuda::kArrangements)
@@ -136,11 +135,11 @@ void bind_cuda(py::module_& m) {
     m.def("cuda_parts_bytes", [](int64_t rows, int element_bytes) { return cuda::parts_bytes(rows, element_bytes); });
     m.def("cuda_scaling_pieces", [](int64_t classes) { return cuda::scaling_pieces(classes); });
     m.def("cuda_descending_bits", [](double key, bool twice) {
-        return twice ? cuda::descending_bits(key) : uint64_t(cuda::descending_bits(float(key)));
+        return twice ? common::descending_bits(key) : uint64_t(common::descending_bits(float(key)));
     });
     m.def("cuda_stored_scale", [](int dtype, double scale, int64_t divisor) {
-        return py::make_tuple(cuda::stored_scale(DType(dtype), scale, divisor),
-                              cuda::stored_norm(DType(dtype), scale, divisor));
+        return py::make_tuple(common::stored_scale(DType(dtype), scale, divisor),
+                              common::stored_norm(DType(dtype), scale, divisor));
     });
 #if defined(FKD_WITH_CUDA)
     m.def("cuda_problem", [] {

@@ -72,4 +72,6 @@ def _log_binary(log_p: Tensor, rows: TeacherRows) -> Tensor:
     # A logsumexp over -inf alone has no gradient.
     empty = (others == NEG_INF).all(dim=1, keepdim=True)
     log_rest = torch.where(empty, 0.0, others).logsumexp(dim=1, keepdim=True)
-    return torch.cat([log_p.gather(1, rows.labels.columns), torch.where(empty, NEG_INF, log_rest)], dim=1)
+    # Where none of the others can occur, it is -inf, like any of their logarithms, and has the derivative of those.
+    log_rest = torch.where(empty, log_p.amin(dim=1, keepdim=True), log_rest)
+    return torch.cat([log_p.gather(1, rows.labels.columns), log_rest], dim=1)

@@ -95,7 +95,7 @@ def check_rest(name: str, rest: str, beta: float) -> None:
     if rest not in RESTS:
         raise ValueError(f"rest: expected one of {', '.join(map(repr, RESTS))}, got {rest!r}")
     if name not in _DENSE:
-        raise ValueError(f"loss: {name!r} has no teacher, of whom some classes could be kept")
+        raise ValueError(f"loss: {name!r} has no teacher, so there are no classes to keep of one")
     if name == "js" and beta == 1.0 and rest == "renormalize":
         raise ValueError(
             "beta: at 1 the Jensen–Shannon divergence is KL(p ‖ q), which is infinite where the teacher has no "
@@ -145,6 +145,9 @@ def topk_loss(
         loss, parts = _DENSE[name](student_logits.to(dtype), teacher, target, **named, **given_on)
         return loss, parts
     student = counted_logits(drop_impossible(student_logits.to(dtype)), labels.counted)
+    # A logsumexp of +inf has a derivative, but its row has no value.
+    infinite = (student.detach() == -NEG_INF).any(dim=1, keepdim=True)
+    student = student * torch.where(infinite, torch.nan, 1.0)
     kept = kept._replace(log_probs=counted_logits(kept.log_probs, labels.counted))
     excluded = _marked(kept, columns) | labels.is_target
     temperature = named["temperature"]

@@ -131,3 +131,24 @@ except MemoryError:
     print("MemoryError")
 """
     assert run(code) == ["MemoryError"]
+
+
+@pytest.mark.parametrize("flush", (False, True))
+def test_every_thread_treats_subnormal_numbers_as_the_caller_does(flush):
+    """torch.set_flush_denormal sets it for the calling thread."""
+    same, subnormal = run(f"""
+student, teacher = (torch.full((64, 4096), value).index_fill_(1, torch.tensor([0]), 0.0) for value in (-85.0, -200.0))
+torch.set_flush_denormal({flush})
+
+def gradient(threads):
+    torch.set_num_threads(threads)
+    leaf = student.clone().requires_grad_()
+    fused_kd.kd_loss(leaf, teacher, None, temperature=1.0, backend="native").backward()
+    return leaf.grad
+
+one, four = gradient(1), gradient(4)
+torch.set_flush_denormal(False)
+print(torch.equal(one, four))
+print(int(((four != 0) & (four.abs() < 2.0**-126)).any(dim=1).sum()))
+""")
+    assert (same, subnormal) == ("True", "0" if flush else "64")

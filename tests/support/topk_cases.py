@@ -1,4 +1,4 @@
-"""Teachers of whom some classes were kept, for the tests of the fused form on every backend."""
+"""Top-k teachers, for the tests of the fused form on every backend."""
 
 import contextlib
 from typing import NamedTuple

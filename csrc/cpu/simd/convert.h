@@ -156,10 +156,6 @@ FKD_INLINE int64_t float_to_half_vectors(const double*, int64_t, uint16_t*) {
     return 0;
 }
 
-constexpr int64_t element_size(DType dtype) {
-    return dtype == kFloat64 || dtype == kInt64 ? 8 : dtype == kFloat32 ? 4 : 2;
-}
-
 FKD_INLINE const char* element(const Matrix& m, int64_t row, int64_t column) {
     return static_cast<const char*>(m.data) + (row * m.row_stride + column * m.col_stride) * element_size(m.dtype);
 }

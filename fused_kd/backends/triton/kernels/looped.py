@@ -168,7 +168,7 @@ def rows_looped(
     y_lane = y - lane_start
     target_tile = tl.where(tl.max(y, 0) >= 0, tl.max(y, 0) // BLOCK, -1)
 
-    s_moments = Moments(v_y, v_y, v_y)
+    s_moments = Moments(v_y, v_y, v_y, v_y)
     t_moments = s_moments
     if STD:
         s_moments = row_moments(

@@ -217,9 +217,10 @@ def coefficients(
     possible = s_y != _NEG_INF
     at_y = tl.where(possible, at_y, 0.0)
     if STD:
-        # Backwards through z = f (x - mean), f = 1 / (d + 1e-7): f g_j - z_j sum(g z) / ((n - 1) d); g sums to 0.
-        mean, deviation, number = moments
-        f = 1.0 / (deviation + 1e-7)
+        # Backwards through z = f (x - mean), f = 1 / (d + 1e-7): f (g_j - sum(g) / n) - z_j sum(g z) / ((n - 1) d).
+        mean, deviation, number, low = moments
+        # A class alone has the z-score 0, whatever its logit.
+        f = tl.where(number == 1.0, 0.0, 1.0 / (deviation + 1e-7))
         w_sharp = stats.w_soft if SINGLE else stats.w_sharp
         centred = tl.where(possible, s_y - mean, 0.0)
         with_z = (
@@ -229,7 +230,14 @@ def coefficients(
         )
         flat = deviation == 0.0
         slope = tl.where(flat, 0.0, f * f * with_z / (tl.maximum(number - 1.0, 1.0) * tl.where(flat, 1.0, deviation)))
-        soft, sharp, teacher, at_y = soft * f, sharp * f, teacher * f, at_y * f - slope * centred
+        shift = slope * low
+        if (POINTWISE & LOSS) == 0:
+            # g sums to 0, a softmax being indifferent to a shift, unless the student rules out what the teacher asks.
+            s_sharp = stats.s_soft if SINGLE else stats.s_sharp
+            total = soft * stats.s_soft + sharp * s_sharp + teacher * (stats.t_soft - stats.blocked) + at_y
+            shift -= tl.where((stats.blocked > 0.0) | (s_y == _NEG_INF), f * total / tl.maximum(number, 1.0), 0.0)
+        constant += shift
+        soft, sharp, teacher, at_y = soft * f, sharp * f, teacher * f, at_y * f - slope * centred + shift
         if POINTWISE & LOSS:
             more = Slopes(more.by_1 * f, more.by_2 * f, more.by_column * f, more.offset * f)
     if not RAW:  # the CE's exponentials are the sharp ones

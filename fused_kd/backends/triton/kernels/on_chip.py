@@ -213,7 +213,7 @@ def rows_on_chip(
     if TEACHER & LOSS:
         t = tl.load(at(teacher_base[:, None], cols, teacher_col, UNIT), mask=mask, other=_NEG_INF).to(ACC)
         t_y = tl.load(at(teacher_base, y, teacher_col, UNIT), mask=counted, other=0.0).to(ACC)
-    s_moments = Moments(s_y, s_y, s_y)
+    s_moments = Moments(s_y, s_y, s_y, s_y)
     t_moments = s_moments
     if STD:
         s_moments = tile_moments(s)

@@ -30,11 +30,13 @@ def _field(found, which, fields, pieces, rows, row, other, PIECES: tl.constexpr)
 
 @triton.jit
 def store_moments(out, first, rows, row, moments):
-    """As :func:`_merged_moments` reads them: number, mean and the sum of squares about it."""
+    """As :func:`_merged_moments` reads them: number, mean, the sum of squares about it, and what it was
+    rounded by."""
     tl.store(out + rows * first + row, moments.number)
     tl.store(out + rows * (first + 1) + row, moments.mean)
     square = moments.deviation * moments.deviation * tl.maximum(moments.number - 1.0, 1.0)
     tl.store(out + rows * (first + 2) + row, square)
+    tl.store(out + rows * (first + 3) + row, moments.low)
 
 
 @triton.jit
@@ -43,13 +45,14 @@ def _merged_moments(found, first, pieces, rows, row, PIECES: tl.constexpr):
     number = _field(found, first, MOMENTS, pieces, rows, row, 0.0, PIECES)
     mean = _field(found, first + 1, MOMENTS, pieces, rows, row, 0.0, PIECES)
     square = _field(found, first + 2, MOMENTS, pieces, rows, row, 0.0, PIECES)
+    low = _field(found, first + 3, MOMENTS, pieces, rows, row, 0.0, PIECES)
     # About one of the means, so that a constant row comes out as one.
     about = zero_if_empty(tl.max(tl.where(number > 0.0, mean, _NEG_INF), 0, keep_dims=True))
     total = total_of(number)
     merged = about + total_of(tl.where(number > 0.0, number * (mean - about), 0.0)) / tl.maximum(total, 1.0)
-    shift = tl.where(number > 0.0, mean - merged, 0.0)
+    shift = tl.where(number > 0.0, mean - merged + low, 0.0)
     deviation = tl.sqrt(total_of(square + number * shift * shift) / tl.maximum(total - 1.0, 1.0))
-    return Moments(merged, deviation, total)
+    return Moments(merged, deviation, total, total_of(number * shift) / tl.maximum(total, 1.0))
 
 
 @triton.jit
@@ -64,7 +67,7 @@ def merged_scales(
         t_moments = _merged_moments(moments, OF_TEACHER, pieces, rows, row, PIECES)
     else:
         zero = tl.zeros([1], ACC)
-        s_moments = Moments(zero, zero, zero)
+        s_moments = Moments(zero, zero, zero, zero)
         t_moments = s_moments
     return make_scales(temperature, s_moments, t_moments, k, LOSS, STD), s_moments
 
@@ -89,6 +92,7 @@ def merged_statistics(found, pieces, rows, row, scales, PIECES: tl.constexpr, LO
         _field(found, 13, STATISTICS, pieces, rows, row, 0.0, PIECES),
         _field(found, 14, STATISTICS, pieces, rows, row, 0.0, PIECES),
         _field(found, 15, STATISTICS, pieces, rows, row, 0.0, PIECES),
+        _field(found, 16, STATISTICS, pieces, rows, row, 0.0, PIECES),
     )
     s_y = total_of(_field(found, OF_TARGET, STATISTICS, pieces, rows, row, 0.0, PIECES))
     t_y = total_of(_field(found, OF_TARGET + 1, STATISTICS, pieces, rows, row, 0.0, PIECES))

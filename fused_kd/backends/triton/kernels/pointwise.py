@@ -115,6 +115,7 @@ def softmaxes(stats, s_y, t_y, states, rows, row, counted, scales, COLUMNS: tl.c
     else:
         p_y, _p_rest, p_factor, p_log_z, p_nll = join_target(s_y, stats.s_max, stats.s_soft, scales.soft_s)
         q_y, _q_rest, q_factor, q_log_z, q_nll = join_target(t_y, stats.t_max, stats.t_soft, scales.soft_t)
+        p_y = tl.where(s_y == _NEG_INF, 0.0, p_y)  # also in a row where no class can occur
         return (p_y, p_factor, p_log_z, p_nll), (q_y, q_factor, q_log_z, q_nll)
 
 
@@ -292,4 +293,7 @@ def add_slopes(
         h += more.by_2[:, None] * f_2
     if COLUMNS:
         h += more.by_column[:, None] * _column_slope(columns, p, q)
-    return g + tl.where(p == 0.0, 0.0, p * h)
+    impossible = s == _NEG_INF
+    if not COLUMNS:  # the tile may lack the target's logit, but p there is 0 where it is -inf
+        impossible = impossible & (is_target == 0)
+    return g + tl.where((p == 0.0) | impossible, 0.0, p * h)

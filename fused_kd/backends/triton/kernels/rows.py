@@ -81,8 +81,8 @@ def per_row(x, STD: tl.constexpr):
 def _rescale(stats, m_s, m_t, scales, LOSS: tl.constexpr, SINGLE: tl.constexpr):
     """The same statistics relative to other maxima, at least as large. No sum of anything is taken here."""
     (
-        old_s, s_soft, s_sharp, old_t, t_soft, t_sharp, cross, v_sum, v_cross, v_cross_t, linear, number, s_raw,
-        w_soft, w_sharp, w_teacher,
+        old_s, s_soft, s_sharp, old_t, t_soft, t_sharp, blocked, cross, v_sum, v_cross, v_cross_t, linear, number,
+        s_raw, w_soft, w_sharp, w_teacher,
     ) = stats  # fmt: skip
     soft_s, soft_t, sharp_s, sharp_t, _mean = scales
     down_s = old_s - zero_if_empty(m_s)
@@ -108,12 +108,13 @@ def _rescale(stats, m_s, m_t, scales, LOSS: tl.constexpr, SINGLE: tl.constexpr):
                 moved -= moved_t * soft_t
             cross = tl.where(factor_t == 0.0, 0.0, factor_t * (cross + moved * t_soft))
         t_soft = t_soft * factor_t
+        blocked = blocked * factor_t
         w_teacher = w_teacher * factor_t
         if (not SINGLE) and ((POINTWISE & LOSS) == 0):
             t_sharp = t_sharp * tl.exp2(down_t * sharp_t)
         v_cross_t = v_cross_t + moved_t * v_sum
     return Statistics(
-        m_s, s_soft, s_sharp, m_t, t_soft, t_sharp, cross, v_sum, v_cross, v_cross_t, linear, number, s_raw,
+        m_s, s_soft, s_sharp, m_t, t_soft, t_sharp, blocked, cross, v_sum, v_cross, v_cross_t, linear, number, s_raw,
         w_soft, w_sharp, w_teacher,
     )  # fmt: skip
 
@@ -123,7 +124,7 @@ def empty_statistics(LANES: tl.constexpr, ACC: tl.constexpr):
     nothing = tl.full([LANES], _NEG_INF, ACC)
     zero = tl.zeros([LANES], ACC)
     return Statistics(
-        nothing, zero, zero, nothing, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero,
+        nothing, zero, zero, nothing, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero,
     )  # fmt: skip
 
 
@@ -149,7 +150,7 @@ def accumulate(
     m_s = tl.maximum(stats.s_max, tl.max(s, 1))
     m_t = tl.maximum(stats.t_max, tl.max(t, 1)) if TEACHER & LOSS else stats.t_max
     (
-        m_s, s_soft, s_sharp, m_t, t_soft, t_sharp, cross, v_sum, v_cross, v_cross_t, linear, number, s_raw,
+        m_s, s_soft, s_sharp, m_t, t_soft, t_sharp, blocked, cross, v_sum, v_cross, v_cross_t, linear, number, s_raw,
         w_soft, w_sharp, w_teacher,
     ) = _rescale(stats, m_s, m_t, scales, LOSS, SINGLE)  # fmt: skip
     d_s = s - zero_if_empty(m_s)[:, None]
@@ -178,6 +179,7 @@ def accumulate(
             cross += tl.sum(f * tl.where(f == 0.0, 0.0, u), 1)
             if STD:
                 w_teacher += tl.sum(f * centred, 1)
+                blocked += tl.sum(tl.where(s == _NEG_INF, f, 0.0), 1)
         if not SINGLE:
             if ((DIVERGENCE & LOSS) == 0) and ((POINTWISE & LOSS) == 0):
                 t_sharp += tl.sum(tl.exp2(d_t * per_row(sharp_t, STD)), 1)
@@ -195,7 +197,7 @@ def accumulate(
             counted = present & (s == s)
         number += tl.sum(tl.where(counted, 1.0, 0.0), 1)
     return Statistics(
-        m_s, s_soft, s_sharp, m_t, t_soft, t_sharp, cross, v_sum, v_cross, v_cross_t, linear, number, s_raw,
+        m_s, s_soft, s_sharp, m_t, t_soft, t_sharp, blocked, cross, v_sum, v_cross, v_cross_t, linear, number, s_raw,
         w_soft, w_sharp, w_teacher,
     )  # fmt: skip
 
@@ -214,8 +216,9 @@ def merge_lanes(stats, scales, LOSS: tl.constexpr, SINGLE: tl.constexpr):
     at = _rescale(stats, m_s, m_t, scales, LOSS, SINGLE)
     return Statistics(
         m_s, total_of(at.s_soft), total_of(at.s_sharp), m_t, total_of(at.t_soft), total_of(at.t_sharp),
-        total_of(at.cross), total_of(at.v_sum), total_of(at.v_cross), total_of(at.v_cross_t), total_of(at.linear),
-        total_of(at.number), total_of(at.s_raw), total_of(at.w_soft), total_of(at.w_sharp), total_of(at.w_teacher),
+        total_of(at.blocked), total_of(at.cross), total_of(at.v_sum), total_of(at.v_cross), total_of(at.v_cross_t),
+        total_of(at.linear), total_of(at.number), total_of(at.s_raw), total_of(at.w_soft), total_of(at.w_sharp),
+        total_of(at.w_teacher),
     )  # fmt: skip
 
 
@@ -228,7 +231,8 @@ def tile_moments(x):
     number = tl.sum(tl.where(possible, 1.0, 0.0).to(x.dtype), 1)
     mean = largest + tl.sum(tl.where(possible, x - largest[:, None], 0.0), 1) / tl.maximum(number, 1.0)
     centred = tl.where(possible, x - mean[:, None], 0.0)
-    return Moments(mean, tl.sqrt(tl.sum(centred * centred, 1) / tl.maximum(number - 1.0, 1.0)), number)
+    deviation = tl.sqrt(tl.sum(centred * centred, 1) / tl.maximum(number - 1.0, 1.0))
+    return Moments(mean, deviation, number, tl.sum(centred, 1) / tl.maximum(number, 1.0))
 
 
 @triton.jit
@@ -257,7 +261,7 @@ def scaled_by(at, by):
     """The coefficients of a gradient that is multiplied by a number of each row's own."""
     return Coefficients(
         at.soft * by, at.sharp * by, at.teacher * by, at.raw * by, at.v * by, at.constant * by, at.slope * by,
-        at.target * by,
+        tl.where(at.target == 0.0, 0.0, at.target * by),  # a class that cannot occur, in a row without a value too
     )  # fmt: skip
 
 
@@ -295,7 +299,7 @@ def combine(
         g += raw[:, None] * tl.exp2(d_s * LOG2E)
     if PROB:
         g -= v_weight[:, None] * v
-    if LINEAR:
+    if LINEAR or STD:
         g += constant[:, None]
     if STD:
         g -= slope[:, None] * (s - mean[:, None])

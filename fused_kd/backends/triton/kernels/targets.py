@@ -189,7 +189,7 @@ def cross_entropy(
         mass += v_rest
         free = v_rest - v_blocked
         ce += tl.where(free == 0.0, 0.0, free * p[6] - v_cross)
-        ce = tl.where(v_blocked > 0.0, _INF, ce)
+        ce = tl.where(v_blocked > 0.0, _INF + 0.0 * p[4], ce)  # NaN where no class can occur
     if LINEAR:
         uniform = smoothing / classes.to(mass.dtype)
         rest = rest_number(targets, classes).to(mass.dtype)
@@ -221,8 +221,9 @@ def by_rows(x, factors):
 
 
 @triton.jit
-def student_gradient(s, d_s, z, v, cols, targets, terms, k, PROB: tl.constexpr, LINEAR: tl.constexpr):
-    """Tiles of it, from terms = (factor, at the first target, at the second, factor of z, kept, uniform)."""
+def student_gradient(s, d_s, z, v, cols, targets, terms, poison, k, PROB: tl.constexpr, LINEAR: tl.constexpr):
+    """Tiles of it, from terms = (factor, at the first target, at the second, factor of z, kept, uniform); NaN in a row
+    of which that is the ``poison``, but 0 at a class that cannot occur, as those of rows that are not read."""
     g = terms[0][:, None] * tl.exp2(d_s * k) + terms[3][:, None] * z
     if LINEAR:
         g -= terms[5][:, None]
@@ -230,4 +231,4 @@ def student_gradient(s, d_s, z, v, cols, targets, terms, k, PROB: tl.constexpr, 
         g -= terms[4][:, None] * v
     g = tl.where(cols == targets[0][:, None], terms[1][:, None], g)
     g = tl.where(cols == targets[1][:, None], terms[2][:, None], g)
-    return tl.where(s == _NEG_INF, 0.0, g)
+    return tl.where(s == _NEG_INF, 0.0, g + poison[:, None])

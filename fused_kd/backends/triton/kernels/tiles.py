@@ -162,14 +162,18 @@ def row_moments(
     number = tl.sum(count, 0, keep_dims=True)
     mean = about + tl.sum(total, 0, keep_dims=True) / tl.maximum(number, 1.0)
     square = tl.zeros([LANES], ACC)
+    total = tl.zeros([LANES], ACC)
     if EDGES:
         centred_edge = tl.where(x_edge == _NEG_INF, 0.0, x_edge - mean)
+        total += tl.sum(centred_edge, 1)
         square += tl.sum(centred_edge * centred_edge, 1)
     for start in range(0, end, LANES * WIDTH):
         x = load_part(base, start + lane, stride, start + lane < end, True, UNIT, False, ACC)
         centred = tl.where(x == _NEG_INF, 0.0, x - mean)
+        total += tl.sum(centred, 1)
         square += tl.sum(centred * centred, 1)
-    return Moments(mean, tl.sqrt(tl.sum(square, 0, keep_dims=True) / tl.maximum(number - 1.0, 1.0)), number)
+    deviation = tl.sqrt(tl.sum(square, 0, keep_dims=True) / tl.maximum(number - 1.0, 1.0))
+    return Moments(mean, deviation, number, tl.sum(total, 0, keep_dims=True) / tl.maximum(number, 1.0))
 
 
 @triton.jit

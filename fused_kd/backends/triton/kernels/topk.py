@@ -242,9 +242,9 @@ def rest_gradient(
         if SHARP & NEED:
             g += sharp * tl.exp2(d * k)
         if LINEAR & NEED:
-            g = tl.where(s == _NEG_INF, 0.0 * g, g + constant)
-        # A kept class may be larger than all others by any amount. A row without a value is NaN everywhere.
-        g = tl.where(of_rest, g, 0.0 * constant)
+            g += constant
+        # A class that cannot occur has no gradient, and a kept one may be larger than all others by any amount.
+        g = tl.where(of_rest & (s != _NEG_INF), g, 0.0)
         tl.store(out + cols, narrowed(g, dtype), mask=cols < end)
     for start in range(0, tl.where(end > 0, 0, columns), LANES * WIDTH):
         tl.store(out + (start + lane), tl.zeros_like(lane).to(dtype), mask=start + lane < columns)
@@ -252,6 +252,9 @@ def rest_gradient(
     entry, j = _indices(indices, row, kept, indices_row, indices_col, counted, KEPT)
     at_kept = _columns_of(j, first_class, columns)
     here = (at_kept >= 0) & (at_kept != y_column)
+    possible = tl.load(base + at_kept * student_col, mask=here, other=0.0) != _NEG_INF
     value = tl.load(entries + entry.to(tl.int64) * rows + row, mask=here, other=0.0)
-    tl.store(out + at_kept, narrowed(value, dtype), mask=here)
-    tl.store(out + y_column, narrowed(tl.load(entries + kept.to(tl.int64) * rows + row), dtype), mask=y_column >= 0)
+    tl.store(out + at_kept, narrowed(tl.where(possible, value, 0.0), dtype), mask=here)
+    possible = tl.load(base + y_column * student_col, mask=y_column >= 0, other=0.0) != _NEG_INF
+    value = tl.load(entries + kept.to(tl.int64) * rows + row)
+    tl.store(out + y_column, narrowed(tl.where(possible, value, 0.0), dtype), mask=y_column >= 0)

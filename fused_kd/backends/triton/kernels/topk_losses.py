@@ -90,12 +90,12 @@ def _split(x_y, top, total, scale):
 
 
 @triton.jit
-def _soft_entry(s, t, log_p, log_q, q, by_p, e, temperature, ENTROPY: tl.constexpr):
+def _soft_entry(log_p, log_q, q, by_p, e, temperature, ENTROPY: tl.constexpr):
     """Of a term weight T sum q (log q - log p), or without log q: the value, and the gradient at a class."""
     value = -_times(temperature * q, log_p)
     if ENTROPY:
         value += _times(temperature * q, log_q)
-    return value, tl.where(s == _NEG_INF, 0.0, by_p * e - q)
+    return value, by_p * e - q
 
 
 @triton.jit
@@ -113,14 +113,14 @@ def _soft_term(x, others, s, t, s_y, t_y, weight, share, temperature, ENTROPY: t
     by_q = weight / t.total
     by_p = tl.where(s.total == 0.0, 0.0, weight * counting / tl.where(s.total == 0.0, 1.0, s.total))
     log_p, log_q = (x.s - s.top) * scale - s.log_total, (x.t - t.top) * scale - t.log_total
-    values, by = _soft_entry(x.s, x.t, log_p, log_q, by_q * t.e, by_p, s.e, temperature, ENTROPY)
+    values, by = _soft_entry(log_p, log_q, by_q * t.e, by_p, s.e, temperature, ENTROPY)
     log_p, log_q = (s_y - s.top) * scale - s.log_total, (t_y - t.top) * scale - t.log_total
-    value_y, by_y = _soft_entry(s_y, t_y, log_p, log_q, by_q * t.e_y, by_p, s.e_y, temperature, ENTROPY)
+    value_y, by_y = _soft_entry(log_p, log_q, by_q * t.e_y, by_p, s.e_y, temperature, ENTROPY)
     value = tl.sum(values, 0) + value_y
     soft, constant = by_p * s.moved, tl.zeros_like(value)
     q, some = by_q * t.rest, number > 0.0
     if REST == BUCKET:
-        of_rest, _by = _soft_entry(s.top, t.top, s.log_rest - s.log_total, t.log_rest - t.log_total, q, by_p, q,
+        of_rest, _by = _soft_entry(s.log_rest - s.log_total, t.log_rest - t.log_total, q, by_p, q,
                                    temperature, ENTROPY)  # fmt: skip
         value += tl.where(some, of_rest, 0.0)
         safe = tl.where(exponentials == 0.0, 1.0, exponentials)
@@ -128,7 +128,7 @@ def _soft_term(x, others, s, t, s_y, t_y, weight, share, temperature, ENTROPY: t
     if REST == UNIFORM:
         log_p = (linear / tl.where(some, number, 1.0) - s.top) * scale - s.log_total
         log_q = (share - t.top) * scale - t.log_total
-        of_rest, _by = _soft_entry(s.top, t.top, log_p, log_q, q, by_p, q, temperature, ENTROPY)
+        of_rest, _by = _soft_entry(log_p, log_q, q, by_p, q, temperature, ENTROPY)
         value += tl.where(some, of_rest, 0.0)
         constant = tl.where(some, -q / tl.where(some, number, 1.0), 0.0)
     return value, by, by_y, soft, constant
@@ -162,8 +162,7 @@ def _jensen_shannon(x, others, s, t, s_y, t_y, beta, temperature):
     value_r, h_r = _js_slope(of_rest, t.rest / t.total, log_p, log_q, beta)
     value_r, h_r = tl.where(some, value_r, 0.0), tl.where(some, h_r, 0.0)
     mean = tl.sum(p * h, 0) + p_y * h_y + tl.where(some, of_rest * h_r, 0.0)
-    by = tl.where(x.s == _NEG_INF, 0.0, temperature * p * (h - mean))
-    by_y = tl.where(s_y == _NEG_INF, 0.0, temperature * p_y * (h_y - mean))
+    by, by_y = temperature * p * (h - mean), temperature * p_y * (h_y - mean)
     none = exponentials == 0.0
     soft = tl.where(none, 0.0, temperature * of_rest * (h_r - mean) / tl.where(none, 1.0, exponentials))
     value = temperature * temperature * (tl.sum(values, 0) + value_y + value_r)
@@ -231,7 +230,7 @@ def _hat_terms(x, share, weight, alpha, temperature, num_classes, KIND: tl.const
         difference = tl.where(alpha == 0.0, 0.0, difference)
         none = s.total == 0.0
         by_p = tl.where(none, 0.0, -alpha * temperature * difference / tl.where(none, 1.0, s.total))
-        by = tl.where(x.s == _NEG_INF, 0.0, by_p * s.e)
+        by = by_p * s.e
         by_y, soft = alpha * temperature * difference, by_p * s.moved
         one = tl.where(alpha == 0.0, 0.0, one)
     if REST == DROP:
@@ -294,7 +293,7 @@ def resolve(x, own, weights, num_classes, LOSS: tl.constexpr, REST: tl.constexpr
                 by_y -= q * p_rest
             else:
                 u = tl.where(nll == _INF, 1.0, one_minus_exp(nll / (1e-7 - log_q)))
-        by = tl.where(x.s == _NEG_INF, 0.0, by_p * s.e + constant)
+        by = by_p * s.e + constant
         sharp = by_p * s.moved
     if LOSS == NKD or LOSS == DKD:
         weight, alpha = (first if LOSS == NKD else second) * temperature, first
@@ -306,8 +305,6 @@ def resolve(x, own, weights, num_classes, LOSS: tl.constexpr, REST: tl.constexpr
         weight = (first * u if LOSS == WSLD else 1.0) * temperature
         one, more, more_y, soft, further = _whole_term(x, share, weight, first, temperature, LOSS, REST)
     by, by_y, constant = by + more, by_y + more_y, constant + further
-    # A class that cannot occur has no gradient, the target included; NaN spreads to all.
-    by_y = tl.where(x.s_y == _NEG_INF, 0.0 * (soft + sharp), by_y)
     if REST == RENORMALIZE:
         # What was kept has no probability at all, so that it cannot be renormalised.
         missing = tl.maximum(tl.max(x.t, 0), tl.where(x.kept_y, x.t_y, _NEG_INF)) == _NEG_INF

@@ -106,12 +106,6 @@ def batch_means(batch_sums, rows, BY_ROW: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def _with_poison(g, counted, poison, DTYPE: tl.constexpr):
-    """A gradient's tile to be stored: 0 in a row that does not count, NaN in one without a value."""
-    return narrowed(tl.where(counted[:, None], g + poison[:, None], 0.0), DTYPE)
-
-
-@triton.jit
 def _store_norms(norms, values, row, ACC: tl.constexpr):
     tl.store(norms[0] + row * 0, tl.full(row.shape, values[0], ACC), mask=row == 0)
     tl.store(norms[1] + row * 0, tl.full(row.shape, values[1], ACC), mask=row == 0)
@@ -208,10 +202,10 @@ def _keys_and_weak_gradient(
             of_weak[0] * by, of_weak[1] * by, of_weak[2] * by,
             by_rows(of_weak[3] * by, factors), by_rows(of_weak[4] * by, factors),
         )  # fmt: skip
-        g = weak_gradient(w, d_w, v, cols, targets, terms, k, PROB)
+        g = weak_gradient(w, d_w, v, cols, targets, terms, poison, k, PROB)
         pointers = gradient + (row * classes)[:, None] + cols
         stored = inside[:, None] & (cols < classes)
-        tl.store(pointers, _with_poison(g, counted, poison, gradient.dtype.element_ty), mask=stored)
+        tl.store(pointers, narrowed(g, gradient.dtype.element_ty), mask=stored)
     d_s = load_tile(views[0], cols, mask, _NEG_INF, UNIT, ACC) - m_s[:, None]
     # Adding 0 makes -0 equal to 0 in its bits too.
     return rank_keys(d_s, d_w, cols, targets, key[0], key[1], k, RANK) + 0.0
@@ -338,7 +332,7 @@ def ranked_on_chip(
             (of_student[0] + more) * by, of_student[1] * by, of_student[2] * by, by_zipf * by,
             by_rows(kept * by, factors), by_rows(uniform * by, factors),
         )  # fmt: skip
-        g = student_gradient(s, d_s, z, v, cols, targets, terms, k, PROB, LINEAR)
+        g = student_gradient(s, d_s, z, v, cols, targets, terms, poison, k, PROB, LINEAR)
         pointers = student_gradients + (row * classes)[:, None] + cols
         stored = inside[:, None] & in_row
-        tl.store(pointers, _with_poison(g, counted, poison, student_gradients.dtype.element_ty), mask=stored)
+        tl.store(pointers, narrowed(g, student_gradients.dtype.element_ty), mask=stored)

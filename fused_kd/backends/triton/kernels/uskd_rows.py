@@ -221,11 +221,12 @@ def rank_terms(zipf_sum, zipf_cross, z_s, y_0, y_1, classes, beta):
 
 
 @triton.jit
-def weak_gradient(w, d_w, v, cols, targets, terms, k, PROB: tl.constexpr):
-    """Tiles of it, from terms = (factor, at the first target, at the second, uniform, factor of V)."""
+def weak_gradient(w, d_w, v, cols, targets, terms, poison, k, PROB: tl.constexpr):
+    """Tiles of it, as :func:`.targets.student_gradient`, from terms = (factor, at the first target, at the second,
+    uniform, factor of V)."""
     g = terms[0][:, None] * tl.exp2(d_w * k) - terms[3][:, None]
     if PROB:
         g -= terms[4][:, None] * v
     g = tl.where(cols == targets[0][:, None], terms[1][:, None], g)
     g = tl.where(cols == targets[1][:, None], terms[2][:, None], g)
-    return tl.where(w == _NEG_INF, 0.0, g)
+    return tl.where(w == _NEG_INF, 0.0, g + poison[:, None])

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_kd.backends.triton.kernels.rows import load_factor
+from fused_kd.backends.triton.kernels.rows import load_factor, narrowed
 from fused_kd.backends.triton.kernels.targets import by_rows, ce_labels, find_targets, load_tile, student_gradient
 from fused_kd.backends.triton.kernels.uskd import (
     _IGNORED,
@@ -24,7 +24,6 @@ from fused_kd.backends.triton.kernels.uskd import (
     _scaled,
     _store_norms,
     _terms,
-    _with_poison,
     batch_means,
 )
 from fused_kd.backends.triton.kernels.uskd_rows import rank_terms
@@ -236,7 +235,7 @@ def combine_ranked(
             v = s
             if PROB:
                 v = load_tile(labels, cols, mask, 0.0, UNIT, ACC)
-            g = student_gradient(s, s - m_s[:, None], z, v, cols, targets, of_rows, k, PROB, LINEAR)
+            g = student_gradient(s, s - m_s[:, None], z, v, cols, targets, of_rows, poison, k, PROB, LINEAR)
             pointers = student_gradients + (row * classes)[:, None] + cols
             stored = inside[:, None] & (cols < classes)
-            tl.store(pointers, _with_poison(g, counted, poison, student_gradients.dtype.element_ty), mask=stored)
+            tl.store(pointers, narrowed(g, student_gradients.dtype.element_ty), mask=stored)

@@ -22,6 +22,7 @@ class Statistics(NamedTuple):
     t_max: tl.tensor  # m_t
     t_soft: tl.tensor  # sum of f_j
     t_sharp: tl.tensor
+    blocked: tl.tensor  # with STD, sum of f_j where s_j = -inf
     cross: tl.tensor  # sum f_j (s_j - m_s) soft_s, less f_j (t_j - m_t) soft_t where a loss wants KL's logarithms
     v_sum: tl.tensor  # of the class probabilities V_j
     v_cross: tl.tensor  # sum V_j (s_j - m_s)
@@ -51,6 +52,7 @@ class Moments(NamedTuple):
     mean: tl.tensor
     deviation: tl.tensor  # unbiased
     number: tl.tensor
+    low: tl.tensor  # what the mean was rounded by: the mean is mean + low
 
 
 class Coefficients(NamedTuple):

@@ -356,8 +356,7 @@ def zipf_rows(
             v = s
             if PROB:
                 v = load_tile(labels, cols, mask, 0.0, UNIT, ACC)
-            g = student_gradient(s, s - m[:, None], z_0[:, None], v, cols, targets, terms, k, PROB, LINEAR)
-            g = tl.where(counted[:, None], g + poison[:, None], 0.0)
+            g = student_gradient(s, s - m[:, None], z_0[:, None], v, cols, targets, terms, poison, k, PROB, LINEAR)
             tl.store(
                 out[:, None] + cols, narrowed(g, gradient.dtype.element_ty), mask=inside[:, None] & (cols < classes)
             )
@@ -370,5 +369,5 @@ def zipf_rows(
             if PROB:
                 v = load_tile(labels, column, takes, 0.0, UNIT, ACC)
             z_j, _ = _zipf(rank, best[:, None], power)
-            g = student_gradient(s, s - m[:, None], z_j, v, column, targets, terms, k, PROB, LINEAR)
-            tl.store(out[:, None] + column, narrowed(g + poison[:, None], gradient.dtype.element_ty), mask=takes)
+            g = student_gradient(s, s - m[:, None], z_j, v, column, targets, terms, poison, k, PROB, LINEAR)
+            tl.store(out[:, None] + column, narrowed(g, gradient.dtype.element_ty), mask=takes)

@@ -1,13 +1,13 @@
-// Keys as integers whose ascending order is the keys' descending order, as in csrc/cpu/rank.h.
+// Keys as integers whose ascending order is the keys' descending order.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
+#include <stdint.h>
+#include <string.h>
 
-#include "../common/row_math.h"
+#include "compile.h"
 
 namespace fused_kd {
-namespace cuda {
+namespace FKD_ISA {
 
 FKD_HD uint32_t descending_bits(float key) {
     key += 0.0f; // -0 becomes 0
@@ -23,5 +23,8 @@ FKD_HD uint64_t descending_bits(double key) {
     return bits ^ ((bits >> 63) ? uint64_t(0) : ~uint64_t(0) >> 1);
 }
 
-} // namespace cuda
+template <class A>
+using KeyBits = decltype(descending_bits(A(0)));
+
+} // namespace FKD_ISA
 } // namespace fused_kd
