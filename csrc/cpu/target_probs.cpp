@@ -16,6 +16,7 @@ void target_probs_typed(const TargetProbsArgs& args) {
             values[0] = values[1] = 0;
             if (!row_counts(args, row)) continue;
             Targets targets = targets_of<A>(args.target, row, args.classes, labels);
+            values[0] = values[1] = targets.poison;
             const bool swapped = targets.count == 2 && targets.at.at[0] > targets.at.at[1];
             ascending(targets);
             double max = -INFINITY, sum = 0;
@@ -43,7 +44,7 @@ void target_probs_typed(const TargetProbsArgs& args) {
             const SplitSoftmax<double, 2> p = split_softmax<double, 2>(logits, finite_or_zero(max), sum);
             for (int k = 0; k < targets.count; ++k) {
                 const double value = args.square ? p.p[k] * p.p[k] : p.p[k];
-                values[swapped ? 1 - k : k] = value;
+                values[swapped ? 1 - k : k] += value;
             }
         }
     });

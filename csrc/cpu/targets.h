@@ -11,6 +11,7 @@ struct Targets {
     int count;
     Without<2> at;
     double label[2];
+    double poison; // NaN if one of the probabilities is not finite, else 0
 };
 
 // Of probabilities: the at most two largest entries that exceed the row's smallest, the lower index first on ties.
@@ -18,21 +19,25 @@ template <class A>
 FKD_NOINLINE Targets targets_of(const Matrix& target, int64_t row, int64_t classes, A* staging) {
     if (target.dtype == kInt64) {
         const int64_t y = *reinterpret_cast<const int64_t*>(element(target, row, 0));
-        return {1, {{y, -1}}, {1, 0}};
+        return {1, {{y, -1}}, {1, 0}, 0};
     }
-    double smallest = INFINITY;
+    double smallest = INFINITY, poison = 0;
     for (int64_t j = 0; j < classes; j += kBlock<A>) {
         const int64_t n = block_length<A>(classes, j);
         const A* v = read(target, row, j, n, staging);
         Vec<A> low = splat<A>(-INFINITY);
         const Vec<A> lowest = low;
+        Vec<A> nothing = {};
         for_lanes<A>(n, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
-            low = max_of(keep(lanes, -load(v + i, lanes), lowest), low);
+            const Vec<A> label = load(v + i, lanes);
+            low = max_of(keep(lanes, -label, lowest), low);
+            nothing = mul_add<A>(label, A(0), nothing);
         });
+        poison += sum_lanes<A>(nothing);
         const double block_low = -double(max_lanes<A>(low));
         if (block_low < smallest) smallest = block_low;
     }
-    Targets found = {0, {{-1, -1}}, {0, 0}};
+    Targets found = {0, {{-1, -1}}, {0, 0}, poison};
     for (int k = 0; k < 2; ++k) {
         const int64_t y = argmax(target, row, classes, staging, k ? found.at.at[0] : -1);
         if (y < 0) break;

@@ -29,8 +29,8 @@ __device__ __forceinline__ void visit_student(const RowView& row, const Targets<
     }
 }
 
-// A row a block: p_k^2, or p_k, of its targets; 0 where there is none, NaN of a row without softmax or index. The
-// second visit to the row finds it in the cache unless it is large.
+// A row a block: p_k^2, or p_k, of its targets; 0 where there is none, NaN of a row that has no value. The second visit
+// to the row finds it in the cache unless it is large.
 template <class A>
 __global__ void __launch_bounds__(kMostStreamingThreads) target_probabilities(BatchSumsCall call) {
     __shared__ WarpResults<LargestTwo<A>> room;
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kMostStreamingThreads) target_probabilities(Ba
     const SplitSoftmax<A, 2> p = common::split_softmax<A, 2>(logits, max, sum.x);
     for (int k = 0; k < 2; ++k) {
         const double value = double(call.square ? p.p[k] * p.p[k] : p.p[k]);
-        values[k] = k < targets.count ? value : 0.0;
+        values[k] = (k < targets.count ? value : 0.0) + double(targets.poison);
     }
 }
 

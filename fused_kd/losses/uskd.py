@@ -57,7 +57,7 @@ def uskd_loss(
     """If that class is not a target, it leaves the non-target set: it gets no Zipf weight but keeps its place in the
     ranking, and the other weights are renormalised. If it is a target with P other than 0, the target term is +inf. A
     weak logit of -inf makes the weak term +inf, since that term supervises every class; no gradient flows there.""",
-    "among the student's logits, through the mean in P, the loss and the student's gradient of all rows",
+    "among the student's logits or the labels, through the mean in P, the loss and the student's gradient of all rows",
 )
 def uskd_loss(
     student_logits: Logits,

@@ -75,14 +75,12 @@ def find_labels(
     else:
         probabilities = target.to(dtype)
         counted = torch.ones(target.shape[:1], dtype=torch.bool, device=target.device)
-        unknown = probabilities.isnan()  # passed over here, its row has no value
-        known = torch.where(unknown, NEG_INF, probabilities)
-        columns = known.argmax(dim=1, keepdim=True)
+        columns = probabilities.argmax(dim=1, keepdim=True)
         present = torch.ones_like(columns, dtype=torch.bool)
         if most == 2:
-            second = known.scatter(1, columns, NEG_INF).argmax(dim=1, keepdim=True)
+            second = probabilities.scatter(1, columns, NEG_INF).argmax(dim=1, keepdim=True)
             columns = torch.cat([columns, second], dim=1)
-            present = known.gather(1, columns) > torch.where(unknown, float("inf"), known).amin(dim=1, keepdim=True)
+            present = probabilities.gather(1, columns) > probabilities.amin(dim=1, keepdim=True)
         columns = torch.where(present, columns, 0)
         values = torch.where(present, probabilities.gather(1, columns), 0.0)
         valid = 1.0 + 0.0 * probabilities.sum(dim=1)

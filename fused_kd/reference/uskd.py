@@ -112,7 +112,7 @@ def uskd_batch_sums(student_logits: Tensor, target: Tensor, *, square: bool = Tr
     """What couples the rows of USKD, float64 ``(3,)``, detached: over the rows that count, the sums of the first and of
     the second target's squared probability (with ``square=False`` the probability), and how many rows there are.
 
-    A row without a second target adds 0 to the second sum; one whose index is out of range adds NaN.
+    A row without a second target adds 0 to the second sum; one without a value (see ``Labels.valid``) adds NaN.
     """
     dtype = accumulation_dtype(student_logits)
     labels = find_labels(target, student_logits.shape[1], ignore_index, dtype, most=2)
@@ -200,9 +200,7 @@ def _rank_keys(rank: str, log_p: Tensor, p: Tensor, v: Tensor, is_target: Tensor
 
 
 def _target_probabilities(p: Tensor, labels: Labels, square: bool) -> Tensor:
-    p_target = torch.where(labels.present, p.gather(1, labels.columns), 0.0)
-    if labels.probabilities is None:  # an index out of range; a NaN among probabilities is its row's alone
-        p_target = p_target * labels.valid.unsqueeze(1)
+    p_target = torch.where(labels.present, p.gather(1, labels.columns), 0.0) * labels.valid.unsqueeze(1)
     return p_target.square() if square else p_target
 
 

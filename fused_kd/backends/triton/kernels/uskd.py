@@ -137,7 +137,7 @@ def target_probabilities(
     classes = classes // VEC * VEC
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
-    targets, counted, valid, _ = find_targets(
+    targets, counted, valid, labels = find_targets(
         target, row, inside, target_row, target_col, ignore_index, classes, ROWS, BLOCK, VEC, HELD, UNIT, PROB, ACC
     )
     view = (student + row * (student_row // VEC * VEC), student_col)
@@ -145,7 +145,14 @@ def target_probabilities(
     logits = load_targets(view, view, targets, counted, UNIT, ACC)
     p = split_softmax(logits[0], logits[1], m, z, k)
     first, second = target_squares(p, targets, SQUARE)
-    # An absent target adds 0, unless its index is out of range; an index target has no second one.
+    if PROB:
+        # A NaN among the labels.
+        total = tl.zeros([ROWS, BLOCK], ACC)
+        for start in range(0, BLOCK if HELD else classes, BLOCK):
+            cols = start + tl.arange(0, BLOCK)[None, :]
+            total += load_tile(labels, cols, inside[:, None] & (cols < classes), 0.0, UNIT, ACC)
+        valid += 0.0 * tl.sum(total, 1)
+    # An absent target adds 0, unless the row has no value; an index target has no second one.
     first = tl.where(counted, first * valid, 0.0)
     second = tl.where(counted & PROB, second * valid, 0.0)
     tl.store(row_sums + row, first, mask=inside)
