@@ -1,5 +1,5 @@
-"""``python -m fused_kd env`` says what is there and why the rest is not, ``check`` compares backends with float64 in a
-minute or two, ``losses`` lists what there is."""
+"""``python -m fused_kd env`` shows versions and available backends, and why others are missing. ``check`` compares the
+backends with float64 in a minute or two. ``losses`` lists the losses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fused_kd.backends import native
 from fused_kd.backends.native import core
 from fused_kd.core.catalogue import LOSSES, Loss
 
-#: The table of `check`: its heads, and how a line of it is filled in.
+#: The table of `check`: its heads, and the format of a line.
 _HEADS = ("device", "backend", "", "dtype", "cases", "loss", "allowed", "gradient", "allowed", "")
 _LINE = "{:<8}{:<9}{:<16}{:<10}{:>5}{:>9}{:>9}{:>10}{:>9}  {}"
 
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _plain(loss: Loss) -> str:
-    """A loss for a terminal, in lines of 80 columns."""
+    """Describe a loss for a terminal, in lines of 80 columns."""
     fused = [f"{device}: {', '.join(names[:-1]) or 'none'}" for device, names in loss.backends.items()]
     options = ", ".join(f"{name}={value!r}" for name, value in loss.defaults.items())
     lines = [f"{loss.title}: {loss.function}, {loss.module}. {loss.paper}"]
@@ -91,11 +91,11 @@ def env() -> int:
 
 
 def _explanations(device: str) -> list[str]:
-    """Which backend serves each loss of such tensors and why, once for the losses of which the same holds."""
+    """Explain which backend serves each loss on a device, once for all losses with the same reasons."""
     alike: dict[tuple[tuple[str, str], ...], list[backends.Explanation]] = {}
     for loss in LOSSES:
         found = backends.explain(device, loss)
-        # A reason may name its loss, which the others are not to be told apart by.
+        # A reason may name its loss. That alone makes no difference.
         own = LOSSES[loss].title
         key = tuple(
             (name, reason.replace(f"kernel of {own} for", "kernel for")) for name, reason in found.reasons.items()
@@ -113,12 +113,12 @@ def _core_line() -> str:
     if reason := native.unavailable("cpu"):
         return reason
     line = f"{', '.join(native.instruction_sets())} ({native.compiler()})"
-    return line if native.folder() == core.PACKAGE else f"{line}, that of the installation in {native.folder()}"
+    return line if native.folder() == core.PACKAGE else f"{line}, from the installation in {native.folder()}"
 
 
 def _openmp_line() -> str:
     if native.unavailable("cpu"):
-        return "no C++ core that would use it"
+        return "not used: there is no C++ core"
     if not (used := native.openmp_runtime()):
         return "none that this PyTorch has loaded: the C++ core uses one thread"
     others = [path for path in native.loaded_openmp_runtimes() if Path(path).resolve() != Path(used).resolve()]
@@ -140,7 +140,7 @@ def run_check(devices: list[str], only: list[str] | None, quick: bool) -> int:
         here = [(device, name, loss) for loss in LOSSES for name in check.runnable(device, loss)]
         jobs += [job for job in here if not only or job[1] in only]
         for name in set(only or ()) - {job[1] for job in here}:
-            backends.choose(name, device)  # refuses with the reason
+            backends.choose(name, device)  # raises an error with the reason
     if not jobs:
         print("no fused backend runs here; `python -m fused_kd env` says why")
         return 1
@@ -148,7 +148,7 @@ def run_check(devices: list[str], only: list[str] | None, quick: bool) -> int:
     print(_LINE.format(*_HEADS).rstrip())
     failures = 0
     for device, name, loss_name in jobs:
-        # Triton's interpreter on a CPU takes minutes for what a GPU does at once.
+        # Large shapes would take Triton's interpreter minutes.
         plan = [*check.cases(quick or (device, name) == ("cpu", "triton"), loss_name)]
         for dtype in check.DTYPES:
             outcomes = [check.compare(name, case, device) for case in plan if case.dtype == dtype]
@@ -162,7 +162,7 @@ def run_check(devices: list[str], only: list[str] | None, quick: bool) -> int:
                 *(f"{gradient.gradient:.1e}", f"{gradient.gradient_budget:.1e}"),
                 f"{missed} missed" if missed else "ok",
             )
-            print(_LINE.format(*cells), flush=True)  # the next one can take seconds
+            print(_LINE.format(*cells), flush=True)  # the next line can take seconds
     if failures:
         print(f"{failures} cases are outside the budget")
     return 1 if failures else 0

@@ -16,7 +16,7 @@ from fused_kd.core.stored import counted_weight
 
 __all__ = ["given_hyper", "row_loss", "scale_stored", "uskd", "uskd_batch_sums", "zipf_ls"]
 
-# By int(whether hyper-parameters may change): PyTorch 2.11's compiler takes no bool for an index.
+# Indexed by int(whether hyper-parameters may change): PyTorch 2.11's compiler accepts no bool as an index.
 _ROW_LOSS, _USKD, _ZIPF_LS = (ops.LOSS_OPS[name] for name in ("row_loss", "uskd", "zipf_ls"))
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
@@ -24,11 +24,11 @@ _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 class _FusedLoss(torch.autograd.Function):
     """Gives autograd the gradient that the forward op computed.
 
-    Shaped by the time of a call, which at a thousand classes is a good part of a step: every argument of ``apply``
-    costs a microsecond each way, so the op's further arguments come as one tuple; a second output costs five; and the
-    argument binding that comes with ``setup_context`` twenty. torch.func needs the latter, so the losses refuse there.
-    The inputs are not kept, which would cost their memory, and so neither is there anything to make a second derivative
-    of: where a backward is to be differentiated (create_graph=True), it refuses.
+    The time of a call, a good part of a step at a thousand classes, decides the form. Each argument of ``apply`` costs
+    a microsecond each way, so the op's further arguments are one tuple. A second output costs five microseconds, and
+    the argument binding of ``setup_context`` twenty. torch.func needs the latter, so the losses raise an error there.
+    The inputs are not kept, to save their memory. So there is no second derivative, and the backward raises an error
+    with create_graph=True.
     """
 
     @staticmethod
@@ -44,7 +44,7 @@ class _FusedLoss(torch.autograd.Function):
 
 
 class _FusedPairLoss(torch.autograd.Function):
-    """As :class:`_FusedLoss`, which it would slow down, for two logits that have a gradient each, if wanted."""
+    """As :class:`_FusedLoss`, for two logits with a gradient each, if wanted. One class for both would be slower."""
 
     @staticmethod
     def forward(
@@ -68,10 +68,10 @@ class _FusedPairLoss(torch.autograd.Function):
 
 
 class _DistRows(torch.autograd.Function):
-    """DIST of ``reduction="none"``, whose gradient the backward pass makes of the logits (:mod:`fused_kd.ops`).
+    """DIST with ``reduction="none"``: the backward pass computes the gradient from the logits (:mod:`fused_kd.ops`).
 
-    ``kept`` are the student's logits, the teacher's and the target, as they were before they may have been copied to
-    be rows. What is returned is what the op returns; a gradient is not among it.
+    ``kept`` are the student's logits, the teacher's and the target, before flattening to rows may have copied them.
+    Returns the op's results, without a gradient.
     """
 
     @staticmethod
@@ -102,10 +102,10 @@ class _DistRows(torch.autograd.Function):
             given = (student, teacher, target, row_weight, hyper, *ctx.options)
             return op(*given, *grads, ctx.backend)  # type: ignore[no-any-return]
 
-        # What comes in for the term of the columns, by way of every row that has it.
+        # The column term is part of every row that counts, so its incoming gradient is a sum over them.
         share = counted_weight(row_weight, target, ctx.options[1], grad_output.dtype)
         grad_columns = torch.where(share == 0, 0.0, grad_output * share).sum(-1)
-        if compiling or not transforms.tangents_exist():  # of a batch PyTorch calls the op once for each
+        if compiling or not transforms.tangents_exist():  # for a batch PyTorch calls the op once per item
             return gradient(student, grad_output, grad_columns), None, None, None
         wide = student.to(share.dtype)
         ones, one = torch.ones_like(share), torch.ones_like(share[0])
@@ -115,14 +115,14 @@ class _DistRows(torch.autograd.Function):
 
 
 def savable(tensor: Tensor | None) -> Tensor | None:
-    """As autograd can save it for backward: of a tensor made in inference mode a copy."""
+    """Return a tensor that autograd can save for backward: a copy if it was made in inference mode."""
     if tensor is None or torch.compiler.is_compiling() or not tensor.is_inference():
         return tensor
     return tensor.clone()
 
 
 def _keep(ctx: Any, outputs: tuple[Tensor, ...], want_parts: bool, backend: str) -> Any:
-    """Save what the forward op has made for backward; the loss, and the parts if they are wanted."""
+    """Save the forward op's gradients for backward. Return the loss, and the parts if wanted."""
     loss, parts, *stored = outputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*stored)
@@ -134,7 +134,7 @@ def _keep(ctx: Any, outputs: tuple[Tensor, ...], want_parts: bool, backend: str)
 
 
 def scale_stored(gradient: Tensor, grad_output: Tensor, norm: Tensor, backend: str, keep: bool = False) -> Tensor:
-    """The stored gradient times the incoming one, in place when nobody can ask for the stored one again."""
+    """Return the stored gradient times the incoming one, in place if nobody can ask for the stored one again."""
     if torch.compiler.is_compiling():
         result: Tensor = ops.scale_gradient_compiled(gradient, grad_output, norm, backend)
         return result
@@ -143,7 +143,7 @@ def scale_stored(gradient: Tensor, grad_output: Tensor, norm: Tensor, backend: s
     if transforms.wraps_values(grad_output):
         return _scaled(gradient, grad_output, norm)
     if keep:
-        # Of an exported graph, which may have been compiled.
+        # In an exported graph, which may have been compiled.
         return ops.scale_gradient_compiled(gradient, grad_output, norm, backend)  # type: ignore[no-any-return]
     if torch._C._autograd._get_current_graph_task_keep_graph():
         return ops.scale_gradient(gradient, grad_output, norm, backend)  # type: ignore[no-any-return]
@@ -154,16 +154,16 @@ def scale_stored(gradient: Tensor, grad_output: Tensor, norm: Tensor, backend: s
 
 
 def _is_one(grad_output: Tensor) -> bool:
-    """Whether an incoming scalar is 1, where reading it costs nothing; on a GPU the kernel looks instead."""
+    """Whether an incoming CPU scalar is 1. Reading it costs nothing there; on a GPU the kernel checks instead."""
     if grad_output.dim() != 0 or grad_output.device.type != "cpu":
         return False
-    # Under FakeTensorMode there is no value, and what records the backward shall not take this one for every call's.
+    # Under FakeTensorMode there is no value, and a recorded backward must not take this value for every call.
     return type(grad_output) is Tensor and _dispatch_modes() == 0 and grad_output.item() == 1.0
 
 
 def _scaled(gradient: Tensor, grad_output: Tensor, norm: Tensor) -> Tensor:
-    """As the kernels do it, for an incoming gradient that vmap batches (is_grads_batched, jacobian's vectorize) or that
-    has a tangent."""
+    """Scale as the kernels do, for an incoming gradient that vmap batches (is_grads_batched, jacobian's vectorize) or
+    that has a tangent."""
     scaled = gradient * (grad_output * norm).reshape(*grad_output.shape, 1)
     return torch.where(gradient == 0, gradient, scaled.to(gradient.dtype))
 
@@ -178,12 +178,11 @@ def row_loss(
     want_parts: bool,
     kept: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The loss and, if wanted, its three parts, stacked, of checked rows; differentiable in the student's logits.
+    """Return the loss of checked rows and, if wanted, its three stacked parts; differentiable in the student's logits.
 
-    ``hyper`` are the fields of :class:`fused_kd.core.options.HyperParameters`; ``inputs`` and ``asked`` what the op has
-    before the loss's name and between those and whether a gradient is wanted.
-
-    With ``kept`` the backward pass makes the gradient, of these: see :class:`_DistRows`.
+    ``hyper`` are the fields of :class:`fused_kd.core.options.HyperParameters`. ``inputs`` are the op's arguments before
+    the loss's name, and ``asked`` the ones between ``hyper`` and ``need_gradient``. With ``kept`` the backward pass
+    computes the gradient from these: see :class:`_DistRows`.
     """
     transforms.refuse(student_logits)
     need_gradient = student_logits.requires_grad and torch.is_grad_enabled()
@@ -203,8 +202,8 @@ def zipf_ls(
     backend: str,
     want_parts: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Zipf's label smoothing of checked rows, and if wanted its two parts, stacked; differentiable in the student's
-    logits. The arguments are as :func:`row_loss` has them."""
+    """Return Zipf's label smoothing of checked rows and, if wanted, its two stacked parts; differentiable in the
+    student's logits. The arguments are as in :func:`row_loss`."""
     transforms.refuse(student_logits)
     need_gradient = student_logits.requires_grad and torch.is_grad_enabled()
     scheduled, given = given_hyper(hyper)
@@ -213,13 +212,13 @@ def zipf_ls(
 
 
 def given_hyper(hyper: list[float]) -> tuple[bool, list[float] | Tensor]:
-    """Whether hyper-parameters may change in the graph that is being compiled, and they as the op then takes them.
+    """Return whether hyper-parameters may change in the graph that is being compiled, and the form that the op takes.
 
-    A float is a constant of a compiled graph until a call brings another value; then the graph is compiled once more,
-    with a symbol in its place, of which nothing is known here.
+    A float is a constant of a compiled graph until a call has another value. Then the graph is compiled once more, with
+    a symbol in its place.
     """
     if torch.compiler.is_compiling():
-        # Asks for no bound: the checks of a range have left their guards, which settle a comparison of a symbol, too.
+        # This adds no guard. A comparison would not do: guards of the range checks settle it even for a symbol.
         from torch.fx.experimental.symbolic_shapes import has_static_value
 
         for value in hyper:
@@ -240,7 +239,7 @@ def _apply_fused(
 
 
 def uskd_batch_sums(student_logits: Tensor, target: Tensor, square: bool, ignore_index: int, backend: str) -> Tensor:
-    """What couples the rows of USKD; see :func:`fused_kd.reference.uskd_batch_sums`."""
+    """Return the sums that couple the rows of USKD; see :func:`fused_kd.reference.uskd_batch_sums`."""
     transforms.refuse(student_logits)
     return ops.uskd_batch_sums(student_logits.detach(), target, square, ignore_index, backend)  # type: ignore[no-any-return]
 
@@ -254,8 +253,8 @@ def uskd(
     backend: str,
     want_parts: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The loss and, if wanted, its four parts, stacked, of checked rows; differentiable in both logits. The arguments
-    are as :func:`row_loss` has them."""
+    """Return the loss of checked rows and, if wanted, its four stacked parts; differentiable in both logits. The
+    arguments are as in :func:`row_loss`."""
     transforms.refuse(student_logits, weak_logits)
     grad = torch.is_grad_enabled()
     need_student, need_weak = grad and student_logits.requires_grad, grad and weak_logits.requires_grad
@@ -272,13 +271,14 @@ def uskd(
 
 
 def _exported(op: Any) -> Any:
-    """What torch.export records in place of an op: it keeps ops alone, so this one brings its autograd with it."""
+    """Return the op that torch.export records in place of ``op``. An export keeps only ops, so this one has its own
+    autograd kernel."""
     transforms.refuse_onnx()
     return ops.EXPORTED_OPS[op]
 
 
 class _ExportedLoss(torch.autograd.Function):
-    """The autograd of an op in an exported graph. Shaped for any of them, and not by the time of a call."""
+    """The autograd of any op in an exported graph, written without regard to the time of a call."""
 
     @staticmethod
     def forward(
@@ -307,7 +307,7 @@ class _ExportedLoss(torch.autograd.Function):
 
 
 def _autograd_of(op: Any, wanted: int) -> Any:
-    """The autograd kernel of a forward op whose last arguments say which of ``wanted`` gradients it makes."""
+    """Return the autograd kernel of a forward op with ``wanted`` gradients; its last arguments say which to compute."""
 
     def kernel(*arguments: Any) -> Any:
         transforms.refuse(*arguments[:wanted])
@@ -318,13 +318,13 @@ def _autograd_of(op: Any, wanted: int) -> Any:
                 return op(*arguments)
         if op._opname.startswith("exported_row_loss"):
             labels, _, loss, hyper, _, _, reduction, _ = others
-            # Of a schedule no value is known while a graph is recorded.
+            # While a graph is recorded, a schedule has no value.
             known = not isinstance(hyper, Tensor)
             coupled = has_column_term(loss, HyperParameters._make(hyper)) if known else loss == "dist"
             if coupled and reduction == "none":
                 further = (other_logits, *others[:-1], False, backend)
                 return _DistRows.apply(student_logits, op, (student_logits, other_logits, labels), further)  # type: ignore[no-untyped-call]
-        # It may have been exported with logits that did not require grad.
+        # The export may have seen logits that did not require grad.
         further = (*others[:-wanted], *need, backend)
         return _ExportedLoss.apply(op, student_logits, other_logits, further)  # type: ignore[no-untyped-call]
 

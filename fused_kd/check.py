@@ -1,7 +1,7 @@
-"""Compares every backend that runs here with the reference in float64: ``python -m fused_kd check``, and the tests.
+"""The comparison of backends with the reference in float64, for ``python -m fused_kd check`` and the tests.
 
-What a backend may deviate is not a matter of taste: in each dtype it is the deviation of the eager reference itself,
-run in that dtype on the same rows, plus a few units in the last place of the accumulating dtype.
+The allowed error of a backend in each dtype is the error of the eager reference itself, run in that dtype on the same
+rows, plus a few units in the last place of the accumulating dtype.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["Case", "Outcome", "cases", "compare"]
 #: The exponential is within 2 ulp, a sum of a hundred terms a lane about as much; float64 is compared with float64.
 _SLACK_ULPS = {torch.float32: 4, torch.float64: 64}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-#: Such that every term counts in the gradients.
+#: Options that make every term count in the gradients.
 OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "nkd": ({}, {"temperature": 3.0, "gamma": 3.5}, {"ce_weight": 1.0}),
     "uskd": (
@@ -41,12 +41,11 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
 
 
 class Case(NamedTuple):
-    """One comparison. ``spread`` is the standard deviation of the logits, ``soft`` asks for probability targets, and
-    ``weighted`` for weights of the rows, from 0 to 2.
+    """One comparison. ``spread`` is the standard deviation of the logits. ``soft`` asks for probability targets,
+    ``weighted`` for row weights from 0 to 2.
 
-    Ranks are no matter of degree: rounding may exchange classes with nearly equal keys, and a loss that ranks would
-    then be compared with another one. So for USKD the student's logits come in steps of 1/8, the weak ones are their
-    halves, exactly, and keys are equal or well apart.
+    Rounding may swap classes with nearly equal keys, and USKD would then be a different function. So its student's
+    logits are multiples of 1/8 and the weak ones exactly half of them: keys are equal or well apart.
     """
 
     dtype: torch.dtype
@@ -67,7 +66,7 @@ class Case(NamedTuple):
             student = ((student * 8).round() / 8).to(self.dtype)
             other = student / 2
         target = torch.randint(self.classes, (self.rows,), generator=generator)
-        if self.soft:  # as mixup makes them
+        if self.soft:  # as with mixup
             second = torch.randint(self.classes, (self.rows,), generator=generator)
             one_hot = torch.nn.functional.one_hot
             target = 0.7 * one_hot(target, self.classes).float() + 0.3 * one_hot(second, self.classes).float()
@@ -79,7 +78,7 @@ class Case(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Relative errors against float64, and what each may be."""
+    """Relative errors against float64, with the budget of each."""
 
     loss: float
     loss_budget: float
@@ -92,8 +91,8 @@ class Outcome(NamedTuple):
 
 
 def cases(quick: bool = False, loss: str = "nkd") -> Iterator[Case]:
-    """Every dtype over regimes of the number of classes, hyper-parameters, saturated rows and probability targets."""
-    # Where the weak logits underflow, classes tie in float32 that do not in float64.
+    """Yield cases for every dtype: numbers of classes, hyper-parameters, saturated rows and probability targets."""
+    # If the weak logits underflow, classes tie in float32 but not in float64.
     first, saturated = OPTIONS[loss][0], 12.0 if loss == "uskd" else 60.0
     sizes = ((7, 2), (7, 10), (7, 1000)) if quick else ((7, 2), (7, 3), (77, 10), (77, 1000), (7, 1001), (7, 21841))
     for dtype in DTYPES:
@@ -116,7 +115,8 @@ def evaluate(
     grad_output: Tensor | None = None,
     loss: str = "nkd",
 ) -> tuple[Tensor, ...]:
-    """The loss and the gradients, of the student's and for USKD of the weak logits, for an incoming gradient."""
+    """Return the loss and the gradients for an incoming gradient: of the student's logits, for USKD also of the weak
+    ones."""
     leaves = [student_logits.detach().requires_grad_()]
     if loss == "uskd":
         leaves.append(other_logits.detach().requires_grad_())
@@ -129,10 +129,10 @@ def evaluate(
 
 
 def relative_error(value: Tensor, exact: Tensor, order: float = 0.1) -> float:
-    """The largest error as a share of the largest exact magnitude.
+    """Return the largest error relative to the largest exact magnitude.
 
-    A gradient's entries are differences of terms of order 1, or 1/N for a mean. Where they cancel in every row the
-    float64 reference has no digits left itself, so the magnitude counts as ``order`` at least, a tenth of that.
+    A gradient's entries are differences of terms of order 1, or 1/N for a mean. If they cancel in every row, even the
+    float64 reference has no digits left. So the magnitude counts as at least ``order`` (or ``order`` / N).
     """
     if exact.numel() == 0:
         return 0.0
@@ -168,27 +168,26 @@ def compare_inputs(
     ours = evaluate(backend, student, other, target, options, grad_output, loss)
     accumulate = reference.accumulation_dtype(student, other)
     slack = _SLACK_ULPS[accumulate] * torch.finfo(accumulate).eps
-    # Those of pointwise losses are differences of larger terms: of T times a slope over a row's deviation, or times the
-    # logarithm of a quotient. In DIST of two classes, whose correlation is 1 or -1, nothing but rounding is left of
-    # them, nor in a row that is saturated, where eager's is 0 by luck.
+    # A pointwise loss's gradient is a difference of larger terms: T times a slope over a row's deviation, or T times
+    # the logarithm of a quotient. In DIST of two classes the correlation is 1 or -1, and only rounding is left. The
+    # same holds for a saturated row, where eager gets 0 by luck.
     order = {"dist": 1.0, "js": 2.0}[loss] * options.get("temperature", 1.0) if loss in ("dist", "js") else 0.1
     errors = [relative_error(a, b, order) for a, b in zip(ours, exact, strict=True)]
     budgets = [relative_error(a, b, order) + slack for a, b in zip(eager, exact, strict=True)]
     if accumulate == torch.float64 and (loss in ("uskd", "tf_kd", "zipf_ls") or options.get("label_smoothing")):
-        # Eager PyTorch adds up a smoothed label one vector of classes after the other: against 80 bits USKD's weak
-        # gradient is 390 ulp off at 21841 classes where the kernels' is 5, and Tf-KD's loss and gradient 180 and 320
-        # where the kernels' are 3 and 1; Zipf's labels are as many equal numbers. A worst case of half an ulp a step of
-        # 4.
+        # Eager PyTorch sums a smoothed label vector by vector. At 21841 classes, against 80 bits, its weak gradient of
+        # USKD is 390 ulp off (the kernels' 5), and Tf-KD's loss and gradient are 180 and 320 ulp off (the kernels' 3
+        # and 1). Zipf's labels are as many equal numbers. The worst case is half an ulp per step of 4 classes.
         more = student.shape[1] / 8 * torch.finfo(torch.float64).eps
         budgets = [*budgets[:2], budgets[2] + more] if loss == "uskd" else [budget + more for budget in budgets]
     if backend == "triton" and student.device.type == "cpu" and student.dtype == torch.bfloat16:
-        # Triton's interpreter cuts bfloat16 off, by up to a unit in the last place, where a GPU rounds.
+        # Triton's interpreter truncates bfloat16, an error of up to one unit in the last place. A GPU rounds.
         budgets[1:] = [max(budget, torch.finfo(torch.bfloat16).eps + slack) for budget in budgets[1:]]
     gradient, gradient_budget = max(zip(errors[1:], budgets[1:], strict=True), key=lambda pair: pair[0] / pair[1])
     return Outcome(errors[0], budgets[0], gradient, gradient_budget)
 
 
 def runnable(device: str, loss: str) -> list[str]:
-    """The fused backends that can run a loss on a device."""
+    """Return the fused backends that can run a loss on a device."""
     fused = (name for name in backends.BACKENDS if name != "reference")
     return [name for name in fused if backends.unavailable(name, device, loss) is None]

@@ -1,8 +1,8 @@
-"""Ordinary calls, on the CPU and of plain tensors, straight to the C++ core.
+"""Ordinary calls, with plain CPU tensors, straight to the C++ core.
 
-A loss asks here first, with unchecked arguments. What is not ordinary gets None, and goes the way of
-:mod:`fused_kd.ops`: whatever is compiled, recorded, transformed or wrong, other sources and devices, row weights, loss
-by row. Both ways run the same kernels.
+A loss first tries this way, with unchecked arguments. For any other call it returns None, and the loss goes through
+:mod:`fused_kd.ops`: anything compiled, recorded, transformed or wrong, other sources and devices, row weights, and
+``reduction="none"``. Both ways run the same kernels.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ONE = torch.ones((), device="cpu")
 
 
 class _Loss(torch.autograd.Function):
-    """Gives autograd the gradients that the core has made: of each of ``logits``, None where it is not wanted."""
+    """Gives autograd the gradients that the core has computed, one for each of ``logits``, or None if not wanted."""
 
     @staticmethod
     def forward(ctx: Any, made: tuple[Any, ...], *logits: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ class _Loss(torch.autograd.Function):
         return None, *(None if gradient is None else _scaled(gradient, grad_output) for gradient in stored)
 
 
-# The C++ apply below that of torch.autograd.Function, which looks for transforms first: none is ordinary.
+# The C++ apply. The one of torch.autograd.Function looks for transforms first, and an ordinary call has none.
 _apply: Any = super(torch.autograd.Function, _Loss).apply
 
 
@@ -56,18 +56,18 @@ def loss(
     settings: dict[str, Any],
     common: tuple[Any, ...],
 ) -> tuple[Tensor, Tensor | None] | None:
-    """The loss and, if wanted, its parts, stacked; None of a call that is not ordinary.
+    """Return the loss and, if wanted, its stacked parts; None if the call is not ordinary.
 
-    ``tensors`` are the student's logits, others and the target; ``numbers`` the hyper-parameters, ``settings`` the
-    other options of the loss, ``common`` what all losses take.
+    ``tensors`` are the student's logits, other logits and the target. ``numbers`` are the hyper-parameters,
+    ``settings`` the loss's other options, and ``common`` the options that all losses take.
     """
     if _loss is None or torch.compiler.is_compiling():
         return None
     which = NUMBERS.get(name, name)
-    if name == "js" and type(numbers["beta"]) in (float, int):  # what is no number is left to the checks
+    if name == "js" and type(numbers["beta"]) in (float, int):  # the checks handle anything else
         which = NUMBERS[as_run(name, numbers["beta"])]
     made = _loss(which, tensors, numbers, settings, common, native.instruction_set, torch.get_num_threads())
     if type(made) is not tuple:
         return None if made is None else (made, None)
-    gradients = len(made) - 2  # of each logits, where any is wanted
+    gradients = len(made) - 2  # one for each logits, or none at all
     return (_apply(made, *tensors[:gradients]) if gradients else made[0]), made[1]

@@ -1,26 +1,25 @@
-"""The one boundary between PyTorch and the kernels: torch.library ops and their fakes.
+"""The only boundary between PyTorch and the kernels: torch.library ops and their fakes.
 
-Two ops serve a loss: one forward, which computes the loss, its parts and, where it is wanted, the gradient for an
-incoming gradient of 1; and one backward, shared by every loss, which multiplies that stored gradient by what came in
-(in place where nobody can ask again, and in a compiled graph with a look at who asks); :mod:`fused_kd.autograd` puts
-them together. USKD, whose rows a batch mean couples, has a small op before where an all-reduce comes between, or where
-other rows count too; without its sums the op takes those of its own rows.
-Pointers are taken inside a registered op only, so torch.compile keeps the whole in one graph.
+A loss uses two ops. The forward op computes the loss, its parts and, if wanted, the gradient for an incoming gradient
+of 1. The backward op, shared by all losses, multiplies that stored gradient by the incoming one: in place if nobody
+can ask for it again, and in a compiled graph with a check for create_graph=True. :mod:`fused_kd.autograd` combines
+them. A batch mean couples the rows of USKD. Its sums have a small op of their own, for an all-reduce or when more rows
+count; without given sums the op uses its own rows.
+Only registered ops take pointers, so torch.compile keeps everything in one graph.
 
-What is stored is one tensor of the shape and dtype of the logits that want a gradient. It is already divided by the
-number of rows for ``reduction="mean"``, so that an incoming 1 leaves nothing to do. Except in float16, where dividing
-would underflow just when GradScaler is about to multiply: there it is stored times a power of two that uses the upper
-end of the format's range, and ``norm`` undoes that, and divides, in float32 in the backward op. The power comes from a
-bound of the gradient, or where there is none, from the gradient itself (:func:`fused_kd.core.stored.to_half`).
+The stored gradient is one tensor of the shape and dtype of the logits. For ``reduction="mean"`` it is already divided
+by the number of rows, so an incoming 1 leaves nothing to do. In float16, dividing would underflow just before
+GradScaler multiplies. There the gradient is stored times a power of two that uses the upper end of the format's range,
+and the backward op multiplies by ``norm`` in float32, which undoes the power and divides. The power comes from a bound
+of the gradient or, if there is none, from the gradient itself (:func:`fused_kd.core.stored.to_half`).
 
-``row_weight`` (N,), where given, becomes factors (:func:`fused_kd.core.stored.row_factors`): a kernel multiplies a
-row's parts by one and its gradient by another, with the reduction "sum" for a mean, and takes a row whose factor is 0
-for one to be ignored.
+``row_weight`` (N,), if given, becomes factors (:func:`fused_kd.core.stored.row_factors`). A kernel multiplies a row's
+parts by one and its gradient by another, with the reduction "sum" for a mean, and ignores a row with a factor of 0.
 
-DIST's columns are the exception: their term is one number, which depends on every row, so its gradient is multiplied by
-the sum of what the rows are multiplied by, for all rows alike: the kernel is given it as ``column_factor``. With
-``reduction="none"`` the sum is known in the backward pass alone: nothing is stored, and there ``dist_gradient`` makes
-the gradient of the logits, which are kept instead.
+DIST's columns are the exception. Their term is one number that depends on every row, so its gradient is multiplied by
+the sum of the row factors, the same for all rows: the kernel's ``column_factor``. With ``reduction="none"`` only the
+backward pass knows that sum. Then the logits are kept instead of a gradient, and ``dist_gradient`` computes the
+gradient there.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ __all__ = [
 ]
 
 _LOSSES = ("row_loss", "uskd", "zipf_ls")
-#: Of an op and its twin: suffix, type of the hyper-parameters, tags.
+#: An op and its twin: suffix, type of the hyper-parameters, tags.
 _TWINS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("", "float[]", ()),
     ("_scheduled", "Tensor", (torch.Tag.cudagraph_unsafe,)),
@@ -71,13 +70,13 @@ def define(
     scheduled: bool = False,
     exported: bool = False,
 ) -> None:
-    """Register an op, whose last argument is the backend: its schema, its implementation and its fake.
+    """Register an op with its schema, its implementation and its fake. Its last argument is the backend.
 
-    ``{hyper}`` among the arguments are the hyper-parameters, numbers. With ``scheduled`` there is a twin ``_scheduled``
-    that takes them as a CPU tensor: a compiled graph holds a number as a constant, and would be compiled anew for each
-    value of a schedule; a tensor is an input. But a CUDA graph would replay the values that it was captured with, so
-    the twin is kept out of those. With ``exported`` there is one more of each for torch.export, ``exported_``, which
-    :mod:`fused_kd.autograd` gives an autograd kernel: it would be a tenth of a call.
+    ``{hyper}`` among the arguments stands for the hyper-parameters, which are numbers. With ``scheduled`` a twin
+    ``_scheduled`` takes them as a CPU tensor: a number is a constant of a compiled graph, which would be compiled anew
+    for each value of a schedule; a tensor is an input. A CUDA graph would replay the captured values, so the twin is
+    kept out of CUDA graphs. With ``exported`` each has another twin for torch.export, ``exported_``, to which
+    :mod:`fused_kd.autograd` gives an autograd kernel. On the ordinary ops that would cost a tenth of a call.
     """
     for suffix, numbers, tags in _TWINS if scheduled else _TWINS[:1]:
         schema = f"({arguments.format(hyper=f'{numbers} hyper')}, str backend) -> {results}"
@@ -115,7 +114,7 @@ def _row_loss(
     named = hyper_parameters(hyper)
     bound = ROW_LOSSES[loss].bound(named) + named.ce_weight
     if standardize:
-        bound = math.inf  # one over the deviation of a row's logits is a factor of it, 1e7 for a constant row
+        bound = math.inf  # one over the deviation of a row's logits is a factor: 1e7 for a constant row
     measure = need_gradient and student_logits.dtype == torch.float16 and math.isinf(bound)
     if measure:
         student_logits = student_logits.to(accumulation_dtype(student_logits))
@@ -171,7 +170,7 @@ def _dist_gradient(
     student = student_logits.to(accumulation_dtype(student_logits))
     weight = counted_weight(row_weight, target, ignore_index, torch.float64)
     grad_rows = (weight * grad_rows).to(grad_rows.dtype)
-    # What is infinite or NaN is multiplied afterwards, as if the gradient were stored: then what is 0 stays 0.
+    # Infinity and NaN multiply afterwards, as with a stored gradient: then an entry of 0 stays 0.
     after = 1.0 + 0.0 * grad_rows + 0.0 * grad_columns
     finite, column_factor = (each.nan_to_num(1.0, 1.0, 1.0).double() for each in (grad_rows, grad_columns))
     kernels, factors = backends.get(backend), torch.stack([weight, finite])
@@ -312,7 +311,7 @@ def _scale_gradient(gradient: Tensor, grad_output: Tensor, norm: Tensor, backend
 
 
 def _scale_gradient_compiled(gradient: Tensor, grad_output: Tensor, norm: Tensor, backend: str) -> Tensor:
-    # That the backward is to be differentiated is known only when it runs.
+    # Only when the backward runs is it known whether create_graph=True.
     transforms.refuse_create_graph()
     return _scale_gradient(gradient, grad_output, norm, backend)
 
@@ -338,9 +337,9 @@ def registered(name: str) -> Any:
 
 #: The forward ops, each with its twin for hyper-parameters that may change in a compiled graph.
 LOSS_OPS: dict[str, tuple[Any, Any]] = {name: (registered(name), registered(f"{name}_scheduled")) for name in _LOSSES}
-#: The gradient of DIST's rows, and its twin.
+#: The op for the gradient of DIST with reduction="none", and its twin.
 DIST_GRADIENT: tuple[Any, Any] = (registered("dist_gradient"), registered("dist_gradient_scheduled"))
-#: By forward op, what torch.export records in its place.
+#: For each forward op, the op that torch.export records in its place.
 EXPORTED_OPS: dict[Any, Any] = {op: registered(f"exported_{op._opname}") for pair in LOSS_OPS.values() for op in pair}
 uskd_batch_sums = torch.ops.fused_kd.uskd_batch_sums.default
 scale_gradient = torch.ops.fused_kd.scale_gradient.default
@@ -349,5 +348,5 @@ scale_gradient_ = torch.ops.fused_kd.scale_gradient_.default
 
 
 def implement_autograd(op: Any, kernel: Callable[..., Any]) -> None:
-    """Say what autograd does with an op."""
+    """Register the autograd kernel of an op."""
     _library.impl(op, kernel, "Autograd")

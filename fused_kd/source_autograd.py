@@ -23,7 +23,7 @@ _EXPORTED = (
 
 
 class _SourceLoss(torch.autograd.Function):
-    """Gives autograd the gradients that the forward op computed, of the ``tensors`` that are its first arguments."""
+    """Gives autograd the gradients that the forward op computed for ``tensors``, its first arguments."""
 
     @staticmethod
     def forward(ctx: Any, op: Any, further: tuple[Any, ...], *tensors: Tensor | None) -> Any:
@@ -49,8 +49,8 @@ class _SourceLoss(torch.autograd.Function):
 
 
 class _SourceRowsLoss(torch.autograd.Function):
-    """Of ``reduction="none"``: what a weight's gradient is depends on what comes in for each row, so the backward pass
-    makes it, of the same sources. The first of the op's ``further`` arguments is what comes in."""
+    """``reduction="none"``: a weight's gradient depends on the incoming gradient of each row, so the backward pass
+    computes it from the same sources. The incoming gradient is the first of the op's ``further`` arguments."""
 
     @staticmethod
     def forward(ctx: Any, op: Any, further: tuple[Any, ...], *tensors: Tensor | None) -> Any:
@@ -81,8 +81,8 @@ class _SourceRowsLoss(torch.autograd.Function):
 def _apply(
     ops: tuple[Any, Any], tensors: Sequence[Tensor | None], hyper: list[float], reduction: str, arguments: Any
 ) -> tuple[Tensor, Tensor]:
-    """``arguments`` gives the op's further arguments from the hyper-parameters as it takes them, and from which of the
-    ``tensors`` want a gradient."""
+    """Run an op and make it differentiable. ``arguments`` returns the op's further arguments, given its
+    hyper-parameters and which ``tensors`` want a gradient."""
     transforms.refuse(*(each for each in tensors if each is not None))
     wanted = [each is not None and each.requires_grad and torch.is_grad_enabled() for each in tensors]
     if any(wanted) and torch.compiler.is_exporting():
@@ -105,22 +105,25 @@ def row_loss(
     where: tuple[Any, ...],
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """The loss and its three parts, stacked, of checked sources; differentiable in what the student's logits are made
-    of. ``inputs`` are the target and the rows' weight, ``asked`` what the op has between the hyper-parameters and the
-    heads' numbers, ``where`` the classes at hand, their group's name, the rows of a chunk and the products' dtype."""
-    of_teacher = (None, None, None, None) if teacher is None else (*teacher[:3], teacher.indices)
+    """Return the loss of checked sources and its three stacked parts; differentiable in the student's tensors.
+
+    ``inputs`` are the target and the row weights. ``asked`` are the op's arguments between the hyper-parameters and the
+    heads' numbers. ``where`` has the classes of this process, their group's name, the rows of a chunk and the products'
+    dtype.
+    """
+    teacher_tensors = (None, None, None, None) if teacher is None else (*teacher[:3], teacher.indices)
     other = SourceRows(student.values) if teacher is None else teacher
     heads = [student.logit_scale, student.softcap, other.logit_scale, other.softcap]
 
     def arguments(numbers: Any, wanted: list[bool]) -> tuple[Any, ...]:
-        return (None, *of_teacher, *inputs, loss, numbers, *asked, heads, other.rest, *where, wanted, backend)
+        return (None, *teacher_tensors, *inputs, loss, numbers, *asked, heads, other.rest, *where, wanted, backend)
 
     return _apply(SOURCE_LOSS, student[:3], hyper, asked[-1], arguments)
 
 
 def uskd_batch_sums(student: SourceRows, target: Tensor, asked: tuple[Any, ...], backend: str) -> Tensor:
-    """What couples the rows of USKD; ``asked`` are square, ignore_index, the number of classes, the rows of a chunk and
-    the products' dtype."""
+    """Return the sums that couple the rows of USKD. ``asked`` are square, ignore_index, the number of classes, the rows
+    of a chunk and the products' dtype."""
     heads = [student.logit_scale, student.softcap]
     tensors = [None if each is None else each.detach() for each in student[:3]]
     return source_uskd_batch_sums(*tensors, target, heads, *asked, backend)  # type: ignore[no-any-return]
@@ -135,8 +138,8 @@ def uskd(
     where: tuple[Any, ...],
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """The loss and its four parts, stacked, of checked sources; differentiable in what the logits of both are made of.
-    ``inputs`` are the target, the batch's sums and the rows' weight."""
+    """Return USKD of checked sources and its four stacked parts; differentiable in the tensors of both. ``inputs`` are
+    the target, the batch sums and the row weights."""
     heads = [student.logit_scale, student.softcap, weak.logit_scale, weak.softcap]
 
     def arguments(numbers: Any, wanted: list[bool]) -> tuple[Any, ...]:

@@ -1,9 +1,9 @@
-"""The ops of losses whose logits are not two matrices: :mod:`fused_kd.sources`, :mod:`fused_kd.backends.sources`.
+"""The ops of losses of :mod:`fused_kd.sources`; :mod:`fused_kd.backends.sources` runs them.
 
-They are of one kind with those of :mod:`fused_kd.ops`, but for what they store: where a head is, the gradients
-of the hidden states, the weight and the bias, for an incoming gradient of 1. What is in float16 has its gradient stored
-in float32, so that nothing underflows before the incoming gradient is known. ``grad_rows``, where given, multiplies
-each row's gradient: that of ``reduction="none"``, which is made in the backward pass.
+They work as the ops of :mod:`fused_kd.ops`, but for a head they store the gradients of the hidden states, the weight
+and the bias, for an incoming gradient of 1. The gradient of a float16 tensor is stored in float32, so that nothing
+underflows before the incoming gradient is known. With ``reduction="none"`` the backward pass computes the gradient,
+and ``grad_rows`` multiplies the gradient of each row.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ __all__ = ["SOURCE_LOSS", "SOURCE_USKD", "source_uskd_batch_sums"]
 def _factors(
     row_weight: Tensor | None, grad_rows: Tensor | None, target: Tensor, ignore_index: int, reduction: str
 ) -> Tensor:
-    """(2, N) float64: what the parts and the gradient of each row are multiplied by."""
+    """Return the factors of each row's parts and of its gradient, (2, N) float64."""
     weight = shared_weight(row_weight, target, ignore_index, reduction)
-    of_gradient = weight if grad_rows is None else torch.where(weight == 0, 0.0, weight * grad_rows)
-    return torch.stack([weight, of_gradient])
+    gradient_factor = weight if grad_rows is None else torch.where(weight == 0, 0.0, weight * grad_rows)
+    return torch.stack([weight, gradient_factor])
 
 
 def _source_loss(
@@ -80,12 +80,12 @@ def _reduced(reduction: str, *rows: Tensor) -> list[Tensor]:
 
 
 def _made(given: Sequence[SourceRows], parts: int, reduction: str, wanted: Sequence[bool]) -> tuple[Tensor, ...]:
-    """As an op's results are: a fake."""
+    """Allocate results like an op's, for its fake."""
     student, dtype = given[0].values, accumulation_dtype(*(each.values for each in given))
     rows = (student.shape[0],) if reduction == "none" else ()
     loss, all_parts = student.new_empty(rows, dtype=dtype), student.new_empty((parts, *rows), dtype=dtype)
-    of_student = sources.room(given[0], wanted[:3], dtype)
-    return loss, all_parts, *of_student, *(sources.room(given[1], wanted[3:], dtype) if len(wanted) > 3 else ())
+    gradients = sources.room(given[0], wanted[:3], dtype)
+    return loss, all_parts, *gradients, *(sources.room(given[1], wanted[3:], dtype) if len(wanted) > 3 else ())
 
 
 def _source_loss_fake(

@@ -1,7 +1,7 @@
-"""Which implementation runs, and why the others do not.
+"""The choice of the implementation, with the reasons against the others.
 
-A backend is a module with ``unavailable(device) -> str | None`` (the reason why it cannot run tensors of a device such
-as "cpu" or "cuda:1", or None) and one function per op of :mod:`fused_kd.ops`. The reference needs no module: it is
+A backend is a module with one function per op of :mod:`fused_kd.ops`, and ``unavailable(device) -> str | None``: the
+reason why it cannot run tensors of a device such as "cpu" or "cuda:1", or None. The reference needs no module: it is
 ordinary autograd.
 """
 
@@ -23,7 +23,7 @@ from fused_kd.core.catalogue import LOSSES
 __all__ = ["BACKENDS", "Explanation", "choose", "explain", "get", "unavailable"]
 
 _MODULES: dict[str, ModuleType] = {"native": native, "triton": triton}
-#: In the order of preference of ``"auto"``.
+#: In the order in which ``"auto"`` prefers them.
 BACKENDS = ("native", "triton", "reference")
 
 
@@ -32,11 +32,11 @@ def get(name: str) -> ModuleType:
 
 
 def unavailable(name: str, device: torch.device | str, loss: str = "nkd") -> str | None:
-    """Why this backend cannot run a loss of tensors of that device; None if it can."""
+    """Return why this backend cannot run a loss on a device, or None if it can."""
     if name == "reference":
         return None
     device = torch.device(device)
-    # Under its interpreter Triton runs on the CPU what it runs on a GPU.
+    # Triton's interpreter runs the kernels for GPUs on the CPU.
     kind = "cuda" if name == "triton" else device.type
     if name not in LOSSES[loss].backends.get(kind, BACKENDS):
         return f"it has no kernel of {LOSSES[loss].title} for {device.type} tensors"
@@ -44,12 +44,12 @@ def unavailable(name: str, device: torch.device | str, loss: str = "nkd") -> str
 
 
 def check_name(backend: str) -> None:
-    """Raise a ValueError unless it is "auto" or a backend, whether or not that can run here."""
+    """Raise a ValueError unless ``backend`` is "auto" or a backend, whether or not that can run here."""
     if not isinstance(backend, str) or backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend: expected 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
 
 
-#: By backend, device and loss. Of the device rather than its type: the next GPU may be of another kind.
+#: The choices, by backend, device and loss. The device, not its type: GPUs of one machine may differ.
 _chosen: dict[tuple[str, torch.device | str, str], str] = {}
 
 
@@ -74,12 +74,12 @@ def _best(device: torch.device, loss: str) -> str:
 
 
 def _by_name_alone(name: str, device_type: str) -> str | None:
-    """Why "auto" does not take a backend where that can run; None if it does."""
+    """Return why "auto" does not take a backend although it can run, or None if it does."""
     if name == "triton" and device_type != "cuda":  # a thousand times slower
         return "can run, but only through Triton's interpreter, which is for tests"
     if name == "triton" and torch.version.hip:
         return (
-            "can run by name alone: its kernels compile for AMD GPUs, and none has run them yet; "
+            "can run by name only: its kernels compile for AMD GPUs, but none has run them yet; "
             "`python -m fused_kd check` compares them with float64"
         )
     return None
@@ -89,7 +89,7 @@ _warned = False
 
 
 def _warn_of_slow(device: torch.device, loss: str) -> None:
-    """Once in a process, and only where a kernel should be: on other devices there is nothing to mend."""
+    """Warn once per process, and only on devices that a kernel supports: on others there is nothing to fix."""
     global _warned
     names = [name for name in LOSSES[loss].backends.get(device.type, ()) if name != "reference"]
     if _warned or not names:
@@ -104,15 +104,14 @@ def _warn_of_slow(device: torch.device, loss: str) -> None:
 
 def warn_of_reference(what: str, why: str) -> None:
     warnings.warn(
-        f"fused_kd runs {what} by its eager reference, {why}. backend='reference' says that this is meant, without a "
-        "warning.",
+        f"fused_kd runs {what} by its eager reference, {why}. Pass backend='reference' to choose it without a warning.",
         RuntimeWarning,
         stacklevel=_outside(),
     )
 
 
 def _outside() -> int:
-    """The stacklevel, for who calls this, of the first caller outside of fused_kd."""
+    """Return the stacklevel, for the calling function, of the first caller outside of fused_kd."""
     frame, level, package = sys._getframe(1), 1, str(Path(__file__).parent.parent)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
         frame, level = frame.f_back, level + 1
@@ -124,10 +123,10 @@ _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose(backend: str, device: torch.device | str, loss: str = "nkd") -> str:
-    """The backend that serves a call: the one named, if it can, or for ``"auto"`` the best that can.
+    """Return the backend for a call: the named one, or for ``"auto"`` the best that can run.
 
     Raises:
-        RuntimeError: the one named cannot run this loss of tensors of that device, with the reason.
+        RuntimeError: The named backend cannot run this loss on that device. The message has the reason.
     """
     if torch.compiler.is_compiling():
         return _choose(backend, device, loss)
@@ -135,13 +134,13 @@ def choose(backend: str, device: torch.device | str, loss: str = "nkd") -> str:
 
 
 class Explanation(NamedTuple):
-    """What ``backend="auto"`` takes for a loss of a tensor, and why each other backend was not taken."""
+    """The backend that ``backend="auto"`` takes for a loss, and the reasons against the others."""
 
     device: torch.device
     chosen: str
     reasons: dict[str, str]
     loss: str = "nkd"
-    how: tuple[str, ...] = ()  #: of what is no matrix of logits, how it is run
+    how: tuple[str, ...] = ()  #: how sources run
 
     @property
     def device_type(self) -> str:
@@ -151,7 +150,7 @@ class Explanation(NamedTuple):
         return self.text(f"{LOSSES[self.loss].title} of {self.device} tensors")
 
     def text(self, subject: str) -> str:
-        """As ``str``, with a subject of your own."""
+        """As ``str``, with another subject."""
         lines = [f"{subject}: auto takes {self.chosen!r}"]
         lines += [f"  {name:<10} {reason}" for name, reason in self.reasons.items()]
         lines += [f"  {line}" for line in self.how]

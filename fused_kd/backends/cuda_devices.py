@@ -1,4 +1,4 @@
-"""Which CUDA devices there are. What can run on one need not on the next: a machine may have GPUs of several kinds."""
+"""The CUDA devices of this machine, which may be GPUs of several kinds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def resolved(device: torch.device | str) -> torch.device:
-    """As the tensors of such a device say it: a CUDA device without a number is the current one."""
+    """Return a device as its tensors have it: a CUDA device without an index is the current one."""
     device = torch.device(device)
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
@@ -17,7 +17,7 @@ def resolved(device: torch.device | str) -> torch.device:
 
 
 def missing(device: torch.device) -> str | None:
-    """Why there is no such CUDA device; None if there is."""
+    """Return why a CUDA device does not exist, or None if it does."""
     if not torch.cuda.is_available():
         return "no CUDA device"
     count = torch.cuda.device_count()
@@ -27,13 +27,13 @@ def missing(device: torch.device) -> str | None:
 
 
 def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Launches go to the current device: makes it this one, if it is a GPU. Switching takes microseconds, so only
-    where it is another."""
+    """Make a GPU the current device, to which launches go. Switching takes microseconds, so it is skipped if not
+    needed."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)
 
 
 def named(device: torch.device) -> str:
-    """The device and which GPU it is."""
+    """Return the device and the name of its GPU."""
     return f"{device} ({torch.cuda.get_device_name(device)})"

@@ -1,4 +1,4 @@
-"""The products of a last layer and of its gradients, for a chunk of rows: they accumulate in float32 or better."""
+"""The matrix products of a head and its gradients, for a chunk of rows. They accumulate in float32 or better."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 
 from fused_kd.core.source_rows import SourceRows
 
-#: Classes of a weight in half precision that are converted at a time, where no product of such gives float32.
+#: Classes of a half-precision weight that are converted at a time, if no product of halves gives float32.
 _CONVERTED = 4096
-_MIXED = hasattr(torch.ops.aten.mm, "dtype")  # torch.mm(..., out_dtype=), of CUDA tensors
+_MIXED = hasattr(torch.ops.aten.mm, "dtype")  # torch.mm(..., out_dtype=), for CUDA tensors
 
 
 def _kept(of: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """As what the gradient of a tensor is kept. Of float16 that is the accumulating dtype, as it could underflow or
-    overflow before the incoming one has scaled it."""
+    """Return the dtype of a tensor's stored gradient. For float16 it is the accumulating dtype, because the gradient
+    could underflow or overflow before the incoming gradient scales it."""
     return dtype if of.dtype == torch.float16 else of.dtype
 
 
 def room(source: SourceRows, wanted: Sequence[bool], dtype: torch.dtype) -> list[Tensor]:
-    """As the gradients of a source are kept until the incoming one is known: empty where one is not wanted."""
+    """Allocate the stored gradients of a source, empty where not wanted."""
     found = []
     for want, of in zip(wanted, (source.values, source.weight, source.bias), strict=True):
         if of is None or not want:
@@ -33,12 +33,12 @@ def room(source: SourceRows, wanted: Sequence[bool], dtype: torch.dtype) -> list
 
 
 def _mixes(weight: Tensor, compute: torch.dtype | None) -> bool:
-    """Whether products of halves, which give float32, are to be had."""
+    """Whether products of halves can give float32."""
     return _MIXED and weight.is_cuda and (compute or weight.dtype) in (torch.float16, torch.bfloat16)
 
 
 class Matrix:
-    """Logits that exist, chunk by chunk, and their gradient."""
+    """Given logits, chunk by chunk, and their gradient."""
 
     over = False  # whether a chunk's gradient may be written over its logits
 
@@ -52,7 +52,7 @@ class Matrix:
 
     def take(self, gradient: Tensor, logits: Tensor, counted: Tensor, rows: tuple[int, int]) -> None:
         if len(gradient) == len(self.source.values):
-            self.found = gradient  # as it is
+            self.found = gradient
             return
         if self.found is None:
             self.found = self.gradients()[0]
@@ -64,11 +64,11 @@ class Matrix:
 
 
 class Products:
-    """A head's logits, and what their gradient is multiplied into, row chunk by row chunk.
+    """A head's logits and gradients, computed for one chunk of rows after the other.
 
-    ``num_classes`` are the classes at hand: what the weight has beyond them is padding. ``compute`` is the dtype of the
-    factors, autocast's where that is at work. Gradients that are ``wanted``, of hidden states, weight and bias, are
-    summed in the accumulating ``dtype``.
+    ``num_classes`` is the number of classes; the weight's further rows are padding. ``compute`` is the dtype of the
+    factors under autocast, else None. The ``wanted`` gradients of hidden states, weight and bias are summed in the
+    accumulating ``dtype``.
     """
 
     def __init__(
@@ -85,18 +85,18 @@ class Products:
         self.bias = None if head.bias is None else head.bias[:num_classes].to(dtype)
         self.mixed = _mixes(weight, compute)
         self.weight = weight.to(compute) if self.mixed and compute is not None else weight
-        self.over = not head.softcap  # whose derivative needs the logits
+        self.over = not head.softcap  # its derivative needs the logits
         self.chunk = head.values.new_empty(0, num_classes, dtype=dtype)
-        contiguous = partial(torch.empty_like, dtype=dtype, memory_format=torch.contiguous_format)  # as the fake says
-        self.of_hidden = contiguous(head.values) if wanted[0] else None
-        self.of_weight = contiguous(head.weight).zero_() if wanted[1] else None
-        self.of_bias = contiguous(head.bias).zero_() if wanted[2] and head.bias is not None else None
+        contiguous = partial(torch.empty_like, dtype=dtype, memory_format=torch.contiguous_format)  # as in the fake
+        self.hidden_gradient = contiguous(head.values) if wanted[0] else None
+        self.weight_gradient = contiguous(head.weight).zero_() if wanted[1] else None
+        self.bias_gradient = contiguous(head.bias).zero_() if wanted[2] and head.bias is not None else None
 
     def gradients(self) -> list[Tensor]:
-        """As they are kept, see :func:`room`."""
+        """Return the gradients in their stored dtypes, see :func:`room`."""
         found = []
         given = (self.head.values, self.head.weight, self.head.bias)
-        for gradient, of in zip((self.of_hidden, self.of_weight, self.of_bias), given, strict=True):
+        for gradient, of in zip((self.hidden_gradient, self.weight_gradient, self.bias_gradient), given, strict=True):
             if gradient is None or of is None:
                 found.append(self.head.values.new_empty(0))
             else:
@@ -104,7 +104,7 @@ class Products:
         return found
 
     def logits(self, start: int, stop: int) -> Tensor:
-        """(rows, classes) in the accumulating dtype, until the next chunk's."""
+        """Return (rows, classes) in the accumulating dtype. The next chunk overwrites them."""
         head, hidden = self.head, self.head.values[start:stop]
         if self.mixed:
             out: Tensor = torch.mm(hidden.to(self.weight.dtype), self.weight.T, out_dtype=self.dtype)
@@ -112,7 +112,7 @@ class Products:
             hidden = hidden.to(self.dtype)
             if len(self.chunk) < len(hidden):
                 self.chunk = hidden.new_empty(len(hidden), self.classes)
-            out = self.chunk[: len(hidden)]  # the same memory for every chunk, whose pages are there already
+            out = self.chunk[: len(hidden)]  # all chunks share this memory, so its pages are mapped only once
             for classes, weight in self._tiles():
                 torch.mm(hidden, weight.T, out=out[:, classes])
         if self.bias is not None:
@@ -122,45 +122,46 @@ class Products:
         return out if head.logit_scale == 1.0 else out.mul_(head.logit_scale)
 
     def take(self, gradient: Tensor, logits: Tensor, counted: Tensor, rows: tuple[int, int]) -> None:
-        """Multiply a chunk's gradient of the logits, which is overwritten, into those of the head. Of rows that are not
-        ``counted`` the gradient is 0, whatever they hold."""
+        """Multiply a chunk's gradient of the logits into the head's gradients. It is overwritten. Rows that are not
+        ``counted`` have a gradient of 0, whatever they hold."""
         head = self.head
         if head.softcap:
             gradient.mul_(logits.div_(head.softcap).square_().neg_().add_(1.0))
         if head.logit_scale != 1.0:
             gradient.mul_(head.logit_scale)
-        if self.of_bias is not None:
-            self.of_bias[: self.classes] += gradient.sum(0)
+        if self.bias_gradient is not None:
+            self.bias_gradient[: self.classes] += gradient.sum(0)
         hidden = head.values[slice(*rows)].where(counted[:, None], 0.0)
         if self.mixed:
             self._take_mixed(gradient, hidden, rows)
             return
         hidden = hidden.to(self.dtype)
-        if self.of_hidden is not None:
-            of_hidden = torch.zeros_like(hidden)
+        if self.hidden_gradient is not None:
+            product = torch.zeros_like(hidden)
             for classes, weight in self._tiles():
-                of_hidden.addmm_(gradient[:, classes], weight)
-            self.of_hidden[slice(*rows)] = of_hidden
-        if self.of_weight is not None:
-            self.of_weight[: self.classes].addmm_(gradient.T, hidden)
+                product.addmm_(gradient[:, classes], weight)
+            self.hidden_gradient[slice(*rows)] = product
+        if self.weight_gradient is not None:
+            self.weight_gradient[: self.classes].addmm_(gradient.T, hidden)
 
     def _take_mixed(self, gradient: Tensor, hidden: Tensor, rows: tuple[int, int]) -> None:
         power = None
         if self.weight.dtype == torch.float16 and gradient.numel():
-            # A gradient that is divided by the number of rows would underflow there.
+            # A gradient that is divided by the number of rows would underflow in float16.
             largest = gradient.abs().nan_to_num_(nan=0.0, posinf=0.0).amax()
             power = torch.exp2(-torch.frexp(largest).exponent.clamp(min=-100).to(self.dtype))
             gradient = gradient.mul_(power)
         half = gradient.to(self.weight.dtype)
-        if self.of_hidden is not None:
-            of_hidden: Tensor = torch.mm(half, self.weight, out_dtype=self.dtype)
-            self.of_hidden[slice(*rows)] = of_hidden if power is None else of_hidden.div_(power)
-        if self.of_weight is not None:
-            of_weight: Tensor = torch.mm(half.T, hidden.to(half.dtype), out_dtype=self.dtype)
-            self.of_weight[: self.classes] += of_weight if power is None else of_weight.div_(power)
+        product: Tensor
+        if self.hidden_gradient is not None:
+            product = torch.mm(half, self.weight, out_dtype=self.dtype)
+            self.hidden_gradient[slice(*rows)] = product if power is None else product.div_(power)
+        if self.weight_gradient is not None:
+            product = torch.mm(half.T, hidden.to(half.dtype), out_dtype=self.dtype)
+            self.weight_gradient[: self.classes] += product if power is None else product.div_(power)
 
     def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """The weight in the accumulating dtype, whole where it is in that already."""
+        """Yield the weight in the accumulating dtype, in one piece if it has that dtype already."""
         step = max(self.classes, 1) if self.weight.dtype == self.dtype else _CONVERTED
         for first in range(0, self.classes, step):
             classes = slice(first, min(first + step, self.classes))
@@ -170,7 +171,7 @@ class Products:
 def maker(
     source: SourceRows, wanted: Sequence[bool], dtype: torch.dtype, num_classes: int, compute: torch.dtype | None = None
 ) -> Matrix | Products:
-    """What gives the logits of a source's rows and takes their gradient."""
+    """Return the object that gives the logits of a source's rows and takes their gradient."""
     if source.weight is None:
         return Matrix(source, wanted, dtype)
     return Products(source, wanted, dtype, num_classes, compute)

@@ -1,9 +1,8 @@
-"""What processes that share the classes of rows tell each other: whose classes are whose, and of each row what each has
-found of its own.
+"""The exchange between processes that share the classes: which process has which classes, and the results per row.
 
-Each process has one way through the collectives, whatever the others have: one that met its own classes before, beside
-one that did not, must not skip what that one waits for. So whose classes are whose goes along with the first numbers of
-every call. It is read on the CPU, where that is free, and on a GPU, where that stalls, only until it was right once.
+All processes must call the same collectives. A process that has seen its span before must not skip a collective that
+another process waits for. So the spans travel with the first numbers of every call. On the CPU they are always checked,
+for free. On a GPU reading them stalls, so they are checked only until they were right once.
 """
 
 from __future__ import annotations
@@ -19,29 +18,29 @@ from fused_kd.core.source_rows import Span
 
 __all__ = ["Exchange", "check_cover", "gathered", "group_of", "rows_of_chunks"]
 
-#: What was right once, by group.
+#: Spans that passed the check, by group.
 _covered: weakref.WeakKeyDictionary[Any, set[tuple[int, int, int]]] = weakref.WeakKeyDictionary()
-_DIGIT = 1 << 12  # a float32 has the classes exactly in two of these
+_DIGIT = 1 << 12  # two such digits hold a class number, each exact in float32
 
 
 def group_of(span: Span) -> Any:
-    resolve: Any = torch._C._distributed_c10d._resolve_process_group  # PyTorch's own ops of groups take names, too
+    resolve: Any = torch._C._distributed_c10d._resolve_process_group  # PyTorch's own group ops take names too
     return resolve(span.group)
 
 
 def gathered(own: Tensor, group: Any) -> Tensor:
-    """What each process of a group has, (processes, ...), the same on all."""
-    # The older name is deprecated where there is the new one.
+    """Gather a tensor from all processes of a group, (processes, ...), the same on all."""
+    # The older name is deprecated where the new one exists.
     into: Any = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
     processes = distributed.get_world_size(group)
-    found = own.new_empty(processes * own.numel())  # flat, as Gloo wants it
+    found = own.new_empty(processes * own.numel())  # flat, as Gloo requires
     into(found, own.reshape(-1), group)
     return found.view(processes, *own.shape)
 
 
 def check_cover(spans: list[list[int]]) -> list[int]:
-    """Raise unless the (first class, width, number of classes) of all processes are every class once. All of them see
-    the same numbers, so all raise. Returns the processes in the order of their classes."""
+    """Raise unless the spans (first class, width, number of classes) of all processes cover each class once. All
+    processes see the same spans, so all raise. Return the ranks in the order of their classes."""
     order = sorted(range(len(spans)), key=lambda rank: spans[rank][:2])
     total, end = spans[0][2], 0
     fits = all(span[2] == total for span in spans)
@@ -61,36 +60,36 @@ def check_cover(spans: list[list[int]]) -> list[int]:
 
 
 def rows_of_chunks(span: Span, columns: int) -> int:
-    """The columns by which the rows of a chunk are counted: the same on every process, or one would make more exchanges
-    than another."""
+    """Return the number of columns that decides the rows of a chunk: the same on every process, or one process would
+    make more exchanges than another."""
     return -(-span.num_classes // distributed.get_world_size(group_of(span))) if span.group else columns
 
 
 @lru_cache(maxsize=256)
-def _head(own: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Kept, since a copy from the host stalls a GPU."""
+def _digits(own: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a span in digits. It is cached, since a copy from the host stalls a GPU."""
     return torch.tensor([digit for number in own for digit in divmod(number, _DIGIT)], dtype=dtype, device=device)
 
 
 class Exchange:
-    """Stacks what each process has found, for a call that has ``width`` classes."""
+    """Stacks the results of all processes, for one call of a loss. This process has ``width`` classes."""
 
     def __init__(self, span: Span, width: int) -> None:
         self.group = group_of(span)
         self.own = (span.first_class, width, span.num_classes)
-        self.told = False
+        self.sent_span = False
 
     def __call__(self, own: list[Tensor]) -> Tensor:
-        (each,) = own
-        return gathered(each, self.group) if self.told else self._tell(each)
+        (result,) = own
+        return gathered(result, self.group) if self.sent_span else self._with_span(result)
 
-    def _tell(self, each: Tensor) -> Tensor:
-        self.told = True
-        head = _head(self.own, each.dtype, each.device)
-        found = gathered(torch.cat([head, each.reshape(-1)]), self.group)
+    def _with_span(self, result: Tensor) -> Tensor:
+        self.sent_span = True
+        header = _digits(self.own, result.dtype, result.device)
+        found = gathered(torch.cat([header, result.reshape(-1)]), self.group)
         covered = _covered.setdefault(self.group, set())
         if found.device.type == "cpu" or self.own not in covered:
-            told = found[:, : len(head)].reshape(len(found), -1, 2).tolist()
-            check_cover([[int(high) * _DIGIT + int(low) for high, low in each] for each in told])
+            spans = found[:, : len(header)].reshape(len(found), -1, 2).tolist()
+            check_cover([[int(high) * _DIGIT + int(low) for high, low in span] for span in spans])
             covered.add(self.own)
-        return found[:, len(head) :].reshape(len(found), *each.shape).contiguous()
+        return found[:, len(header) :].reshape(len(found), *result.shape).contiguous()

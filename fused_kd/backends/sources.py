@@ -1,8 +1,7 @@
-"""A row loss of sources that are not two matrices of logits: a loop over chunks of rows around the kernels.
+"""The losses of sources: a loop over chunks of rows around the kernels.
 
-For each chunk the logits of heads are made, the rows' loss and gradient computed, and that stored, or multiplied into
-the gradients of a head. Where processes share the classes the kernels run in stages, between which they exchange what
-they have found of each row.
+Each chunk computes the logits of heads, then the rows' loss and gradient. The gradient is stored, or multiplied into
+the gradients of a head. If processes share the classes, the kernels run in stages and exchange results in between.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from fused_kd.reference import accumulation_dtype
 __all__ = ["CHUNK_BYTES", "Asked", "Where", "fitting_rows", "room", "run", "run_uskd", "uskd_batch_sums"]
 
 
-#: Bytes, by type of device, that the logits of a chunk of rows and their gradient may take where heads make them.
+#: The most bytes, by device type, for the logits of a head's chunk of rows and their gradient.
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
 
 
@@ -30,42 +29,42 @@ _NONE = (False, False, False)
 
 
 class Where(NamedTuple):
-    """Which classes are at hand, and how the rows are taken."""
+    """The classes of this process, and how to cut the rows into chunks."""
 
     span: Span
     chunk_rows: int  # 0 for as many as the budget allows
-    compute: torch.dtype | None  # of a head's products, where autocast says
+    compute: torch.dtype | None  # of a head's products under autocast
 
 
 class Asked(NamedTuple):
-    """What a run is of, beside its sources and options."""
+    """Arguments of a run beside its sources and options."""
 
     target: Tensor  # (N,) int64, or (N, columns) probabilities
     factors: Tensor  # (2, N) float64: of a row's parts, and of its gradient
-    wanted: Sequence[bool]  # the gradient of the logits or hidden states, of the weight, of the bias
+    wanted: Sequence[bool]  # gradients of the logits or hidden states, of the weight, of the bias
     where: Where
 
 
 def run(
     kernels: Any, student: SourceRows, teacher: SourceRows | None, asked: Asked, options: Options
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The loss of each row, (N,), its parts, (3, N), and the gradients that are wanted, empty where they are not."""
+    """Return the loss of each row, (N,), its parts, (3, N), and the gradients, empty where not wanted."""
     values, span = student.values, asked.where.span
     dtype = accumulation_dtype(values, values if teacher is None else teacher.values)
     columns = _columns(student, span)
     loss, parts = values.new_empty(len(values), dtype=dtype), values.new_empty((3, len(values)), dtype=dtype)
-    of_student = maker(student, asked.wanted, dtype, columns, asked.where.compute)
+    student_maker = maker(student, asked.wanted, dtype, columns, asked.where.compute)
     sparse = teacher if teacher is not None and teacher.indices is not None else None
     whole = None if sparse is not None else teacher
-    of_teacher = None if whole is None else maker(whole, _NONE, dtype, columns, asked.where.compute)
-    # Of Triton's looped kernel a warp may still read what another has written over.
-    over = kernels is native and of_student.over and not span.group and sparse is None
+    teacher_maker = None if whole is None else maker(whole, _NONE, dtype, columns, asked.where.compute)
+    # Not in Triton: a warp of the looped kernel may still read logits that another warp has overwritten.
+    over = kernels is native and student_maker.over and not span.group and sparse is None
     options = options._replace(over=over)
     exchange = shards.Exchange(span, columns) if span.group else None
     most = shards.rows_of_chunks(span, columns)
-    for which in _chunks(values, (of_student, of_teacher), int(not over), most, asked.where.chunk_rows):
-        logits = of_student.logits(*which)
-        other = None if of_teacher is None else of_teacher.logits(*which)
+    for which in _chunks(values, (student_maker, teacher_maker), int(not over), most, asked.where.chunk_rows):
+        logits = student_maker.logits(*which)
+        other = None if teacher_maker is None else teacher_maker.logits(*which)
         if sparse is not None:
             found = _sparse_rows(kernels, logits, sparse, asked, which, options, exchange)
         else:
@@ -73,29 +72,29 @@ def run(
         rows = slice(*which)
         loss[rows], parts[:, rows], gradient = found
         if any(asked.wanted):
-            of_student.take(gradient, logits, asked.factors[1, rows] != 0, which)
-        del logits, other, gradient, found  # not beside the next chunk's
-    if exchange is not None and isinstance(of_student, Products) and of_student.of_hidden is not None:
-        # Each process has what its classes add to the gradient of the hidden states, which are the same on all.
-        distributed.all_reduce(of_student.of_hidden, group=shards.group_of(span))
-    return loss, parts, of_student.gradients()
+            student_maker.take(gradient, logits, asked.factors[1, rows] != 0, which)
+        del logits, other, gradient, found  # free them before the next chunk
+    if exchange is not None and isinstance(student_maker, Products) and student_maker.hidden_gradient is not None:
+        # The hidden states are the same on all processes. Each process has its classes' part of their gradient.
+        distributed.all_reduce(student_maker.hidden_gradient, group=shards.group_of(span))
+    return loss, parts, student_maker.gradients()
 
 
 def uskd_batch_sums(kernels: Any, student: SourceRows, target: Tensor, where: Where, asked: tuple[bool, int]) -> Tensor:
-    """What couples the rows of USKD, which a sweep over the chunks finds before the loss; ``asked`` are square and
+    """Return the sums that couple the rows of USKD, by a pass over the chunks before the loss. ``asked`` are square and
     ignore_index."""
     values, columns = student.values, _columns(student, where.span)
-    of_student = maker(student, _NONE, accumulation_dtype(values), columns, where.compute)
+    student_maker = maker(student, _NONE, accumulation_dtype(values), columns, where.compute)
     sums = values.new_zeros(3, dtype=torch.float64)
-    for which in _chunks(values, (of_student,), 0, columns, where.chunk_rows):
-        sums += kernels.uskd_batch_sums(of_student.logits(*which), target[slice(*which)], *asked)
+    for which in _chunks(values, (student_maker,), 0, columns, where.chunk_rows):
+        sums += kernels.uskd_batch_sums(student_maker.logits(*which), target[slice(*which)], *asked)
     return sums
 
 
 def run_uskd(
     kernels: Any, student: SourceRows, weak: SourceRows, asked: Asked, batch_sums: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """As :func:`run`, of USKD: four parts, and the gradients of both, three each."""
+    """As :func:`run`, for USKD: four parts, and the gradients of both sources, three each."""
     values, dtype = student.values, accumulation_dtype(student.values, weak.values)
     columns = _columns(student, asked.where.span)
     loss, parts = values.new_empty(len(values), dtype=dtype), values.new_empty((4, len(values)), dtype=dtype)
@@ -113,15 +112,15 @@ def run_uskd(
         for each, want, gradient, of in zip(both, options.wanted, gradients, logits, strict=True):
             if want:
                 each.take(gradient, of, factors[1] != 0, which)
-        del logits, gradients  # not beside the next chunk's
+        del logits, gradients  # free them before the next chunk
     return loss, parts, [*both[0].gradients(), *both[1].gradients()]
 
 
 def _chunks(
     values: Tensor, makers: Sequence[Matrix | Products | None], gradients: int, columns: int, chunk_rows: int
 ) -> Iterator[tuple[int, int]]:
-    """The first row of each chunk, and the first after it. Beside the logits that heads make, a chunk has ``gradients``
-    as large, where there are heads at all."""
+    """Yield the first row of each chunk, and the row after its last. Beside the logits of heads, a chunk needs memory
+    for ``gradients`` matrices of that size."""
     heads = [each for each in makers if isinstance(each, Products)]
     matrices = len(heads) + gradients
     step = chunk_rows or fitting_rows(values, len(heads), matrices * columns, heads[0].dtype if heads else values.dtype)
@@ -130,8 +129,8 @@ def _chunks(
 
 
 def fitting_rows(values: Tensor, heads: int, columns: int, dtype: torch.dtype) -> int:
-    """All rows where no head is, else as many of so many ``columns`` as the budget allows, in sixteens, which suit the
-    products."""
+    """Return the rows of a chunk: all without heads, else as many as the budget allows for this number of ``columns``.
+    Multiples of 16 suit the products."""
     if not heads:
         return max(len(values), 1)
     budget = CHUNK_BYTES.get(values.device.type, CHUNK_BYTES["cuda"])
@@ -140,7 +139,7 @@ def fitting_rows(values: Tensor, heads: int, columns: int, dtype: torch.dtype) -
 
 
 def _columns(student: SourceRows, span: Span) -> int:
-    """How many of a row's classes are at hand."""
+    """Return how many of a row's classes this process has."""
     given = student.values.shape[1] if student.weight is None else student.weight.shape[0]
     return given if span.group else min(given, span.num_classes)
 
@@ -154,7 +153,7 @@ def _sparse_rows(
     options: Options,
     exchange: shards.Exchange | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`_rows`, of a top-k teacher."""
+    """As :func:`_rows`, with a top-k teacher."""
     rows = slice(*which)
     assert teacher.indices is not None
     kept = (teacher.values[rows], teacher.indices[rows], teacher.rest)
@@ -174,7 +173,7 @@ def _rows(
     options: Options,
     exchange: shards.Exchange | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of each row of a chunk, its parts, and the gradient of its logits."""
+    """Return the loss of each row of a chunk, its parts, and the gradient of its logits."""
     rows = slice(*which)
     target, factors = asked.target[rows], asked.factors[:, rows].contiguous()
     if exchange is None:

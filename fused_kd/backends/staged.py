@@ -1,14 +1,14 @@
-"""A row loss of rows that are cut into pieces, some classes each: stages, between which the pieces exchange a few
-numbers of each row.
+"""A row loss in stages, for rows that are cut into pieces of some classes each. Between stages the pieces exchange a
+few numbers per row.
 
-A fused kernel has a row's classes at hand. Where they lie in several places, on processes that share the classes, say,
-no call can see a whole softmax; but what a call finds of its piece can be merged with that of the others as the kernel
-itself merges the blocks of a row. So a stage ends with numbers of each row, ``(fields, N)``, those of all pieces are
-stacked, ``(pieces, fields, N)``, and the next stage begins with them:
+A fused kernel sees all classes of a row. If the classes are in several places, such as processes that share them, no
+call sees a whole softmax. But the results of the pieces can be merged as a kernel merges the blocks of a row. So each
+stage ends with some numbers per row, ``(fields, N)``. The next stage starts with the numbers of all pieces, stacked to
+``(pieces, fields, N)``:
 
-- moments: count, mean and sum of squares of both logits, where z-scores are distilled;
-- statistics: maxima, sums of exponentials and the target's logits, of every loss;
-- sums: of functions of each class's probabilities, where a loss is pointwise;
+- moments: count, mean and sum of squares of both logits, for z-scores;
+- statistics: maxima, sums of exponentials and the target's logits, for every loss;
+- sums: sums over functions of each class's probabilities, for pointwise losses;
 - gradient: the parts of the loss, the same on every piece, and the gradient of the piece's columns.
 """
 
@@ -23,23 +23,23 @@ from torch import Tensor
 from fused_kd.core.catalogue import ROW_LOSSES, as_run
 from fused_kd.core.options import Options
 
-#: In their order; csrc/cpu/kernels.h has the same numbers.
+#: The stages in order; csrc/cpu/kernels.h has the same numbers.
 STAGES = {"moments": 0, "statistics": 1, "sums": 2, "gradient": 3}
 
 
 class Piece(NamedTuple):
-    """Some columns of rows, and what the rows are."""
+    """Some columns of rows, and their place in the rows."""
 
     student: Tensor  # (N, n) logits
-    teacher: Tensor | None  # (N, n), of a loss that has one
+    teacher: Tensor | None  # (N, n), if the loss has a teacher
     labels: Tensor | None  # (N, n) class probabilities, or None for class indices
-    target: Tensor  # (N,) int64: the class, of probabilities the likeliest, among all of the row's
-    first_class: int  # where these columns begin in the row
-    num_classes: int  # that the row has
+    target: Tensor  # (N,) int64: the class index, or the likeliest class, among all classes of the row
+    first_class: int  # the class of the first column
+    num_classes: int  # of the whole row
 
 
 class Found(NamedTuple):
-    """What the pieces have found, ``(pieces, fields, N)`` each; None before its stage, or where that is not needed."""
+    """Results of the earlier stages, ``(pieces, fields, N)`` each; None if a stage has not run or is not needed."""
 
     moments: Tensor | None = None
     statistics: Tensor | None = None
@@ -47,14 +47,14 @@ class Found(NamedTuple):
 
 
 def stages_of(options: Options) -> list[str]:
-    """The stages that a loss takes, in their order."""
+    """Return the stages of a loss, in order."""
     needed = {"moments": options.standardize, "sums": "pointwise" in ROW_LOSSES[options.loss].needs}
     return [stage for stage in STAGES if needed.get(stage, True)]
 
 
 def likeliest(labels: Tensor, first_class: int) -> Tensor:
-    """Of a piece's class probabilities the largest of each row, and its class among all of the row's: (2, N) float64.
-    Of no classes it is what no other is below."""
+    """Return each row's largest class probability in a piece, and its class among all of the row's: (2, N) float64. A
+    piece without classes has -inf."""
     rows, width = labels.shape
     if width == 0:
         return labels.new_full((2, rows), float("-inf"), dtype=torch.float64)
@@ -63,7 +63,7 @@ def likeliest(labels: Tensor, first_class: int) -> Tensor:
 
 
 def likeliest_of_all(found: Tensor) -> Tensor:
-    """The target of rows from that of their pieces, (pieces, 2, N): the lowest of equally likely classes."""
+    """Return the target of each row from :func:`likeliest` of the pieces, (pieces, 2, N): the lowest class on ties."""
     values, classes = found.unbind(1)
     largest = values.amax(0)
     first = (values == largest) | (values.isnan() & largest.isnan())
@@ -77,7 +77,7 @@ def run(
     factors: Tensor | None = None,
     exchange: Callable[[list[Tensor]], Tensor] = torch.stack,
 ) -> tuple[Tensor, list[Tensor]]:
-    """All stages of a backend's pieces in one process: the parts of each row, (3, N), and the pieces' gradients."""
+    """Run all stages on this process's pieces. Return the parts of each row, (3, N), and the pieces' gradients."""
     options = options._replace(loss=as_run(options.loss, options.hyper.beta))
     found = Found()
     *before, last = stages_of(options)

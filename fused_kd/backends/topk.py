@@ -1,12 +1,12 @@
-"""A row loss with a top-k teacher; :mod:`fused_kd.reference.topk` has what it
-is.
+"""A row loss with a top-k teacher; :mod:`fused_kd.reference.topk` defines it.
 
-No row of the teacher is made, and of the student's only the gradient. A backend's ``topk_loss`` does it: the C++ core
-in one visit to each row, Triton by four kernels, of which two walk over the student's logits.
-Where processes share the classes, each has two visits to its own columns, and what the first has found of all of them,
-``(5 + k, N)`` float64, decides the second: the largest logit of the classes that are neither kept nor the target, their
-sums of exponentials relative to it at T and at 1, and their sum; then the logits of the target and of the kept classes,
-0 where a process does not have them.
+No full row of the teacher is stored, and the gradient is the only full row of the student. A backend's ``topk_loss``
+computes it: the C++ core in one visit to each row, Triton with four kernels, two of which walk over the student's
+logits.
+If processes share the classes, each visits its columns twice. After the first visit the processes exchange
+``(5 + k, N)`` float64. For the classes that are neither kept nor the target these are the largest logit, the sums of
+exponentials relative to it at T and at 1, and the sum of logits. Then come the logits of the target and of the kept
+classes, 0 in a process that does not have them.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from fused_kd.core.options import Options
 from fused_kd.reference import accumulation_dtype
 from fused_kd.reference.topk import check_rest
 
-#: What a process finds of a row beside the logits of kept classes; csrc/cpu/kernels.h has the same.
+#: Numbers that a process finds for a row beside the logits of kept classes; csrc/cpu/kernels.h has the same.
 FIELDS = 5
 
 
 class Shared(NamedTuple):
-    """Which of the classes are at hand, where several processes share them, and what stacks their findings."""
+    """The classes of this process when several processes share them, and the function that stacks their results."""
 
     first_class: int
     num_classes: int
@@ -36,12 +36,12 @@ class Shared(NamedTuple):
 
 
 def is_fused(loss: str, rest: str) -> bool:
-    """Whether there is a kernel; the reference serves the others that have a meaning."""
+    """Whether there is a kernel for a loss and a rest. The reference runs the other meaningful ones."""
     return loss in ROW_LOSSES and rest in ROW_LOSSES[loss].rests
 
 
 def merged(found: Tensor, temperature: float) -> Tensor:
-    """What all processes have found, (5 + k, N), from that of each, (processes, 5 + k, N)."""
+    """Merge the results of all processes, (processes, 5 + k, N), to (5 + k, N)."""
     top, soft, sharp = found[:, :3].unbind(1)
     some = soft != 0
     origin = torch.where(some, top, -math.inf).amax(0)
@@ -62,15 +62,15 @@ def row_loss(
     options: Options,
     shared: Shared | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The loss of each row ``(N,)``, its parts ``(3, N)`` and the student's gradient, None where it is not wanted.
+    """Return the loss of each row ``(N,)``, its parts ``(3, N)`` and the student's gradient, None if not wanted.
 
     ``kernels`` is a backend. Rows are not reduced, whatever ``options`` say. ``factors`` ``(2, N)`` float64 multiply a
-    row's loss and parts, and its gradient; a row whose first is 0 does not count. With ``shared``, ``student`` has the
-    columns of this process; indices and target are among all classes, and the same on every process.
+    row's loss and parts, and its gradient. A row with a first factor of 0 does not count. With ``shared``, ``student``
+    has the columns of this process; indices and target refer to all classes, and are the same on every process.
 
     Raises:
         NotImplementedError: The loss has no kernel for this rest.
-        IndexError, ValueError: On the CPU, of a target or a kept class that is none, or one that is twice in a row.
+        IndexError, ValueError: On the CPU, a target or kept class is out of range, or a class is kept twice in a row.
     """
     options = options._replace(loss=as_run(options.loss, options.hyper.beta))
     loss = options.loss
@@ -78,7 +78,7 @@ def row_loss(
     if not is_fused(loss, rest):
         raise NotImplementedError(f"rest: {loss}_loss has no kernel for {rest!r}; take backend='reference'")
     if options.standardize:
-        raise NotImplementedError("logit_standardization: the kernels have no z-scores of a teacher that is not whole")
+        raise NotImplementedError("logit_standardization: the kernels have no z-scores of a top-k teacher")
     if student.shape[0] == 0:
         dtype = accumulation_dtype(student, log_probs)
         nothing = student.new_empty((3, 0), dtype=dtype)

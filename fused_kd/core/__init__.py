@@ -1,4 +1,4 @@
-"""What every layer shares: the catalogue of losses, checks of arguments, how gradients are stored.
+"""What every layer shares: the catalogue of losses, argument checks, and how gradients are stored.
 
-Of the rest of the package it imports the reference alone.
+It imports nothing else of the package but the reference.
 """

@@ -1,8 +1,8 @@
-"""What there is: every loss with its formula and paper, and the row losses as the kernels know them.
+"""The catalogue: every loss with its formula and paper, and the row losses as the kernels know them.
 
-A row loss is one whose gradient is, row by row, a combination of a few exponentials of the logits; one op and one
-kernel serve them all, and a loss is a policy there: its number here, its function in ``csrc/losses/row_losses.h`` and
-in ``fused_kd/backends/triton/kernels/losses.py``.
+The gradient of a row loss is, row by row, a combination of a few exponentials of the logits. One op and one kernel
+serve all row losses. Each is a policy: a number here, and a function in ``csrc/losses/row_losses.h`` and in
+``fused_kd/backends/triton/kernels/losses.py``.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import Any
 from fused_kd.core.options import HyperParameters
 from fused_kd.reference.topk import RESTS
 
-#: What a row loss may ask of a kernel, beside the student's exponentials at T; each is a bit of its number.
+#: What a row loss may need from a kernel beside the student's exponentials at T. Each is a bit of the loss's number.
 NEEDS = (
-    "teacher",  # its exponentials at T
-    "sharp",  # the exponentials of what is distilled at 1 as well
-    "divergence",  # the dot product of KL, sum q (log p - log q); without it that of a cross-entropy, sum q log p
+    "teacher",  # the teacher's exponentials at T
+    "sharp",  # the exponentials of the distilled logits at 1 as well
+    "divergence",  # KL's dot product, sum q (log p - log q); without it the cross-entropy's, sum q log p
     "linear",  # the sum of the student's logits
     "at_one",  # the student's exponentials at 1 whatever T is
     "teacher_ce",  # the teacher's own cross-entropy with the labels
-    "pointwise",  # another round of sums: its gradient is no combination of exponentials
-    "one_slope",  # of a pointwise loss, that it has one
-    "fine",  # the student's probabilities beside the exponentials, where a row or column hardly varies
+    "pointwise",  # another round of sums: the gradient is no combination of exponentials
+    "one_slope",  # the pointwise loss has one slope
+    "fine",  # the student's probabilities beside the exponentials, for rows or columns that hardly vary
     "columns",  # a term of the batch's columns, unless gamma is 0
 )
 
@@ -35,11 +35,10 @@ NEEDS = (
 class RowLoss:
     """How the kernels know a row loss.
 
-    ``kind`` is its number in ``csrc/losses/row_losses.h``; ``own`` are its own hyper-parameters, in the order in which
-    Triton's kernels take them; ``parts`` which of the op's three parts it has; ``bound`` what the magnitude of its
-    gradient's entries cannot exceed, CE left out, or inf; ``needs`` are some of :data:`NEEDS`; ``rests`` what a
-    :class:`fused_kd.TopK` may make of the teacher's rest for a kernel to serve it; ``labels`` whether it takes no
-    target of None.
+    ``kind`` is its number in ``csrc/losses/row_losses.h``. ``own`` are its own hyper-parameters, in the order of
+    Triton's kernels. ``parts`` says which of the op's three parts it has. ``bound`` gives an upper bound of the
+    magnitude of the gradient's entries without CE, or inf. ``needs`` are some of :data:`NEEDS`. ``rests`` are the
+    values of ``rest`` in :class:`fused_kd.TopK` that have a kernel. ``labels`` says whether it requires a target.
     """
 
     kind: int
@@ -62,8 +61,8 @@ ROW_LOSSES = {
         3, ("alpha",), (0, 2), lambda x: x.alpha * x.temperature, ("teacher", "sharp", "teacher_ce"), RESTS
     ),
     "tf_kd": RowLoss(4, ("correct",), (0, 2), lambda x: 1.0, ("linear", "at_one")),
-    # A correlation's gradient has the deviation of the probabilities in its denominator: of a constant row or column,
-    # which a head that starts at zero gives, it is the 1e-8 beside it that is left.
+    # A correlation's gradient has the deviation of the probabilities in its denominator. For a constant row or column,
+    # as from a head that starts at zero, only the 1e-8 beside it is left.
     "dist": RowLoss(
         5, ("beta", "gamma"), (0, 1, 2), lambda x: math.inf, ("teacher", "pointwise", "fine", "columns"), labels=False
     ),
@@ -79,30 +78,30 @@ ROW_LOSSES = {
         labels=False,
     ),
 }
-#: The bits of what is needed, and the number that the kernels get: those, and above them the kind.
+#: The bit of each need, and the number that the kernels get: those bits, and the kind above them.
 BITS = {need: 1 << place for place, need in enumerate(NEEDS)}
 KIND_SHIFT = 16
 NUMBERS = {name: loss.kind << KIND_SHIFT | sum(map(BITS.__getitem__, loss.needs)) for name, loss in ROW_LOSSES.items()}
-#: What becomes of a top-k teacher's rest, as the kernels get it.
+#: The number of each ``rest`` of a top-k teacher for the kernels.
 REST_NUMBERS = {rest: number for number, rest in enumerate(RESTS)}
 
 
 def as_run(loss: str, beta: float) -> str:
-    """The row loss whose kernel runs: Jensen–Shannon of beta = 0 is KD."""
+    """Return the row loss to run: Jensen–Shannon with beta = 0 is KD."""
     return "kd" if loss == "js" and beta == 0.0 else loss
 
 
 def has_column_term(loss: str, hyper: HyperParameters) -> bool:
-    """Whether a row loss has a term of the batch's columns, which every row depends on."""
+    """Whether a row loss has a term of the batch's columns, which couples all rows."""
     return "columns" in ROW_LOSSES[loss].needs and hyper.gamma != 0.0
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss of this package: what it is, where it comes from, and what runs it.
+    """A loss of this package: its formula, its source and its backends.
 
-    ``formula`` is per row, in the notation of the README; ``backends`` has, per kind of device, the backends that
-    have a kernel for it, whether or not they are installed here (:func:`fused_kd.explain` says that).
+    ``formula`` is per row, in the notation of the README. ``backends`` lists, per kind of device, the backends with a
+    kernel for the loss. :func:`fused_kd.explain` says which of them can run here.
     """
 
     name: str

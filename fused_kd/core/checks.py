@@ -1,4 +1,4 @@
-"""Argument checks shared by the losses. Every message names the argument, what was expected and what came."""
+"""Argument checks shared by the losses. Every message names the argument, what was expected and what was given."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 class Rows(NamedTuple):
-    """Arguments flattened to rows: logits ``(N, C)``, target ``(N,)`` int64 or ``(N, C)``; ``shape`` is what the rows
-    have in the logits, that of class indices. ``other_logits`` are the teacher's or the weak ones, None of a loss that
-    has no other, and dense ones ``(N, P, C)`` of Zipf's label smoothing."""
+    """Arguments flattened to rows: logits ``(N, C)``, target ``(N,)`` int64 or ``(N, C)``.
+
+    ``shape`` is the shape of the rows before flattening, which class indices have too. ``other_logits`` are the
+    teacher's or the weak logits, the dense ones ``(N, P, C)`` of Zipf's label smoothing, or None.
+    """
 
     student_logits: Tensor
     other_logits: Tensor | None
@@ -29,14 +31,14 @@ class Rows(NamedTuple):
 
 
 def check_scalar(name: str, value: float, *, positive: bool = False) -> float:
-    """A finite hyper-parameter, at least 0, or above 0 when ``positive``; returned as a float."""
+    """Check a finite hyper-parameter, at least 0, or above 0 if ``positive``. Return it as a float."""
     if isinstance(value, Tensor):
         learned = "; it cannot be learned, as no gradient flows to it" if value.requires_grad else ""
         raise TypeError(f"{name}: expected a Python number, got a Tensor; pass {name}.item(){learned}")
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt, Real)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     wanted = "a finite number above 0" if positive else "a finite number of at least 0"
-    # Not by float's own error, which torch.compile takes for one of its own.
+    # float() would raise too, but torch.compile takes that error for one of its own.
     if isinstance(value, Rational) and not -sys.float_info.max <= value <= sys.float_info.max:
         raise ValueError(f"{name}: expected {wanted}, got one that no float can hold")
     number = value if isinstance(value, torch.SymFloat) else float(value)
@@ -46,7 +48,7 @@ def check_scalar(name: str, value: float, *, positive: bool = False) -> float:
 
 
 def check_fraction(name: str, value: float) -> float:
-    """A number from 0 to below 1; returned as a float."""
+    """Check a number from 0 to below 1. Return it as a float."""
     value = check_scalar(name, value)
     if not value < 1.0:
         raise ValueError(f"{name}: expected a number from 0 to below 1, got {value}")
@@ -54,7 +56,7 @@ def check_fraction(name: str, value: float) -> float:
 
 
 def check_share(name: str, value: float) -> float:
-    """A number from 0 to 1; returned as a float."""
+    """Check a number from 0 to 1. Return it as a float."""
     value = check_scalar(name, value)
     if value > 1.0:
         raise ValueError(f"{name}: expected a number from 0 to 1, got {value}")
@@ -94,12 +96,12 @@ def check_index(name: str, value: int, wanted: str = "an int") -> None:
 def is_dtensor(value: Any) -> bool:
     if value is None or type(value) is Tensor:
         return False
-    module = sys.modules.get("torch.distributed.tensor")  # nobody has a DTensor who has not imported it
+    module = sys.modules.get("torch.distributed.tensor")  # a DTensor exists only after this import
     return module is not None and isinstance(value, module.DTensor)
 
 
 def check_tensor(name: str, value: Any, wanted: str = "a Tensor") -> Tensor:
-    """A Tensor whose elements lie in memory of this process, with strides."""
+    """Check that a value is a strided Tensor in the memory of this process."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected {wanted}, got {type(value).__name__}")
     if is_dtensor(value):
@@ -134,7 +136,7 @@ def check_teacher_detached(teacher_logits: Tensor | None) -> None:
 
 
 def check_process_group(name: str, value: Any) -> None:
-    """A group of an initialised torch.distributed, or None."""
+    """Check for None, or a group of an initialised torch.distributed."""
     if value is None:
         return
     if not (distributed.is_available() and distributed.is_initialized()):
@@ -155,11 +157,11 @@ def check_class_dim(name: str, value: int | None) -> None:
 
 
 def class_dimension(student_logits: Tensor, class_dim: int | None, target: Tensor | None = None) -> int:
-    """The dimension of the classes, from 0: ``class_dim``, or the last of up to three where it is None.
+    """Return the dimension of the classes, from 0: ``class_dim``, or the last one if it is None.
 
     Raises:
-        TypeError: it is no int.
-        ValueError: the logits have no such dimension, or four or more while it is None.
+        TypeError: ``class_dim`` is no int.
+        ValueError: The logits have no such dimension, or ``class_dim`` is None for four or more dimensions.
     """
     dims = student_logits.dim()
     if class_dim is None:
@@ -181,16 +183,16 @@ def class_dimension(student_logits: Tensor, class_dim: int | None, target: Tenso
 
 
 def rows_shape(shape: tuple[int, ...], dim: int) -> tuple[int, ...]:
-    """That of the rows of logits of such a shape, whose classes are in dimension ``dim``."""
+    """Return the shape of the rows of logits: ``shape`` without the dimension ``dim`` of the classes."""
     return (*shape[:dim], *shape[dim + 1 :])
 
 
 def _fits(shape: tuple[int, ...], given: Any, name: str = "target") -> str:
-    """To end a message: which ``class_dim`` fits class indices, or a weight per row, of this shape, if any does."""
+    """Return the end of a message: the ``class_dim`` that fits class indices, or a weight per row, if any does."""
     if not isinstance(given, Tensor) or len(shape) < 3:
         return ""
     wanted = tuple(given.shape)
-    kept = name == "target"  # indices may have kept their dimension of the classes
+    kept = name == "target"  # indices may keep a class dimension of size 1
     fitting = [
         dim
         for dim in range(len(shape))
@@ -207,14 +209,14 @@ def flatten(
     class_dim: int | None = None,
     labels: bool = True,
 ) -> Rows:
-    """Check logits and their target, and view them as rows, which copies where the classes are not innermost in memory.
+    """Check logits and their target, and view them as rows. This copies if the classes are not innermost in memory.
 
-    Without ``labels`` the target may be None: every row gets the class 0. Without an ``other_name`` there are no other
+    Without ``labels`` the target may be None, and every row gets class 0. Without an ``other_name`` there are no other
     logits.
 
     Raises:
-        TypeError: an argument is no Tensor or has a dtype that is not supported.
-        ValueError: shapes or devices disagree, there are fewer than two classes, or a target requires grad.
+        TypeError: An argument is no Tensor or has an unsupported dtype.
+        ValueError: Shapes or devices disagree, there are fewer than two classes, or a target requires grad.
     """
     check_logits("student_logits", student_logits)
     other = None if other_name is None else check_logits(other_name, other_logits)
@@ -247,8 +249,8 @@ def flatten(
 
 
 def check_target(target: Tensor, shape: tuple[int, ...], dim: int, device: torch.device) -> Tensor:
-    """For logits of that ``shape`` with their classes in ``dim``: class indices of the rows' shape, as int64, or
-    probabilities of the logits' shape."""
+    """Check a target for logits of this ``shape`` with the classes in ``dim``. Return int64 class indices of the rows'
+    shape, or probabilities of the logits' shape."""
     if target.device != device:
         raise ValueError(f"target: expected the device of student_logits, {device}, got {target.device}")
     if target.dtype in _INDEX_DTYPES:
@@ -277,7 +279,7 @@ def check_target(target: Tensor, shape: tuple[int, ...], dim: int, device: torch
 
 
 def _moved(shape: tuple[int, ...], target: Tensor, dim: int) -> str:
-    """To end a message: where probabilities have their classes, if they fit the logits but for that."""
+    """Return the end of a message: the dimension where probabilities have their classes, if only that is wrong."""
     for at in range(target.dim()):
         if target.dim() == len(shape) and (*(rest := rows_shape(shape, dim))[:at], shape[dim], *rest[at:]) == tuple(
             target.shape
@@ -290,7 +292,7 @@ def _moved(shape: tuple[int, ...], target: Tensor, dim: int) -> str:
 
 
 def flatten_dense(dense_logits: Tensor, student_logits: Tensor, rows: Rows) -> Tensor:
-    """Logits of the positions ``(..., P, C)``, viewed as ``(N, P, C)``; ``...`` is the rows' shape."""
+    """Check the logits of the positions ``(..., P, C)``, and view them as ``(N, P, C)``; ``...`` is the rows' shape."""
     check_logits("dense_logits", dense_logits)
     shape, wanted = dense_logits.shape, (*rows.shape, rows.student_logits.shape[1])
     if len(shape) != len(wanted) + 1 or shape[:-2] != wanted[:-1] or shape[-1] != wanted[-1] or shape[-2] == 0:
@@ -306,12 +308,12 @@ def flatten_dense(dense_logits: Tensor, student_logits: Tensor, rows: Rows) -> T
 def flatten_weight(
     weight: Tensor | None, rows: tuple[int, ...], shape: tuple[int, ...], num_classes: int, device: torch.device
 ) -> Tensor | None:
-    """A weight per row, of the shape ``rows`` that logits of that ``shape`` have, viewed as ``(N,)``; a boolean mask as
-    0 and 1.
+    """Check a weight per row, and view it as ``(N,)``; a boolean mask becomes 0 and 1. ``rows`` is the rows' shape in
+    logits of this ``shape``.
 
     Raises:
-        TypeError: it is no Tensor, or of integers.
-        ValueError: its shape or device is another, it requires grad, or on the CPU one is negative or not finite.
+        TypeError: The weight is no Tensor, or has an integer dtype.
+        ValueError: The shape or device is wrong, it requires grad, or, on the CPU, a weight is negative or not finite.
     """
     if weight is None:
         return None
@@ -339,7 +341,7 @@ def flatten_weight(
 
 
 def row_error(target: Tensor, row: int, num_classes: int, ignore_index: int) -> Exception:
-    """Of a row whose class index is out of range, or whose probabilities are none."""
+    """Return the error for a row with a class index out of range, or with probabilities that do not sum to 1."""
     if target.is_floating_point():
         return ValueError(
             "target: expected class probabilities, of which those of a row sum to 1, got a row that sums to "
@@ -352,7 +354,7 @@ def row_error(target: Tensor, row: int, num_classes: int, ignore_index: int) -> 
 
 
 def kept_error(indices: Tensor, row: int, num_classes: int) -> Exception:
-    """Of a row of a top-k teacher, where one class is twice or out of range, or none is there to be renormalised."""
+    """Return the error for a row of a top-k teacher: a class is out of range or appears twice, or all are pads."""
     given = indices[row]
     none = given[(given < -1) | (given >= num_classes)]
     if none.numel():
@@ -367,12 +369,12 @@ def kept_error(indices: Tensor, row: int, num_classes: int) -> Exception:
 
 
 def check_target_values(target: Tensor, weight: Tensor | None, num_classes: int, ignore_index: int) -> None:
-    """Raise :func:`row_error` for the first such row, where reading the values stalls nothing. Fused backends check as
-    they go; this is for the reference."""
+    """Raise :func:`row_error` for the first bad row, if reading the values does not stall. This is for the reference;
+    fused backends check in their kernels."""
     if not readable(target):
         return
     if target.is_floating_point():
-        # Labels in half precision miss 1 by up to half a per cent; NaN is a row's own affair. As in csrc/cpu/core.cpp.
+        # Sums of half-precision labels miss 1 by up to half a per cent. NaN is no error. As in csrc/cpu/core.cpp.
         bad = (target.double().sum(dim=1) - 1.0).abs() > 0.02
         if weight is not None:
             bad &= weight != 0

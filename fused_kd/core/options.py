@@ -1,4 +1,4 @@
-"""What a call asks for, by name, and room for what it gives."""
+"""The options of a call, and memory for its results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class HyperParameters(NamedTuple):
-    """What scales the terms of a loss, by the names that its function has; a loss reads those that it has.
+    """The hyper-parameters of all losses, by their names in the functions. Each loss reads its own.
 
     An op takes them as numbers in this order. ``csrc/common/hyper_parameters.h`` has the same fields.
     """
@@ -31,8 +31,8 @@ _DEFAULTS = [*HyperParameters()]
 
 
 def in_order(named: Mapping[str, float]) -> list[float]:
-    """The fields of :class:`HyperParameters`, of which those that are not named keep their defaults. To make the tuple
-    by keywords takes a microsecond, of a call's thirty; the op makes it once."""
+    """Return the fields of :class:`HyperParameters` in order, with defaults for missing names. Building the tuple from
+    keywords would take one of a call's thirty microseconds; the op builds it once."""
     numbers = _DEFAULTS.copy()
     for name, value in named.items():
         numbers[_PLACES[name]] = value
@@ -40,10 +40,10 @@ def in_order(named: Mapping[str, float]) -> list[float]:
 
 
 class Options(NamedTuple):
-    """What a backend is asked for beside tensors; of the last five an op reads those that it has.
+    """The arguments of a backend beside tensors. An op ignores those of the last five that it does not have.
 
-    ``wanted`` says of which logits the gradient is, ``scales`` what it is stored times. With ``over`` a row loss of the
-    C++ core writes it over the student's logits, which are contiguous then.
+    ``wanted`` says which logits get a gradient. ``scales`` are the factors of the stored gradients. With ``over`` a row
+    loss of the C++ core writes the gradient over the student's logits, which must be contiguous.
     """
 
     hyper: HyperParameters
@@ -61,8 +61,8 @@ class Options(NamedTuple):
 def outputs(
     student: Tensor, want: bool, parts: int, reduction: str, dtype: torch.dtype, over: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Room for what an op gives: the loss and its parts, the student's gradient, empty where it is not wanted, and its
-    norm. Tuples for shapes and no loop: a torch.Size alone takes a microsecond of a call's thirty."""
+    """Allocate an op's results: the loss, its parts, the student's gradient (empty if not wanted) and its norm. Shapes
+    are tuples, without a loop: a torch.Size alone takes one of a call's thirty microseconds."""
     rows = (student.shape[0],) if reduction == "none" else ()
     if want:
         gradient = student if over else torch.empty_like(student, memory_format=torch.contiguous_format)
@@ -79,7 +79,7 @@ def outputs(
 def pair_outputs(
     student: Tensor, other: Tensor, wanted: tuple[bool, ...], parts: int, reduction: str, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    """As :func:`outputs`, of an op with two gradients: those, and then their norms."""
+    """As :func:`outputs`, for an op with two gradients: both gradients, then both norms."""
     loss, all_parts, gradient, norm = outputs(student, wanted[0], parts, reduction, dtype)
     more = torch.empty_like(other, memory_format=torch.contiguous_format) if wanted[1] else other.new_empty(0)
     return loss, all_parts, gradient, more, norm, torch.empty_like(norm)

@@ -1,4 +1,4 @@
-"""A source of logits as the rows that an op takes: see :mod:`fused_kd.sources`."""
+"""A source of logits (:mod:`fused_kd.sources`) as the rows that an op takes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 class SourceRows(NamedTuple):
-    """Logits (N, C) themselves; or the hidden states (N, D) of a head, with its ``weight``; or the log-probabilities
-    (N, k) that were kept of a teacher, with their ``indices`` and what the ``rest`` is."""
+    """Logits (N, C); or the hidden states (N, D) of a head, with its ``weight``; or the kept log-probabilities (N, k)
+    of a top-k teacher, with their ``indices`` and the ``rest``."""
 
     values: Tensor
     weight: Tensor | None = None  # (C, D)
@@ -21,7 +21,7 @@ class SourceRows(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Which of a row's classes are at hand, and the name of the process group that shares them, "" for none."""
+    """Which of a row's classes this process has, and the name of the process group that shares them ("" for none)."""
 
     first_class: int
     num_classes: int

@@ -1,4 +1,4 @@
-"""What gradients are multiplied by when they are stored, and its way back: see :mod:`fused_kd.ops`."""
+"""The factor of a stored gradient, and how to undo it: see :mod:`fused_kd.ops`."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from fused_kd.reference.rows import usable_weight
 
 
 def stored_scale(dtype: torch.dtype, bound: float) -> float:
-    """The power of two times which a gradient of magnitude up to ``bound`` is stored, one that float32 can undo."""
+    """Return the power of two that scales a stored gradient of magnitude up to ``bound``. Float32 can undo it."""
     return 2.0 ** math.floor(math.log2(2.0**15 / max(bound, 2.0**-64))) if dtype == torch.float16 else 1.0
 
 
 def to_half(gradient: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-    """A float32 gradient, which is overwritten, in float16, times the power of two that brings its largest finite entry
-    to 2^14 or more and below 2^15; and ``norm`` less that power.
+    """Convert a float32 gradient to float16, scaled by a power of two, and divide ``norm`` by that power. The gradient
+    is overwritten.
 
-    Any smaller power would lose small entries, and a larger one make the largest infinite whatever a GradScaler does.
+    The power brings the largest finite entry to 2^14 or more and below 2^15. A smaller power would lose small entries.
+    A larger one would make the largest entry infinite whatever a GradScaler does.
     """
     if gradient.numel() == 0:
         return gradient.half(), norm
@@ -29,19 +30,19 @@ def to_half(gradient: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def counted_weight(row_weight: Tensor | None, target: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:
-    """What each row weighs, (N,): 1 without weights, and 0 where the row is ignored."""
+    """Return the weight of each row, (N,): 1 without weights, and 0 for an ignored row."""
     weight = target.new_ones(target.shape[:1], dtype=dtype) if row_weight is None else usable_weight(row_weight, dtype)
     return weight if target.is_floating_point() else torch.where(target == ignore_index, 0.0, weight)
 
 
 def counted_rows(row_weight: Tensor | None, target: Tensor, ignore_index: int) -> Tensor:
-    """Which rows count, (N,)."""
+    """Return a mask of the rows that count, (N,)."""
     dtype = torch.float32 if row_weight is None else row_weight.dtype
     return counted_weight(row_weight, target, ignore_index, dtype) != 0
 
 
 def shared_weight(row_weight: Tensor | None, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    """:func:`counted_weight` in float64, over the sum of all for a mean."""
+    """Return :func:`counted_weight` in float64, divided by its sum for a mean."""
     weight = counted_weight(row_weight, target, ignore_index, torch.float64)
     if reduction != "mean":
         return weight
@@ -52,11 +53,12 @@ def shared_weight(row_weight: Tensor | None, target: Tensor, ignore_index: int, 
 def row_factors(
     row_weight: Tensor | None, target: Tensor, ignore_index: int, reduction: str, dtypes: tuple[torch.dtype, ...]
 ) -> tuple[Tensor | None, str, tuple[Tensor | None, ...]]:
-    """What kernels multiply rows by: float64 (1 + gradients, N), the first for the parts, then one per gradient, whose
-    ``dtypes`` are given; the reduction that is left to them; and what each gradient's norm is to be multiplied by.
+    """Return the factors of the rows, the reduction that is left to the kernels, and a factor for each gradient's norm.
 
-    A mean's factors are divided by the sum of the weights. A gradient in float16 has them times the power of two that
-    makes the largest one from 1/2 to 1, so that it neither underflows nor overflows; its norm takes that back.
+    The factors are float64 (1 + gradients, N): the first row for the parts, then one per gradient in ``dtypes``. For a
+    mean they are divided by the sum of the weights. For a float16 gradient they are also scaled by a power of two that
+    brings the largest one between 1/2 and 1, so that the gradient neither underflows nor overflows; the factor of its
+    norm undoes that.
     """
     if row_weight is None:
         return None, reduction, (None,) * len(dtypes)

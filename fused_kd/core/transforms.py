@@ -1,8 +1,8 @@
-"""Where a fused kernel's gradient does not reach, and where values cannot be read.
+"""What the fused kernels cannot do (second derivatives, torch.func, tracers), and where values cannot be read.
 
-The kernels make a gradient and keep nothing else of what it depends on, so a second derivative or a tangent has nothing
-to be computed from, and a graph that records their arithmetic does not exist. Whoever asks for one is told so: what
-autograd makes of a tensor that came out of a kernel would be 0 or None.
+A kernel computes a gradient and keeps nothing else. So nothing is left to compute a second derivative or a tangent
+from, and no graph records the kernel's arithmetic. Such a request raises an error, because autograd alone would return
+0 or None.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ _NO_RANKS = ". ONNX lacks operators by which USKD and Zipf's label smoothing ran
 
 _AUTOGRAD = torch._C.DispatchKey.AutogradCPU
 
-# Looked up once, as each call of a loss asks them.
+# Looked up once, because each call of a loss calls them.
 _functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 _is_tracing: Callable[[], bool] = torch._C._is_tracing
 _is_legacy_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 
 
 def _special() -> bool:
-    """Whether a transform of torch.func, forward-mode differentiation or torch.jit's tracer is at work."""
+    """Whether a torch.func transform, forward-mode differentiation or torch.jit's tracer is active."""
     return _functorch_active() or forward_ad._current_level >= 0 or _is_tracing()
 
 
@@ -63,27 +63,27 @@ def _onnx_export() -> bool:
     return torch.onnx.is_in_onnx_export()
 
 
-# The compiler shall ask while it traces, when the transforms of what it traces are at work. This is what
+# The compiler must call these while it traces, when the transforms of the traced code are active. This is what
 # torch.compiler.assume_constant_result does; the decorator itself imports the whole compiler.
 _special._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def refuse(*logits: Tensor) -> None:
-    """Raise a RuntimeError where a fused kernel cannot serve logits that are to be differentiated."""
+    """Raise a RuntimeError if an active transform would differentiate these logits in a way no fused kernel can."""
     if _special():
         _refuse(logits)
 
 
 def _refuse(logits: tuple[Tensor, ...]) -> None:
     if torch.compiler.is_compiling():
-        # Unless the whole is to be one graph, this leaves the call to eager PyTorch, where it is looked at closely.
+        # Without fullgraph=True, this leaves the call to eager PyTorch, which takes the exact checks below.
         raise RuntimeError(f"{_FUNCTORCH}. {_FORWARD_MODE}")
     if _functorch_active():
         raise RuntimeError(_FUNCTORCH)
     if _is_tracing():
         raise RuntimeError(_TRACED + (_NO_RANKS if _onnx_export() else ""))
-    # The compiler would see tensors of its own here, without the tangents that these may have.
+    # The compiler would see its own tensors here, without the tangents of these.
     torch.compiler.disable(_refuse_tangents)(logits)  # type: ignore[no-untyped-call]
 
 
@@ -93,16 +93,16 @@ def _refuse_tangents(tensors: tuple[Tensor, ...]) -> None:
 
 
 def refuse_onnx() -> None:
-    """Raise a RuntimeError in an export to ONNX by way of torch.export."""
+    """Raise a RuntimeError in an export to ONNX through torch.export."""
     if _onnx_export():
         raise RuntimeError(_ONNX + _NO_RANKS)
 
 
 def refuse_create_graph() -> None:
-    """Raise a RuntimeError in a backward pass that is to be differentiated itself.
+    """Raise a RuntimeError in a backward pass with create_graph=True.
 
-    A compiled graph's backward runs as the forward of another function then, where PyTorch turns the gradient off, and
-    forward mode with it, which a backward does not otherwise.
+    A compiled graph's backward then runs as the forward of another function. There PyTorch disables the gradient and
+    also forward mode, which an ordinary backward keeps enabled.
     """
     if torch._C._current_graph_task_id() == -1:
         return
@@ -112,24 +112,24 @@ def refuse_create_graph() -> None:
 
 
 def refuse_recorded(*tensors: Tensor) -> None:
-    """Raise a RuntimeError in an op that stands in a recorded graph, such as make_fx's, and is to be differentiated.
+    """Raise a RuntimeError in an op of a recorded graph, such as make_fx's, if its inputs need a gradient.
 
-    The functions of :mod:`fused_kd.autograd` never call one so: autograd would give None for the gradient.
+    Autograd would give None for that gradient. The functions of :mod:`fused_kd.autograd` never call an op this way.
     """
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise RuntimeError(_RECORDED)
-    # Where autograd is cut off, as in what was compiled, there are no tangents to be seen.
+    # Where autograd is excluded, as in compiled code, no tangents are visible.
     if forward_ad._current_level >= 0 and not torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD):
         _refuse_tangents(tensors)
 
 
 def wraps_values(grad_output: Tensor) -> bool:
-    """Whether an incoming gradient is more than its values: a batch of them, of either vmap, or one with a tangent."""
+    """Whether an incoming gradient is batched, by either vmap, or has a tangent."""
     return _is_legacy_batched(grad_output) or _functorch_active() or tangents_exist()
 
 
 def tangents_exist() -> bool:
-    """Whether forward-mode differentiation is at work, so that a tensor may have a tangent."""
+    """Whether forward-mode differentiation is active, so that a tensor may have a tangent."""
     return forward_ad._current_level >= 0
 
 
@@ -138,12 +138,12 @@ def _has_tangent(tensor: Tensor) -> bool:
 
 
 def carries_gradient(tensor: Tensor) -> bool:
-    """Whether something asks for a tensor's derivative, backward or forward."""
+    """Whether a tensor takes part in backward or forward differentiation."""
     return tensor.requires_grad or (forward_ad._current_level >= 0 and _has_tangent(tensor))
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether a check may look at a tensor's values: they are there, on the CPU, and nothing records or batches it."""
+    """Whether a check may read a tensor's values: they exist, on the CPU, and nothing records or batches the tensor."""
     if tensor.device.type != "cpu" or torch.compiler.is_compiling() or _is_tracing():
         return False
     modes = torch._C._TorchDispatchModeKey

@@ -1,4 +1,4 @@
-"""The way of every loss from its arguments to the op, or to the reference, and of what comes back."""
+"""The path of every loss from its arguments to the op, or to the reference, and back to the caller."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from fused_kd.sources import Logits, TeacherLogits
 
 Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
 
-#: Takes rows, their weight, hyper-parameters, settings, a backend and whether parts are wanted: an op.
+#: A function that calls an op: it takes rows, their weight, hyper-parameters, settings, a backend and whether parts are
+#: wanted.
 Fused: TypeAlias = Callable[[checks.Rows, "Tensor | None", list[float], dict[str, Any], str, bool], tuple[Tensor, Any]]
 
 
@@ -30,9 +31,9 @@ def call(
     options: tuple[dict[str, float], dict[str, Any]],
     common: Common,
 ) -> Tensor | tuple[Tensor, Parts]:
-    """Run a loss of checked arguments: of the student's logits as they were ``given``, and the rows of all.
+    """Run a loss with checked arguments. ``given`` are the student's original logits, and the rows of all tensors.
 
-    ``options`` are hyper-parameters that are numbers, and the others; ``eager`` takes both by name.
+    ``options`` are the hyper-parameters, which are numbers, and the other settings; ``eager`` takes both by name.
     """
     student_logits, rows = given
     numbers, settings = options
@@ -61,7 +62,8 @@ def ordinary(
     settings: dict[str, Any],
     common: Common,
 ) -> Tensor | tuple[Tensor, Parts] | None:
-    """What a function gives back, of an ordinary call; None of another. Nothing is checked before."""
+    """Return the result of an ordinary call (:mod:`fused_kd.direct`), None for any other call. Takes unchecked
+    arguments."""
     made = direct.loss(name, tensors, numbers, settings, common)
     if made is None:
         return None
@@ -82,7 +84,7 @@ def row_loss(
     common: Common,
 ) -> Tensor | tuple[Tensor, Parts]:
     """Check a row loss and run it. ``tensors`` are the student's logits, the teacher's, and the target. A loss without
-    a teacher has None for one, and no ``logit_standardization`` among its settings."""
+    a teacher has None in its place, and no ``logit_standardization`` among its settings."""
     labels = ROW_LOSSES[name].labels
     complete = tensors[2] is not None or not labels
     if complete and (made := ordinary(name, parts_type, tensors, numbers, settings, common)) is not None:

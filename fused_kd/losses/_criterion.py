@@ -1,4 +1,4 @@
-"""What most modules are: hyper-parameters, and the function that takes them."""
+"""Base classes of the modules: hyper-parameters, and the function that takes them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fused_kd.losses import _options
 from fused_kd.sources import Logits, TeacherLogits
 
-#: A hyper-parameter: a number, or a callable without arguments that returns one at each call of the loss: a schedule.
+#: A hyper-parameter: a number, or a schedule: a callable without arguments that returns the number for each call.
 Scheduled: TypeAlias = "float | Callable[[], float]"
 Parts = TypeVar("Parts")
 
@@ -21,8 +21,8 @@ Parts = TypeVar("Parts")
 class Criterion(nn.Module):
     """Hyper-parameters as attributes, and a function that takes them as keywords.
 
-    A callable one is called without arguments at each call of the loss, for its current value. All others are checked
-    here, and all of them again at each call, since attributes may be changed.
+    Each call of the loss calls a callable hyper-parameter for its current value. All others are checked here, and all
+    of them again at each call, since attributes may change.
     """
 
     ce_weight: Scheduled
@@ -33,7 +33,7 @@ class Criterion(nn.Module):
     class_dim: int | None
 
     _function: ClassVar[Callable[..., Any]]
-    _own_checks: ClassVar[Mapping[str, _options.Check]] = {}  # of hyper-parameters that mean something else elsewhere
+    _own_checks: ClassVar[Mapping[str, _options.Check]] = {}  # for names that have another meaning in other losses
     _further: ClassVar[tuple[str, ...]] = ()  # arguments of __init__ that the function does not take
 
     def __init__(self, options: dict[str, Any]) -> None:
@@ -44,7 +44,8 @@ class Criterion(nn.Module):
             setattr(self, name, options[name])
 
     def __init_subclass__(cls, **given: Any) -> None:
-        """A ``forward`` of this file is each module's own: where an argument is missing, Python says its name."""
+        """Give each module its own copy of a ``forward`` from this file, so that an error message of Python for a
+        missing argument names the module."""
         super().__init_subclass__(**given)
         found: Any = cls.forward
         if "forward" not in vars(cls) and found.__module__ == __name__:
@@ -52,13 +53,13 @@ class Criterion(nn.Module):
             for name in (*WRAPPER_ASSIGNMENTS, "__defaults__", "__kwdefaults__"):
                 setattr(own, name, getattr(found, name))
             own.__qualname__ = f"{cls.__qualname__}.forward"
-            setattr(cls, "forward", own)  # noqa: B010 - a method that mypy would not have assigned
+            setattr(cls, "forward", own)  # noqa: B010 - mypy allows no plain assignment to a method
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # torch.compile takes a module's int for a constant, so that each new one would compile the graph anew.
+        # torch.compile treats a module's int as a constant, so each new value would recompile the graph.
         counts = name in ("ignore_index", "class_dim", "num_classes")
         if type(value) is int and not counts and name in self.__dict__.get("_names", ()):
-            with suppress(OverflowError):  # the call says what is wrong with one that no float can hold
+            with suppress(OverflowError):  # the call raises the error for an int that no float can hold
                 value = float(value)
         super().__setattr__(name, value)
 
@@ -76,7 +77,7 @@ class Criterion(nn.Module):
 
 
 class TeacherCriterion(Criterion, Generic[Parts]):
-    """With a teacher and targets; ``Parts`` is what ``return_parts=True`` adds to the loss."""
+    """A loss with a teacher and targets. ``Parts`` is the type of the parts."""
 
     temperature: Scheduled
     logit_standardization: bool
@@ -118,7 +119,7 @@ class TeacherCriterion(Criterion, Generic[Parts]):
 
 
 class UnlabelledCriterion(Criterion, Generic[Parts]):
-    """With a teacher, and targets or none."""
+    """A loss with a teacher and optional targets."""
 
     temperature: Scheduled
     logit_standardization: bool

@@ -1,8 +1,8 @@
-"""What the docstrings of the losses have in common, said once; a function's own has what is particular to its loss.
+"""The text that the docstrings of the losses share.
 
-A function's docstring has a summary, ``Args:`` and ``Example:``, and ``Shape:`` and ``Raises:`` where they differ.
-:func:`documented` puts in what is shared: the arguments that are missing, in the signature's order, and the sections.
-An entry that starts with a plus sign goes on where the shared one ends, or before its full stop.
+A function's own docstring has a summary, ``Args:`` and ``Example:``, and ``Shape:`` and ``Raises:`` if they differ.
+:func:`documented` adds the rest: the missing arguments, in the signature's order, and the shared sections. An entry
+that starts with a plus sign continues the shared one after its end, or before its full stop.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _INFINITIES = """
     class has one. A NaN or a logit of +inf makes the loss and the gradient of its row NaN, and {others}. An ignored
     row stays 0, even if it holds NaN. A gradient that is 0 stays 0 for any incoming gradient.
 """
-#: Of a loss whose distillation has the logarithm of the student's probabilities.
+#: For a loss that contains the logarithm of the student's probabilities.
 WITH_A_TEACHER = """A teacher's logit of -inf is a probability of 0. If a class has probability 0 for the student but
 not for the teacher, the loss is +inf."""
 _SHAPE = """
@@ -74,8 +74,8 @@ _RAISES = """
 def documented(
     parts: type[tuple[Any, ...]], infinities: str, others: str = "no other's"
 ) -> Callable[[Function], Function]:
-    """Completes the docstring of a loss: what its ``parts`` are, what it does at -inf, and which ``others`` become NaN
-    with a row."""
+    """Return a decorator that completes the docstring of a loss: its ``parts``, what it does at -inf, and which
+    ``others`` become NaN with a row."""
 
     def complete(function: Function) -> Function:
         if function.__doc__:  # python -OO has none
@@ -112,7 +112,7 @@ def _merged(shared: dict[str, str], own: str, names: Iterable[str]) -> str:
 
 
 def _entry(name: str, shared: str, own: str) -> str:
-    """Lines of a source stay as they are, but for what is put together here."""
+    """Return an entry. Only combined text is wrapped anew; other lines stay as in the source."""
     if not own.startswith("+"):
         return f"    {name}: {own}"
     more = own[1:]
@@ -122,6 +122,6 @@ def _entry(name: str, shared: str, own: str) -> str:
 
 
 def _filled(text: str, indent: int) -> str:
-    """As wide as the sources are, from which four columns of indentation are gone."""
+    """Wrap text to the width of the sources, without their indentation of four columns."""
     words, inner = " ".join(text.split()), " " * indent
     return textwrap.fill(words, 116, initial_indent="    ", subsequent_indent=inner, break_on_hyphens=False)

@@ -1,4 +1,4 @@
-"""What runs, and why: of matrices of logits, and of what stands for them."""
+"""Which backend runs, and why: for logits and for sources."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def explain(
     if not (teacher_logits is None or isinstance(teacher_logits, (Tensor, Head, ClassShard, TopK))):
         given = type(teacher_logits).__name__
         raise TypeError(f"teacher_logits: expected a Tensor, what stands for one, or None, got {given}")
-    how = [_said("student", student_logits), _said("teacher", teacher_logits)]
+    how = [_how("student", student_logits), _how("teacher", teacher_logits)]
     given = [each for each in (student_logits, teacher_logits) if isinstance(each, (Head, ClassShard, TopK))]
     if given:
         taken = {"uskd": (Head,)}.get(loss, (Head, ClassShard, TopK) if loss in ROW_LOSSES else ())
@@ -44,7 +44,7 @@ def explain(
             if not isinstance(each, taken):
                 raise ValueError(f"loss: {LOSSES[loss].title} does not take a {type(each).__name__}")
         if loss == "dist":
-            how.append("with gamma=0 alone: the term of the batch's columns needs all rows at once")
+            how.append("only with gamma=0: the term of the batch's columns needs all rows at once")
     if isinstance(teacher_logits, TopK):
         check_rest(loss, teacher_logits.rest, LOSSES[loss].defaults.get("beta", 0.0))
         if not topk.is_fused(loss, teacher_logits.rest):
@@ -60,12 +60,15 @@ def _device(given: Any) -> Any:
     return given.hidden if isinstance(given, Head) else given
 
 
-def _said(who: str, given: Any) -> str:
+def _how(name: str, given: Any) -> str:
+    """Describe how a source runs; "" for logits."""
     if isinstance(given, ClassShard):
-        inner = _said(who, given.logits)
-        return f"{who}: classes over processes, by stages with an exchange after each" + (f"; {inner}" if inner else "")
+        inner = _how(name, given.logits)
+        return f"{name}: classes over processes, in stages with an exchange after each" + (
+            f"; {inner}" if inner else ""
+        )
     if isinstance(given, Head):
-        return f"{who}: logits by products, a chunk of rows at a time"
+        return f"{name}: logits by products, a chunk of rows at a time"
     if isinstance(given, TopK):
-        return f"{who}: the kept classes alone are read"
+        return f"{name}: only the kept classes are read"
     return ""

@@ -1,4 +1,4 @@
-"""The check of every hyper-parameter by its name: modules make it when they are made, functions at each call."""
+"""The checks of all hyper-parameters, by name. Modules run them at construction, functions at each call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fused_kd.core.transforms import carries_gradient, readable
 
 Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
 
-#: What losses take alike: ``weight``, ``normalizer``, ``class_dim``, ``num_classes``, ``backend`` and ``return_parts``.
+#: The common arguments: ``weight``, ``normalizer``, ``class_dim``, ``num_classes``, ``backend`` and ``return_parts``.
 Common: TypeAlias = "tuple[Tensor | None, float | Tensor | None, int | None, int | None, str, bool]"
 #: Returns a number as a float.
 Check = Callable[[str, Any], Any]
@@ -37,7 +37,7 @@ _CHECKS: dict[str, Check] = {
 def checked(
     numbers: Mapping[str, float], settings: Mapping[str, Any], common: Common | None = None
 ) -> dict[str, float]:
-    """The numbers as floats, after the checks of all, in their order."""
+    """Check everything in order. Return the numbers as floats."""
     floats = {}
     for name, value in numbers.items():
         floats[name] = _CHECKS[name](name, value)
@@ -50,21 +50,21 @@ def checked(
 
 
 def check_options(options: Mapping[str, Any], own: Mapping[str, Check]) -> None:
-    """Raise what the function would; ``own`` are the checks of a loss that differ. A schedule is left to the calls."""
+    """Raise the function's errors early. ``own`` are the checks that differ in a loss. The calls check schedules."""
     for name, value in options.items():
         if not callable(value):
             (own.get(name) or _CHECKS[name])(name, value)
 
 
 def normalized(weight: Tensor | None, normalizer: float | Tensor, settings: dict[str, Any], target: Tensor) -> Tensor:
-    """The weight of each row, (N,), with which the sum is the loss over ``normalizer``; ``settings`` then ask for it.
+    """Return row weights (N,) divided by ``normalizer``, and set the reduction in ``settings`` to "sum".
 
-    A row's weight is in the factors of its parts and gradient already, so this costs no pass over the gradient. Of a
+    Row weights are factors of the parts and the gradient anyway, so this costs no pass over the gradient. With a
     normalizer of 0 no row counts.
 
     Raises:
-        TypeError: it is neither a number nor a Tensor of real numbers.
-        ValueError: it has a dimension, requires grad, is below 0 or on another device; or the reduction is no mean.
+        TypeError: ``normalizer`` is neither a number nor a Tensor of real numbers.
+        ValueError: It has a dimension, requires grad, is below 0 or on another device; or the reduction is no mean.
     """
     if settings["reduction"] != "mean":
         raise ValueError(
@@ -95,12 +95,12 @@ def normalized(weight: Tensor | None, normalizer: float | Tensor, settings: dict
     if isinstance(normalizer, Tensor):
         divisor = normalizer.to(rows.device, dtype, non_blocking=True)
     else:
-        divisor = rows.new_ones(()) * normalizer  # no copy to a GPU, which would wait
+        divisor = rows.new_ones(()) * normalizer  # a copy to a GPU would wait
     return torch.where(divisor == 0, 0.0, rows / divisor)
 
 
 def first_classes(name: str, logits: Tensor, class_dim: int | None, num_classes: int) -> Tensor:
-    """A view of logits, without the padding that follows their classes."""
+    """Return a view of logits without the padding after their classes."""
     dim = checks.class_dimension(checks.check_logits(name, logits), class_dim)
     checks.check_num_classes("num_classes", num_classes, logits.shape[dim], name)
     return logits.narrow(dim, 0, num_classes)
@@ -109,7 +109,8 @@ def first_classes(name: str, logits: Tensor, class_dim: int | None, num_classes:
 def returned(
     loss: Tensor, parts: Iterable[Tensor] | None, parts_type: type[Parts], shape: tuple[int, ...], reduction: str
 ) -> Tensor | tuple[Tensor, Parts]:
-    """What a function gives back: the loss, with its parts unless they are None; row by row in the rows' ``shape``."""
+    """Return a function's result: the loss, with its parts unless they are None. With ``reduction="none"`` they get the
+    rows' ``shape``."""
     given = [] if parts is None else [*parts]
     if reduction == "none" and len(shape) != 1:
         loss, *given = (each.reshape(shape) for each in (loss, *given))

@@ -1,5 +1,5 @@
-"""Classes that lie on several processes: how :class:`fused_kd.sources.ClassShard` and DTensor become rows with their
-span, and the way of the reference, which brings the columns together."""
+"""Classes that several processes share. Turns :class:`fused_kd.sources.ClassShard` and DTensor into rows with their
+span, and gathers all columns for the reference."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Tensors: TypeAlias = "tuple[Logits, TeacherLogits | None, Tensor | None]"
 
 
 def span_of(name: str, shard: ClassShard, class_dim: int | None) -> Span:
-    """The classes of a shard, but for whether they are some: that is said to all processes alike, see
-    :func:`fused_kd.backends.shards.check_cover`."""
+    """Return the span of a shard. :func:`fused_kd.backends.shards.check_cover` checks its classes, so that all
+    processes raise the same error."""
     if not (distributed.is_available() and distributed.is_initialized()):
         raise ValueError(
             f"{name}: expected no ClassShard while torch.distributed is not initialised; call "
@@ -39,7 +39,7 @@ def span_of(name: str, shard: ClassShard, class_dim: int | None) -> Span:
 
 
 def shard_rows(name: str, logits: Tensor) -> Tensor:
-    """Checked logits of a shard, (..., width), where a width may be 0, as (N, width)."""
+    """Check a shard's logits (..., width), and view them as (N, width). The width may be 0."""
     refuse_dtensor(name, logits)
     logits = checks.check_logits(name, logits)
     return logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
@@ -48,25 +48,25 @@ def shard_rows(name: str, logits: Tensor) -> Tensor:
 def check_same(student: Span | None, teacher: Span | None) -> None:
     if student != teacher:
         raise ValueError(
-            f"teacher_logits: expected the classes and the group of student_logits, {_said(student)}, got "
-            f"{_said(teacher)}"
+            f"teacher_logits: expected the classes and the group of student_logits, {_description(student)}, got "
+            f"{_description(teacher)}"
         )
 
 
-def _said(span: Span | None) -> str:
+def _description(span: Span | None) -> str:
     if span is None:
         return "no ClassShard"
     return f"those of {span.num_classes} from {span.first_class} on in group {span.group!r}"
 
 
 class _Columns(torch.autograd.Function):
-    """The columns of all processes, of which each has the gradient of its own."""
+    """Gathers the columns of all processes. Each process gets the gradient of its own columns."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, span: Span) -> Tensor:
         group, (rows, width) = shards.group_of(span), own.shape
-        told = shards.gathered(torch.tensor([span.first_class, width, span.num_classes], device=own.device), group)
-        spans = told.tolist()
+        own_span = torch.tensor([span.first_class, width, span.num_classes], device=own.device)
+        spans = shards.gathered(own_span, group).tolist()
         order = shards.check_cover(spans)
         padded = own.new_zeros(rows, max(each[1] for each in spans))
         padded[:, :width] = own
@@ -85,8 +85,8 @@ class _Columns(torch.autograd.Function):
 
 
 class _Shared(torch.autograd.Function):
-    """Hidden states that are the same on all processes, and so is their gradient: the sum of what each one's classes
-    give."""
+    """Hidden states that are the same on all processes. Their gradient is the sum over all processes' classes, so it is
+    the same too."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, span: Span) -> Tensor:
@@ -101,7 +101,7 @@ class _Shared(torch.autograd.Function):
 
 
 def shared_hidden(rows: SourceRows, span: Span | None) -> SourceRows:
-    """A head whose hidden states get the sum of the gradients, in the accumulating dtype."""
+    """Return a head with hidden states in the accumulating dtype that get the sum of all processes' gradients."""
     if span is None or rows.weight is None:
         return rows
     values: Tensor = _Shared.apply(rows.values.to(accumulation_dtype(rows.values)), span)  # type: ignore[no-untyped-call]
@@ -109,7 +109,7 @@ def shared_hidden(rows: SourceRows, span: Span | None) -> SourceRows:
 
 
 def all_columns(own: Tensor, span: Span | None) -> Tensor:
-    """(N, width) of each process as (N, num_classes), the same on all."""
+    """Gather (N, width) of each process to (N, num_classes), the same on all."""
     return own if span is None else _Columns.apply(own, span)  # type: ignore[no-untyped-call]
 
 
@@ -122,43 +122,44 @@ def refuse_dtensor(name: str, given: Any) -> None:
 
 
 def of_dtensors(tensors: Tensors, weight: Tensor | None, class_dim: int | None) -> tuple[Tensors, Tensor | None]:
-    """DTensors as their local tensors: of logits whose classes are sharded a :class:`ClassShard` of them."""
+    """Replace DTensors by their local tensors, as a :class:`ClassShard` for logits with sharded classes."""
     student, teacher, target = tensors
     place = _Place(student, class_dim) if checks.is_dtensor(student) else None
     return (
         (
-            _local("student_logits", student, place, place),
-            _local("teacher_logits", teacher, place, place),
-            _local("target", target, place, None),
+            _local("student_logits", student, place, True),
+            _local("teacher_logits", teacher, place, True),
+            _local("target", target, place, False),
         ),
-        _local("weight", weight, place, None),
+        _local("weight", weight, place, False),
     )
 
 
 class _Place:
-    """Where the student's logits are: their mesh, and which of its dimensions shards the classes, None if none does."""
+    """The mesh and placements of the student's logits. ``over`` is the mesh dimension that shards the classes, or
+    None."""
 
     def __init__(self, student: Any, class_dim: int | None) -> None:
         tensor = sys.modules["torch.distributed.tensor"]
         self.mesh, self.placements = student.device_mesh, tuple(student.placements)
         self.classes = checks.class_dimension(student, class_dim)
-        said = f"got {self.placements}"
+        got = f"got {self.placements}"
         for placement in self.placements:
             if not placement.is_replicate() and type(placement) is not tensor.Shard:
                 raise ValueError(
                     "student_logits: expected a DTensor with placements Shard and Replicate; redistribute it, to "
-                    f"Shard(-1) where the classes are to stay apart; {said}"
+                    f"Shard(-1) if the classes are to stay sharded; {got}"
                 )
         over = [at for at, placement in enumerate(self.placements) if placement.is_shard(self.classes)]
         if len(over) > 1:
             raise ValueError(
                 "student_logits: expected a DTensor with its classes sharded over one dimension of the mesh; "
-                f"redistribute it to Replicate() over the others; {said}"
+                f"redistribute it to Replicate() over the others; {got}"
             )
         if not over and any(placement.is_shard() for placement in self.placements):
             raise ValueError(
-                "student_logits: expected a DTensor with its classes sharded; where rows alone are, pass "
-                f"student_logits.to_local() and the teacher's, for the loss of the rows that are here; {said}"
+                "student_logits: expected a DTensor with its classes sharded; if only rows are sharded, pass "
+                f"student_logits.to_local() and the teacher's, for the loss of this process's rows; {got}"
             )
         if over and self.classes != student.dim() - 1:
             raise ValueError(
@@ -170,18 +171,18 @@ class _Place:
         self.over = over[0] if over else None
 
     def wanted(self, whole_rows: bool) -> tuple[Any, ...]:
-        """Placements as the student's, or of what has no classes, Replicate() instead of those over the classes."""
+        """Return the student's placements; for ``whole_rows`` with Replicate() in place of the shards of classes."""
         replicate = sys.modules["torch.distributed.tensor"].Replicate()
         return tuple(replicate if at == self.over and whole_rows else each for at, each in enumerate(self.placements))
 
 
-def _local(name: str, given: Any, place: _Place | None, of_logits: _Place | None) -> Any:
-    """What a process has of an argument; ``of_logits`` is its place if it is logits."""
+def _local(name: str, given: Any, place: _Place | None, logits: bool) -> Any:
+    """Return this process's part of an argument; ``logits`` says that it has classes as student_logits do."""
     if not checks.is_dtensor(given):
-        if isinstance(given, Tensor) and of_logits is not None and of_logits.over is not None:
+        if isinstance(given, Tensor) and logits and place is not None and place.over is not None:
             raise ValueError(
-                f"{name}: expected a DTensor with the placements of student_logits, {of_logits.placements}, got a "
-                "Tensor; torch.distributed.tensor.distribute_tensor makes one"
+                f"{name}: expected a DTensor with the placements of student_logits, {place.placements}, got a Tensor; "
+                "torch.distributed.tensor.distribute_tensor makes one"
             )
         return given
     placements = tuple(given.placements)
@@ -192,7 +193,7 @@ def _local(name: str, given: Any, place: _Place | None, of_logits: _Place | None
             f"{name}: expected no DTensor, or a replicated one, beside student_logits that are none; redistribute it, "
             f"or pass its to_local(); got {placements}"
         )
-    allowed = {place.wanted(of_logits is None)}
+    allowed = {place.wanted(not logits)}
     if name == "target" and given.dtype.is_floating_point and given.dim() == place.classes + 1:
         allowed = {place.wanted(False)}
     if given.device_mesh != place.mesh or placements not in allowed:
@@ -201,9 +202,9 @@ def _local(name: str, given: Any, place: _Place | None, of_logits: _Place | None
             f"process has of it as a Tensor; got {placements} on {given.device_mesh}"
         )
     local = given.to_local(grad_placements=placements)
-    if of_logits is None or place.over is None:
+    if not logits or place.over is None:
         return local
     number = given.shape[-1]
-    share = -(-number // place.mesh.size(place.over))  # as torch.chunk cuts, which DTensor follows
+    share = -(-number // place.mesh.size(place.over))  # DTensor splits as torch.chunk does
     first = min(place.mesh.get_local_rank(place.over) * share, number)
     return ClassShard(local, first, number, place.mesh.get_group(place.over))

@@ -1,4 +1,4 @@
-"""The way of a row loss whose logits are of a source (:mod:`fused_kd.sources`), from its arguments to the op."""
+"""The path of a row loss with sources (:mod:`fused_kd.sources`) from its arguments to the op."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def is_source(logits: Any) -> bool:
 
 
 def shape_of(name: str, logits: Any, class_dim: int | None) -> tuple[tuple[int, ...], int]:
-    """Of the logits that a Tensor is, or a head stands for: their shape, and the dimension of the classes."""
+    """Return the shape of the logits of a Tensor or a head, and the dimension of the classes."""
     if isinstance(logits, Head):
         shape = _head(name, logits, class_dim).shape
         return shape, len(shape) - 1
@@ -44,9 +44,9 @@ class _Given(NamedTuple):
     """A source, checked and flattened."""
 
     rows: SourceRows
-    shape: tuple[int, ...]  # of the logits that it stands for, padding included
-    chunk_rows: int  # 0 where it does not say
-    span: Span | None = None  # of a shard
+    shape: tuple[int, ...]  # of its logits, padding included
+    chunk_rows: int  # 0 if not given
+    span: Span | None = None  # of a ClassShard
 
 
 def row_loss(
@@ -58,7 +58,7 @@ def row_loss(
     settings: dict[str, Any],
     common: Common,
 ) -> Tensor | tuple[Tensor, Parts]:
-    """As :func:`fused_kd.losses._call.row_loss`, of checked numbers."""
+    """As :func:`fused_kd.losses._call.row_loss`, with checked numbers."""
     student_logits, teacher_logits, target = tensors
     _, _, class_dim, num_classes, backend, return_parts = common
     if isinstance(teacher_logits, TopK):
@@ -160,9 +160,7 @@ def _by_kernels(
 
 def _check_topk(target: Tensor | None, settings: dict[str, Any]) -> None:
     if settings["logit_standardization"]:
-        raise ValueError(
-            "logit_standardization: expected False with a TopK, of whose logits not all are there; got True"
-        )
+        raise ValueError("logit_standardization: expected False with a TopK, which does not have all logits; got True")
     if target is not None and target.is_floating_point():
         raise ValueError("target: expected class indices with a TopK, got probabilities; take the likeliest class")
 
@@ -175,14 +173,14 @@ def uskd(
     settings: dict[str, Any],
     common: Common,
 ) -> Tensor | tuple[Tensor, USKDParts]:
-    """USKD of checked numbers; ``summed`` sums what couples the rows over the processes of a group."""
+    """USKD with checked numbers. ``summed`` adds up the batch sums of a group's processes."""
     student_logits, weak_logits, target = tensors
     _, _, class_dim, _, backend, return_parts = common
     student = _flattened("student_logits", student_logits, class_dim)
     weak = _flattened("weak_logits", weak_logits, None)
     shape, values = student.shape, student.rows.values
     if student.span is not None or weak.span is not None:
-        raise ValueError("student_logits: expected no ClassShard for USKD, whose ranks are of all classes of a row")
+        raise ValueError("student_logits: expected no ClassShard for USKD, which ranks all classes of a row")
     if weak.shape != shape or weak.rows.values.device != values.device:
         raise ValueError(
             f"weak_logits: expected the shape and device of student_logits, {shape} on {values.device}, got "
@@ -214,7 +212,7 @@ def uskd(
 def _of_rows(
     student: _Given, target: Tensor | None, common: Common, settings: dict[str, Any], labels: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """The target and the weight of each row, checked; a normalizer is in the weight then."""
+    """Check the target and the weight, and flatten them to rows. The weight includes a normalizer."""
     weight, normalizer, class_dim, *_ = common
     shape, values = student.shape, student.rows.values
     if target is None and not labels:
@@ -230,7 +228,7 @@ def _of_rows(
 
 
 def _products_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
-    """Of the factors of a head's products where autocast is at work, as a linear layer has it."""
+    """Return the dtype of the factors of a head's products under autocast, as in a linear layer; else None."""
     enabled = torch.is_autocast_enabled(device.type) and dtype != torch.float64
     return torch.get_autocast_dtype(device.type) if enabled else None
 
@@ -289,7 +287,7 @@ def _head(name: str, head: Head, class_dim: int | None, least: int = 2) -> _Give
 
 
 def _without_padding(name: str, given: _Given, num_classes: int) -> _Given:
-    """A head keeps its whole weight, so that the gradient needs no copy."""
+    """Drop the padding columns. A head keeps its whole weight, so that the gradient needs no copy."""
     if given.span is not None:
         raise ValueError(
             f"num_classes: expected None where processes share the classes, got {num_classes}; without the padding, "
@@ -321,8 +319,8 @@ def _check_teacher(teacher: _Given, student: _Given) -> None:
 
 
 def _logits(source: SourceRows, num_classes: int, counted: Tensor) -> Tensor:
-    """What a source stands for, differentiable: the reference's way, which stores them all. A head's row that does not
-    count is 0, or a NaN there would reach the weight's gradient."""
+    """Return the logits of a source, differentiable, for the reference. A head's rows that do not count become 0, since
+    a NaN there would reach the weight's gradient."""
     if source.weight is None:
         return source.values[:, :num_classes]
     dtype = accumulation_dtype(source.values)

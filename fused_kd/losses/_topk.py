@@ -1,4 +1,4 @@
-"""A top-k teacher (:class:`fused_kd.sources.TopK`), from its arguments to rows."""
+"""Checks of a top-k teacher (:class:`fused_kd.sources.TopK`), and its rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fused_kd.sources import TopK
 
 
 def topk_rows(given: TopK, shape: tuple[int, ...]) -> SourceRows:
-    """Checked, of student's logits of that ``shape``."""
+    """Check a top-k teacher for student logits of this ``shape``, and flatten it to rows."""
     log_probs = checks.check_logits("teacher_logits.log_probs", given.log_probs)
     indices = checks.check_tensor("teacher_logits.indices", given.indices, "a Tensor of integers")
     if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
@@ -40,12 +40,12 @@ def topk_rows(given: TopK, shape: tuple[int, ...]) -> SourceRows:
 
 
 def kernel_or_reference(name: str, rest: str, numbers: Mapping[str, float], backend: tuple[str, str]) -> str:
-    """The backend that serves a TopK: of that asked for and that chosen the latter, where it has a kernel for the loss
-    and the rest.
+    """Return the backend for a TopK: the chosen one if it has a kernel for the loss and the rest, else the reference.
+    ``backend`` has the requested one and the chosen one.
 
     Raises:
         ValueError, NotImplementedError: The loss has no meaning with that rest.
-        RuntimeError: A backend was named that has no kernel for it.
+        RuntimeError: The requested backend has no kernel for it.
     """
     asked, chosen = backend
     check_rest(name, rest, numbers.get("beta", 0.0))
@@ -54,7 +54,7 @@ def kernel_or_reference(name: str, rest: str, numbers: Mapping[str, float], back
         return chosen
     what = f"{LOSSES[name].title} with a TopK of rest={rest!r}"
     if asked != "auto":
-        raise RuntimeError(f"backend {asked!r} cannot run {what}: it has no kernel for it; backend='reference' does it")
+        raise RuntimeError(f"backend {asked!r} cannot run {what}: it has no kernel for it; use backend='reference'")
     _warn_once(what)
     return "reference"
 
@@ -63,10 +63,10 @@ _warned: set[str] = set()
 
 
 def _warn_once(what: str) -> None:
-    """Once in a process for each."""
+    """Warn once per process for each text."""
     if what not in _warned:
         _warned.add(what)
-        backends.warn_of_reference(what, "which makes whole rows: it has no kernel for it")
+        backends.warn_of_reference(what, "which makes whole rows: there is no kernel for it")
 
 
 # In a compiled graph too, while it is traced: see fused_kd/backends/__init__.py.
@@ -74,15 +74,15 @@ _warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_log_probs(teacher: SourceRows, target: Tensor, weight: Tensor | None, ignore_index: int) -> None:
-    """Raise where what was kept of a row that counts sums to more than 1, as logits do, where values can be read. With
-    ``"renormalize"`` only their differences matter."""
+    """Raise if the kept probabilities of a row that counts sum to more than 1, as with logits instead of
+    log-probabilities. Checks only readable values. With ``"renormalize"`` only differences matter."""
     if teacher.rest == "renormalize" or not readable(teacher.values):
         return
     sums = teacher.values.detach().float().exp()
     if teacher.indices is not None:
         sums = sums.masked_fill(teacher.indices < 0, 0.0)
     sums = sums.sum(1)
-    # Log-probabilities in bfloat16 miss 1 by up to three per cent.
+    # Probabilities from bfloat16 logarithms miss 1 by up to three per cent.
     bad = (sums > 1.05) & counted_rows(weight, target, ignore_index)
     if bool(bad.any()):
         raise ValueError(
@@ -93,8 +93,8 @@ def check_log_probs(teacher: SourceRows, target: Tensor, weight: Tensor | None, 
 
 
 def check_indices(indices: Tensor, num_classes: int, counted: Tensor, rest: str) -> None:
-    """Raise where a row that counts has a class that is none, or one twice, or no class to renormalise: the reference's
-    way, of values that can be read. The kernels look as they go."""
+    """Raise if a row that counts has a class out of range, a class twice, or no class to renormalise. This is for the
+    reference, and checks only readable values; the kernels check on their own."""
     if not readable(indices):
         return
     wrong = wrong_indices(indices, num_classes) & counted

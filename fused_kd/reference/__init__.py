@@ -1,12 +1,12 @@
-"""Eager definitions of the losses: the specification that every kernel is compared with, and the fallback.
+"""Eager definitions of the losses: the specification of every kernel, and the fallback.
 
-Readable rather than fast, in plain differentiable PyTorch. Nothing here indexes with a boolean mask (a hidden
-``nonzero``: a GPU synchronisation and a graph break) and nothing imports the rest of the package. Arguments are taken
-as :mod:`fused_kd.losses` has checked them, but any two-dimensional logits work.
+They are plain differentiable PyTorch, readable rather than fast. Nothing here indexes with a boolean mask (a hidden
+``nonzero``: a GPU synchronisation and a graph break), and nothing imports the rest of the package.
+:mod:`fused_kd.losses` has checked the arguments, but any two-dimensional logits work.
 
-In the formulas ``q(T) = softmax(t / T)`` is the teacher's and ``p(T) = softmax(s / T)`` the student's; a hat leaves the
-target class ``y`` out. ``logit_standardization`` puts the z-scores of both logits (:func:`standardize_logits`) into
-everything but the CE.
+In the formulas ``q(T) = softmax(t / T)`` is the teacher's softmax and ``p(T) = softmax(s / T)`` the student's. A hat
+leaves out the target class ``y``. ``logit_standardization`` uses the z-scores of both logits
+(:func:`standardize_logits`) in all terms but the CE.
 """
 
 from fused_kd.reference.decompose import Decomposition, decompose

@@ -1,4 +1,4 @@
-"""The parts of KD, NKD and DKD side by side, to rebuild the paper's ablations by weighting them."""
+"""The parts of KD, NKD and DKD side by side. Their weighted sums rebuild the paper's ablations."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def decompose(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Decomposition:
-    """The parts of a batch, with q, p the teacher's and the student's softmax and a hat leaving the target y out:
+    """Return the parts of a batch. q, p are the teacher's and the student's softmax; a hat leaves out the target y.
 
     ``kd_target``       T² (−q_y(T) log p_y(T))
-    ``kd_non_target``   T² (−Σ_{j≠y} q_j(T) log p_j(T)); with the above KD's cross entropy, KD plus T² H(q(T))
+    ``kd_non_target``   T² (−Σ_{j≠y} q_j(T) log p_j(T)); with ``kd_target`` KD's cross-entropy, KD plus T² H(q(T))
     ``nkd_non_target``  T² (−Σ_{j≠y} q̂_j log p̂_j)
     ``dkd_binary``      T² KL(b_t ‖ b_s), b = (p_y(T), 1 − p_y(T))
     ``dkd_non_target``  T² KL(q̂ ‖ p̂)

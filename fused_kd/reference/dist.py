@@ -35,11 +35,11 @@ def dist_loss(
 ) -> tuple[Tensor, DISTParts]:
     """DIST (Huang et al.): T² (beta (1 − r of the row) + gamma (1 − mean over the classes of r of the column)).
 
-    r = Σ a b / (√Σa² √Σb² + 1e-8) with a, b the softmaxes at T less their mean along the row or the column. The second
-    term is one number for the batch, which every row that counts is given whole, so that the loss stays the mean of its
-    rows; a NaN in one row is in it too.
-    Rows that are ignored or of weight 0 are in neither term; in the second all others are alike, whatever they weigh.
-    Without targets every row counts and ``ce_weight`` must be 0.
+    r = Σ a b / (√Σa² √Σb² + 1e-8), where a, b are the softmaxes at T minus their mean along the row or the column. The
+    second term is one number for the batch. Every row that counts gets it whole, so that the loss stays the mean of its
+    rows. A NaN in one row makes it NaN.
+    Rows that are ignored or of weight 0 are in neither term. In the second term all other rows count equally, whatever
+    their weights. Without targets every row counts and ``ce_weight`` must be 0.
     """
     check_target(target, ce_weight)
     labels, raw_student, student, teacher = teacher_rows(
@@ -65,14 +65,14 @@ def dist_loss(
 
 
 def _centred(p: Tensor, origin: Tensor) -> Tensor:
-    """Each row of p less its mean. Of a constant row nothing is left, as it is about an ``origin`` of its own: what a
-    sum of equal numbers is rounded by would have a derivative of 1e8."""
+    """Subtract the mean of each row of p. Subtracting an ``origin`` first makes a constant row exactly 0: a rounding
+    error of its mean would have a derivative of 1e8."""
     p = p - origin.detach()
     return p - p.mean(dim=1, keepdim=True)
 
 
 def _centre_columns(p: Tensor, counted: Tensor) -> Tensor:
-    """The same of columns, over the rows that count; 0 in the others."""
+    """As :func:`_centred` for columns, over the rows that count. Other rows are 0."""
     if p.shape[0] == 0:
         return p
     origin = p.detach().index_select(0, counted.squeeze(1).to(torch.uint8).argmax(0, keepdim=True))
@@ -82,6 +82,6 @@ def _centre_columns(p: Tensor, counted: Tensor) -> Tensor:
 
 
 def _correlation(a: Tensor, b: Tensor, dim: int) -> Tensor:
-    # The norm's gradient at 0, of a constant row or column, is 0 rather than NaN.
+    # The norm of a constant row or column is 0, and its gradient there is 0 rather than NaN.
     norms: Tensor = torch.linalg.vector_norm(a, dim=dim) * torch.linalg.vector_norm(b, dim=dim)
     return (a * b).sum(dim=dim) / (norms + 1e-8)

@@ -50,7 +50,7 @@ def dkd_loss(
 
 
 def binary_divergence(rows: TeacherRows, weight: float, temperature: float) -> Tensor:
-    """weight · T² KL(b_t ‖ b_s) of each row, of the target class against all others, at T."""
+    """weight · T² KL(b_t ‖ b_s) of each row: the target class against all others, at T."""
     log_p, log_q = log_softmaxes(rows, temperature)
     log_b_s, log_b_t = _log_binary(log_p, rows), _log_binary(log_q, rows)
     return divergence(log_b_t.exp(), log_b_t, log_b_s, weight * temperature**2)
@@ -59,7 +59,7 @@ def binary_divergence(rows: TeacherRows, weight: float, temperature: float) -> T
 def non_target_divergence(rows: TeacherRows, weight: float, temperature: float) -> Tensor:
     """weight · T² KL(q̂ ‖ p̂) of each row, over the classes other than the target, at T."""
     if rows.student.shape[1] == 2:
-        # One class is left, of probability 1 on both sides.
+        # The one class left has probability 1 on both sides.
         return torch.zeros_like(rows.student[:, 0])
     log_p_hat = masked_softmax(rows.student / temperature, rows.labels.is_target, log=True)
     log_q_hat = masked_softmax(rows.teacher / temperature, rows.labels.is_target, log=True)
@@ -67,7 +67,7 @@ def non_target_divergence(rows: TeacherRows, weight: float, temperature: float) 
 
 
 def _log_binary(log_p: Tensor, rows: TeacherRows) -> Tensor:
-    """log (p_y, 1 − p_y), ``(N, 2)``. The second is a sum over the others: 1 − p_y has no digits left as p_y → 1."""
+    """log (p_y, 1 − p_y), ``(N, 2)``. The second sums over the other classes: 1 − p_y has no digits left as p_y → 1."""
     others = torch.where(rows.labels.is_target, NEG_INF, log_p)
     # A logsumexp over -inf alone has no gradient.
     empty = (others == NEG_INF).all(dim=1, keepdim=True)

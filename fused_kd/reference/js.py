@@ -34,8 +34,8 @@ def js_loss(
 ) -> tuple[Tensor, DistillationParts]:
     """Generalised Jensen–Shannon: T² (b KL(q ‖ m) + (1 − b) KL(p ‖ m)), m = b q + (1 − b) p, all at T.
 
-    b is ``beta``; 0 is T² KL(q ‖ p) and 1 is T² KL(p ‖ q), to which the loss divided by b or by 1 − b tends; the loss
-    itself tends to 0. Without targets every row counts and ``ce_weight`` must be 0.
+    b is ``beta``. By definition b = 0 is T² KL(q ‖ p) and b = 1 is T² KL(p ‖ q), the limits of the loss divided by b
+    and by 1 − b. The loss itself tends to 0. Without targets every row counts and ``ce_weight`` must be 0.
     """
     check_target(target, ce_weight)
     rows = teacher_rows(
@@ -48,8 +48,8 @@ def js_loss(
     elif beta == 1.0:
         soft_part = divergence(p, log_p, log_q, temperature**2)
     else:
-        # The mixture in logarithms, as both probabilities underflow long before their logarithms overflow. A class
-        # that neither allows is kept from logaddexp, whose gradient there would be NaN.
+        # The mixture is in logarithms, because both probabilities underflow long before their logarithms overflow. At a
+        # class that neither allows, the gradient of logaddexp would be NaN.
         neither = (log_p == NEG_INF) & (log_q == NEG_INF)
         log_m = torch.logaddexp(
             math.log(beta) + torch.where(neither, 0.0, log_q), math.log1p(-beta) + torch.where(neither, 0.0, log_p)

@@ -1,4 +1,4 @@
-"""Knowledge distillation by the divergence of the whole softmax."""
+"""Knowledge distillation: the divergence of the whole softmax."""
 
 from __future__ import annotations
 

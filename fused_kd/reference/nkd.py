@@ -31,7 +31,7 @@ def nkd_loss(
 ) -> tuple[Tensor, LossParts]:
     """NKD (paper Eq. 4 and 5) of logits ``(N, C)`` with targets ``(N,)`` or probabilities ``(N, C)``.
 
-    ``logit_standardization`` takes the z-scores of both logits (:func:`standardize_logits`) in all but the CE.
+    ``logit_standardization`` uses the z-scores of both logits (:func:`standardize_logits`) in all terms but the CE.
     Returns the loss and its parts. :func:`fused_kd.nkd_loss` documents arguments and semantics.
     """
     labels, raw_student, student, teacher = teacher_rows(
@@ -43,12 +43,12 @@ def nkd_loss(
     target_part = -times_log(q_target, log_p_target)
 
     if student.shape[1] == 2:
-        # One class is left: its softmax is 1 and its logarithm 0. A difference of rounded logarithms would not be.
+        # The softmax of the one class left is 1, its logarithm 0. A difference of rounded logarithms would not be 0.
         non_target_part = torch.zeros_like(target_part)
     else:
         log_p_hat = masked_softmax(student / temperature, labels.is_target, log=True)
         q_hat = masked_softmax(teacher / temperature, labels.is_target, log=False)
-        # gamma goes into the factor, so that 0 switches the term off even where a logarithm is -inf.
+        # gamma multiplies q_hat, so that 0 switches the term off even if a logarithm is -inf.
         non_target_part = -times_log(gamma * temperature**2 * q_hat, log_p_hat).sum(dim=1)
 
     if logit_standardization:

@@ -1,4 +1,4 @@
-"""What the losses share: targets, softmaxes and products with exact zeros, and the reduction of rows to a loss."""
+"""Shared parts of the losses: targets, softmaxes and products with exact zeros, and the reduction of rows to a loss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SINGLE_ALONE = {"mps"}
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 when any logits are float64, else float32: half precision is only how logits are stored."""
+    """Return float64 if any logits are float64, else float32: half precision is only a storage format."""
     for tensor in tensors:  # any() would take a microsecond of each call
         if tensor.dtype == torch.float64:
             return torch.float64
@@ -21,7 +21,7 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def widest_dtype(tensor: Tensor) -> torch.dtype:
-    """What sums over a batch are taken in: float64 where the tensor's device has it."""
+    """Return the dtype of sums over a batch: float64 if the tensor's device has it."""
     return torch.float32 if tensor.device.type in SINGLE_ALONE else torch.float64
 
 
@@ -43,10 +43,10 @@ class LossParts(NamedTuple):
 class Labels(NamedTuple):
     """The targets of each row.
 
-    ``columns`` ``(N, K)`` are its target classes and ``values`` their labels; where not ``present``, the column is some
-    class in range and the value 0. ``counted`` is False for ignored rows and those of weight 0. ``valid`` is NaN for a
+    ``columns`` ``(N, K)`` are the target classes and ``values`` their labels. If not ``present``, the column is some
+    class in range and the value 0. ``counted`` is False for ignored rows and rows of weight 0. ``valid`` is NaN for a
     row that has no value (a NaN among its probabilities, an index out of range), else 1. ``probabilities`` is None for
-    class indices, and ``weight`` ``(N,)`` where every row weighs the same.
+    class indices, and ``weight`` ``(N,)`` is None if all rows weigh the same.
     """
 
     columns: Tensor
@@ -62,12 +62,13 @@ class Labels(NamedTuple):
 def find_labels(
     target: Tensor, num_classes: int, ignore_index: int, dtype: torch.dtype, *, most: int, weight: Tensor | None = None
 ) -> Labels:
-    """Class indices give one target. Probabilities give their largest entry, or with ``most=2`` the at most two largest
-    that exceed the row's smallest: a one-hot row has one. The lower index goes first on ties, as argmax has it."""
+    """Find the targets of each row. A class index is one target. Probabilities give their largest entry or, with
+    ``most=2``, up to two largest entries that exceed the row's smallest: a one-hot row has one target. On ties the
+    lower index goes first, as in argmax."""
     if not target.is_floating_point():
         counted = target != ignore_index
         index = torch.where(counted, target, 0)
-        # An index out of range gets here on a GPU only, where checking would stall: its row becomes NaN.
+        # An index out of range gets here only on a GPU, where a check would stall. Its row becomes NaN.
         in_range = (index >= 0) & (index < num_classes)
         columns = torch.where(in_range, index, 0).unsqueeze(1)
         present = torch.ones_like(columns, dtype=torch.bool)
@@ -95,23 +96,24 @@ def find_labels(
 
 
 def usable_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A row's weight, NaN where it is negative or not finite: on a GPU, where checking would stall, it gets here."""
+    """Return the weights of rows, NaN if negative or not finite. Such weights get here on a GPU, where a check would
+    stall."""
     weight = weight.to(dtype)
     return torch.where((weight >= 0) & (weight < float("inf")), weight, torch.nan)
 
 
 def dense_labels(labels: Labels, dtype: torch.dtype) -> Tensor:
-    """The whole label row: the probabilities, or one-hot."""
+    """Return the whole label rows: the probabilities, or one-hot rows."""
     return labels.is_target.to(dtype) if labels.probabilities is None else labels.probabilities
 
 
 def counted_logits(logits: Tensor, counted: Tensor) -> Tensor:
-    """A row that does not count gives no gradient, not even 0 * NaN, so its logits are replaced before arithmetic."""
+    """Replace the logits of rows that do not count, so that they give no gradient, not even 0 * NaN."""
     return torch.where(counted.unsqueeze(1), logits, 0.0)
 
 
 class TeacherRows(NamedTuple):
-    """What a loss with a teacher reads: ``student`` and ``teacher`` for distillation, ``raw_student`` for its CE."""
+    """Inputs of a loss with a teacher: ``student`` and ``teacher`` for distillation, ``raw_student`` for the CE."""
 
     labels: Labels
     raw_student: Tensor
@@ -128,10 +130,10 @@ def teacher_rows(
     logit_standardization: bool = False,
     weight: Tensor | None = None,
 ) -> TeacherRows:
-    """Logits in the accumulation dtype, the teacher's detached. Without targets every row counts."""
+    """Return logits in the accumulation dtype, with the teacher's detached. Without targets every row counts."""
     dtype = accumulation_dtype(student_logits, teacher_logits)
     if target is None:
-        # Any class will do, as nothing reads it; the index to ignore must only differ from it.
+        # Nothing reads the class, so 0 stands in. The index to ignore must differ from it.
         target, ignore_index = torch.zeros_like(student_logits[:, 0], dtype=torch.int64), -1
     labels = find_labels(target, student_logits.shape[1], ignore_index, dtype, most=1, weight=weight)
     raw_student = counted_logits(drop_impossible(student_logits.to(dtype)), labels.counted)
@@ -142,15 +144,15 @@ def teacher_rows(
 
 
 def check_target(target: Tensor | None, ce_weight: float) -> None:
-    """A loss may do without targets as long as nothing reads them."""
+    """Raise a ValueError if the CE needs a target and there is none."""
     if target is None and ce_weight != 0.0:
         raise ValueError(f"ce_weight must be 0 where there is no target, got {ce_weight}")
 
 
 def standardize_logits(logits: Tensor) -> Tensor:
-    """The z-score of each row, (x − mean) / (deviation + 1e-7) with the unbiased deviation.
+    """Return the z-scores of each row, (x − mean) / (deviation + 1e-7) with the unbiased deviation.
 
-    A class at -inf stays there and is left out of both. A constant row becomes 0.
+    A class at -inf stays there; mean and deviation leave it out. A constant row becomes 0.
     """
     possible = logits != NEG_INF
     number = possible.sum(dim=1, keepdim=True)
@@ -178,13 +180,14 @@ def cross_entropy(log_p: Tensor, labels: Labels, weight: float, label_smoothing:
 def divergence(q: Tensor, log_q: Tensor, log_p: Tensor, weight: float = 1.0) -> Tensor:
     """weight · KL(q ‖ p) = weight · Σ_j q_j (log q_j − log p_j) of each row, with 0 · log 0 = 0.
 
-    The weight goes into the factor, so that 0 switches the term off even where a logarithm is -inf.
+    The weight multiplies q, so that a weight of 0 switches the term off even if a logarithm is -inf.
     """
     return (times_log(weight * q, log_q) - times_log(weight * q, log_p)).sum(dim=1)
 
 
 def combine(parts: list[Tensor], labels: Labels, reduction: str) -> tuple[Tensor, list[Tensor]]:
-    """The loss and its detached parts from per-row parts: NaN where a row has no value, 0 where it does not count."""
+    """Return the loss and its detached parts from per-row parts: NaN for a row without a value, 0 for one that does not
+    count."""
     reduced = [reduce_rows(part, labels, reduction) for part in parts]
     loss = reduced[0]
     for part in reduced[1:]:
@@ -193,22 +196,22 @@ def combine(parts: list[Tensor], labels: Labels, reduction: str) -> tuple[Tensor
 
 
 def drop_impossible(logits: Tensor) -> Tensor:
-    """Cut the gradient at -inf: a class that cannot occur gets none, whatever the teacher says of it."""
+    """Cut the gradient at -inf: a class that cannot occur gets none, whatever the teacher gives it."""
     return torch.where(logits == NEG_INF, NEG_INF, logits)
 
 
 def times_log(weight: Tensor, log_value: Tensor) -> Tensor:
-    """weight * log_value with 0 * -inf = 0, in the gradient as well; a NaN of either stays."""
+    """Return weight * log_value with 0 * -inf = 0, in the gradient as well. NaN stays NaN."""
     unused = weight == 0
     safe = torch.where(unused & (log_value == NEG_INF), 0.0, log_value)
     return weight * safe
 
 
 def masked_softmax(logits: Tensor, excluded: Tensor, *, log: bool) -> Tensor:
-    """Softmax, or its logarithm, over the classes that are not excluded; 0, or -inf, at those that are.
+    """Return the softmax, or its logarithm, over the classes that are not excluded. Excluded ones are 0, or -inf.
 
-    The excluded logits are replaced by -inf, not lowered by a constant, so no logit is too large for it. A row where
-    every remaining logit is -inf has no distribution: all its entries are 0, or -inf.
+    Excluded logits become -inf instead of being lowered by a constant, which a large logit could outweigh. A row with
+    only -inf left has no distribution: all its entries are 0, or -inf.
     """
     kept = torch.where(excluded, NEG_INF, logits)
     empty = (kept == NEG_INF).all(dim=1, keepdim=True)
@@ -218,7 +221,7 @@ def masked_softmax(logits: Tensor, excluded: Tensor, *, log: bool) -> Tensor:
 
 
 def reduce_rows(part: Tensor, labels: Labels, reduction: str) -> Tensor:
-    """Reduce one part of the rows; a row that does not count is 0, and so is the mean of no rows.
+    """Reduce one part of the rows. A row that does not count is 0, and the mean of no rows is 0.
 
     With weights the mean is Σ w_i l_i / Σ w_i over the rows that count.
     """
@@ -236,7 +239,7 @@ def reduce_rows(part: Tensor, labels: Labels, reduction: str) -> Tensor:
 
 
 def log_softmaxes(rows: TeacherRows, temperature: float) -> tuple[Tensor, Tensor]:
-    """log p(T) and log q(T)."""
+    """Return log p(T) and log q(T)."""
     return (rows.student / temperature).log_softmax(dim=1), (rows.teacher / temperature).log_softmax(dim=1)
 
 

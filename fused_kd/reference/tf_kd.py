@@ -37,7 +37,7 @@ def tf_kd_loss(
     dtype, num_classes = accumulation_dtype(student_logits), student_logits.shape[1]
     labels = find_labels(target, num_classes, ignore_index, dtype, most=1, weight=weight)
     log_p = counted_logits(drop_impossible(student_logits.to(dtype)), labels.counted).log_softmax(dim=1)
-    others = torch.full_like(log_p, (1.0 - correct) / (num_classes - 1))  # of two floats torch.where makes float32
+    others = torch.full_like(log_p, (1.0 - correct) / (num_classes - 1))  # two floats would make torch.where float32
     virtual = torch.where(labels.is_target, correct, others)
     log_q = (virtual / temperature).log_softmax(dim=1)
     parts = [divergence(log_q.exp(), log_q, log_p), cross_entropy(log_p, labels, ce_weight, label_smoothing)]

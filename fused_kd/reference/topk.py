@@ -1,16 +1,16 @@
 """The losses with a top-k teacher.
 
-K are the kept classes, with log-probabilities l of the full softmax at temperature 1, in any order; an index of -1 is a
-pad. What the teacher has left, r = max(0, 1 − Σ_K exp l_j), is taken as spread evenly over the other classes, a share
-u = r / (C − |K|) each, which fixes the normaliser at every temperature: Z = Σ_K exp(l_j / T) + (C − |K|) u^(1/T).
-``rest`` says what becomes of it:
+K are the kept classes, with log-probabilities l of the full softmax at temperature 1, in any order. An index of -1 is a
+pad. The teacher's remaining probability, r = max(0, 1 − Σ_K exp l_j), is spread evenly over the other classes, with a
+share u = r / (C − |K|) each. This fixes the normaliser at every temperature: Z = Σ_K exp(l_j / T) + (C − |K|) u^(1/T).
+``rest`` says how the loss treats the other classes:
 
-- ``"renormalize"``: K is all there is, and the loss the ordinary one of a teacher that is -inf elsewhere;
-- ``"uniform"``: the ordinary loss of a teacher that is log u elsewhere;
-- ``"drop"``: q_j(T) on K, and no other class counts, in no sum over classes; hats renormalise what remains;
-- ``"bucket"``: q_j(T) on K, and one class of all others, whose probabilities are sums, for the student as well.
+- ``"renormalize"``: the ordinary loss with a teacher that is -inf there;
+- ``"uniform"``: the ordinary loss with a teacher that is log u there;
+- ``"drop"``: q_j(T) on K, and no sum over classes includes the others; hats renormalise what remains;
+- ``"bucket"``: q_j(T) on K, and the others are one class, with the sum of their probabilities; so for the student.
 
-A row then is a loss of few numbers: of the kept logits, the target's, and what :class:`Rest` has of all other classes.
+The loss of a row then depends on few numbers: the kept logits, the target's logit, and :class:`Rest` of the others.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from fused_kd.reference.wsld import wsld_loss
 
 RESTS = ("drop", "renormalize", "bucket", "uniform")
 
-#: The losses that have a teacher.
+#: The losses with a teacher.
 _DENSE: dict[str, Callable[..., Any]] = {
     "kd": kd_loss,
     "nkd": nkd_loss,
@@ -58,32 +58,31 @@ _PARTS: dict[str, Any] = {"nkd": LossParts, "dkd": LossParts, "dist": DISTParts}
 
 
 class Kept(NamedTuple):
-    """What is known of the teacher, and where that is in a row."""
+    """The kept classes of the teacher."""
 
     log_probs: Tensor  # (N, k), -inf at pads
     columns: Tensor  # (N, k), 0 at pads
     present: Tensor  # (N, k), False at pads
     is_target: Tensor  # (N, k)
     target_kept: Tensor  # (N,)
-    valid: Tensor  # (N,), NaN where an index is none or twice there, else 1
-    number: Tensor  # (N,), how many are kept
-    log_share: Tensor  # (N,), log u, -inf where nothing is left
+    valid: Tensor  # (N,), NaN if an index is out of range or appears twice, else 1
+    number: Tensor  # (N,), the number of kept classes
+    log_share: Tensor  # (N,), log u, -inf if no probability remains
 
 
 class Rest(NamedTuple):
-    """Of the student's logits of the classes that are neither kept nor the target, (N,) each."""
+    """Sums of the student's logits over the classes that are neither kept nor the target, (N,) each."""
 
-    soft: Tensor  # logsumexp of s / T, -inf where there is none
+    soft: Tensor  # logsumexp of s / T, -inf if there are no such classes
     sharp: Tensor  # logsumexp of s
     linear: Tensor  # sum of s
-    number: Tensor  # how many they are
+    number: Tensor  # number of these classes
 
 
 class _Columns(NamedTuple):
-    """A row with few columns: the kept classes but for the target, the rest, and the target, (N, k + 2).
+    """Rows of few columns, (N, k + 2): the kept classes without the target, the rest, and the target.
 
-    ``rest`` is what stands for the rest in the loss's logarithms: of a bucket its own logarithm, else the mean of its
-    classes'.
+    ``rest`` is the logit of the rest in the loss's logarithms: the bucket's own, else the mean of the classes in it.
     """
 
     logits: Tensor
@@ -91,7 +90,7 @@ class _Columns(NamedTuple):
 
 
 def check_rest(name: str, rest: str, beta: float) -> None:
-    """Raise where a loss of a part of the teacher's classes has no meaning."""
+    """Raise if a loss has no meaning with this ``rest``."""
     if rest not in RESTS:
         raise ValueError(f"rest: expected one of {', '.join(map(repr, RESTS))}, got {rest!r}")
     if name not in _DENSE:
@@ -122,10 +121,10 @@ def topk_loss(
     reduction: str = "mean",
     weight: Tensor | None = None,
 ) -> tuple[Tensor, Any]:
-    """A loss with a teacher, by its name, of log-probabilities ``(N, k)`` of the classes ``indices`` ``(N, k)``.
+    """Compute a loss by its name, with a teacher's log-probabilities ``(N, k)`` of the classes ``indices`` ``(N, k)``.
 
-    ``hyper`` has the loss's hyper-parameters by name; of those that it lacks the loss's own defaults hold, and others
-    are passed over. Returns the loss and its parts.
+    ``hyper`` has hyper-parameters by name. Missing ones get the loss's defaults, and unknown ones are ignored. Returns
+    the loss and its parts.
     """
     named = _hyper_parameters(name, hyper)
     check_rest(name, rest, named.get("beta", 0.0))
@@ -179,7 +178,7 @@ def _hyper_parameters(name: str, hyper: Mapping[str, float]) -> dict[str, float]
 
 
 def find_kept(log_probs: Tensor, indices: Tensor, target: Tensor, num_classes: int) -> Kept:
-    """``target`` ``(N, 1)`` is a class of each row."""
+    """Find the kept classes of each row. ``target`` is ``(N, 1)``."""
     in_range = (indices >= 0) & (indices < num_classes)
     valid = torch.where(wrong_indices(indices, num_classes), torch.nan, 1.0).to(log_probs.dtype)
     columns = torch.where(in_range, indices, 0)
@@ -194,17 +193,17 @@ def find_kept(log_probs: Tensor, indices: Tensor, target: Tensor, num_classes: i
 
 
 def wrong_indices(indices: Tensor, num_classes: int) -> Tensor:
-    """Rows, (N,), in which an index is no class, or one is there twice."""
+    """Return a mask (N,) of the rows in which an index is out of range or appears twice."""
     ordered = indices.sort(dim=1).values
     twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
     return twice.any(dim=1) | ((indices < -1) | (indices >= num_classes)).any(dim=1)
 
 
 def dense_teacher(kept: Kept, rest: str, num_classes: int) -> Tensor:
-    """Logits of all classes: the log-probabilities, and elsewhere those of the even share, or -inf."""
+    """Return logits of all classes: the kept log-probabilities, and elsewhere log u, or -inf."""
     share = kept.log_share if rest == "uniform" else torch.full_like(kept.log_share, NEG_INF)
     logits = share.unsqueeze(1).expand(-1, num_classes + 1)
-    # Pads go to a column of their own.
+    # Pads go to an extra column.
     return logits.scatter(1, torch.where(kept.present, kept.columns, num_classes), kept.log_probs)[:, :num_classes]
 
 
@@ -214,7 +213,7 @@ def _marked(kept: Kept, num_classes: int) -> Tensor:
 
 
 def masked_logsumexp(logits: Tensor, excluded: Tensor) -> Tensor:
-    """Over the classes that are not excluded; -inf, without a gradient, where none of them can occur."""
+    """Return the logsumexp over the classes that are not excluded; -inf, without a gradient, if all are -inf."""
     left = torch.where(excluded, NEG_INF, logits)
     empty = (left == NEG_INF).all(dim=1)
     left = torch.where(empty.unsqueeze(1), 0.0, left)
@@ -231,7 +230,7 @@ def row_parts(
     hyper: Mapping[str, float],
     num_classes: int,
 ) -> list[Tensor]:
-    """The parts of each row from the student's logits at K ``(N, k)`` and at the target ``(N,)``, and :class:`Rest`."""
+    """Compute each row's parts from :class:`Rest` and the student's logits at K ``(N, k)`` and the target ``(N,)``."""
     temperature = hyper["temperature"]
     s_kept = torch.where(kept.present, s_kept, NEG_INF)
     number = few.number.to(s_kept.dtype)
@@ -248,7 +247,7 @@ def row_parts(
             share = torch.full_like(share, NEG_INF)
         of_rest = share + number.log()
         own = torch.where(kept.is_target, NEG_INF, kept.log_probs / scale)
-        # The one entry of the target, where there is one.
+        # The maximum picks the target's entry, if it was kept.
         of_target = torch.where(kept.is_target, kept.log_probs, NEG_INF).amax(dim=1) / scale
         of_target = torch.where(kept.target_kept, of_target, share)
         return _Columns(_side_by_side(own, of_rest, of_target), share if per_class else of_rest)
@@ -299,13 +298,13 @@ def _side_by_side(kept: Tensor, rest: Tensor, target: Tensor) -> Tensor:
 
 
 def _logsumexp(logits: Tensor) -> Tensor:
-    """(N, 1); 0 where all are -inf, so that there they stay."""
+    """Return the logsumexp (N, 1), or 0 if all are -inf, so that subtracting it leaves -inf."""
     empty = (logits == NEG_INF).all(dim=1, keepdim=True)
     return torch.where(empty, 0.0, torch.where(empty, 0.0, logits).logsumexp(dim=1, keepdim=True))
 
 
 def _softmax(columns: _Columns) -> tuple[Tensor, Tensor]:
-    """The probabilities and their logarithms, with that of the rest as the loss has it."""
+    """Return the probabilities and their logarithms, with ``rest`` for the logarithm of the rest."""
     normalizer = columns.logits.logsumexp(dim=1, keepdim=True)
     return _over(columns, normalizer)
 
@@ -317,7 +316,7 @@ def _over(columns: _Columns, normalizer: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _hats(soft: _Columns, teacher: _Columns, rest: str) -> tuple[Tensor, Tensor, Tensor]:
-    """q^, log q^ and log p^, without the target."""
+    """Return q^, log q^ and log p^, without the target."""
     if rest == "drop":
         nothing = torch.full_like(teacher.rest, NEG_INF)
         logits = torch.cat([teacher.logits[:, :-2], nothing.unsqueeze(1), teacher.logits[:, -1:]], dim=1)
@@ -334,7 +333,7 @@ def _without_target(columns: _Columns) -> _Columns:
 
 
 def _counting(teacher: _Columns, kept: Kept) -> Tensor:
-    """Which columns count where the rest does not."""
+    """Return a mask of the columns that count with ``rest="drop"``."""
     counts = torch.ones_like(teacher.logits, dtype=torch.bool)
     counts[:, -2] = False
     counts[:, -1] = kept.target_kept
@@ -342,7 +341,7 @@ def _counting(teacher: _Columns, kept: Kept) -> Tensor:
 
 
 def _log_binary(columns: _Columns, counts: Tensor | None = None) -> Tensor:
-    """log (target, all others), (N, 2); of those that count, by the normaliser of all."""
+    """log (target, all others), (N, 2): over the columns that count, with the normaliser of all."""
     logits = columns.logits
     normalizer = logits.logsumexp(dim=1, keepdim=True)
     if counts is not None:
@@ -354,12 +353,12 @@ def _log_binary(columns: _Columns, counts: Tensor | None = None) -> Tensor:
 
 
 def _whole(columns: _Columns, kept: Kept, rest: str) -> _Columns:
-    """With a target that was not kept in the bucket of the others."""
+    """With ``rest="bucket"``, move a target that was not kept into the bucket."""
     if rest != "bucket":
         return columns
     logits = columns.logits
     of_rest, of_target = logits[:, -2], logits[:, -1]
-    # Not logaddexp, whose second derivative is NaN where one of them is -inf.
+    # Not logaddexp: its second derivative is NaN if one of them is -inf.
     pair = torch.stack([of_rest, of_target], dim=1)
     both = torch.where((pair == NEG_INF).all(dim=1), NEG_INF, _logsumexp(pair).squeeze(1))
     together = torch.where(kept.target_kept, of_rest, both)
@@ -368,7 +367,7 @@ def _whole(columns: _Columns, kept: Kept, rest: str) -> _Columns:
 
 
 def _unless_alone(part: Tensor, num_classes: int) -> Tensor:
-    """One class that is not the target has probability 1 on both sides."""
+    """Return 0 for two classes: the only non-target class has probability 1 on both sides."""
     return torch.zeros_like(part) if num_classes == 2 else part
 
 
@@ -386,7 +385,7 @@ def _cross_entropy(
 
 
 def _jensen_shannon(p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    """As :func:`fused_kd.reference.js_loss` has it."""
+    """As in :func:`fused_kd.reference.js_loss`."""
     if beta == 1.0:
         return divergence(p, log_p, log_q)
     neither = (log_p == NEG_INF) & (log_q == NEG_INF)

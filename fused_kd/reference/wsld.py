@@ -32,15 +32,15 @@ def wsld_loss(
 ) -> tuple[Tensor, DistillationParts]:
     """Weighted soft labels (Zhou et al.): alpha T² u (−Σ_j q_j(T) log p_j(T)), u = 1 − exp(−CE(s) / (CE(t) + 1e-7)).
 
-    u is a constant; its cross entropies are at T = 1 with the target as given and without smoothing.
+    u is a constant. Its cross-entropies are at T = 1, with the target as given and without smoothing.
     """
     rows = teacher_rows(
         student_logits, teacher_logits, target, ignore_index, logit_standardization=logit_standardization, weight=weight
     )
     student_ce = cross_entropy(rows.student.detach().log_softmax(dim=1), rows.labels, 1.0)
     teacher_ce = cross_entropy(rows.teacher.log_softmax(dim=1), rows.labels, 1.0)
-    # expm1 keeps the digits of a small weight. A student that rules the target out has all to learn, and would be
-    # inf / inf where the teacher does so too.
+    # expm1 keeps the digits of a small weight. A student with the target at -inf has u = 1; if the teacher has it there
+    # too, the quotient would be inf / inf.
     u = torch.where(student_ce == -NEG_INF, 1.0, -torch.expm1(-student_ce / (teacher_ce + 1e-7)))
     log_p, log_q = log_softmaxes(rows, temperature)
     soft_part = -times_log(alpha * temperature**2 * u.unsqueeze(1) * log_q.exp(), log_p).sum(dim=1)

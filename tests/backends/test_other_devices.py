@@ -95,7 +95,7 @@ def rocm(monkeypatch):
 @needs_triton
 def test_rocm_takes_the_reference_unless_triton_is_named(rocm):
     """What was compiled and never run is nobody's choice but the user's."""
-    with pytest.warns(RuntimeWarning, match="triton: can run by name alone: its kernels compile for AMD GPUs"):
+    with pytest.warns(RuntimeWarning, match="triton: can run by name only: its kernels compile for AMD GPUs"):
         assert backends.choose("auto", "cuda", "nkd") == "reference"
     assert backends.choose("triton", "cuda", "nkd") == "triton"
     explanation = fused_kd.explain("cuda", "uskd")

@@ -134,7 +134,7 @@ def test_commands_in_the_source_folder(tmp_path, source):
     finished = python(source, site, "-m", "fused_kd", "env")
     assert finished.returncode == 0, finished.stderr
     assert f"fused_kd   {VERSION} in {source / 'fused_kd'}" in finished.stdout
-    assert f"that of the installation in {site / 'fused_kd'}" in finished.stdout
+    assert f"from the installation in {site / 'fused_kd'}" in finished.stdout
     assert "auto takes 'native'" in finished.stdout
     change(source / "csrc")
     finished = python(source, site, "-m", "fused_kd", "env")

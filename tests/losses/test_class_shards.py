@@ -101,7 +101,7 @@ def test_dtensors_of_two_dimensions(world):
 #: What a message has, by what is wrong.
 DTENSORS = {
     "partial": "ValueError: student_logits: expected a DTensor with placements Shard and Replicate; redistribute it",
-    "rows": "ValueError: student_logits: .*where rows alone are, pass student_logits.to_local",
+    "rows": "ValueError: student_logits: .*if only rows are sharded, pass student_logits.to_local",
     "plain teacher": "ValueError: teacher_logits: expected a DTensor with the placements of student_logits",
     "teacher elsewhere": "ValueError: teacher_logits: expected a DTensor on the mesh of student_logits with placements",
     "plain student": "ValueError: teacher_logits: expected no DTensor, or a replicated one",

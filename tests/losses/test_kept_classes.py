@@ -184,7 +184,7 @@ def test_explain_says_what_runs_for_a_source():
     hidden, weight, _, kept, _ = make()
     text = str(fused_kd.explain(Head(hidden, weight), "nkd", TopK(*kept, rest="bucket")))
     assert "auto takes 'native'" in text and "student: logits by products, a chunk of rows at a time" in text
-    assert "teacher: the kept classes alone are read" in text
+    assert "teacher: only the kept classes are read" in text
     explanation = fused_kd.explain(hidden, "js", TopK(*kept, rest="uniform"))
     assert explanation.chosen == "reference"
     assert "no kernel of Jensen–Shannon for a TopK of rest='uniform'" in explanation.reasons["native"]

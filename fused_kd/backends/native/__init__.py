@@ -1,6 +1,6 @@
-"""The C++ core: hands pointers, sizes and strides to the compiled module.
+"""The C++ core: passes pointers, sizes and strides to the compiled module.
 
-CPU tensors here; CUDA tensors in :mod:`fused_kd.backends.native.cuda`.
+This module is for CPU tensors, :mod:`fused_kd.backends.native.cuda` for CUDA tensors.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from fused_kd.reference import accumulation_dtype
 _core: Any
 _folder: Path | None
 _failure: str | None
-# torch is imported first: the core uses the OpenMP runtime that PyTorch has loaded, and its threads.
+# torch must be imported first: the core uses the threads of the OpenMP runtime that PyTorch has loaded.
 _core, _folder, _failure = core.find()
 
-#: The instruction set whose kernels run: one of ``instruction_sets()``. Tests set it to reach each build.
+#: The instruction set of the kernels, one of ``instruction_sets()``. Tests set it to reach each build.
 instruction_set: str = _core.instruction_sets()[0] if _core else ""
-#: See :mod:`fused_kd.direct`; None where the core takes no whole calls.
+#: See :mod:`fused_kd.direct`; None if the core takes no whole calls.
 direct_loss: Any
 direct_scale: Any
 direct_loss, direct_scale = (_core.direct_loss, _core.direct_scale) if direct.begin(_core) else (None, None)
@@ -45,7 +45,7 @@ def unavailable(device: torch.device | str) -> str | None:
 
 
 def instruction_sets() -> list[str]:
-    """The builds of the kernels that this processor can run, best first."""
+    """Return the builds of the kernels that this processor can run, best first."""
     return list(_core.instruction_sets()) if _core else []
 
 
@@ -54,12 +54,13 @@ def compiler() -> str:
 
 
 def openmp_runtime() -> str:
-    """The file of the OpenMP runtime whose threads the core uses, PyTorch's; "" where it finds none and uses one."""
+    """Return the file of PyTorch's OpenMP runtime, which the core uses; "" if none is found: the core uses one
+    thread."""
     return str(_core.openmp_runtime()) if _core else ""
 
 
 def loaded_openmp_runtimes() -> list[str]:
-    """The files of all that this process has loaded, as Linux tells. Two of them compete for the cores."""
+    """Return the files of all OpenMP runtimes of this process, on Linux. Two of them compete for the cores."""
     try:
         maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -69,12 +70,12 @@ def loaded_openmp_runtimes() -> list[str]:
 
 
 def folder() -> Path | None:
-    """Where the compiled module is: in a source folder it may be that of an installation."""
+    """Return the folder of the compiled module. In a source folder it may come from an installation."""
     return _folder
 
 
 def cuda_architectures() -> str:
-    """Those that the CUDA kernels were built for, or "" where they were left out."""
+    """Return the architectures of the CUDA kernels, or "" if these were not built."""
     return str(_core.cuda_architectures) if _core else ""
 
 
@@ -90,7 +91,7 @@ def row_loss(
     column_factor: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, ...]:
-    other = student if teacher is None else teacher  # not read where the loss has no teacher
+    other = student if teacher is None else teacher  # not read if the loss has no teacher
     dtype = accumulation_dtype(student, other)
     made = loss, parts, gradient, norm = outputs(student, options.wanted[0], 3, options.reduction, dtype, options.over)
     bad_row = _core.row_loss(
@@ -211,7 +212,7 @@ def topk_loss(
 
 
 def argsort_descending(keys: Tensor) -> Tensor:
-    """The ranking alone, of contiguous float32 rows: indices from the largest to the smallest, stable."""
+    """Rank contiguous float32 rows: indices from the largest to the smallest, stable."""
     order = torch.empty(keys.shape, dtype=torch.int64)
     _core.argsort_descending(_where(), keys.data_ptr(), keys.shape, order.data_ptr())
     return order

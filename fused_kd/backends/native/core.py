@@ -1,7 +1,7 @@
-"""Finds the compiled module ``fused_kd._native``, and refuses one that was built from other C++ sources than these.
+"""Finds the compiled module ``fused_kd._native``, and rejects one that was built from other C++ sources.
 
-Python in a source folder imports ``fused_kd/`` from there, also where fused_kd is installed besides. Such an
-installation then lends its compiled module, if it was built from the same sources.
+Python in a source folder imports ``fused_kd/`` from there, even if fused_kd is also installed. Then the installation's
+compiled module is used, if it was built from the same sources.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 from fused_kd._version import __version__
 
 PACKAGE = Path(__file__).resolve().parents[2]
-_NOTE = "_native_missing.txt"  # setup.py leaves it where it could not build the module
+_NOTE = "_native_missing.txt"  # setup.py writes it if it could not build the module
 _NAME = "fused_kd._native"
 
 
 def source_hash(csrc: Path) -> str:
-    """What csrc/CMakeLists.txt gives the module as ``sources``: of every C++ file, and of itself."""
+    """Return the hash of all C++ files and CMakeLists.txt, which csrc/CMakeLists.txt stores as ``sources``."""
     endings = (".cpp", ".h", ".cu", ".cuh", "CMakeLists.txt")
     names = sorted(path.relative_to(csrc).as_posix() for path in csrc.rglob("*") if path.name.endswith(endings))
     lines = [f"{hashlib.sha256((csrc / name).read_bytes()).hexdigest()} {name}\n" for name in names]
@@ -30,9 +30,9 @@ def source_hash(csrc: Path) -> str:
 
 
 def find(package: Path = PACKAGE) -> tuple[Any, Path | None, str | None]:
-    """(the module, the folder it is in, None), or (None, None, why there is none for the ``fused_kd/`` at ``package``).
+    """Return (module, its folder, None), or (None, None, reason) if the ``fused_kd/`` at ``package`` has none.
 
-    Beside an installed package it is there or nowhere. Beside one in a source folder it must be of the csrc/ there.
+    For an installed package, only its own module counts. For a source folder, the module must match its csrc/.
     """
     csrc = package.parent / "csrc"
     if not (csrc / "python" / "bindings.cpp").is_file():
@@ -68,8 +68,8 @@ def _of_other_sources(package: Path, folder: Path, version: str, how: str) -> st
 
 
 def _installed(package: Path) -> Iterator[tuple[Path, str]]:
-    """The folder and version of every other fused_kd that is installed."""
-    from importlib import metadata  # takes longer to import than an installed core takes to be found
+    """Yield the folder and version of every other installed fused_kd."""
+    from importlib import metadata  # slow to import, and not needed for an installed core
 
     for distribution in metadata.distributions(name="fused_kd"):
         folder = Path(str(distribution.locate_file("fused_kd"))).resolve()
@@ -78,7 +78,7 @@ def _installed(package: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _load(folder: Path) -> Any:
-    """The compiled module in this folder, None where there is none."""
+    """Load the compiled module in this folder; None if there is none."""
     paths = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_native{suffix}").is_file()]
     if not paths:
         return None

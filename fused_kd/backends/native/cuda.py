@@ -1,4 +1,4 @@
-"""The C++ core on CUDA tensors: USKD. :mod:`fused_kd.backends.native` hands them on to here."""
+"""The C++ core on CUDA tensors: USKD. :mod:`fused_kd.backends.native` calls this module."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fused_kd.reference import accumulation_dtype
 
 
 def unavailable(core: Any, device: torch.device | str = "cuda") -> str | None:
-    """Why the compiled module cannot run tensors of this CUDA device; None if it can."""
+    """Return why the compiled module cannot run tensors of this CUDA device, or None if it can."""
     if torch.version.hip:
         return "the CUDA kernels run on NVIDIA GPUs, and this PyTorch is built for AMD's"
     if core.cuda_missing:
@@ -26,7 +26,7 @@ def unavailable(core: Any, device: torch.device | str = "cuda") -> str | None:
 
 @cache
 def _problem(core: Any, device: torch.device) -> str | None:
-    with torch.cuda.device(device):  # the module asks the current one
+    with torch.cuda.device(device):  # the module checks the current device
         problem = core.cuda_problem()
     if not problem:
         return None
@@ -35,7 +35,7 @@ def _problem(core: Any, device: torch.device) -> str | None:
 
 
 def _place(device: torch.device) -> tuple[int, int]:
-    """The device and its current stream, on which PyTorch's allocator keeps order."""
+    """Return the device and its current stream, which orders the reuse of memory by PyTorch's allocator."""
     return device.index, torch.cuda.current_stream(device).cuda_stream
 
 
@@ -73,7 +73,7 @@ def uskd(
     loss, parts, student_gradient, weak_gradient, student_norm, weak_norm = made
     with cuda_devices.current(device):
         place = _place(device)
-        # Freed when this returns; the allocator gives it to nobody but later work of the same stream.
+        # Freed on return. The allocator reuses it only for later work on the same stream.
         bytes_needed = core.cuda_uskd_workspace(place[0], *student.shape, DTYPES[dtype])
         workspace = torch.empty(bytes_needed, dtype=torch.uint8, device=device)
         core.cuda_uskd(

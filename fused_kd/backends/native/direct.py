@@ -1,4 +1,4 @@
-"""Tells the C++ core what tensors are, so that it can take whole calls (csrc/python/direct.cpp)."""
+"""Sets up the C++ core for whole calls with Python tensors (csrc/python/direct.cpp)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fused_kd.core.options import HyperParameters
 
 
 def begin(core: Any) -> bool:
-    """Whether the core takes whole calls: where this PyTorch has an interface that it knows."""
+    """Set up whole calls. Return False if this PyTorch lacks the interface that they need."""
     exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if core is None or exchange is None:
         return False
@@ -21,7 +21,7 @@ def begin(core: Any) -> bool:
     scalars = tuple(torch.empty((), dtype=dtype, device="cpu") for dtype in dtypes)
     parts = tuple(torch.empty(kinds, dtype=dtype, device="cpu") for kinds in (2, 3, 4) for dtype in dtypes)
     if any(type(tensor) is not Tensor for tensor in (*scalars, *parts)):
-        return False  # imported where tensors are only pretended
+        return False  # imported under a mode such as FakeTensorMode
     return bool(
         core.direct_begin(
             exchange,

@@ -1,4 +1,4 @@
-"""A stage of a row loss whose rows are cut into pieces, by the C++ core: see :mod:`fused_kd.backends.staged`."""
+"""The stages of a row loss in the C++ core: see :mod:`fused_kd.backends.staged`."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ STATISTICS = (
     "s_max", "t_max", "s_soft", "t_soft", "s_sharp", "t_sharp", "cross", "blocked", "number", "s_raw", "linear",
     "v_sum", "v_cross", "v_blocked", "v_cross_t", "w_soft", "w_sharp", "w_teacher", "s_target", "t_target", "v_target",
 )  # fmt: skip
-#: How many numbers of a row a stage ends with (csrc/cpu/kernels.h).
+#: The count of numbers per row at the end of a stage (csrc/cpu/kernels.h).
 FIELDS = {"moments": 6, "statistics": len(STATISTICS), "sums": 12, "gradient": 0}
-#: Statistics that are 0 but of class probabilities, and but of z-scores: pieces need not tell each other.
-_OF_LABELS = ("v_sum", "v_cross", "v_blocked", "v_cross_t")
-_OF_SCORES = ("w_soft", "w_sharp", "w_teacher")
+#: Statistics that are 0 without class probabilities, and without z-scores. Then pieces need not exchange them.
+_LABEL_STATISTICS = ("v_sum", "v_cross", "v_blocked", "v_cross_t")
+_SCORE_STATISTICS = ("w_soft", "w_sharp", "w_teacher")
 
 
 def _told(labels: bool, standardize: bool) -> list[int]:
-    """The places of the statistics that a stage ends with, of all that it has."""
-    idle = (*(() if labels else _OF_LABELS), *(() if standardize else _OF_SCORES))
+    """Return the places of the statistics that pieces exchange."""
+    idle = (*(() if labels else _LABEL_STATISTICS), *(() if standardize else _SCORE_STATISTICS))
     return [place for place, name in enumerate(STATISTICS) if name not in idle]
 
 
@@ -36,7 +36,8 @@ def row_stage(
     core: Any, where: tuple[str, int], stage: str, piece: Piece, found: Found, options: Options,
     factors: Tensor | None,
 ) -> Any:  # fmt: skip
-    """What a stage finds of a piece, (fields, N) float64; of the last, the rows' parts (3, N) and the gradient."""
+    """Run a stage on a piece. Return its numbers, (fields, N) float64; from the last stage the rows' parts (3, N) and
+    the gradient."""
     student, teacher, labels, target, first_class, num_classes = piece
     rows = student.shape[0]
     other = student if teacher is None else teacher
@@ -69,8 +70,8 @@ def row_stage(
         raise checks.row_error(target, bad_row, num_classes, options.ignore_index)
     if bad_row >= 0:
         assert found.statistics is not None
-        of_labels = [STATISTICS.index(name) for name in ("v_sum", "v_target")]
-        raise checks.row_error(found.statistics[:, of_labels].sum((0, 1))[:, None], bad_row, num_classes, -1)
+        places = [STATISTICS.index(name) for name in ("v_sum", "v_target")]
+        raise checks.row_error(found.statistics[:, places].sum((0, 1))[:, None], bad_row, num_classes, -1)
     if last:
         return parts.T.to(dtype), gradient
     return out[told] if stage == "statistics" else out

@@ -1,9 +1,9 @@
-"""Triton kernels on CUDA tensors, which with ROCm are an AMD GPU's; on CPU tensors too, for tests, under Triton's
+"""Triton kernels for CUDA tensors (with ROCm, those of an AMD GPU). Tests also run CPU tensors under Triton's
 interpreter.
 
-``plans`` has for each op the launches that carry it out, decided by the table in ``layout``; ``launch`` launches them,
-and ``replay`` those of a call like an earlier one; ``kernels`` is what Triton compiles. Importing this module imports
-neither Triton nor any of them: the first call does.
+``plans`` has the launches of each op, which the table in ``layout`` decides. ``launch`` launches them, ``replay``
+repeats those of an earlier, similar call, and ``kernels`` has what Triton compiles. Importing this module imports
+neither Triton nor these modules; the first call does.
 """
 
 from __future__ import annotations
@@ -17,14 +17,18 @@ import torch
 
 from fused_kd.backends import cuda_devices
 
-#: What Triton compiles for, at least: the major number of the compute capability of NVIDIA's GPUs.
+#: The oldest NVIDIA GPUs that Triton compiles for: the major number of the compute capability.
 OLDEST = 7
-#: The plan of each op of :mod:`fused_kd.ops`.
-OPS = {"row_loss": "rows", "uskd": "uskd", "uskd_batch_sums": "uskd", "zipf_ls": "zipf_ls", "scale_gradient": "scale"}
-#: And that of a stage, see :mod:`fused_kd.backends.staged`.
-OPS["row_stage"] = "staged"
-#: And of a row loss whose teacher was not kept whole, see :mod:`fused_kd.backends.topk`.
-OPS["topk_loss"] = "topk"
+#: The module in ``plans`` for each function of this backend.
+OPS = {
+    "row_loss": "rows",
+    "uskd": "uskd",
+    "uskd_batch_sums": "uskd",
+    "zipf_ls": "zipf_ls",
+    "scale_gradient": "scale",
+    "row_stage": "staged",
+    "topk_loss": "topk",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -65,9 +69,9 @@ def _too_old(device: torch.device) -> str | None:
 
 @lru_cache(maxsize=1)
 def _driver_failure() -> str | None:
-    """Triton builds a small library at its first launch, which takes a C compiler and the CUDA driver's library."""
+    """Return why Triton cannot build its small library, which needs a C compiler and the CUDA driver's library."""
     try:
-        importlib.import_module("triton.runtime").driver.active.utils  # noqa: B018 - to ask for it is to build it
+        importlib.import_module("triton.runtime").driver.active.utils  # noqa: B018 - the attribute builds it
     except Exception as error:
         return f"Triton cannot reach the GPU: {error}"
     return None

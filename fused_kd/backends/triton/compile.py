@@ -1,8 +1,8 @@
-"""Compiles planned launches for GPUs that are not there, NVIDIA's and AMD's, and reads the compiler's own report out of
-the machine code.
+"""Compiles planned launches for NVIDIA's and AMD's GPUs without having them, and reads the compiler's report from the
+machine code.
 
-:func:`compile_launch` needs Triton, no GPU, and a process without TRITON_INTERPRET; :func:`read_cubin` needs cuobjdump,
-which Triton ships. Which calls are compiled, and what is made of the reports, is in tools/compile_matrix/__main__.py.
+:func:`compile_launch` needs Triton, no GPU, and a process without TRITON_INTERPRET. :func:`read_cubin` needs cuobjdump,
+which Triton ships. tools/compile_matrix/__main__.py decides which calls to compile, and checks the reports.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ TYPES = {
 
 
 class Report(NamedTuple):
-    """What the compiler made of a kernel. ``stack`` is the local memory of a thread and ``local`` the number of
+    """The compiler's report of a kernel. ``stack`` is the local memory of a thread and ``local`` the number of
     instructions on it: 0 and 0 mean that nothing spills.
 
-    ``loads`` and ``stores`` count the instructions on global memory by bytes per thread; ``instructions`` are all, and
-    ``exponentials`` those that make one, as they stand in the code: once in a loop, however often that runs.
-    ``seconds`` is the time that the compiler took.
+    ``loads`` and ``stores`` count the instructions on global memory by bytes per thread. ``instructions`` counts all,
+    and ``exponentials`` those that compute one. Each counts once, however often a loop runs it. ``seconds`` is the
+    compilation time.
     """
 
     registers: int
@@ -56,7 +56,7 @@ class Report(NamedTuple):
 
 
 class MachineCode(NamedTuple):
-    """A kernel of a cubin. ``threads`` is the most that a block of it may have, 0 where that is not said."""
+    """A kernel of a cubin. ``threads`` is the largest size of a block, 0 if unknown."""
 
     registers: int
     stack: int
@@ -70,7 +70,7 @@ class MachineCode(NamedTuple):
 
 
 def target_of(gpu: int | str) -> Any:
-    """What Triton compiles for: a compute capability (90 for 9.0), or an AMD GPU such as "gfx942"."""
+    """Return Triton's target for a compute capability (90 for 9.0), or for an AMD GPU such as "gfx942"."""
     from triton.backends.compiler import GPUTarget
 
     if isinstance(gpu, int):
@@ -79,7 +79,7 @@ def target_of(gpu: int | str) -> Any:
 
 
 def source_of(launch: Launch, gpu: int | str = 90) -> tuple[Any, dict[str, Any]]:
-    """What Triton's compiler is given at a launch: its source, specialised as the JIT does, and its options."""
+    """Return the compiler's input for a launch: the source, specialised as by the JIT, and the options."""
     from triton.compiler import ASTSource
     from triton.compiler.compiler import make_backend
 
@@ -101,12 +101,12 @@ def source_of(launch: Launch, gpu: int | str = 90) -> tuple[Any, dict[str, Any]]
             signature[parameter.name], options[parameter.name] = "constexpr", None
         elif isinstance(argument, Tensor):
             signature[parameter.name] = "*" + TYPES[argument.dtype]
-            # Aligned to 16 bytes or not, as meta tensors count, and for AMD within 2 GiB of its first element.
+            # Whether it is aligned to 16 bytes, as meta tensors are, and for AMD within 2 GiB of its first element.
             if found := backend.parse_attr(backend.get_tensor_specialization(argument, align=True)):
                 attributes[(parameter.num,)] = found
         else:
             signature[parameter.name] = parameter.annotation_type
-    # The compiler itself drops what it does not know without a word.
+    # The compiler itself silently drops unknown options.
     if unknown := compiler_options.keys() - {field.name for field in fields(backend.parse_options({}))}:
         raise ValueError(f"{launch.kernel}: neither an argument nor an option of the compiler: {sorted(unknown)}")
     return ASTSource(function, signature, options, attributes), compiler_options
@@ -127,7 +127,7 @@ def compile_launch(launch: Launch, gpu: int | str) -> Report:
             path = Path(folder) / "kernel.cubin"
             path.write_bytes(kernel.asm["cubin"])
             (code,) = read_cubin(path).values()
-    # All of Triton's shared memory is dynamic: only the launcher's metadata has it.
+    # Triton's shared memory is all dynamic, so only the launcher's metadata has its size.
     return Report(
         code.registers,
         code.stack,
@@ -141,12 +141,12 @@ def compile_launch(launch: Launch, gpu: int | str) -> Report:
     )
 
 
-#: Bytes that an instruction on global memory moves, by the end of its name.
+#: The bytes that an instruction on global memory moves, by the suffix of its name.
 _AMD_WIDTHS = {"byte": 1, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
 
 
 def read_amdgcn(text: str) -> MachineCode:
-    """The kernel of AMD's assembly: ``registers`` are vector registers, and ``local`` counts moves of spilled ones."""
+    """Read the kernel of AMD's assembly. ``registers`` are vector registers; ``local`` also counts spilled ones."""
 
     def number(name: str) -> int:
         found = re.search(rf"^\s*\.{name}:\s*(\d+)$", text, re.MULTILINE)
@@ -173,7 +173,7 @@ def read_amdgcn(text: str) -> MachineCode:
 
 
 def cuobjdump() -> str | None:
-    """The program that reads cubins: Triton's, whose version is its compiler's or newer, else CUDA's."""
+    """Return the program that reads cubins: Triton's, as new as its compiler or newer, else CUDA's."""
     triton = find_spec("triton")
     for folder in (triton.submodule_search_locations if triton else None) or ():
         path = Path(folder) / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -183,7 +183,7 @@ def cuobjdump() -> str | None:
 
 
 def read_cubin(path: Path) -> dict[str, MachineCode]:
-    """The kernels of a cubin, by their mangled names."""
+    """Read the kernels of a cubin, by their mangled names."""
     program = cuobjdump()
     if program is None:
         raise RuntimeError("cuobjdump is needed to read machine code: it comes with Triton and with CUDA")
@@ -192,7 +192,7 @@ def read_cubin(path: Path) -> dict[str, MachineCode]:
         command = [program, option, str(path)]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    # Its tables come before the sections that they are of, so a section's own header must open a part.
+    # A table of sections comes first, so a part must start at a section's own header.
     threads = {
         name: int(text[1], 16) * int(text[2], 16) * int(text[3], 16)
         for name, part in _parts(r"^\.nv\.info\.(\S+)$", dump("-elf"))
@@ -223,13 +223,13 @@ def read_cubin(path: Path) -> dict[str, MachineCode]:
 
 
 def _parts(header: str, text: str) -> Iterator[tuple[str, str]]:
-    """(name, text up to the next header) for each line that matches ``header``, whose group is the name."""
+    """Yield (name, text up to the next header) for each line that matches ``header``. Its group is the name."""
     pieces = re.split(header, text, flags=re.MULTILINE)
     yield from zip(pieces[1::2], pieces[2::2], strict=True)
 
 
 def widths(instruction: str, sass: str) -> dict[int, int]:
-    """How many such instructions have each width, in bytes per thread. They say it unless it is a register's."""
+    """Count such instructions by width, in bytes per thread. Without a width in the name it is 4 bytes, a register."""
     counts: Counter[int] = Counter()
     for modifiers in re.findall(rf"\b{instruction}((?:\.\w+)*)", sass):
         bits = [

@@ -1,4 +1,4 @@
-"""Launches of Triton's kernels: what a plan lists, and what carries it out. The kernels are imported at the first."""
+"""Launches of Triton's kernels: what a plan lists, and how to run it. The first launch imports the kernels."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Launch(NamedTuple):
 
 
 def planned(kernel: str, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> Launch:
-    """A launch whose products and sums are not fused. A compiler fuses here and not there: then equal logits have
-    different keys, probabilities are not those whose moments were taken, and the lanes of a reduction, each of which
-    fuses its own product and gets its neighbour's rounded, end with different sums. NKD takes 4 % more instructions so.
-    To be said each time: Triton's default changes with its releases."""
+    """Return a launch without fused multiply-adds. A compiler fuses in some places and not in others. Then equal logits
+    get different keys, probabilities differ from those in the moments, and the lanes of a reduction end with different
+    sums, since each fuses its own product but gets its neighbour's rounded. This costs NKD 4 % more instructions. The
+    option is always explicit, because Triton's default changes with its releases."""
     return Launch(kernel, programs, arguments, {**options, "enable_fp_fusion": False})
 
 
@@ -62,20 +62,20 @@ def _sort_rows(keys: Tensor, values: Tensor, order: Tensor) -> None:
     torch.sort(keys, dim=1, descending=True, stable=True, out=(values, order))
 
 
-#: What a plan may ask of PyTorch between its launches.
+#: PyTorch functions that a plan may call between its launches.
 HOST = {"sort_rows": _sort_rows}
 
 
 @lru_cache(maxsize=64)
 def gpu_of(device: torch.device) -> layout.Gpu:
-    """A CPU's tensors run under an interpreter, which takes what an NVIDIA GPU does."""
+    """Return the GPU of a device. CPU tensors run under an interpreter, with the options of an NVIDIA GPU."""
     if device.type != "cuda" or not torch.version.hip:
         return layout.NVIDIA
     return layout.Gpu(torch.cuda.get_device_properties(device).warp_size, False)
 
 
 def run(launches: list[Launch], device: torch.device) -> list[Any]:
-    """Launch on the tensors' device, in its current stream. Returns the compiled kernels, None where there is none."""
+    """Launch on the tensors' device, in its current stream. Return the compiled kernels, or None for ones without."""
     known, gpu = kernels(), gpu_of(device)
     with cuda_devices.current(device):
         return [

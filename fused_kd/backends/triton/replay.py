@@ -1,10 +1,10 @@
-"""Calls like an earlier one: their launches are planned once.
+"""Replays launches: calls like an earlier one are not planned again.
 
-To plan a loss and to bind its launches, where Triton looks at each of some forty arguments, takes the host several
-times as long as the kernels take for a thousand rows of a thousand classes. A call that differs from an earlier one
-only in what its tensors hold and where they lie asks for the same kernels with the same numbers. So those are kept,
-with places for the tensors, and the compiled kernels are launched without asking Triton which they are, as its own JIT
-does in the end: what the compiled kernel offers to callers takes twice as long, most of it for hooks that nobody set.
+For a thousand rows of a thousand classes, planning a loss and binding its launches takes the host several times as long
+as the kernels run, because Triton inspects each of some forty arguments. A call that differs from an earlier one only
+in the contents and addresses of its tensors needs the same kernels with the same numbers. So these are kept, with
+places for the tensors, and the compiled kernels are launched directly, as Triton's JIT does in the end. The public
+interface of a compiled kernel takes twice as long, mostly for hooks that nobody has set.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from fused_kd.backends import cuda_devices
 from fused_kd.backends.triton import launch as launching
 from fused_kd.backends.triton.launch import Launch
 
-#: Kinds of calls that are kept; then all are forgotten. A schedule of hyper-parameters has one for each value.
+#: The most kinds of calls that are kept; then all are dropped. A schedule has one kind for each value.
 MOST = 1024
 
 
 class Step(NamedTuple):
-    """``kernel``, a compiled one, takes ``arguments``, in which ``tensors`` are missing: (where, which of the
-    call's)."""
+    """A launch of the compiled ``kernel``. ``arguments`` lack the tensors; ``tensors`` lists (place, number of the
+    call's tensor)."""
 
     kernel: Any
     programs: int
@@ -36,8 +36,8 @@ class Step(NamedTuple):
 
 
 class Replay(NamedTuple):
-    """``temporaries`` are (shape, dtype) of the tensors that the call needs beside its inputs and outputs, and that
-    are counted after those in :attr:`Step.tensors`."""
+    """The launches of a call. ``temporaries`` are (shape, dtype) of the tensors that it needs beside its inputs and
+    outputs. Their numbers in :attr:`Step.tensors` follow those."""
 
     temporaries: tuple[tuple[torch.Size, torch.dtype], ...]
     steps: tuple[Step, ...]
@@ -54,17 +54,18 @@ def run(
     settings: tuple[Any, ...],
     plan: Callable[[], list[Launch]],
 ) -> None:
-    """Launch what ``plan`` says, or what it said for a call of the same ``name``, ``settings`` and kind of ``inputs``.
+    """Run a ``plan``, or repeat the launches of an earlier call of the same ``name``, ``settings`` and kind of
+    ``inputs``.
 
     ``settings`` and the inputs' dtypes, shapes, strides and alignments must decide everything in the plan but its
-    tensors, the outputs' shapes included. The plan's temporaries are fresh and hold nothing.
+    tensors, including the outputs' shapes. The plan's temporaries are new and uninitialised.
     """
     first = inputs[0]
     assert first is not None
     device = first.device
     tensors = [*inputs, *outputs]
     ids = [*map(id, tensors)]
-    # Which are one tensor, such as a teacher whose probabilities are the labels: all its places have one number.
+    # One tensor may be two arguments, such as a teacher's probabilities as the labels: then both have one number.
     key = (name, device, settings, *map(ids.index, ids), *map(_kind, inputs))
     replay = _kept.get(key)
     if replay is not None:
@@ -80,7 +81,7 @@ def run(
 
 
 def _kind(tensor: Tensor | None) -> Any:
-    """What a plan looks at; Triton compiles anew for pointers that are not multiples of 16."""
+    """Return what a plan depends on. Triton compiles another kernel for pointers that are not multiples of 16."""
     return tensor if tensor is None else (tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % 16)
 
 
@@ -90,10 +91,10 @@ def _launch(replay: Replay, tensors: list[Tensor | None], device: torch.device) 
     driver, knobs = _triton()
     active = driver.active
     stream = active.get_current_stream(active.get_current_device())
-    # A profiler's, who is told each kernel's name.
+    # A profiler sets hooks, which get each kernel's name.
     hooked = any(bool(getattr(hook, "calls", hook)) for hook in (knobs.launch_enter_hook, knobs.launch_exit_hook))
     for kernel, programs, arguments, places in replay.steps:
-        filled = arguments.copy()  # another thread may be at the same
+        filled = arguments.copy()  # another thread may launch the same step
         for where, which in places:
             filled[where] = tensors[which]
         if hooked:
@@ -104,19 +105,19 @@ def _launch(replay: Replay, tensors: list[Tensor | None], device: torch.device) 
 
 @lru_cache(maxsize=1)
 def _triton() -> tuple[Any, Any]:
-    """Which driver is active, and the settings of the runtime."""
+    """Return Triton's driver and the settings of its runtime."""
     triton = importlib.import_module("triton")
     return triton.runtime.driver, triton.knobs.runtime
 
 
 def _keep(launches: Sequence[Launch], compiled: Sequence[Any], known: list[Tensor | None]) -> Replay | None:
-    """What is needed to launch all this again; None where that is not known."""
+    """Return the replay of these launches, or None if there can be none."""
     numbers = {id(tensor): number for number, tensor in reversed(list(enumerate(known))) if tensor is not None}
     storages = {tensor.untyped_storage().data_ptr() for tensor in known if tensor is not None and tensor.numel()}
     temporaries: list[Tensor] = []
     steps = []
     for launch, kernel in zip(launches, compiled, strict=True):
-        # PyTorch's own functions have none, and Triton's interpreter gives none back.
+        # PyTorch's functions and Triton's interpreter have no compiled kernel.
         if kernel is None:
             return None
         function = launching.kernels()[launch.kernel]
@@ -128,7 +129,7 @@ def _keep(launches: Sequence[Launch], compiled: Sequence[Any], known: list[Tenso
             if isinstance(value, Tensor):
                 if id(value) not in numbers:
                     if value.untyped_storage().data_ptr() in storages or not value.is_contiguous():
-                        return None  # a part of another
+                        return None  # a view of another tensor
                     numbers[id(value)] = len(known) + len(temporaries)
                     temporaries.append(value)
                 places.append((len(arguments), numbers[id(value)]))

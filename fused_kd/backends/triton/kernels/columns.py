@@ -1,17 +1,17 @@
 # mypy: ignore-errors
 # Triton compiles these functions; to a type checker they are not Python.
-"""DIST's column term: for every class the correlation r_j, over the rows that count, of both softmaxes' columns.
+"""DIST's column term: for every class the correlation r_j of both softmaxes' columns, over the rows that count.
 
-``normalize_rows`` reads the logits and keeps six numbers of each row, with which a probability is
-exp2((x - maximum) scale) share. ``column_moments`` reads them once more, in blocks of classes and chunks of rows, and
-keeps means and second moments; ``finish_columns`` merges the chunks, which takes no more time than their number. What
-is left of a column is its part of the loss and a slope that is linear in p and q, for the row kernels.
+``normalize_rows`` reads the logits and stores six numbers of each row. With them a probability is
+exp2((x - maximum) scale) share. ``column_moments`` reads the logits again, in blocks of classes and chunks of rows, and
+stores means and second moments. ``finish_columns`` merges the chunks, in time proportional to their number. For the row
+kernels it leaves the part of the loss, and for each column a slope that is linear in p and q.
 
-The moments are centred from the first row on (Welford's recurrence; merged by Chan's formula): sums of p^2 less n times
-the square of a mean would cancel wherever a column varies less than its mean. No sum depends on how programs are
-scheduled: same input, same bits.
+The moments are centred from the first row on (Welford's recurrence; merged by Chan's formula): a sum of p^2 minus n
+times the square of the mean would cancel if a column varies less than its mean. No sum depends on the scheduling of
+programs: same input, same bits.
 
-Constexpr arguments are those of :mod:`.on_chip`, besides
+Constexpr arguments, in addition to those of :mod:`.on_chip`:
 
 ROWS   rows of a program, or of its tile
 BLOCK  classes of a tile
@@ -34,7 +34,7 @@ _NEG_INF = tl.constexpr(float("-inf"))
 
 @triton.jit
 def counted_rows(target, row, inside, stride, ignore_index, PROB: tl.constexpr):
-    """Which rows count: every one of probabilities."""
+    """Return a mask of the rows that count: with probabilities, all."""
     if PROB:
         return inside
     return inside & (tl.load(target + row * stride, mask=inside, other=0).to(tl.int64) != ignore_index)
@@ -42,7 +42,7 @@ def counted_rows(target, row, inside, stride, ignore_index, PROB: tl.constexpr):
 
 @triton.jit
 def _row_totals(x, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """Sums over the lanes of each row, for each lane."""
+    """Return, for each lane, the sum over the lanes of its row."""
     total = tl.sum(tl.reshape(x, [ROWS, LANES]), 1)
     return tl.reshape(tl.broadcast_to(total[:, None], [ROWS, LANES]), [ROWS * LANES])
 
@@ -52,8 +52,8 @@ def _deviation(
     view, counted, lane_cols, classes,
     ROWS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The unbiased deviation of the classes that can occur, of each lane's row."""
-    # About some logit first, so that a constant row comes out as one.
+    """Return, for each lane, its row's unbiased deviation over the classes that can occur."""
+    # Relative to some logit, so that the deviation of a constant row is exactly 0.
     about = zero_if_empty(tl.load(view[0], mask=counted, other=0.0).to(ACC))
     total = tl.zeros([ROWS * LANES], ACC)
     number = tl.zeros([ROWS * LANES], ACC)
@@ -132,7 +132,7 @@ def normalize_rows(
     PROB: tl.constexpr,
     STD: tl.constexpr,
 ):
-    """states (6, rows): the largest logit, the scale and the share of the student's rows, and of the teacher's."""
+    """states (6, rows): the largest logit, the scale and the share of the student's rows, then of the teacher's."""
     temperature = tl.full((), temperature, ACC)
     classes = classes // VEC * VEC
     first = tl.program_id(0).to(tl.int64) * ROWS
@@ -158,10 +158,10 @@ def _probabilities(view, states, rows, row, inside, cols, mask, UNIT: tl.constex
 
 @triton.jit
 def _merge(number, mean_p, mean_q, pp, pq, qq):
-    """The moments of columns from those of parts (parts, columns) of their rows, of which there may be none."""
+    """Merge moments of columns over parts of the rows, (parts, columns). A part may have no rows."""
     total = tl.sum(number, 0)
     by = 1.0 / tl.maximum(total, 1.0)
-    # About the largest of the means, so that equal ones are kept as they are.
+    # Relative to the largest mean, so that equal means stay exact.
     about_p = zero_if_empty(tl.max(tl.where(number > 0.0, mean_p, _NEG_INF), 0))
     about_q = zero_if_empty(tl.max(tl.where(number > 0.0, mean_q, _NEG_INF), 0))
     new_p = about_p + tl.sum(number * (mean_p - about_p[None, :]), 0) * by
@@ -204,8 +204,8 @@ def column_moments(
     UNIT: tl.constexpr,
     PROB: tl.constexpr,
 ):
-    """moments (chunks, 5, classes): the means of p and q over a chunk's rows that count, which numbers (chunks,) has,
-    and the sums of their centred squares and product, pp, pq, qq."""
+    """moments (chunks, 5, classes): the means of p and q over a chunk's rows that count, and the sums pp, pq, qq of
+    their centred squares and product. numbers (chunks,): how many rows count."""
     classes = classes // VEC * VEC
     blocks = (classes + (BLOCK - 1)) // BLOCK
     this_chunk = tl.program_id(0) // blocks
@@ -219,7 +219,7 @@ def column_moments(
     for start in range(first, last, ROWS):
         row = start + tl.arange(0, ROWS)
         inside = row < last
-        # Rows that do not count are read and left out below, so that no logit waits for its row's target.
+        # Rows that do not count are read too, and left out below, so that no logit waits for its row's target.
         counted = counted_rows(target, row, inside, target_row, ignore_index, PROB)
         if factors is not None:
             counted &= load_factor(factors, 0, rows, row, inside, ACC) != 0.0
@@ -230,13 +230,13 @@ def column_moments(
         q = _probabilities(t, states + 3 * rows, rows, row, inside, cols, mask, UNIT, ACC)
         mask = counted[:, None] & (cols < classes)
         number += counted.to(ACC)
-        # A quotient may be two units off: 1 for the first row, or its mean would not be the row itself.
+        # A quotient may be two units off. For the first row it must be 1, or the mean would differ from the row.
         by = tl.where(number > 1.0, 1.0 / tl.maximum(number, 1.0), 1.0)[:, None]
         d_p = tl.where(mask, p - mean_p, 0.0)
         d_q = tl.where(mask, q - mean_q, 0.0)
         mean_p += d_p * by
         mean_q += d_q * by
-        # Not d times the distance from the new mean: where both are rounding, that may be below 0.
+        # Not d times the distance from the new mean: if both are only rounding, that may be below 0.
         e_p = d_p * (1.0 - by)
         e_q = d_q * (1.0 - by)
         pp += d_p * e_p
@@ -269,10 +269,10 @@ def finish_columns(
     CHUNKS: tl.constexpr,
     COPIES: tl.constexpr,
 ):
-    """correlations (programs,): the sums of r_j of each program's classes; columns (COPIES, 4, classes and some more):
-    of which :mod:`.pointwise` makes a column's slope, that of T^2 gamma (1 - mean r) times ``column_factor``. None
-    stands for the number of rows that count, each of which is given the whole term. The second copy begins one place
-    later than the first, and so on: wherever in a row a vector begins, it begins one in some copy too."""
+    """correlations (programs,): the sum of r_j over each program's classes. columns (COPIES, 4, padded classes): the
+    numbers for a column's slope in :mod:`.pointwise`, the slope of T^2 gamma (1 - mean r) times ``column_factor``. None
+    means the number of rows that count, since each gets the whole term. Each copy starts one place later than the one
+    before, so wherever a vector starts in a row, it also starts a vector in some copy."""
     weight = tl.full((), gamma, ACC) * tl.full((), temperature, ACC) * tl.full((), temperature, ACC) / classes
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < classes
@@ -286,7 +286,7 @@ def finish_columns(
         at = moments + chunk.to(tl.int64)[:, None] * 5 * classes + cols[None, :]
         more = tl.load(numbers + chunk, mask=chunk < chunks, other=0.0)
         number += more
-        # Chan's formula for two.
+        # Chan's formula for two parts.
         share = tl.where(more < number, more / tl.maximum(number, 1.0), 1.0)[:, None]
         d_p = tl.where(mask, tl.load(at, mask=mask, other=0.0) - mean_p, 0.0)
         d_q = tl.where(mask, tl.load(at + classes, mask=mask, other=0.0) - mean_q, 0.0)

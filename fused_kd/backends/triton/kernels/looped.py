@@ -1,7 +1,7 @@
 # mypy: ignore-errors
 # Triton compiles these functions; to a type checker they are not Python.
-"""The kernel of the row losses for rows too long to be held on chip. :mod:`.on_chip` has its constexpr arguments,
-:mod:`.rows` the conventions, :mod:`.tiles` what is done with a part of a row."""
+"""The row losses' kernel for rows that are too long for the chip. :mod:`.on_chip` has its constexpr arguments,
+:mod:`.rows` the conventions, :mod:`.tiles` the work on a part of a row."""
 
 from __future__ import annotations
 
@@ -96,15 +96,15 @@ def rows_looped(
     RAW: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One row per program, walked in tiles of LANES x WIDTH, WIDTH classes a lane.
+    """One row per program, walked in tiles of LANES x WIDTH, WIDTH classes per lane.
 
-    Rows of an odd length start anywhere, so positions count from ``head``, the first column whose address is a multiple
-    of ALIGN elements, a line of a cache, that no load takes from one more than it must. The body has whole tiles,
-    loaded in full vectors without a mask, and the tail's vectors are in the row or outside it as a whole: neighbours
-    that were masked one by one would be loaded one by one, their sector as often. The columns before head, at negative
-    positions, and the fewer than VEC after the tail are one tile, the edges, a column a lane. VEC here divides what the
-    row strides differ by from the class count, so that one head serves every tensor. The second walk runs backwards:
-    the row's end is what the cache still holds.
+    Rows of an odd length start anywhere. So positions count from ``head``, the first column with an address that is a
+    multiple of ALIGN elements, a cache line: then no load touches more lines than it must. The body has whole tiles,
+    loaded in full vectors without a mask. Each vector of the tail is fully inside or outside the row: neighbours with
+    separate masks would be loaded one by one, and their sector as often. The columns before head (negative positions)
+    and the fewer than VEC columns after the tail form one tile, the edges, with one column per lane. Here VEC divides
+    the difference of each row stride and the class count, so that one head serves every tensor. The second walk runs
+    backward, because the cache still holds the row's end.
     """
     BLOCK: tl.constexpr = LANES * WIDTH
     weights = all_weights(first, second, temperature, ce_weight, smoothing, ACC)
@@ -112,7 +112,7 @@ def rows_looped(
     row = tl.program_id(0).to(tl.int64)
     one_row = row + tl.arange(0, 1)
     inside = one_row < rows
-    # Without EDGES every row starts with a vector, or VEC is 1: positions are columns then.
+    # Without EDGES every row starts with a vector, or VEC is 1. Then positions are columns.
     LINE: tl.constexpr = 8 * VEC if 16 * VEC <= LANES else LANES // 2
     ALIGN: tl.constexpr = LINE if EDGES else 1
     head = (ALIGN - (row * classes) % ALIGN) % ALIGN
@@ -146,7 +146,7 @@ def rows_looped(
             v = load_part(target_head, start + lane, target_col, start + lane < end, True, UNIT, False, ACC)
             best, y = keep_largest(best, y, v, start + lane)
         largest = tl.max(best, 0, keep_dims=True)
-        # A row of NaN has no largest entry, and stays in range.
+        # A row of NaN has no largest entry, and the index stays in range.
         y = tl.minimum(tl.min(tl.where(best == largest, y, 2147483647), 0, keep_dims=True), classes - 1 - before)
         counted = inside
         v_y = tl.load(at(target_head, y, target_col, UNIT)).to(ACC)
@@ -231,7 +231,7 @@ def rows_looped(
             )  # fmt: skip
         sums = merge_sums(sums)
     own = None
-    if COLUMNS and (factors is not None):  # the columns' numbers have a factor already
+    if COLUMNS and (factors is not None):  # the columns' numbers already have their factor
         own = load_factor(factors, 1, rows, one_row, inside, ACC)
     part_y, part_rest, part_ce, gradient_of, more = coefficients(
         merged, sums, of_column, own, s_y, t_y, v_y, weights, scales, s_moments, classes, LOSS, SINGLE, PROB, STD,

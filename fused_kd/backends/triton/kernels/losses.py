@@ -2,10 +2,10 @@
 # Triton compiles these functions; to a type checker they are not Python.
 """The row losses in Triton's language: from the statistics of a row to its parts and the coefficients of its gradient.
 
-The same formulas as in ``csrc/losses/row_losses.h``, where each loss has its derivation; logarithms are in base 2 here.
+The formulas are those of ``csrc/losses/row_losses.h``, which has their derivations. Logarithms are in base 2 here.
 :mod:`.rows` has the statistics and the conventions, :mod:`.pointwise` the losses that are no combination of
-exponentials. Of the :class:`.values.Weights` the first two are a loss's own; Tf-KD's first three are instead what its
-virtual teacher gives every other class, what it gives the target, and its negative entropy
+exponentials. The first two :class:`.values.Weights` are a loss's own. For Tf-KD the first three are instead its virtual
+teacher's probability of every other class and of the target, and its negative entropy
 (:func:`fused_kd.backends.triton.plans.rows.kernel_weights`).
 """
 
@@ -31,13 +31,13 @@ TF_KD = tl.constexpr(NUMBERS["tf_kd"])
 
 @triton.jit
 def _weighted(weight, value):
-    """A part times its hyper-parameter, which switches it off at 0, whatever the part is."""
+    """A part times its hyper-parameter. 0 switches the part off, whatever its value is."""
     return tl.where(weight == 0.0, 0.0, weight * value)
 
 
 @triton.jit
 def log2_1p(x):
-    """log2(1 + x) with the digits of a small x: what 1 + x loses, the ratio brings back."""
+    """log2(1 + x) with the digits of a small x: the ratio restores what 1 + x loses."""
     u = 1.0 + x
     lost = tl.where(u == 1.0, 1.0, x / tl.where(u == 1.0, 1.0, u - 1.0))
     return tl.where(u == 1.0, x * LOG2E, tl.log2(u) * lost)
@@ -45,7 +45,7 @@ def log2_1p(x):
 
 @triton.jit
 def one_minus_exp(x):
-    """1 - exp(-x) of x >= 0, with the digits of a small x."""
+    """1 - exp(-x) for x >= 0, with the digits of a small x."""
     series = tl.zeros_like(x)
     for i in tl.static_range(8):
         series = x / (8 - i) * (1.0 - series)
@@ -56,7 +56,7 @@ def one_minus_exp(x):
 def _cross_entropy(stats, s_y, v_y, z, weights, classes, PROB: tl.constexpr, LINEAR: tl.constexpr):
     """weight CE(s, V'), V' = (1 - e) V + e / C, of raw logits: the part, and the gradient's (raw, v, constant, at y).
 
-    p_y sum V' - V'_y is written p_y (sum of the others) - V'_y (1 - p_y), which does not cancel as p_y -> 1.
+    p_y sum V' - V'_y is computed as p_y (sum of the others) - V'_y (1 - p_y), which does not cancel as p_y -> 1.
     """
     _first, _second, _temperature, ce_weight, smoothing = weights
     p_y, p_rest, p_factor, log_z, nll = join_target(s_y, stats.s_max, z, LOG2E)
@@ -87,7 +87,7 @@ def _nkd(stats, s_y, t_y, z_sharp, z_tsharp, weights, scales):
     z_s, z_t, dot = stats.s_soft, stats.t_soft, stats.cross
     _p_y, p_rest, p_factor, _log_z, nll = join_target(s_y, stats.s_max, z_sharp, scales.sharp_s)
     q_y, _q_rest, _q_factor, _log_q, _nll_q = join_target(t_y, stats.t_max, z_tsharp, scales.sharp_t)
-    # A teacher that excludes every other class has no q_hat: nothing is asked of the student there.
+    # A teacher that excludes every other class has no q_hat, and the term is 0.
     asked = tl.where(z_t == 0.0, 0.0, 1.0).to(z_t.dtype)
     z_s = tl.where(z_s == 0.0, 1.0, z_s)
     z_t = tl.where(z_t == 0.0, 1.0, z_t)
@@ -98,13 +98,13 @@ def _nkd(stats, s_y, t_y, z_sharp, z_tsharp, weights, scales):
 
 @triton.jit
 def _both_soft(stats, s_y, t_y, scales):
-    """What KD, DKD and WSLD need of both softmaxes at T."""
+    """Compute the numbers of both softmaxes at T for KD, DKD and WSLD."""
     p_y, p_rest, p_factor, p_log_z, p_nll = join_target(s_y, stats.s_max, stats.s_soft, scales.soft_s)
     q_y, q_rest, q_factor, q_log_z, q_nll = join_target(t_y, stats.t_max, stats.t_soft, scales.soft_t)
     difference = tl.where((p_y > 0.5) & (q_y > 0.5), q_rest - p_rest, p_y - q_y)
     p_rest_nll = p_log_z - tl.log2(stats.s_soft)
     q_rest_nll = q_log_z - tl.log2(stats.t_soft)
-    # Logarithms of q / p: where p and q are close, by one difference for both, whose error then cancels.
+    # Logarithms of q / p. If p and q are close, both use one difference, and its error cancels.
     small = tl.abs(difference) < 0.25 * tl.minimum(p_y, p_rest)
     log_target = tl.where(small, log2_1p(-difference / tl.where(small, p_y, 1.0)), p_nll - q_nll)
     log_rest = tl.where(small, log2_1p(difference / tl.where(small, p_rest, 1.0)), p_rest_nll - q_rest_nll)
@@ -115,7 +115,7 @@ def _both_soft(stats, s_y, t_y, scales):
 
 @triton.jit
 def _decoupled(stats, s_y, t_y, weights, scales, WHOLE: tl.constexpr):
-    """DKD; KD, which is alpha = 1 and beta = 1 - q_y. ``second`` is 0 for two classes, whose rest is one class."""
+    """DKD, or with WHOLE KD: alpha = 1 and beta = 1 - q_y. ``second`` is 0 for two classes: the rest is one class."""
     first, second, temperature, _ce_weight, _smoothing = weights
     z_s, z_t, dot = stats.s_soft, stats.t_soft, stats.cross
     _p, _r, _factor, q_y, q_rest, _q, difference, log_target, log_rest = _both_soft(stats, s_y, t_y, scales)
@@ -142,13 +142,13 @@ def _wsld(stats, s_y, t_y, v_y, z_sharp, z_tsharp, weights, scales, PROB: tl.con
     z_s, z_t, dot = stats.s_soft, stats.t_soft, stats.cross
     _p, s_rest, _f, s_log_z, s_ce = join_target(s_y, stats.s_max, z_sharp, scales.sharp_s)
     _q, t_rest, _qf, t_log_z, t_ce = join_target(t_y, stats.t_max, z_tsharp, scales.sharp_t)
-    # u is a ratio of the two, which as p_y -> 1 are nearly 1 - p_y.
+    # u is a function of their ratio. As p_y -> 1 they are nearly 1 - p_y.
     s_ce = tl.where(s_rest < 0.5, -log2_1p(-s_rest), s_ce)
     t_ce = tl.where(t_rest < 0.5, -log2_1p(-t_rest), t_ce)
     if PROB:
         s_ce = times(v_y, s_ce) + stats.v_sum * s_log_z - stats.v_cross * scales.sharp_s
         t_ce = times(v_y, t_ce) + stats.v_sum * t_log_z - stats.v_cross_t * scales.sharp_t
-    # A student that rules the target out has all to learn, and would be inf / inf where the teacher does so too.
+    # A student with the target at -inf has u = 1. If the teacher has it there too, the quotient would be inf / inf.
     u = tl.where(s_ce == _INF, 1.0, one_minus_exp(s_ce * LN2 / (t_ce * LN2 + 1e-7)))
     p_nll, p_rest_nll, p_factor, q_y, q_rest, q_factor, difference, _t, _r = _both_soft(stats, s_y, t_y, scales)
     weight = alpha * temperature * u
@@ -180,9 +180,11 @@ def coefficients(
     LINEAR: tl.constexpr,
     RAW: tl.constexpr,
 ):
-    """A loss's three parts, its gradient's :class:`.values.Coefficients` and :class:`.values.Slopes`, from the
-    statistics, and a pointwise loss's sums and its column term's part; of rows that count and are valid. ``own``, if
-    not None, multiplies the gradient of all but the column term."""
+    """Return a loss's three parts, and its gradient's :class:`.values.Coefficients` and :class:`.values.Slopes`.
+
+    Inputs are the statistics of rows that count and are valid; for a pointwise loss also the sums and the part of the
+    column term. ``own``, if not None, multiplies the gradient of all terms but the column term.
+    """
     z_sharp = stats.s_soft if SINGLE else stats.s_sharp
     z_tsharp = stats.t_soft if SINGLE else stats.t_sharp
     z_ce = stats.s_raw if RAW else z_sharp
@@ -217,7 +219,7 @@ def coefficients(
     possible = s_y != _NEG_INF
     at_y = tl.where(possible, at_y, 0.0)
     if STD:
-        # Backwards through z = f (x - mean), f = 1 / (d + 1e-7): f (g_j - sum(g) / n) - z_j sum(g z) / ((n - 1) d).
+        # Backward through z = f (x - mean), f = 1 / (d + 1e-7): f (g_j - sum(g) / n) - z_j sum(g z) / ((n - 1) d).
         mean, deviation, number, low = moments
         # A class alone has the z-score 0, whatever its logit.
         f = tl.where(number == 1.0, 0.0, 1.0 / (deviation + 1e-7))

@@ -1,32 +1,31 @@
 # mypy: ignore-errors
 # Triton compiles these functions; to a type checker they are not Python.
-"""The kernel of the row losses that holds its rows on chip, and what it shares with the one in :mod:`.looped`,
-which walks them twice. :mod:`.rows` has the conventions.
+"""The row losses' kernel for rows that fit on chip, and functions that it shares with the kernel of :mod:`.looped`,
+which walks its rows twice. :mod:`.rows` has the conventions.
 
-Meaning of the constexpr arguments that both kernels take:
+Both kernels have these constexpr arguments:
 
-ACC      dtype of all arithmetic: float32, or float64 when any logits are
-VEC      a power of two that divides the class count and every row stride, up to 16 bytes of the narrowest logits: it
-         lets the compiler see that rows start aligned and that a vector lies in a row or outside it as a whole
+ACC      dtype of all arithmetic: float32, or float64 if any logits are
+VEC      a power of two that divides the class count and every row stride, up to 16 bytes of the narrowest logits. It
+         shows the compiler that rows start aligned, and that each vector is fully inside or outside a row
 UNIT     every column stride is 1
-LOSS     which one, see :mod:`.losses`
+LOSS     number of the loss, see :mod:`.losses`
 SINGLE   one exponential of each logit serves both softmaxes, the sharp and the soft one
 PROB     the target holds probabilities (N, C) instead of indices (N,)
 GRAD     the gradient is wanted
-COUNT    how to find the number of rows that the stored gradient is divided by: 0 not at all, 1 from the targets,
-         2 from partial counts
+COUNT    source of the number of rows that divides the stored gradient: 0 none, 1 the targets, 2 partial counts
 HALF     float16 logits: a mean's gradient is also stored times the power of two next to that number
 PER_ROW  reduction "none": the loss and norm are final here, and the parts are the op's output
-STD      logit standardization: every row has scales of its own
-LINEAR   the sum of the logits is wanted, for label smoothing or Tf-KD
-RAW      with STD, the CE's exponentials are none of the others
+STD      logit standardization: every row has its own scales
+LINEAR   the sum of the logits is needed, for label smoothing or Tf-KD
+RAW      with STD, the CE needs exponentials that no other term has
 COLUMNS  DIST's column term is wanted: ``states`` has its rows' softmaxes, ``columns`` four numbers of each class, and
-         ``correlations`` what becomes its part of the loss (:mod:`.columns`)
+         ``correlations`` the sums for its part of the loss (:mod:`.columns`)
 
-``factors`` is None where rows weigh the same, else (2, rows): see fused_kd/ops.py.
+``factors`` is None if all rows weigh the same, else (2, rows): see fused_kd/ops.py.
 
-Hyper-parameters come as float64, which Triton would otherwise round to float32, and are never specialised on, so that
-another temperature or gamma compiles nothing.
+Hyper-parameters are float64, because Triton would round them to float32. No kernel is specialised on them, so another
+temperature or gamma compiles nothing.
 """
 
 from __future__ import annotations
@@ -92,7 +91,7 @@ def all_weights(first, second, temperature, ce_weight, smoothing, ACC: tl.conste
 
 @triton.jit
 def at(base, cols, stride, UNIT: tl.constexpr):
-    """Pointers to columns of a row: 64-bit only where a column stride may carry the offset past 2^31."""
+    """Return pointers to columns of a row, with 64-bit offsets only if a column stride may take them past 2^31."""
     if UNIT:
         return base + cols
     return base + cols.to(tl.int64) * stride
@@ -102,7 +101,7 @@ def at(base, cols, stride, UNIT: tl.constexpr):
 def store_parts(
     parts, loss, norm, norm_value, rows, row, inside, counted, by, target, non_target, ce, PER_ROW: tl.constexpr
 ):
-    """Of rows that count times what they weigh, ``by``; of others 0."""
+    """Store the parts of rows times their weight ``by``. Rows that do not count get 0."""
     target = tl.where(counted, target * by, 0.0)
     non_target = tl.where(counted, non_target * by, 0.0)
     ce = tl.where(counted, ce * by, 0.0)
@@ -118,9 +117,9 @@ def store_parts(
 def gradient_scale(
     counts, target_row, count_items, ignore_index, scale, ACC: tl.constexpr, COUNT: tl.constexpr, HALF: tl.constexpr
 ):
-    """What a row's gradient is stored times: the op's power of two, over the rows that count for a mean.
+    """Return the scale of the stored gradient: the op's power of two, for a mean divided by the rows that count.
 
-    HALF multiplies by the power of two next to that count, which ``norm`` undoes: a float16 would underflow.
+    HALF also multiplies by the power of two next to that count, since a float16 would underflow. ``norm`` undoes that.
     """
     scale = tl.full((), scale, ACC)
     if COUNT == 0:
@@ -183,7 +182,7 @@ def rows_on_chip(
     """ROWS whole rows per program, BLOCK >= classes: one read of each input and one write of the gradient."""
     weights = all_weights(first, second, temperature, ce_weight, smoothing, ACC)
     k = tl.full((), LOG2E, ACC)
-    # n // VEC * VEC is n, and tells the compiler what divides it.
+    # n // VEC * VEC is n, and shows the compiler that VEC divides it.
     classes = classes // VEC * VEC
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
@@ -194,7 +193,7 @@ def rows_on_chip(
         probability_base = target + row * (target_row // VEC * VEC)
         mask = inside[:, None] & (cols < classes)
         v = tl.load(at(probability_base[:, None], cols, target_col, UNIT), mask=mask, other=_NEG_INF).to(ACC)
-        # The lowest index among the largest; a row of NaN finds none, and stays in range.
+        # The lowest index among the largest. A row of NaN has none, and the index stays in range.
         y = tl.min(tl.where(v == tl.max(v, 1)[:, None], cols, classes - 1), 1)
         v = tl.where(cols < classes, v, 0.0)
         counted = inside
@@ -238,7 +237,7 @@ def rows_on_chip(
     if POINTWISE & LOSS:
         of_rows = softmaxes(stats, s_y, t_y, states, rows, row, counted, scales, COLUMNS)
         of_columns = load_columns(columns, cols, cols < classes, classes, True, COLUMNS)
-        # At the target its distance from the mean is read, and with COLUMNS it is a class as any other.
+        # STD needs the target's distance from the mean, and for COLUMNS the target is an ordinary class.
         s_tile = whole_s if STD or COLUMNS else s
         t_tile = whole_t if COLUMNS else t
         constants = Constants(weights.first, 1.0 / classes.to(ACC))
@@ -248,7 +247,7 @@ def rows_on_chip(
         )  # fmt: skip
         of_column = column_part(correlations, correlation_items, weights, classes, ACC, COLUMNS, _COUNT_BLOCK)
     own = None
-    if COLUMNS and (factors is not None):  # the columns' numbers have a factor already
+    if COLUMNS and (factors is not None):  # the columns' numbers already have their factor
         own = load_factor(factors, 1, rows, row, inside, ACC)
     part_y, part_rest, part_ce, gradient_of, more = coefficients(
         stats, sums, of_column, own, s_y, t_y, v_y, weights, scales, s_moments, classes, LOSS, SINGLE, PROB, STD,

@@ -1,6 +1,6 @@
 # mypy: ignore-errors
 # Triton compiles these functions; to a type checker they are not Python.
-"""What the pieces of a row have found, (pieces, fields, rows), merged: for :mod:`.staged`."""
+"""Merges the results of a row's pieces, (pieces, fields, rows), for :mod:`.staged`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fused_kd.backends.triton.kernels.rows import LOG2E, make_scales, merge_lane
 from fused_kd.backends.triton.kernels.values import Moments, PointwiseSums, Statistics
 
 _NEG_INF = tl.constexpr(float("-inf"))
-#: Fields of a row: of both logits' moments, where the teacher's begin, of the statistics, behind which the target's two
-#: logits and its probability begin, and of the sums.
+#: Numbers of fields of a row. The teacher's moments begin at OF_TEACHER. The target's two logits and its probability
+#: follow the statistics, from OF_TARGET on.
 MOMENTS = tl.constexpr(2 * len(Moments._fields))
 OF_TEACHER = tl.constexpr(len(Moments._fields))
 STATISTICS = tl.constexpr(len(Statistics._fields) + 3)
@@ -23,15 +23,14 @@ SUMS = tl.constexpr(len(PointwiseSums._fields))
 
 @triton.jit
 def _field(found, which, fields, pieces, rows, row, other, PIECES: tl.constexpr):
-    """Of the pieces, (PIECES,)."""
+    """Load a field of all pieces, (PIECES,)."""
     piece = tl.arange(0, PIECES)
     return tl.load(found + (piece * fields + which) * rows + row, mask=piece < pieces, other=other)
 
 
 @triton.jit
 def store_moments(out, first, rows, row, moments):
-    """As :func:`_merged_moments` reads them: number, mean, the sum of squares about it, and what it was
-    rounded by."""
+    """Store number, mean, the sum of squares about it, and the mean's rounding error, for :func:`_merged_moments`."""
     tl.store(out + rows * first + row, moments.number)
     tl.store(out + rows * (first + 1) + row, moments.mean)
     square = moments.deviation * moments.deviation * tl.maximum(moments.number - 1.0, 1.0)
@@ -41,12 +40,12 @@ def store_moments(out, first, rows, row, moments):
 
 @triton.jit
 def _merged_moments(found, first, pieces, rows, row, PIECES: tl.constexpr):
-    """Of the student's logits (first = 0) or the teacher's, Chan's formula."""
+    """Merge the moments of the student's logits (first = 0) or the teacher's, by Chan's formula."""
     number = _field(found, first, MOMENTS, pieces, rows, row, 0.0, PIECES)
     mean = _field(found, first + 1, MOMENTS, pieces, rows, row, 0.0, PIECES)
     square = _field(found, first + 2, MOMENTS, pieces, rows, row, 0.0, PIECES)
     low = _field(found, first + 3, MOMENTS, pieces, rows, row, 0.0, PIECES)
-    # About one of the means, so that a constant row comes out as one.
+    # Relative to one of the means, so that the deviation of a constant row is exactly 0.
     about = zero_if_empty(tl.max(tl.where(number > 0.0, mean, _NEG_INF), 0, keep_dims=True))
     total = total_of(number)
     merged = about + total_of(tl.where(number > 0.0, number * (mean - about), 0.0)) / tl.maximum(total, 1.0)
@@ -60,7 +59,7 @@ def merged_scales(
     moments, pieces, rows, row, temperature, PIECES: tl.constexpr, LOSS: tl.constexpr, STD: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """The scales, and the moments of the student's row."""
+    """Return the scales, and the moments of the student's row."""
     k = tl.full((), LOG2E, ACC)
     if STD:
         s_moments = _merged_moments(moments, 0, pieces, rows, row, PIECES)
@@ -74,7 +73,7 @@ def merged_scales(
 
 @triton.jit
 def merged_statistics(found, pieces, rows, row, scales, PIECES: tl.constexpr, LOSS: tl.constexpr, SINGLE: tl.constexpr):
-    """The row's statistics, and the target's logits and probability, which one of the pieces has."""
+    """Return the row's statistics, and the target's logits and probability, which one of the pieces has."""
     stats = Statistics(
         _field(found, 0, STATISTICS, pieces, rows, row, _NEG_INF, PIECES),
         _field(found, 1, STATISTICS, pieces, rows, row, 0.0, PIECES),

@@ -1,23 +1,22 @@
 # mypy: ignore-errors
 # Triton compiles these functions; to a type checker they are not Python.
-"""Losses of both softmaxes p and q at T whose gradient is no combination of exponentials, but has at every class, the
-target included,
+"""Pointwise losses: functions of both softmaxes p and q at T with a gradient that is no combination of exponentials.
+At every class, the target included, it is
 
     g_j = p_j (h_j - sum_k p_k h_k) / T,        h_j = c_1 f_1(p_j, q_j) + c_2 f_2(p_j, q_j) [+ the column's slope]
 
-(and the CE as always). Such a loss is three functions: what its row sums (:func:`_summed`, three terms), its slopes f
-(:func:`_slopes`), and from the sums its part, c_1 and c_2 (:func:`_terms`). ``row_losses.h`` has the same three
-with their derivations; logarithms are in base 2 here. A row's sums need its normalisers, so they take a look of their
-own at its classes: in registers on chip, a third walk where rows are walked. sum_k p_k h_k is summed as it stands, so
-that what all h_j have in common, rounding included, leaves the gradient.
+(and the usual CE). Such a loss has three functions: the terms of its sums over a row (:func:`_summed`, three terms),
+its slopes f (:func:`_slopes`), and its part, c_1 and c_2 from the sums (:func:`_terms`). ``row_losses.h`` has the same
+three with their derivations. Logarithms are in base 2 here. The sums of a row need its normalisers, so they take
+another pass over its classes: in registers on chip, as a third walk in the looped kernel. sum_k p_k h_k is summed in
+this form, so that everything that all h_j share, rounding included, cancels in the gradient.
 
-``of_rows`` are the softmaxes of rows: (p_y, factor, log_z, -log p_y), twice, with p_j = factor e_j and log p_j = the
-exponent less log_z outside the target (:func:`.rows.join_target`).
+``of_rows`` are the softmaxes of rows: (p_y, factor, log_z, -log p_y), twice. Outside the target, p_j = factor e_j and
+log p_j is the exponent minus log_z (:func:`.rows.join_target`).
 
-With COLUMNS, DIST's column term, there are four numbers of each class for its slope c_0 (q - c_2) + c_1 (p - c_3),
-with its factor in them (:mod:`.columns`). Where a column's correlation is near 1 that is a small difference, so p and q
-are to be the very numbers that the moments were taken of: ``of_rows`` are then (maximum, scale, share) as
-:mod:`.columns` has them.
+With COLUMNS (DIST's column term) each class has four numbers for its slope c_0 (q - c_2) + c_1 (p - c_3), which include
+the term's factor (:mod:`.columns`). If a column's correlation is near 1, the slope is a small difference, so p and q
+must be exactly the numbers behind the moments: ``of_rows`` are then (maximum, scale, share) of :mod:`.columns`.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def _summed(p, q, log_p, log_q, constants, LOSS: tl.constexpr):
 
 @triton.jit
 def _slopes(p, q, log_p, log_q, constants, LOSS: tl.constexpr):
-    """f_1 and f_2; what a loss of one slope gives for the second is not used."""
+    """Return f_1 and f_2. The second one of a loss with one slope is not used."""
     if LOSS == DIST:
         return q - constants.share, p - constants.share
     elif LOSS == JS:
@@ -57,7 +56,7 @@ def _slopes(p, q, log_p, log_q, constants, LOSS: tl.constexpr):
 
 @triton.jit
 def _terms(sums, weights, LOSS: tl.constexpr):
-    """The part, c_1 and c_2 of rows."""
+    """Return the part, c_1 and c_2 of rows."""
     first, _second, temperature, _ce_weight, _smoothing = weights
     if LOSS == DIST:
         weight = first * temperature * temperature
@@ -74,8 +73,8 @@ def _terms(sums, weights, LOSS: tl.constexpr):
 
 @triton.jit
 def _mixture_logs(log_p, log_q, beta):
-    """log(m / p) and log(m / q), m = beta q + (1 - beta) p, relative to the larger of the two, so that none underflows.
-    At beta = 1, where the loss is KL(p || q), m is q."""
+    """log(m / p) and log(m / q), m = beta q + (1 - beta) p, computed relative to the larger of p and q, so that nothing
+    underflows. At beta = 1 the loss is KL(p || q), and m is q."""
     d = log_q - log_p
     smaller = tl.exp2(-tl.abs(d))
     near = tl.log2(tl.where(d > 0.0, beta + (1.0 - beta) * smaller, 1.0 - beta + beta * smaller))
@@ -85,8 +84,8 @@ def _mixture_logs(log_p, log_q, beta):
 
 @triton.jit
 def correlation_terms(ab, aa, bb, weight):
-    """r = ab / D, D = sqrt(aa bb) + 1e-8, and the factors of b and of a in the slope of weight (1 - r): -weight / D
-    and, unless a vanishes, weight r sqrt(bb) / (sqrt(aa) D)."""
+    """Return r = ab / D, D = sqrt(aa bb) + 1e-8, and the factors of b and of a in the slope of weight (1 - r):
+    -weight / D and, unless a vanishes, weight r sqrt(bb) / (sqrt(aa) D)."""
     a_norm = tl.sqrt(aa)
     b_norm = tl.sqrt(bb)
     d = a_norm * b_norm + 1e-8
@@ -97,7 +96,7 @@ def correlation_terms(ab, aa, bb, weight):
 
 @triton.jit
 def softmaxes(stats, s_y, t_y, states, rows, row, counted, scales, COLUMNS: tl.constexpr):
-    """``of_rows``."""
+    """Return ``of_rows``."""
     if COLUMNS:
         at = states + row
         return (
@@ -121,7 +120,7 @@ def softmaxes(stats, s_y, t_y, states, rows, row, counted, scales, COLUMNS: tl.c
 
 @triton.jit
 def _softmax_tile(x, is_target, maximum, of_rows, scale, STD: tl.constexpr, COLUMNS: tl.constexpr):
-    """p and log p of tiles; without the logarithm with COLUMNS."""
+    """Return p and log p of tiles. With COLUMNS the logarithm is not computed."""
     if COLUMNS:
         p = tl.exp2((x - of_rows[0][:, None]) * of_rows[1][:, None]) * of_rows[2][:, None]
         return p, p
@@ -134,20 +133,21 @@ def _softmax_tile(x, is_target, maximum, of_rows, scale, STD: tl.constexpr, COLU
 
 @triton.jit
 def column_stride(classes):
-    """From one of a class's four numbers to the next: each begins aligned, and has room to begin three places later."""
+    """Return the stride between a class's four numbers: each array starts aligned, with room to start up to three
+    places later."""
     return (classes + 6) // 4 * 4
 
 
 @triton.jit
 def aligned_columns(columns, first, classes):
-    """The copy of the columns' numbers in which that of class ``first`` begins a vector of four, from there on."""
+    """Return a pointer to class ``first`` in the copy of the columns' numbers where it starts a vector of four."""
     shift = (4 - first % 4) % 4
     return columns + shift * (4 * column_stride(classes)) + (first + shift) // 4 * 4
 
 
 @triton.jit
 def load_columns(columns, cols, inside, classes, MASKED: tl.constexpr, COLUMNS: tl.constexpr):
-    """Tiles of what there is for each class; nothing of use without COLUMNS."""
+    """Load tiles of the four numbers of each class. Without COLUMNS the result is not used."""
     if COLUMNS:
         pointers = columns + cols
         stride = column_stride(classes)
@@ -172,7 +172,7 @@ def _column_slope(columns, p, q):
 
 @triton.jit
 def column_part(correlations, items, weights, classes, ACC: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """The part of DIST's column term that every row is given, from partial sums of the columns' correlations."""
+    """Return the part of DIST's column term, the same for every row, from partial sums of the columns' correlations."""
     total = tl.zeros([BLOCK], ACC)
     if COLUMNS:
         for start in range(0, items, BLOCK):
@@ -215,7 +215,7 @@ def add_sums(
         x_2 += tl.sum(tl.where(inside, two, 0.0), 1)
     x_3 += tl.sum(tl.where(inside, three, 0.0), 1)
     f_1, f_2 = _slopes(p, q, log_p, log_q, constants, LOSS)
-    # Where p vanishes a logarithm is infinite, or the class cannot occur.
+    # If p vanishes, a logarithm is infinite or the class cannot occur.
     none = (p == 0.0) | (inside == 0)
     by_1 = tl.where(none, 0.0, p * f_1)
     by_2 = tl.where(none, 0.0, p * f_2)
@@ -238,7 +238,7 @@ def add_sums(
 
 @triton.jit
 def merge_sums(sums):
-    """The sums (1,) of a row from those of its lanes."""
+    """Merge the sums of a row's lanes to (1,)."""
     return PointwiseSums(
         total_of(sums.of_1), total_of(sums.of_2), total_of(sums.of_3), total_of(sums.by_1), total_of(sums.by_2),
         total_of(sums.by_column), total_of(sums.w), total_of(sums.w_1), total_of(sums.w_2), total_of(sums.w_column),
@@ -247,14 +247,14 @@ def merge_sums(sums):
 
 @triton.jit
 def pointwise(sums, own, weights, LOSS: tl.constexpr, STD: tl.constexpr):
-    """The loss's part, its :class:`.values.Slopes`, and with STD the sum of g_j (s_j - mean)."""
+    """Return the loss's part, its :class:`.values.Slopes`, and with STD the sum of g_j (s_j - mean)."""
     part, c_1, c_2 = _terms(sums, weights, LOSS)
     if own is not None:
         c_1, c_2 = c_1 * own, c_2 * own
     by = 1.0 / weights.temperature
     if ONE_SLOPE & LOSS:
-        # The p_k add up to 1 but for their rounding, which times a slope of 7 is more than a saturated row's gradient
-        # may be off: it is in both sums, and leaves their quotient.
+        # The p_k sum to 1 up to rounding. Times a slope of 7, that rounding exceeds the allowed error of a saturated
+        # row's gradient. It is in both sums, so the quotient cancels it.
         mean_slope = c_1 * (sums.by_1 / sums.by_2)
     else:
         mean_slope = c_1 * sums.by_1 + c_2 * sums.by_2 + sums.by_column
@@ -264,7 +264,7 @@ def pointwise(sums, own, weights, LOSS: tl.constexpr, STD: tl.constexpr):
 
 @triton.jit
 def scaled_slopes(more, by):
-    """The slopes of a gradient that is multiplied by a number of each row's own."""
+    """Multiply the slopes by a number per row."""
     return Slopes(more.by_1 * by, more.by_2 * by, more.by_column * by, more.offset * by)
 
 
@@ -284,7 +284,7 @@ def add_slopes(
     STD: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """g, tiles of the CE's gradient, and the loss's own, from its slopes."""
+    """Add the loss's own gradient, from its slopes, to g, tiles of the CE's gradient."""
     p, log_p = _softmax_tile(s, is_target, stats.s_max, of_rows[0], scales.soft_s, STD, COLUMNS)
     q, log_q = _softmax_tile(t, is_target, stats.t_max, of_rows[1], scales.soft_t, STD, COLUMNS)
     f_1, f_2 = _slopes(p, q, log_p, log_q, constants, LOSS)

@@ -2,7 +2,7 @@
 # Triton compiles these functions; to a type checker they are not Python.
 """The small Triton kernels around the row kernels: counting rows, reducing their parts, scaling the stored gradient.
 
-Every sum is taken in an order that the shapes alone decide, without atomics: same input, same bits.
+Only the shapes decide the order of every sum, and there are no atomics: same input, same bits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _BLOCK = tl.constexpr(1024)
 
 @triton.jit(do_not_specialize=["stride", "rows", "chunk", "ignore_index"])
 def count_chunks(target, partial, stride: tl.int64, rows: tl.int64, chunk: tl.int64, ignore_index: tl.int64):
-    """partial[i]: how many rows of chunk i count."""
+    """partial[i]: the number of rows of chunk i that count."""
     start = tl.program_id(0).to(tl.int64) * chunk
     items = tl.minimum(rows - start, chunk).to(tl.int32)
     count = count_rows(target + start * stride, stride, items, ignore_index, False, _BLOCK)
@@ -56,12 +56,12 @@ def reduce_parts(
     HALF: tl.constexpr,
     OTHER_HALF: tl.constexpr,
 ):
-    """Sums of chunks of the row parts (PARTS, rows) into parts (PARTS, programs); with FINAL, one program, the whole
-    result.
+    """Sum chunks of the row parts (PARTS, rows) into parts (PARTS, programs). With FINAL, one program computes the
+    whole result.
 
-    MEAN divides by the rows that count: COUNT as for the row kernels, 0 meaning that all of them do. HALF leaves
-    the power of two next to that divisor to ``norm``, for a gradient stored in float16 (see fused_kd/ops.py), and
-    OTHER_HALF to ``other_norm``. A loss with one gradient passes one norm twice.
+    MEAN divides by the number of rows that count. COUNT is as for the row kernels; 0 means that all rows count. HALF
+    leaves the power of two next to that divisor to ``norm``, for a gradient stored in float16 (see fused_kd/ops.py),
+    and OTHER_HALF to ``other_norm``. A loss with one gradient passes one norm twice.
     """
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0)
@@ -75,7 +75,7 @@ def reduce_parts(
     for part in tl.static_range(PARTS):
         value = _sum_rows(row_parts + part * rows + start, items, ACC)
         if FINAL and MEAN:
-            # Rounded once: a plain quotient of float32 may be two units off, and the mean of equal rows another number.
+            # Rounded once: a plain float32 quotient may be two units off, so the mean of equal rows would differ.
             value = tl.div_rn(value, count.to(ACC)) if ACC == tl.float32 else value / count.to(ACC)
         tl.store(parts + part * programs + program, value)
         total += value
@@ -108,13 +108,13 @@ def scale_rows(
     """out = gradient * grad_output * norm, by a fixed number of programs that share tiles of BLOCK neighbours.
 
     A row's first tile starts at the multiple of VEC elements at or before the row, so that the tiles inside it are
-    whole vectors wherever the row starts. In place, a factor of 1 leaves its tile untouched: that is how a mean's
-    gradient costs no second pass. What is stored as 0 stays 0, though the factor be infinite or NaN.
+    whole vectors wherever the row starts. In place, a factor of 1 leaves its tile untouched, so a mean's gradient costs
+    no second pass. A stored 0 stays 0, even if the factor is infinite or NaN.
     """
     tiles = (width + (VEC - 1) + (BLOCK - 1)) // BLOCK
     multiplier = tl.load(norm).to(ACC)
     end = rows * tiles
-    if IN_PLACE:  # one factor for all: not even the tiles are walked, of which a program may have hundreds
+    if IN_PLACE:  # with one factor of 1 for all, skip the walk over tiles, of which a program may have hundreds
         untouched = (rows == 1) & (tl.load(grad_output).to(ACC) * multiplier == 1.0)
         end = tl.where(untouched, 0, end)
     for tile in range(tl.program_id(0), end, tl.num_programs(0)):

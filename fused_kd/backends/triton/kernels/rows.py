@@ -1,20 +1,20 @@
 # mypy: ignore-errors
 # Triton compiles these functions; to a type checker they are not Python.
-"""What the row kernels do with a row's logits: statistics, and the combination that is the gradient.
+"""Shared steps of the row kernels: the statistics of a row, and its gradient as a combination of exponentials.
 
-A row's gradient is, outside the target class y, a combination of exponentials with per-row coefficients,
+Outside the target class y, a row's gradient is a combination of exponentials with coefficients per row,
 
-    g_j = soft e_j(soft_s) + sharp e_j(sharp_s) + teacher f_j + constant - v V_j,        and a value of its own at y,
+    g_j = soft e_j(soft_s) + sharp e_j(sharp_s) + teacher f_j + constant - v V_j,        with a separate value at y,
 
-with e_j(k) = 2^((s_j - m_s) k), f_j = 2^((t_j - m_t) soft_t) and m_s, m_t the largest logits *outside* y. The sums
-behind the coefficients run over the classes outside y too, and y joins afterwards as one more term, so neither a
-saturated target (s_y - m_s may be hundreds) nor p_y -> 1 costs anything by cancellation. A loss of the family is a
-function in :mod:`.losses`; one whose gradient is another function of both softmaxes has it in
-:mod:`.pointwise`, and only its CE is such a combination.
+where e_j(k) = 2^((s_j - m_s) k), f_j = 2^((t_j - m_t) soft_t) and m_s, m_t are the largest logits *outside* y. The sums
+behind the coefficients also run over the classes outside y, and y joins afterwards as one more term. So neither a
+saturated target (s_y - m_s may be hundreds) nor p_y -> 1 causes cancellation. A loss of this family is a function in
+:mod:`.losses`. A loss with another function of both softmaxes as its gradient has that in :mod:`.pointwise`, and only
+its CE is such a combination.
 
-Of :mod:`.values`, what a variant does not use stays a constant that the compiler drops. A class left out of a sum, for
-being the target or past the end of the row, has the logit -inf and the probability 0. RAW asks for exponentials of the
-student at log2(e), for the CE.
+An entry of :mod:`.values` that a variant does not use stays a constant, which the compiler drops. A class that a sum
+leaves out, because it is the target or past the end of the row, has the logit -inf and the probability 0. RAW asks for
+exponentials of the student at log2(e), for the CE.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ import triton.language as tl
 from fused_kd.backends.triton.kernels.values import Coefficients, Moments, Scales, Statistics
 from fused_kd.core.catalogue import BITS
 
-# NaN is no constant of a module here: the JIT compares these with != at every launch, and would refuse the second.
+# NaN cannot be a module constant: the JIT compares constants with != at every launch, and would reject the second.
 _NEG_INF = tl.constexpr(float("-inf"))
 _INF = tl.constexpr(float("inf"))
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
-#: What a loss needs, bits of its number, LOSS: see :data:`fused_kd.core.catalogue.NEEDS`.
+#: The needs of a loss, bits of its number LOSS: see :data:`fused_kd.core.catalogue.NEEDS`.
 TEACHER = tl.constexpr(BITS["teacher"])
 SHARP = tl.constexpr(BITS["sharp"])
 DIVERGENCE = tl.constexpr(BITS["divergence"])
@@ -42,13 +42,13 @@ ONE_SLOPE = tl.constexpr(BITS["one_slope"])
 
 @triton.jit
 def zero_if_empty(maximum):
-    """A maximum to subtract: -inf - -inf would be NaN, -inf - 0 gives the exponential 0 that is meant."""
+    """Replace -inf by 0 in a maximum to subtract: -inf - -inf would be NaN, -inf - 0 gives the right exponential, 0."""
     return tl.where(maximum == _NEG_INF, 0.0, maximum)
 
 
 @triton.jit
 def times(weight, value):
-    """weight * value with 0 * inf = 0, for a loss, which is +inf if anything; NaN stays."""
+    """weight * value with 0 * inf = 0, for a loss, which can only be +inf. NaN stays."""
     return weight * tl.where(weight == 0.0, tl.where(value == _INF, 0.0, value), value)
 
 
@@ -70,23 +70,23 @@ def join_target(x_y, m, z, k):
 
 @triton.jit
 def per_row(x, STD: tl.constexpr):
-    """A scale beside a tile of rows."""
+    """Give a scale the shape that a tile of rows needs."""
     if STD:
         return x[:, None]
-    else:  # to Triton's compiler a return ends the branch, not the function
+    else:  # for Triton's compiler a return ends the branch, not the function
         return x
 
 
 @triton.jit
 def _rescale(stats, m_s, m_t, scales, LOSS: tl.constexpr, SINGLE: tl.constexpr):
-    """The same statistics relative to other maxima, at least as large. No sum of anything is taken here."""
+    """Return the same statistics relative to other maxima, at least as large. This takes no sums."""
     (
         old_s, s_soft, s_sharp, old_t, t_soft, t_sharp, blocked, cross, v_sum, v_cross, v_cross_t, linear, number,
         s_raw, w_soft, w_sharp, w_teacher,
     ) = stats  # fmt: skip
     soft_s, soft_t, sharp_s, sharp_t, _mean = scales
     down_s = old_s - zero_if_empty(m_s)
-    # Where nothing finite was seen, the sums are 0 or -inf, and moving the origin changes neither.
+    # If nothing finite was seen, the sums are 0 or -inf, and moving the origin changes neither.
     moved_s = tl.where(old_s == _NEG_INF, 0.0, down_s)
     factor_s = tl.exp2(down_s * soft_s)
     s_soft = s_soft * factor_s
@@ -144,8 +144,8 @@ def accumulate(
     RAW: tl.constexpr,
     WALKED: tl.constexpr,
 ):
-    """Add tiles (lanes, classes) to the statistics of their lanes; ``present`` marks the classes to be counted. WALKED
-    says that there are more tiles than one, of few classes a lane."""
+    """Add tiles (lanes, classes) to the statistics of their lanes. ``present`` marks the classes that count. WALKED
+    says that there is more than one tile, with few classes per lane."""
     soft_s, soft_t, sharp_s, sharp_t, mean = scales
     m_s = tl.maximum(stats.s_max, tl.max(s, 1))
     m_t = tl.maximum(stats.t_max, tl.max(t, 1)) if TEACHER & LOSS else stats.t_max
@@ -175,7 +175,7 @@ def accumulate(
         if DIVERGENCE & LOSS:
             u = u - u_t
         if (POINTWISE & LOSS) == 0:
-            # 0 log 0 = 0: an impossible class costs only where the teacher gives it mass.
+            # 0 log 0 = 0: an impossible class costs something only if the teacher gives it a probability.
             cross += tl.sum(f * tl.where(f == 0.0, 0.0, u), 1)
             if STD:
                 w_teacher += tl.sum(f * centred, 1)
@@ -192,8 +192,8 @@ def accumulate(
         linear += tl.sum(tl.where(present, d_s, 0.0), 1)
         counted = present
         if WALKED:
-            # Left alone the compiler lays these out in another way than the logits, and exchanges the numbers, tile by
-            # tile. So they depend on the logits. Of a row with a NaN the sum above is NaN too.
+            # Otherwise the compiler gives these another layout than the logits, and exchanges numbers in every tile.
+            # The dependence on the logits avoids that. For a row with a NaN, the sum above is NaN anyway.
             counted = present & (s == s)
         number += tl.sum(tl.where(counted, 1.0, 0.0), 1)
     return Statistics(
@@ -204,13 +204,13 @@ def accumulate(
 
 @triton.jit
 def total_of(x):
-    """Over lanes, (1,)."""
+    """Sum over lanes, (1,)."""
     return tl.sum(x, 0, keep_dims=True)
 
 
 @triton.jit
 def merge_lanes(stats, scales, LOSS: tl.constexpr, SINGLE: tl.constexpr):
-    """The statistics (1,) of a row from those of its lanes."""
+    """Merge the statistics of a row's lanes to (1,)."""
     m_s = tl.max(stats.s_max, 0, keep_dims=True)
     m_t = tl.max(stats.t_max, 0, keep_dims=True)
     at = _rescale(stats, m_s, m_t, scales, LOSS, SINGLE)
@@ -224,9 +224,9 @@ def merge_lanes(stats, scales, LOSS: tl.constexpr, SINGLE: tl.constexpr):
 
 @triton.jit
 def tile_moments(x):
-    """:class:`.values.Moments` of rows held whole."""
+    """Compute :class:`.values.Moments` of whole rows in registers."""
     possible = x != _NEG_INF
-    # About the largest first, so that a constant row comes out as one.
+    # Relative to the largest, so that the deviation of a constant row is exactly 0.
     largest = zero_if_empty(tl.max(x, 1))
     number = tl.sum(tl.where(possible, 1.0, 0.0).to(x.dtype), 1)
     mean = largest + tl.sum(tl.where(possible, x - largest[:, None], 0.0), 1) / tl.maximum(number, 1.0)
@@ -237,14 +237,14 @@ def tile_moments(x):
 
 @triton.jit
 def make_scales(temperature, s_moments, t_moments, k, LOSS: tl.constexpr, STD: tl.constexpr):
-    """The scales; of moments with STD."""
+    """Return the scales, with STD from the moments."""
     if STD:
         sharp_s = k / (s_moments.deviation + 1e-7)
         sharp_t = k / (t_moments.deviation + 1e-7)
         soft_s = sharp_s / temperature
         soft_t = sharp_t / temperature
         mean = s_moments.mean
-        if (SHARP & LOSS) == 0:  # whose sharp exponentials are the CE's
+        if (SHARP & LOSS) == 0:  # here the sharp exponentials belong to the CE
             sharp_s = tl.zeros_like(sharp_s) + k
             sharp_t = tl.zeros_like(sharp_t) + k
     else:
@@ -258,7 +258,7 @@ def make_scales(temperature, s_moments, t_moments, k, LOSS: tl.constexpr, STD: t
 
 @triton.jit
 def scaled_by(at, by):
-    """The coefficients of a gradient that is multiplied by a number of each row's own."""
+    """Multiply the coefficients by a number per row."""
     return Coefficients(
         at.soft * by, at.sharp * by, at.teacher * by, at.raw * by, at.v * by, at.constant * by, at.slope * by,
         tl.where(at.target == 0.0, 0.0, at.target * by),  # a class that cannot occur, in a row without a value too
@@ -280,20 +280,20 @@ def combine(
     LINEAR: tl.constexpr,
     RAW: tl.constexpr,
 ):
-    """The gradient of tiles from the row's statistics and coefficients (:func:`.losses.coefficients`), outside
-    the target: there it is the last of them."""
+    """Compute the gradient of tiles outside the target, from the row's statistics and coefficients
+    (:func:`.losses.coefficients`). The last coefficient is the value at the target."""
     soft, sharp, teacher, raw, v_weight, constant, slope, _at_target = coefficients
     soft_s, soft_t, sharp_s, _sharp_t, mean = scales
     d_s = s - zero_if_empty(stats.s_max)[:, None]
     if SINGLE or ((POINTWISE & LOSS) == 0):
         g = soft[:, None] * tl.exp2(d_s * per_row(soft_s, STD))
-        # What cancels comes first: of z-scores these two may be 1e7 times the rest.
+        # The terms that cancel come first: with z-scores these two may be 1e7 times the rest.
         if ((TEACHER & LOSS) != 0) and ((POINTWISE & LOSS) == 0):
             d_t = t - zero_if_empty(stats.t_max)[:, None]
             g += teacher[:, None] * tl.exp2(d_t * per_row(soft_t, STD))
         if not SINGLE:
             g += sharp[:, None] * tl.exp2(d_s * per_row(sharp_s, STD))
-    else:  # the CE's alone
+    else:  # only the CE
         g = sharp[:, None] * tl.exp2(d_s * per_row(sharp_s, STD))
     if RAW:
         g += raw[:, None] * tl.exp2(d_s * LOG2E)
@@ -303,13 +303,13 @@ def combine(
         g += constant[:, None]
     if STD:
         g -= slope[:, None] * (s - mean[:, None])
-    # A class that cannot occur gets no gradient, whatever the teacher says of it.
+    # A class that cannot occur gets no gradient, whatever the teacher gives it.
     return tl.where(s == _NEG_INF, 0.0, g)
 
 
 @triton.jit
 def count_rows(source, stride, items, ignore_index, PARTIAL: tl.constexpr, BLOCK: tl.constexpr):
-    """How many rows count: targets other than ignore_index, or the sum of partial counts."""
+    """Count the rows that count: targets other than ignore_index, or the sum of partial counts."""
     total = tl.zeros([BLOCK], tl.int32)
     for start in range(0, items, BLOCK):
         index = start + tl.arange(0, BLOCK)
@@ -324,13 +324,13 @@ def count_rows(source, stride, items, ignore_index, PARTIAL: tl.constexpr, BLOCK
 
 @triton.jit
 def load_factor(factors, which, rows, row, inside, ACC: tl.constexpr):
-    """What weighs rows: of their parts (which = 0), or of a gradient. 0 is a row that does not count."""
+    """Load the factor of rows, for their parts (which = 0) or for a gradient. A row with 0 does not count."""
     return tl.load(factors + which * rows + row, mask=inside, other=0.0).to(ACC)
 
 
 @triton.jit
 def narrowed(x, DTYPE: tl.constexpr):
-    """x in the dtype it is stored in; float64 reaches the 16-bit formats through float32, as eager PyTorch does."""
+    """Convert x to its stored dtype. Float64 goes through float32 to the 16-bit formats, as in eager PyTorch."""
     if x.dtype == tl.float64 and tl.float64 != DTYPE:
         x = x.to(tl.float32)
     return x.to(DTYPE)
@@ -338,8 +338,8 @@ def narrowed(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def power_of_two_below(count):
-    """The largest power of two of at most an integer from 1 on, as float32: its exponent alone."""
-    # Above 2^24 float32 would round up, to the next power perhaps: 24 bits are enough to know.
+    """Return the largest power of two up to an integer of at least 1, as float32: only its exponent."""
+    # Above 2^24 float32 could round up to the next power. The upper 24 bits suffice.
     count = tl.where(count >= 16777216, count & -256, count)
     bits = count.to(tl.float32).to(tl.int32, bitcast=True)
     return (bits & 0x7F800000).to(tl.float32, bitcast=True)
@@ -347,7 +347,7 @@ def power_of_two_below(count):
 
 @triton.jit
 def load_index(target, row, inside, stride, ignore_index, classes):
-    """Target class of rows, clamped into range; whether the row counts; and 1, or NaN for an index out of range."""
+    """Return the target class of rows, clamped into range; whether the row counts; and 1, or NaN if out of range."""
     index = tl.load(target + row * stride, mask=inside, other=0).to(tl.int64)
     counted = inside & (index != ignore_index)
     in_range = (index >= 0) & (index < classes)

@@ -1,14 +1,14 @@
 # mypy: ignore-errors
 # Triton compiles these functions; to a type checker they are not Python.
-"""The row losses in stages, where a program has a piece of a row's classes at hand: :mod:`fused_kd.backends.staged` has
-the stages, :mod:`.rows`, :mod:`.pointwise` and :mod:`.losses` what is done in each, and :mod:`.on_chip` the constexpr
-arguments. Besides
+"""The row losses in stages: each program has a piece of a row's classes. :mod:`fused_kd.backends.staged` has the
+stages, :mod:`.rows`, :mod:`.pointwise` and :mod:`.losses` the work of each, and :mod:`.on_chip` the constexpr
+arguments. Further ones are
 
-PIECES  a power of two, at least the number of pieces: what they have found is merged as the lanes of a program are
+PIECES  a power of two, at least the number of pieces: their results are merged like the lanes of a program
 LANES   threads of a program, each with WIDTH classes of a tile
 
-A program walks the piece of one row. ``target`` has the class of every row, and ``labels`` are the probabilities of the
-piece's classes. What the pieces have found is (pieces, fields, rows).
+A program walks the piece of one row. ``target`` has the class of every row, and ``labels`` the probabilities of the
+piece's classes. Results of pieces are (pieces, fields, rows).
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ RUNTIME = [
 
 @triton.jit
 def _of_row(row, target, factors, rows, ignore_index, first_class, num_classes, PROB: tl.constexpr, ACC: tl.constexpr):
-    """Of a row, (1,): its target among the piece's columns or outside, whether it counts, 1 or NaN for an index out of
-    range."""
+    """Return, for a row, (1,): its target relative to the piece's first column (it may be outside the piece), whether
+    the row counts, and 1, or NaN for an index out of range."""
     y, counted, valid = load_index(target, row, row < rows, 1, ignore_index, num_classes)
     if PROB:
         counted = row < rows
@@ -99,7 +99,7 @@ def piece_moments(
     UNIT: tl.constexpr,
     PROB: tl.constexpr,
 ):
-    """Number, mean and sum of squares about it, of the student's logits and the teacher's."""
+    """Compute number, mean and sum of squares about it, of the student's logits and the teacher's."""
     classes = classes // VEC * VEC
     program = tl.program_id(0).to(tl.int64)
     row = program + tl.arange(0, 1)
@@ -150,8 +150,8 @@ def piece_statistics(
     LINEAR: tl.constexpr,
     RAW: tl.constexpr,
 ):
-    """The :class:`.values.Statistics` of the piece, and the target's logits and probability, 0 where it is in another
-    piece."""
+    """Compute the :class:`.values.Statistics` of the piece, and the target's logits and probability, 0 if the target is
+    in another piece."""
     classes = classes // VEC * VEC
     temperature = tl.full((), temperature, ACC)
     program = tl.program_id(0).to(tl.int64)
@@ -222,7 +222,7 @@ def piece_sums(
     PROB: tl.constexpr,
     STD: tl.constexpr,
 ):
-    """The :class:`.values.PointwiseSums` of the piece."""
+    """Compute the :class:`.values.PointwiseSums` of the piece."""
     classes = classes // VEC * VEC
     temperature = tl.full((), temperature, ACC)
     program = tl.program_id(0).to(tl.int64)
@@ -292,7 +292,7 @@ def piece_gradient(
     LINEAR: tl.constexpr,
     RAW: tl.constexpr,
 ):
-    """The row's parts, the same on every piece, and the gradient of the piece's columns."""
+    """Compute the row's parts, the same on every piece, and the gradient of the piece's columns."""
     classes = classes // VEC * VEC
     weights = all_weights(first, second, temperature, ce_weight, smoothing, ACC)
     program = tl.program_id(0).to(tl.int64)

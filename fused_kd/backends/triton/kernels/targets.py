@@ -1,18 +1,18 @@
 # mypy: ignore-errors
 # Triton compiles these functions; to a type checker they are not Python.
-"""Rows whose at most two targets are set apart, as USKD and Zipf's label smoothing have them: finding the targets, the
-softmax split into targets and rest, the cross-entropy, the student's gradient.
+"""Rows with up to two targets, for USKD and Zipf's label smoothing: find the targets, split the softmax into targets
+and rest, and compute the cross-entropy and the student's gradient.
 
-As in :mod:`.rows` sums run over the classes that are no target, relative to the largest logit among them, and the
-targets join afterwards. The student's gradient is at a class j that is no target
+As in :mod:`.rows` sums run over the classes that are no target, relative to the largest logit among them. The targets
+join afterwards. The student's gradient at a class j that is no target is
 
     d/ds_j = factor * exp(s_j - m_s) + zipf * z_j - uniform - kept V_j
 
-and at a target a value of its own; ``uniform`` and ``kept`` are the CE's, whose labels are smoothed with LINEAR.
+and each target has a separate value. ``uniform`` and ``kept`` belong to the CE, which smooths its labels with LINEAR.
 
 Functions that walk rows take tiles (ROWS, BLOCK). With HELD a row fits one tile, and the compiler then unrolls every
-walk and loads each tile once. ``view`` is (base pointers of rows (ROWS,), column stride) of a matrix, ``rows`` whether
-a row is to be read. A target that there is not has the class -1, the logit -inf and the label 0.
+walk and loads each tile once. ``view`` is (base pointers of rows (ROWS,), column stride) of a matrix, ``rows`` a mask
+of the rows to read. A missing target has class -1, logit -inf and label 0.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def load_tile(view, cols, mask, other, UNIT: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def load_at(view, y, rows, other, UNIT: tl.constexpr, ACC: tl.constexpr):
-    """One entry of each row, or ``other`` where the class is -1."""
+    """Load one entry of each row, or ``other`` if the class is -1."""
     base, stride = view
     pointers = base + y if UNIT else base + y.to(tl.int64) * stride
     return tl.load(pointers, mask=rows & (y >= 0), other=other).to(ACC)
@@ -49,7 +49,7 @@ def _largest(
     labels, rows, classes, skip,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, HELD: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The largest label besides that of the class ``skip``, the lowest class that has it, and the smallest label."""
+    """Return the largest label except for the class ``skip``, the lowest class that has it, and the smallest label."""
     best = tl.full([ROWS, BLOCK], _NEG_INF, ACC)
     at = tl.full([ROWS, BLOCK], _NO_CLASS, tl.int32)
     smallest = tl.full([ROWS, BLOCK], _INF, ACC)
@@ -70,9 +70,10 @@ def find_targets(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, HELD: tl.constexpr, UNIT: tl.constexpr,
     PROB: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """(y_0, y_1, V_0, V_1), whether rows count, 1 or NaN for an index out of range, and the view of the labels.
+    """Return (y_0, y_1, V_0, V_1), a mask of the rows that count, 1 or NaN for an index out of range, and the view of
+    the labels.
 
-    Of probabilities the targets are the at most two largest that exceed the row's smallest; NaN is passed over here.
+    The targets of probabilities are up to two largest entries that exceed the row's smallest. NaN is skipped here.
     """
     nothing = tl.full([ROWS], -1, tl.int32)
     if not PROB:
@@ -103,7 +104,8 @@ def rest_sum(
     view, targets, rows, classes, k,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, HELD: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """(m, z) of one matrix: the largest logit outside the targets, 0 if all are -inf, and the sum of exponentials."""
+    """Return (m, z) of one matrix: the largest logit outside the targets, 0 if all are -inf, and the sum of
+    exponentials."""
     top = tl.full([ROWS, BLOCK], _NEG_INF, ACC)
     for start in range(0, BLOCK if HELD else classes, BLOCK):
         cols = start + tl.arange(0, BLOCK)[None, :]
@@ -123,13 +125,13 @@ def rest_sum(
 
 @triton.jit
 def rest_number(targets, classes):
-    """How many classes are no target."""
+    """Return the number of classes that are no target."""
     return classes - (targets[0] >= 0).to(tl.int32) - (targets[1] >= 0).to(tl.int32)
 
 
 @triton.jit
 def _log1p(x):
-    """log(1 + x) for x >= 0 to the last digits: the quotient undoes what rounding 1 + x did."""
+    """log(1 + x) for x >= 0 to the last digits: the quotient corrects the rounding of 1 + x."""
     u = 1.0 + x
     exact = u == 1.0
     return tl.where(exact, x, tl.log2(u) * _LN2 * (x / tl.where(exact, 1.0, u - 1.0)))
@@ -137,17 +139,17 @@ def _log1p(x):
 
 @triton.jit
 def gradual_exp2(x):
-    """2^x with the subnormal results that the hardware's instruction flushes to 0, where order or sign hang on them."""
+    """2^x with subnormal results, which the hardware's instruction flushes to 0. Order or sign may depend on them."""
     low = x < -64.0
     return tl.exp2(tl.where(low, x + 64.0, x)) * tl.where(low, 5.421010862427522e-20, 1.0)  # 2^-64
 
 
 @triton.jit
 def split_softmax(x_0, x_1, m, z, k):
-    """Softmax of rows split into two targets and the rest, of which the largest logit m and the sum z are known.
+    """Split the softmax of rows into two targets and the rest, given the rest's largest logit m and sum z.
 
-    Returns -log p_0, -log p_1, p_0, p_1, the rest's probability, the factor with which p_j = factor * exp(x_j - m), and
-    the number from which x_j - m is taken to have -log p_j. NaN where a logit is NaN or +inf.
+    Return -log p_0, -log p_1, p_0, p_1, the rest's probability, the factor in p_j = factor * exp(x_j - m), and the
+    number log_rest in -log p_j = log_rest - (x_j - m). All are NaN if a logit is NaN or +inf.
     """
     no_rest = z == 0.0
     top = tl.maximum(tl.maximum(x_0, x_1), tl.where(no_rest, _NEG_INF, m))
@@ -155,7 +157,7 @@ def split_softmax(x_0, x_1, m, z, k):
     rest = z * factor
     e_0 = tl.exp2((x_0 - top) * k)
     e_1 = tl.exp2((x_1 - top) * k)
-    # A target above the rest has the exponential 1, which is added last, so that p near 1 keeps the digits of log p.
+    # A target above the rest has the exponential 1. Adding it last keeps the digits of log p for p near 1.
     below = rest + tl.where(x_0 == top, e_1, tl.where(x_1 == top, e_0, e_0 + e_1))
     led = (x_0 == top) | (x_1 == top)
     total = tl.where(led, 1.0 + below, below)
@@ -169,7 +171,7 @@ def split_softmax(x_0, x_1, m, z, k):
 
 @triton.jit
 def ce_labels(ce_weight, smoothing, classes, LINEAR: tl.constexpr):
-    """ce_weight times (1 - e) and e / C: what the CE's labels V' = (1 - e) V + e / C keep of V, and give everyone."""
+    """Return ce_weight times (1 - e) and e / C, the terms of the CE's labels V' = (1 - e) V + e / C."""
     if not LINEAR:
         return ce_weight, ce_weight * 0.0
     return ce_weight * (1.0 - smoothing), ce_weight * smoothing / classes.to(ce_weight.dtype)
@@ -179,8 +181,10 @@ def ce_labels(ce_weight, smoothing, classes, LINEAR: tl.constexpr):
 def cross_entropy(
     of_labels, linear, targets, p, ce_weight, smoothing, classes, PROB: tl.constexpr, LINEAR: tl.constexpr
 ):
-    """ce_weight CE(s, V') and its gradient's (factor of exp(s_j - m_s), values at the targets); from (v_rest, v_cross,
-    v_blocked) and linear = sum s_j - m_s, -inf if a class cannot occur."""
+    """Return ce_weight CE(s, V') and, for its gradient, the factor of exp(s_j - m_s) and the values at the targets.
+
+    ``of_labels`` are (v_rest, v_cross, v_blocked); ``linear`` is sum s_j - m_s, -inf if a class cannot occur.
+    """
     y_0, y_1, label_0, label_1 = targets
     v_rest, v_cross, v_blocked = of_labels
     ce = times(label_0, p[0]) + times(label_1, p[1])
@@ -193,14 +197,14 @@ def cross_entropy(
     if LINEAR:
         uniform = smoothing / classes.to(mass.dtype)
         rest = rest_number(targets, classes).to(mass.dtype)
-        # Every class has a share of a smoothed label, so one that cannot occur makes the CE infinite.
+        # A smoothed label covers every class, so one that cannot occur makes the CE infinite.
         all_logs = rest * p[6] - linear + tl.where(y_0 >= 0, p[0], 0.0) + tl.where(y_1 >= 0, p[1], 0.0)
         ce = (1.0 - smoothing) * ce + times(uniform, all_logs)
         v_rest = (1.0 - smoothing) * v_rest + rest * uniform
         label_0 = smoothed_at(y_0, label_0, 1.0 - smoothing, uniform)
         label_1 = smoothed_at(y_1, label_1, 1.0 - smoothing, uniform)
         mass = (1.0 - smoothing) * mass + smoothing
-    # p_k sum V - V_k, with 1 - p_k as what the others have: nothing cancels as p_k -> 1.
+    # p_k sum V - V_k, with 1 - p_k as the sum of the others: nothing cancels as p_k -> 1.
     at_0 = ce_weight * (p[2] * (v_rest + label_1) - label_0 * (p[4] + p[3]))
     at_1 = ce_weight * (p[3] * (v_rest + label_0) - label_1 * (p[4] + p[2]))
     return times(ce_weight, ce), ce_weight * mass * p[5], at_0, at_1
@@ -213,7 +217,7 @@ def smoothed_at(y, label, kept, uniform):
 
 @triton.jit
 def by_rows(x, factors):
-    """Beside rows' terms, what is the same for all of them unless they are weighted."""
+    """Give x the shape of the rows' terms. It is one number for all rows unless they are weighted."""
     if factors is None:
         return x[None]
     else:
@@ -222,8 +226,8 @@ def by_rows(x, factors):
 
 @triton.jit
 def student_gradient(s, d_s, z, v, cols, targets, terms, poison, k, PROB: tl.constexpr, LINEAR: tl.constexpr):
-    """Tiles of it, from terms = (factor, at the first target, at the second, factor of z, kept, uniform); NaN in a row
-    of which that is the ``poison``, but 0 at a class that cannot occur, as those of rows that are not read."""
+    """Compute tiles of the student's gradient from terms = (factor, value at the first target, value at the second,
+    factor of z, kept, uniform). It is NaN if the row's ``poison`` is, but 0 at a class that cannot occur."""
     g = terms[0][:, None] * tl.exp2(d_s * k) + terms[3][:, None] * z
     if LINEAR:
         g -= terms[5][:, None]

@@ -1,6 +1,6 @@
 # mypy: ignore-errors
 # Triton compiles these functions; to a type checker they are not Python.
-"""Tiles of a row that is walked: loaded, added to its statistics, turned into its gradient, for :mod:`.looped`."""
+"""Tiles of a long row, for :mod:`.looped`: load them, add them to statistics, compute their gradient."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _NEG_INF = tl.constexpr(float("-inf"))
 
 @triton.jit
 def lane_columns(lane, LANES: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr):
-    """Of a tile of LANES x WIDTH columns, where each lane's begin, (lanes,), and where they go on, (1, WIDTH):
-    neighbours go to one lane where they make a vector, else to neighbouring lanes."""
+    """Return the first column of each lane, (lanes,), and the offsets of its further columns, (1, WIDTH), in a tile of
+    LANES x WIDTH columns. Neighbours that form a vector go to one lane, else to neighbouring lanes."""
     LANE_STEP: tl.constexpr = WIDTH if VEC > 1 else 1
     WIDTH_STEP: tl.constexpr = 1 if VEC > 1 else LANES
     return lane * LANE_STEP, tl.arange(0, WIDTH)[None, :] * WIDTH_STEP
@@ -38,7 +38,8 @@ def lane_columns(lane, LANES: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constex
 def load_part(
     base, offsets, stride, mask, MASKED: tl.constexpr, UNIT: tl.constexpr, LAST: tl.constexpr, ACC: tl.constexpr
 ):
-    """LAST says that nothing will be read again: what will be is to stay in L2, and much of it only just does."""
+    """Load a part of a row. LAST says that it is not read again. Everything else should stay in L2, where much of it
+    only just fits."""
     pointers = at(base, offsets, stride, UNIT)
     if MASKED:
         return tl.load(pointers, mask=mask, other=_NEG_INF).to(ACC)
@@ -61,7 +62,7 @@ def load_tiles(
     LAST: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Tiles of s, t and v at offsets from their bases."""
+    """Load tiles of s, t and v at offsets from their bases."""
     s = load_part(bases[0], offsets, strides[0], mask, MASKED, UNIT, LAST, ACC)
     t = s
     if TEACHER & LOSS:
@@ -80,7 +81,7 @@ def accumulate_others(
     LOSS: tl.constexpr, SINGLE: tl.constexpr, PROB: tl.constexpr, STD: tl.constexpr, LINEAR: tl.constexpr,
     RAW: tl.constexpr,
 ):  # fmt: skip
-    """Accumulate the classes other than the target, of those inside the row."""
+    """Accumulate the classes of the row other than the target."""
     s, t, v = _without_target(s, t, v, is_target, PROB)
     present = inside & (is_target == 0)
     return accumulate(stats, s, t, v, present, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW, True)
@@ -101,8 +102,8 @@ def accumulate_whole(
     LOSS: tl.constexpr, SINGLE: tl.constexpr, PROB: tl.constexpr, STD: tl.constexpr, LINEAR: tl.constexpr,
     RAW: tl.constexpr,
 ):  # fmt: skip
-    """As :func:`accumulate_others`, for a tile inside the row. One tile of a row has the target, and only there does
-    a class ask whether it is that; label smoothing asks which classes count."""
+    """As :func:`accumulate_others`, for a tile inside the row. Only the tile with the target compares its classes with
+    it, except with label smoothing, which must know which classes count."""
     if LINEAR:
         return accumulate_others(stats, s, t, v, is_target, inside, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
     else:
@@ -117,7 +118,7 @@ def sum_tile(
     MASKED: tl.constexpr, UNIT: tl.constexpr, LOSS: tl.constexpr, STD: tl.constexpr, COLUMNS: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Add a tile to what a pointwise loss sums."""
+    """Add a tile to the sums of a pointwise loss."""
     s, t, _v = load_tiles(bases, strides, offsets, mask, MASKED, UNIT, LOSS, False, False, ACC)
     tile = load_columns(columns, offsets, mask, classes, MASKED, COLUMNS)
     return add_sums(sums, s, t, tile, is_target, mask, stats, of_rows, constants, scales, LOSS, STD, COLUMNS)
@@ -145,8 +146,8 @@ def row_moments(
     base, stride, before, at_edge, in_edge, lane, end,
     LANES: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, EDGES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """:class:`.values.Moments` of a row, in two walks of their own."""
-    # About some logit first, so that a constant row comes out as one.
+    """Compute :class:`.values.Moments` of a row, in two separate walks."""
+    # Relative to some logit, so that the deviation of a constant row is exactly 0.
     first = tl.load(base - before * stride, mask=end > 0, other=0.0)  # a piece may have no columns
     about = zero_if_empty(first.to(ACC)) + tl.zeros([1], ACC)
     total = tl.zeros([LANES], ACC)
@@ -178,7 +179,7 @@ def row_moments(
 
 @triton.jit
 def keep_largest(best, index, v, cols):
-    """Per lane, the largest probability so far and the lowest class that has it."""
+    """Update, per lane, the largest probability so far and the lowest class that has it."""
     tile_best = tl.max(v, 1)
     tile_index = tl.min(tl.where(v == tile_best[:, None], cols, 2147483647), 1)
     lower = (tile_best > best) | ((tile_best == best) & (tile_index < index))

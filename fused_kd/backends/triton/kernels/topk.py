@@ -2,20 +2,20 @@
 # Triton compiles these functions; to a type checker they are not Python.
 """A row loss with a top-k teacher: :mod:`fused_kd.backends.topk`. :mod:`.topk_losses` has the formulas.
 
-Four kernels, a program for each row: :func:`mark_kept` looks at what was kept, :func:`rest_statistics` walks over the
-student's logits of the other classes, :func:`resolve_kept` computes the loss and the gradient's coefficients from a few
-numbers, in float64, and :func:`rest_gradient` walks again. A row's ``columns`` are some of its ``num_classes`` classes,
-from ``first_class`` on, where processes share the classes.
+There are four kernels, with a program for each row. :func:`mark_kept` checks the kept classes. :func:`rest_statistics`
+walks over the student's logits of the other classes. :func:`resolve_kept` computes the loss and the gradient's
+coefficients from a few numbers, in float64. :func:`rest_gradient` walks again. If processes share the classes, a row's
+``columns`` are some of its ``num_classes`` classes, from ``first_class`` on.
 
-``marks`` (rows, words) has a bit for each class, 1 for a kept one: kept classes and the target belong to no sum of the
-others. ``state`` (rows,) is 0 for a row that does not count, which is not read, 1 for one that does, and 2 for a wrong
-one, which is NaN: its target or an index is out of range, or an index is there twice. Constexpr arguments, beside those
-of :mod:`.on_chip`:
+``marks`` (rows, words) has a bit for each class, 1 for a kept one. The sums over the others leave out kept classes and
+the target. ``state`` (rows,) is 0 for a row that does not count, which is not read, 1 for one that counts, and 2 for an
+invalid one, which becomes NaN: its target or an index is out of range, or an index appears twice. Constexpr arguments,
+in addition to those of :mod:`.on_chip`:
 
 NEED    bits: SHARP for the exponentials at temperature 1 beside those at T, LINEAR for the sum of the logits in
-        rest_statistics and for what is added to each class's gradient in rest_gradient
+        rest_statistics and for the constant in each class's gradient in rest_gradient
 LANES   threads of a program, each with WIDTH classes of a tile
-KEPT    a power of two, of which the first ``kept`` entries are a row's kept classes
+KEPT    a power of two; the first ``kept`` of so many entries are a row's kept classes
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fused_kd.backends.triton.kernels.topk_losses import Row, resolve
 
 SHARP, LINEAR = tl.constexpr(1), tl.constexpr(2)
 _NEG_INF = tl.constexpr(float("-inf"))
-#: What rest_statistics finds beside the logits of kept classes: see :data:`fused_kd.backends.topk.FIELDS`.
+#: Numbers of rest_statistics beside the logits of kept classes: see :data:`fused_kd.backends.topk.FIELDS`.
 _FIELDS = tl.constexpr(5)
 RUNTIME = [
     "rows", "columns", "first_class", "num_classes", "words", "kept", "ignore_index", "student_row", "student_col",
@@ -40,7 +40,7 @@ RUNTIME = [
 
 @triton.jit
 def _indices(indices, row, kept, indices_row, indices_col, read, KEPT: tl.constexpr):
-    """Those of a row, -1 where there is none."""
+    """Load the kept indices of a row, -1 where there is none."""
     entry = tl.arange(0, KEPT)
     return entry, tl.load(indices + row * indices_row + entry * indices_col, mask=read & (entry < kept), other=-1)
 
@@ -50,8 +50,8 @@ def mark_kept(
     target, indices, factors, marks, state, rows: tl.int64, num_classes: tl.int32, words: tl.int64, kept: tl.int32,
     ignore_index: tl.int64, indices_row: tl.int64, indices_col: tl.int64, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """Fills ``marks``, which are 0, and ``state``. KEPT is no less than the program's threads, each of which thus has
-    entries of its own: an atomic's result is theirs."""
+    """Fill ``marks``, which start as 0, and ``state``. KEPT is at least the number of threads, so each thread has its
+    own entries, and the result of an atomic belongs to one thread."""
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(target + row)
     counted = y != ignore_index
@@ -59,7 +59,7 @@ def mark_kept(
         counted = counted & (tl.load(factors + row) != 0.0)
     _, j = _indices(indices, row, kept, indices_row, indices_col, counted, KEPT)
     present = (j >= 0) & (j < num_classes)
-    # A bit that was there before is a class that is there twice.
+    # A bit that was already set is a class that appears twice.
     bit = (j % 32).to(tl.int32)
     before = tl.atomic_or(marks + row * words + tl.where(present, j, 0) // 32, 1 << bit, mask=present)
     wrong = (j < -1) | (j >= num_classes) | (present & (((before >> bit) & 1) != 0))
@@ -69,7 +69,7 @@ def mark_kept(
 
 @triton.jit
 def _load(base, marks, cols, end, first_class, y_column, stride, UNIT: tl.constexpr, ACC: tl.constexpr):
-    """Logits, and which of a tile's columns are classes of the rest."""
+    """Load a tile's logits, with a mask of the classes that are neither kept nor the target."""
     inside = cols < end
     s = tl.load(at(base, cols, stride, UNIT), mask=inside, other=_NEG_INF).to(ACC)
     j = first_class + cols
@@ -79,7 +79,7 @@ def _load(base, marks, cols, end, first_class, y_column, stride, UNIT: tl.conste
 
 @triton.jit
 def _columns_of(j, first_class, columns):
-    """Of classes the columns, -1 where they are not here."""
+    """Return the columns of classes, -1 for classes of other processes."""
     column = j - first_class
     return tl.where((column >= 0) & (column < columns), column, -1).to(tl.int32)
 
@@ -91,8 +91,8 @@ def rest_statistics(
     indices_col: tl.int64, temperature: tl.float64, ACC: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
     VEC: tl.constexpr, UNIT: tl.constexpr, NEED: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """found (5 + kept, rows) float64, as :mod:`fused_kd.backends.topk` has it: the largest logit, 0 where none can
-    occur, the sums of exponentials relative to it at T and at 1, the sum of the logits, and those of the target and of
+    """found (5 + kept, rows) float64, see :mod:`fused_kd.backends.topk`: the largest logit, 0 if no class can occur,
+    the sums of exponentials relative to it at T and at 1, the sum of the logits, and the logits of the target and of
     the kept classes."""
     columns = columns // VEC * VEC
     k = tl.full((), LOG2E, ACC)
@@ -151,8 +151,9 @@ def resolve_kept(
     smoothing: tl.float64, scale: tl.float64, LOSS: tl.constexpr, REST: tl.constexpr, SINGLE: tl.constexpr,
     CE: tl.constexpr, GRAD: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """loss (rows,), parts (3, rows); of the gradient coefficients (4, rows), the largest logit of the rest and what
-    multiplies its exponentials at T and at 1 and is added, and entries (kept + 1, rows), the last of the target."""
+    """Compute loss (rows,) and parts (3, rows). For the gradient, compute coefficients (4, rows): the rest's largest
+    logit, the factors of its exponentials at T and at 1, and a constant; and entries (kept + 1, rows): the values at
+    the kept classes and, last, at the target."""
     row = tl.program_id(0).to(tl.int64)
     state_of_row = tl.load(state + row)
     valid = state_of_row == 1
@@ -215,8 +216,8 @@ def rest_gradient(
     indices_row: tl.int64, indices_col: tl.int64, temperature: tl.float64, ACC: tl.constexpr, LANES: tl.constexpr,
     WIDTH: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr, NEED: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """soft exp((s - max) / T) + sharp exp(s - max) + constant; of kept classes and the target their entries. A row that
-    does not count gets 0, a wrong one NaN."""
+    """Write soft exp((s - max) / T) + sharp exp(s - max) + constant, and the entries of kept classes and the target. A
+    row that does not count gets 0, an invalid one NaN."""
     columns = columns // VEC * VEC
     k = tl.full((), LOG2E, ACC)
     soft_scale = k / tl.full((), temperature, ACC)
@@ -243,12 +244,12 @@ def rest_gradient(
             g += sharp * tl.exp2(d * k)
         if LINEAR & NEED:
             g += constant
-        # A class that cannot occur has no gradient, and a kept one may be larger than all others by any amount.
+        # A class that cannot occur has no gradient. A kept class may exceed all others by any amount: its g may be inf.
         g = tl.where(of_rest & (s != _NEG_INF), g, 0.0)
         tl.store(out + cols, narrowed(g, dtype), mask=cols < end)
     for start in range(0, tl.where(end > 0, 0, columns), LANES * WIDTH):
         tl.store(out + (start + lane), tl.zeros_like(lane).to(dtype), mask=start + lane < columns)
-    tl.debug_barrier()  # other threads have stored there: a mask of single classes would make those stores scalar
+    tl.debug_barrier()  # other threads have stored there; masking single classes would make their stores scalar
     entry, j = _indices(indices, row, kept, indices_row, indices_col, counted, KEPT)
     at_kept = _columns_of(j, first_class, columns)
     here = (at_kept >= 0) & (at_kept != y_column)

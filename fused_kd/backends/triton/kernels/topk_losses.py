@@ -1,8 +1,8 @@
 # mypy: ignore-errors
 # Triton compiles these functions; to a type checker they are not Python.
-"""The row losses with a top-k teacher in Triton's language, of one row in float64: the same formulas as in
-``csrc/losses/topk_losses.h``, which has the notation. Kept classes other than the target are a block of entries; the
-target and the rest are scalars.
+"""The row losses with a top-k teacher in Triton's language, for one row in float64. The formulas and the notation are
+those of ``csrc/losses/topk_losses.h``. Kept classes other than the target are a block of entries; the target and the
+rest are scalars.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ UNIFORM = tl.constexpr(REST_NUMBERS["uniform"])
 
 
 class Row(NamedTuple):
-    """What is known of a row: ``s`` and ``t`` are blocks, -inf where an entry is no kept class."""
+    """The numbers of a row. ``s`` and ``t`` are blocks, -inf where an entry is no kept class."""
 
     s: tl.tensor  # the student's logits
     t: tl.tensor  # the teacher's log-probabilities
     s_y: tl.tensor
-    t_y: tl.tensor  # 0 where the target was not kept
+    t_y: tl.tensor  # 0 if the target was not kept
     kept_y: tl.tensor
-    number: tl.tensor  # of the classes of the rest
-    top: tl.tensor  # their largest logit, 0 where none can occur
+    number: tl.tensor  # number of classes in the rest
+    top: tl.tensor  # their largest logit, 0 if none can occur
     soft: tl.tensor  # the sums of their exponentials at T and at 1, relative to it
     sharp: tl.tensor
     linear: tl.tensor  # the sum of their logits
 
 
 class Side(NamedTuple):
-    """The softmax of the student's or the teacher's row at a scale, of exponentials relative to ``top``."""
+    """The softmax of the student's or the teacher's row at a scale, with exponentials relative to ``top``."""
 
     top: tl.tensor
     e: tl.tensor  # of the kept classes
-    e_y: tl.tensor  # of the target, 0 where it is not set apart
-    moved: tl.tensor  # what multiplies exponentials relative to the rest's own largest
+    e_y: tl.tensor  # of the target, 0 if it is not separate
+    moved: tl.tensor  # factor of exponentials relative to the rest's own largest logit
     kept: tl.tensor  # the sum of e and e_y
     rest: tl.tensor
     log_rest: tl.tensor
     total: tl.tensor
-    log_total: tl.tensor  # 0 where no class can occur
+    log_total: tl.tensor  # 0 if no class can occur
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def _side(x, x_y, others, others_top, scale):
 
 @triton.jit
 def _split(x_y, top, total, scale):
-    """The target's probability against all others, as :func:`.rows.join_target` has it, logarithms natural."""
+    """Split the target's probability from all others, as :func:`.rows.join_target` with natural logarithms."""
     empty = total == 0.0
     m = tl.where(empty, _NEG_INF, top)
     p, rest, factor, log_z, nll = join_target(x_y, m, total, scale * LOG2E)
@@ -91,7 +91,7 @@ def _split(x_y, top, total, scale):
 
 @triton.jit
 def _soft_entry(log_p, log_q, q, by_p, e, temperature, ENTROPY: tl.constexpr):
-    """Of a term weight T sum q (log q - log p), or without log q: the value, and the gradient at a class."""
+    """Return the value and the gradient of a class in weight T sum q (log q - log p), or without log q."""
     value = -_times(temperature * q, log_p)
     if ENTROPY:
         value += _times(temperature * q, log_q)
@@ -100,15 +100,15 @@ def _soft_entry(log_p, log_q, q, by_p, e, temperature, ENTROPY: tl.constexpr):
 
 @triton.jit
 def _soft_term(x, others, s, t, s_y, t_y, weight, share, temperature, ENTROPY: tl.constexpr, REST: tl.constexpr):
-    """Over the kept classes, the target where it is set apart, and the rest; ``others`` are the number, the sum of
-    exponentials and that of logits of its classes. Returns the value, the gradients at the kept classes and at the
-    target, and of the rest's the factor of exponentials and the constant.
+    """Compute such a term over the kept classes, the target if separate, and the rest. ``others`` are the number, the
+    sum of exponentials and the sum of logits of the rest's classes. Return the value, the gradients at the kept classes
+    and at the target, and for the rest's gradient the factor of exponentials and the constant.
 
-    In a bucket the others are one class, whose gradient they share like their probabilities.
+    In a bucket the others are one class. They share its gradient in proportion to their probabilities.
     """
     number, exponentials, linear = others
     scale = 1.0 / temperature
-    # Of drop less than 1; renormalised it is 1, or NaN where the teacher is.
+    # Less than 1 with drop. Renormalised it is 1, or NaN if the teacher is NaN.
     counting = t.kept / t.total if (REST == DROP or REST == RENORMALIZE) else tl.full((), 1.0, tl.float64)
     by_q = weight / t.total
     by_p = tl.where(s.total == 0.0, 0.0, weight * counting / tl.where(s.total == 0.0, 1.0, s.total))
@@ -136,7 +136,8 @@ def _soft_term(x, others, s, t, s_y, t_y, weight, share, temperature, ENTROPY: t
 
 @triton.jit
 def _js_slope(p, q, log_p, log_q, beta):
-    """beta KL(q | m) + (1 - beta) KL(p | m) at a class, and the slope in p: log p - log m, times 1 - beta, or 1."""
+    """Return a class's term of beta KL(q | m) + (1 - beta) KL(p | m), and the slope in p: log p - log m, times
+    1 - beta, or times 1 if beta is 1."""
     of_p = tl.where(beta == 1.0, 1.0, 1.0 - beta)
     by_q, by_p = tl.log(beta) + log_q, tl.log(1.0 - tl.where(beta == 1.0, 0.0, beta)) + log_p
     larger, smaller = tl.maximum(by_q, by_p), tl.minimum(by_q, by_p)
@@ -149,7 +150,7 @@ def _js_slope(p, q, log_p, log_q, beta):
 
 @triton.jit
 def _jensen_shannon(x, others, s, t, s_y, t_y, beta, temperature):
-    """As :func:`_soft_term`; the rest is one class more."""
+    """As :func:`_soft_term` for Jensen-Shannon. The rest is one more class."""
     number, exponentials, _linear = others
     scale = 1.0 / temperature
     log_p, log_q = (x.s - s.top) * scale - s.log_total, (x.t - t.top) * scale - t.log_total
@@ -171,10 +172,11 @@ def _jensen_shannon(x, others, s, t, s_y, t_y, beta, temperature):
 
 @triton.jit
 def _whole_term(x, share, weight, beta, temperature, KIND: tl.constexpr, REST: tl.constexpr):
-    """A term of the softmaxes at T over all classes: weight T times KL, or the cross-entropy, or Jensen-Shannon."""
+    """Compute a term of the softmaxes at T over all classes: weight T times KL or the cross-entropy, or
+    Jensen-Shannon."""
     scale = 1.0 / temperature
     possible = x.s_y != _NEG_INF
-    # A target that was not kept is of the rest.
+    # A target that was not kept belongs to the rest.
     joins = (x.kept_y == 0) & possible
     some = x.soft != 0.0
     top = tl.where(joins, tl.where(some, tl.maximum(x.s_y, x.top), x.s_y), x.top)
@@ -198,8 +200,8 @@ def _whole_term(x, share, weight, beta, temperature, KIND: tl.constexpr, REST: t
 
 @triton.jit
 def _binary_term(x, s, t, share, alpha, temperature, REST: tl.constexpr):
-    """alpha T^2 sum b_t (log b_t - log b_s) over (target, all others), but for what ``drop`` leaves out of b_t, and the
-    gradient D at the target over alpha T: that of another class is -D times its probability among the others."""
+    """Return alpha T^2 sum b_t (log b_t - log b_s) over (target, all others), where ``drop`` leaves the rest out of
+    b_t; and D, the gradient at the target over alpha T. Another class has -D times its probability among the others."""
     scale = 1.0 / temperature
     p, p_rest, _f, _z, p_nll, p_log_rest = _split(x.s_y, s.top, s.total, scale)
     t_y = tl.where(x.kept_y, x.t_y, share)
@@ -219,8 +221,8 @@ def _binary_term(x, s, t, share, alpha, temperature, REST: tl.constexpr):
 
 @triton.jit
 def _hat_terms(x, share, weight, alpha, temperature, num_classes, KIND: tl.constexpr, REST: tl.constexpr):
-    """A term of the softmaxes at T over the classes that are not the target: weight T times KL, or the cross-entropy.
-    Hats renormalise, ``drop`` included. DKD has that of the target against all others besides."""
+    """Compute a term of the softmaxes at T over the classes other than the target: weight T times KL, or the
+    cross-entropy. Hats renormalise, also with ``drop``. DKD adds the term of the target against all others."""
     scale = 1.0 / temperature
     nothing = tl.full((), _NEG_INF, tl.float64)
     s, t = _side(x.s, nothing, x.soft, x.top, scale), _side(x.t, nothing, x.number, share, scale)
@@ -251,9 +253,9 @@ def _hat_terms(x, share, weight, alpha, temperature, num_classes, KIND: tl.const
 
 @triton.jit
 def resolve(x, own, weights, num_classes, LOSS: tl.constexpr, REST: tl.constexpr, CE: tl.constexpr):
-    """The three parts, the gradient at the kept classes and at the target, and (soft, sharp, constant) of that of the
-    rest, soft exp((s - top) / T) + sharp exp(s - top) + constant. ``weights`` are the loss's own two hyper-parameters,
-    temperature, ce_weight and label_smoothing. CE: ce_weight is not 0."""
+    """Return the three parts, the gradient at the kept classes and at the target, and (soft, sharp, constant) of the
+    rest's gradient, soft exp((s - top) / T) + sharp exp(s - top) + constant. ``weights`` are the loss's own two
+    hyper-parameters, temperature, ce_weight and label_smoothing. CE says that ce_weight is not 0."""
     first, second, temperature, ce_weight, smoothing = weights
     zero = tl.zeros_like(temperature)
     entries = tl.sum(own.to(tl.int32), 0) + x.kept_y.to(tl.int32)
@@ -306,7 +308,7 @@ def resolve(x, own, weights, num_classes, LOSS: tl.constexpr, REST: tl.constexpr
         one, more, more_y, soft, further = _whole_term(x, share, weight, first, temperature, LOSS, REST)
     by, by_y, constant = by + more, by_y + more_y, constant + further
     if REST == RENORMALIZE:
-        # What was kept has no probability at all, so that it cannot be renormalised.
+        # Kept classes of probability 0 cannot be renormalised.
         missing = tl.maximum(tl.max(x.t, 0), tl.where(x.kept_y, x.t_y, _NEG_INF)) == _NEG_INF
         nan = tl.where(missing, float("nan"), 0.0).to(tl.float64)
         one, two, ce, by, by_y, soft = one + nan, two + nan, ce + nan, by + nan, by_y + nan, soft + nan

@@ -1,9 +1,9 @@
 # mypy: ignore-errors
 # Triton compiles these functions; to a type checker they are not Python.
-"""What goes from stage to stage of a row kernel, by the names of csrc/losses/row_losses.h; :mod:`.rows` has the
+"""Tuples that the steps of a row kernel pass on, with the names of csrc/losses/row_losses.h; :mod:`.rows` has the
 notation.
 
-All are blocks: of rows, or of a row's lanes, or of one row.
+All entries are blocks: of rows, of a row's lanes, or of one row.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ import triton.language as tl
 
 
 class Statistics(NamedTuple):
-    """Of a row, or of a lane's share of it, (rows or lanes,) each, over the classes other than the target."""
+    """Sums over the classes other than the target, of rows or of the lanes of a row, (rows or lanes,) each."""
 
     s_max: tl.tensor  # m_s
-    s_soft: tl.tensor  # sum of e_j(soft_s), relative to the maximum as all such sums
+    s_soft: tl.tensor  # sum of e_j(soft_s); all sums of exponentials are relative to the maximum
     s_sharp: tl.tensor
     t_max: tl.tensor  # m_t
     t_soft: tl.tensor  # sum of f_j
     t_sharp: tl.tensor
     blocked: tl.tensor  # with STD, sum of f_j where s_j = -inf
-    cross: tl.tensor  # sum f_j (s_j - m_s) soft_s, less f_j (t_j - m_t) soft_t where a loss wants KL's logarithms
+    cross: tl.tensor  # sum f_j (s_j - m_s) soft_s, minus f_j (t_j - m_t) soft_t if a loss needs KL's logarithms
     v_sum: tl.tensor  # of the class probabilities V_j
     v_cross: tl.tensor  # sum V_j (s_j - m_s)
     v_cross_t: tl.tensor  # sum V_j (t_j - m_t)
     linear: tl.tensor  # sum s_j - m_s
-    number: tl.tensor  # of the classes in it
+    number: tl.tensor  # number of classes in linear
     s_raw: tl.tensor  # sum of e_j(log2(e))
     w_soft: tl.tensor  # sums of exponentials times s_j - mean_s
     w_sharp: tl.tensor
@@ -36,8 +36,8 @@ class Statistics(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """log2(e) over the temperature T, twice, and log2(e), twice, as scalars; with STD (logit standardization) of each
-    row's own, since z-scores are the logits at another scale."""
+    """log2(e) over the temperature T, twice, and log2(e), twice, as scalars. With STD (logit standardization) each row
+    has its own, since z-scores are the logits at another scale."""
 
     soft_s: tl.tensor
     soft_t: tl.tensor
@@ -47,7 +47,7 @@ class Scales(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Of the classes of a row that can occur."""
+    """Moments of a row's logits over the classes that can occur."""
 
     mean: tl.tensor
     deviation: tl.tensor  # unbiased
@@ -56,7 +56,8 @@ class Moments(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """Of a row's gradient: of each exponential, of V_j, what is added, of s_j - mean_s, and the value at the target."""
+    """Coefficients of a row's gradient: of each exponential, of V_j, a constant, of s_j - mean_s, and the value at the
+    target."""
 
     soft: tl.tensor
     sharp: tl.tensor
@@ -69,7 +70,7 @@ class Coefficients(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Hyper-parameters as scalars: two of the loss's own, see :mod:`.losses`, and those that all losses have."""
+    """Hyper-parameters as scalars: two of the loss's own, see :mod:`.losses`, and the common ones."""
 
     first: tl.tensor
     second: tl.tensor
@@ -79,20 +80,20 @@ class Weights(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """What a loss's functions of a class need beside its probabilities."""
+    """Inputs of a pointwise loss's functions of a class beside its probabilities."""
 
     first: tl.tensor  # of the weights
     share: tl.tensor  # 1 / C
 
 
 class PointwiseSums(NamedTuple):
-    """Of a row, or of a lane's share of it, over all its classes."""
+    """Sums over all classes, of a row or of a lane."""
 
     of_1: tl.tensor  # the loss's own three
     of_2: tl.tensor
     of_3: tl.tensor
     by_1: tl.tensor  # p f_1
-    by_2: tl.tensor  # p f_2, or p where there is no f_2
+    by_2: tl.tensor  # p f_2, or p without f_2
     by_column: tl.tensor  # p times the column's slope
     w: tl.tensor  # with STD, p, p f_1, p f_2 and p times the column's slope, each times s - mean
     w_1: tl.tensor
@@ -101,7 +102,8 @@ class PointwiseSums(NamedTuple):
 
 
 class Slopes(NamedTuple):
-    """h_j - sum p_k h_k is, of each, and with an offset: (c_1, c_2, 1, -sum p_k h_k) / T."""
+    """Factors of f_1, f_2 and the column's slope, and an offset, in (h_j - sum p_k h_k) / T: they are
+    (c_1, c_2, 1, -sum p_k h_k) / T."""
 
     by_1: tl.tensor
     by_2: tl.tensor

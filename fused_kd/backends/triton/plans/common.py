@@ -1,4 +1,4 @@
-"""What the plans of all losses share: the rows that count, and the reduction of the loss's parts."""
+"""Shared parts of the losses' plans: counting rows, and the reduction of the loss's parts."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from fused_kd.backends.triton import replay
 from fused_kd.backends.triton.launch import Launch, acc_types, planned
 from fused_kd.core.options import Options
 
-#: Up to so many rows every program counts the targets itself, which saves a launch; they are in its cache line by line.
+#: Up to this many rows, every program counts the targets itself, which saves a launch. Its cache has them line by line.
 COUNT_ROWS = 2048
-#: Up to so many rows one program sums the parts; beyond, chunks of as many are summed side by side first.
+#: Up to this many rows, one program sums the parts. Otherwise chunks of this size are summed in parallel first.
 CHUNK = 16384
-#: How the kernels find the number of rows that count (their argument COUNT; 0 is "not at all").
+#: Values of the kernels' argument COUNT, the source of the number of rows that count; 0 means no count.
 COUNT_TARGETS, COUNT_PARTIAL = 1, 2
 
 
 class Counts(NamedTuple):
-    """Where kernels find the number of rows that count, and ``how``: their argument COUNT."""
+    """The source of the number of rows that count. ``how`` is the kernels' argument COUNT."""
 
     source: Tensor
     stride: int
@@ -36,7 +36,7 @@ def filled(
     made: tuple[Tensor, ...],
     options: Options,
 ) -> tuple[Tensor, ...]:
-    """What is ``made`` for an op, after the launches that its ``plan`` says."""
+    """Run an op's ``plan`` to fill ``made``, its outputs, and return them."""
     if inputs[0].shape[0] == 0:  # type: ignore[union-attr]
         loss, parts, *gradients_and_norms = made
         loss.zero_()
@@ -51,8 +51,8 @@ def filled(
 def plan_count(
     launches: list[Launch], target: Tensor, ignore_index: int, reduction: str, every_row: bool = True
 ) -> Counts:
-    """Where to find the number of rows that count, for which a mean over many index targets appends a launch. With
-    ``every_row`` each program of a row kernel will count, else only the one that reduces the parts."""
+    """Return the source of the number of rows that count. A mean over many index targets appends a launch for it. With
+    ``every_row`` each program of a row kernel counts, else only the program that reduces the parts."""
     rows, stride = target.shape[0], target.stride(0)
     if reduction != "mean" or target.is_floating_point():
         return Counts(target, stride, rows, 0)
@@ -67,11 +67,11 @@ def plan_count(
 
 
 def divided(target: Tensor, reduction: str, dtype: torch.dtype) -> tuple[bool, float]:
-    """How a gradient of this dtype, a mean's, is divided by the number of rows that count.
+    """Return how to divide a mean's gradient of this dtype by the number of rows that count.
 
     Returns:
-        Whether the power of two next to that number stays for the backward op, since float16 might underflow when it is
-        divided; and what to multiply by at once, as far as it is known here: every row of probabilities counts.
+        Whether the backward op divides by the power of two next to that number, since float16 might underflow; and the
+        factor that is known here: with probabilities every row counts.
     """
     mean, rows = reduction == "mean", target.shape[0]
     half = mean and dtype == torch.float16
@@ -80,8 +80,8 @@ def divided(target: Tensor, reduction: str, dtype: torch.dtype) -> tuple[bool, f
     return half, (2.0 ** (rows.bit_length() - 1) if half else 1.0) / rows
 
 
-#: The loss, and for each of two gradients (or twice for one) its norm, that norm's value, and whether it is kept in
-#: float16, where the divisor's power of two goes into the norm.
+#: The loss, and for each of two gradients (or twice for one) its norm, the norm's value, and whether the gradient is
+#: float16: then the divisor's power of two goes into the norm.
 Finish = tuple[Tensor, tuple[Tensor, Tensor], tuple[float, float], tuple[bool, bool]]
 
 
@@ -94,8 +94,8 @@ def plan_reduction(
     reduction: str,
     finish: Finish | None,
 ) -> None:
-    """Append the launches that reduce ``row_parts`` (parts, rows) to ``parts`` (parts,) and ``finish``; without that,
-    to plain sums."""
+    """Append the launches that reduce ``row_parts`` (parts, rows) to ``parts`` (parts,) and ``finish``; without
+    ``finish`` to plain sums."""
     width, rows = row_parts.shape
     counts = counts or Counts(row_parts, 1, rows, 0)
     loss, norms, norm_values, halves = finish or (parts, (parts, parts), (1.0, 1.0), (False, False))

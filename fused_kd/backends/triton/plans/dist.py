@@ -1,5 +1,4 @@
-"""DIST's column term by Triton: the launches before its row kernel. :mod:`fused_kd.backends.triton` imports this when
-it is asked for one."""
+"""DIST's column term in Triton: the launches before its row kernel."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from fused_kd.core.options import HyperParameters
 
 
 class ColumnTerm(NamedTuple):
-    """What the row kernel reads of it (their arguments of these names)."""
+    """The row kernel's arguments of these names."""
 
     states: Tensor
     columns: Tensor
@@ -35,8 +34,8 @@ def plan_columns(
     ignore_index: int,
     copies: int,
 ) -> ColumnTerm:
-    """Append what makes DIST's column term; ``dtype`` is that of the arithmetic. ``copies`` of the columns' numbers are
-    made, 4 where the row kernel's vectors may begin at any class, else 1."""
+    """Append the launches of DIST's column term. ``dtype`` is the arithmetic's. ``copies`` is the number of copies of
+    the columns' numbers: 4 if the row kernel's vectors may start at any class, else 1."""
     rows, classes = student.shape
     gamma, temperature = hyper.gamma, hyper.temperature
     acc, probabilities = acc_types()[dtype], target.is_floating_point()
@@ -78,10 +77,10 @@ def plan_columns(
 
     tile_chunks, tile_classes = layout.FINISH_TILE
     items = -(-classes // tile_classes)
-    # The kernels' column_stride.
+    # The stride is column_stride of the kernels.
     term = ColumnTerm(states, empty(copies, 4, (classes + 6) // 4 * 4), empty(items))
     arguments = (moments, numbers, column_factor, term.columns, term.correlations, classes, chunks, gamma, temperature)
-    # Left alone some releases of Triton spill a few words of it to reach a rounder occupancy.
+    # Without maxnreg some releases of Triton spill a few words to reach a rounder occupancy.
     options = {
         "ACC": acc,
         "BLOCK": tile_classes,

@@ -1,4 +1,4 @@
-"""The plan of the row losses: one kernel, what it counts before, DIST's columns, and what it reduces behind."""
+"""The plan of the row losses: counting rows, DIST's columns, the row kernel, and the reduction of its parts."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def row_loss(
     column_factor: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, ...]:
-    other = student if teacher is None else teacher  # not read where the loss has no teacher
+    other = student if teacher is None else teacher  # not read if the loss has no teacher
     made = outputs(student, options.wanted[0], 3, options.reduction, accumulation_dtype(student, other))
     return filled("row_loss", plan_row_loss, (student, other, target, factors, column_factor), made, options)
 
 
 def kernel_weights(loss_name: str, hyper: HyperParameters, classes: int) -> tuple[float, ...]:
-    """The weights as :mod:`.kernels.losses` has them: two of the loss's own, and those that all losses have."""
+    """Return the weights for :mod:`.kernels.losses`: two of the loss's own, and the common ones."""
     first, second = (*(getattr(hyper, name) for name in ROW_LOSSES[loss_name].own), 0.0, 0.0)[:2]
     temperature, ce_weight, smoothing = hyper.temperature, hyper.ce_weight, hyper.label_smoothing
     if loss_name == "tf_kd":
@@ -42,18 +42,14 @@ def kernel_weights(loss_name: str, hyper: HyperParameters, classes: int) -> tupl
         return others, own, rest * others * log_others + own * (log_others + gap), ce_weight, smoothing
     if loss_name == "kd":
         second = 1.0
-    if classes == 2 and loss_name in (
-        "nkd",
-        "kd",
-        "dkd",
-        "wsld",
-    ):  # two classes leave one outside the target: its term and gradient are 0
+    if classes == 2 and loss_name in ("nkd", "kd", "dkd", "wsld"):
+        # Only one class is not the target: its term and gradient are 0.
         first, second = (0.0 if loss_name == "nkd" else first), 0.0
     return first, second, temperature, ce_weight, smoothing
 
 
 class Variant(NamedTuple):
-    """What kernels are compiled for (:mod:`.kernels.on_chip`)."""
+    """Constexpr arguments that depend on the loss (:mod:`.kernels.on_chip`)."""
 
     number: int
     single: bool
@@ -62,7 +58,7 @@ class Variant(NamedTuple):
 
 
 def variant(loss_name: str, hyper: HyperParameters, standardize: bool) -> Variant:
-    """As row_needs and one_temperature of csrc have it."""
+    """Return the variant, as row_needs and one_temperature of csrc."""
     needs, ce = ROW_LOSSES[loss_name].needs, hyper.ce_weight != 0.0
     sharp_distilled = "sharp" in needs
     single = (
@@ -84,7 +80,7 @@ def plan_row_loss(
     made: tuple[Tensor, ...],
     options: Options,
 ) -> list[Launch]:
-    """The launches that fill what is ``made``, in order."""
+    """Plan the launches that fill ``made``, in order."""
     loss, parts, gradient, norm = made
     hyper, ignore_index, reduction, (need_gradient,), (gradient_scale,), loss_name, standardize, *_ = options
     rows, classes = student.shape
@@ -101,7 +97,7 @@ def plan_row_loss(
     row_strides = [student.stride(0), teacher.stride(0), *([target_row] if probabilities else [])]
     unit = student.stride(1) == teacher.stride(1) == 1 and (target_col == 1 or not probabilities)
     vector = 16 // narrow if unit else 1
-    # Rows that start alike modulo a vector can be walked in vectors, from the same column on.
+    # If rows start at the same place modulo a vector, all can be walked in vectors from the same column on.
     together = unit and all((stride - classes) % vector == 0 for stride in row_strides)
     config = layout.row_config(
         classes,
@@ -116,7 +112,7 @@ def plan_row_loss(
         scores=standardize,
         smoothed=hyper.ce_weight != 0.0 and hyper.label_smoothing != 0.0,
     )
-    # The column term's numbers lie alike for every row: where the logits do too, they are vectors without edges.
+    # The column term's numbers are the same for every row. If the logits' rows are aligned too, they need no edges.
     edges = isinstance(config, layout.Looped) and together
     columns: tuple[Tensor, Tensor, Tensor] | None = None
     if has_column_term(loss_name, hyper):

@@ -1,4 +1,4 @@
-"""The plan of what backward does: a stored gradient times what comes in."""
+"""The plan of the backward op: a stored gradient times the incoming gradient."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def scale_gradient(gradient: Tensor, grad_output: Tensor, norm: Tensor, out: Ten
 
 
 def plan_scale(gradient: Tensor, grad_output: Tensor, norm: Tensor, out: Tensor) -> Launch:
-    """The launch of scale_rows. One factor for all makes one long row of the gradient."""
+    """Plan the launch of scale_rows. With one factor for all rows, the gradient is one long row."""
     rows, width = gradient.shape
     stride = grad_output.stride(0) if grad_output.dim() else 0
     if stride == 0:

@@ -21,13 +21,14 @@ from fused_kd.reference import accumulation_dtype
 
 @lru_cache(maxsize=1)
 def fields() -> dict[str, int]:
-    """How many numbers of a row a stage ends with: as many as the kernels, which are imported here, keep of it."""
+    """Return how many numbers per row each stage ends with, from the kernels, which this imports."""
     pieces = importlib.import_module("fused_kd.backends.triton.kernels.pieces")
     return {"moments": pieces.MOMENTS.value, "statistics": pieces.STATISTICS.value, "sums": pieces.SUMS.value}
 
 
 def row_stage(stage: str, piece: Piece, found: Found, options: Options, factors: Tensor | None) -> Any:
-    """What a stage finds of a piece, (fields, N); of the last, the rows' parts (3, N) and the gradient (N, n)."""
+    """Run a stage on a piece. Return its numbers, (fields, N); from the last stage the rows' parts (3, N) and the
+    gradient (N, n)."""
     student = piece.student
     other = student if piece.teacher is None else piece.teacher
     dtype, device, rows = accumulation_dtype(student, other), student.device, student.shape[0]
@@ -42,7 +43,7 @@ def row_stage(stage: str, piece: Piece, found: Found, options: Options, factors:
 def plan_stage(
     stage: str, piece: Piece, found: Found, options: Options, factors: Tensor | None, out: Tensor, gradient: Tensor
 ) -> Launch:
-    """The launch that fills ``out`` and, of the last stage, ``gradient``."""
+    """Plan the launch that fills ``out`` and, in the last stage, ``gradient``."""
     student, teacher, labels, target, first_class, num_classes = piece
     if has_column_term(options.loss, options.hyper):
         raise NotImplementedError("DIST's term of the columns has no stages in Triton")
@@ -67,26 +68,26 @@ def plan_stage(
         "maxnreg": config.registers,
     }
     first, second, temperature, ce_weight, smoothing = kernel_weights(options.loss, options.hyper, num_classes)
-    logits, of_rows = (student, teacher), (target.contiguous(), factors)
+    logits, per_row = (student, teacher), (target.contiguous(), factors)
     strides = (*student.stride(), *teacher.stride())
     all_strides = (*strides, *labels_seen.stride(), options.ignore_index)
     known = tuple(out if each is None else each for each in found)
     span = (first_class, num_classes)
     arguments: tuple[Any, ...]
     if stage == "moments":
-        arguments = (*logits, *of_rows, out, rows, columns, *span, *strides, options.ignore_index)
+        arguments = (*logits, *per_row, out, rows, columns, *span, *strides, options.ignore_index)
     elif stage == "statistics":
         arguments = (
-            *logits, labels_seen, *of_rows, known[0], out, rows, columns, pieces, *span, *all_strides, temperature,
+            *logits, labels_seen, *per_row, known[0], out, rows, columns, pieces, *span, *all_strides, temperature,
         )  # fmt: skip
     elif stage == "sums":
         arguments = (
-            *logits, *of_rows, *known[:2], out, rows, columns, pieces, *span, *strides, options.ignore_index,
+            *logits, *per_row, *known[:2], out, rows, columns, pieces, *span, *strides, options.ignore_index,
             first, temperature,
         )  # fmt: skip
     else:
         arguments = (
-            *logits, labels_seen, *of_rows, *known, gradient, out, rows, columns, pieces, *span, *all_strides,
+            *logits, labels_seen, *per_row, *known, gradient, out, rows, columns, pieces, *span, *all_strides,
             first, second, temperature, ce_weight, smoothing, options.scales[0],
         )  # fmt: skip
     if stage != "moments":

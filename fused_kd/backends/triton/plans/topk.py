@@ -1,4 +1,5 @@
-"""A row loss with a top-k teacher: see :mod:`fused_kd.backends.topk`, and :mod:`.kernels.topk` for the four kernels."""
+"""The plan of a row loss with a top-k teacher: see :mod:`fused_kd.backends.topk`, and :mod:`.kernels.topk` for the four
+kernels."""
 
 from __future__ import annotations
 
@@ -16,12 +17,12 @@ from fused_kd.core.catalogue import NUMBERS, REST_NUMBERS
 from fused_kd.core.options import Options
 from fused_kd.reference import accumulation_dtype
 
-#: Bits of the kernels' argument NEED, as kernels/topk.py has them.
+#: Bits of the kernels' argument NEED, as in kernels/topk.py.
 SHARP, LINEAR = 1, 2
 
 
 class Rows(NamedTuple):
-    """What all four kernels are told of the rows, and what they tell each other."""
+    """The rows' arguments of all four kernels, and what the kernels pass to each other."""
 
     student: Tensor  # (N, columns)
     log_probs: Tensor  # (N, k)
@@ -69,13 +70,13 @@ def topk_loss(
 
 
 def words_of(classes: int) -> int:
-    """Of a row's marks."""
+    """Return the words of a row's marks."""
     return -(-classes // 32)
 
 
 def plan_topk(given: Rows, rest: str, options: Options, made: tuple[Tensor, Tensor, Tensor | None]) -> list[Launch]:
-    """The launches that fill what is ``made``: the loss, its parts and the gradient, None where it is not wanted.
-    Processes exchange what the second has found before the third."""
+    """Plan the launches that fill ``made``: the loss, its parts and the gradient, None if not wanted. Processes
+    exchange the second launch's results before the third."""
     student, log_probs, indices, target, factors, marks, state, found, first_class, num_classes = given
     loss, parts, gradient = made
     (rows, columns), kept, words = student.shape, indices.shape[1], marks.shape[1]
@@ -99,7 +100,7 @@ def plan_topk(given: Rows, rest: str, options: Options, made: tuple[Tensor, Tens
     }
     span = (rows, columns, first_class, words, kept, *student.stride(), *indices.stride(), hyper.temperature)
     coefficients = loss.new_empty((4, rows) if gradient is not None else 0)
-    of_kept = loss.new_empty((kept + 1, rows) if gradient is not None else 0)
+    kept_gradient = loss.new_empty((kept + 1, rows) if gradient is not None else 0)
     first, second, temperature, ce_weight, smoothing = kernel_weights(options.loss, hyper, num_classes)
     launches = [
         planned(
@@ -114,7 +115,7 @@ def plan_topk(given: Rows, rest: str, options: Options, made: tuple[Tensor, Tens
         planned(
             "resolve_kept", rows,
             (
-                found, state, target, indices, log_probs, factors, loss, parts, coefficients, of_kept, rows,
+                found, state, target, indices, log_probs, factors, loss, parts, coefficients, kept_gradient, rows,
                 num_classes, kept, *indices.stride(), *log_probs.stride(), temperature, first, second, ce_weight,
                 smoothing, options.scales[0],
             ),
@@ -125,6 +126,6 @@ def plan_topk(given: Rows, rest: str, options: Options, made: tuple[Tensor, Tens
         ),
     ]  # fmt: skip
     if gradient is not None:
-        arguments = (student, marks, state, target, indices, coefficients, of_kept, gradient, *span)
+        arguments = (student, marks, state, target, indices, coefficients, kept_gradient, gradient, *span)
         launches.append(planned("rest_gradient", rows, arguments, walk))
     return launches
