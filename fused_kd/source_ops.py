@@ -79,20 +79,24 @@ def _reduced(reduction: str, *rows: Tensor) -> list[Tensor]:
     return [*rows] if reduction == "none" else [each.double().sum(-1).to(each.dtype) for each in rows]
 
 
-def _made(given: Sequence[SourceRows], parts: int, reduction: str, wanted: Sequence[bool]) -> tuple[Tensor, ...]:
+def _empty_results(
+    given: Sequence[SourceRows], parts: int, reduction: str, wanted: Sequence[bool]
+) -> tuple[Tensor, ...]:
     """Allocate results like an op's, for its fake."""
     student, dtype = given[0].values, accumulation_dtype(*(each.values for each in given))
     rows = (student.shape[0],) if reduction == "none" else ()
     loss, all_parts = student.new_empty(rows, dtype=dtype), student.new_empty((parts, *rows), dtype=dtype)
-    gradients = sources.room(given[0], wanted[:3], dtype)
-    return loss, all_parts, *gradients, *(sources.room(given[1], wanted[3:], dtype) if len(wanted) > 3 else ())
+    gradients = sources.empty_gradients(given[0], wanted[:3], dtype)
+    if len(wanted) > 3:
+        gradients += sources.empty_gradients(given[1], wanted[3:], dtype)
+    return loss, all_parts, *gradients
 
 
 def _source_loss_fake(
     student: Tensor, weight: Tensor | None, bias: Tensor | None, grad_rows: Any, teacher: Tensor | None, *further: Any
 ) -> tuple[Tensor, ...]:
     given = [SourceRows(student, weight, bias), *([] if teacher is None else [SourceRows(teacher)])]
-    return _made(given, 3, further[9], further[-2])
+    return _empty_results(given, 3, further[9], further[-2])
 
 
 ops.define(
@@ -177,7 +181,7 @@ def _source_uskd(
 def _source_uskd_fake(student: Tensor, *further: Any) -> tuple[Tensor, ...]:
     weight, bias, weak, weak_weight, weak_bias = further[:5]
     given = (SourceRows(student, weight, bias), SourceRows(weak, weak_weight, weak_bias))
-    return _made(given, 4, further[13], further[-2])
+    return _empty_results(given, 4, further[13], further[-2])
 
 
 ops.define(

@@ -15,20 +15,20 @@ _CONVERTED = 4096
 _MIXED = hasattr(torch.ops.aten.mm, "dtype")  # torch.mm(..., out_dtype=), for CUDA tensors
 
 
-def _kept(of: Tensor, dtype: torch.dtype) -> torch.dtype:
+def _stored_dtype(of: Tensor, dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of a tensor's stored gradient. For float16 it is the accumulating dtype, because the gradient
     could underflow or overflow before the incoming gradient scales it."""
     return dtype if of.dtype == torch.float16 else of.dtype
 
 
-def room(source: SourceRows, wanted: Sequence[bool], dtype: torch.dtype) -> list[Tensor]:
+def empty_gradients(source: SourceRows, wanted: Sequence[bool], dtype: torch.dtype) -> list[Tensor]:
     """Allocate the stored gradients of a source, empty where not wanted."""
     found = []
     for want, of in zip(wanted, (source.values, source.weight, source.bias), strict=True):
         if of is None or not want:
             found.append(source.values.new_empty(0))
         else:
-            found.append(of.new_empty(of.shape, dtype=_kept(of, dtype)))
+            found.append(of.new_empty(of.shape, dtype=_stored_dtype(of, dtype)))
     return found
 
 
@@ -59,7 +59,7 @@ class Matrix:
         self.found[slice(*rows)] = gradient
 
     def gradients(self) -> list[Tensor]:
-        first, *others = room(self.source, (self.wanted[0] and self.found is None, False, False), self.dtype)
+        first, *others = empty_gradients(self.source, (self.wanted[0] and self.found is None, False, False), self.dtype)
         return [first if self.found is None else self.found, *others]
 
 
@@ -93,14 +93,14 @@ class Products:
         self.bias_gradient = contiguous(head.bias).zero_() if wanted[2] and head.bias is not None else None
 
     def gradients(self) -> list[Tensor]:
-        """Return the gradients in their stored dtypes, see :func:`room`."""
+        """Return the gradients in their stored dtypes, see :func:`empty_gradients`."""
         found = []
         given = (self.head.values, self.head.weight, self.head.bias)
         for gradient, of in zip((self.hidden_gradient, self.weight_gradient, self.bias_gradient), given, strict=True):
             if gradient is None or of is None:
                 found.append(self.head.values.new_empty(0))
             else:
-                found.append(gradient.to(_kept(of, self.dtype)))
+                found.append(gradient.to(_stored_dtype(of, self.dtype)))
         return found
 
     def logits(self, start: int, stop: int) -> Tensor:

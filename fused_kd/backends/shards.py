@@ -53,8 +53,8 @@ def check_cover(spans: list[list[int]]) -> list[int]:
             f"rank {rank} has {width} of {total}, from {first} on" for rank, (first, width, total) in enumerate(spans)
         )
         raise ValueError(
-            "student_logits: expected shards that are together each of the classes once, of as many on every process "
-            f"of the group, got: {given}"
+            "student_logits: expected shards that together have each class exactly once, with the same num_classes on "
+            f"every process of the group, got: {given}"
         )
     return order
 

@@ -344,7 +344,7 @@ def row_error(target: Tensor, row: int, num_classes: int, ignore_index: int) -> 
     """Return the error for a row with a class index out of range, or with probabilities that do not sum to 1."""
     if target.is_floating_point():
         return ValueError(
-            "target: expected class probabilities, of which those of a row sum to 1, got a row that sums to "
+            "target: expected class probabilities that sum to 1 in each row, got a row that sums to "
             f"{float(target[row].double().sum()):.6g}; divide by that, or make a row count less by weight="
         )
     return IndexError(

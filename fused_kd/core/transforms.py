@@ -77,7 +77,7 @@ def refuse(*logits: Tensor) -> None:
 
 def _refuse(logits: tuple[Tensor, ...]) -> None:
     if torch.compiler.is_compiling():
-        # Without fullgraph=True, this leaves the call to eager PyTorch, which takes the exact checks below.
+        # Without fullgraph=True, this leaves the call to eager PyTorch, which runs the exact checks below.
         raise RuntimeError(f"{_FUNCTORCH}. {_FORWARD_MODE}")
     if _functorch_active():
         raise RuntimeError(_FUNCTORCH)

@@ -1,10 +1,10 @@
-"""A loss is one file: the function, which checks its arguments, flattens them to rows, chooses a backend and restores
-the shape, and the nn.Module of its name, which keeps hyper-parameters, and what is trained.
+"""The losses, one file each, with a function and an nn.Module. The function checks its arguments, flattens them to
+rows, chooses a backend and restores the shape. The module keeps hyper-parameters and trained parameters.
 
-A module takes the function's keyword arguments when it is made and its tensors when it is called. The attributes may be
-changed between calls. Or give a callable in place of a number, for a schedule, ``KDLoss(temperature=schedule.now)``: it
-is called without arguments whenever the loss is. Under ``torch.compile`` let it keep floats: an int that it reads
-becomes a constant of the graph, and each new value recompiles the graph.
+A module takes the function's keyword arguments at construction, and its tensors at each call. Attributes may change
+between calls. For a schedule, give a callable in place of a number, ``KDLoss(temperature=schedule.now)``: each call of
+the loss calls it without arguments. Under ``torch.compile`` it should read floats: an int that it reads becomes a
+constant of the graph, and each new value recompiles the graph.
 """
 
 from fused_kd.losses.decompose import decompose

@@ -93,7 +93,7 @@ def row_loss(
     student_logits, teacher_logits, target = tensors
     plain = type(student_logits) is Tensor and (teacher_logits is None or type(teacher_logits) is Tensor)
     if any(map(checks.is_dtensor, (*tensors, common[0]))):
-        tensors, weight = _shards.of_dtensors(tensors, common[0], common[2])
+        tensors, weight = _shards.from_dtensors(tensors, common[0], common[2])
         common = (weight, *common[1:])
         student_logits, teacher_logits, target = tensors
     if target is None and not labels:

@@ -79,7 +79,7 @@ class _Columns(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "fused_kd: classes over processes do not support double backward (create_graph=True): each process has "
-                "the gradient of its own columns alone"
+                "only the gradient of its own columns"
             )
         return grad[:, ctx.columns].contiguous(), None
 
@@ -121,7 +121,7 @@ def refuse_dtensor(name: str, given: Any) -> None:
         )
 
 
-def of_dtensors(tensors: Tensors, weight: Tensor | None, class_dim: int | None) -> tuple[Tensors, Tensor | None]:
+def from_dtensors(tensors: Tensors, weight: Tensor | None, class_dim: int | None) -> tuple[Tensors, Tensor | None]:
     """Replace DTensors by their local tensors, as a :class:`ClassShard` for logits with sharded classes."""
     student, teacher, target = tensors
     place = _Place(student, class_dim) if checks.is_dtensor(student) else None
@@ -190,7 +190,7 @@ def _local(name: str, given: Any, place: _Place | None, logits: bool) -> Any:
         if all(placement.is_replicate() for placement in placements):
             return given.to_local(grad_placements=placements)
         raise ValueError(
-            f"{name}: expected no DTensor, or a replicated one, beside student_logits that are none; redistribute it, "
+            f"{name}: expected no DTensor, or a replicated one, since student_logits is no DTensor; redistribute it, "
             f"or pass its to_local(); got {placements}"
         )
     allowed = {place.wanted(not logits)}

@@ -65,7 +65,7 @@ def row_loss(
         _check_topk(target, settings)
     both = _student_and_teacher(name, student_logits, teacher_logits, class_dim, num_classes)
     student, teacher = both
-    rows = _of_rows(student, target, common, settings, ROW_LOSSES[name].labels)
+    rows = _row_inputs(student, target, common, settings, ROW_LOSSES[name].labels)
     if has_column_term(name, HyperParameters._make(in_order(numbers))):
         raise ValueError(
             f"gamma: expected 0 for {LOSSES[name].title} of a Head, a TopK or classes that processes share, since the "
@@ -187,9 +187,9 @@ def uskd(
             f"{weak.shape} on {weak.rows.values.device}"
         )
     if (weak.rows.values.dtype == torch.float64) != (values.dtype == torch.float64):
-        raise TypeError("weak_logits: expected float64 if student_logits are that, and another dtype if they are not")
+        raise TypeError("weak_logits: expected float64 if student_logits are float64, else another dtype")
     reduction = settings["reduction"]
-    target, weight = _of_rows(student, target, common, settings)
+    target, weight = _row_inputs(student, target, common, settings)
     chosen = backends.choose(backend, values.device, "uskd")
     if chosen == "reference":
         counted = counted_rows(weight, target, settings["ignore_index"])
@@ -209,7 +209,7 @@ def uskd(
     return returned(loss, parts if return_parts else None, USKDParts, shape[:-1], reduction)
 
 
-def _of_rows(
+def _row_inputs(
     student: _Given, target: Tensor | None, common: Common, settings: dict[str, Any], labels: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """Check the target and the weight, and flatten them to rows. The weight includes a normalizer."""
@@ -304,7 +304,7 @@ def _check_teacher(teacher: _Given, student: _Given) -> None:
     _shards.check_same(student.span, teacher.span)
     if teacher.shape != student.shape:
         raise ValueError(
-            f"teacher_logits: expected those of student_logits, {student.shape}, got a source of {teacher.shape}"
+            f"teacher_logits: expected the shape of student_logits, {student.shape}, got a source of {teacher.shape}"
         )
     given = [each for each in teacher.rows[:3] if isinstance(each, Tensor)]
     device = student.rows.values.device

@@ -94,7 +94,7 @@ def check_rest(name: str, rest: str, beta: float) -> None:
     if rest not in RESTS:
         raise ValueError(f"rest: expected one of {', '.join(map(repr, RESTS))}, got {rest!r}")
     if name not in _DENSE:
-        raise ValueError(f"loss: {name!r} has no teacher, so there are no classes to keep of one")
+        raise ValueError(f"loss: {name!r} has no teacher, so it takes no TopK")
     if name == "js" and beta == 1.0 and rest == "renormalize":
         raise ValueError(
             "beta: at 1 the Jensen–Shannon divergence is KL(p ‖ q), which is infinite where the teacher has no "
@@ -167,8 +167,7 @@ def _hyper_parameters(name: str, hyper: Mapping[str, float]) -> dict[str, float]
         return dict(hyper)
     if hyper.get("logit_standardization"):
         raise ValueError(
-            "logit_standardization: z-scores take the mean of all of the teacher's logits, of which only some were "
-            "kept; leave it False"
+            "logit_standardization: z-scores need all of the teacher's logits, and only some were kept; leave it False"
         )
     own = {}
     for parameter in inspect.signature(_DENSE[name]).parameters.values():

@@ -112,7 +112,7 @@ DTENSORS = {
     "in a shard": "TypeError: student_logits.logits: expected Tensors in a Head or a ClassShard",
     "padding": "ValueError: num_classes: expected None where processes share the classes, got 7; .*a ClassShard of its",
     "normalizer": "TypeError: normalizer: expected a Tensor that is no DTensor, got one; pass its to_local",
-    "plain logits, target of rows": "ValueError: target: expected no DTensor, or a replicated one, beside student_log",
+    "plain logits, target of rows": "ValueError: target: expected no DTensor, or a replicated one, since student_log",
     "indices": "TypeError: teacher_logits.indices: expected a Tensor of integers that is no DTensor, got one; pass its",
     **{
         f"{name} {argument}": f"TypeError: {argument}: expected a Tensor that is no DTensor, got one; pass its to_local"
@@ -127,12 +127,12 @@ DTENSORS = {
     },
 }
 SHARDS = {
-    "gap": "ValueError: student_logits: expected shards that are together each of the classes once, .* of 11, from 0",
-    "overlap": "ValueError: student_logits: expected shards that are together each of the classes once",
-    "negative": "ValueError: student_logits: expected shards that are .*: rank 0 has 4 of 10, from -1 on; rank 1 has",
+    "gap": "ValueError: student_logits: expected shards that together have each class exactly once, .* of 11, from 0",
+    "overlap": "ValueError: student_logits: expected shards that together have each class exactly once",
+    "negative": "ValueError: student_logits: expected shards that together .*: rank 0 has 4 of 10, from -1 on; rank 1",
     "numbers": "ValueError: student_logits: expected shards .*of 10, from .*of 11, from",
     "target": "IndexError: target: expected class indices from 0 to 9, or ignore_index -100, got 10",
-    "labels": "ValueError: target: expected class probabilities, .*got a row that sums to 2",
+    "labels": "ValueError: target: expected class probabilities that sum to 1 in each row, got a row that sums to 2",
     "teacher": "ValueError: teacher_logits: expected the classes and the group of student_logits, .*got no ClassShard",
     "teacher's place": "ValueError: teacher_logits: expected the classes .*got those of 10 from [0-9] on in group",
     "class_dim": "ValueError: class_dim: expected None or the last with a ClassShard, got 0",

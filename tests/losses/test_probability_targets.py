@@ -10,7 +10,7 @@ from fused_kd.core.catalogue import LOSSES
 
 PLACES = [*HERE, *(("uskd", name, "cpu") for name in (*USKD_FUSED, "reference"))]
 LOOK = [place for place in PLACES if place[2] == "cpu" and place[1] != "triton"]
-MESSAGE = r"target: expected class probabilities, of which those of a row sum to 1, got a row that sums to "
+MESSAGE = r"target: expected class probabilities that sum to 1 in each row, got a row that sums to "
 
 
 @pytest.mark.parametrize("place", LOOK, ids="-".join)

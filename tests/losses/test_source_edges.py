@@ -111,7 +111,7 @@ def test_nothing_to_make_rows_of():
     for call, words in (
         (lambda: fused_kd.nkd_loss(no_classes, kept, target), "student_logits: expected at least 2 classes"),
         (lambda: fused_kd.nkd_loss(no_classes, head, target), "student_logits: expected at least 2 classes"),
-        (lambda: fused_kd.nkd_loss(head, no_classes, target), "teacher_logits: expected those of student_logits"),
+        (lambda: fused_kd.nkd_loss(head, no_classes, target), "teacher_logits: expected the shape of student_logits"),
         (lambda: fused_kd.uskd_loss(no_classes, head, target), "weak_logits: expected the shape and device of student"),
         (
             lambda: fused_kd.kd_loss(Head(torch.randn(4, 0), torch.randn(9, 0)), student),

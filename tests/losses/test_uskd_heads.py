@@ -102,7 +102,7 @@ def test_messages():
     given, target = tensors()
     with pytest.raises(ValueError, match="weak_logits: expected the shape and device of student_logits"):
         fused_kd.uskd_loss(Head(*given[:3]), Head(given[3], given[4][1:]), target)
-    with pytest.raises(TypeError, match="weak_logits: expected float64 if student_logits are that"):
+    with pytest.raises(TypeError, match="weak_logits: expected float64 if student_logits are float64"):
         fused_kd.uskd_loss(Head(*given[:3]), torch.zeros(ROWS, CLASSES), target)
 
 

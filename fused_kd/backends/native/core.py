@@ -52,18 +52,18 @@ def find(package: Path = PACKAGE) -> tuple[Any, Path | None, str | None]:
         if core is not None:
             if version == __version__ and getattr(core, "sources", None) == wanted:
                 return core, folder, None
-            reason = reason or _of_other_sources(package, folder, version, how)
+            reason = reason or _mismatch(package, folder, version, how)
         if reason:
             reasons.append(reason)
     return None, None, reasons[0] if reasons else f"the C++ core of the source folder {package} is not built: {how}"
 
 
-def _of_other_sources(package: Path, folder: Path, version: str, how: str) -> str:
+def _mismatch(package: Path, folder: Path, version: str, how: str) -> str:
     if folder == package:
         return f"the C++ core in {package} was built from other sources than {package.parent / 'csrc'}: {how}"
     return (
         f"the source folder {package} (version {__version__}) hides the fused_kd {version} installed in "
-        f"{folder.parent}, whose C++ core is not of these sources: {how}, or start Python in another folder"
+        f"{folder.parent}, and its C++ core was built from other sources: {how}, or start Python in another folder"
     )
 
 
