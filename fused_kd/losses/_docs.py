@@ -48,8 +48,9 @@ _ARGS = r"""
 _INFINITIES = """
     A student's logit of -inf is a class that cannot occur: its probability and its gradient are 0, and 0 log 0
     is 0. {own} The cross-entropy is +inf if a class at -inf has a label other than 0; with label smoothing every
-    class has one. A NaN or a logit of +inf makes the loss and the gradient of its row NaN, and {others}. An ignored
-    row stays 0, even if it holds NaN. A gradient that is 0 stays 0 for any incoming gradient.
+    class has one. A NaN or a logit of +inf makes the loss and the gradient of its row NaN, but for classes at -inf,
+    and {others}. An ignored row stays 0, even if it holds NaN. A gradient that is 0 stays 0 for any incoming
+    gradient.
 """
 #: For a loss that contains the logarithm of the student's probabilities.
 WITH_A_TEACHER = """A teacher's logit of -inf is a probability of 0. If a class has probability 0 for the student but

@@ -152,7 +152,7 @@ def test_impossible_classes(regime):
     assert smoothed.isinf().all()  # every class has a share of each smoothed label
     loss, _, gradient, _ = run("triton", student[6:], weak[6:], target[6:], reduction="none")
     assert loss[0].isnan()
-    assert gradient[0].isnan().all()
+    assert not gradient[0].any()  # of classes that cannot occur
 
 
 @pytest.mark.parametrize("where", ("student", "weak", "infinite", "target", "label"))
