@@ -109,6 +109,8 @@ def test_classes_that_cannot_occur(core, dtype):
     check(core, student[:1], weak[:1], mixed(target, 12)[:1], reduction="none", ce_weight=1.0)
     weak[0, 5] = -INF
     check(core, student, weak, target, reduction="none")
+    weak[1], student[4, 2:5], student[4, 7] = -INF, -INF, NAN  # their gradient is 0 in rows without a value too
+    check(core, student, weak, target, reduction="none")
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)

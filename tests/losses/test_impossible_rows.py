@@ -8,6 +8,7 @@ import torch
 from loss_cases import INF, function, has
 from test_row_weight import PLACES
 from topk_cases import FUSED as KEPT
+from uskd_cases import alone_in_the_weak_softmax
 
 from fused_kd import TopK, check
 
@@ -158,3 +159,17 @@ def test_dkd_alone_in_the_students_row(backend):
         gradients.append(leaf.grad)
     torch.testing.assert_close(gradients[0], torch.tensor([[1 - float(q_y), 0.0, 0.0]], dtype=torch.float64))
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("place", [place for place in PLACES if place[0] == "uskd"], ids="-".join)
+@pytest.mark.parametrize("rank", ("normalized", "weak", "sum", "cls_kd"))
+def test_a_target_alone_in_the_weak_softmax_ranks_first(place, rank):
+    student, weak, target = alone_in_the_weak_softmax()
+    compare(place[0], place[1], [student, weak], [], target, rank=rank)
+    if place[1] == "reference":
+        value = run("uskd", "reference", [student, weak], [], target, rank=rank, beta=1.0)[2]
+        # Of the weak logits alone the others tie, and so they do where the student rules out the target of cls_kd.
+        ranks = [3.0, 2.0, 5.0, 4.0] if rank in ("normalized", "sum") else [2.0, 3.0, 4.0, 5.0]
+        z = torch.tensor(ranks, dtype=torch.float64).reciprocal()
+        log_p = student[0, [0, 2, 3, 4]].log_softmax(0)
+        torch.testing.assert_close(value, -(z / z.sum() * log_p).sum()[None])

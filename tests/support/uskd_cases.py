@@ -24,6 +24,15 @@ def make(rows=6, classes=12, kind="index", dtype=torch.float64, seed=0, spread=3
     return student.to(dtype), weak.to(dtype), target
 
 
+def alone_in_the_weak_softmax(dtype=torch.float64):
+    """The weak logits leave the target alone, below 0, and the student rules it out: its rank is the first all the
+    same, so that the others begin with the second."""
+    student = torch.tensor([[0.5, -torch.inf, 1.5, -0.5, 0.0]], dtype=dtype)
+    weak = torch.full_like(student, -torch.inf)
+    weak[0, 1] = -1.6
+    return student, weak, torch.tensor([1])
+
+
 def run(backend, student, weak, target, **options):
     student, weak = student.detach().clone().requires_grad_(), weak.detach().clone().requires_grad_()
     loss, parts = uskd_loss(student, weak, target, backend=backend, return_parts=True, **options)
