@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 import fused_kd
 
-pytestmark = [pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")]  # NumPy, of Triton's interpreter
 every_fused = pytest.mark.parametrize("place", FUSED, ids=ids(FUSED))
 every_loss = pytest.mark.parametrize("place", CPU, ids=ids(CPU))
 every_kind = pytest.mark.parametrize("place", KINDS, ids=ids(KINDS))

@@ -12,9 +12,6 @@ import fused_kd
 from fused_kd import backends
 from fused_kd.core.catalogue import LOSSES
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # NumPy, of the interpreter's inf and NaN
-]
 PLACES = [*HERE, *(("uskd", name, "cpu") for name in (*USKD_FUSED, "reference"))]
 here = pytest.mark.parametrize("place", PLACES, ids="-".join)
 IMAGES, CLASSES, HEIGHT, WIDTH = 2, 5, 3, 4

@@ -10,9 +10,6 @@ from fused_kd.core import stored
 from fused_kd.core.catalogue import ROW_LOSSES
 from fused_kd.core.options import HyperParameters
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # NumPy, of the interpreter's inf and NaN
-]
 TEACHERS = ("nkd", "kd", "dkd", "wsld", "js", "dist")
 #: Losses whose gradient has no bound but what the logits make it.
 UNBOUNDED = [(loss, {"logit_standardization": True}) for loss in TEACHERS]

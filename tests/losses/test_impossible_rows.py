@@ -12,9 +12,6 @@ from uskd_cases import alone_in_the_weak_softmax
 
 from fused_kd import TopK, check
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # NumPy, of the interpreter's inf and NaN
-]
 NAN = float("nan")
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 #: What a row is: "-" some classes of -inf, "*" all but the first, "1" all but the second, "!" all; "+" and "n" an inf

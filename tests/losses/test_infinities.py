@@ -10,9 +10,6 @@ from test_row_weight import PLACES
 import fused_kd
 from fused_kd.core.catalogue import LOSSES
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # NumPy, of the interpreter's inf and NaN
-]
 NAN = float("nan")
 here = pytest.mark.parametrize("place", HERE, ids="-".join)
 everywhere = pytest.mark.parametrize("place", PLACES, ids="-".join)

@@ -12,9 +12,6 @@ from fused_kd import check
 from fused_kd.backends.triton import layout
 from fused_kd.core.catalogue import LOSSES, ROW_LOSSES
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # NumPy, of the interpreter's inf and NaN
-]
 here = pytest.mark.parametrize("place", HERE, ids="-".join)
 fused_here = pytest.mark.parametrize("place", FUSED, ids="-".join)
 GOLDEN = golden.CASES

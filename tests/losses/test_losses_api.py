@@ -17,9 +17,6 @@ from fused_kd import backends
 from fused_kd.core.catalogue import LOSSES, ROW_LOSSES
 from fused_kd.core.options import HyperParameters
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # NumPy, of the interpreter's inf and NaN
-]
 here = pytest.mark.parametrize("place", HERE, ids="-".join)
 
 

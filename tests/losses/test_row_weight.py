@@ -14,9 +14,6 @@ from fused_kd.backends.triton import layout
 from fused_kd.core.catalogue import LOSSES
 from fused_kd.core.options import HyperParameters
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # NumPy, of the interpreter's inf and NaN
-]
 INF, NAN = float("inf"), float("nan")
 PLACES = [*HERE, *(("uskd", name, "cpu") for name in (*USKD_FUSED, "reference"))]
 here = pytest.mark.parametrize("place", PLACES, ids="-".join)

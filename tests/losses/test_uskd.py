@@ -18,11 +18,6 @@ INF = float("inf")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # NumPy, of the interpreter's inf and NaN
-]
-
-
 @pytest.fixture(params=FUSED)
 def fused(request):
     return request.param

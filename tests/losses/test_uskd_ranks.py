@@ -5,9 +5,6 @@ import torch
 from uskd_cases import FUSED, zipf_labels
 
 INF = float("inf")
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # NumPy, of the interpreter's inf and NaN
-]
 
 
 @pytest.fixture(params=[*FUSED, "reference"])

@@ -15,10 +15,6 @@ from uskd_cases import FUSED, make, run
 from fused_kd import USKDLoss, uskd_loss
 from fused_kd.core.options import HyperParameters
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # NumPy, of the interpreter's inf and NaN
-]
-
 
 @pytest.fixture(params=FUSED)
 def fused(request):

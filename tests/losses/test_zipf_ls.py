@@ -6,9 +6,6 @@ from loss_cases import HERE
 
 from fused_kd import zipf_ls_loss
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # NumPy, of the interpreter's inf and NaN
-]
 BACKENDS = [*dict.fromkeys(name for loss, name, device in HERE if loss == "zipf_ls" and device == "cpu")]
 
 

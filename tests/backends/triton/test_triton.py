@@ -18,7 +18,6 @@ from fused_kd.backends.triton.plans import common
 pytest.importorskip("triton")
 pytestmark = [
     pytest.mark.skipif(backend.unavailable("cpu") is not None, reason=str(backend.unavailable("cpu"))),
-    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # NumPy, of the interpreter's inf and NaN
 ]
 
 INF, NAN = math.inf, math.nan

@@ -20,9 +20,6 @@ from fused_kd.reference import accumulation_dtype
 from tests.support import staged_cases, topk_cases
 
 pytest.importorskip("triton")
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # NumPy, of the interpreter's inf and NaN
-]
 interpreted = pytest.mark.skipif(backend.unavailable("cpu") is not None, reason=str(backend.unavailable("cpu")))
 HERE = [loss for loss in LOSSES if "triton" in LOSSES[loss].backends["cuda"]]
 

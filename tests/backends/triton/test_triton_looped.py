@@ -12,7 +12,6 @@ from fused_kd.backends.triton import layout
 pytest.importorskip("triton")
 pytestmark = [
     pytest.mark.skipif(backend.unavailable("cpu") is not None, reason=str(backend.unavailable("cpu"))),
-    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # NumPy, of the interpreter's inf
 ]
 
 LOSSES = {

@@ -14,7 +14,6 @@ from tests.support import staged_cases
 pytest.importorskip("triton")
 pytestmark = [
     pytest.mark.skipif(backend.unavailable("cpu") is not None, reason=str(backend.unavailable("cpu"))),
-    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # NumPy, of the interpreter's inf
 ]
 
 

@@ -10,7 +10,6 @@ from tests.support.topk_cases import FUSED, assert_same, assert_within_eager_err
 pytest.importorskip("triton")
 pytestmark = [
     pytest.mark.skipif(backend.unavailable("cpu") is not None, reason=str(backend.unavailable("cpu"))),
-    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # NumPy, of the interpreter's inf
 ]
 
 MORE = [

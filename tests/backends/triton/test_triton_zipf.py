@@ -20,7 +20,6 @@ from fused_kd.core.options import HyperParameters, Options
 pytest.importorskip("triton")
 pytestmark = [
     pytest.mark.skipif(backend.unavailable("cpu") is not None, reason="Triton does not run here"),
-    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # NumPy, of the interpreter's inf and NaN
 ]
 
 INF, NAN = math.inf, math.nan
