@@ -255,8 +255,8 @@ double dist_columns(const Kernels& kernels, RowArgs& args, FromBefore& kept) {
     args.columns = kept.columns.data();
     std::vector<double> correlations(size_t(rows.classes));
     kernels.dist_columns({rows.student, rows.teacher, origins.data(), rows.rows, rows.classes,
-                          rows.piece ? rows.piece->num_classes : rows.classes, rows.hyper, kept.columns.data(),
-                          correlations.data(), rows.accumulate, rows.threads, rows.column_factor});
+                          common::all_classes(rows), rows.hyper, kept.columns.data(), correlations.data(),
+                          rows.accumulate, rows.threads, rows.column_factor});
     double sum = 0;
     for (double correlation : correlations)
         sum += correlation;
@@ -358,8 +358,8 @@ int64_t topk_loss(const Kernels& kernels, TopKArgs args, const LossOutputs& out)
     advise_large_pages(args.gradient.data, args.student.dtype, args.rows * args.classes);
     const std::unique_ptr<bool[]> bad(new bool[size_t(args.rows)]());
     args.bad = bad.get();
-    const int64_t num_classes = args.piece ? args.piece->num_classes : args.classes;
-    const int64_t bad_row = run_loss(args, num_classes, 3, out, {}, [&](const Counted&) { kernels.topk_rows(args); });
+    const int64_t bad_row =
+        run_loss(args, common::all_classes(args), 3, out, {}, [&](const Counted&) { kernels.topk_rows(args); });
     if (bad_row >= 0) return bad_row;
     const bool* const end = args.bad + args.rows;
     const bool* const found = std::find(static_cast<const bool*>(args.bad), end, true);

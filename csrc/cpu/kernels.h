@@ -144,6 +144,16 @@ struct TopKArgs : LossArgs {
     const TopKPiece* piece; // of a run on some columns at a time; else null, and `classes` are all of a row's
 };
 
+namespace FKD_ISA {
+
+// All classes of a row, of which the columns at hand are some where it lies apart.
+template <class Args>
+FKD_HD int64_t all_classes(const Args& args) {
+    return args.piece ? args.piece->num_classes : args.classes;
+}
+
+} // namespace FKD_ISA
+
 struct TargetProbsArgs : BatchArgs {
     bool square;
     double* values; // (rows, 2): p_k^2, or p_k, of a row's targets; 0 where there is none

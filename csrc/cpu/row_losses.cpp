@@ -267,8 +267,7 @@ RowResult (*pass_for(const RowArgs& args, const RowParams& params))(const RowArg
 template <class A>
 void row_losses_typed(const RowArgs& args) {
     const Piece* const piece = args.piece;
-    const RowParams params = {args.hyper, args.loss, double(piece ? piece->num_classes : args.classes),
-                              args.standardize};
+    const RowParams params = {args.hyper, args.loss, double(all_classes(args)), args.standardize};
     const bool with_probs = args.target.dtype != kInt64;
     const auto pass = one_temperature(params) ? pass_for<A, true>(args, params) : pass_for<A, false>(args, params);
     const int threads = useful_threads(args.threads, args.rows, args.classes);

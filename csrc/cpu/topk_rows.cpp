@@ -88,11 +88,6 @@ struct Scratch {
     }
 };
 
-// All classes of a row, of which the columns at hand are some where it lies apart.
-inline int64_t all_classes(const TopKArgs& args) {
-    return args.piece ? args.piece->num_classes : args.classes;
-}
-
 // The student's logit of class j, which is entry `field` of what the calls on a row's pieces exchange.
 template <class A>
 double student_logit(const TopKArgs& args, const Scratch<A>& scratch, int64_t row, int64_t j, int64_t field) {

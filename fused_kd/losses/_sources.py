@@ -66,7 +66,8 @@ def row_loss(
     both = _student_and_teacher(name, student_logits, teacher_logits, class_dim, num_classes)
     student, teacher = both
     rows = _row_inputs(student, target, common, settings, ROW_LOSSES[name].labels)
-    if has_column_term(name, HyperParameters._make(in_order(numbers))):
+    hyper = in_order(numbers)
+    if has_column_term(name, HyperParameters._make(hyper)):
         raise ValueError(
             f"gamma: expected 0 for {LOSSES[name].title} of a Head, a TopK or classes that processes share, since the "
             f"term of the batch's columns needs the logits of all rows at once; got {numbers['gamma']}"
@@ -79,7 +80,7 @@ def row_loss(
     if chosen == "reference":
         loss, parts = _by_reference(name, eager, both, rows, numbers, settings)
     else:
-        loss, parts = _by_kernels(name, both, rows, numbers, settings, chosen)
+        loss, parts = _by_kernels(name, both, rows, hyper, settings, chosen)
     return returned(loss, parts if return_parts else None, parts_type, student.shape[:-1], settings["reduction"])
 
 
@@ -143,7 +144,7 @@ def _by_kernels(
     name: str,
     both: tuple[_Given, _Given | None],
     rows: tuple[Tensor, Tensor | None],
-    numbers: dict[str, float],
+    hyper: list[float],
     settings: dict[str, Any],
     backend: str,
 ) -> tuple[Tensor, list[Tensor]]:
@@ -153,7 +154,7 @@ def _by_kernels(
     span, values = student.span or Span(0, student.shape[-1]), student.rows.values
     where = ([span.first_class, span.num_classes], span.group, chunk_rows, _products_dtype(values.device, values.dtype))
     loss, stacked = source_autograd.row_loss(
-        student.rows, teacher and teacher.rows, rows, name, in_order(numbers), asked, where, backend
+        student.rows, teacher and teacher.rows, rows, name, hyper, asked, where, backend
     )
     return loss, [stacked[part] for part in ROW_LOSSES[name].parts]
 

@@ -163,13 +163,14 @@ def resolve_kept(
     t = tl.load(log_probs + row * log_probs_row + entry * log_probs_col, mask=present, other=0.0).to(tl.float64)
     s = tl.load(found + (entry + _FIELDS).to(tl.int64) * rows + row, mask=present, other=0.0)
     own, is_target = present & (j != y), present & (j == y)
+    kept_y = tl.max(is_target.to(tl.int32), 0) != 0
     number = num_classes - 1 - tl.sum(own.to(tl.int32), 0)
     x = Row(
         tl.where(own, s, _NEG_INF),
         tl.where(own, t, _NEG_INF),
         tl.load(found + 4 * rows + row),
-        tl.sum(tl.where(is_target, t, 0.0), 0),
-        tl.max(is_target.to(tl.int32), 0) != 0,
+        tl.where(kept_y, tl.sum(tl.where(is_target, t, 0.0), 0), _NEG_INF),
+        kept_y,
         number.to(tl.float64),
         tl.load(found + row),
         tl.load(found + rows + row),

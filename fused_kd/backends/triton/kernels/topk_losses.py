@@ -31,7 +31,7 @@ class Row(NamedTuple):
     s: tl.tensor  # the student's logits
     t: tl.tensor  # the teacher's log-probabilities
     s_y: tl.tensor
-    t_y: tl.tensor  # 0 if the target was not kept
+    t_y: tl.tensor  # -inf if the target was not kept
     kept_y: tl.tensor
     number: tl.tensor  # number of classes in the rest
     top: tl.tensor  # their largest logit, 0 if none can occur
@@ -61,6 +61,25 @@ def _times(weight, value):
 
 
 @triton.jit
+def _ratio(x, y):
+    """x / y, 0 where y is 0."""
+    none = y == 0.0
+    return tl.where(none, 0.0, x / tl.where(none, 1.0, y))
+
+
+@triton.jit
+def _log_or(x, empty):
+    """log x, or ``empty`` where x is 0."""
+    none = x == 0.0
+    return tl.where(none, empty, tl.log(tl.where(none, 1.0, x)))
+
+
+@triton.jit
+def _log_softmax(x, side, scale):
+    return (x - side.top) * scale - side.log_total
+
+
+@triton.jit
 def _side(x, x_y, others, others_top, scale):
     some = others != 0.0
     top = tl.maximum(tl.maximum(tl.max(x, 0), x_y), tl.where(some, others_top, _NEG_INF))
@@ -69,24 +88,20 @@ def _side(x, x_y, others, others_top, scale):
     e_y = tl.exp((x_y - top) * scale)
     down = (others_top - top) * scale
     moved = tl.where(some, tl.exp(down), 0.0)
-    log_rest = tl.where(some, tl.log(tl.where(some, others, 1.0)) + down, _NEG_INF)
+    log_rest = _log_or(others, _NEG_INF) + tl.where(some, down, 0.0)
     kept, rest = tl.sum(e, 0) + e_y, others * moved
     total = kept + rest
-    empty = total == 0.0
-    log_total = tl.log(tl.where(empty, 1.0, total))
-    return Side(top, e, e_y, moved, kept, rest, log_rest, total, log_total)
+    return Side(top, e, e_y, moved, kept, rest, log_rest, total, _log_or(total, 0.0))
 
 
 @triton.jit
 def _split(x_y, top, total, scale):
     """Split the target's probability from all others, as :func:`.rows.join_target` with natural logarithms."""
-    empty = total == 0.0
-    m = tl.where(empty, _NEG_INF, top)
+    m = tl.where(total == 0.0, _NEG_INF, top)
     p, rest, factor, log_z, nll = join_target(x_y, m, total, scale * LOG2E)
     log_z, nll = log_z * LN2, nll * LN2
     nll = tl.where(rest < 0.5, -log2_1p(-rest) * LN2, nll)
-    log_of_rest = tl.where(empty, _NEG_INF, tl.log(tl.where(empty, 1.0, total)) - log_z)
-    return p, rest, factor, log_z, nll, log_of_rest
+    return p, rest, factor, log_z, nll, tl.where(total == 0.0, _NEG_INF, _log_or(total, 0.0) - log_z)
 
 
 @triton.jit
@@ -111,10 +126,10 @@ def _soft_term(x, others, s, t, s_y, t_y, weight, share, temperature, ENTROPY: t
     # Less than 1 with drop. Renormalised it is 1, or NaN if the teacher is NaN.
     counting = t.kept / t.total if (REST == DROP or REST == RENORMALIZE) else tl.full((), 1.0, tl.float64)
     by_q = weight / t.total
-    by_p = tl.where(s.total == 0.0, 0.0, weight * counting / tl.where(s.total == 0.0, 1.0, s.total))
-    log_p, log_q = (x.s - s.top) * scale - s.log_total, (x.t - t.top) * scale - t.log_total
+    by_p = _ratio(weight * counting, s.total)
+    log_p, log_q = _log_softmax(x.s, s, scale), _log_softmax(x.t, t, scale)
     values, by = _soft_entry(log_p, log_q, by_q * t.e, by_p, s.e, temperature, ENTROPY)
-    log_p, log_q = (s_y - s.top) * scale - s.log_total, (t_y - t.top) * scale - t.log_total
+    log_p, log_q = _log_softmax(s_y, s, scale), _log_softmax(t_y, t, scale)
     value_y, by_y = _soft_entry(log_p, log_q, by_q * t.e_y, by_p, s.e_y, temperature, ENTROPY)
     value = tl.sum(values, 0) + value_y
     soft, constant = by_p * s.moved, tl.zeros_like(value)
@@ -123,14 +138,12 @@ def _soft_term(x, others, s, t, s_y, t_y, weight, share, temperature, ENTROPY: t
         of_rest, _by = _soft_entry(s.log_rest - s.log_total, t.log_rest - t.log_total, q, by_p, q,
                                    temperature, ENTROPY)  # fmt: skip
         value += tl.where(some, of_rest, 0.0)
-        safe = tl.where(exponentials == 0.0, 1.0, exponentials)
-        soft = tl.where(some, tl.where(exponentials == 0.0, 0.0, (by_p * s.rest - q) / safe), soft)
+        soft = tl.where(some, _ratio(by_p * s.rest - q, exponentials), soft)
     if REST == UNIFORM:
-        log_p = (linear / tl.where(some, number, 1.0) - s.top) * scale - s.log_total
-        log_q = (share - t.top) * scale - t.log_total
+        log_p, log_q = _log_softmax(_ratio(linear, number), s, scale), _log_softmax(share, t, scale)
         of_rest, _by = _soft_entry(log_p, log_q, q, by_p, q, temperature, ENTROPY)
         value += tl.where(some, of_rest, 0.0)
-        constant = tl.where(some, -q / tl.where(some, number, 1.0), 0.0)
+        constant = -_ratio(q, number)
     return value, by, by_y, soft, constant
 
 
@@ -153,10 +166,10 @@ def _jensen_shannon(x, others, s, t, s_y, t_y, beta, temperature):
     """As :func:`_soft_term` for Jensen-Shannon. The rest is one more class."""
     number, exponentials, _linear = others
     scale = 1.0 / temperature
-    log_p, log_q = (x.s - s.top) * scale - s.log_total, (x.t - t.top) * scale - t.log_total
+    log_p, log_q = _log_softmax(x.s, s, scale), _log_softmax(x.t, t, scale)
     p, p_y, of_rest = s.e / s.total, s.e_y / s.total, s.rest / s.total
     values, h = _js_slope(p, t.e / t.total, log_p, log_q, beta)
-    log_p, log_q = (s_y - s.top) * scale - s.log_total, (t_y - t.top) * scale - t.log_total
+    log_p, log_q = _log_softmax(s_y, s, scale), _log_softmax(t_y, t, scale)
     value_y, h_y = _js_slope(p_y, t.e_y / t.total, log_p, log_q, beta)
     some = number > 0.0
     log_p, log_q = s.log_rest - s.log_total, t.log_rest - t.log_total
@@ -164,8 +177,7 @@ def _jensen_shannon(x, others, s, t, s_y, t_y, beta, temperature):
     value_r, h_r = tl.where(some, value_r, 0.0), tl.where(some, h_r, 0.0)
     mean = tl.sum(p * h, 0) + p_y * h_y + tl.where(some, of_rest * h_r, 0.0)
     by, by_y = temperature * p * (h - mean), temperature * p_y * (h_y - mean)
-    none = exponentials == 0.0
-    soft = tl.where(none, 0.0, temperature * of_rest * (h_r - mean) / tl.where(none, 1.0, exponentials))
+    soft = _ratio(temperature * of_rest * (h_r - mean), exponentials)
     value = temperature * temperature * (tl.sum(values, 0) + value_y + value_r)
     return value, by, by_y, soft, tl.zeros_like(value)
 
@@ -184,7 +196,7 @@ def _whole_term(x, share, weight, beta, temperature, KIND: tl.constexpr, REST: t
     exponentials += tl.where(joins, tl.exp((x.s_y - top) * scale), 0.0)
     number = x.number + tl.where(x.kept_y, 0.0, 1.0)
     linear = x.linear + tl.where(x.kept_y, 0.0, x.s_y)
-    s_y, t_y = tl.where(x.kept_y, x.s_y, _NEG_INF), tl.where(x.kept_y, x.t_y, _NEG_INF)
+    s_y, t_y = tl.where(x.kept_y, x.s_y, _NEG_INF), x.t_y
     s, t = _side(x.s, s_y, exponentials, top, scale), _side(x.t, t_y, number, share, scale)
     others = (number, exponentials, linear)
     if KIND == KD or KIND == WSLD:
@@ -207,9 +219,8 @@ def _binary_term(x, s, t, share, alpha, temperature, REST: tl.constexpr):
     t_y = tl.where(x.kept_y, x.t_y, share)
     q, q_rest, _f, log_z, q_nll, q_log_rest = _split(t_y, t.top, t.total, scale)
     if REST == DROP:
-        none = t.kept == 0.0
-        q_log_rest = tl.where(none, _NEG_INF, tl.log(tl.where(none, 1.0, t.kept)) - log_z)
-        q_rest = tl.where(t.total == 0.0, q_rest, q_rest * t.kept / tl.where(t.total == 0.0, 1.0, t.total))
+        q_log_rest = tl.where(t.kept == 0.0, _NEG_INF, _log_or(t.kept, 0.0) - log_z)
+        q_rest = tl.where(t.total == 0.0, q_rest, _ratio(q_rest * t.kept, t.total))
         q = tl.where(x.kept_y, q, 0.0)
         q_nll = tl.where(x.kept_y, q_nll, _INF)
     weight = alpha * temperature * temperature
@@ -230,15 +241,12 @@ def _hat_terms(x, share, weight, alpha, temperature, num_classes, KIND: tl.const
     if KIND == DKD:
         one, difference = _binary_term(x, s, t, share, alpha, temperature, REST)
         difference = tl.where(alpha == 0.0, 0.0, difference)
-        none = s.total == 0.0
-        by_p = tl.where(none, 0.0, -alpha * temperature * difference / tl.where(none, 1.0, s.total))
+        by_p = -_ratio(alpha * temperature * difference, s.total)
         by = by_p * s.e
         by_y, soft = alpha * temperature * difference, by_p * s.moved
         one = tl.where(alpha == 0.0, 0.0, one)
     if REST == DROP:
-        empty = t.kept == 0.0
-        log_kept = tl.where(empty, 0.0, tl.log(tl.where(empty, 1.0, t.kept)))
-        t = Side(t.top, t.e, t.e_y, t.moved, t.kept, t.rest, t.log_rest, t.kept, log_kept)
+        t = Side(t.top, t.e, t.e_y, t.moved, t.kept, t.rest, t.log_rest, t.kept, _log_or(t.kept, 0.0))
     alone = (num_classes == 2) | (t.total == 0.0)
     others = (x.number, x.soft, x.linear)
     value, more, _y, more_soft, constant = _soft_term(
@@ -259,7 +267,7 @@ def resolve(x, own, weights, num_classes, LOSS: tl.constexpr, REST: tl.constexpr
     first, second, temperature, ce_weight, smoothing = weights
     zero = tl.zeros_like(temperature)
     entries = tl.sum(own.to(tl.int32), 0) + x.kept_y.to(tl.int32)
-    left = 1.0 - tl.sum(tl.where(own, tl.exp(x.t), 0.0), 0) - tl.where(x.kept_y, tl.exp(x.t_y), 0.0)
+    left = 1.0 - tl.sum(tl.where(own, tl.exp(x.t), 0.0), 0) - tl.exp(x.t_y)
     spread = left / tl.maximum(num_classes - entries, 1).to(tl.float64)
     share = tl.where(left <= 0.0, _NEG_INF, tl.log(tl.where(left <= 0.0, 1.0, spread)))
     share = tl.where(entries == num_classes, _NEG_INF, share)
@@ -282,10 +290,9 @@ def resolve(x, own, weights, num_classes, LOSS: tl.constexpr, REST: tl.constexpr
             constant = -ce_weight * uniform
             by_y = ce_weight * (p_y * others - label * p_rest)
         if distilled:
-            t_y = tl.where(x.kept_y, x.t_y, _NEG_INF)
             outside = x.number + tl.where(x.kept_y, 0.0, 1.0)
-            t = _side(x.t, t_y, outside, share, 1.0)
-            log_q = tl.where(x.kept_y, x.t_y, share) - t.top - t.log_total
+            t = _side(x.t, x.t_y, outside, share, 1.0)
+            log_q = _log_softmax(tl.where(x.kept_y, x.t_y, share), t, 1.0)
             if REST == DROP or REST == RENORMALIZE:
                 log_q = tl.where(x.kept_y, log_q, tl.where(t.total == t.total, _NEG_INF, t.total))
             if LOSS == NKD:
@@ -309,7 +316,7 @@ def resolve(x, own, weights, num_classes, LOSS: tl.constexpr, REST: tl.constexpr
     by, by_y, constant = by + more, by_y + more_y, constant + further
     if REST == RENORMALIZE:
         # Kept classes of probability 0 cannot be renormalised.
-        missing = tl.maximum(tl.max(x.t, 0), tl.where(x.kept_y, x.t_y, _NEG_INF)) == _NEG_INF
+        missing = tl.maximum(tl.max(x.t, 0), x.t_y) == _NEG_INF
         nan = tl.where(missing, float("nan"), 0.0).to(tl.float64)
         one, two, ce, by, by_y, soft = one + nan, two + nan, ce + nan, by + nan, by_y + nan, soft + nan
     return one, two, ce, by, by_y, soft, sharp, constant
