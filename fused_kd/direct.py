@@ -1,4 +1,4 @@
-"""Ordinary calls, with plain CPU tensors, straight to the C++ core.
+"""Ordinary calls, with plain CPU tensors or a top-k teacher of such, straight to the C++ core.
 
 A loss first tries this way, with unchecked arguments. For any other call it returns None, and the loss goes through
 :mod:`fused_kd.ops`: anything compiled, recorded, transformed or wrong, other sources and devices, row weights, and
@@ -14,7 +14,9 @@ from torch import Tensor
 
 from fused_kd.autograd import scale_stored
 from fused_kd.backends import native
-from fused_kd.core.catalogue import NUMBERS, as_run
+from fused_kd.backends.topk import is_fused
+from fused_kd.core.catalogue import NUMBERS, REST_NUMBERS, as_run
+from fused_kd.sources import TopK
 
 _loss, _scale = native.direct_loss, native.direct_scale
 _ONE = torch.ones((), device="cpu")
@@ -63,9 +65,16 @@ def loss(
     """
     if _loss is None or torch.compiler.is_compiling():
         return None
-    which = NUMBERS.get(name, name)
+    run = name
     if name == "js" and type(numbers["beta"]) in (float, int):  # the checks handle anything else
-        which = NUMBERS[as_run(name, numbers["beta"])]
+        run = as_run(name, numbers["beta"])
+    if type(tensors[1]) is TopK:
+        kept = tensors[1]
+        # The checks handle Jensen–Shannon with beta = 1, which not every rest has.
+        if type(kept.rest) is not str or not is_fused(run, kept.rest) or (run == "js" and numbers["beta"] == 1):
+            return None
+        tensors = tensors[0], (kept.log_probs, kept.indices, REST_NUMBERS[kept.rest]), tensors[2]
+    which = NUMBERS.get(run, run)
     made = _loss(which, tensors, numbers, settings, common, native.instruction_set, torch.get_num_threads())
     if type(made) is not tuple:
         return None if made is None else (made, None)

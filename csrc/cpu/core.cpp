@@ -289,7 +289,8 @@ int64_t run_loss(LossArgs& args, int64_t num_classes, int kinds, const LossOutpu
     const int64_t divisor = out.reduction == kMean ? std::max<int64_t>(counted.rows, 1) : 1;
     void* const* norm = out.norms;
     for (const auto& [gradient, logits] : stored) {
-        put(*norm++, args.accumulate, 0, common::stored_norm(logits.dtype, gradient.scale, divisor));
+        if (void* const to = *norm++)
+            put(to, args.accumulate, 0, common::stored_norm(logits.dtype, gradient.scale, divisor));
         gradient.scale = common::stored_scale(logits.dtype, gradient.scale, divisor);
         advise_large_pages(gradient.data, logits.dtype, args.rows * args.classes);
     }
@@ -355,11 +356,10 @@ int64_t zipf_ls(const Kernels& kernels, ZipfArgs args, const LossOutputs& out) {
 }
 
 int64_t topk_loss(const Kernels& kernels, TopKArgs args, const LossOutputs& out) {
-    advise_large_pages(args.gradient.data, args.student.dtype, args.rows * args.classes);
     const std::unique_ptr<bool[]> bad(new bool[size_t(args.rows)]());
     args.bad = bad.get();
-    const int64_t bad_row =
-        run_loss(args, common::all_classes(args), 3, out, {}, [&](const Counted&) { kernels.topk_rows(args); });
+    const int64_t bad_row = run_loss(args, common::all_classes(args), 3, out, {{args.gradient, args.student}},
+                                     [&](const Counted&) { kernels.topk_rows(args); });
     if (bad_row >= 0) return bad_row;
     const bool* const end = args.bad + args.rows;
     const bool* const found = std::find(static_cast<const bool*>(args.bad), end, true);

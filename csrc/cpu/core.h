@@ -17,7 +17,7 @@ std::string openmp_runtime();
 struct LossOutputs {
     Reduction reduction;
     void *loss, *parts; // of the accumulating dtype
-    void* norms[2];     // one per gradient
+    void* norms[2];     // one per gradient; null where nobody asks for it
 };
 
 // These run a loss and reduce its rows. They return -1, or the first row whose class index is out of range or whose
@@ -27,7 +27,7 @@ int64_t row_loss(const Kernels& kernels, RowArgs args, const LossOutputs& out);
 int64_t row_stage(const Kernels& kernels, RowArgs args);
 int64_t uskd(const Kernels& kernels, UskdArgs args, const double* batch_sums, const LossOutputs& out);
 int64_t zipf_ls(const Kernels& kernels, ZipfArgs args, const LossOutputs& out);
-// Without reduction. A row whose kept classes are none is told as `rows` and its number.
+// A row whose kept classes are none is told as `rows` and its number.
 int64_t topk_loss(const Kernels& kernels, TopKArgs args, const LossOutputs& out);
 
 // Over the rows that count: the sums of p_1^2 and p_2^2 (or p_1, p_2), and their number.

@@ -140,7 +140,8 @@ struct TopKArgs : LossArgs {
     int rest; // TopKRest of topk_losses.h
     int loss; // its number, as of RowArgs
     Gradient gradient;
-    bool* bad; // (rows): an index is none, or twice there, or all are pads where the rest is 0; nothing is written
+    bool* bad;    // (rows): an index is none, or twice there, or all are pads where the rest is 0; nothing is written
+    double* sums; // (rows): of the kept probabilities, 0 where the rest is 0 or a row does not count; null: unwanted
     const TopKPiece* piece; // of a run on some columns at a time; else null, and `classes` are all of a row's
 };
 

@@ -14,7 +14,7 @@ namespace fused_kd {
 namespace FKD_ISA {
 
 double largest_of(const double* x, int64_t n) {
-    return block_max<double>(x, n, Without<1>{{-1}});
+    return largest_of<double>(x, n, nullptr);
 }
 
 double exponentials(const double* x, int64_t n, double top, double scale, double* e) {
@@ -46,38 +46,40 @@ inline TopKNeeds topk_needs(const RowParams& params, TopKRest rest) {
             rest == kUniform || (ce && params.label_smoothing != 0)};
 }
 
-// Scratch of a thread: a row of each kind of exponentials, a block of the student and of the gradient, a record of each
-// block, and of the classes that are left out the numbers of TopKRow, where each is, and the next in its block.
+// Scratch of a thread: a row of each kind of exponentials, a block of the student and of the gradient, the teacher's
+// row, a record of each block, and of the classes that are left out the numbers of TopKRow, where each is, and their
+// places ordered by blocks, of which block i has order[from[i]] to order[from[i + 1]].
 template <class A>
 struct Scratch {
-    A *e_soft, *e_sharp, *student, *gradient, *one;
+    A *e_soft, *e_sharp, *student, *gradient, *teacher;
     double *s, *t, *e, *f, *by;
     RestBlock* blocks;
-    int64_t *at, *next, *first;
+    int64_t *at, *order, *from;
     uint64_t* seen; // a bit for each class, all 0 between rows
 
     Scratch(int64_t classes, int64_t num_classes, int64_t kept, bool sharp) {
-        const int64_t row = (classes + 63) / 64 * 64, records = classes / kBlock<A> + 1, entries = kept + 1;
+        const auto rounded = [](int64_t n) { return (n + 63) / 64 * 64; };
+        const int64_t row = rounded(classes), records = classes / kBlock<A> + 1, entries = kept + 1;
         const int64_t words = num_classes / 64 + 1;
-        const int64_t floats = row * (1 + sharp) + 2 * kBlock<A> + 64;
+        const int64_t floats = row * (1 + sharp) + 2 * kBlock<A> + rounded(kept);
         const size_t bytes = size_t(floats) * sizeof(A) + size_t(5 * entries) * sizeof(double) +
                              size_t(records) * sizeof(RestBlock) +
-                             size_t(2 * entries + records + words) * sizeof(int64_t);
+                             size_t(2 * entries + records + 1 + words) * sizeof(int64_t);
         e_soft = static_cast<A*>(thread_scratch(bytes));
         e_sharp = e_soft + row;
         student = e_soft + row * (1 + sharp);
         gradient = student + kBlock<A>;
-        one = gradient + kBlock<A>;
-        s = reinterpret_cast<double*>(one + 64);
+        teacher = gradient + kBlock<A>;
+        s = reinterpret_cast<double*>(teacher + rounded(kept));
         t = s + entries;
         e = t + entries;
         f = e + entries;
         by = f + entries;
         blocks = reinterpret_cast<RestBlock*>(by + entries);
         at = reinterpret_cast<int64_t*>(blocks + records);
-        next = at + entries;
-        first = next + entries;
-        seen = reinterpret_cast<uint64_t*>(first + records);
+        order = at + entries;
+        from = order + entries;
+        seen = reinterpret_cast<uint64_t*>(from + records + 1);
         __builtin_memset(seen, 0, size_t(words) * sizeof(uint64_t));
     }
     // Whether this class was new.
@@ -88,43 +90,62 @@ struct Scratch {
     }
 };
 
-// The student's logit of class j, which is entry `field` of what the calls on a row's pieces exchange.
+// The student's logits of a row, one at a time: that of class j is entry `field` of what the calls on a row's pieces
+// exchange.
 template <class A>
-double student_logit(const TopKArgs& args, const Scratch<A>& scratch, int64_t row, int64_t j, int64_t field) {
-    const TopKPiece* const piece = args.piece;
-    if (!piece) return double(*read(args.student, row, j, 1, scratch.one));
-    const int64_t at = field * args.rows + row, column = j - piece->first_class;
-    if (piece->all) return piece->all[at];
-    if (column < 0 || column >= args.classes) return 0;
-    return piece->own[at] = double(*read(args.student, row, column, 1, scratch.one));
-}
+struct StudentRow {
+    const TopKArgs& args;
+    const int64_t row;
+    const char* const start = element(args.student, row, 0);
+    const int64_t step = args.student.col_stride * element_size(args.student.dtype);
+
+    FKD_INLINE double at(int64_t column) const {
+        A converted;
+        const char* const p = start + column * step;
+        if (args.student.dtype == dtype_of<A>()) return double(*reinterpret_cast<const A*>(p));
+        convert(p, args.student.dtype, 1, 1, &converted);
+        return double(converted);
+    }
+
+    FKD_INLINE double logit(int64_t j, int64_t field) const {
+        const TopKPiece* const piece = args.piece;
+        if (!piece) return at(j);
+        const int64_t place = field * args.rows + row, column = j - piece->first_class;
+        if (piece->all) return piece->all[place];
+        if (column < 0 || column >= args.classes) return 0;
+        return piece->own[place] = at(column);
+    }
+};
 
 // The kept classes of a row but for the target, which comes last where it is one of them; pads are passed over. False
 // where an index is none, or twice there.
 template <class A>
 bool read_kept(const TopKArgs& args, const Scratch<A>& scratch, int64_t row, int64_t y, TopKRow& x) {
+    const StudentRow<A> student = {args, row};
+    const A* const t = read(args.log_probs, row, 0, args.kept, scratch.teacher);
+    const int64_t* const indices = reinterpret_cast<const int64_t*>(element(args.indices, row, 0));
+    const int64_t classes = all_classes(args), step = args.indices.col_stride;
     bool valid = true;
     double t_target = 0;
     x.kept = 0;
     x.target_kept = false;
     for (int64_t i = 0; i < args.kept; ++i) {
-        const int64_t j = *reinterpret_cast<const int64_t*>(element(args.indices, row, i));
+        const int64_t j = indices[i * step];
         if (j == -1) continue;
-        if (j < -1 || j >= all_classes(args) || !scratch.mark(j)) {
+        if (j < -1 || j >= classes || !scratch.mark(j)) {
             valid = false;
             continue;
         }
-        const double t = double(*read(args.log_probs, row, i, 1, scratch.one));
         if (j == y) {
             x.target_kept = true;
-            t_target = t;
+            t_target = double(t[i]);
             continue;
         }
         scratch.at[x.kept] = j;
-        scratch.t[x.kept] = t;
-        scratch.s[x.kept++] = student_logit(args, scratch, row, j, kTopKFields + i);
+        scratch.t[x.kept] = double(t[i]);
+        scratch.s[x.kept++] = student.logit(j, kTopKFields + i);
     }
-    x.s_target = student_logit(args, scratch, row, y, kTopKFields - 1);
+    x.s_target = student.logit(y, kTopKFields - 1);
     scratch.at[x.kept] = y;
     scratch.s[x.kept] = x.s_target;
     scratch.t[x.kept] = t_target;
@@ -134,13 +155,45 @@ bool read_kept(const TopKArgs& args, const Scratch<A>& scratch, int64_t row, int
     return valid;
 }
 
-// log u of the teacher's even share.
-inline double log_share(const TopKRow& x, int64_t classes, TopKRest kind) {
+// The kept probabilities, which may be no probabilities at all.
+inline double kept_sum(const TopKRow& x) {
     const int64_t entries = x.kept + x.target_kept;
-    if (kind == kRenormalize || entries == classes) return -INFINITY;
-    const double top = finite_or_zero(largest_of(x.t, entries));
-    const double left = 1 - exponentials(x.t, entries, top, 1, x.f) * exp(top);
-    return left < 0 ? -INFINITY : log(left / double(classes - entries));
+    const double largest = largest_of(x.t, entries), top = finite_or_zero(largest);
+    return largest == INFINITY ? largest : exponentials(x.t, entries, top, 1, x.f) * exp(top);
+}
+
+// Finds the entries of each block, of so many: where each is in a row becomes where it is in the columns at hand.
+template <class A>
+void order_by_blocks(const TopKArgs& args, const Scratch<A>& scratch, int64_t entries) {
+    const int64_t blocks = (args.classes + kBlock<A> - 1) / kBlock<A>;
+    int64_t* const from = scratch.from;
+    if (blocks == 1 && !args.piece) { // as most often; counting would wait for itself
+        from[0] = 0;
+        from[1] = entries;
+        for (int64_t i = 0; i < entries; ++i)
+            scratch.order[i] = i;
+        return;
+    }
+    const auto block_of = [&](int64_t i) {
+        const int64_t at = scratch.at[i];
+        return at < 0 || at >= args.classes ? -1 : at / kBlock<A>;
+    };
+    __builtin_memset(from, 0, size_t(blocks + 1) * sizeof(int64_t));
+    for (int64_t i = 0; i < entries; ++i) {
+        if (args.piece) scratch.at[i] -= args.piece->first_class;
+        if (block_of(i) >= 0) ++from[block_of(i)];
+    }
+    for (int64_t b = 1; b <= blocks; ++b)
+        from[b] += from[b - 1]; // where the block ends; each entry below moves it towards its beginning
+    for (int64_t i = entries; i-- > 0;)
+        if (block_of(i) >= 0) scratch.order[--from[block_of(i)]] = i;
+}
+
+// log u of the teacher's even share.
+inline double log_share(const TopKRow& x, int64_t classes, double sum) {
+    const int64_t entries = x.kept + x.target_kept;
+    const double left = 1 - sum;
+    return entries == classes || left < 0 ? -INFINITY : log(left / double(classes - entries));
 }
 
 template <class A, bool single, bool exact, bool linear>
@@ -193,14 +246,14 @@ FKD_NOINLINE Others rest_of(const TopKArgs& args, const Scratch<A>& scratch, int
         const int64_t n = block_length<A>(args.classes, j);
         const A* s = read(args.student, row, j, n, scratch.student);
         const A* const ahead = s + kBlock<A>;
-        int64_t left_out = 0;
-        if (scratch.first[count] >= 0) {
+        const int64_t first = scratch.from[count], left_out = scratch.from[count + 1] - first;
+        if (left_out > 0) {
             if (s != scratch.student) __builtin_memcpy(scratch.student, s, size_t(n) * sizeof(A));
             s = scratch.student;
-            for (int64_t i = scratch.first[count]; i >= 0; i = scratch.next[i], ++left_out)
-                scratch.student[scratch.at[i] - j] = -A(INFINITY);
+            for (int64_t i = 0; i < left_out; ++i)
+                scratch.student[scratch.at[scratch.order[first + i]] - j] = -A(INFINITY);
         }
-        const A largest = block_max<A>(s, n, Without<1>{{-1}}), reach = A(largest * scale), limit = A(kLargestShift);
+        const A largest = largest_of<A>(s, n, nullptr), reach = A(largest * scale), limit = A(kLargestShift);
         // Without a gradient the exponentials are of no further use: keep overwriting the same few lines of cache.
         A* const soft = args.gradient.data ? e_soft + j : scratch.gradient;
         A* const sharp = single ? soft : args.gradient.data ? scratch.e_sharp + j : scratch.e_sharp;
@@ -268,8 +321,8 @@ FKD_NOINLINE void combine(const TopKArgs& args, const Scratch<A>& scratch, int64
             if (s) g = load(s + i, lanes) == -A(INFINITY) ? Vec<A>{} : g;
             store(out + i, g, lanes);
         });
-        for (int64_t i = scratch.first[count]; i >= 0; i = scratch.next[i])
-            out[scratch.at[i] - j] = A(scratch.by[i] * by);
+        for (int64_t i = scratch.from[count]; i < scratch.from[count + 1]; ++i)
+            out[scratch.at[scratch.order[i]] - j] = A(scratch.by[scratch.order[i]] * by);
         if (streamed)
             stream(out, n, own_row + j);
         else if (!same)
@@ -289,16 +342,7 @@ FKD_NOINLINE void row_pass(const TopKArgs& args, const RowParams& params, TopKRe
     x.by = scratch.by;
     args.bad[row] = !read_kept(args, scratch, row, y, x) || (kind == kRenormalize && x.kept == 0 && !x.target_kept);
     if (args.bad[row]) return;
-    const int64_t blocks = (args.classes + kBlock<A> - 1) / kBlock<A>;
-    for (int64_t i = 0; i < blocks; ++i)
-        scratch.first[i] = -1;
-    for (int64_t i = 0; i <= x.kept; ++i) {
-        if (args.piece) scratch.at[i] -= args.piece->first_class;
-        if (scratch.at[i] < 0 || scratch.at[i] >= args.classes) continue;
-        int64_t& first = scratch.first[scratch.at[i] / kBlock<A>];
-        scratch.next[i] = first;
-        first = i;
-    }
+    order_by_blocks(args, scratch, x.kept + 1);
     const bool same = args.student.dtype == dtype_of<A>();
     const bool streamed = same && args.rows * args.classes * int64_t(sizeof(A)) >= kStreamed;
     const bool in_place = args.gradient.data && same && !streamed;
@@ -307,7 +351,9 @@ FKD_NOINLINE void row_pass(const TopKArgs& args, const RowParams& params, TopKRe
     x.rest = rest(args, scratch, row, params.temperature, e_soft);
     if (args.piece && !args.piece->all) return give(args, row, x.rest);
     if (args.piece) x.rest = given(args, row, x.kept + 1);
-    x.log_share = log_share(x, all_classes(args), kind);
+    const double sum = kind == kRenormalize ? 0 : kept_sum(x);
+    if (args.sums) args.sums[row] = sum;
+    x.log_share = kind == kRenormalize ? -INFINITY : log_share(x, all_classes(args), sum);
     const TopKResult result = topk_loss(x, params, kind);
     for (int k = 0; k < kRowParts; ++k)
         args.parts[kRowParts * row + k] = (args.factors ? args.factors[row] : 1) * result.parts[k];

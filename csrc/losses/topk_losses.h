@@ -110,9 +110,9 @@ FKD_HD TopKTerm soft_term(const TopKRow& x, int64_t entries, const Others& rest,
     const double counting = kind == kDrop || kind == kRenormalize ? t.own / t.sum : 1;
     const double by_q = weight / t.sum, by_p = s.sum == 0 ? 0 : weight * counting / s.sum;
     TopKTerm out = {0, by_p * s.moved, 0};
+    // In one sum, as each addition waits for the one before.
     const auto add = [&](double q, double log_q, double log_p) {
-        if (entropy) out.value += weighted(T * q, log_q);
-        out.value -= weighted(T * q, log_p);
+        if (q != 0) out.value += T * q * (entropy ? log_q - log_p : -log_p);
     };
     for (int64_t i = 0; i < entries; ++i) {
         const double q = by_q * x.f[i];

@@ -119,9 +119,44 @@ Args args_of(const Asked& asked, const Seen& student, const Seen& target, DType 
     return args;
 }
 
+// More in a row are no probabilities, but for what bfloat16 rounds. The same is in fused_kd/losses/_topk.py.
+constexpr double kMostKept = 1.05;
+
+// others: (log_probs, indices, the number of the rest), of which the loss has a kernel.
+PyObject* topk_loss_of(const Asked& asked, PyObject* logits, PyObject* others, PyObject* label, int number) {
+    using namespace common;
+    if (PyTuple_GET_SIZE(others) != 3) throw unexpected("three fields of a top-k teacher");
+    PyObject *const log_probs = PyTuple_GET_ITEM(others, 0), *const indices = PyTuple_GET_ITEM(others, 1);
+    Seen student, kept, classes, target;
+    if (!plain_logits(logits, student) || !plain_matrix(log_probs, kept) || kept.matrix.dtype == kInt64 ||
+        requires_grad(log_probs) || !plain_matrix(indices, classes) || classes.matrix.dtype != kInt64)
+        return nullptr;
+    if (kept.dims != 2 || classes.dims != 2 || !same_shape(kept, classes) || kept.rows != student.rows ||
+        kept.columns < 1 || kept.columns > student.columns || asked.standardize ||
+        !plain_target(label, student, asked, target) || target.matrix.dtype != kInt64)
+        return nullptr;
+    TopKArgs args = args_of<TopKArgs>(asked, student, target, accumulation(student, kept));
+    args.log_probs = kept.matrix;
+    args.indices = classes.matrix;
+    args.kept = kept.columns;
+    args.rest = int(PyLong_AsLong(PyTuple_GET_ITEM(others, 2)));
+    args.loss = number;
+    if (label == Py_None) args.ignore_index = -1;
+    std::vector<double> sums(size_t(student.rows));
+    args.sums = sums.data();
+    Made made;
+    const LossOutputs out = made.room(asked, args.accumulate, kRowParts);
+    args.gradient = made.gradient(asked, 0, logits);
+    if (unlocked([&] { return topk_loss(*asked.kernels, args, out); }) >= 0) return nullptr;
+    for (double sum : sums)
+        if (sum > kMostKept) return nullptr;
+    return made.handed_over(1);
+}
+
 // None of what is not ordinary. A bad row is left to Python, which says what is wrong with it.
 PyObject* row_loss_of(const Asked& asked, PyObject* const* logits, PyObject* label, int number) {
     using namespace common;
+    if (PyTuple_Check(logits[1])) return topk_loss_of(asked, logits[0], logits[1], label, number);
     Seen student, teacher, target;
     if (!plain_logits(logits[0], student)) return nullptr;
     teacher = student; // not read where the loss has no teacher
@@ -178,8 +213,9 @@ PyObject* zipf_ls_of(const Asked& asked, PyObject* const* logits, PyObject* labe
     return unlocked([&] { return zipf_ls(*asked.kernels, args, out); }) < 0 ? made.handed_over(1) : nullptr;
 }
 
-// (which: the number of a row loss, or "uskd" or "zipf_ls"; (student_logits, others, target); numbers; settings;
-// common; instruction set; threads). None of what is not ordinary; else the loss, or what handed_over() says.
+// (which: the number of a row loss, or "uskd" or "zipf_ls"; (student_logits, other logits or the fields of a top-k
+// teacher, target); numbers; settings; common; instruction set; threads). None of what is not ordinary; else the loss,
+// or what handed_over() says.
 PyObject* direct_loss(PyObject*, PyObject* const* of, Py_ssize_t count) {
     return guarded([=]() -> PyObject* {
         if (count != 7 || !PyTuple_Check(of[1]) || PyTuple_GET_SIZE(of[1]) != 3) throw unexpected("seven arguments");

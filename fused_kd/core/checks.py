@@ -355,17 +355,17 @@ def row_error(target: Tensor, row: int, num_classes: int, ignore_index: int) -> 
 
 def kept_error(indices: Tensor, row: int, num_classes: int) -> Exception:
     """Return the error for a row of a top-k teacher: a class is out of range or appears twice, or all are pads."""
-    given = indices[row]
+    name, given = "teacher_logits.indices", indices[row]
     none = given[(given < -1) | (given >= num_classes)]
     if none.numel():
         return IndexError(
-            f"indices: expected classes from 0 to {num_classes - 1}, or -1 for a pad, got {int(none[0])} in row {row}"
+            f"{name}: expected classes from 0 to {num_classes - 1}, or -1 for a pad, got {int(none[0])} in row {row}"
         )
     kept = given[given >= 0].sort().values
     if not kept.numel():
-        return ValueError(f"indices: expected a class in each row with rest='renormalize', got pads alone in row {row}")
+        return ValueError(f"{name}: expected a class in each row with rest='renormalize', got pads alone in row {row}")
     again = kept[1:][kept[1:] == kept[:-1]]
-    return ValueError(f"indices: expected each class once in a row, got {int(again[0])} twice in row {row}")
+    return ValueError(f"{name}: expected each class once in a row, got {int(again[0])} twice in row {row}")
 
 
 def check_target_values(target: Tensor, weight: Tensor | None, num_classes: int, ignore_index: int) -> None:
