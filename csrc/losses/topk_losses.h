@@ -112,7 +112,7 @@ FKD_HD TopKTerm soft_term(const TopKRow& x, int64_t entries, const Others& rest,
     TopKTerm out = {0, by_p * s.moved, 0};
     // In one sum, as each addition waits for the one before.
     const auto add = [&](double q, double log_q, double log_p) {
-        if (q != 0) out.value += T * q * (entropy ? log_q - log_p : -log_p);
+        if (log_q != -INFINITY) out.value += weighted(T * q, entropy ? log_q - log_p : -log_p);
     };
     for (int64_t i = 0; i < entries; ++i) {
         const double q = by_q * x.f[i];

@@ -193,7 +193,8 @@ def uskd(
     target, weight = _row_inputs(student, target, common, settings)
     chosen = backends.choose(backend, values.device, "uskd")
     if chosen == "reference":
-        counted = counted_rows(weight, target, settings["ignore_index"])
+        # A row of weight 0 is part of the batch mean, so its hidden states stay as they are.
+        counted = counted_rows(None, target, settings["ignore_index"])
         logits = [_logits(each.rows, shape[-1], counted) for each in (student, weak)]
         checks.check_target_values(target, weight, shape[-1], settings["ignore_index"])
         loss, packed = eager(*logits, target, **numbers, **settings, weight=weight)

@@ -33,7 +33,9 @@ def test_values_and_gradients(reduction, backend):
     incoming = torch.linspace(-1, 2, ROWS, dtype=torch.float64) if reduction == "none" else 2.0
     mixed = torch.rand(ROWS, CLASSES, dtype=torch.float64).pow(8).softmax(1)
     options = {"reduction": reduction, "ce_weight": 0.5, "alpha": 0.7, "return_parts": True}
-    for labels, weight in itertools.product((target, mixed), (None, torch.rand(ROWS, dtype=torch.float64))):
+    weights = torch.rand(ROWS, dtype=torch.float64)
+    some = weights.index_fill(0, torch.tensor([0, 5]), 0.0)  # these rows are still part of the batch mean
+    for labels, weight in itertools.product((target, mixed), (None, weights, some)):
         wanted, parts = fused_kd.uskd_loss(
             logits(*given[:3]), logits(*given[3:]), labels, backend="reference", weight=weight, **options
         )
