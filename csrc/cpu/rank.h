@@ -114,6 +114,16 @@ FKD_INLINE void rank_bucket(const B* bits, int n, Emit emit) {
     }
 }
 
+// Frees its memory even if a deeper call runs out of it. (Standard containers are templates, see simd.h.)
+struct Copy {
+    Copy(const uint32_t* from, int64_t n) : indices(new uint32_t[size_t(n)]) {
+        __builtin_memcpy(indices, from, sizeof(uint32_t) * size_t(n));
+    }
+    Copy(const Copy&) = delete;
+    ~Copy() { delete[] indices; }
+    uint32_t* const indices;
+};
+
 // Calls emit(index, rank) for n keys, those that `from` names or all from the first, in descending order; ranks count
 // from `first`. `order` has room for n indices, and may be `from`'s.
 template <class A, class Emit>
@@ -167,10 +177,8 @@ FKD_NOINLINE void rank_keys(const A* keys, const uint32_t* from, int64_t n, int6
         const int64_t count = int64_t(ends[b]) - start;
         uint32_t* const bucket = order + start;
         if (count > kMostWords) { // most keys crowd in a small part of the range: split that again
-            uint32_t* const copy = new uint32_t[size_t(count)];
-            __builtin_memcpy(copy, bucket, sizeof(uint32_t) * size_t(count));
-            rank_keys<A>(keys, copy, count, first + start, bucket, emit);
-            delete[] copy;
+            const Copy copy(bucket, count);
+            rank_keys<A>(keys, copy.indices, count, first + start, bucket, emit);
         } else if (count == 1) {
             emit(bucket[0], first + start);
         } else if (count) {
