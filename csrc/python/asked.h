@@ -1,5 +1,5 @@
-// What a call of ordinary tensors asks for, and whether it is one. Every function here says false, or nothing, of what
-// needs a closer look; it throws where Python has raised.
+// The settings of a direct call, and checks that its tensors are ordinary. Each function returns false or null if the
+// call needs Python's full checks, and throws if a Python exception is set.
 #pragma once
 
 #include <cmath>
@@ -24,19 +24,19 @@ inline Failed unexpected(const char* wanted) {
     return Failed();
 }
 
-// What fused_kd/backends/native/direct.py hands over once, all of it kept for good.
+// The objects that fused_kd/backends/native/direct.py passes once. The module keeps references to them forever.
 struct TorchGiven {
     const DlExchange* exchange;
     PyObject* tensor_type;             // torch.Tensor
-    PyObject *empty_like, *contiguous; // and its keywords
-    PyObject* scalars;                 // without dimensions, of float32 and float64
-    PyObject* parts;                   // of 2, 3 and 4 elements, of either dtype
-    PyObject* places;                  // of HyperParameters, by name
-    PyObject* ranks;                   // their numbers, by name
+    PyObject *empty_like, *contiguous; // and its keyword names
+    PyObject* scalars;                 // 0-dimensional tensors of float32 and float64
+    PyObject* parts;                   // tensors of 2, 3 and 4 elements, each in both dtypes
+    PyObject* places;                  // index of each field of HyperParameters, by name
+    PyObject* ranks;                   // the Rank values of USKD, by name
     PyObject *grad_enabled, *keeps_graph;
-    PyObject* watchers;                               // functions whose results are false where nothing watches a call
+    PyObject* watchers;                               // functions that return true if something observes the call
     PyObject* levels;                                 // torch.autograd.forward_ad's globals
-    PyObject *requires_grad, *is_neg, *current_level; // names
+    PyObject *requires_grad, *is_neg, *current_level; // interned attribute names
     PyObject *reduction, *ignore_index, *standardize, *rank, *square, *process_group;
 };
 
@@ -45,7 +45,8 @@ inline TorchGiven& torch_given() {
     return given;
 }
 
-// (torch.Tensor's exchange capsule, and the fields of TorchGiven after it): whether the interface is one known here.
+// Arguments: torch.Tensor's exchange capsule, then the fields of TorchGiven after `exchange`. Return whether the
+// version of the interface is supported.
 inline PyObject* direct_begin(PyObject*, PyObject* const* of, Py_ssize_t count) {
     if (count != 12) return unexpected("12 arguments"), nullptr;
     const auto* const exchange = static_cast<const DlExchange*>(PyCapsule_GetPointer(of[0], "dlpack_exchange_api"));
@@ -86,7 +87,7 @@ inline bool truth(PyObject* function) {
     return truth != 0;
 }
 
-// Whether nothing watches, records or transforms what is done to tensors.
+// Return whether nothing observes, records or transforms tensor operations.
 inline bool unwatched() {
     const TorchGiven& torch = torch_given();
     for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(torch.watchers); ++k)
@@ -101,7 +102,7 @@ inline bool requires_grad(PyObject* tensor) {
     return value == Py_True;
 }
 
-// Whether it is a tensor of no subclass whose memory has its values. (A view may stand for their negative.)
+// Return whether this is a torch.Tensor, not a subclass, whose memory holds its values (a view may be lazily negated).
 inline bool plain(PyObject* tensor, DlTensor& out, DType& dtype) {
     const TorchGiven& torch = torch_given();
     if (reinterpret_cast<PyObject*>(Py_TYPE(tensor)) != torch.tensor_type || !see(*torch.exchange, tensor, out, dtype))
@@ -111,7 +112,7 @@ inline bool plain(PyObject* tensor, DlTensor& out, DType& dtype) {
     return negative == Py_False;
 }
 
-// Of one to three dimensions: (rows), (rows, columns) or (rows, positions, columns).
+// Read a tensor of one to three dimensions: (rows), (rows, columns) or (rows, positions, columns).
 inline bool plain_matrix(PyObject* tensor, Seen& out) {
     DlTensor view = {};
     if (!plain(tensor, view, out.matrix.dtype) || view.dims < 1 || view.dims > 3) return false;
@@ -127,7 +128,7 @@ inline bool plain_matrix(PyObject* tensor, Seen& out) {
     return true;
 }
 
-// float16 gradients are stored times a power of two, which Python chooses; logits without gradient may be float16.
+// Float16 logits that need a gradient go through Python, which chooses the power of two of the stored gradient.
 inline bool plain_logits(PyObject* tensor, Seen& out, bool half = false, int dims = 2) {
     return plain_matrix(tensor, out) && out.dims == dims && out.columns >= 2 && out.matrix.dtype != kInt64 &&
            (half || out.matrix.dtype != kFloat16);
@@ -137,7 +138,7 @@ inline bool same_shape(const Seen& a, const Seen& b) {
     return a.rows == b.rows && a.columns == b.columns;
 }
 
-// As fused_kd/losses/_options.py checks them: finite, at least 0, and some within bounds.
+// The same bounds as in fused_kd/losses/_options.py: finite, at least 0, and for some an upper bound.
 inline bool hyper_parameters_of(PyObject* named, HyperParameters& out) {
     constexpr size_t kCorrect = offsetof(HyperParameters, correct) / sizeof(double);
     constexpr size_t kTemperature = offsetof(HyperParameters, temperature) / sizeof(double);
@@ -151,7 +152,7 @@ inline bool hyper_parameters_of(PyObject* named, HyperParameters& out) {
         const size_t place = PyLong_AsSize_t(found);
         const double x = PyFloat_AsDouble(value);
         if (!(x >= 0 && x < INFINITY) || (place == kTemperature && x == 0)) {
-            PyErr_Clear(); // an int beyond a double
+            PyErr_Clear(); // an int too large for a double
             return false;
         }
         if ((place == kCorrect || place == kSmoothing) && x >= 1) return false;
@@ -168,7 +169,7 @@ struct Asked {
     Reduction reduction = kMean;
     int64_t ignore_index = -1;
     bool standardize = false, square = true, want_parts = false;
-    bool grad = false; // whether gradients are wanted of what requires them
+    bool grad = false; // whether to compute gradients of logits that require them
     int rank = -1;
 };
 
@@ -200,7 +201,7 @@ inline bool settings_of(PyObject* named, Asked& out) {
            flag(torch.square, out.square);
 }
 
-// (weight, normalizer, class_dim, num_classes, backend, return_parts)
+// tuple: (weight, normalizer, class_dim, num_classes, backend, return_parts)
 inline bool common_of(PyObject* tuple, Asked& out) {
     if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != 6) return false;
     for (Py_ssize_t k = 0; k < 4; ++k)
@@ -219,7 +220,7 @@ inline const Kernels* kernels_named(PyObject* name) {
     return nullptr;
 }
 
-// numbers, settings, common, instruction set, threads
+// of: (numbers, settings, common, instruction set, threads)
 inline bool understood(PyObject* const* of, Asked& out) {
     out.kernels = kernels_named(of[3]);
     out.threads = int(PyLong_AsLong(of[4]));
@@ -230,7 +231,7 @@ inline bool understood(PyObject* const* of, Asked& out) {
     return true;
 }
 
-// Class indices, probabilities, or None for the class 0 of every row, which must not be asked for then.
+// The target is class indices, probabilities, or None. None reads class 0 in every row, so it needs ce_weight == 0.
 inline bool plain_target(PyObject* label, const Seen& student, const Asked& asked, Seen& out) {
     static const int64_t none = 0;
     if (label == Py_None) {

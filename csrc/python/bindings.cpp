@@ -1,4 +1,4 @@
-// The Python module fused_kd._native, and its CPU functions: fused_kd/backends/native/__init__.py calls them.
+// The Python module fused_kd._native, with its CPU functions. fused_kd/backends/native/__init__.py calls them.
 #include <cstring>
 #include <string>
 #include <vector>
@@ -29,7 +29,7 @@ struct Where {
     int threads;
 };
 
-// What every call says of its rows: (where, student, target, shape, ignore_index, accumulate).
+// The batch arguments of every call: (where, student, target, shape, ignore_index, accumulate).
 struct Batch : BatchArgs {
     explicit Batch(const py::tuple& given) : BatchArgs{} {
         Fields fields(given, 6);
@@ -45,7 +45,7 @@ struct Batch : BatchArgs {
         accumulate = fields.dtype();
     }
 
-    // Arguments of a loss; of_loss: (hyper-parameters, factors).
+    // Add the arguments of a loss. of_loss: (hyper-parameters, factors).
     template <class Args>
     Args with(const py::tuple& of_loss) const {
         Fields fields(of_loss, 2);
@@ -59,7 +59,7 @@ struct Batch : BatchArgs {
     const Kernels* kernels;
 };
 
-// What a loss writes: (reduction, the loss, its parts, the norm of each gradient).
+// given: (reduction, addresses of the loss, its parts, and the norm of each gradient)
 LossOutputs outputs(const py::tuple& given, int gradients) {
     Fields fields(given, 3 + gradients);
     LossOutputs out = {};
@@ -120,7 +120,7 @@ int64_t run_uskd_batch_sums(const py::tuple& rows, bool square, uintptr_t sums) 
     return uskd_batch_sums(*batch.kernels, args, reinterpret_cast<double*>(sums));
 }
 
-// gradients: the student's and the weak logits'
+// gradients: of the student and of the weak logits
 int64_t run_uskd(const py::tuple& rows, const py::tuple& of_loss, const py::tuple& weak, int rank, bool square,
                  uintptr_t batch_sums, const py::tuple& gradients, const py::tuple& results) {
     const Batch batch(rows);
@@ -190,7 +190,7 @@ void run_argsort_descending(const py::tuple& where, uintptr_t keys, const py::tu
     place.kernels->argsort_descending(args);
 }
 
-// What comes in has a stride of 0 where it is one number for all rows.
+// grad_output has stride 0 if it is one number for all rows.
 void run_scale_gradient(const py::tuple& where, uintptr_t gradient, uintptr_t out, int dtype,
                         const py::tuple& grad_output, double norm, const py::tuple& shape) {
     const Where place(where);
@@ -233,6 +233,6 @@ PYBIND11_MODULE(_native, m) {
     m.def("scale_gradient", &run_scale_gradient);
     m.def("argsort_descending", &run_argsort_descending);
     m.attr("compiler") = FKD_COMPILER;
-    m.attr("sources") = FKD_SOURCES; // fused_kd/backends/native/core.py compares it with the files beside the package
+    m.attr("sources") = FKD_SOURCES; // fused_kd/backends/native/core.py compares it with the source files
     m.def("openmp_runtime", &openmp_runtime);
 }

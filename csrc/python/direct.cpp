@@ -1,7 +1,7 @@
-// Calls of ordinary tensors, whole: checks, room for what is made, and the kernels. A training step leaves none of our
-// instructions in the caches, and then their number is what a call costs: the same in Python takes several times as
-// long. Whatever is out of the ordinary, a wrong argument above all, is left to Python, which checks it by name.
-// fused_kd/direct.py calls this.
+// Ordinary calls, complete in C++: check the tensors, allocate the results, run the kernels. In a training step our
+// instructions are no longer in the caches, so their number determines the cost of a call; Python would take several
+// times as long. Unusual calls, and above all wrong arguments, go to Python, whose checks name the argument.
+// fused_kd/direct.py calls this file.
 #include "direct.h"
 
 #include <exception>
@@ -15,12 +15,12 @@
 namespace fused_kd {
 namespace {
 
-// Tensors as torch.empty_like makes them.
+// Like torch.empty_like.
 PyObject* like(PyObject* tensor) {
     return called(PyObject_VectorcallDict(torch_given().empty_like, &tensor, 1, torch_given().contiguous));
 }
 
-// What a call makes, owned until Python has it: the loss, a gradient of each logits that want one, and the parts.
+// The results of a call, owned until they go to Python: the loss, the parts, and the gradients of up to two logits.
 class Made {
   public:
     Made() = default;
@@ -40,14 +40,15 @@ class Made {
         return out;
     }
 
-    // Where the gradient of logits goes.
+    // Allocate the gradient if these logits need one.
     Gradient gradient(const Asked& asked, int place, PyObject* logits) {
         if (!asked.grad || !requires_grad(logits)) return {nullptr, 1};
         gradients_[place] = like(logits);
         return {address(gradients_[place]), 1};
     }
 
-    // The loss alone, or (loss, parts or None), and where a gradient is wanted one or None of each logits.
+    // The loss alone, or (loss, parts or None), followed by a gradient or None for each of `logits` if there is any
+    // gradient.
     PyObject* handed_over(int logits) const {
         const int size = gradients_[0] || gradients_[1] ? 2 + logits : 2;
         if (size == 2 && !parts_) return Py_NewRef(loss_);
@@ -66,10 +67,10 @@ class Made {
     }
 
     PyObject *loss_ = nullptr, *parts_ = nullptr, *gradients_[2] = {};
-    double unused_[4], norms_[2]; // norms: 1, as float16 logits are no ordinary ones
+    double unused_[4], norms_[2]; // norms: always 1, because float16 gradients go through Python
 };
 
-// Runs the kernels without Python's lock; the first bad row, or -1.
+// Run the kernels without the GIL. Return the first bad row, or -1.
 template <class Run>
 int64_t unlocked(const Run& run) {
     int64_t bad_row = -1;
@@ -85,7 +86,7 @@ int64_t unlocked(const Run& run) {
     return bad_row;
 }
 
-// What Python gets of a function here, its exceptions as Python's.
+// Call `function` and turn C++ exceptions into Python exceptions.
 template <class Function>
 PyObject* guarded(const Function& function) {
     try {
@@ -104,7 +105,7 @@ DType accumulation(const Seen& student, const Seen& other) {
     return student.matrix.dtype == kFloat64 || other.matrix.dtype == kFloat64 ? kFloat64 : kFloat32;
 }
 
-// What the arguments of every kernel have.
+// Fill the arguments that all kernels share.
 template <class Args>
 Args args_of(const Asked& asked, const Seen& student, const Seen& target, DType accumulate) {
     Args args = {};
@@ -119,10 +120,10 @@ Args args_of(const Asked& asked, const Seen& student, const Seen& target, DType 
     return args;
 }
 
-// More in a row are no probabilities, but for what bfloat16 rounds. The same is in fused_kd/losses/_topk.py.
+// Probabilities of a row cannot sum to more, even after bfloat16 rounding. fused_kd/losses/_topk.py has the same bound.
 constexpr double kMostKept = 1.05;
 
-// others: (log_probs, indices, the number of the rest), of which the loss has a kernel.
+// others: (log_probs, indices, number of the rest). The loss must have a top-k kernel.
 PyObject* topk_loss_of(const Asked& asked, PyObject* logits, PyObject* others, PyObject* label, int number) {
     using namespace common;
     if (PyTuple_GET_SIZE(others) != 3) throw unexpected("three fields of a top-k teacher");
@@ -153,7 +154,7 @@ PyObject* topk_loss_of(const Asked& asked, PyObject* logits, PyObject* others, P
     return made.handed_over(1);
 }
 
-// None of what is not ordinary. A bad row is left to Python, which says what is wrong with it.
+// Return null for an unusual call, and for a bad row, so that Python reports it.
 PyObject* row_loss_of(const Asked& asked, PyObject* const* logits, PyObject* label, int number) {
     using namespace common;
     if (PyTuple_Check(logits[1])) return topk_loss_of(asked, logits[0], logits[1], label, number);
@@ -213,9 +214,9 @@ PyObject* zipf_ls_of(const Asked& asked, PyObject* const* logits, PyObject* labe
     return unlocked([&] { return zipf_ls(*asked.kernels, args, out); }) < 0 ? made.handed_over(1) : nullptr;
 }
 
-// (which: the number of a row loss, or "uskd" or "zipf_ls"; (student_logits, other logits or the fields of a top-k
-// teacher, target); numbers; settings; common; instruction set; threads). None of what is not ordinary; else the loss,
-// or what handed_over() says.
+// of: (row loss number, "uskd" or "zipf_ls"; (student_logits, other logits or the fields of a top-k teacher, target);
+// numbers; settings; common; instruction set; threads). Return None for an unusual call, else the result of
+// handed_over().
 PyObject* direct_loss(PyObject*, PyObject* const* of, Py_ssize_t count) {
     return guarded([=]() -> PyObject* {
         if (count != 7 || !PyTuple_Check(of[1]) || PyTuple_GET_SIZE(of[1]) != 3) throw unexpected("seven arguments");
@@ -235,8 +236,8 @@ PyObject* direct_loss(PyObject*, PyObject* const* of, Py_ssize_t count) {
     });
 }
 
-// (stored gradient, what comes in, instruction set, threads): multiplies the one by the other, where that is a plain
-// number and nobody differentiates this backward pass or asks for the gradient again. False where it left it alone.
+// of: (stored gradient, incoming gradient, instruction set, threads). Scale the stored gradient in place. Return False,
+// without scaling, if the incoming gradient is not a plain number, or the backward pass is differentiated or repeated.
 PyObject* direct_scale(PyObject*, PyObject* const* of, Py_ssize_t count) {
     return guarded([=]() -> PyObject* {
         if (count != 4) throw unexpected("four arguments");
