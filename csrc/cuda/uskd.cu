@@ -1,4 +1,4 @@
-// USKD: which kernels a call takes, the number of rows that count, and the reduction of the rows' parts.
+// USKD: chooses the kernels of a call, counts the rows, and reduces the parts of the rows.
 #include "uskd_launch.h"
 
 namespace fused_kd {
@@ -22,8 +22,8 @@ __global__ void __launch_bounds__(kReducingThreads) count_rows(RowsArguments arg
     if (threadIdx.x == 0) *const_cast<int64_t*>(args.count) = counted;
 }
 
-// The parts of all rows, summed by one block in an order that depends on their number only, or handed through. Also the
-// norms that the backward pass divides by.
+// Sums the parts of all rows with one block, in an order that depends only on the number of rows, or copies them. Also
+// stores the norms for the backward pass.
 template <class A>
 __global__ void __launch_bounds__(kReducingThreads) reduce_parts(RowsArguments args) {
     __shared__ Room room;
