@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kReducingThreads) sum_probabilities(BatchSumsC
 } // namespace
 
 const char* uskd_batch_sums(const Place& place, const BatchSumsCall& call) {
-    if (const char* error = said(cudaSetDevice(place.device))) return error;
+    if (const char* error = error_text(cudaSetDevice(place.device))) return error;
     if (call.rows > 0) {
         const auto kernel = call.accumulate == kFloat64 ? target_probabilities<double> : target_probabilities<float>;
         if (const char* error = launch(kernel, call.rows, streaming_threads(call.classes), 0, place.stream, call))

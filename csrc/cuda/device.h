@@ -27,7 +27,7 @@ using common::UskdStats;
 // at the next sort and report it as its own. An error that has corrupted the context remains in any case. The package
 // links its own runtime (CUDA::cudart_static, with hidden symbols), which has its own last error. So this clears no
 // error of PyTorch's, and reports none as ours.
-inline const char* said(cudaError_t error) {
+inline const char* error_text(cudaError_t error) {
     if (error == cudaSuccess) return nullptr;
     cudaGetLastError();
     return cudaGetErrorString(error);
@@ -39,8 +39,8 @@ const char* launch(void (*kernel)(Arguments), int64_t blocks, int threads, size_
                    Arguments arguments) {
     if (blocks > kMostBlocks) return "more rows than one launch has blocks";
     void* pointers[] = {&arguments};
-    return said(cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), pointers, shared,
-                                 reinterpret_cast<cudaStream_t>(stream)));
+    return error_text(cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), pointers, shared,
+                                       reinterpret_cast<cudaStream_t>(stream)));
 }
 
 } // namespace cuda

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kScalingThreads) scale_rows(ScaleCall call) {
 } // namespace
 
 const char* scale_gradient(const Place& place, const ScaleCall& call) {
-    if (const char* error = said(cudaSetDevice(place.device))) return error;
+    if (const char* error = error_text(cudaSetDevice(place.device))) return error;
     if (call.rows == 0) return nullptr;
     ScaleCall flat = call;
     if (call.grad_output_stride == 0) { // one factor: treat as one long, aligned row

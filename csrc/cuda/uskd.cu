@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kReducingThreads) reduce_parts(RowsArguments a
 const char* uskd_workspace_bytes(int device, int64_t rows, int64_t classes, DType accumulate, int64_t& bytes) {
     bytes = int64_t(kPlace + parts_bytes(rows, element_size(accumulate)));
     if (rows == 0 || arrangement_for(classes, accumulate == kFloat64) >= 0) return nullptr;
-    if (const char* error = said(cudaSetDevice(device))) return error;
+    if (const char* error = error_text(cudaSetDevice(device))) return error;
     int64_t sorting = 0;
     const char* error = sorted_workspace_bytes(rows, int(classes), accumulate, sorting);
     bytes += sorting;
@@ -71,7 +71,7 @@ const char* uskd_workspace_bytes(int device, int64_t rows, int64_t classes, DTyp
 }
 
 const char* uskd(const Place& place, const UskdCall& call) {
-    if (const char* error = said(cudaSetDevice(place.device))) return error;
+    if (const char* error = error_text(cudaSetDevice(place.device))) return error;
     RowsArguments args = {};
     args.call = call;
     args.rows = call.rows;
@@ -95,7 +95,7 @@ const char* uskd(const Place& place, const UskdCall& call) {
 
 const char* problem() {
     cudaFuncAttributes attributes;
-    return said(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&count_rows)));
+    return error_text(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&count_rows)));
 }
 
 } // namespace cuda

@@ -92,7 +92,8 @@ struct Buffers {
     const char* place(char* base, int64_t rows, int classes) {
         cub::DoubleBuffer<Key> no_keys(nullptr, nullptr);
         cub::DoubleBuffer<uint32_t> no_order(nullptr, nullptr);
-        if (const char* error = said(sort_rows<Key>(nullptr, temporary_bytes, no_keys, no_order, rows, classes, 0)))
+        if (const char* error =
+                error_text(sort_rows<Key>(nullptr, temporary_bytes, no_keys, no_order, rows, classes, 0)))
             return error;
         const size_t elements = size_t(rows) * size_t(classes);
         char* at = base;
@@ -133,7 +134,7 @@ const char* rank_typed(const Place& place, RowsArguments args) {
         if (const char* error = launch(write_keys<A>, args.rows, threads, 0, place.stream, args)) return error;
         size_t bytes = buffers.temporary_bytes;
         if (const char* error =
-                said(sort_rows<Key>(buffers.temporary, bytes, keys, order, args.rows, classes, place.stream)))
+                error_text(sort_rows<Key>(buffers.temporary, bytes, keys, order, args.rows, classes, place.stream)))
             return error;
         args.order = order.Current();
         args.spare = keys.Alternate();

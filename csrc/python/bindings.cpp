@@ -13,8 +13,8 @@ using namespace fused_kd;
 namespace {
 
 // (instruction set, threads)
-struct Where {
-    explicit Where(const py::handle& given) {
+struct Execution {
+    explicit Execution(const py::handle& given) {
         Fields fields(given, 2);
         const char* const name = fields.text();
         threads = int(fields.integer());
@@ -33,9 +33,9 @@ struct Where {
 struct Batch : BatchArgs {
     explicit Batch(const py::tuple& given) : BatchArgs{} {
         Fields fields(given, 6);
-        const Where place(fields.tuple());
-        kernels = place.kernels;
-        threads = place.threads;
+        const Execution execution(fields.tuple());
+        kernels = execution.kernels;
+        threads = execution.threads;
         student = matrix(fields.tuple());
         target = matrix(fields.tuple());
         const Shape size(fields.tuple());
@@ -182,18 +182,18 @@ int64_t run_topk_loss(const py::tuple& rows, const py::tuple& of_loss, const py:
 }
 
 void run_argsort_descending(const py::tuple& where, uintptr_t keys, const py::tuple& shape, uintptr_t order) {
-    const Where place(where);
+    const Execution execution(where);
     const Shape size(shape);
     const ArgsortArgs args = {reinterpret_cast<const float*>(keys), reinterpret_cast<int64_t*>(order), size.rows,
-                              size.classes, place.threads};
+                              size.classes, execution.threads};
     py::gil_scoped_release release;
-    place.kernels->argsort_descending(args);
+    execution.kernels->argsort_descending(args);
 }
 
 // grad_output has stride 0 if it is one number for all rows.
 void run_scale_gradient(const py::tuple& where, uintptr_t gradient, uintptr_t out, int dtype,
                         const py::tuple& grad_output, double norm, const py::tuple& shape) {
-    const Where place(where);
+    const Execution execution(where);
     const Shape size(shape);
     const Matrix incoming = matrix(grad_output);
     const ScaleArgs args = {reinterpret_cast<const void*>(gradient),
@@ -205,9 +205,9 @@ void run_scale_gradient(const py::tuple& where, uintptr_t gradient, uintptr_t ou
                             norm,
                             size.rows,
                             size.classes,
-                            place.threads};
+                            execution.threads};
     py::gil_scoped_release release;
-    place.kernels->scale_gradient(args);
+    execution.kernels->scale_gradient(args);
 }
 
 } // namespace

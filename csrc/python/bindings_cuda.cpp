@@ -47,7 +47,7 @@ void run_uskd(const py::tuple& where, const py::tuple& student, const py::tuple&
               uintptr_t factors, const py::tuple& gradients, const py::tuple& results) {
     const cuda::Place place = place_of(where);
     const Shape size(shape);
-    Fields both(gradients, 2), asked(options, 4), out(results, 6);
+    Fields both(gradients, 2), settings(options, 4), out(results, 6);
     const Gradient of_student = gradient_of(both.tuple()), of_weak = gradient_of(both.tuple());
     cuda::UskdCall call = {};
     call.student = matrix(student);
@@ -59,10 +59,10 @@ void run_uskd(const py::tuple& where, const py::tuple& student, const py::tuple&
     call.rows = size.rows;
     call.classes = as_int(size.classes);
     call.hyper = hyper_parameters(hyper);
-    call.rank = int(asked.integer());
-    call.square = asked.flag();
-    call.ignore_index = asked.integer();
-    call.reduction = Reduction(asked.integer());
+    call.rank = int(settings.integer());
+    call.square = settings.flag();
+    call.ignore_index = settings.integer();
+    call.reduction = Reduction(settings.integer());
     call.student_scale = of_student.scale;
     call.weak_scale = of_weak.scale;
     call.batch_sums = reinterpret_cast<const double*>(batch_sums);

@@ -31,7 +31,7 @@ struct DlExchange {
 };
 
 // A tensor in the kernels' terms. Dense logits (rows, positions, columns) also have an outer stride, from row to row.
-struct Seen {
+struct TensorView {
     Matrix matrix;
     int dims;
     int64_t rows, columns, positions, outer_stride;
@@ -60,7 +60,7 @@ inline void* start(const DlTensor& tensor) {
 }
 
 // Return false, without an exception, if the tensor is not on the CPU, has no memory, or has another dtype.
-inline bool see(const DlExchange& exchange, PyObject* tensor, DlTensor& out, DType& dtype) {
+inline bool view_tensor(const DlExchange& exchange, PyObject* tensor, DlTensor& out, DType& dtype) {
     constexpr int32_t kCpu = 1;
     if (exchange.view(tensor, &out) != 0) {
         PyErr_Clear();
