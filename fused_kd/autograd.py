@@ -173,7 +173,7 @@ def row_loss(
     inputs: tuple[Tensor | None, ...],
     loss: str,
     hyper: list[float],
-    asked: tuple[Any, ...],
+    options: tuple[Any, ...],
     backend: str,
     want_parts: bool,
     kept: tuple[Tensor, Tensor, Tensor] | None = None,
@@ -181,13 +181,13 @@ def row_loss(
     """Return the loss of checked rows and, if wanted, its three stacked parts; differentiable in the student's logits.
 
     ``hyper`` are the fields of :class:`fused_kd.core.options.HyperParameters`. ``inputs`` are the op's arguments before
-    the loss's name, and ``asked`` the ones between ``hyper`` and ``need_gradient``. With ``kept`` the backward pass
+    the loss's name, and ``options`` the ones between ``hyper`` and ``need_gradient``. With ``kept`` the backward pass
     computes the gradient from these: see :class:`_DistRows`.
     """
     transforms.refuse(student_logits)
     need_gradient = student_logits.requires_grad and torch.is_grad_enabled()
     scheduled, given = given_hyper(hyper)
-    further = (*inputs, loss, given, *asked, need_gradient and kept is None, backend)
+    further = (*inputs, loss, given, *options, need_gradient and kept is None, backend)
     if kept is not None and need_gradient and not torch.compiler.is_exporting():
         outputs = _DistRows.apply(student_logits, _ROW_LOSS[int(scheduled)], kept, further)  # type: ignore[no-untyped-call]
         return outputs[:2]  # type: ignore[no-any-return]
@@ -198,7 +198,7 @@ def zipf_ls(
     student_logits: Tensor,
     inputs: tuple[Tensor | None, ...],
     hyper: list[float],
-    asked: tuple[Any, ...],
+    options: tuple[Any, ...],
     backend: str,
     want_parts: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -207,7 +207,7 @@ def zipf_ls(
     transforms.refuse(student_logits)
     need_gradient = student_logits.requires_grad and torch.is_grad_enabled()
     scheduled, given = given_hyper(hyper)
-    further = (*inputs, given, *asked, need_gradient, backend)
+    further = (*inputs, given, *options, need_gradient, backend)
     return _apply_fused(_ZIPF_LS[int(scheduled)], student_logits, further, need_gradient, want_parts)
 
 
@@ -249,7 +249,7 @@ def uskd(
     weak_logits: Tensor,
     inputs: tuple[Tensor | None, ...],
     hyper: list[float],
-    asked: tuple[Any, ...],
+    options: tuple[Any, ...],
     backend: str,
     want_parts: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -260,7 +260,7 @@ def uskd(
     need_student, need_weak = grad and student_logits.requires_grad, grad and weak_logits.requires_grad
     scheduled, given = given_hyper(hyper)
     op = _USKD[int(scheduled)]
-    further = (*inputs, given, *asked, need_student, need_weak, backend)
+    further = (*inputs, given, *options, need_student, need_weak, backend)
     if torch.compiler.is_exporting():
         op = _exported(op)
     elif need_student or need_weak:

@@ -71,11 +71,11 @@ class _SourceRowsLoss(torch.autograd.Function):
         tensors, others = saved[: ctx.count], saved[ctx.count :]
         _, *further = [given if other is None else other for given, other in zip(ctx.further, others, strict=True)]
         _, _, *gradients = ctx.op(*tensors, grad_output, *further)
-        found = [
+        results = [
             gradient.to(of.dtype) if need and of is not None else None
             for need, gradient, of in zip(ctx.needs_input_grad[2:], gradients, tensors, strict=True)
         ]
-        return None, None, *found
+        return None, None, *results
 
 
 def _apply(
@@ -101,32 +101,33 @@ def row_loss(
     inputs: tuple[Tensor, Tensor | None],
     loss: str,
     hyper: list[float],
-    asked: tuple[Any, ...],
-    where: tuple[Any, ...],
+    options: tuple[Any, ...],
+    placement: tuple[Any, ...],
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss of checked sources and its three stacked parts; differentiable in the student's tensors.
 
-    ``inputs`` are the target and the row weights. ``asked`` are the op's arguments between the hyper-parameters and the
-    heads' numbers. ``where`` has the classes of this process, their group's name, the rows of a chunk and the products'
-    dtype.
+    ``inputs`` are the target and the row weights. ``options`` are the op's arguments between the hyper-parameters and
+    the heads' numbers. ``placement`` has the classes of this process, their group's name, the rows of a chunk and the
+    products' dtype.
     """
     teacher_tensors = (None, None, None, None) if teacher is None else (*teacher[:3], teacher.indices)
     other = SourceRows(student.values) if teacher is None else teacher
     heads = [student.logit_scale, student.softcap, other.logit_scale, other.softcap]
 
     def arguments(numbers: Any, wanted: list[bool]) -> tuple[Any, ...]:
-        return (None, *teacher_tensors, *inputs, loss, numbers, *asked, heads, other.rest, *where, wanted, backend)
+        tensors = (None, *teacher_tensors, *inputs)
+        return (*tensors, loss, numbers, *options, heads, other.rest, *placement, wanted, backend)
 
-    return _apply(SOURCE_LOSS, student[:3], hyper, asked[-1], arguments)
+    return _apply(SOURCE_LOSS, student[:3], hyper, options[-1], arguments)
 
 
-def uskd_batch_sums(student: SourceRows, target: Tensor, asked: tuple[Any, ...], backend: str) -> Tensor:
-    """Return the sums that couple the rows of USKD. ``asked`` are square, ignore_index, the number of classes, the rows
-    of a chunk and the products' dtype."""
+def uskd_batch_sums(student: SourceRows, target: Tensor, options: tuple[Any, ...], backend: str) -> Tensor:
+    """Return the sums that couple the rows of USKD. ``options`` are square, ignore_index, the number of classes, the
+    rows of a chunk and the products' dtype."""
     heads = [student.logit_scale, student.softcap]
     tensors = [None if each is None else each.detach() for each in student[:3]]
-    return source_uskd_batch_sums(*tensors, target, heads, *asked, backend)  # type: ignore[no-any-return]
+    return source_uskd_batch_sums(*tensors, target, heads, *options, backend)  # type: ignore[no-any-return]
 
 
 def uskd(
@@ -134,8 +135,8 @@ def uskd(
     weak: SourceRows,
     inputs: tuple[Tensor | None, ...],
     hyper: list[float],
-    asked: tuple[Any, ...],
-    where: tuple[Any, ...],
+    options: tuple[Any, ...],
+    placement: tuple[Any, ...],
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Return USKD of checked sources and its four stacked parts; differentiable in the tensors of both. ``inputs`` are
@@ -143,6 +144,6 @@ def uskd(
     heads = [student.logit_scale, student.softcap, weak.logit_scale, weak.softcap]
 
     def arguments(numbers: Any, wanted: list[bool]) -> tuple[Any, ...]:
-        return (None, *inputs, numbers, *asked, heads, *where, wanted, backend)
+        return (None, *inputs, numbers, *options, heads, *placement, wanted, backend)
 
-    return _apply(SOURCE_USKD, (*student[:3], *weak[:3]), hyper, asked[-1], arguments)
+    return _apply(SOURCE_USKD, (*student[:3], *weak[:3]), hyper, options[-1], arguments)

@@ -67,11 +67,11 @@ def _source_loss(
     if teacher is not None:
         other = SourceRows(teacher, teacher_weight, teacher_bias, heads[2], heads[3], indices, rest)
     factors = _factors(row_weight, grad_rows, target, ignore_index, reduction)
-    where = sources.Where(Span(span[0], span[1], group), chunk_rows, compute)
-    asked = sources.Asked(target, factors, wanted, where)
+    placement = sources.Placement(Span(span[0], span[1], group), chunk_rows, compute)
+    task = sources.Task(target, factors, wanted, placement)
     options = Options(named, ignore_index, "none", (any(wanted),), (1.0,), as_run(loss, named.beta), standardize)
     with torch.autocast(student.device.type, enabled=False):
-        rows, parts, gradients = sources.run(backends.get(backend), given, other, asked, options)
+        rows, parts, gradients = sources.run(backends.get(backend), given, other, task, options)
         return *_reduced(reduction, rows, parts), *gradients
 
 
@@ -126,9 +126,9 @@ def _source_uskd_batch_sums(
     backend: str,
 ) -> Tensor:
     given = SourceRows(student, weight, bias, heads[0], heads[1])
-    where = sources.Where(Span(0, num_classes), chunk_rows, compute)
+    placement = sources.Placement(Span(0, num_classes), chunk_rows, compute)
     with torch.autocast(student.device.type, enabled=False):
-        return sources.uskd_batch_sums(backends.get(backend), given, target, where, (square, ignore_index))
+        return sources.uskd_batch_sums(backends.get(backend), given, target, placement, (square, ignore_index))
 
 
 ops.define(
@@ -170,11 +170,11 @@ def _source_uskd(
     given = SourceRows(student, weight, bias, heads[0], heads[1])
     other = SourceRows(weak, weak_weight, weak_bias, heads[2], heads[3])
     factors = _factors(row_weight, grad_rows, target, ignore_index, reduction)[[0, 1, 1]]
-    asked = sources.Asked(target, factors, wanted, sources.Where(Span(0, num_classes), chunk_rows, compute))
+    task = sources.Task(target, factors, wanted, sources.Placement(Span(0, num_classes), chunk_rows, compute))
     want = (any(wanted[:3]), any(wanted[3:]))
     options = Options(ops.hyper_parameters(hyper), ignore_index, "none", want, (1.0, 1.0), rank=rank, square=square)
     with torch.autocast(student.device.type, enabled=False):
-        rows, parts, gradients = sources.run_uskd(backends.get(backend), given, other, asked, batch_sums, options)
+        rows, parts, gradients = sources.run_uskd(backends.get(backend), given, other, task, batch_sums, options)
         return *_reduced(reduction, rows, parts), *gradients
 
 

@@ -104,7 +104,7 @@ def table(hot: int, cold: int) -> str:
             direct._loss = core
             plain = whole(lambda: F.cross_entropy(student, target), student, repeats, work)  # noqa: B023
             columns.append([*stages, ours, by_ops, plain])
-    names = [*STAGES, "**the whole call**", "by the ops, as what is not ordinary", "F.cross_entropy"]
+    names = [*STAGES, "**the whole call**", "an unusual call, through the ops", "F.cross_entropy"]
     rows_of = [[name, *(f"{column[place]:.1f}" for column in columns)] for place, name in enumerate(names)]
     about = f"{torch.get_num_threads()} threads, torch {torch.__version__}; `python -m tools.call_cost`."
     return f"{pages.table(head, rows_of)}\n\n{about}"

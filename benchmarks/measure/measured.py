@@ -15,7 +15,7 @@ from benchmarks.measure import agreement, machine, ranking, timing
 from benchmarks.measure.cases import Case, make_inputs
 
 Progress = Callable[[str, float], None]  # current step, completed share of the run
-TimeCalls = Callable[..., dict[str, dict[str, dict[str, Any]]]]  # caches.time_calls of only calls and progress
+TimeCalls = Callable[..., dict[str, dict[str, dict[str, Any]]]]  # caches.time_calls, all but calls and progress bound
 
 
 def measure(

@@ -38,8 +38,8 @@ def _fixed_cost(case: dict[str, Any]) -> Rows:
     if ours and other:
         rows.append(["ratio", *(significant(median(ours, regime) / median(other, regime), 2) for regime in regimes)])
     caption = (
-        f"NKD, forward + backward, of {case['rows']} row of {case['classes']} classes, where the arithmetic is next to "
-        "nothing: microseconds."
+        f"Microseconds of NKD, forward + backward, with {case['rows']} row of {case['classes']} classes, so almost "
+        "without arithmetic."
     )
     return Rows("The fixed cost of a call", caption, ["", *regimes], rows)
 
@@ -60,7 +60,7 @@ def _bfloat16(cases: list[dict[str, Any]]) -> Rows:
         rows.append(row)
     size = f"{cases[0]['rows']}×{cases[0]['classes']}"
     caption = f"fused_kd at {size}, forward + backward: milliseconds in each dtype, taken in turn, and their ratio."
-    return Rows("bfloat16 beside float32", caption, header, rows)
+    return Rows("bfloat16 against float32", caption, header, rows)
 
 
 def _training_step(case: dict[str, Any]) -> Rows:
@@ -81,9 +81,9 @@ def _training_step(case: dict[str, Any]) -> Rows:
         rows.append(row)
     title = f"A training step with {case['classes']} classes"
     caption = (
-        f"NKD of logits that a linear layer makes: batch {case['rows']}, {case['features']} features, "
+        f"NKD after a linear layer: batch {case['rows']}, {case['features']} features, "
         f"{case['classes']} classes, {case['dtype']}, {regimes[0] if regimes else 'not timed'}. Milliseconds of the "
-        "whole step (the layer forward, the loss forward and backward, the layer backward), and of the loss in it, "
-        "timed where it happens. Without a loss the layer gets a gradient that is there already."
+        "whole step (the layer forward, the loss forward and backward, the layer backward), and of the loss, "
+        "timed within the step. Without a loss the layer gets a precomputed gradient."
     )
-    return Rows(title, caption, ["", "step, ms", "loss, ms", "of the step", "the loss over fused_kd's"], rows)
+    return Rows(title, caption, ["", "step, ms", "loss, ms", "share of step", "loss over fused_kd's"], rows)

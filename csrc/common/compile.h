@@ -1,4 +1,4 @@
-// How functions are declared that the CPU and the GPU share.
+// How functions shared by CPU and GPU are declared.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -7,8 +7,8 @@
 #define FKD_HD static inline
 #endif
 
-// The files in cpu/ that are compiled once per instruction set define FKD_ISA, so that the linker cannot merge one
-// build's inline functions into another's and run AVX-512 code where there is none.
+// The sources in cpu/ that are compiled once per instruction set define FKD_ISA. Otherwise the linker could merge their
+// inline functions, and AVX-512 code could run on a CPU without AVX-512.
 #ifndef FKD_ISA
 #define FKD_ISA common
 #endif

@@ -1,4 +1,4 @@
-// What tensors hold.
+// Dtypes of tensors.
 #pragma once
 
 #include "compile.h"

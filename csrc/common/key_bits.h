@@ -1,4 +1,4 @@
-// Keys as integers whose ascending order is the keys' descending order.
+// Sort keys as integers: ascending integers are descending keys.
 #pragma once
 
 #include <stdint.h>

@@ -1,13 +1,12 @@
-// Per-row formulas of the losses: from the statistics of a row to its loss parts and the coefficients of its gradient.
-// Shared by every backend that compiles C++, so plain scalars only: no vectors, no allocation, no library beyond
-// <math.h>.
+// Formulas of a row: from its statistics to its loss parts and the coefficients of its gradient. Every backend that
+// compiles C++ shares them, so they use plain scalars: no vectors, no allocation, no library beyond <math.h>.
 //
 // Notation (y the target, "nt" the classes other than y):
-//   max_nt           the largest non-target logit, to which all sums of a row refer; 0 if every one is -inf
+//   max_nt           the largest non-target logit, the reference of all sums of a row; 0 if all are -inf
 //   sum              sum over nt of exp(x_j - max_nt)
 //   sum_t            sum over nt of exp((x_j - max_nt) / T)
-// The target never enters a sum: p_y - 1 = -sum / Z and the non-target softmax come out without cancellation, however
-// close p_y is to 1, and a target logit far above the rest does not make the rest underflow.
+// The target never enters a sum. So p_y - 1 = -sum / Z and the non-target softmax do not cancel, however close p_y is
+// to 1, and the rest does not underflow under a target logit far above it.
 #pragma once
 
 #include <math.h>
@@ -18,7 +17,7 @@
 namespace fused_kd {
 namespace FKD_ISA {
 
-// Softmax of one row, split into its K targets and the rest. An absent target has the logit -inf.
+// Softmax of one row, split into its K targets and the rest. An absent target has logit -inf.
 template <class R, int K>
 struct SplitSoftmax {
     R log_p[K];       // of the targets
@@ -30,7 +29,7 @@ struct SplitSoftmax {
 
 template <class R, int K>
 FKD_HD SplitSoftmax<R, K> split_softmax(const R (&logits)[K], R max_nt, R sum) {
-    const bool no_rest = sum == R(0); // NaN counts as some
+    const bool no_rest = sum == R(0); // false for NaN
     R top = no_rest ? -R(INFINITY) : max_nt;
     int at = -1;
     for (int k = 0; k < K; ++k)
@@ -40,7 +39,7 @@ FKD_HD SplitSoftmax<R, K> split_softmax(const R (&logits)[K], R max_nt, R sum) {
         }
     const R scale = no_rest ? R(0) : at < 0 ? R(1) : exp(max_nt - top);
     const R nt = sum * scale;
-    R below = nt; // everything but the largest, whose exponential is 1
+    R below = nt; // everything but the largest, which has exponential 1
     R e[K];
     for (int k = 0; k < K; ++k) {
         e[k] = k == at ? R(1) : exp(logits[k] - top);
@@ -56,29 +55,29 @@ FKD_HD SplitSoftmax<R, K> split_softmax(const R (&logits)[K], R max_nt, R sum) {
     }
     out.rest = nt / z + invalid;
     out.p_scale = scale / z + invalid;
-    out.log_normalizer = (no_rest ? R(0) * log_z : (top - max_nt) + log_z) + invalid; // NaN where p is
+    out.log_normalizer = (no_rest ? R(0) * log_z : (top - max_nt) + log_z) + invalid; // NaN where p is NaN
     return out;
 }
 
-// weight * value with 0 * inf = 0: a class that cannot occur costs nothing where it has no weight. NaN stays.
+// weight * value with 0 * inf = 0: a class of probability 0 costs nothing at weight 0. NaN stays NaN.
 template <class R>
 FKD_HD R weighted(R weight, R value) {
     return (weight == R(0) && (value == INFINITY || value == -INFINITY)) ? R(0) : weight * value;
 }
 
-// What the CE of a row asks whose at most two targets are set apart.
+// What the CE of a row needs, with up to two targets set apart.
 template <class R>
 struct LabelStats {
-    int targets; // how many there are; one that there is not has the logit -inf and the label 0
-    int unused;  // where padding would be, which a GPU's copies by words would read unwritten
+    int targets; // how many there are; an absent one has logit -inf and label 0
+    int unused;  // in place of padding, which a GPU would read unwritten when it copies words
     R s_target[2], label[2];
-    R s_linear; // sum over nt of s_j - s_max; only where the labels are smoothed
-    // Of probability targets V only; of class indices v_sum = 1 and the rest 0.
-    R v_sum;                      // of all V_j
+    R s_linear; // sum over nt of s_j - s_max; only with label smoothing
+    // For probability targets V; class indices have v_sum = 1 and 0 elsewhere.
+    R v_sum;                      // sum of all V_j
     R v_cross, v_free, v_blocked; // over nt: sum V_j (s_j - s_max), sum V_j where s_j > -inf, and where s_j = -inf
 };
 
-// w CE(s, V"), V" = (1 - e) V + e / C with e the label smoothing. d/ds_j = sum p_j - v V_j - constant
+// w CE(s, V"), V" = (1 - e) V + e / C, e the label smoothing. d/ds_j = sum p_j - v V_j - constant
 template <class R>
 struct CrossEntropy {
     R loss, sum, v, constant;
@@ -88,16 +87,16 @@ struct CrossEntropy {
 template <class R>
 FKD_HD CrossEntropy<R> cross_entropy(const LabelStats<R>& x, const HyperParameters& params, double classes,
                                      const SplitSoftmax<R, 2>& p) {
-    if (params.ce_weight == 0) return {}; // a row without a softmax need not have it
+    if (params.ce_weight == 0) return {}; // without the CE, a row need not have a softmax
     const R weight = R(params.ce_weight), kept = R(1 - params.label_smoothing);
     const R share = R(params.label_smoothing / classes);
     R ce = R(0);
-    for (int k = 0; k < 2; ++k) // a fixed number of turns, so that a GPU keeps the arrays in registers
+    for (int k = 0; k < 2; ++k) // a constant trip count keeps the arrays in registers on a GPU
         if (k < x.targets) ce -= weighted(x.label[k], p.log_p[k]);
     if (x.v_free != R(0)) ce += x.v_free * p.log_normalizer - x.v_cross;
-    if (x.v_blocked > R(0)) ce = R(INFINITY) + R(0) * p.rest; // NaN where no class can occur
+    if (x.v_blocked > R(0)) ce = R(INFINITY) + R(0) * p.rest; // NaN if no class can occur
     if (share != R(0)) {
-        // Every class has a share, so one that cannot occur makes the CE infinite.
+        // Every class has a share, so a class with logit -inf makes the CE infinite.
         const R rest = R(classes) - R(x.targets);
         R all = x.s_linear == -INFINITY ? R(INFINITY) : rest * p.log_normalizer - x.s_linear;
         for (int k = 0; k < 2; ++k)
@@ -107,7 +106,7 @@ FKD_HD CrossEntropy<R> cross_entropy(const LabelStats<R>& x, const HyperParamete
     const R sum = kept * x.v_sum + R(params.label_smoothing);
     CrossEntropy<R> out = {weighted(weight, ce), weight * sum, weight * kept, weight * share, {R(0), R(0)}};
     for (int k = 0; k < 2; ++k) {
-        // p_k sum V" - V"_k = p_k (sum of the others) - V"_k (1 - p_k), where 1 - p_k is what the others have
+        // p_k sum V" - V"_k = p_k (sum of the others) - V"_k (1 - p_k), and 1 - p_k is the probability of the others
         const R label = kept * x.label[k] + share;
         out.target[k] = weight * (p.p[k] * (sum - label) - label * (p.rest + p.p[1 - k]));
     }
@@ -117,44 +116,43 @@ FKD_HD CrossEntropy<R> cross_entropy(const LabelStats<R>& x, const HyperParamete
 enum Rank { kNormalized = 0, kClsKd = 1, kWeak = 2, kFinal = 3, kSum = 4 };
 
 struct UskdParams : HyperParameters {
-    double mean[2]; // of p_k^2, or p_k, over the batch, per target column
+    double mean[2]; // mean over the batch of p_k^2, or p_k, for each target column
     double classes;
     bool square;
 };
 
 template <class R>
 struct UskdStats : LabelStats<R> {
-    R s_max, s_sum, w_max, w_sum; // as above, of the student's and the weak logits
+    R s_max, s_sum, w_max, w_sum; // maxima and sums as above, of student and weak logits
     R w_target[2];
     R w_linear;       // sum over nt of w_j - w_max
-    R v_weak, v_rest; // of probability targets, over nt: sum V_j (w_j - w_max), sum V_j
+    R v_weak, v_rest; // for probability targets, over nt: sum V_j (w_j - w_max), sum V_j
 };
 
 // The rank key of a class is weak * exp(w_j - w_max) + student * exp(s_j - s_max) + linear * (s_j - s_max) + constant.
-// A target has the same, so that ties are ties, unless it is above the rest in what ranks: its exponential may overflow
-// there, and it cannot tie but by rounding.
+// A target uses the same formula, so that ties stay ties. But if a ranked logit of the target is above the rest, its
+// exponential may overflow, and it cannot tie except by rounding; then `target` is its key.
 template <class R>
 struct UskdKey {
     R weak, student, linear, constant;
-    R target[2]; // where above
+    R target[2]; // if above
     int above[2];
 };
 
-// Whether a target's logit is above the rest's, of which the largest is max, or none where their exponentials' sum is
-// 0.
+// Whether a target's logit is above the rest: above their maximum, or above -inf if their exponentials sum to 0.
 template <class R>
 FKD_HD bool above_rest(R logit, R max, R sum) {
     return logit > (sum == R(0) ? -R(INFINITY) : max);
 }
 
-// Eq. 10 and its variants (paper Table 9). 1 - sum of p over the targets is `rest`, without the subtraction.
+// Eq. 10 and its variants (paper Table 9). `rest` is 1 - sum of p over the targets, without the subtraction.
 template <class R>
 FKD_HD UskdKey<R> uskd_key(const UskdStats<R>& x, const SplitSoftmax<R, 2>& p, const SplitSoftmax<R, 2>& v, Rank rank) {
     const R small = R(1e-6);
     const R by_weak = rank == kNormalized || rank == kClsKd ? R(1) / (v.rest + small) : R(rank != kFinal);
     const R by_student = rank == kNormalized ? R(1) / (p.rest + small) : R(rank == kFinal || rank == kSum);
     UskdKey<R> key = {by_weak * v.p_scale, by_student * p.p_scale, R(0), R(0), {R(0), R(0)}, {0, 0}};
-    // A fixed number of turns here and in uskd_row, so that a GPU keeps the arrays in registers.
+    // A constant trip count, here and in uskd_row, keeps the arrays in registers on a GPU.
     if (rank == kClsKd) {
         R divisor = R(1) + small;
         for (int k = 0; k < 2; ++k)
@@ -172,7 +170,7 @@ FKD_HD UskdKey<R> uskd_key(const UskdStats<R>& x, const SplitSoftmax<R, 2>& p, c
     return key;
 }
 
-// Loss parts, already weighted, and the gradients, for j not a target:
+// Loss parts, already weighted, and the gradients for j not a target:
 //   d/ds_j = student * exp(s_j - s_max) + zipf * z_j - v V_j - constant
 //   d/dw_j = weak * exp(w_j - w_max) - weak_constant - weak_v V_j
 template <class R>
@@ -183,7 +181,7 @@ struct UskdRow {
     R student_target[2], weak_target[2];
 };
 
-// zipf_sum and zipf_cross: over the classes that are no target and can occur, sum z_j and sum z_j (s_j - s_max).
+// zipf_sum and zipf_cross: sum z_j and sum z_j (s_j - s_max) over the non-target classes with logits > -inf.
 // d/ds_j = alpha (p_j sum P - P_k [j=y_k]) + beta (p^_j - z^_j)[j not in Y] + d CE/ds_j
 template <class R>
 FKD_HD UskdRow<R> uskd_row(const UskdStats<R>& x, const UskdParams& params, const SplitSoftmax<R, 2>& p,
@@ -206,7 +204,7 @@ FKD_HD UskdRow<R> uskd_row(const UskdStats<R>& x, const UskdParams& params, cons
     out.non_target = has_rest ? R(params.beta) * (log(x.s_sum) - zipf_cross / zipf_sum) : R(0);
     out.zipf = has_rest ? -R(params.beta) / zipf_sum : R(0);
 
-    // Every class has a share of the smoothed label, so one that the weak logits exclude makes the term infinite.
+    // Every class has a share of the smoothed label, so a weak logit of -inf makes the term infinite.
     if (x.w_linear == -INFINITY)
         weak = INFINITY;
     else

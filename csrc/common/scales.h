@@ -1,4 +1,4 @@
-// What a gradient is multiplied with when it is stored, and the factor left for the backward pass.
+// The factor of a stored gradient, and the factor left for the backward pass.
 #pragma once
 
 #include <stdint.h>
@@ -8,7 +8,7 @@
 namespace fused_kd {
 namespace FKD_ISA {
 
-// The largest power of two that is not above a count; 1 for 0.
+// The largest power of two <= count; 1 for 0.
 FKD_HD int64_t power_below(int64_t count) {
     int64_t power = 1;
     while (power <= count / 2)
@@ -16,9 +16,9 @@ FKD_HD int64_t power_below(int64_t count) {
     return power;
 }
 
-// Divided by the number of rows now, an incoming gradient of 1 leaves nothing to do. Float16 would underflow: there a
-// power of two next to the divisor is multiplied in and left to the backward pass, which thus rounds nothing
-// (see fused_kd/ops.py).
+// The gradient is stored divided by the number of rows, so the backward pass has no work for an incoming gradient of 1.
+// Float16 would underflow: it is also multiplied by a power of two near the divisor, which the backward pass divides
+// out without rounding (see fused_kd/ops.py).
 FKD_HD double kept_power(DType dtype, int64_t divisor) {
     return dtype == kFloat16 ? double(power_below(divisor)) : 1.0;
 }

@@ -1,5 +1,5 @@
-// How calls are launched on a GPU: which kernel ranks a row of so many classes, blocks and threads, and how much memory
-// a call needs. Plain host code, so that it is built and tested where there is no CUDA.
+// Launch parameters on a GPU: which kernel ranks a row of a number of classes, blocks, threads, and memory. This is
+// plain host code, so builds without CUDA test it too.
 #pragma once
 
 #include <cstddef>
@@ -8,8 +8,8 @@
 namespace fused_kd {
 namespace cuda {
 
-// A block of `threads` ranks one row of up to threads * items classes in shared memory. With `keep` the logits stay in
-// registers through the sort; without, they are read again after it, from the cache: kept, they would spill.
+// A block of `threads` threads ranks one row of up to threads * items classes in shared memory. With `keep`, the logits
+// stay in registers during the sort. Otherwise they would spill, and are read again from the cache after it.
 struct Arrangement {
     int threads, items;
     bool keep;
@@ -34,25 +34,26 @@ constexpr int capacity(const Arrangement& a) {
     return a.threads * a.items;
 }
 
-// An upper bound of an arrangement's shared memory; cuda/uskd_in_block.cu asserts it. The sort exchanges 32-bit keys
-// with a word of padding in 32, and before that counts 16 digits per thread in 16 bits each, and scans them; a kilobyte
-// and a half holds the rest.
+// An upper bound of the shared memory of an arrangement, asserted by cuda/uskd_in_block.cu. The sort exchanges 32-bit
+// keys, with one word of padding per 32 words. Before that, it counts and scans 16 digits per thread, of 16 bits each.
+// 1.5 KB hold everything else.
 constexpr int shared_bound(const Arrangement& a) {
     const int exchange = capacity(a) * 4 + capacity(a) / 8, count = a.threads * 40;
     return (exchange > count ? exchange : count) + 1536;
 }
 
-// The index of the arrangement for a row, or -1 where the row is sorted in global memory (cuda/uskd_sorted.cu). Double
-// precision always is: its keys have 64 bits, and it is for checking, not for speed.
+// The index of the arrangement for a row, or -1 to sort in global memory (cuda/uskd_sorted.cu). Double precision always
+// sorts there: it has 64-bit keys, and serves to check, not to be fast.
 constexpr int arrangement_for(int64_t classes, bool double_precision) {
     for (int i = 0; !double_precision && i < kArrangementCount; ++i)
         if (classes <= capacity(kArrangements[i])) return i;
     return -1;
 }
 
-// Rows sorted in global memory go in passes of so many classes in all, so that the sort's buffers (16 bytes a class, 24
-// in double precision) stay a few hundred megabytes however large the batch. The sort gives each row a block, so a pass
-// should fill the GPU: these are 768 rows of 21841 and 130 of 128256. Tests define fewer.
+// Rows sorted in global memory are processed in passes of this many classes in total. So the sort's buffers (16 bytes
+// per class, 24 in double precision) stay within a few hundred megabytes for any batch. The sort uses one block per
+// row, and a pass should fill the GPU: this is 768 rows of 21841 classes, or 130 of 128256. Tests define a smaller
+// number.
 #ifndef FKD_SORTED_AT_ONCE
 #define FKD_SORTED_AT_ONCE (1 << 24)
 #endif
@@ -62,24 +63,23 @@ constexpr int64_t rows_per_pass(int64_t rows, int64_t classes) {
     return most < 1 ? 1 : rows < most ? rows : most;
 }
 
-// Up to so many rows each block counts the targets that do not count itself, while its logits are on their way; beyond,
-// a launch before does.
+// Up to this many rows, each block counts the rows that count, while its logits load. Beyond, a separate launch counts.
 constexpr int64_t kRowsCountedByEach = 2048;
 
-// Threads of a block that streams a row; more would leave each too few registers.
+// Threads of a block that streams a row; with more, each has too few registers.
 constexpr int kMostStreamingThreads = 512;
 constexpr int streaming_threads(int64_t classes) {
     return classes <= 512 ? 64 : classes <= 4096 ? 256 : kMostStreamingThreads;
 }
 
-// So that 32 bits index a row's classes and where its last thread's next four would be.
+// So that 32 bits index all classes of a row, and the next four after those of its last thread.
 constexpr int64_t kMostClasses = (int64_t(1) << 31) - 1 - 4 * kMostStreamingThreads;
 
-// In the first dimension of a grid.
+// The limit of a grid's first dimension.
 constexpr int64_t kMostBlocks = (int64_t(1) << 31) - 1;
 
-// The parts of all rows are summed by one block, in an order that their number alone decides, or handed through by as
-// many as they fill.
+// One block sums the parts of all rows, in an order that depends only on the number of rows. Without a reduction, as
+// many blocks as the rows fill copy the parts.
 constexpr int kReducingThreads = 1024;
 constexpr int kMostReducingBlocks = 1024;
 constexpr int reducing_blocks(int64_t rows, bool per_row) {
@@ -87,21 +87,21 @@ constexpr int reducing_blocks(int64_t rows, bool per_row) {
     return !per_row || blocks < 1 ? 1 : int(blocks < kMostReducingBlocks ? blocks : kMostReducingBlocks);
 }
 
-// Of the block that sums the targets' probabilities: a batch that is small makes it wait for fewer warps.
+// Threads of the block that sums the targets' probabilities: a small batch then waits for fewer warps.
 constexpr int summing_threads(int64_t rows) {
     return rows > 128 ? kReducingThreads : 128;
 }
 
-// A call's workspace begins with the number of rows that count, then has four parts of each row, then what a sort in
-// global memory needs; each from a multiple of this many bytes on.
+// The workspace of a call has the number of rows that count, four parts per row, and what a sort in global memory
+// needs. Each starts at a multiple of this many bytes.
 constexpr size_t kPlace = 256;
 constexpr size_t parts_bytes(int64_t rows, int element_bytes) {
     return (size_t(rows) * 4 * size_t(element_bytes) + kPlace - 1) / kPlace * kPlace;
 }
 
-// Scaling a gradient: as large a piece of a row as a block takes, and the blocks of all.
+// Scaling a gradient: the piece of a row that one block scales, and the number of pieces.
 constexpr int kScalingThreads = 256;
-constexpr int64_t kScalingPiece = int64_t(kScalingThreads) * 4 * 8; // eight chunks of four a thread
+constexpr int64_t kScalingPiece = int64_t(kScalingThreads) * 4 * 8; // eight chunks of four per thread
 constexpr int64_t scaling_pieces(int64_t classes) {
     return (classes + kScalingPiece - 1) / kScalingPiece;
 }

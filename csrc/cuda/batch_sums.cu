@@ -1,4 +1,4 @@
-// USKD's small pass before: the targets' probabilities, whose batch means every row needs, and their sums.
+// USKD's first pass: the targets' probabilities and their sums, because each row needs their means over the batch.
 #include "targets.h"
 
 namespace fused_kd {
@@ -17,7 +17,7 @@ struct Sum {
     __device__ void merge(const Sum& o) { x += o.x; }
 };
 
-// f(j, s) for the classes of a row that are no target.
+// Calls f(j, s) for each non-target class of a row.
 template <class A, class F>
 __device__ __forceinline__ void visit_student(const RowView& row, const Targets<A>& targets, int classes, F&& f) {
     for (int base = threadIdx.x * kChunk; base < classes; base += blockDim.x * kChunk) {
@@ -29,8 +29,8 @@ __device__ __forceinline__ void visit_student(const RowView& row, const Targets<
     }
 }
 
-// A row a block: p_k^2, or p_k, of its targets; 0 where there is none, NaN of a row that has no value. The second visit
-// to the row finds it in the cache unless it is large.
+// One block per row: p_k^2, or p_k, of its targets; 0 for an absent target, NaN in a row without a value. The second
+// visit reads the row from the cache, unless the row is large.
 template <class A>
 __global__ void __launch_bounds__(kMostStreamingThreads) target_probabilities(BatchSumsCall call) {
     __shared__ WarpResults<LargestTwo<A>> room;
@@ -72,7 +72,7 @@ struct Totals {
     }
 };
 
-// By one block, so that the order depends on the number of rows only.
+// One block, so that the order depends only on the number of rows.
 __global__ void __launch_bounds__(kReducingThreads) sum_probabilities(BatchSumsCall call) {
     __shared__ WarpResults<Totals> room;
     const int64_t* const indices =
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kReducingThreads) sum_probabilities(BatchSumsC
 } // namespace
 
 const char* uskd_batch_sums(const Place& place, const BatchSumsCall& call) {
-    if (const char* error = said(cudaSetDevice(place.device))) return error;
+    if (const char* error = error_text(cudaSetDevice(place.device))) return error;
     if (call.rows > 0) {
         const auto kernel = call.accumulate == kFloat64 ? target_probabilities<double> : target_probabilities<float>;
         if (const char* error = launch(kernel, call.rows, streaming_threads(call.classes), 0, place.stream, call))

@@ -1,5 +1,5 @@
-// Reductions over a block of threads. Every thread gets the result, and the order of additions depends on nothing but
-// the number of threads: same input, same bits.
+// Reductions over a block of threads. Every thread gets the result. The order of additions depends only on the number
+// of threads, so equal inputs give equal bits.
 #pragma once
 
 #include "device.h"
@@ -19,14 +19,14 @@ __device__ __forceinline__ T shuffle_xor(T x, int mask) {
     return x;
 }
 
-// Room for the warps' results.
+// Shared memory for the results of the warps.
 template <class T>
 struct WarpResults {
     T of[32];
 };
 
-// x.merge(y) must be commutative to the bit, so that every lane of a butterfly arrives at the same one. The block is
-// a power of two of whole warps.
+// x.merge(y) must be commutative to the bit, so that all lanes of a butterfly get the same result. The number of warps
+// must be a power of two.
 template <class T>
 __device__ __forceinline__ T block_reduce(T x, void* room) {
 #pragma unroll
@@ -35,7 +35,7 @@ __device__ __forceinline__ T block_reduce(T x, void* room) {
     const int warps = blockDim.x / 32;
     if (warps == 1) return x;
     T* const of = static_cast<WarpResults<T>*>(room)->of;
-    __syncthreads(); // the last use of the room is over
+    __syncthreads(); // wait for earlier readers of the room
     if (threadIdx.x % 32 == 0) of[threadIdx.x / 32] = x;
     __syncthreads();
     x = of[threadIdx.x % warps];

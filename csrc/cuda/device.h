@@ -1,4 +1,4 @@
-// What every CUDA source includes: the runtime, the shared formulas, and launching.
+// Included by every CUDA source: the runtime, the shared formulas, and launches.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -23,24 +23,24 @@ using common::UskdParams;
 using common::UskdRow;
 using common::UskdStats;
 
-// Null, or what CUDA said. CUDA also keeps a failed call's error as the thread's last, where CUB would find it at the
-// next sort and take it for its own: told here, it is taken away. An error that has ruined the context stays, whoever
-// takes it. The package has a runtime of its own (CUDA::cudart_static, whose symbols are hidden), and with it a last
-// error of its own: none of PyTorch's is lost here, and none is reported as ours.
-inline const char* said(cudaError_t error) {
+// Return null or CUDA's error message. cudaGetLastError clears the error of a failed call: otherwise CUB would find it
+// at the next sort and report it as its own. An error that has corrupted the context remains in any case. The package
+// links its own runtime (CUDA::cudart_static, with hidden symbols), which has its own last error. So this clears no
+// error of PyTorch's, and reports none as ours.
+inline const char* error_text(cudaError_t error) {
     if (error == cudaSuccess) return nullptr;
     cudaGetLastError();
     return cudaGetErrorString(error);
 }
 
-// As kernel<<<blocks, threads, shared, stream>>>(arguments).
+// kernel<<<blocks, threads, shared, stream>>>(arguments)
 template <class Arguments>
 const char* launch(void (*kernel)(Arguments), int64_t blocks, int threads, size_t shared, uintptr_t stream,
                    Arguments arguments) {
     if (blocks > kMostBlocks) return "more rows than one launch has blocks";
     void* pointers[] = {&arguments};
-    return said(cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), pointers, shared,
-                                 reinterpret_cast<cudaStream_t>(stream)));
+    return error_text(cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), pointers, shared,
+                                       reinterpret_cast<cudaStream_t>(stream)));
 }
 
 } // namespace cuda

@@ -1,7 +1,7 @@
-// The CUDA kernels as the bindings see them: plain structures and functions, no CUDA headers.
+// The interface of the CUDA kernels: plain structures and functions, no CUDA headers.
 //
-// Every function runs on the given stream, of the given device, allocates nothing and does not wait, so that it may be
-// captured into a graph. It returns null, or what CUDA said was wrong.
+// Every function runs on the given stream and device, allocates nothing and does not wait, so a CUDA graph can capture
+// it. It returns null or an error message.
 #pragma once
 
 #include "../cpu/kernels.h"
@@ -16,8 +16,8 @@ struct Place {
 
 struct UskdCall {
     Matrix student, weak;
-    Matrix target;                          // class indices (kInt64), or probabilities
-    void *student_gradient, *weak_gradient; // contiguous, each of its logits' dtype; null when not wanted
+    Matrix target;                          // class indices (kInt64) or probabilities
+    void *student_gradient, *weak_gradient; // contiguous, with the dtype of their logits; null if not wanted
     int64_t rows;
     int classes;
     HyperParameters hyper;
@@ -27,9 +27,9 @@ struct UskdCall {
     Reduction reduction;
     double student_scale, weak_scale; // powers of two
     const double* batch_sums;
-    const double* factors; // (3, rows) of parts and both gradients, 0 of a row that does not count; null for 1
+    const double* factors; // (3, rows): of the parts and both gradients, 0 for a row that does not count; null means 1
     DType accumulate;
-    void *loss, *parts, *norms[2]; // of the accumulating dtype
+    void *loss, *parts, *norms[2]; // of dtype `accumulate`
     void* workspace;
 };
 
@@ -48,7 +48,7 @@ struct ScaleCall {
     const void* gradient;
     void* out; // may be the gradient
     DType dtype;
-    const void* grad_output; // per row, at a stride that may be 0
+    const void* grad_output; // one per row, or one for all with stride 0
     DType grad_output_dtype;
     int64_t grad_output_stride;
     const void* norm;
@@ -56,14 +56,14 @@ struct ScaleCall {
     int64_t rows, classes;
 };
 
-// Of UskdCall.workspace; asks the device for what a sort needs. Returns null, or what was wrong.
+// The size of UskdCall.workspace; asks CUB for the size that a sort needs. Returns null or an error message.
 const char* uskd_workspace_bytes(int device, int64_t rows, int64_t classes, DType accumulate, int64_t& bytes);
 
 const char* uskd(const Place& place, const UskdCall& call);
 const char* uskd_batch_sums(const Place& place, const BatchSumsCall& call);
 const char* scale_gradient(const Place& place, const ScaleCall& call);
 
-// Null if the kernels can run on the current device; else why not, such as a driver older than this CUDA.
+// Return null if the kernels can run on the current device, else the reason, such as a driver older than this CUDA.
 const char* problem();
 
 } // namespace cuda

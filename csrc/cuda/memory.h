@@ -1,5 +1,5 @@
-// Rows of logits in any dtype and stride, four classes at a time: 8 bytes of half precision, 16 of float32. Rows that
-// are not contiguous, or not aligned to that, go element by element.
+// Loads and stores rows of logits, of any dtype and stride, four classes at a time: 8 bytes in half precision, 16 in
+// float32. Rows that are not contiguous, or not aligned to that, use single elements.
 #pragma once
 
 #include "device.h"
@@ -36,11 +36,11 @@ struct RowView {
     const char* data;
     int64_t stride; // in elements
     DType dtype;
-    bool vectors; // a chunk of it can be one load
+    bool vectors; // whether a chunk can be one load
 };
 
 __device__ __forceinline__ bool aligned_for_chunks(const void* p, DType dtype) {
-    // float64 never is: 32 bytes are two loads, and it is not what must be fast.
+    // Never float64: a chunk is two loads of 16 bytes, and float64 need not be fast.
     return dtype != kFloat64 && (reinterpret_cast<uintptr_t>(p) & uintptr_t(kChunk * element_size(dtype) - 1)) == 0;
 }
 
@@ -54,8 +54,8 @@ __device__ __forceinline__ A load_one(const RowView& row, int64_t j) {
     return load_one<A>(row.data, row.dtype, j * row.stride);
 }
 
-// A chunk as it lies in memory, so that many loads can be on their way before the first is looked at. Half precision
-// takes two words if it came as one vector, else one word an element.
+// A chunk as it is in memory, so that many loads are in flight before the first is converted. In half precision a chunk
+// loaded as one vector takes two words, otherwise one word per element.
 struct RawChunk {
     uint32_t word[kChunk];
 };
@@ -87,7 +87,7 @@ __device__ __forceinline__ RawChunk load_raw(const RowView& row, int base, int c
     return raw;
 }
 
-// The chunk's values; 0 past the row's end.
+// The values of a chunk; 0 past the end of the row.
 __device__ __forceinline__ void convert(const RawChunk& raw, const RowView& row, int base, int classes,
                                         float (&out)[kChunk]) {
     const bool packed = row.dtype != kFloat32 && whole_vector(row, base, classes);
@@ -119,7 +119,7 @@ __device__ __forceinline__ uint32_t half_bits(float x) {
     return __half_as_ushort(__float2half_rn(x));
 }
 
-// One row of a contiguous gradient, for writing; null data means it is not wanted.
+// A row of a contiguous gradient, to write; null data if the gradient is not wanted.
 struct GradientRow {
     char* data;
     DType dtype;

@@ -1,4 +1,4 @@
-// The target classes of a row, found by its block, and how many rows count.
+// The target classes of a row, found by its block, and the number of rows that count.
 #pragma once
 
 #include "block.h"
@@ -7,17 +7,17 @@
 namespace fused_kd {
 namespace cuda {
 
-enum Standing { kCounts = 0, kIgnored = 1, kInvalid = 2 }; // invalid: an index out of range
+enum Standing { kCounts = 0, kIgnored = 1, kInvalid = 2 }; // kInvalid: an index out of range
 
 template <class A>
 struct Targets {
     int count, standing;
-    int at[2]; // -1 for none; the largest label first
+    int at[2]; // -1 if absent; the largest label first
     A label[2];
-    A poison; // NaN if one of the probabilities is not finite, else 0
+    A poison; // NaN if a probability is not finite, else 0
 };
 
-// The two largest probabilities, the lower index first on ties, and the smallest. Comparisons pass over NaN.
+// The two largest probabilities, on ties the lower index first, and the smallest. Comparisons ignore NaN.
 template <class A>
 struct LargestTwo {
     A value[2];
@@ -48,8 +48,7 @@ struct LargestTwo {
     }
 };
 
-// Of class indices, the one; of probabilities, the at most two largest that exceed the row's smallest. Every thread of
-// the block gets them.
+// Return the class index, or up to two largest probabilities that exceed the smallest of the row, to every thread.
 template <class A>
 __device__ Targets<A> find_targets(const Matrix& target, int64_t row, int classes, int64_t ignore_index, void* room) {
     if (target.dtype == kInt64) {
@@ -82,7 +81,7 @@ __device__ Targets<A> find_targets(const Matrix& target, int64_t row, int classe
     return targets;
 }
 
-// The number of class indices that count, by one block.
+// Count the rows with a class index other than ignore_index, with one block.
 __device__ inline int64_t count_targets(const Matrix& target, int64_t rows, int64_t ignore_index, void* room) {
     Count count = {0};
     const int64_t* const indices = static_cast<const int64_t*>(target.data);

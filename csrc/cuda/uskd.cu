@@ -1,4 +1,4 @@
-// USKD: which kernels a call takes, the number of rows that count, and the reduction of the rows' parts.
+// USKD: chooses the kernels of a call, counts the rows, and reduces the parts of the rows.
 #include "uskd_launch.h"
 
 namespace fused_kd {
@@ -22,8 +22,8 @@ __global__ void __launch_bounds__(kReducingThreads) count_rows(RowsArguments arg
     if (threadIdx.x == 0) *const_cast<int64_t*>(args.count) = counted;
 }
 
-// The parts of all rows, summed by one block in an order that depends on their number only, or handed through. Also the
-// norms that the backward pass divides by.
+// Sums the parts of all rows with one block, in an order that depends only on the number of rows, or copies them. Also
+// stores the norms for the backward pass.
 template <class A>
 __global__ void __launch_bounds__(kReducingThreads) reduce_parts(RowsArguments args) {
     __shared__ Room room;
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kReducingThreads) reduce_parts(RowsArguments a
 const char* uskd_workspace_bytes(int device, int64_t rows, int64_t classes, DType accumulate, int64_t& bytes) {
     bytes = int64_t(kPlace + parts_bytes(rows, element_size(accumulate)));
     if (rows == 0 || arrangement_for(classes, accumulate == kFloat64) >= 0) return nullptr;
-    if (const char* error = said(cudaSetDevice(device))) return error;
+    if (const char* error = error_text(cudaSetDevice(device))) return error;
     int64_t sorting = 0;
     const char* error = sorted_workspace_bytes(rows, int(classes), accumulate, sorting);
     bytes += sorting;
@@ -71,7 +71,7 @@ const char* uskd_workspace_bytes(int device, int64_t rows, int64_t classes, DTyp
 }
 
 const char* uskd(const Place& place, const UskdCall& call) {
-    if (const char* error = said(cudaSetDevice(place.device))) return error;
+    if (const char* error = error_text(cudaSetDevice(place.device))) return error;
     RowsArguments args = {};
     args.call = call;
     args.rows = call.rows;
@@ -95,7 +95,7 @@ const char* uskd(const Place& place, const UskdCall& call) {
 
 const char* problem() {
     cudaFuncAttributes attributes;
-    return said(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&count_rows)));
+    return error_text(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&count_rows)));
 }
 
 } // namespace cuda

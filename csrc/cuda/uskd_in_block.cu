@@ -1,5 +1,5 @@
-// USKD where a block holds its row: statistics, keys, a radix sort in shared memory, Zipf weights, losses and both
-// gradients in one launch. cuda/arrangements.h says which block serves which number of classes.
+// USKD with a row per block: statistics, keys, a radix sort in shared memory, Zipf weights, losses and both gradients
+// in one launch. cuda/arrangements.h assigns numbers of classes to blocks.
 #include <cub/block/block_radix_sort.cuh>
 
 #include "../common/key_bits.h"
@@ -10,7 +10,7 @@ namespace fused_kd {
 namespace cuda {
 namespace {
 
-// A row in registers: thread t has the chunks t, t + threads, ... of four classes each.
+// A row in registers: thread t holds the chunks t, t + threads, ... of four classes each.
 template <int kThreads, int kItems>
 struct HeldRow {
     static constexpr int kChunks = kItems / kChunk;
@@ -42,8 +42,8 @@ struct HeldRow {
     __device__ static int base(int i) { return (i * kThreads + int(threadIdx.x)) * kChunk; }
 };
 
-// 16 bits index the classes of every arrangement. Keys, the sort's own storage and the Zipf weights follow one another
-// in the same memory.
+// 16 bits index the classes of every arrangement. The keys, the sort's storage and the Zipf weights use the same
+// memory, one after the other.
 template <int kThreads, int kItems>
 struct Shared {
     using Sort = cub::BlockRadixSort<uint32_t, kThreads, kItems, uint16_t>;
@@ -74,8 +74,8 @@ __global__ void __launch_bounds__(kThreads, kKeep ? 512 / kThreads : 0) rank_in_
     row_statistics<float>(call, index, row, targets, state);
     if (state.row.is_nan) return constant_row(args, index, NAN);
 
-    // Keys go through shared memory, from the order in which they were loaded to each thread's run of consecutive
-    // classes: the sort is stable, so equal keys stay in the classes' order. What is past the row's end sorts last.
+    // The keys change from load order to a run of consecutive classes per thread, through shared memory. The sort is
+    // stable, so equal keys keep the order of the classes. Padding past the end of the row sorts last.
     row_keys<float>(row, state.row, classes, [&](int j, float key) { shared.keys[j] = common::descending_bits(key); });
     for (int j = classes + threadIdx.x; j < kThreads * kItems; j += kThreads)
         shared.keys[j] = UINT32_MAX;

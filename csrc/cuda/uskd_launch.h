@@ -1,4 +1,4 @@
-// Launches of the two ways to rank rows; cuda/uskd.cu chooses.
+// The two ways to rank rows; cuda/uskd.cu chooses.
 #pragma once
 
 #include "uskd_row.h"
@@ -9,7 +9,7 @@ namespace cuda {
 const char* rank_rows_in_block(const Place& place, const RowsArguments& args, int arrangement);
 const char* rank_rows_sorted(const Place& place, const RowsArguments& args);
 
-// Of RowsArguments.sorting.
+// The size of RowsArguments.sorting.
 const char* sorted_workspace_bytes(int64_t rows, int classes, DType accumulate, int64_t& bytes);
 
 } // namespace cuda

@@ -1,8 +1,7 @@
-// USKD of one row by one block, in the stages that the kernels put together: statistics, rank keys, and, once the
-// classes are ranked, loss parts and both gradients. What a row is, registers or memory, is the caller's affair:
-// anything with
-//   visit(f)   calls f(base, s, w) for this thread's chunks of student and weak logits, classes base to base + 3, of
-//              which those past the row's end have any value.
+// USKD of one row by one block, in stages that the kernels combine: statistics, rank keys, and after the ranking, loss
+// parts and both gradients. The caller provides the row, from registers or memory, as a type with
+//   visit(f)   calls f(base, s, w) for this thread's chunks of student and weak logits, classes base to base + 3;
+//              past the end of the row the values are arbitrary.
 #pragma once
 
 #include "targets.h"
@@ -10,26 +9,26 @@
 namespace fused_kd {
 namespace cuda {
 
-// The arguments of every kernel that works on rows.
+// Arguments of every kernel that processes rows.
 struct RowsArguments {
     UskdCall call;
-    void* parts;          // (rows, 4), of the accumulating dtype
-    const int64_t* count; // of the rows that count, or null: each block counts them
-    int64_t first, rows;  // of this launch
-    // Of rows sorted in global memory only: where their buffers lie, and a pass's.
+    void* parts;          // (rows, 4), of the accumulation dtype
+    const int64_t* count; // number of rows that count, or null if each block counts them
+    int64_t first, rows;  // the rows of this launch
+    // Only for rows sorted in global memory: the workspace, and the buffers of a pass.
     void* sorting;
     void *keys, *spare, *states;
     uint32_t* order;
 };
 
-// What a block knows of its row, in shared memory.
+// The state of a block's row, in shared memory.
 template <class A>
 struct RowState {
     Targets<A> targets;
     UskdStats<A> x;
     SplitSoftmax<A, 2> p, v;
     UskdKey<A> key;
-    A is_nan; // not 0 for a NaN or a +inf somewhere: so are the loss and the gradients. No bool, which padding follows
+    A is_nan; // nonzero if the row contains NaN or +inf; then loss and gradients are NaN. Not bool, to avoid padding
 };
 
 template <class A>
@@ -37,7 +36,7 @@ struct BlockState {
     RowState<A> row;
     UskdRow<A> result;
     A student_scale, weak_scale;
-    alignas(16) char room[sizeof(WarpResults<LargestTwo<A>>)]; // of block_reduce; no result is larger
+    alignas(16) char room[sizeof(WarpResults<LargestTwo<A>>)]; // for block_reduce; this is its largest result
 };
 
 template <class A>
@@ -97,7 +96,7 @@ struct StreamedRow {
     }
 };
 
-// f(j, s, w) for every class that is no target.
+// Calls f(j, s, w) for each non-target class.
 template <class A, class Row, class F>
 __device__ __forceinline__ void visit_rest(const Row& row, const Targets<A>& targets, int classes, F&& f) {
     const int y0 = targets.at[0], y1 = targets.at[1];
@@ -115,7 +114,7 @@ __device__ __forceinline__ A finite_or_zero(A x) {
     return x == -INFINITY ? A(0) : x;
 }
 
-// Fills state.row, and waits for the block.
+// Fills state.row and synchronizes the block.
 template <class A, class Row>
 __device__ __forceinline__ void row_statistics(const UskdCall& call, int64_t index, const Row& row,
                                                const Targets<A>& targets, BlockState<A>& state) {
@@ -126,7 +125,8 @@ __device__ __forceinline__ void row_statistics(const UskdCall& call, int64_t ind
     });
     top = block_reduce(top, state.room);
     const A s_max = finite_or_zero(top.s), w_max = finite_or_zero(top.w);
-    // fmax passes over NaN; the sums do not. exp(-inf) is 0 and -inf is a sum that uskd_row asks for.
+    // fmax ignores NaN, but the sums do not. At logit -inf, exp gives 0, and the linear sum is the -inf that uskd_row
+    // expects.
     Sums<A> sums = {A(0), A(0), A(0), A(0)};
     visit_rest<A>(row, targets, call.classes, [&](int, A s, A w) {
         sums.s += exp(s - s_max);
@@ -150,7 +150,7 @@ __device__ __forceinline__ void row_statistics(const UskdCall& call, int64_t ind
     }
     if (threadIdx.x == 0) {
         const RowView student = row_view(call.student, index), weak = row_view(call.weak, index);
-        // In shared memory from the start: built in registers, the row's state would spill them.
+        // Built directly in shared memory: in registers, the row's state would spill.
         state.row.targets = targets;
         UskdStats<A>& x = state.row.x;
         x = {};
@@ -175,7 +175,7 @@ __device__ __forceinline__ void row_statistics(const UskdCall& call, int64_t ind
         }
         const auto p = state.row.p = common::split_softmax<A, 2>(x.s_target, s_max, sums.s);
         const auto v = state.row.v = common::split_softmax<A, 2>(x.w_target, w_max, sums.w);
-        // Without the means: a NaN of theirs is another row's, and reaches the student's gradient alone.
+        // The batch means are left out: their NaN comes from another row, and affects only the student's gradient.
         const A probe = p.rest + v.rest + x.v_sum + targets.poison;
         state.row.is_nan = A(probe != probe);
         state.row.key = common::uskd_key(x, p, v, Rank(call.rank));
@@ -183,7 +183,7 @@ __device__ __forceinline__ void row_statistics(const UskdCall& call, int64_t ind
     __syncthreads();
 }
 
-// key(j, s, w) of every class, targets too.
+// Calls put(j, key) for every class, including the targets.
 template <class A, class Row, class F>
 __device__ __forceinline__ void row_keys(const Row& row, const RowState<A>& state, int classes, F&& put) {
     const UskdKey<A> key = state.key;
@@ -194,8 +194,8 @@ __device__ __forceinline__ void row_keys(const Row& row, const RowState<A>& stat
         for (int k = 0; k < kChunk; ++k) {
             const int j = base + k;
             if (j >= classes) continue;
-            // A target may be far above the rest in what does not rank. Explicit fma: equal logits must give equal
-            // keys to the bit, wherever the compiler puts the code.
+            // A target may be far above the rest in logits that do not rank, hence fmin. Explicit fma makes the keys of
+            // equal logits equal to the bit, wherever the compiler places the code.
             const A e_s = exp(fmin(s[k] - s_max, A(0))), e_w = exp(fmin(w[k] - w_max, A(0)));
             const A student = key.linear != A(0) ? fma(s[k] - s_max, key.linear, key.constant) : e_s * key.student;
             A value = fma(e_w, key.weak, student);
@@ -206,7 +206,7 @@ __device__ __forceinline__ void row_keys(const Row& row, const RowState<A>& stat
     });
 }
 
-// Where the row stands, a weight of 0 taken for a row to be ignored.
+// The row's targets; a row of weight 0 is ignored.
 template <class A>
 __device__ __forceinline__ Targets<A> weighted_targets(const UskdCall& call, int64_t index, void* room) {
     Targets<A> targets = find_targets<A>(call.target, index, call.classes, call.ignore_index, room);
@@ -233,7 +233,7 @@ __device__ __forceinline__ void put_parts(const RowsArguments& args, int64_t ind
     parts[3] = ce;
 }
 
-// A row that does not count is 0, one without a value NaN, but for the gradients of classes that cannot occur.
+// A row that does not count gets 0, a row without a value NaN. Classes with logit -inf get gradient 0 in both.
 template <class A>
 __device__ __forceinline__ void constant_row(const RowsArguments& args, int64_t index, A value) {
     const UskdCall& call = args.call;
@@ -255,8 +255,7 @@ __device__ __forceinline__ void constant_row(const RowsArguments& args, int64_t 
     if (threadIdx.x == 0) put_parts(args, index, value, value, value, value);
 }
 
-// From the Zipf weights z = 1 / rank of all classes to the loss parts and the gradients. z must be visible to the
-// block.
+// Computes the loss parts and gradients from the Zipf weights z = 1 / rank, which must be visible to the whole block.
 template <class A, class Row>
 __device__ __forceinline__ void finish_row(const RowsArguments& args, int64_t index, const Row& row, const A* z,
                                            int64_t divisor, BlockState<A>& state) {
@@ -309,7 +308,7 @@ __device__ __forceinline__ void finish_row(const RowsArguments& args, int64_t in
             for (int k = 0; k < kChunk; ++k) {
                 const int j = base + k;
                 if (j >= classes || s[k] == -INFINITY)
-                    out[k] = A(0); // of a class that cannot occur
+                    out[k] = A(0); // past the end, or logit -inf
                 else if (j == y0 || j == y1)
                     out[k] = (j == y0 ? result.student_target[0] : result.student_target[1]) * s_scale;
                 else

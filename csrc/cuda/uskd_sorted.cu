@@ -1,6 +1,6 @@
-// USKD of rows that no block holds, and of double precision: a kernel for statistics and keys, CUB's segmented radix
-// sort in global memory, and a kernel that combines. The sort moves some hundred bytes a class, ten times what the rest
-// does, so the rest reads its rows as often as is simple: three times before it and twice after.
+// USKD for rows too large for a block, and for double precision: a kernel for statistics and keys, CUB's segmented
+// radix sort in global memory, and a kernel that combines. The sort moves some hundred bytes per class, ten times as
+// much as all else. So the other kernels are simple, and read their rows three times before it and twice after.
 #include <cub/device/device_segmented_radix_sort.cuh>
 
 #include "../common/key_bits.h"
@@ -18,12 +18,12 @@ __device__ __forceinline__ StreamedRow<A> streamed_row(const UskdCall& call, int
     return {row_view(call.student, index), row_view(call.weak, index), call.classes};
 }
 
-// On a multiprocessor, which leaves a thread 64 registers, and in double precision, which needs more, 128.
+// Blocks per multiprocessor. A thread then has 64 registers, or 128 in double precision, which needs more.
 template <class A>
 constexpr int kBlocksAtOnce = sizeof(A) == sizeof(float) ? 2 : 1;
 
-// Keys and class indices of one row a block, and its state for the kernel after the sort. A row without a ranking
-// leaves the buffers as they are: they are sorted, and not read.
+// Writes the keys and class indices of one row per block, and its state for the kernel after the sort. A row without a
+// ranking leaves the buffers unwritten; they are sorted but not read.
 template <class A>
 __global__ void __launch_bounds__(kMostStreamingThreads, kBlocksAtOnce<A>) write_keys(RowsArguments args) {
     __shared__ BlockState<A> state;
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kMostStreamingThreads, kBlocksAtOnce<A>) write
     });
 }
 
-// args.order has the classes by rank; args.spare takes the Zipf weights.
+// args.order has the classes by rank; args.spare receives the Zipf weights.
 template <class A>
 __global__ void __launch_bounds__(kMostStreamingThreads, kBlocksAtOnce<A>) combine(RowsArguments args) {
     __shared__ BlockState<A> state;
@@ -64,11 +64,11 @@ __global__ void __launch_bounds__(kMostStreamingThreads, kBlocksAtOnce<A>) combi
     const uint32_t* const order = args.order + start;
     for (int r = threadIdx.x; r < call.classes; r += blockDim.x)
         zipf[order[r]] = A(1) / A(r + 1);
-    __syncthreads(); // also makes the block's writes to global memory visible to it
+    __syncthreads(); // also makes the block's global writes visible to all of it
     finish_row<A>(args, index, streamed_row<A>(call, index), zipf, divisor, state);
 }
 
-// Where each row's classes begin, in what CUB takes for an iterator.
+// The start of each row's classes, as an iterator for CUB.
 struct RowStarts {
     int classes, first;
     __host__ __device__ int operator[](int64_t row) const { return int(first + row) * classes; }
@@ -82,7 +82,7 @@ cudaError_t sort_rows(void* temporary, size_t& bytes, cub::DoubleBuffer<Key>& ke
                                                     int(8 * sizeof(Key)), reinterpret_cast<cudaStream_t>(stream));
 }
 
-// The workspace of a pass: row states, two buffers of keys, two of orders, and what CUB asks for.
+// The workspace of a pass: row states, two buffers each of keys and orders, and CUB's temporary storage.
 template <class A>
 struct Buffers {
     using Key = KeyBits<A>;
@@ -92,7 +92,8 @@ struct Buffers {
     const char* place(char* base, int64_t rows, int classes) {
         cub::DoubleBuffer<Key> no_keys(nullptr, nullptr);
         cub::DoubleBuffer<uint32_t> no_order(nullptr, nullptr);
-        if (const char* error = said(sort_rows<Key>(nullptr, temporary_bytes, no_keys, no_order, rows, classes, 0)))
+        if (const char* error =
+                error_text(sort_rows<Key>(nullptr, temporary_bytes, no_keys, no_order, rows, classes, 0)))
             return error;
         const size_t elements = size_t(rows) * size_t(classes);
         char* at = base;
@@ -133,7 +134,7 @@ const char* rank_typed(const Place& place, RowsArguments args) {
         if (const char* error = launch(write_keys<A>, args.rows, threads, 0, place.stream, args)) return error;
         size_t bytes = buffers.temporary_bytes;
         if (const char* error =
-                said(sort_rows<Key>(buffers.temporary, bytes, keys, order, args.rows, classes, place.stream)))
+                error_text(sort_rows<Key>(buffers.temporary, bytes, keys, order, args.rows, classes, place.stream)))
             return error;
         args.order = order.Current();
         args.spare = keys.Alternate();

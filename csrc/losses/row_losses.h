@@ -1,10 +1,11 @@
-// The losses whose gradient is, row by row, a combination of a few exponentials: from the statistics of a row to its
-// loss parts and the coefficients of its gradient. A loss is one function here; the CPU's kernel (cpu/row_losses.cpp)
-// serves them all. fused_kd/backends/triton/kernels/losses.py has the same formulas in Triton's language.
+// Losses whose gradient is, row by row, a combination of a few exponentials. Each loss is one function, from the
+// statistics of a row to its loss parts and the coefficients of its gradient. The CPU kernel cpu/row_losses.cpp runs
+// them all; fused_kd/backends/triton/kernels/losses.py has the same formulas in Triton.
 //
-// Notation beyond row_math.h: logits are taken relative to the largest non-target one of their row. A softmax is called
-// sharp at temperature 1 and soft at T. With logit standardization the distillation sees z-scores, so both are those of
-// the raw logits at scales of the row's own, 1 / (deviation + 1e-7) and that over T; the CE stays with the raw logits.
+// Notation beyond row_math.h: logits are relative to the largest non-target logit of their row. A softmax at
+// temperature 1 is "sharp", one at T is "soft". With logit standardization the distillation terms use z-scores: both
+// softmaxes then take the raw logits at scales 1 / (deviation + 1e-7) and 1 / (T (deviation + 1e-7)) of their row. The
+// CE always uses the raw logits.
 #pragma once
 
 #include "../common/row_math.h"
@@ -13,7 +14,7 @@ namespace fused_kd {
 namespace FKD_ISA {
 
 enum RowLoss { kNkd = 0, kKd = 1, kDkd = 2, kWsld = 3, kTfKd = 4, kDist = 5, kJs = 6 };
-// What one needs, as fused_kd/core/catalogue.py tells of each: bits of its number, whose upper half is the RowLoss.
+// What a loss needs: the lower bits of its number, as in fused_kd/core/catalogue.py. The upper half is the RowLoss.
 enum RowNeed {
     kTeacher = 1,
     kSharp = 2,
@@ -30,20 +31,20 @@ constexpr int kKindShift = 16;
 constexpr int kRowParts = 3;
 
 struct RowParams : HyperParameters {
-    int number; // of the loss
+    int number; // of the loss, with its needs
     double classes;
     bool standardize;
 };
 
-// What a loss asks of its row beyond the soft exponentials.
+// What a row must provide besides the soft exponentials.
 struct RowNeeds {
-    bool teacher;    // there is one
+    bool teacher;    // a teacher
     bool sharp;      // the sharp softmaxes
-    bool raw;        // the CE's exponentials, where standardization makes them others than the sharp ones
+    bool raw;        // the CE's own exponentials, because standardization makes the sharp ones differ
     bool divergence; // cross is the sum of q (log p - log q), not of q log p, up to constants
     bool linear;     // the sum of the student's logits
-    bool pointwise;  // a gradient that is no combination of exponentials, see PointwiseSums
-    bool fine;       // of some rows the student's probabilities, beside the exponentials
+    bool pointwise;  // the gradient is not a combination of exponentials, see PointwiseSums
+    bool fine;       // in some rows, the student's probabilities as well as the exponentials
 };
 
 FKD_HD RowNeeds row_needs(const RowParams& params) {
@@ -59,41 +60,40 @@ FKD_HD RowNeeds row_needs(const RowParams& params) {
     return needs;
 }
 
-// A pointwise loss has, with p and q the softmaxes at T over all classes, the gradient
-//   p_j (h_j - sum_k p_k h_k) / T,   h_j = c_1 f_1j + c_2 f_2j,
-// where f are functions of p_j, q_j and their logarithms, its slopes (cpu/pointwise.h), and the coefficients c come
-// from sums of three more such functions. A third slope is what the columns of the batch add to h, if they do, with c_3
-// = 1.
+// The gradient of a pointwise loss, with the softmaxes p and q at T over all classes, is
+//   p_j (h_j - sum_k p_k h_k) / T,   h_j = c_1 f_1j + c_2 f_2j.
+// The slopes f are functions of p_j, q_j and their logarithms (cpu/pointwise.h). The coefficients c come from sums of
+// three more such functions. A third slope, with c_3 = 1, is the contribution of the batch's columns to h, if any.
 struct PointwiseSums {
     double of[3];
-    double slopes[3];     // sum p_k f_k: in a row with one p = 1 it is that f to the bit, and the gradient is 0
-    double centred[3], z; // with standardization, over j not the target: f_j - slopes, and 1, times p_j (s_j - mean)
+    double slopes[3];     // sum p_k f_k; in a row with one p = 1 it equals that f to the bit, so the gradient is 0
+    double centred[3], z; // with standardization, over j != y: sums of p_j (s_j - mean) times f_j - slopes, and times 1
     double column;        // f_3 at the target
 };
 
-// Sums over the classes that are not the target.
+// Sums over the non-target classes.
 struct RowStats {
-    double s_target, t_target; // relative to the largest of the others
-    double soft_s, soft_t;     // the scales: exponents are (x - max) * scale
+    double s_target, t_target; // relative to the largest non-target logit
+    double soft_s, soft_t;     // scales: exponents are (x - max) * scale
     double sharp_s, sharp_t;   //
     double s_soft, t_soft;     // sums of the exponentials
     double s_sharp, t_sharp, s_raw;
-    double cross;   // sum of e_t (s - max) soft_s, or of e_t ((s - max) soft_s - (t - max) soft_t); s_j > -inf only
+    double cross;   // sum of e_t (s - max) soft_s, or of e_t ((s - max) soft_s - (t - max) soft_t), over s_j > -inf
     double blocked; // sum of e_t where s_j = -inf
     double linear;  // sum of s - max
-    // Of probability targets V only; of class indices v_target = v_sum = 1 and the rest 0.
+    // For probability targets V; class indices have v_target = v_sum = 1 and 0 elsewhere.
     double v_target, v_sum;            // V_y, and the sum of all V_j
     double v_cross, v_free, v_blocked; // sum V_j (s_j - max), sum V_j where s_j > -inf, and where s_j = -inf
     double v_cross_t;                  // sum V_j (t_j - max)
     PointwiseSums pointwise;           // over all classes
 };
 
-// Loss parts, already weighted, and the gradient of a class that is no target:
-//   soft e_s(T) + sharp e_s(1) + teacher e_t(T), of what is distilled, and raw e_s + constant - v V_j, of the CE
-// A pointwise loss has p_j sum_k slopes_k (f_kj - sum p f_k) instead of the first three.
+// Loss parts, already weighted, and the gradient of a non-target class:
+//   soft e_s(T) + sharp e_s(1) + teacher e_t(T) for the distillation, plus raw e_s + constant - v V_j for the CE.
+// A pointwise loss replaces the first three terms by p_j sum_k slopes_k (f_kj - sum p f_k).
 struct RowResult {
     double parts[kRowParts];
-    double soft, sharp, teacher, target; // target is the distilled part's gradient at the target
+    double soft, sharp, teacher, target; // target: the gradient of the distillation at the target
     double raw, v, constant, raw_target;
     double slopes[3];
 };
@@ -105,12 +105,12 @@ FKD_HD Split split_at(double target, double scale, double sum) {
     return split_softmax<double, 1>(logit, 0.0, sum);
 }
 
-// log(1 - p_y): the sum over the others, which keeps its digits as p_y -> 1.
+// log(1 - p_y), from the sum over the other classes, which stays precise as p_y -> 1.
 FKD_HD double log_rest(const Split& p, double sum) {
     return sum == 0 ? -INFINITY : log(sum) - p.log_normalizer;
 }
 
-// p_y - q_y, of the two ways to write it the one that does not cancel.
+// p_y - q_y, in the form that does not cancel.
 FKD_HD double target_difference(const Split& p, const Split& q) {
     return p.p[0] > 0.5 && q.p[0] > 0.5 ? q.rest - p.rest : p.p[0] - q.p[0];
 }
@@ -121,7 +121,7 @@ FKD_HD double binary_divergence(double weight, const Split& p, double p_log_rest
     return by_target + weighted(weight * q.rest, q_log_rest) - weighted(weight * q.rest, p_log_rest);
 }
 
-// CE(softmax, V) without weight; log_normalizer and v_cross are of the same logits at the same scale.
+// CE(softmax, V), unweighted. log_normalizer and v_cross belong to the same logits at the same scale.
 FKD_HD double cross_entropy(const RowStats& x, const Split& p, double v_cross) {
     double ce = -weighted(x.v_target, p.log_p[0]);
     if (x.v_free != 0) ce += x.v_free * p.log_normalizer - v_cross;
@@ -156,7 +156,7 @@ FKD_HD void nkd(const RowStats& x, const RowParams& params, RowResult& out) {
     out.parts[0] = -weighted(q.p[0], p.log_p[0]);
     out.sharp = q.p[0] * p.p_scale;
     out.target = -q.p[0] * p.rest;
-    if (params.classes == 2 || x.t_soft == 0) return; // NaN is not 0, so that it spreads
+    if (params.classes == 2 || x.t_soft == 0) return; // a NaN is not 0, and spreads
     const double weight = params.gamma * params.temperature;
     const double entropy = log(x.s_soft) - x.cross / x.t_soft;
     out.parts[1] = x.blocked > 0 ? weighted(weight, double(INFINITY)) : weight * params.temperature * entropy;
@@ -192,7 +192,8 @@ FKD_HD void wsld(const RowStats& x, const RowParams& params, RowResult& out) {
     const Split sharp_q = split_at(x.t_target, x.sharp_t, x.t_sharp);
     const double s_ce = cross_entropy(x, sharp_p, x.v_cross * x.sharp_s);
     const double t_ce = cross_entropy(x, sharp_q, x.v_cross_t * x.sharp_t);
-    // A student that rules the target out has all to learn, and would be inf / inf where the teacher does so too.
+    // A student that excludes the target has everything to learn. The formula would give inf / inf if the teacher
+    // excludes it too.
     const double u = s_ce == INFINITY ? 1 : -expm1(-s_ce / (t_ce + 1e-7));
     const Split p = split_at(x.s_target, x.soft_s, x.s_soft), q = split_at(x.t_target, x.soft_t, x.t_soft);
     const double weight = params.alpha * T * u;
@@ -211,7 +212,7 @@ FKD_HD void wsld(const RowStats& x, const RowParams& params, RowResult& out) {
 FKD_HD void tf_kd(const RowStats& x, const RowParams& params, RowResult& out) {
     const double rest = params.classes - 1, correct = params.correct;
     const double gap = (correct - (1 - correct) / rest) / params.temperature;
-    const double log_others = -(gap > 0 ? gap + log1p(rest * exp(-gap)) : log(exp(gap) + rest)); // log of u_j, j != y
+    const double log_others = -(gap > 0 ? gap + log1p(rest * exp(-gap)) : log(exp(gap) + rest)); // log u_j, j != y
     const double others = exp(log_others), own = exp(log_others + gap);
     const Split p = split_at(x.s_target, x.sharp_s, x.s_sharp);
     const double logs = x.linear == -INFINITY ? x.linear : x.linear - rest * p.log_normalizer;
@@ -221,14 +222,14 @@ FKD_HD void tf_kd(const RowStats& x, const RowParams& params, RowResult& out) {
     out.raw_target += own > 0.5 ? rest * others - p.rest : p.p[0] - own;
 }
 
-// What Pearson's correlation ab / (|a| |b| + 1e-8) is, and its derivative: b_j by_b - a_j by_a.
+// Pearson's correlation ab / (|a| |b| + 1e-8), and its derivative b_j by_b - a_j by_a.
 struct Correlation {
     double value, by_b, by_a;
 };
 
 FKD_HD Correlation correlation(double ab, double aa, double bb) {
     const double a = sqrt(aa), b = sqrt(bb), denominator = a * b + 1e-8, value = ab / denominator;
-    // A constant a has no direction to turn in.
+    // A constant a has no gradient.
     return {value, 1 / denominator, a == 0 ? 0 : value * b / (a * denominator)};
 }
 
@@ -242,7 +243,7 @@ FKD_HD void dist(const RowStats& x, const RowParams& params, RowResult& out) {
 }
 
 // T^2 (b KL(q || m) + (1 - b) KL(p || m)), m = b q + (1 - b) p; b = 1 is T^2 KL(p || q), and b = 0 KD.
-// f_1 = log(p / m), the sums are those of p log(p / m) and, the third, of q log(q / m).
+// f_1 = log(p / m); the sums are of p log(p / m) and, in of[2], of q log(q / m).
 FKD_HD void js(const RowStats& x, const RowParams& params, RowResult& out) {
     const double T = params.temperature, b = params.beta, of_p = b == 1 ? 1 : 1 - b;
     out.parts[0] = T * T * (of_p * x.pointwise.of[0] + b * x.pointwise.of[2]);
@@ -279,7 +280,7 @@ FKD_HD RowResult row_loss(const RowStats& x, const RowParams& params) {
         break;
     }
     out.slopes[2] = 1;
-    // NaN among the labels reaches loss and gradient, whatever the weights.
+    // A NaN in the labels reaches loss and gradient, whatever the weights.
     const double valid = 1 + 0 * x.v_sum;
     out.parts[0] *= valid;
     out.soft *= valid;
@@ -288,7 +289,7 @@ FKD_HD RowResult row_loss(const RowStats& x, const RowParams& params) {
     out.target *= valid;
     for (int k = 0; k < 3; ++k)
         out.slopes[k] *= valid;
-    // A class that cannot occur has no gradient, the target included, in a row without a value either.
+    // A class with logit -inf has no gradient. This holds for the target too, and in rows without a value.
     if (x.s_target == -INFINITY) out.target = out.raw_target = 0;
     return out;
 }

@@ -1,10 +1,10 @@
-// The row losses with a top-k teacher, which keeps only some classes of each row: from the logits and log-probabilities
-// of those classes and a few sums over the others to the loss parts and the gradient. fused_kd/reference/topk.py has
-// the same formulas.
+// The row losses with a top-k teacher, which keeps only some classes of each row. From the logits and log-probabilities
+// of the kept classes, and a few sums over the others, they compute the loss parts and the gradient.
+// fused_kd/reference/topk.py has the same formulas.
 //
-// Notation beyond row_losses.h: K are the kept classes, and the rest those that are neither in K nor the target; no sum
-// over them is a difference. What the teacher has left for the C - |K| classes outside K is spread evenly, a share u
-// each, which fixes the normaliser at every temperature.
+// Notation beyond row_losses.h: K are the kept classes; the rest are the classes neither in K nor the target. Sums over
+// the rest are never differences. The probability that the teacher leaves is spread evenly over the C - |K| classes
+// outside K, a share u each. This fixes the normalizer at every temperature.
 #pragma once
 
 #include "row_losses.h"
@@ -14,28 +14,28 @@
 namespace fused_kd {
 namespace FKD_ISA {
 
-// What becomes of the teacher's rest, as fused_kd/backends/native/boundary.py numbers it.
+// How a loss treats the rest of the teacher; numbered as in fused_kd/backends/native/boundary.py.
 enum TopKRest { kDrop = 0, kRenormalize = 1, kBucket = 2, kUniform = 3 };
 
-// Classes of which sums are known: of exp((s_j - max) / T), exp(s_j - max), and s_j - max; that one is -inf where a
-// class cannot occur, and any number where nobody asks for it.
+// Sums over other classes: of exp((s_j - max) / T), exp(s_j - max) and s_j - max. The last is -inf if a class has logit
+// -inf, and arbitrary if the loss does not use it.
 struct Others {
     double number, max, soft, sharp, linear;
 };
 
-// The target, if it was kept, is the last of the kept ones. The arrays have room for one entry more than `kept`.
+// The target, if kept, is the last kept entry. The arrays have room for kept + 1 entries.
 struct TopKRow {
     int64_t kept; // without the target
     bool target_kept;
-    const double *s, *t; // the student's logits, at `kept` the target's; the teacher's log-probabilities
+    const double *s, *t; // logits of the student (s[kept] is the target's), log-probabilities of the teacher
     double *e, *f;       // room for exponentials
-    double* by;          // the gradient of each, the target's last even where it was not kept
+    double* by;          // gradients; by[kept] is the target's, even if it was not kept
     double s_target;
     Others rest;
-    double log_share; // log u; -inf where nothing is left, or renormalised
+    double log_share; // log u; -inf if nothing is left, or with renormalization
 };
 
-// The gradient of a class of the rest: soft exp((s_j - max) / T) + sharp exp(s_j - max) + constant.
+// The gradient of a class of the rest is soft exp((s_j - max) / T) + sharp exp(s_j - max) + constant.
 struct TopKResult {
     double parts[kRowParts];
     double soft, sharp, constant;
@@ -45,14 +45,14 @@ FKD_HD double larger_of(double x, double y) {
     return x > y ? x : y;
 }
 
-// Who includes this defines them, by vectors: they are half of the time that a short row takes.
-static double largest_of(const double* x, int64_t n); // -inf of none; NaN is passed over
-static double exponentials(const double* x, int64_t n, double top, double scale, double* e); // their sum
+// The including file defines these with vectors: they take half of the time of a short row.
+static double largest_of(const double* x, int64_t n); // -inf if n = 0; ignores NaN
+static double exponentials(const double* x, int64_t n, double top, double scale, double* e); // returns their sum
 
-// One side's exponentials at a scale, relative to its largest logit: `own` is the sum of the entries', `rest` of the
-// others', and moved what theirs are multiplied by.
+// Exponentials of student or teacher at one scale, relative to the largest logit: `own` sums the entries, `rest` the
+// others, and `moved` is the factor that rescales the others' sum.
 struct TopKSide {
-    double scale, top, own, moved, rest, log_rest, sum, log_sum; // log_sum is 0 where none can occur
+    double scale, top, own, moved, rest, log_rest, sum, log_sum; // log_sum is 0 if no class can occur
 };
 
 FKD_HD TopKSide topk_side(const double* x, double* e, int64_t entries, double others, double others_max, double scale) {
@@ -79,7 +79,7 @@ FKD_HD TopKSide teacher_side(const TopKRow& x, int64_t entries, double others, d
     return topk_side(x.t, x.f, entries, others, x.log_share, scale);
 }
 
-// The rest and a target that was not kept.
+// The rest together with a target that was not kept.
 FKD_HD Others with_target(const Others& rest, double s_target, double scale) {
     Others out = rest;
     out.number += 1;
@@ -96,21 +96,21 @@ FKD_HD Others with_target(const Others& rest, double s_target, double scale) {
     return out;
 }
 
-// The value of a term of a loss, and the gradient of the others as TopKResult has it.
+// The value of a loss term, and the gradient of the other classes as in TopKResult.
 struct TopKTerm {
     double value, soft, constant;
 };
 
-// weight T sum q_j (log q_j - log p_j) over the entries and the others, or without log q_j; d/ds_j = weight (p_j sum q
-// - q_j). In a bucket the others are one class, whose gradient they share like their probabilities.
+// weight T sum q_j (log q_j - log p_j) over the entries and the others, or without log q_j. d/ds_j = weight (p_j sum q
+// - q_j). With kBucket the others are one class, and share its gradient in proportion to their probabilities.
 FKD_HD TopKTerm soft_term(const TopKRow& x, int64_t entries, const Others& rest, TopKRest kind, const TopKSide& s,
                           const TopKSide& t, double weight, bool entropy) {
     const double T = 1 / s.scale, log_s = s.log_sum, log_t = t.log_sum;
-    // Of drop less than 1; renormalised it is 1, or NaN where the teacher is.
+    // Less than 1 with kDrop; 1 with kRenormalize, or NaN if the teacher is NaN.
     const double counting = kind == kDrop || kind == kRenormalize ? t.own / t.sum : 1;
     const double by_q = weight / t.sum, by_p = s.sum == 0 ? 0 : weight * counting / s.sum;
     TopKTerm out = {0, by_p * s.moved, 0};
-    // In one sum, as each addition waits for the one before.
+    // One sum only: each addition waits for the previous one.
     const auto add = [&](double q, double log_q, double log_p) {
         if (log_q != -INFINITY) out.value += weighted(T * q, entropy ? log_q - log_p : -log_p);
     };
@@ -132,7 +132,7 @@ FKD_HD TopKTerm soft_term(const TopKRow& x, int64_t entries, const Others& rest,
     return out;
 }
 
-// Jensen-Shannon as row_losses.h has it, over the entries and the others as one class more.
+// Jensen-Shannon as in row_losses.h, over the entries and the others as one more class.
 FKD_HD TopKTerm jensen_shannon(const TopKRow& x, int64_t entries, const Others& rest, const TopKSide& s,
                                const TopKSide& t, double b) {
     const double T = 1 / s.scale, log_s = s.log_sum, log_t = t.log_sum, of_p = b == 1 ? 1 : 1 - b;
@@ -162,8 +162,8 @@ FKD_HD TopKTerm jensen_shannon(const TopKRow& x, int64_t entries, const Others& 
     return out;
 }
 
-// weight T sum b_t (log b_t - log b_s) over (target, all others), but for what `drop` leaves out of b_t. Returns D =
-// p_y sum b_t - q_y, of which d/ds_y = weight D and d/ds_j = -weight D p^_j.
+// weight T sum b_t (log b_t - log b_s) over (target, all others); kDrop omits the dropped probability from b_t. Return
+// D = p_y sum b_t - q_y. d/ds_y = weight D and d/ds_j = -weight D p^_j.
 FKD_HD double binary_term(const TopKRow& x, TopKRest kind, const TopKSide& s, const TopKSide& t, double weight,
                           double& value) {
     const Split p = split_at(x.s_target - s.top, s.scale, s.sum);
@@ -182,7 +182,7 @@ FKD_HD double binary_term(const TopKRow& x, TopKRest kind, const TopKSide& s, co
     return p.p[0] > 0.5 && q.p[0] > 0.5 ? q.rest - total * p.rest : total * p.p[0] - q.p[0];
 }
 
-// log q_y at temperature 1; -inf where the target was not kept and the rest counts nowhere.
+// log q_y at temperature 1; -inf if the target was not kept and `kind` drops or renormalizes.
 FKD_HD double teacher_log_target(const TopKRow& x, TopKRest kind) {
     const double outside = x.rest.number + !x.target_kept;
     const TopKSide t = teacher_side(x, x.kept + x.target_kept, outside, 1);
@@ -190,7 +190,7 @@ FKD_HD double teacher_log_target(const TopKRow& x, TopKRest kind) {
     return (x.target_kept ? x.t[x.kept] : x.log_share) - t.top - t.log_sum;
 }
 
-// What has the student's softmax at temperature 1: the CE, NKD's target, and WSLD's weight, which is returned.
+// The terms with the student's softmax at temperature 1: the CE and NKD's target term. Return WSLD's weight.
 FKD_HD double sharp_terms(const TopKRow& x, const RowParams& params, TopKRest kind, TopKResult& out) {
     const int number = params.number >> kKindShift;
     const bool distilled = number == kNkd || number == kWsld;
@@ -225,7 +225,7 @@ FKD_HD double sharp_terms(const TopKRow& x, const RowParams& params, TopKRest ki
     return weight;
 }
 
-// A term of the softmaxes at T over all classes: weight T times KL, or the cross-entropy; or Jensen-Shannon.
+// A term over all classes at T: weight T times KL or the cross-entropy, or Jensen-Shannon.
 FKD_HD double whole_term(const TopKRow& x, const RowParams& params, TopKRest kind, double weight, bool entropy,
                          TopKResult& out) {
     const double scale = 1 / params.temperature;
@@ -242,8 +242,8 @@ FKD_HD double whole_term(const TopKRow& x, const RowParams& params, TopKRest kin
     return s.sum == 0 ? NAN : term.value; // no class can occur
 }
 
-// A term of the softmaxes at T over the classes that are not the target: weight T times KL, or the cross-entropy. Hats
-// renormalise, `drop` included. With it DKD's of the target against all others, of weight alpha.
+// A term over the non-target classes at T: weight T times KL or the cross-entropy. The softmaxes q^ and p^ renormalize,
+// also with kDrop. If alpha is not 0, also add DKD's term of the target against all others.
 FKD_HD void hat_terms(const TopKRow& x, const RowParams& params, TopKRest kind, double weight, bool entropy,
                       double alpha, TopKResult& out) {
     const double scale = 1 / params.temperature;
@@ -262,14 +262,14 @@ FKD_HD void hat_terms(const TopKRow& x, const RowParams& params, TopKRest kind, 
         t.log_sum = log(t.own);
         kind = kRenormalize;
     }
-    if (params.classes == 2 || t.sum == 0) return; // NaN is not 0, so that it spreads
+    if (params.classes == 2 || t.sum == 0) return; // a NaN is not 0, and spreads
     const TopKTerm term = soft_term(x, x.kept, x.rest, kind, s, t, weight, entropy);
     out.parts[1] = term.value;
     out.soft += term.soft;
     out.constant += term.constant;
 }
 
-// Whether what was kept has no probability at all, so that it cannot be renormalised.
+// Whether all kept classes have probability 0, so that they cannot be renormalized.
 FKD_HD bool is_nothing(const TopKRow& x) {
     for (int64_t i = 0; i < x.kept + x.target_kept; ++i)
         if (x.t[i] != -INFINITY) return false;
@@ -300,10 +300,10 @@ FKD_HD TopKResult topk_loss(const TopKRow& x, const RowParams& params, TopKRest 
     case kWsld:
         out.parts[0] = whole_term(x, params, kind, params.alpha * T * weight, false, out);
         break;
-    default: // KD, Jensen-Shannon
+    default: // kKd, kJs
         out.parts[0] = whole_term(x, params, kind, T, true, out);
     }
-    // A class that cannot occur has no gradient, the target included, in a row without a value either.
+    // A class with logit -inf has no gradient. This holds for the target too, and in rows without a value.
     for (int64_t i = 0; i <= x.kept; ++i)
         if (x.s[i] == -INFINITY) x.by[i] = 0;
     return out;

@@ -1,4 +1,4 @@
-// The Python module fused_kd._native, and its CPU functions: fused_kd/backends/native/__init__.py calls them.
+// The Python module fused_kd._native, with its CPU functions. fused_kd/backends/native/__init__.py calls them.
 #include <cstring>
 #include <string>
 #include <vector>
@@ -13,8 +13,8 @@ using namespace fused_kd;
 namespace {
 
 // (instruction set, threads)
-struct Where {
-    explicit Where(const py::handle& given) {
+struct Execution {
+    explicit Execution(const py::handle& given) {
         Fields fields(given, 2);
         const char* const name = fields.text();
         threads = int(fields.integer());
@@ -29,13 +29,13 @@ struct Where {
     int threads;
 };
 
-// What every call says of its rows: (where, student, target, shape, ignore_index, accumulate).
+// The batch arguments of every call: (where, student, target, shape, ignore_index, accumulate).
 struct Batch : BatchArgs {
     explicit Batch(const py::tuple& given) : BatchArgs{} {
         Fields fields(given, 6);
-        const Where place(fields.tuple());
-        kernels = place.kernels;
-        threads = place.threads;
+        const Execution execution(fields.tuple());
+        kernels = execution.kernels;
+        threads = execution.threads;
         student = matrix(fields.tuple());
         target = matrix(fields.tuple());
         const Shape size(fields.tuple());
@@ -45,7 +45,7 @@ struct Batch : BatchArgs {
         accumulate = fields.dtype();
     }
 
-    // Arguments of a loss; of_loss: (hyper-parameters, factors).
+    // Add the arguments of a loss. of_loss: (hyper-parameters, factors).
     template <class Args>
     Args with(const py::tuple& of_loss) const {
         Fields fields(of_loss, 2);
@@ -59,7 +59,7 @@ struct Batch : BatchArgs {
     const Kernels* kernels;
 };
 
-// What a loss writes: (reduction, the loss, its parts, the norm of each gradient).
+// given: (reduction, addresses of the loss, its parts, and the norm of each gradient)
 LossOutputs outputs(const py::tuple& given, int gradients) {
     Fields fields(given, 3 + gradients);
     LossOutputs out = {};
@@ -120,7 +120,7 @@ int64_t run_uskd_batch_sums(const py::tuple& rows, bool square, uintptr_t sums) 
     return uskd_batch_sums(*batch.kernels, args, reinterpret_cast<double*>(sums));
 }
 
-// gradients: the student's and the weak logits'
+// gradients: of the student and of the weak logits
 int64_t run_uskd(const py::tuple& rows, const py::tuple& of_loss, const py::tuple& weak, int rank, bool square,
                  uintptr_t batch_sums, const py::tuple& gradients, const py::tuple& results) {
     const Batch batch(rows);
@@ -182,18 +182,18 @@ int64_t run_topk_loss(const py::tuple& rows, const py::tuple& of_loss, const py:
 }
 
 void run_argsort_descending(const py::tuple& where, uintptr_t keys, const py::tuple& shape, uintptr_t order) {
-    const Where place(where);
+    const Execution execution(where);
     const Shape size(shape);
     const ArgsortArgs args = {reinterpret_cast<const float*>(keys), reinterpret_cast<int64_t*>(order), size.rows,
-                              size.classes, place.threads};
+                              size.classes, execution.threads};
     py::gil_scoped_release release;
-    place.kernels->argsort_descending(args);
+    execution.kernels->argsort_descending(args);
 }
 
-// What comes in has a stride of 0 where it is one number for all rows.
+// grad_output has stride 0 if it is one number for all rows.
 void run_scale_gradient(const py::tuple& where, uintptr_t gradient, uintptr_t out, int dtype,
                         const py::tuple& grad_output, double norm, const py::tuple& shape) {
-    const Where place(where);
+    const Execution execution(where);
     const Shape size(shape);
     const Matrix incoming = matrix(grad_output);
     const ScaleArgs args = {reinterpret_cast<const void*>(gradient),
@@ -205,9 +205,9 @@ void run_scale_gradient(const py::tuple& where, uintptr_t gradient, uintptr_t ou
                             norm,
                             size.rows,
                             size.classes,
-                            place.threads};
+                            execution.threads};
     py::gil_scoped_release release;
-    place.kernels->scale_gradient(args);
+    execution.kernels->scale_gradient(args);
 }
 
 } // namespace
@@ -233,6 +233,6 @@ PYBIND11_MODULE(_native, m) {
     m.def("scale_gradient", &run_scale_gradient);
     m.def("argsort_descending", &run_argsort_descending);
     m.attr("compiler") = FKD_COMPILER;
-    m.attr("sources") = FKD_SOURCES; // fused_kd/backends/native/core.py compares it with the files beside the package
+    m.attr("sources") = FKD_SOURCES; // fused_kd/backends/native/core.py compares it with the source files
     m.def("openmp_runtime", &openmp_runtime);
 }

@@ -1,5 +1,5 @@
-// What fused_kd._native has of CUDA, and what it says where that was left out: fused_kd/backends/native/cuda.py calls
-// it.
+// The CUDA functions of fused_kd._native, or the reason why the build has none. fused_kd/backends/native/cuda.py calls
+// them.
 #include <stdexcept>
 
 #include "../common/key_bits.h"
@@ -40,14 +40,14 @@ int64_t uskd_workspace(int device, int64_t rows, int64_t classes, int accumulate
     return bytes;
 }
 
-// options: (rank, square, ignore_index, reduction); results: the loss, its parts, the norm of each gradient, the
-// workspace, and the dtype of all but the last.
+// options: (rank, square, ignore_index, reduction). results: addresses of the loss, its parts, the norm of each
+// gradient and the workspace, then the dtype of all but the workspace.
 void run_uskd(const py::tuple& where, const py::tuple& student, const py::tuple& weak, const py::tuple& target,
               const py::tuple& shape, const py::tuple& hyper, const py::tuple& options, uintptr_t batch_sums,
               uintptr_t factors, const py::tuple& gradients, const py::tuple& results) {
     const cuda::Place place = place_of(where);
     const Shape size(shape);
-    Fields both(gradients, 2), asked(options, 4), out(results, 6);
+    Fields both(gradients, 2), settings(options, 4), out(results, 6);
     const Gradient of_student = gradient_of(both.tuple()), of_weak = gradient_of(both.tuple());
     cuda::UskdCall call = {};
     call.student = matrix(student);
@@ -59,10 +59,10 @@ void run_uskd(const py::tuple& where, const py::tuple& student, const py::tuple&
     call.rows = size.rows;
     call.classes = as_int(size.classes);
     call.hyper = hyper_parameters(hyper);
-    call.rank = int(asked.integer());
-    call.square = asked.flag();
-    call.ignore_index = asked.integer();
-    call.reduction = Reduction(asked.integer());
+    call.rank = int(settings.integer());
+    call.square = settings.flag();
+    call.ignore_index = settings.integer();
+    call.reduction = Reduction(settings.integer());
     call.student_scale = of_student.scale;
     call.weak_scale = of_weak.scale;
     call.batch_sums = reinterpret_cast<const double*>(batch_sums);
@@ -93,7 +93,7 @@ void run_batch_sums(const py::tuple& where, const py::tuple& student, const py::
     check(cuda::uskd_batch_sums(place, call));
 }
 
-// What comes in has a stride of 0 where it is one number for all rows.
+// grad_output has stride 0 if it is one number for all rows.
 void run_scale_gradient(const py::tuple& where, uintptr_t gradient, uintptr_t out, int dtype,
                         const py::tuple& grad_output, uintptr_t norm, int norm_dtype, const py::tuple& shape) {
     const cuda::Place place = place_of(where);
@@ -118,9 +118,9 @@ void run_scale_gradient(const py::tuple& where, uintptr_t gradient, uintptr_t ou
 } // namespace
 
 void bind_cuda(py::module_& m) {
-    m.attr("cuda_architectures") = FKD_CUDA_ARCHITECTURES; // "" where CUDA was left out
-    m.attr("cuda_missing") = FKD_CUDA_MISSING;             // then why
-    // What the launches are decided by, for tests where there is no GPU.
+    m.attr("cuda_architectures") = FKD_CUDA_ARCHITECTURES; // "" if built without CUDA
+    m.attr("cuda_missing") = FKD_CUDA_MISSING;             // the reason, if built without CUDA
+    // The launch parameters, for tests without a GPU.
     m.def("cuda_arrangements", [] {
         py::list all;
         for (const cuda::Arrangement& a : cuda::kArrangements)

@@ -1,5 +1,5 @@
-// What crosses from Python: addresses, sizes and strides as plain integers in tuples, so that no PyTorch header is
-// needed and one build works with every PyTorch. fused_kd/backends/native/boundary.py makes them.
+// Arguments from Python are tuples of plain integers: addresses, sizes and strides. So the module needs no PyTorch
+// header, and one build works with every PyTorch. fused_kd/backends/native/boundary.py makes the tuples.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -10,7 +10,8 @@
 
 namespace fused_kd {
 
-// A tuple whose fields are read in order. Python's own functions and no casters: at a thousand classes a call is short.
+// Reads the fields of a tuple in order. It uses Python's C API, not pybind11's casters, because a call at a thousand
+// classes is short.
 class Fields {
   public:
     Fields(const pybind11::handle& tuple, Py_ssize_t size) : tuple_(tuple.ptr()) {
@@ -44,7 +45,7 @@ class Fields {
     Py_ssize_t at_ = 0;
 };
 
-// (address, dtype, strides in elements); what has one dimension has one stride.
+// given: (address, dtype, strides in elements); a vector has a single stride.
 inline Matrix matrix(const pybind11::handle& given) {
     Fields fields(given, 3);
     const void* const data = fields.address();
@@ -65,17 +66,17 @@ struct Shape {
     int64_t rows, classes;
 };
 
-// (address or 0, what it is stored times)
+// given: (address or 0, scale of the stored gradient)
 inline Gradient gradient_of(const pybind11::handle& given) {
     Fields fields(given, 2);
-    return {fields.address(), fields.number()}; // braces: from left to right
+    return {fields.address(), fields.number()}; // braces evaluate from left to right
 }
 
-// The fields in their order.
+// given: the fields in the order of the struct.
 inline HyperParameters hyper_parameters(const pybind11::handle& given) {
     Fields x(given, 9);
     return {x.number(), x.number(), x.number(), x.number(), x.number(),
-            x.number(), x.number(), x.number(), x.number()}; // braces: from left to right
+            x.number(), x.number(), x.number(), x.number()}; // braces evaluate from left to right
 }
 
 } // namespace fused_kd

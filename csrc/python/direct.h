@@ -1,11 +1,11 @@
-// Calls of ordinary tensors, whole: direct.cpp.
+// Direct calls of ordinary CPU tensors; see direct.cpp.
 #pragma once
 
 #include <Python.h>
 
 namespace fused_kd {
 
-// False where Python has raised.
+// Return false if a Python exception is set.
 bool bind_direct(PyObject* module);
 
 } // namespace fused_kd

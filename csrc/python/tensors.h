@@ -1,6 +1,6 @@
-// Tensors without PyTorch's headers: DLPack's C exchange interface, which PyTorch offers from 2.10 on as
-// torch.Tensor.__dlpack_c_exchange_api__. It tells address, dtype and strides in tens of nanoseconds, where asking
-// Python takes most of a microsecond. The structures are those of DLPack 1.
+// Tensors without PyTorch's headers, through DLPack's C exchange interface: PyTorch has it from 2.10 on, as
+// torch.Tensor.__dlpack_c_exchange_api__. It gives address, dtype and strides in tens of nanoseconds; through Python it
+// takes most of a microsecond. The structures follow DLPack 1.
 #pragma once
 
 #include <Python.h>
@@ -19,7 +19,7 @@ struct DlTensor {
     uint64_t byte_offset;
 };
 
-// Only what is used here has a type.
+// Fields that we do not use are void*.
 struct DlExchange {
     uint32_t major, minor;
     void* older;
@@ -30,8 +30,8 @@ struct DlExchange {
     void* stream;
 };
 
-// A tensor as the kernels take it; dense logits (rows, positions, columns) have a stride from row to row as well.
-struct Seen {
+// A tensor in the kernels' terms. Dense logits (rows, positions, columns) also have an outer stride, from row to row.
+struct TensorView {
     Matrix matrix;
     int dims;
     int64_t rows, columns, positions, outer_stride;
@@ -59,8 +59,8 @@ inline void* start(const DlTensor& tensor) {
     return static_cast<char*>(tensor.data) + tensor.byte_offset;
 }
 
-// False, and no exception, where the tensor is not on the CPU, has no memory, or is of another dtype.
-inline bool see(const DlExchange& exchange, PyObject* tensor, DlTensor& out, DType& dtype) {
+// Return false, without an exception, if the tensor is not on the CPU, has no memory, or has another dtype.
+inline bool view_tensor(const DlExchange& exchange, PyObject* tensor, DlTensor& out, DType& dtype) {
     constexpr int32_t kCpu = 1;
     if (exchange.view(tensor, &out) != 0) {
         PyErr_Clear();

@@ -33,9 +33,9 @@ def gathered(own: Tensor, group: Any) -> Tensor:
     # The older name is deprecated where the new one exists.
     into: Any = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
     processes = distributed.get_world_size(group)
-    found = own.new_empty(processes * own.numel())  # flat, as Gloo requires
-    into(found, own.reshape(-1), group)
-    return found.view(processes, *own.shape)
+    results = own.new_empty(processes * own.numel())  # flat, as Gloo requires
+    into(results, own.reshape(-1), group)
+    return results.view(processes, *own.shape)
 
 
 def check_cover(spans: list[list[int]]) -> list[int]:
@@ -86,10 +86,10 @@ class Exchange:
     def _with_span(self, result: Tensor) -> Tensor:
         self.sent_span = True
         header = _digits(self.own, result.dtype, result.device)
-        found = gathered(torch.cat([header, result.reshape(-1)]), self.group)
+        received = gathered(torch.cat([header, result.reshape(-1)]), self.group)
         covered = _covered.setdefault(self.group, set())
-        if found.device.type == "cpu" or self.own not in covered:
-            spans = found[:, : len(header)].reshape(len(found), -1, 2).tolist()
+        if received.device.type == "cpu" or self.own not in covered:
+            spans = received[:, : len(header)].reshape(len(received), -1, 2).tolist()
             check_cover([[int(high) * _DIGIT + int(low) for high, low in span] for span in spans])
             covered.add(self.own)
-        return found[:, len(header) :].reshape(len(found), *result.shape).contiguous()
+        return received[:, len(header) :].reshape(len(received), *result.shape).contiguous()

@@ -18,7 +18,7 @@ from fused_kd.core.options import Options
 from fused_kd.core.source_rows import SourceRows, Span
 from fused_kd.reference import accumulation_dtype
 
-__all__ = ["CHUNK_BYTES", "Asked", "Where", "empty_gradients", "fitting_rows", "run", "run_uskd", "uskd_batch_sums"]
+__all__ = ["CHUNK_BYTES", "Placement", "Task", "empty_gradients", "fitting_rows", "run", "run_uskd", "uskd_batch_sums"]
 
 
 #: The most bytes, by device type, for the logits of a head's chunk of rows and their gradient.
@@ -28,7 +28,7 @@ CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
 _NONE = (False, False, False)
 
 
-class Where(NamedTuple):
+class Placement(NamedTuple):
     """The classes of this process, and how to cut the rows into chunks."""
 
     span: Span
@@ -36,78 +36,80 @@ class Where(NamedTuple):
     compute: torch.dtype | None  # of a head's products under autocast
 
 
-class Asked(NamedTuple):
-    """Arguments of a run beside its sources and options."""
+class Task(NamedTuple):
+    """Arguments of a run besides its sources and options."""
 
     target: Tensor  # (N,) int64, or (N, columns) probabilities
     factors: Tensor  # (2, N) float64: of a row's parts, and of its gradient
     wanted: Sequence[bool]  # gradients of the logits or hidden states, of the weight, of the bias
-    where: Where
+    placement: Placement
 
 
 def run(
-    kernels: Any, student: SourceRows, teacher: SourceRows | None, asked: Asked, options: Options
+    kernels: Any, student: SourceRows, teacher: SourceRows | None, task: Task, options: Options
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return the loss of each row, (N,), its parts, (3, N), and the gradients, empty where not wanted."""
-    values, span = student.values, asked.where.span
+    values, span = student.values, task.placement.span
     dtype = accumulation_dtype(values, values if teacher is None else teacher.values)
     columns = _columns(student, span)
     loss, parts = values.new_empty(len(values), dtype=dtype), values.new_empty((3, len(values)), dtype=dtype)
-    student_maker = maker(student, asked.wanted, dtype, columns, asked.where.compute)
+    student_maker = maker(student, task.wanted, dtype, columns, task.placement.compute)
     sparse = teacher if teacher is not None and teacher.indices is not None else None
     whole = None if sparse is not None else teacher
-    teacher_maker = None if whole is None else maker(whole, _NONE, dtype, columns, asked.where.compute)
+    teacher_maker = None if whole is None else maker(whole, _NONE, dtype, columns, task.placement.compute)
     # Not in Triton: a warp of the looped kernel may still read logits that another warp has overwritten.
     over = kernels is native and student_maker.over and not span.group and sparse is None
     options = options._replace(over=over)
     exchange = shards.Exchange(span, columns) if span.group else None
     most = shards.rows_of_chunks(span, columns)
-    for which in _chunks(values, (student_maker, teacher_maker), int(not over), most, asked.where.chunk_rows):
+    for which in _chunks(values, (student_maker, teacher_maker), int(not over), most, task.placement.chunk_rows):
         logits = student_maker.logits(*which)
         other = None if teacher_maker is None else teacher_maker.logits(*which)
         if sparse is not None:
-            found = _sparse_rows(kernels, logits, sparse, asked, which, options, exchange)
+            results = _sparse_rows(kernels, logits, sparse, task, which, options, exchange)
         else:
-            found = _rows(kernels, logits, other, asked, which, options, exchange)
+            results = _rows(kernels, logits, other, task, which, options, exchange)
         rows = slice(*which)
-        loss[rows], parts[:, rows], gradient = found
-        if any(asked.wanted):
-            student_maker.take(gradient, logits, asked.factors[1, rows] != 0, which)
-        del logits, other, gradient, found  # free them before the next chunk
+        loss[rows], parts[:, rows], gradient = results
+        if any(task.wanted):
+            student_maker.take(gradient, logits, task.factors[1, rows] != 0, which)
+        del logits, other, gradient, results  # free them before the next chunk
     if exchange is not None and isinstance(student_maker, Products) and student_maker.hidden_gradient is not None:
         # The hidden states are the same on all processes. Each process has its classes' part of their gradient.
         distributed.all_reduce(student_maker.hidden_gradient, group=shards.group_of(span))
     return loss, parts, student_maker.gradients()
 
 
-def uskd_batch_sums(kernels: Any, student: SourceRows, target: Tensor, where: Where, asked: tuple[bool, int]) -> Tensor:
-    """Return the sums that couple the rows of USKD, by a pass over the chunks before the loss. ``asked`` are square and
-    ignore_index."""
-    values, columns = student.values, _columns(student, where.span)
-    student_maker = maker(student, _NONE, accumulation_dtype(values), columns, where.compute)
+def uskd_batch_sums(
+    kernels: Any, student: SourceRows, target: Tensor, placement: Placement, settings: tuple[bool, int]
+) -> Tensor:
+    """Return the sums that couple the rows of USKD, by a pass over the chunks before the loss. ``settings`` are square
+    and ignore_index."""
+    values, columns = student.values, _columns(student, placement.span)
+    student_maker = maker(student, _NONE, accumulation_dtype(values), columns, placement.compute)
     sums = values.new_zeros(3, dtype=torch.float64)
-    for which in _chunks(values, (student_maker,), 0, columns, where.chunk_rows):
-        sums += kernels.uskd_batch_sums(student_maker.logits(*which), target[slice(*which)], *asked)
+    for which in _chunks(values, (student_maker,), 0, columns, placement.chunk_rows):
+        sums += kernels.uskd_batch_sums(student_maker.logits(*which), target[slice(*which)], *settings)
     return sums
 
 
 def run_uskd(
-    kernels: Any, student: SourceRows, weak: SourceRows, asked: Asked, batch_sums: Tensor, options: Options
+    kernels: Any, student: SourceRows, weak: SourceRows, task: Task, batch_sums: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """As :func:`run`, for USKD: four parts, and the gradients of both sources, three each."""
     values, dtype = student.values, accumulation_dtype(student.values, weak.values)
-    columns = _columns(student, asked.where.span)
+    columns = _columns(student, task.placement.span)
     loss, parts = values.new_empty(len(values), dtype=dtype), values.new_empty((4, len(values)), dtype=dtype)
     both = [
-        maker(each, wanted, dtype, columns, asked.where.compute)
-        for each, wanted in ((student, asked.wanted[:3]), (weak, asked.wanted[3:]))
+        maker(each, wanted, dtype, columns, task.placement.compute)
+        for each, wanted in ((student, task.wanted[:3]), (weak, task.wanted[3:]))
     ]
-    for which in _chunks(values, both, 2, columns, asked.where.chunk_rows):
+    for which in _chunks(values, both, 2, columns, task.placement.chunk_rows):
         rows = slice(*which)
         logits = [each.logits(*which) for each in both]
-        factors = asked.factors[:, rows].contiguous()
+        factors = task.factors[:, rows].contiguous()
         loss[rows], parts[:, rows], *gradients, _, _ = kernels.uskd(
-            *logits, asked.target[rows], batch_sums, factors, options
+            *logits, task.target[rows], batch_sums, factors, options
         )
         for each, want, gradient, of in zip(both, options.wanted, gradients, logits, strict=True):
             if want:
@@ -148,7 +150,7 @@ def _sparse_rows(
     kernels: Any,
     logits: Tensor,
     teacher: SourceRows,
-    asked: Asked,
+    task: Task,
     which: tuple[int, int],
     options: Options,
     exchange: shards.Exchange | None,
@@ -157,10 +159,10 @@ def _sparse_rows(
     rows = slice(*which)
     assert teacher.indices is not None
     kept = (teacher.values[rows], teacher.indices[rows], teacher.rest)
-    factors = asked.factors[:, rows].contiguous()
-    span = asked.where.span
+    factors = task.factors[:, rows].contiguous()
+    span = task.placement.span
     shared = None if exchange is None else topk.Shared(span.first_class, span.num_classes, exchange)
-    loss, parts, gradient = topk.row_loss(kernels, logits, *kept, asked.target[rows], factors, options, shared)
+    loss, parts, gradient = topk.row_loss(kernels, logits, *kept, task.target[rows], factors, options, shared)
     return loss, parts, logits if gradient is None else gradient
 
 
@@ -168,18 +170,18 @@ def _rows(
     kernels: Any,
     logits: Tensor,
     teacher: Tensor | None,
-    asked: Asked,
+    task: Task,
     which: tuple[int, int],
     options: Options,
     exchange: shards.Exchange | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss of each row of a chunk, its parts, and the gradient of its logits."""
     rows = slice(*which)
-    target, factors = asked.target[rows], asked.factors[:, rows].contiguous()
+    target, factors = task.target[rows], task.factors[:, rows].contiguous()
     if exchange is None:
         loss, parts, gradient, _ = kernels.row_loss(logits, teacher, target, factors, None, options)
         return loss, parts, gradient
-    span = asked.where.span
+    span = task.placement.span
     labels = target if target.is_floating_point() else None
     if labels is not None:
         likeliest = exchange([staged.likeliest(labels, span.first_class)])

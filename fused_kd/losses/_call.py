@@ -125,8 +125,8 @@ def row_loss(
                 rows.target if labels is None else labels.movedim(dim, -1),
             )
         inputs = (rows.other_logits, rows.target, weight)
-        asked = (settings.get("logit_standardization", False), settings["ignore_index"], reduction)
-        loss, packed = autograd.row_loss(rows.student_logits, inputs, name, hyper, asked, chosen, parts, kept)
+        options = (settings.get("logit_standardization", False), settings["ignore_index"], reduction)
+        loss, packed = autograd.row_loss(rows.student_logits, inputs, name, hyper, options, chosen, parts, kept)
         return loss, [packed[part] for part in ROW_LOSSES[name].parts] if parts and packed is not None else None
 
     return call(name, eager, fused, parts_type, (student_logits, rows), (numbers, settings), common)

@@ -149,12 +149,13 @@ def _by_kernels(
     backend: str,
 ) -> tuple[Tensor, list[Tensor]]:
     student, teacher = both
-    asked = (settings.get("logit_standardization", False), settings["ignore_index"], settings["reduction"])
+    options = (settings.get("logit_standardization", False), settings["ignore_index"], settings["reduction"])
     chunk_rows = student.chunk_rows or (teacher.chunk_rows if teacher is not None else 0)
     span, values = student.span or Span(0, student.shape[-1]), student.rows.values
-    where = ([span.first_class, span.num_classes], span.group, chunk_rows, _products_dtype(values.device, values.dtype))
+    dtype = _products_dtype(values.device, values.dtype)
+    placement = ([span.first_class, span.num_classes], span.group, chunk_rows, dtype)
     loss, stacked = source_autograd.row_loss(
-        student.rows, teacher and teacher.rows, rows, name, hyper, asked, where, backend
+        student.rows, teacher and teacher.rows, rows, name, hyper, options, placement, backend
     )
     return loss, [stacked[part] for part in ROW_LOSSES[name].parts]
 
@@ -201,11 +202,11 @@ def uskd(
         parts = [*packed]
     else:
         rank, square, ignore_index = (settings[name] for name in ("rank", "square", "ignore_index"))
-        where = (shape[-1], student.chunk_rows or weak.chunk_rows, _products_dtype(values.device, values.dtype))
-        sums = summed(source_autograd.uskd_batch_sums(student.rows, target, (square, ignore_index, *where), chosen))
-        asked = (rank, square, ignore_index, settings["reduction"])
+        placement = (shape[-1], student.chunk_rows or weak.chunk_rows, _products_dtype(values.device, values.dtype))
+        sums = summed(source_autograd.uskd_batch_sums(student.rows, target, (square, ignore_index, *placement), chosen))
+        options = (rank, square, ignore_index, settings["reduction"])
         loss, stacked = source_autograd.uskd(
-            student.rows, weak.rows, (target, sums, weight), in_order(numbers), asked, where, chosen
+            student.rows, weak.rows, (target, sums, weight), in_order(numbers), options, placement, chosen
         )
         parts = [*stacked]
     return returned(loss, parts if return_parts else None, USKDParts, shape[:-1], reduction)

@@ -178,8 +178,8 @@ def _fused(
     assert weak is not None
     rank, square, ignore_index, process_group, reduction = settings.values()
     sums = _batch_sums((student, weak, target), square, ignore_index, chosen, process_group)
-    asked = (rank, square, ignore_index, reduction)
-    return autograd.uskd(student, weak, (target, sums, weight), hyper, asked, chosen, parts)
+    options = (rank, square, ignore_index, reduction)
+    return autograd.uskd(student, weak, (target, sums, weight), hyper, options, chosen, parts)
 
 
 class USKDLoss(Criterion):

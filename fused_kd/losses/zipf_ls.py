@@ -119,8 +119,8 @@ def _fused(
 ) -> tuple[Tensor, Any]:
     student, dense, target, _ = rows
     assert dense is not None
-    inputs, asked = (dense.detach(), target, weight), (settings["ignore_index"], settings["reduction"])
-    return autograd.zipf_ls(student, inputs, hyper, asked, chosen, parts)
+    inputs, options = (dense.detach(), target, weight), (settings["ignore_index"], settings["reduction"])
+    return autograd.zipf_ls(student, inputs, hyper, options, chosen, parts)
 
 
 class ZipfLSLoss(Criterion):

@@ -1,4 +1,4 @@
-"""What is measured beside the cases: the fixed cost of a call, bfloat16 beside float32, a training step."""
+"""Extra measurements: the fixed cost of a call, bfloat16 against float32, a training step."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def test_pages_and_terminal_have_them(result: dict[str, Any]) -> None:
     terminal.print_result(made, console)
     text = console.export_text()
     assert "…" not in text
-    for words in ("The fixed cost of a call", "bfloat16 beside float32", "A training step with 30 classes"):
+    for words in ("The fixed cost of a call", "bfloat16 against float32", "A training step with 30 classes"):
         assert words in text
 
 

@@ -82,7 +82,7 @@ def test_table():
     assert [header.index(column) for column in profile.COLUMNS] == sorted(map(header.index, profile.COLUMNS))
     assert first.split() == ["nkd", "100x10", "rows_looped", "2", "0.0012", "0.0006", "0.9", "44%"]
     assert second.split() == ["DeviceSegmentedRadixSortKernel", "4", "0.0015", "0.0005", "0.5", "–"]
-    assert total.strip() == "in all 0.63 times the least of 0.006 MB"
+    assert total.strip() == "total: 0.63 times the minimum of 0.006 MB"
 
 
 def test_every_loss_is_looked_at():

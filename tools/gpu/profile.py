@@ -141,7 +141,7 @@ def table(entries: Iterable[dict[str, Any]]) -> str:
             rows.append((name, kernel["kernel"], *cells, "–" if share is None else f"{share:.0%}"))
             name = ""
         times = entry["moved_bytes"] / entry["least_bytes"]
-        rows.append(("", f"in all {times:.2f} times the least of {entry['least_bytes'] / 1e6:.4g} MB", *[""] * 5))
+        rows.append(("", f"total: {times:.2f} times the minimum of {entry['least_bytes'] / 1e6:.4g} MB", *[""] * 5))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join([*map(str.ljust, row[:2], widths), *map(str.rjust, row[2:], widths[2:])]).rstrip() for row in rows

@@ -103,10 +103,10 @@ def table(now: dict[str, Any], before: dict[str, Any] | None = None) -> str:
     known = {_place(entry): entry for entry in (before or {"results": []})["results"]}
     lines = [
         f"Microseconds of each kernel on a machine with an {now['machine']['gpu']}, bfloat16, forward and backward,"
-        f" caches emptied before; a copy moves {now['copy'] / 1e12:.2f} TB/s"
-        + (". In brackets as it was before tuning." if before else "."),
+        f" with empty caches; a copy moves {now['copy'] / 1e12:.2f} TB/s"
+        + (". In brackets: before tuning." if before else "."),
         "",
-        "| loss, backend | N×C | kernels | all | of copy bandwidth |",
+        "| loss, backend | N×C | kernels | total | share of copy bandwidth |",
         "|---|---|---|---:|---:|",
     ]
     for entry in now["results"]:

@@ -89,7 +89,7 @@ def _report(options: argparse.Namespace) -> int:
         table.add_row(*report.cells(reading), style="bold" if reading.more else None)
     console.print(table)
     more = sum(reading.more for reading in readings)
-    console.print(f"{more} of {len(readings)} ask for over 5 % more than the page says (bold)" if more else "")
+    console.print(f"{more} of {len(readings)} request over 5 % more than the page states (bold)" if more else "")
     if options.update:
         from benchmarks.show.report import replace_block
 

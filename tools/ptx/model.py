@@ -235,7 +235,7 @@ def measured() -> dict[tuple[str, Call], float]:
 
 HEADER = (
     "kernel", "N×C", "launches", "instructions", "sectors loaded", "stored", "shuffles", "barriers", "registers",
-    "occupancy", *(f"bound on {gpu.name}" for gpu in GPUS.values()), "of an H200's time",
+    "occupancy", *(f"bound on {gpu.name}" for gpu in GPUS.values()), "share of H200 time",
 )  # fmt: skip
 #: Kernels bounded by their launch: they process a few numbers per row, or return at once.
 SMALL = ("count_chunks", "reduce_parts", "rank_votes", "scale_rows")

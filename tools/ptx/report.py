@@ -1,8 +1,8 @@
 """Counts the accesses and instructions of compiled Triton kernels by running them: ``python -m tools.ptx report``.
 
 Counts are of one launch, per element of an N×C matrix or per row. Bytes are in units of e, the bytes of a logit, and
-are shown next to the numbers of docs/kernels.md. *Asked for* counts 32-byte sectors for each instruction of a warp, as
-the first-level cache sees them; *touched* counts each sector of memory once.
+are shown next to the numbers stated in docs/kernels.md. *Requested* counts 32-byte sectors for each instruction of a
+warp, as the first-level cache sees them; *touched* counts each sector of memory once.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def stated(kernel: str, call: Call) -> tuple[float, float] | None:
 
 
 class Reading(NamedTuple):
-    """Counts of one kernel in one call. ``loads`` and ``stores``: (asked for, touched) in units of e per element.
+    """Counts of one kernel in one call. ``loads`` and ``stores``: (requested, touched) in units of e per element.
     ``instructions`` and ``special``: of threads, per element. ``shuffles`` and ``barriers``: per row."""
 
     kernel: str
@@ -67,7 +67,7 @@ class Reading(NamedTuple):
 
     @property
     def more(self) -> bool:
-        """Whether the bytes asked for exceed the stated ones by more than 5 %."""
+        """Whether the requested bytes exceed the stated ones by more than 5 %."""
         asked = self.loads[0], self.stores[0]
         return self.stated is not None and any(a > 1.05 * b for a, b in zip(asked, self.stated, strict=True) if b)
 
@@ -114,8 +114,8 @@ def read(call: Call) -> list[Reading]:
 
 
 HEADER = (
-    "kernel", "call", "reads, page", "asked for", "touched", "writes, page", "asked for", "touched",
-    "instructions", "of them special", "shuffles a row", "barriers a row",
+    "kernel", "call", "reads, stated", "requested", "touched", "writes, stated", "requested", "touched",
+    "instructions", "special", "shuffles per row", "barriers per row",
 )  # fmt: skip
 
 

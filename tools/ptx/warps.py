@@ -56,7 +56,7 @@ def operate(state: State, i: Instruction, mask: Array) -> None:
 
 
 def _barrier(state: State, i: Instruction, mask: Array) -> None:
-    """bar.warp.sync: waiting was all."""
+    """bar.warp.sync: nothing to do after the wait."""
 
 
 def _active(state: State, i: Instruction, mask: Array) -> None:

@@ -1,4 +1,4 @@
-// Pieces of a row, of any dtype and stride, as contiguous floats or doubles, and back.
+// Convert pieces of a row, of any dtype and stride, to contiguous floats or doubles, and back.
 // Included by sources compiled once per instruction set, like simd.h.
 #pragma once
 
@@ -25,7 +25,7 @@ struct BFloat16 {
     static FKD_INLINE float load(uint16_t h) { return float_of_bits(uint32_t(h) << 16); }
     static FKD_INLINE uint16_t store(float x) {
         const uint32_t bits = bits_of_float(x);
-        const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u); // to nearest, ties to even
+        const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u); // round to nearest, ties to even
         return uint16_t(x != x ? 0x7fc0u : rounded >> 16);
     }
 };
@@ -33,7 +33,7 @@ struct BFloat16 {
 struct Float16 {
     typedef uint16_t Storage;
     static FKD_INLINE float load(uint16_t h) {
-        // The exponent moves up by multiplying with 2^112, which also makes subnormals right; inf and NaN by hand.
+        // Multiplying by 2^112 raises the exponent, also correctly for subnormals; inf and NaN need their own case.
         const uint32_t magnitude = (uint32_t(h) & 0x7fffu) << 13;
         const float finite = float_of_bits(magnitude) * float_of_bits(0x77800000u);
         const uint32_t bits = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : bits_of_float(finite);
@@ -41,7 +41,7 @@ struct Float16 {
     }
     static FKD_INLINE uint16_t store(float x) {
         const uint32_t sign = bits_of_float(x) & 0x80000000u, magnitude = bits_of_float(x) ^ sign;
-        // Below 2^-14 an addition of 0.5 rounds to the subnormals' step, to nearest even.
+        // Below 2^-14, adding 0.5 rounds to the step of the subnormals, ties to even.
         const uint32_t subnormal = bits_of_float(float_of_bits(magnitude) + 0.5f) - 0x3f000000u;
         const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
         uint32_t h = magnitude < 0x38800000u ? subnormal : normal;
@@ -58,7 +58,7 @@ struct Native {
     static FKD_INLINE T store(T x) { return x; }
 };
 
-// Loops that the compiler vectorises; the 16-bit floats have vector instructions of their own below.
+// Loops that the compiler vectorizes. The 16-bit floats have vector instructions below.
 template <class Format, class A>
 FKD_INLINE void gather(const void* base, int64_t stride, int64_t n, A* out) {
     const typename Format::Storage* p = static_cast<const typename Format::Storage*>(base);
@@ -77,7 +77,7 @@ FKD_INLINE void put(const A* in, int64_t n, void* base) {
         p[j] = typename Format::Storage(Format::store(in[j]));
 }
 
-// The 16-bit floats by vectors, while fetching what the next call will want. Return how many elements they did.
+// 16-bit floats by vector instructions, with a prefetch for the next calls. Return how many elements were converted.
 constexpr int64_t kAhead = 2048;
 
 #if defined(__AVX512F__)
@@ -103,8 +103,8 @@ FKD_INLINE int64_t half_to_float_vectors(const uint16_t* p, int64_t n, float* ou
         __builtin_prefetch(p + j + kAhead);
         FKD_STORE_FLOATS(out + j, FKD_LOAD_HALF(p + j));
     }
-    // The rest, and so a target alone, by the same instruction: of subnormals it makes what Float16 does only as long
-    // as PyTorch is not told to flush those (torch.set_flush_denormal).
+    // The remaining elements, and so a single target, use the same instruction: Float16 converts subnormals the same
+    // way only while PyTorch does not flush them to zero (torch.set_flush_denormal).
     if (j < n) {
         uint16_t halves[FKD_HALF_LANES] = {};
         float floats[FKD_HALF_LANES];
@@ -186,7 +186,7 @@ FKD_NOINLINE void convert(const void* p, DType dtype, int64_t stride, int64_t n,
     }
 }
 
-// n elements from (row, column): where they lie if they can be used as they are, else converted into `staging`.
+// Return n elements from (row, column): in place if usable as they are, else converted into `staging`.
 template <class A>
 FKD_INLINE const A* read(const Matrix& m, int64_t row, int64_t column, int64_t n, A* staging) {
     const char* p = element(m, row, column);
@@ -195,7 +195,7 @@ FKD_INLINE const A* read(const Matrix& m, int64_t row, int64_t column, int64_t n
     return staging;
 }
 
-// n elements into a contiguous row of another dtype than A, or of A itself.
+// Write n elements to a contiguous row of any dtype.
 template <class A>
 FKD_NOINLINE void write(const A* in, int64_t n, void* out, DType dtype) {
     uint16_t* half = static_cast<uint16_t*>(out);
@@ -216,8 +216,8 @@ FKD_NOINLINE void write(const A* in, int64_t n, void* out, DType dtype) {
     }
 }
 
-// n elements to memory that will not be read soon, past the caches: a store that misses them would otherwise first read
-// the line that it overwrites. The caller fences.
+// Write n elements with non-temporal stores, to memory that will not be read soon: an ordinary store that misses the
+// caches first reads the line that it overwrites. The caller must fence.
 template <class A>
 FKD_NOINLINE void stream(const A* in, int64_t n, A* out) {
     int64_t j = 0;

@@ -1,7 +1,7 @@
-// A vector of floats or doubles as wide as the instruction set that this file is compiled for, on the compiler's vector
-// extensions; intrinsics only where those have no word for it (partial and half-precision loads).
-// Included by sources compiled once per instruction set: everything is inside FKD_ISA, and no library templates are
-// used, since the linker would merge their builds.
+// Vectors of floats or doubles, as wide as the instruction set that this file is compiled for. They use the compiler's
+// vector extensions, and intrinsics only where those lack an operation (partial and half-precision loads). Included by
+// sources compiled once per instruction set: everything is inside FKD_ISA, without library templates, because the
+// linker would merge those of different builds.
 #pragma once
 
 #include <cstdint>
@@ -42,20 +42,20 @@ struct Simd;
 template <>
 struct Simd<float> {
     typedef FloatVec Vec;
-    typedef Int32Vec Mask; // lanes of all ones or all zeros
+    typedef Int32Vec Mask; // each lane all ones or all zeros
     typedef int32_t Int;
-    // Of the polynomials that are 1 at 0, so that the exponential of a maximum is 1 and sums of equal ones are exact,
-    // that which minimises the largest relative error against 2^r on |r| <= 1/2: 9.1e-8, less than one ulp.
+    // The polynomial with value 1 at 0 and the smallest maximal relative error against 2^r on |r| <= 1/2: 9.1e-8, less
+    // than one ulp. With 1 at 0 the exponential of a maximum is 1, and sums of equal exponentials are exact.
     static constexpr int kDegree = 5;
     static constexpr float kPoly[6] = {1.0f, 0.693147004f, 0.240222424f, 0.055507336f, 0.009671513f, 0.0013264727f};
-    // One degree more, 1.9e-9, where rounding is all that may be left.
+    // One degree more, error 1.9e-9, where only rounding may remain.
     static constexpr int kFineDegree = 6;
     static constexpr float kFinePoly[7] = {1.0f,         0.6931472f,    0.24022646f,   0.055503286f,
                                            0.009618489f, 0.0013399931f, 0.00015345812f};
-    // 1.5 * 2^23 + 127: adding it leaves round(x) plus the exponent's bias in the low bits.
+    // 1.5 * 2^23 + 127: after adding it, the low bits hold round(x) plus the exponent's bias.
     static constexpr float kRound = 12583039.0f;
     static constexpr int kMantissa = 23;
-    static constexpr float kLowest = -125.0f; // below, the power is taken as 0; above, 2^k stays normal
+    static constexpr float kLowest = -125.0f; // below this the power is taken as 0; above it 2^k is normal
 };
 
 template <>
@@ -92,10 +92,10 @@ constexpr int kLanes = kBytes / int(sizeof(A));
 
 template <class A>
 FKD_INLINE Vec<A> splat(A x) {
-    return x - Vec<A>{}; // vector - vector with a broadcast scalar; -0.0 is kept
+    return x - Vec<A>{}; // broadcasts x and keeps -0.0
 }
 
-// Whether all lanes of a mask, or of integers, are 0.
+// Whether all lanes of a mask or integer vector are 0.
 template <class V>
 FKD_INLINE bool none(V x) {
     static_assert(sizeof x == kBytes, "a whole vector");
@@ -112,9 +112,9 @@ FKD_INLINE bool none(V x) {
 #endif
 }
 
-// x y + z, rounded once where the processor can, which takes half as many instructions. Written out wherever it pays,
-// for contraction is off (CMakeLists.txt): a compiler that contracts decides anew in every copy of a loop, in the one
-// for whole vectors, the one for the last and the one for a target, and equal logits come out different.
+// x y + z, with one rounding if the processor has that, which halves the instructions. Written out where it pays,
+// because contraction is off (CMakeLists.txt): a compiler that contracts decides separately in each copy of a loop
+// (whole vectors, the last one, a target), and equal logits would get different results.
 #if defined(__AVX512F__)
 constexpr bool kFused = true;
 FKD_INLINE FloatVec mul_add(FloatVec x, FloatVec y, FloatVec z) {
@@ -160,15 +160,15 @@ FKD_INLINE Vec<A> mul_add(Vec<A> x, A y, A z) {
     return mul_add(x, splat(y), splat(z));
 }
 
-// The lanes that a step works on: all, so that masks cost nothing, or some.
+// The lanes that a step works on: all, without the cost of masks, or some.
 struct AllLanes {};
 template <class A>
 struct SomeLanes {
     Mask<A> on;
-    int count; // elements that exist from the start of the vector
+    int count; // elements that exist from the start of the vector on
 };
 
-// Up to K elements that a loop leaves out, ascending; negative where there is none.
+// Up to K indices that a loop leaves out, ascending; negative for none.
 template <int K>
 struct Without {
     int64_t at[K];
@@ -229,7 +229,7 @@ FKD_INLINE void store(float* p, Vec<float> v, const SomeLanes<float>& lanes) {
 }
 #endif
 
-// v where the lane is on, else other.
+// v where the mask is on, else other.
 template <class V>
 FKD_INLINE V keep(AllLanes, V v, V) {
     return v;
@@ -239,13 +239,13 @@ FKD_INLINE V keep(const SomeLanes<A>& lanes, V v, V other) {
     return lanes.on ? v : other;
 }
 
-// The larger of two; where x is NaN, acc.
+// The larger of two; acc if x is NaN.
 template <class V>
 FKD_INLINE V max_of(V x, V acc) {
     return x > acc ? x : acc;
 }
 
-// 2^r of |r| <= 1/2, times 2^k with k the integer in the low bits of `shifted`.
+// 2^r for |r| <= 1/2, times 2^k, with k in the low bits of `shifted`.
 template <class A, int degree>
 FKD_INLINE Vec<A> exp2_scaled(const A (&poly)[degree + 1], Vec<A> r, Vec<A> shifted) {
     Vec<A> power = splat<A>(poly[degree]);
@@ -255,9 +255,9 @@ FKD_INLINE Vec<A> exp2_scaled(const A (&poly)[degree + 1], Vec<A> r, Vec<A> shif
     return power * (Vec<A>)((Mask<A>)shifted << Simd<A>::kMantissa);
 }
 
-// 2^x for x up to about 1, within about 2 ulp, or 1 if `fine`; exactly 0 at -inf and below the range; NaN stays NaN,
-// since it is multiplied. Base 2, because then the reduction to |r| <= 1/2 is exact and scaling by log2(e) merges with
-// subtracting a maximum (see Shift).
+// 2^x for x up to about 1, within about 2 ulp, or 1 ulp if `fine`. Exactly 0 at -inf and below the range; NaN stays
+// NaN, because it is multiplied. Base 2 makes the reduction to |r| <= 1/2 exact, and the factor log2(e) merges with the
+// subtraction of the maximum (see Shift).
 template <class A, bool fine = false>
 FKD_INLINE Vec<A> exp2_nonpositive(Vec<A> x) {
     typedef Simd<A> S;
@@ -267,7 +267,7 @@ FKD_INLINE Vec<A> exp2_nonpositive(Vec<A> x) {
     return x < S::kLowest ? Vec<A>{} : e;
 }
 
-// The same with subnormal results, where an order hangs on them. Rarely is there one.
+// The same with subnormal results, for results that decide an order. They are rare.
 template <class A>
 FKD_INLINE Vec<A> exp2_gradual(Vec<A> x) {
     typedef Simd<A> S;
@@ -278,7 +278,7 @@ FKD_INLINE Vec<A> exp2_gradual(Vec<A> x) {
     return low ? exp2_nonpositive<A>(x + A(64)) * A(0x1p-64) : e;
 }
 
-// Of x + low, where x is a rounded number and low what it was rounded by, within about an ulp; not for -inf.
+// 2^(x + low), where x is a rounded number and low its rounding error; within about an ulp; not for -inf.
 template <class A>
 FKD_INLINE Vec<A> exp2_nonpositive(Vec<A> x, Vec<A> low) {
     typedef Simd<A> S;
@@ -286,21 +286,21 @@ FKD_INLINE Vec<A> exp2_nonpositive(Vec<A> x, Vec<A> low) {
     return x < S::kLowest ? Vec<A>{} : exp2_scaled<A, S::kFineDegree>(S::kFinePoly, r, shifted);
 }
 
-// log x of normal numbers, within about an ulp: x = 2^e m with m around 1, f = m - 1. Single precision takes the
-// polynomial P of degree 6 that minimises the largest relative error of f - f^2 / 2 + f^3 P(f) against log m, 3e-8;
-// double precision log m = 2 artanh(f / (f + 2)).
+// log x for normal x, within about an ulp: x = 2^e m, m near 1, f = m - 1. In single precision P is the polynomial of
+// degree 6 with the smallest maximal relative error of f - f^2 / 2 + f^3 P(f) against log m, 3e-8. In double precision
+// log m = 2 artanh(f / (f + 2)).
 template <class A>
 FKD_INLINE Vec<A> log_positive(Vec<A> x) {
     typedef Simd<A> S;
     typedef typename S::Int Int;
     constexpr Int kSqrtHalf = sizeof(A) == 4 ? Int(0x3f3504f3) : Int(0x3fe6a09e667f3bcd);
-    const Mask<A> exponent = ((Mask<A>)x - kSqrtHalf) >> S::kMantissa; // m from sqrt(1/2) to sqrt(2)
+    const Mask<A> exponent = ((Mask<A>)x - kSqrtHalf) >> S::kMantissa; // so m is in [sqrt(1/2), sqrt(2))
     const Vec<A> f = (Vec<A>)((Mask<A>)x - (exponent << S::kMantissa)) - A(1);
     Vec<A> of_m;
     if constexpr (sizeof(A) == 4) {
         constexpr float kPoly[7] = {0.3333391f,  -0.25001338f, 0.199630633f, -0.16577585f,
                                     0.14914767f, -0.14267486f, 0.0870043635f};
-        // In pairs: one after the other they are a chain that a loop waits for.
+        // In pairs, because Horner's rule would be one long dependency chain.
         const Vec<A> square = f * f;
         const auto pair = [&](int k) __attribute__((always_inline)) { return mul_add<A>(f, kPoly[k + 1], kPoly[k]); };
         const Vec<A> high = mul_add<A>(square, kPoly[6], pair(4));
@@ -320,10 +320,10 @@ FKD_INLINE Vec<A> log_positive(Vec<A> x) {
 
 constexpr double kLog2E = 1.44269504088896340736, kLn2 = 0.693147180559945309417;
 
-// Logits x as (x - origin) * scale * log2(e), where the origin is a maximum or, with fused multiply-add, the point next
-// to it that one fused instruction maps to 0. Sums that refer to "the maximum" refer to the origin. The exact form
-// takes any maximum and clamps a difference that overflows; the other needs |max * scale| < kLargestShift, or the
-// origin is too far off.
+// Maps logits x to (x - origin) * scale * log2(e). The origin is a maximum, or with fused multiply-add the nearby point
+// that one fused instruction maps to 0; sums relative to "the maximum" are relative to the origin. The exact form takes
+// any maximum, and clamps a difference that overflows. The other form needs |max * scale| < kLargestShift, else the
+// origin is too far from the maximum.
 constexpr double kLargestShift = 1048576.0;
 
 template <class A, bool exact>
@@ -343,7 +343,7 @@ struct Shift {
     }
 };
 
-// Folds a vector to one value in a fixed order: halves of 16 bytes first, then the lanes of the last.
+// Folds a vector to one value in a fixed order: halves down to 16 bytes, then the remaining lanes.
 template <class A, class Fold>
 FKD_INLINE A fold_lanes(Vec<A> v, Fold fold) {
     typedef A Part __attribute__((vector_size(16)));
@@ -372,7 +372,7 @@ FKD_INLINE A max_lanes(Vec<A> v) {
     return fold_lanes<A>(v, [](auto x, auto y) { return x > y ? x : y; });
 }
 
-// Calls step(lanes, j) for the vectors that cover [0, n), with masks only where an element is left out and at the end.
+// Calls step(lanes, j) for the vectors that cover [0, n), with masks only at left-out elements and at the end.
 template <class A, int K, class Step>
 FKD_INLINE void for_lanes(int64_t n, const Without<K>& without, Step step) {
     constexpr int64_t w = kLanes<A>;
@@ -380,7 +380,7 @@ FKD_INLINE void for_lanes(int64_t n, const Without<K>& without, Step step) {
 #pragma GCC unroll 2
     for (int k = 0; k < K; ++k) {
         const int64_t y = without.at[k];
-        if (y < j || y >= n - n % w) continue; // in another block, in the last vector, or in one already done
+        if (y < j || y >= n - n % w) continue; // in another block, in the last vector, or already done
         for (; j + w <= y; j += w)
             step(AllLanes{}, j);
         step(lanes_below<A>(int(w), without.from(j)), j);

@@ -1,9 +1,9 @@
-// Sorts up to 1024 words of 32 bits: Batcher's bitonic network on vectors, branchless, so that its time depends on the
-// number of words alone. Included by sources compiled once per instruction set, like simd.h.
+// Sorts up to 1024 words of 32 bits with Batcher's bitonic network on vectors. It is branchless, so its time depends
+// only on the number of words. Included by sources compiled once per instruction set, like simd.h.
 //
-// Element i of V vectors lies in vector i % V, lane i / V. A network compares elements whose indices differ in one bit,
-// or in all bits up to one, the lower of these bits far more often than the higher: this way round they are numbers of
-// vectors, compared as a whole, and only the last log2(lanes) stages need to move lanes.
+// Element i of V vectors is in vector i % V, lane i / V. A network compares elements whose indices differ in one bit,
+// or in all bits up to one, and the lower bits far more often. In this layout the low bits select the vector, so most
+// comparisons are between whole vectors, and only the last log2(lanes) stages move lanes.
 #pragma once
 
 #include "simd.h"
@@ -14,7 +14,7 @@ namespace FKD_ISA {
 typedef uint32_t WordVec __attribute__((vector_size(kBytes)));
 constexpr int kWordLanes = kBytes / 4;
 constexpr int kMostWords = 1024, kMostVectors = kMostWords / kWordLanes;
-// Vectors that a stage keeps in registers, half of what there are.
+// Vectors that a stage keeps in registers, half of all registers.
 constexpr int kGroup = kBytes == 64 ? 16 : 8;
 
 constexpr int smaller(int a, int b) {
@@ -37,7 +37,7 @@ FKD_INLINE WordVec xor_lanes(WordVec x) {
 #endif
 }
 
-// Lane l of the result is lane l + 1 of x, and the last one its own complement, like nothing else.
+// Lane l of the result is lane l + 1 of x; the last lane gets its own complement, which it never equals.
 FKD_INLINE WordVec next_lane(WordVec x) {
     uint32_t lanes[kWordLanes + 1];
     __builtin_memcpy(lanes, &x, sizeof x);
@@ -53,7 +53,7 @@ FKD_INLINE void order_pair(WordVec& a, WordVec& b) {
     a = low;
 }
 
-// The smaller of x and its partner in lanes without bit D, the larger in the others.
+// In lanes without bit D the smaller of x and its partner, in the others the larger.
 template <int D>
 FKD_INLINE WordVec order_lanes(WordVec x, WordVec partner) {
     WordVec upper;
@@ -62,7 +62,7 @@ FKD_INLINE WordVec order_lanes(WordVec x, WordVec partner) {
     return upper ? (x < partner ? partner : x) : (x < partner ? x : partner);
 }
 
-// The rest of a merge inside each vector: lanes D apart, D / 2 and so on.
+// Finishes a merge inside each vector: compares lanes D apart, then D / 2 and so on.
 template <int D>
 FKD_INLINE WordVec merge_lanes(WordVec x) {
     if constexpr (D > 0)
@@ -71,7 +71,7 @@ FKD_INLINE WordVec merge_lanes(WordVec x) {
         return x;
 }
 
-// The rest of a merge across G vectors in registers: vectors J apart, J / 2 and so on.
+// Finishes a merge across G vectors in registers: compares vectors J apart, then J / 2 and so on.
 template <int G, int J>
 FKD_INLINE void merge_vectors(WordVec (&x)[G]) {
     if constexpr (J > 0) {
@@ -82,7 +82,7 @@ FKD_INLINE void merge_vectors(WordVec (&x)[G]) {
     }
 }
 
-// Merges pairs of sorted runs of K / 2 vectors, and goes on until one run has all G.
+// Merges pairs of sorted runs of K / 2 vectors, up to one run of G.
 template <int G, int K>
 FKD_INLINE void sort_vectors(WordVec (&x)[G]) {
     if constexpr (K <= G) {
@@ -108,7 +108,7 @@ FKD_INLINE void store_group(WordVec* to, const WordVec (&x)[G]) {
         to[i] = x[i];
 }
 
-// What is left of a merge of runs of V vectors or more, from vectors J apart on.
+// Finishes a merge of runs of V vectors or more, starting with vectors J apart.
 template <int V, int J>
 FKD_INLINE void finish_merge(WordVec* words) {
     if constexpr (J >= kGroup) {
@@ -139,7 +139,7 @@ FKD_INLINE void merge_long_runs(WordVec* words) {
     }
 }
 
-// Merges runs of L / 2 lanes of V vectors, until one run has all.
+// Merges runs of L / 2 lanes of V vectors, up to one run of all lanes.
 template <int V, int L>
 FKD_INLINE void merge_lane_runs(WordVec* words) {
     if constexpr (L <= kWordLanes) {
@@ -157,7 +157,7 @@ FKD_INLINE void merge_lane_runs(WordVec* words) {
     }
 }
 
-// Sorts V vectors, ascending in the layout above.
+// Sorts V vectors in ascending order, in the layout above.
 template <int V>
 FKD_NOINLINE void sort_words(WordVec* words) {
     constexpr int G = smaller(V, kGroup);
@@ -171,7 +171,7 @@ FKD_NOINLINE void sort_words(WordVec* words) {
     merge_lane_runs<V, 2>(words);
 }
 
-// Sorts `vectors` of them, a power of two up to kMostVectors.
+// Sorts `vectors` vectors, a power of two up to kMostVectors.
 template <int V = 1>
 FKD_INLINE void sort_words(WordVec* words, int vectors) {
     if constexpr (V < kMostVectors) {

@@ -26,7 +26,7 @@ _LABEL_STATISTICS = ("v_sum", "v_cross", "v_blocked", "v_cross_t")
 _SCORE_STATISTICS = ("w_soft", "w_sharp", "w_teacher")
 
 
-def _told(labels: bool, standardize: bool) -> list[int]:
+def _exchanged_places(labels: bool, standardize: bool) -> list[int]:
     """Return the places of the statistics that pieces exchange."""
     idle = (*(() if labels else _LABEL_STATISTICS), *(() if standardize else _SCORE_STATISTICS))
     return [place for place, name in enumerate(STATISTICS) if name not in idle]
@@ -42,10 +42,10 @@ def row_stage(
     rows = student.shape[0]
     other = student if teacher is None else teacher
     dtype = accumulation_dtype(student, other)
-    told = _told(labels is not None, options.standardize)
+    exchanged = _exchanged_places(labels is not None, options.standardize)
     if found.statistics is not None:
         statistics = found.statistics.new_zeros(len(found.statistics), len(STATISTICS), rows)
-        statistics[:, told] = found.statistics
+        statistics[:, exchanged] = found.statistics
         found = found._replace(statistics=statistics)
     last = stage == "gradient"
     out = torch.zeros(FIELDS[stage], rows, dtype=torch.float64)
@@ -74,4 +74,4 @@ def row_stage(
         raise checks.row_error(found.statistics[:, places].sum((0, 1))[:, None], bad_row, num_classes, -1)
     if last:
         return parts.T.to(dtype), gradient
-    return out[told] if stage == "statistics" else out
+    return out[exchanged] if stage == "statistics" else out

@@ -1,5 +1,5 @@
-// What a call of ordinary tensors asks for, and whether it is one. Every function here says false, or nothing, of what
-// needs a closer look; it throws where Python has raised.
+// The settings of a direct call, and checks that its tensors are ordinary. Each function returns false or null if the
+// call needs Python's full checks, and throws if a Python exception is set.
 #pragma once
 
 #include <cmath>
@@ -12,40 +12,41 @@
 
 namespace fused_kd {
 
-struct Failed {}; // a Python exception is set
+struct PythonError {}; // a Python exception is set
 
-inline PyObject* called(PyObject* result) {
-    if (!result) throw Failed();
+inline PyObject* checked(PyObject* result) {
+    if (!result) throw PythonError();
     return result;
 }
 
-inline Failed unexpected(const char* wanted) {
+inline PythonError unexpected(const char* wanted) {
     PyErr_Format(PyExc_TypeError, "fused_kd: expected %s", wanted);
-    return Failed();
+    return PythonError();
 }
 
-// What fused_kd/backends/native/direct.py hands over once, all of it kept for good.
-struct TorchGiven {
+// The objects that fused_kd/backends/native/direct.py passes once. The module keeps references to them forever.
+struct TorchObjects {
     const DlExchange* exchange;
     PyObject* tensor_type;             // torch.Tensor
-    PyObject *empty_like, *contiguous; // and its keywords
-    PyObject* scalars;                 // without dimensions, of float32 and float64
-    PyObject* parts;                   // of 2, 3 and 4 elements, of either dtype
-    PyObject* places;                  // of HyperParameters, by name
-    PyObject* ranks;                   // their numbers, by name
+    PyObject *empty_like, *contiguous; // and its keyword arguments
+    PyObject* scalars;                 // 0-dimensional tensors of float32 and float64
+    PyObject* parts;                   // tensors of 2, 3 and 4 elements, each in both dtypes
+    PyObject* places;                  // index of each field of HyperParameters, by name
+    PyObject* ranks;                   // the Rank values of USKD, by name
     PyObject *grad_enabled, *keeps_graph;
-    PyObject* watchers;                               // functions whose results are false where nothing watches a call
+    PyObject* observers;                              // functions that return true if something observes the call
     PyObject* levels;                                 // torch.autograd.forward_ad's globals
-    PyObject *requires_grad, *is_neg, *current_level; // names
+    PyObject *requires_grad, *is_neg, *current_level; // interned attribute names
     PyObject *reduction, *ignore_index, *standardize, *rank, *square, *process_group;
 };
 
-inline TorchGiven& torch_given() {
-    static TorchGiven given = {};
-    return given;
+inline TorchObjects& torch_objects() {
+    static TorchObjects objects = {};
+    return objects;
 }
 
-// (torch.Tensor's exchange capsule, and the fields of TorchGiven after it): whether the interface is one known here.
+// Arguments: torch.Tensor's exchange capsule, then the fields of TorchObjects after `exchange`. Return whether the
+// version of the interface is supported.
 inline PyObject* direct_begin(PyObject*, PyObject* const* of, Py_ssize_t count) {
     if (count != 12) return unexpected("12 arguments"), nullptr;
     const auto* const exchange = static_cast<const DlExchange*>(PyCapsule_GetPointer(of[0], "dlpack_exchange_api"));
@@ -54,65 +55,66 @@ inline PyObject* direct_begin(PyObject*, PyObject* const* of, Py_ssize_t count) 
     for (Py_ssize_t k = 1; k < count; ++k)
         Py_INCREF(of[k]);
     const auto name = [](const char* text) { return PyUnicode_InternFromString(text); };
-    torch_given() = {exchange,
-                     of[1],
-                     of[2],
-                     of[3],
-                     of[4],
-                     of[5],
-                     of[6],
-                     of[7],
-                     of[8],
-                     of[9],
-                     of[10],
-                     of[11],
-                     name("requires_grad"),
-                     name("is_neg"),
-                     name("_current_level"),
-                     name("reduction"),
-                     name("ignore_index"),
-                     name("logit_standardization"),
-                     name("rank"),
-                     name("square"),
-                     name("process_group")};
+    torch_objects() = {exchange,
+                       of[1],
+                       of[2],
+                       of[3],
+                       of[4],
+                       of[5],
+                       of[6],
+                       of[7],
+                       of[8],
+                       of[9],
+                       of[10],
+                       of[11],
+                       name("requires_grad"),
+                       name("is_neg"),
+                       name("_current_level"),
+                       name("reduction"),
+                       name("ignore_index"),
+                       name("logit_standardization"),
+                       name("rank"),
+                       name("square"),
+                       name("process_group")};
     Py_RETURN_TRUE;
 }
 
 inline bool truth(PyObject* function) {
-    PyObject* const value = called(PyObject_CallNoArgs(function));
+    PyObject* const value = checked(PyObject_CallNoArgs(function));
     const int truth = PyObject_IsTrue(value);
     Py_DECREF(value);
-    if (truth < 0) throw Failed();
+    if (truth < 0) throw PythonError();
     return truth != 0;
 }
 
-// Whether nothing watches, records or transforms what is done to tensors.
-inline bool unwatched() {
-    const TorchGiven& torch = torch_given();
-    for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(torch.watchers); ++k)
-        if (truth(PyTuple_GET_ITEM(torch.watchers, k))) return false;
+// Return whether nothing observes, records or transforms tensor operations.
+inline bool unobserved() {
+    const TorchObjects& torch = torch_objects();
+    for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(torch.observers); ++k)
+        if (truth(PyTuple_GET_ITEM(torch.observers, k))) return false;
     PyObject* const level = PyDict_GetItemWithError(torch.levels, torch.current_level);
     return level && PyLong_CheckExact(level) && PyLong_AsLong(level) < 0;
 }
 
 inline bool requires_grad(PyObject* tensor) {
-    PyObject* const value = called(PyObject_GetAttr(tensor, torch_given().requires_grad));
+    PyObject* const value = checked(PyObject_GetAttr(tensor, torch_objects().requires_grad));
     Py_DECREF(value);
     return value == Py_True;
 }
 
-// Whether it is a tensor of no subclass whose memory has its values. (A view may stand for their negative.)
+// Return whether this is a torch.Tensor, not a subclass, whose memory holds its values (a view may be lazily negated).
 inline bool plain(PyObject* tensor, DlTensor& out, DType& dtype) {
-    const TorchGiven& torch = torch_given();
-    if (reinterpret_cast<PyObject*>(Py_TYPE(tensor)) != torch.tensor_type || !see(*torch.exchange, tensor, out, dtype))
+    const TorchObjects& torch = torch_objects();
+    if (reinterpret_cast<PyObject*>(Py_TYPE(tensor)) != torch.tensor_type ||
+        !view_tensor(*torch.exchange, tensor, out, dtype))
         return false;
-    PyObject* const negative = called(PyObject_CallMethodNoArgs(tensor, torch.is_neg));
+    PyObject* const negative = checked(PyObject_CallMethodNoArgs(tensor, torch.is_neg));
     Py_DECREF(negative);
     return negative == Py_False;
 }
 
-// Of one to three dimensions: (rows), (rows, columns) or (rows, positions, columns).
-inline bool plain_matrix(PyObject* tensor, Seen& out) {
+// Read a tensor of one to three dimensions: (rows), (rows, columns) or (rows, positions, columns).
+inline bool plain_matrix(PyObject* tensor, TensorView& out) {
     DlTensor view = {};
     if (!plain(tensor, view, out.matrix.dtype) || view.dims < 1 || view.dims > 3) return false;
     const int last = view.dims - 1;
@@ -127,18 +129,18 @@ inline bool plain_matrix(PyObject* tensor, Seen& out) {
     return true;
 }
 
-// float16 gradients are stored times a power of two, which Python chooses; logits without gradient may be float16.
-inline bool plain_logits(PyObject* tensor, Seen& out, bool half = false, int dims = 2) {
+// Float16 logits that need a gradient go through Python, which chooses the power of two of the stored gradient.
+inline bool plain_logits(PyObject* tensor, TensorView& out, bool half = false, int dims = 2) {
     return plain_matrix(tensor, out) && out.dims == dims && out.columns >= 2 && out.matrix.dtype != kInt64 &&
            (half || out.matrix.dtype != kFloat16);
 }
 
-inline bool same_shape(const Seen& a, const Seen& b) {
+inline bool same_shape(const TensorView& a, const TensorView& b) {
     return a.rows == b.rows && a.columns == b.columns;
 }
 
-// As fused_kd/losses/_options.py checks them: finite, at least 0, and some within bounds.
-inline bool hyper_parameters_of(PyObject* named, HyperParameters& out) {
+// The same bounds as in fused_kd/losses/_options.py: finite, at least 0, and for some an upper bound.
+inline bool parse_hyper_parameters(PyObject* named, HyperParameters& out) {
     constexpr size_t kCorrect = offsetof(HyperParameters, correct) / sizeof(double);
     constexpr size_t kTemperature = offsetof(HyperParameters, temperature) / sizeof(double);
     constexpr size_t kSmoothing = offsetof(HyperParameters, label_smoothing) / sizeof(double);
@@ -146,12 +148,12 @@ inline bool hyper_parameters_of(PyObject* named, HyperParameters& out) {
     values[kTemperature] = 1;
     PyObject *name, *value;
     for (Py_ssize_t at = 0; PyDict_Next(named, &at, &name, &value);) {
-        PyObject* const found = PyDict_GetItemWithError(torch_given().places, name);
+        PyObject* const found = PyDict_GetItemWithError(torch_objects().places, name);
         if (!found || !(PyFloat_CheckExact(value) || PyLong_CheckExact(value))) return false;
         const size_t place = PyLong_AsSize_t(found);
         const double x = PyFloat_AsDouble(value);
         if (!(x >= 0 && x < INFINITY) || (place == kTemperature && x == 0)) {
-            PyErr_Clear(); // an int beyond a double
+            PyErr_Clear(); // an int too large for a double
             return false;
         }
         if ((place == kCorrect || place == kSmoothing) && x >= 1) return false;
@@ -161,19 +163,19 @@ inline bool hyper_parameters_of(PyObject* named, HyperParameters& out) {
     return true;
 }
 
-struct Asked {
+struct Request {
     const Kernels* kernels = nullptr;
     int threads = 1;
     HyperParameters hyper = {};
     Reduction reduction = kMean;
     int64_t ignore_index = -1;
     bool standardize = false, square = true, want_parts = false;
-    bool grad = false; // whether gradients are wanted of what requires them
+    bool grad = false; // whether to compute gradients of logits that require them
     int rank = -1;
 };
 
-inline bool settings_of(PyObject* named, Asked& out) {
-    const TorchGiven& torch = torch_given();
+inline bool parse_settings(PyObject* named, Request& out) {
+    const TorchObjects& torch = torch_objects();
     const auto get = [named](PyObject* name) { return PyDict_GetItemWithError(named, name); };
     const auto flag = [&](PyObject* name, bool& out) {
         PyObject* const value = get(name);
@@ -200,8 +202,8 @@ inline bool settings_of(PyObject* named, Asked& out) {
            flag(torch.square, out.square);
 }
 
-// (weight, normalizer, class_dim, num_classes, backend, return_parts)
-inline bool common_of(PyObject* tuple, Asked& out) {
+// tuple: (weight, normalizer, class_dim, num_classes, backend, return_parts)
+inline bool parse_common(PyObject* tuple, Request& out) {
     if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != 6) return false;
     for (Py_ssize_t k = 0; k < 4; ++k)
         if (PyTuple_GET_ITEM(tuple, k) != Py_None) return false;
@@ -219,23 +221,23 @@ inline const Kernels* kernels_named(PyObject* name) {
     return nullptr;
 }
 
-// numbers, settings, common, instruction set, threads
-inline bool understood(PyObject* const* of, Asked& out) {
+// of: (numbers, settings, common, instruction set, threads)
+inline bool parse_request(PyObject* const* of, Request& out) {
     out.kernels = kernels_named(of[3]);
     out.threads = int(PyLong_AsLong(of[4]));
-    if (!out.kernels || !common_of(of[2], out) || !settings_of(of[1], out) || !hyper_parameters_of(of[0], out.hyper) ||
-        !unwatched())
+    if (!out.kernels || !parse_common(of[2], out) || !parse_settings(of[1], out) ||
+        !parse_hyper_parameters(of[0], out.hyper) || !unobserved())
         return false;
-    out.grad = truth(torch_given().grad_enabled);
+    out.grad = truth(torch_objects().grad_enabled);
     return true;
 }
 
-// Class indices, probabilities, or None for the class 0 of every row, which must not be asked for then.
-inline bool plain_target(PyObject* label, const Seen& student, const Asked& asked, Seen& out) {
+// The target is class indices, probabilities, or None. None reads class 0 in every row, so it needs ce_weight == 0.
+inline bool plain_target(PyObject* label, const TensorView& student, const Request& request, TensorView& out) {
     static const int64_t none = 0;
     if (label == Py_None) {
         out.matrix = {&none, kInt64, 0, 1};
-        return asked.hyper.ce_weight == 0;
+        return request.hyper.ce_weight == 0;
     }
     if (!plain_matrix(label, out) || out.rows != student.rows) return false;
     if (out.matrix.dtype == kInt64) return out.dims == 1;
