@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from fused_kd.backends.sources import CHUNK_BYTES
@@ -151,6 +152,11 @@ class ClassShard:
     num_classes: int
     group: Any = None
 
+
+# So that PyTorch finds their tensors: under DDP with static_graph=True an output without tensors trains each process on
+# its own rows alone.
+for _source in (Head, TopK, ClassShard):
+    torch.export.register_dataclass(_source)
 
 #: What may be given for the student's logits, and for the teacher's.
 Logits: TypeAlias = "Tensor | Head | ClassShard"

@@ -40,7 +40,11 @@ def span_of(name: str, shard: ClassShard, class_dim: int | None) -> Span:
 
 def shard_rows(name: str, logits: Tensor) -> Tensor:
     """Check a shard's logits (..., width), and view them as (N, width). The width may be 0."""
-    refuse_dtensor(name, logits)
+    if checks.is_dtensor(logits):
+        raise TypeError(
+            f"{name}: expected Tensors in a ClassShard, got a DTensor; pass its to_local(), or the logits as a DTensor "
+            "without a ClassShard"
+        )
     logits = checks.check_logits(name, logits)
     return logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
 
@@ -111,14 +115,6 @@ def shared_hidden(rows: SourceRows, span: Span | None) -> SourceRows:
 def all_columns(own: Tensor, span: Span | None) -> Tensor:
     """Gather (N, width) of each process to (N, num_classes), the same on all."""
     return own if span is None else _Columns.apply(own, span)  # type: ignore[no-untyped-call]
-
-
-def refuse_dtensor(name: str, given: Any) -> None:
-    if checks.is_dtensor(given):
-        raise TypeError(
-            f"{name}: expected Tensors in a Head or a ClassShard, got a DTensor; pass its to_local(), or the logits as "
-            "a DTensor without a ClassShard"
-        )
 
 
 def from_dtensors(tensors: Tensors, weight: Tensor | None, class_dim: int | None) -> tuple[Tensors, Tensor | None]:

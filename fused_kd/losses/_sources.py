@@ -25,6 +25,8 @@ from fused_kd.sources import ClassShard, Head, Logits, TeacherLogits, TopK
 
 Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
 
+_WHOLE = "FSDP makes a weight whole only in the forward pass of the module that it wraps: compute the loss there"
+
 
 def is_source(logits: Any) -> bool:
     return isinstance(logits, (Head, TopK, ClassShard))
@@ -257,14 +259,17 @@ def _flattened(name: str, given: Any, class_dim: int | None) -> _Given:
 def _head(name: str, head: Head, class_dim: int | None, least: int = 2) -> _Given:
     if class_dim is not None:
         raise ValueError(f"class_dim: expected None with a Head, whose hidden states are (..., D), got {class_dim}")
-    for given in (head.hidden, head.weight, head.bias):
-        _shards.refuse_dtensor(name, given)
+    if any(map(checks.is_dtensor, (head.hidden, head.weight, head.bias))):
+        raise TypeError(
+            f"{name}: expected Tensors in a Head, got a DTensor. {_WHOLE}. If processes share the classes, pass a "
+            "ClassShard of a Head with weight.to_local() and hidden.full_tensor(), or the logits as a DTensor"
+        )
     hidden, weight = (checks.check_logits(f"{name}.{at}", getattr(head, at)) for at in ("hidden", "weight"))
     fits = weight.dim() == 2 and hidden.dim() >= 2 and hidden.shape[-1] == weight.shape[1] > 0
     if not fits or weight.shape[0] < least:
         raise ValueError(
             f"{name}: expected a Head of hidden states (..., D) and a weight (C, D) with C at least {least} and D at "
-            f"least 1, got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+            f"least 1, got {tuple(hidden.shape)} and {tuple(weight.shape)}{f'. {_WHOLE}' if weight.dim() == 1 else ''}"
         )
     tensors = [hidden, weight]
     if head.bias is not None:

@@ -1,12 +1,15 @@
 """The recipes of docs/recipes/language-models.md, beside the forms that make all logits."""
 
+import copy
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
+import worlds
 from pages import needs, run_snippet
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from fused_kd import TopK, kd_loss, nkd_loss
@@ -141,6 +144,96 @@ def test_a_model_of_transformers(tmp_path, monkeypatch, record_property):
     logits = 4 * ids[:, 1:].numel() * vocabulary
     assert peaks["with_logits"] > 3 * logits
     assert peaks["with_heads"] < peaks["with_logits"] - 2 * logits
+
+
+def distillation_module():
+    names = run_snippet("distillation_module")
+    names["distillation"] = run_snippet("language_model")["distillation"]
+    return names["Distillation"]
+
+
+def trained(wrapper, tied, ids, labels, count):
+    """The student's weights after three steps."""
+    torch.manual_seed(0)
+    student, teacher = Tiny(8, 16, tied=tied).double(), Tiny(5, 14).double()
+    model = module = distillation_module()(student, teacher, VOCABULARY)
+    for _ in range(2):
+        assert student.training and not teacher.training
+        module.train()
+    if wrapper == "DDP":
+        model = DistributedDataParallel(module)
+    elif wrapper == "FSDP":
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor import init_device_mesh
+
+        mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+        for part in (student.model[1], teacher.model[1], module):
+            fully_shard(part, mesh=mesh)
+    optimizer = torch.optim.SGD(student.parameters(), 0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(ids, labels, count)["loss"].backward()
+        optimizer.step()
+    return [each.full_tensor() if wrapper == "FSDP" else each.detach() for each in student.parameters()]
+
+
+def trained_by_all(rank, size, wrapper, tied):
+    """Each process has rows of its own, and the weights become those of one process with all rows."""
+    torch.manual_seed(1)
+    ids, labels = batch(2 * size)
+    count, own = int(labels[:, 1:].ne(-100).sum()), slice(2 * rank, 2 * rank + 2)
+    alone = trained(None, tied, ids, labels, count)
+    torch.testing.assert_close(trained(wrapper, tied, ids[own], labels[own], count / size), alone)
+
+
+def test_several_processes():
+    world = worlds.World(2)
+    try:
+        for wrapper in ("DDP", "FSDP"):
+            for tied in (False, True):
+                world.run(trained_by_all, wrapper, tied)
+    finally:
+        world.close()
+
+
+def test_the_trainer(tmp_path):
+    """One step of four micro-batches is that of all their rows."""
+    needs("transformers", "accelerate")
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
+    student, teacher = (LlamaForCausalLM(config) for _ in range(2))
+    by_hand = copy.deepcopy(student)
+    ids = torch.randint(VOCABULARY, (8, 6))
+    labels = ids.where(torch.rand(8, 6) < 0.6, -100)
+    attention = torch.ones_like(ids)
+    attention[::2, 4:], labels[::2, 4:] = 0, -100
+    args = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        num_train_epochs=1,
+        learning_rate=0.1,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+    rows = zip(ids, labels, attention, strict=True)
+    items = [dict(zip(("input_ids", "labels", "attention_mask"), row, strict=True)) for row in rows]
+    Trainer(model=distillation_module()(student, teacher), args=args, train_dataset=items).train()
+    with torch.no_grad():
+        taught = teacher(input_ids=ids, attention_mask=attention).logits
+    dense(by_hand(input_ids=ids, attention_mask=attention).logits, taught, labels, VOCABULARY).backward()
+    for name, parameter in by_hand.named_parameters():
+        expected = parameter.detach() - 0.1 * parameter.grad
+        torch.testing.assert_close(student.get_parameter(name).detach(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_log_probabilities_of_a_serving_engine():

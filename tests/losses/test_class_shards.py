@@ -107,9 +107,9 @@ DTENSORS = {
     "plain student": "ValueError: teacher_logits: expected no DTensor, or a replicated one",
     "target of rows": "ValueError: target: expected a DTensor on the mesh of student_logits with placements .Replicate",
     "classes inside": "ValueError: class_dim: expected the last dimension for a DTensor",
-    "head": "TypeError: student_logits: expected Tensors in a Head or a ClassShard, got a DTensor; pass its to_local",
+    "head": "TypeError: student_logits: expected Tensors in a Head, got a DTensor. FSDP makes .* share .*to_local",
     "teacher with gradient": "ValueError: teacher_logits: .* do not require grad",
-    "in a shard": "TypeError: student_logits.logits: expected Tensors in a Head or a ClassShard",
+    "in a shard": "TypeError: student_logits.logits: expected Tensors in a ClassShard, got a DTensor; pass its to_l",
     "padding": "ValueError: num_classes: expected None where processes share the classes, got 7; .*a ClassShard of its",
     "normalizer": "TypeError: normalizer: expected a Tensor that is no DTensor, got one; pass its to_local",
     "plain logits, target of rows": "ValueError: target: expected no DTensor, or a replicated one, since student_log",
@@ -185,6 +185,14 @@ def test_compiled(world):
 
 def test_a_head_under_ddp(world):
     world.run(shard_jobs.head_under_ddp)
+
+
+def test_a_head_that_ddp_returns(world):
+    world.run(shard_jobs.head_from_ddp)
+
+
+def test_a_head_of_fsdp(world):
+    world.run(shard_jobs.head_of_fsdp)
 
 
 @each_size

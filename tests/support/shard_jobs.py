@@ -16,6 +16,7 @@ from fused_kd.backends import shards, sources
 from fused_kd.core.catalogue import LOSSES, ROW_LOSSES
 
 INF = float("inf")
+LABELS = torch.tensor([[3, 39, 0], [7, 7, 21]])
 TOLERANCE = {"rtol": 1e-11, "atol": 1e-11, "equal_nan": True}
 
 
@@ -268,6 +269,40 @@ def head_under_ddp(rank, size):
     wrapped = torch.nn.parallel.DistributedDataParallel(network)
     wrapped(inputs[own], teacher[own], target[own], 3).backward()
     torch.testing.assert_close([each.grad for each in network.parameters()], [*expected])
+
+
+class ItsHead(WithItsLoss):
+    """A network that returns its last layer as a Head."""
+
+    def forward(self, inputs):
+        return Head(self.body(inputs).tanh(), self.head.weight, self.head.bias)
+
+
+def head_from_ddp(rank, size):
+    """DDP averages the gradients of a Head that it returns, with static_graph too, where it looks for tensors."""
+    inputs, teacher = (torch.randn(size, 3, width, generator=torch.Generator().manual_seed(0)) for width in (5, 40))
+    for options in ({}, {"static_graph": True}):
+        torch.manual_seed(0)
+        network = ItsHead()
+        expected = torch.autograd.grad(fused_kd.nkd_loss(network(inputs), teacher, LABELS), [*network.parameters()])
+        wrapped = torch.nn.parallel.DistributedDataParallel(network, **options)
+        fused_kd.nkd_loss(wrapped(inputs[rank]), teacher[rank], LABELS[rank]).backward()
+        torch.testing.assert_close([each.grad for each in network.parameters()], [*expected])
+
+
+def head_of_fsdp(rank, size):
+    """Outside the forward pass, FSDP leaves each process a part of the weight: both of its versions get the advice."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.tensor import init_device_mesh
+
+    teacher = torch.randn(3, 40)
+    networks = ItsHead(), ItsHead()
+    fully_shard(networks[0], mesh=init_device_mesh("cpu", (size,)))
+    FullyShardedDataParallel(networks[1], device_id=torch.device("cpu"), use_orig_params=True)
+    for network in networks:
+        head = Head(torch.randn(3, 8), network.head.weight)
+        with pytest.raises((TypeError, ValueError), match="whole only in the forward pass of the module that it wraps"):
+            fused_kd.nkd_loss(head, teacher, LABELS[0])
 
 
 def kept_classes(rank, size, backend):
