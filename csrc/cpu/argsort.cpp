@@ -1,4 +1,4 @@
-// The ranking alone, for tests and benchmarks. Compiled once per instruction set.
+// The ranking without a loss, for tests and benchmarks. Compiled once per instruction set.
 #include "rank.h"
 #include "rows.h"
 

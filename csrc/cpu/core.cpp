@@ -1,4 +1,4 @@
-// What the kernels share and is compiled once, for any processor: scratch, thread count, and the reductions.
+// Common parts of the kernels, compiled once for any processor: scratch, threads and reductions.
 #include "core.h"
 
 #include "../common/scales.h"
@@ -68,10 +68,10 @@ void* thread_scratch(size_t bytes) {
 
 namespace {
 
-// The runtime that PyTorch has loaded, whichever it is and whatever compiles this: a second one would have threads of
-// its own, which fight for the cores with the first one's. Clang's OpenMP, and GCC's where PyTorch brings its libgomp
-// under another name, would load one. So nothing is linked and no pragma is used, but the function that a pragma of
-// GCC's becomes is looked up where PyTorch itself finds it. libgomp, libomp and libiomp5 all have it.
+// The OpenMP runtime that PyTorch has loaded, whichever it is and whatever compiler builds this. A second runtime would
+// have its own threads, which compete for the cores. Clang's OpenMP would load one, and so would GCC's if PyTorch has
+// its libgomp under another name. So nothing is linked and no pragma is used. Instead, look up the function that a GCC
+// pragma becomes, where PyTorch itself finds it. libgomp, libomp and libiomp5 all have it.
 struct OpenMp {
     void (*parallel)(void (*)(void*), void*, unsigned, unsigned);
     int (*thread_num)();
@@ -81,7 +81,7 @@ struct OpenMp {
 const OpenMp& openmp() {
     static const OpenMp found = [] {
         void* const torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
-        // In the linker's order: what is preloaded, as libiomp5 at times is, serves PyTorch before what it brings.
+        // In the linker's order: PyTorch uses a preloaded runtime, for example libiomp5, before its own.
         const auto find = [=](const char* name) {
             void* const everyone = dlsym(RTLD_DEFAULT, name);
             return everyone || !torch ? everyone : dlsym(torch, name);
@@ -95,9 +95,9 @@ const OpenMp& openmp() {
     return found;
 }
 
-// A team's work, and what the first thread that failed has thrown: no exception may leave a thread of OpenMP's. How
-// numbers are rounded, and subnormal ones flushed, is each thread's own affair (torch.set_flush_denormal sets the
-// calling one's), so all take the caller's way for the time of the work.
+// A team's work, and the exception of the first thread that failed: no exception may leave an OpenMP thread. The
+// rounding mode and the flushing of subnormals belong to a thread (torch.set_flush_denormal sets the calling one's), so
+// all threads take the caller's during the work.
 struct TeamWork {
     void (*work)(const void*, int, int);
     const void* data;
@@ -131,7 +131,7 @@ void in_team(int threads, void (*work)(const void*, int, int), const void* data)
     TeamWork team = {work, data};
     std::fegetenv(&team.of_caller);
     const auto run = [](void* team) {
-        // Maybe fewer threads than were asked for.
+        // The team may have fewer threads than requested.
         static_cast<TeamWork*>(team)->share(openmp().thread_num(), openmp().num_threads());
     };
     openmp().parallel(run, &team, unsigned(threads), 0);
@@ -146,7 +146,7 @@ int useful_threads(int threads, int64_t rows, int64_t classes) {
 
 namespace {
 
-// Rows that count towards a mean, or the first row whose class index is out of range.
+// The number of rows that count towards a mean, or the first row with a class index out of range.
 struct Counted {
     int64_t rows, bad_row;
 };
@@ -165,13 +165,13 @@ Counted count_rows(const Matrix& target, int64_t rows, int64_t classes, int64_t 
     return counted;
 }
 
-// What a row of probabilities sums to, where a kernel has it at hand. Rows that do not count stay at 1.
+// The sums of the rows' probabilities, for kernels to write. Rows that do not count stay at 1.
 std::vector<double> label_sums(const Matrix& target, int64_t rows) {
     return std::vector<double>(size_t(target.dtype == kInt64 ? 0 : rows), 1.0);
 }
 
-// The first row whose probabilities do not sum to 1, or -1. Labels in half precision miss it by up to half a per cent;
-// NaN is a row's own affair. The same is in fused_kd/core/checks.py.
+// The first row of probabilities that do not sum to 1, or -1. Labels in half precision miss 1 by up to half a per cent;
+// a NaN affects only its own row. fused_kd/core/checks.py has the same check.
 int64_t no_probabilities(const std::vector<double>& sums) {
     for (size_t row = 0; row < sums.size(); ++row)
         if (std::abs(sums[row] - 1.0) > 0.02) return int64_t(row);
@@ -185,7 +185,7 @@ void put(void* to, DType dtype, int64_t i, double x) {
         static_cast<float*>(to)[i] = float(x);
 }
 
-// In the rows' order, so the same bits whatever the number of threads.
+// Sums in the rows' order, so the bits do not depend on the number of threads.
 void reduce_parts(const std::vector<double>& parts, int kinds, int64_t rows, double divisor, Reduction reduction,
                   DType dtype, void* loss_out, void* parts_out) {
     if (reduction == kNone) {
@@ -218,8 +218,8 @@ std::vector<A> reciprocals(int64_t n) {
     return values;
 }
 
-// A large gradient in large pages: fewer of the processor's table entries, and fewer faults where it is new. Whose
-// memory it is does not matter, as all of it is about to be written.
+// Asks for large pages for a large gradient: fewer TLB entries, and fewer page faults if the memory is new. It does not
+// matter who owns the memory, because all of it is about to be written.
 void advise_large_pages(void* data, DType dtype, int64_t elements) {
 #if defined(MADV_HUGEPAGE)
     constexpr uintptr_t page = uintptr_t(2) << 20;
@@ -232,18 +232,18 @@ void advise_large_pages(void* data, DType dtype, int64_t elements) {
 #endif
 }
 
-// What the last visit to the rows of DIST takes of what came before.
+// Results of DIST's earlier passes, for the last pass over the rows.
 struct FromBefore {
     std::vector<char> columns;
     std::vector<double> statistics;
 };
 
-// The columns' share of DIST, for a row kernel to add to the gradient; returns the sum of their correlations. What the
-// rows' softmaxes are, the row kernel says first.
+// Computes what the columns add to DIST's gradient, for the row kernel to use, and returns the sum of their
+// correlations. First, the row kernel computes the origins of the rows' softmaxes.
 double dist_columns(const Kernels& kernels, RowArgs& args, FromBefore& kept) {
     std::vector<SoftmaxOrigin> origins(size_t(2 * args.rows));
     RowArgs rows = args;
-    rows.only_origins = rows.gradient.data != nullptr; // the losses come with the gradient then
+    rows.only_origins = rows.gradient.data != nullptr; // the last pass then computes the losses
     rows.gradient.data = nullptr;
     rows.origins = origins.data();
     if (rows.only_origins) {
@@ -267,7 +267,7 @@ bool has_columns(const RowArgs& args, const Counted& counted) {
     return args.loss & common::kColumns && args.hyper.gamma != 0 && counted.rows > 0;
 }
 
-// The loss that each row that counts has of the columns, of which a row has so many.
+// Writes the columns' part of the loss to each row that counts. `classes` is the number of all columns.
 void put_column_part(const RowArgs& args, double correlations, int64_t classes) {
     const double temperature = args.hyper.temperature;
     const double part = args.hyper.gamma * temperature * temperature * (1 - correlations / double(classes));
@@ -280,7 +280,7 @@ struct Stored {
     const Matrix& logits;
 };
 
-// What all losses do around their kernels, which `run` calls: count, scale and reduce.
+// Common work of all losses around their kernels, which `run` calls: count, scale and reduce.
 template <class Run>
 int64_t run_loss(LossArgs& args, int64_t num_classes, int kinds, const LossOutputs& out,
                  std::initializer_list<Stored> stored, const Run& run) {

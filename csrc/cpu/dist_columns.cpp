@@ -1,10 +1,10 @@
-// DIST's term of the batch's columns: the correlation of each class's probabilities, the student's with the teacher's,
-// over the rows that count, and what it adds to the gradient. Compiled once per instruction set.
+// DIST's term of the batch's columns: for each class, the correlation of the student's probabilities with the teacher's
+// over the rows that count, and its gradient. Compiled once per instruction set.
 //
-// A thread has a block of columns for all rows, in the rows' order, so that the result does not depend on the number of
-// threads. The softmaxes are made anew from the logits and what is known of each row (SoftmaxOrigin). Sums are of
-// differences from the first row that counts, in double precision: of the probabilities themselves they would cancel
-// where a column hardly varies.
+// A thread processes a block of columns for all rows, in the rows' order, so the result does not depend on the number
+// of threads. It recomputes the softmaxes from the logits and each row's SoftmaxOrigin. It sums differences from the
+// first row that counts, in double precision: sums of the probabilities themselves would cancel if a column hardly
+// varies.
 #include "../losses/row_losses.h"
 #include "rows.h"
 
@@ -12,13 +12,13 @@ namespace fused_kd {
 namespace FKD_ISA {
 namespace {
 
-// Columns of a block: their sums fit in the first-level cache beside a piece of two rows.
+// Columns of a block. Their sums fit in the first-level cache beside a piece of two rows.
 constexpr int64_t kTogether = 256;
-constexpr int kTotals = 5; // of x, y, x^2, y^2, xy
-// Rows whose sums are taken together before double precision takes over, which is half as wide.
+constexpr int kTotals = 5; // sums of x, y, x^2, y^2, xy
+// Rows that are summed before double precision, with half as many lanes, takes over.
 constexpr int kFew = 8;
 
-// Whether a column varies by more than rounding: equal rows may differ by an ulp, as a row's sum has its target apart.
+// Whether a column varies by more than rounding. Equal rows may differ by an ulp, because a sum leaves out its target.
 template <class A>
 bool varies(double squares, double by_n, double mean) {
     constexpr double ulp = sizeof(A) == 8 ? 0x1p-52 : 0x1p-23;
@@ -71,7 +71,7 @@ FKD_NOINLINE void column_block(const ColumnArgs& args, int64_t start, int64_t n)
         const bool p_varies = varies<A>(xx, by_n, first_p[j] + x), q_varies = varies<A>(yy, by_n, first_q[j] + y);
         const double xy = p_varies && q_varies ? sums[4][j] - sums[0][j] * y : 0;
         Correlation r = correlation(xy, p_varies ? xx : 0, q_varies ? yy : 0);
-        if (!q_varies) r.by_b = 0; // what is left of q - mean q is rounding
+        if (!q_varies) r.by_b = 0; // q - mean q is only rounding
         args.correlations[start + j] = r.value;
         out[j] = A(double(first_p[j]) + x);
         out[args.classes + j] = A(double(first_q[j]) + y);

@@ -1,5 +1,5 @@
-// Where a kernel with a softmax split into targets and the rest puts a row's gradient, and its exponentials meanwhile.
-// Included by sources compiled once per instruction set, like simd.h.
+// The gradient of a row, for kernels that split the softmax into targets and the rest. Meanwhile it holds the row's
+// exponentials, if the dtypes allow. Included by sources compiled once per instruction set, like simd.h.
 #pragma once
 
 #include "rows.h"
@@ -9,7 +9,7 @@ namespace FKD_ISA {
 
 template <class A>
 struct GradientRow {
-    char* data; // null when not wanted
+    char* data; // null if not wanted
     DType dtype;
     int64_t classes;
     A* exponentials;
@@ -22,7 +22,7 @@ struct GradientRow {
     void finish(int64_t j, int64_t n, const A* staging) const {
         if (dtype != dtype_of<A>()) write(staging, n, data + j * element_size(dtype), dtype);
     }
-    // Of a row without a value, where it is wanted: NaN, but 0 at the classes that cannot occur.
+    // For a row without a value: NaN, but 0 for classes with logit -inf. Does nothing if the gradient is not wanted.
     void fill_nan(const Matrix& logits, int64_t row, A* staging) const {
         for (int64_t j = 0; data && j < classes; j += kBlock<A>) {
             const int64_t n = block_length<A>(classes, j);

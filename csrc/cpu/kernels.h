@@ -1,4 +1,4 @@
-// What the CPU core offers: plain structures and a table of the kernels of one instruction set.
+// The CPU kernels: their arguments, as plain structures, and a table of the kernels of one instruction set.
 #pragma once
 
 #include <cstddef>
@@ -11,35 +11,35 @@ namespace fused_kd {
 
 enum Reduction { kNone = 0, kSum = 1, kMean = 2 };
 
-// A matrix, or a vector when col_stride is unused; strides count elements, so offsets are 64-bit throughout.
+// A matrix, or a vector if col_stride is unused. Strides count elements, in 64 bits.
 struct Matrix {
     const void* data;
     DType dtype;
     int64_t row_stride, col_stride;
 };
 
-// A row's softmax is exp((x - origin) scale) times `by`; a row that does not count has by < 0.
+// The softmax of a row is exp((x - origin) scale) times `by`. A row that does not count has by < 0.
 struct SoftmaxOrigin {
     double origin, scale, by;
 };
 
-// What a staged run of a row loss does in a call. Its columns are a piece of each row's classes; what the other pieces
-// have found comes in, and goes out to them, as doubles (pieces, fields, rows).
+// The stages of a row loss in a staged run. Each call has some columns of all rows, a piece; the calls exchange their
+// results as doubles (pieces, fields, rows).
 enum Stage { kMoments = 0, kStatistics = 1, kSums = 2, kGradient = 3 };
-constexpr int kMomentsFields = 6;     // RowMoments of the student's logits and of the teacher's
+constexpr int kMomentsFields = 6;     // RowMoments of the student's logits, then of the teacher's
 constexpr int kStatisticsFields = 21; // Statistics of row_blocks.h
-constexpr int kSumsFields = 12;       // PointwiseSums of row_losses.h, and the correlations of DIST's columns
+constexpr int kSumsFields = 12;       // PointwiseSums of row_losses.h, and the sum of the columns' correlations
 
 struct Piece {
     Stage stage;
-    const int64_t* target;            // (rows): the target class, of probabilities the largest's
-    int64_t first_class, num_classes; // where these columns begin in the row, and how many classes that has
+    const int64_t* target;            // (rows): the target class; with probabilities, the largest's
+    int64_t first_class, num_classes; // the class of column 0; the whole row's number of classes
     int64_t pieces;
-    const double *moments, *statistics, *sums; // those of all pieces, this one among them
-    double* out;                               // (fields, rows) of this stage; not of the last
+    const double *moments, *statistics, *sums; // of all pieces, including this one
+    double* out;                               // (fields, rows) of this stage; the last has none
 };
 
-// The rows of a batch, of which every kernel of a loss is told.
+// The rows of a batch: arguments of every loss kernel.
 struct BatchArgs {
     Matrix student;
     Matrix target; // class indices (kInt64), or probabilities
@@ -49,18 +49,18 @@ struct BatchArgs {
     int threads;
 };
 
-// What every loss has besides.
+// Further arguments of every loss.
 struct LossArgs : BatchArgs {
     HyperParameters hyper;
-    const double* factors; // (2, rows), of USKD (3, rows): a row's parts and each of its gradients are multiplied by
-                           // them, and 0 is a row that does not count; null for 1
-    double* parts;         // (rows, 2 to 4), the last of them CE; 0 for rows that do not count
-    double* label_sums;    // (rows): of the probabilities of rows that count; null for class indices
+    const double* factors; // (2, rows), for USKD (3, rows): factors of a row's parts and of each of its gradients; a
+                           // row with 0 does not count; null for 1
+    double* parts;         // (rows, 2 to 4), CE last; 0 for rows that do not count
+    double* label_sums;    // (rows): sums of the probabilities of rows that count; null for class indices
 };
 
 namespace FKD_ISA {
 
-// Whether a row counts: its class is not the one to be ignored, and it does not weigh 0.
+// Whether a row counts: its class is not ignore_index, and its factor is not 0.
 FKD_HD bool row_counts(const BatchArgs& args, int64_t row) {
     const int64_t at = row * args.target.row_stride;
     return args.target.dtype != kInt64 || static_cast<const int64_t*>(args.target.data)[at] != args.ignore_index;
@@ -78,76 +78,76 @@ struct Gradient {
 };
 
 struct RowArgs : LossArgs {
-    Matrix teacher; // that of a loss without one is not read
-    int loss;       // its number, see RowNeed of row_losses.h
+    Matrix teacher; // not read by a loss without a teacher
+    int loss;       // number of the loss, see RowNeed in row_losses.h
     bool standardize;
     Gradient gradient;           // may be the student's logits
-    SoftmaxOrigin* origins;      // (rows, 2), the student's and the teacher's; null when they are not wanted
-    bool only_origins;           // and nothing else is but the statistics
-    double* statistics;          // (rows, kStatisticsFields) from a call with only_origins to the next; else null
-    const void* columns;         // of a pointwise loss that the columns of the batch add to, else null: see ColumnArgs
-    const double* column_factor; // their gradient is multiplied by it, with factors
-    const Piece* piece;          // of a staged run; else null, and `classes` are all of a row's
+    SoftmaxOrigin* origins;      // (rows, 2), the student's and the teacher's; null if not wanted
+    bool only_origins;           // write only the origins and the statistics
+    double* statistics;          // (rows, kStatisticsFields), from a call with only_origins for the next; else null
+    const void* columns;         // ColumnArgs::columns, if the loss has a term of the batch's columns; else null
+    const double* column_factor; // factor of the columns' gradient; only with `factors`
+    const Piece* piece;          // in a staged run; else null, and `classes` is the whole row
 };
 
-// From all rows of softmaxes p and q to DIST's term of their columns: T^2 gamma (1 - mean of the C correlations).
+// DIST's term of the columns of the batch's softmaxes p and q: T^2 gamma (1 - mean of the C correlations).
 struct ColumnArgs {
     Matrix student, teacher;
     const SoftmaxOrigin* origins;
-    int64_t rows, classes, num_classes; // the columns at hand, and all that a row has
+    int64_t rows, classes, num_classes; // classes: of this call; num_classes: of the whole row
     HyperParameters hyper;              // gamma and the temperature
-    void* columns;        // (4, classes), of the accumulating dtype: mean p, mean q, and of the gradient of column_j
-                          // = by_q (q - mean q) + by_p (p - mean p), by_q and by_p times the column factor
+    void* columns;        // (4, classes), in the accumulating dtype: mean p, mean q, by_q, by_p. A column's slope is
+                          // by_q (q - mean q) + by_p (p - mean p); by_q and by_p include the column factor
     double* correlations; // of each column
     DType accumulate;
     int threads;
-    const double* column_factor; // null for the number of counted rows, each of which is given the whole term
+    const double* column_factor; // null for the number of counted rows, as each row gets the whole term
 };
 
-// Its parts are target, non_target, weak and ce.
+// Parts: target, non_target, weak, ce.
 struct UskdArgs : LossArgs {
     Matrix weak;
     double mean[2];
     int rank; // Rank of row_math.h
     bool square;
-    const void* reciprocals; // 1 / rank for every rank, of the accumulating dtype
+    const void* reciprocals; // 1 / rank for every rank, in the accumulating dtype
     Gradient student_gradient, weak_gradient;
 };
 
-// Its parts are divergence and ce.
+// Parts: divergence, ce.
 struct ZipfArgs : LossArgs {
-    Matrix dense;                    // of a batch row: the logits of its positions, which are the rows
-    int64_t dense_stride, positions; // from batch row to batch row
+    Matrix dense;                    // the logits of one batch row: a matrix row per position
+    int64_t dense_stride, positions; // dense_stride: between batch rows
     Gradient gradient;
 };
 
-// What a call on some columns of rows with a top-k teacher gives the calls on the others, and what it gets of all: (5 +
-// kept, rows) doubles. They are of the classes that are neither kept nor the target the largest logit, the sums of
-// exponentials relative to it at T and at 1, and the sum of logits; then the student's logits of the target and of the
-// kept classes, in their order and 0 where another call has the class.
+// Rows with a top-k teacher, on some of their columns per call. The calls exchange (5 + kept, rows) doubles: for the
+// rest (topk_losses.h), the largest logit, the sums of exponentials relative to it at T and at 1, and the sum of
+// logits; then the student's logits of the target and of the kept classes, in their order, 0 if another call has the
+// class.
 struct TopKPiece {
-    int64_t first_class, num_classes; // where these columns begin in the row, and how many classes that has
-    const double* all;                // null in the first of both calls, which writes its own
+    int64_t first_class, num_classes; // the class of column 0; the whole row's number of classes
+    const double* all;                // null in the first of both calls, which writes `own`
     double* own;
 };
-constexpr int kTopKFields = 5; // beside those of the kept classes
+constexpr int kTopKFields = 5; // besides the logits of the kept classes
 
-// A row loss whose teacher is some classes of each row: (rows, kept) log-probabilities and indices, of which -1 is
-// none. Its target has class indices.
+// A row loss with a top-k teacher: (rows, kept) log-probabilities and class indices; index -1 is a pad. The target has
+// class indices.
 struct TopKArgs : LossArgs {
     Matrix log_probs, indices;
     int64_t kept;
     int rest; // TopKRest of topk_losses.h
-    int loss; // its number, as of RowArgs
+    int loss; // number of the loss, as in RowArgs
     Gradient gradient;
-    bool* bad;    // (rows): an index is none, or twice there, or all are pads where the rest is 0; nothing is written
-    double* sums; // (rows): of the kept probabilities, 0 where the rest is 0 or a row does not count; null: unwanted
-    const TopKPiece* piece; // of a run on some columns at a time; else null, and `classes` are all of a row's
+    bool* bad;    // (rows): an index is invalid or repeated, or all are pads with kRenormalize; the row has no outputs
+    double* sums; // (rows): sums of the kept probabilities, 0 with kRenormalize or if not counted; null if not wanted
+    const TopKPiece* piece; // in a run on some columns per call; else null, and `classes` is the whole row
 };
 
 namespace FKD_ISA {
 
-// All classes of a row, of which the columns at hand are some where it lies apart.
+// The number of classes of the whole row, of which a piece has only some.
 template <class Args>
 FKD_HD int64_t all_classes(const Args& args) {
     return args.piece ? args.piece->num_classes : args.classes;
@@ -157,12 +157,12 @@ FKD_HD int64_t all_classes(const Args& args) {
 
 struct TargetProbsArgs : BatchArgs {
     bool square;
-    double* values; // (rows, 2): p_k^2, or p_k, of a row's targets; 0 where there is none
+    double* values; // (rows, 2): p_k^2, or p_k, of a row's targets; 0 for an absent target
 };
 
 struct ScaleArgs {
     const void* gradient;
-    void* out; // may be the gradient
+    void* out; // may be `gradient`
     DType dtype;
     const void* grad_output; // per row, at a stride that may be 0
     DType grad_output_dtype;
@@ -173,7 +173,7 @@ struct ScaleArgs {
 };
 
 struct ArgsortArgs {
-    const float* keys; // (rows, classes), contiguous, as is the order
+    const float* keys; // (rows, classes), contiguous, like `order`
     int64_t* order;
     int64_t rows, classes;
     int threads;
@@ -191,14 +191,14 @@ struct Kernels {
     void (*argsort_descending)(const ArgsortArgs&);
 };
 
-// Scratch of the calling thread, at least that large, 64-byte aligned. It grows and stays: a few rows per thread.
+// Scratch of the calling thread, at least `bytes`, 64-byte aligned. It grows and is kept: a few rows per thread.
 void* thread_scratch(size_t bytes);
 
-// Calls work(data, thread, threads) for every thread of a team of up to so many, and returns when all are done, or
-// throws what one of them has thrown.
+// Calls work(data, thread, threads) in each thread of a team of up to `threads`. Returns when all are done. Rethrows a
+// thread's exception.
 void in_team(int threads, void (*work)(const void*, int, int), const void* data);
 
-// How many of the threads are worth waking for so much work.
+// The number of threads worth waking for this much work.
 int useful_threads(int threads, int64_t rows, int64_t classes);
 
 } // namespace fused_kd

@@ -1,4 +1,4 @@
-// What crosses between the pieces of a row in a staged run (Piece of kernels.h). Included by row_losses.cpp alone.
+// The exchange between the pieces of a row in a staged run (Piece in kernels.h). Included only by row_losses.cpp.
 #pragma once
 
 #include "row_blocks.h"
@@ -9,13 +9,12 @@ namespace {
 
 struct PieceSums {
     PointwiseSums own;   // without the target
-    double correlations; // the sum over DIST's columns; not of a row (core.cpp)
+    double correlations; // the sum over DIST's columns, the same for all rows (core.cpp)
 };
 static_assert(sizeof(PieceSums) == kSumsFields * sizeof(double), "all that crosses between stages is double");
 static_assert(2 * sizeof(RowMoments) == kMomentsFields * sizeof(double), "all that crosses between stages is double");
 
-// What the pieces of a row have found: of `fields` in `from` (pieces, fields, rows) those from `first` on, a T for
-// each.
+// The results of a row's pieces, one T per piece: the fields from `first` on, in `from` (pieces, fields, rows).
 template <class T>
 const T* of_pieces(const double* from, int64_t fields, int64_t first, const RowArgs& args, int64_t row, double* room) {
     constexpr int64_t size = sizeof(T) / sizeof(double);
@@ -25,7 +24,7 @@ const T* of_pieces(const double* from, int64_t fields, int64_t first, const RowA
     return reinterpret_cast<const T*>(room);
 }
 
-// What this piece has found, among its fields from `first` on.
+// Writes a result of this piece to its fields from `first` on.
 template <class T>
 void put(const T& found, int64_t first, const RowArgs& args, int64_t row) {
     const double* const from = reinterpret_cast<const double*>(&found);
@@ -33,7 +32,7 @@ void put(const T& found, int64_t first, const RowArgs& args, int64_t row) {
         args.piece->out[(first + int64_t(field)) * args.rows + row] = from[field];
 }
 
-// Of the student's logits (which = 0) or the teacher's.
+// The moments of the student's logits (which = 0) or the teacher's.
 inline RowMoments merged_moments(const RowArgs& args, int64_t row, int64_t which, double* room) {
     const int64_t first = which * kMomentsFields / 2;
     return merge(of_pieces<RowMoments>(args.piece->moments, kMomentsFields, first, args, row, room),

@@ -1,6 +1,6 @@
-// Losses whose gradient is no combination of exponentials (row_losses.h): once the softmaxes of a row are known, one
-// more loop takes sums of functions of each class's probabilities, and the gradient is put together from others. Such a
-// loss is a policy of pointwise_losses.h, and a function in row_losses.h. Included by row_losses.cpp alone.
+// Losses whose gradient is not a combination of exponentials (row_losses.h). Once the softmaxes of a row are known,
+// another loop sums functions of each class's probabilities; the gradient combines more such functions. Each loss is a
+// policy in pointwise_losses.h and a function in row_losses.h. Included only by row_losses.cpp.
 #pragma once
 
 #include "pieces.h"
@@ -10,16 +10,16 @@ namespace fused_kd {
 namespace FKD_ISA {
 namespace {
 
-// Softmax of a row from the exponentials that block_stats has stored.
+// The softmax of a row, from the exponentials that block_stats stored.
 struct RowSoftmax {
     double max, scale, p_scale, log_normalizer;
 
-    // What the exponentials of a block are multiplied with.
+    // The factor of a block's exponentials.
     double by(double block_max) const { return scaled_exp(block_max - max, scale) * p_scale; }
 };
 
-// log(q / p) of logits: of t - its maximum less ratio (s - its maximum), times the teacher's scale, plus a constant.
-// With one scale for both the ratio is 1, and their difference is rounded once.
+// log(q / p) from logits: ((t - t_max) - ratio (s - s_max)) times the teacher's scale, plus a constant. If both have
+// the same scale, the ratio is 1 and the difference is rounded once.
 template <class A>
 struct LogRatio {
     A s_max, t_max, minus_ratio, scale, constant;
@@ -34,7 +34,7 @@ struct LogRatio {
     }
 };
 
-// What the columns of a batch add to a row's h (ColumnArgs); no `mean_p` where they do not.
+// What the batch's columns add to a row's h (ColumnArgs); mean_p is null if they add nothing.
 template <class A>
 struct Columns {
     const A *mean_p, *mean_q, *by_q, *by_p;
@@ -54,17 +54,17 @@ Columns<A> columns_of(const void* data, int64_t classes) {
     return {first, first + classes, first + 2 * classes, first + 3 * classes};
 }
 
-// A block of a row, and where to find the probabilities of its classes.
+// A block of a row, and how to get the probabilities of its classes.
 template <class A>
 struct PointwiseBlock {
     const A *s, *t, *e_s;
     A* e_t;
     A by_s, by_t;
     LogRatio<A> log_ratio;
-    A *log_ratios, *ratios; // where prepare() puts them
+    A *log_ratios, *ratios; // written by prepare()
     int64_t start;          // in the row
 
-    // A loop of its own: the two in one are a chain of instructions longer than a processor looks ahead.
+    // A separate loop: together they are a chain of instructions longer than a processor looks ahead.
     template <class Policy>
     FKD_INLINE void prepare(int64_t n) const {
         const LogRatio<A> of = log_ratio;
@@ -84,7 +84,7 @@ struct PointwiseBlock {
 template <class A, class Policy>
 FKD_NOINLINE void pointwise_sums(const Policy& given, const PointwiseBlock<A>& of, int64_t n, int64_t y,
                                  const Columns<A>& columns, const RowMoments* moments, PointwiseSums& out) {
-    const Policy policy = given; // the compiler would read them again after each store
+    const Policy policy = given; // a copy: the compiler would read the original again after each store
     const PointwiseBlock<A> block = of;
     if (Policy::kLogRatio) block.template prepare<Policy>(n);
     const Vec<A> zero = {};
@@ -144,11 +144,11 @@ struct PointwiseGradient {
     }
 };
 
-// DIST takes a second look at a row of which C sum (p - 1 / C)^2, the square of p's deviation relative to its mean, is
-// no more than this.
+// DIST recomputes a row in which C sum (p - 1 / C)^2, the square of p's deviation relative to its mean, is at most
+// this.
 constexpr double kFlat = 1.0 / 16384;
 
-// The mean of n numbers; of equal ones that number to the bit.
+// The mean of n numbers. The mean of equal numbers is exact to the bit.
 template <class A>
 FKD_NOINLINE A mean_of(const A* x, int64_t n) {
     const A first = x[0];
@@ -169,15 +169,15 @@ struct PointwiseRow {
     const RowArgs* args;
     const RowParams* params;
     const Scratch<A>* scratch;
-    int64_t row, y, count; // of blocks
+    int64_t row, y, count; // count: of blocks
     const A* e_soft;
     Split p, q;
     RowSoftmax of_s, of_t;
     Columns<A> columns;
     SoftmaxOrigin origins[2];
     A row_means[2];                // of p and q
-    bool fine;                     // the probabilities are those of softmax_piece, in scratch->p and e_t
-    double means[3], at_target[3]; // of the slopes, and the target's
+    bool fine;                     // the probabilities come from softmax_piece, in scratch->p and e_t
+    double means[3], at_target[3]; // of the slopes; the slopes at the target
 
     PointwiseBlock<A> block(int64_t i) const {
         const int64_t j = i * kBlock<A>, n = block_length<A>(args->classes, j);
@@ -207,7 +207,7 @@ struct PointwiseRow {
         softmax_piece(here.s, n, origins[0], scratch->p + here.start, kBlock<A>);
         softmax_piece(here.t, n, origins[1], here.e_t, kBlock<A>);
     }
-    // In double precision, where a policy has that: in short rows the target is much of the loss.
+    // The target's terms, in double precision if the policy has it: in short rows the target is much of the loss.
     template <class Policy>
     void of_target(const Policy& policy, double (&sums)[3], double (&slopes)[2]) const {
         typedef typename Policy::OfTarget Wide;
@@ -225,7 +225,7 @@ struct PointwiseRow {
         const PointwiseSums out = with_target(own_sums(moments));
         const double flat = kFlat / params->classes;
         if (!(params->number & kFine) || !(out.of[1] <= flat || out.of[2] <= flat)) return out;
-        // Equal logits need equal probabilities, the target's among them, and their mean is to be that number.
+        // Equal logits need equal probabilities, the target's too, and their mean must be exactly that number.
         for (int64_t i = 0; !fine && i < count; ++i) {
             const PointwiseBlock<A> here = block(i);
             refine(here, block_length<A>(args->classes, here.start));
@@ -237,15 +237,15 @@ struct PointwiseRow {
         q.p[0] = scratch->e_t[y];
         return with_target(block_sums(moments, false));
     }
-    // Of a row of which this is a piece.
+    // The sums of the whole row, of which this is a piece.
     PointwiseSums merged_sums(const RowMoments* moments) {
-        own_sums(moments); // for what it leaves in the scratch
+        own_sums(moments); // fills the scratch
         return with_target(FKD_ISA::merged_sums(*args, row, scratch->of_pieces));
     }
-    // Of the columns at hand, without the target.
+    // The sums of this call's columns, without the target.
     PointwiseSums own_sums(const RowMoments* moments) {
-        // To the bit what the columns' means are of: in a column that does not vary nothing may be left of the
-        // difference, whose factor is 1e8 there.
+        // The probabilities must equal, to the bit, those in the columns' means: in a column that does not vary, their
+        // difference has the factor 1e8 and must be 0.
         fine = columns.mean_p != nullptr;
         return block_sums(moments, fine);
     }
@@ -285,7 +285,7 @@ struct PointwiseRow {
             h += by[k] * (at_target[k] - means[k]);
         return p.p[0] * h;
     }
-    // Calls combine(student's logits, PointwiseGradient) for a block.
+    // Calls combine(student logits, PointwiseGradient) for a block.
     template <class F>
     void with_gradient(int64_t i, const double (&by)[3], F combine) const {
         const PointwiseBlock<A> here = block(i);
@@ -299,7 +299,7 @@ struct PointwiseRow {
 };
 
 inline SoftmaxOrigin origin_of(const Split& x, double target, double max, double scale, double sum, double valid) {
-    const bool led = target > 0 || sum == 0; // by the target
+    const bool led = target > 0 || sum == 0; // the target has the largest logit
     return {led ? max + target : max, scale, (led ? x.p[0] : x.p_scale) * valid};
 }
 
@@ -308,7 +308,7 @@ PointwiseRow<A> pointwise_row(const RowArgs& args, const RowParams& params, cons
                               int64_t y, int64_t count, const A* e_soft, const RowStats& x, double s_max,
                               double t_max) {
     const Split p = split_at(x.s_target, x.soft_s, x.s_soft), q = split_at(x.t_target, x.soft_t, x.t_soft);
-    // NaN among the labels is in every row's gradient, through the columns.
+    // A NaN in the labels reaches every row's gradient, through the columns.
     const double valid = 1 + 0 * x.v_sum;
     const A share = A(1 / params.classes);
     const RowSoftmax of_s = {s_max, x.soft_s, p.p_scale, p.log_normalizer};

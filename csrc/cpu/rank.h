@@ -1,9 +1,9 @@
-// Stable descending order of a row of keys: split by the leading bits into buckets that a network sorts (sort_words.h).
+// Stable descending sort of a row of keys: the leading bits select buckets, which a network sorts (sort_words.h).
 // Included by sources compiled once per instruction set, like simd.h.
 //
-// Keys become unsigned integers whose ascending order is the keys' descending one. A bucket's integers, less the
-// smallest and cut to 22 bits, go above the index within the bucket in words of 32 bits: sorting those is stable.
-// Where bits were cut off, the few neighbours that agree in all that were kept are put in order afterwards.
+// Keys become unsigned integers: ascending integers are descending keys. A bucket's integers, minus the smallest and
+// cut to 22 bits, go above the index within the bucket in 32-bit words: sorting these is stable. If bits were cut off,
+// the few neighbours that agree in all kept bits are sorted afterwards.
 #pragma once
 
 #include "../common/key_bits.h"
@@ -15,16 +15,16 @@ namespace FKD_ISA {
 constexpr int kIndexBits = 10, kPrefixBits = 32 - kIndexBits;
 constexpr uint32_t kIndexMask = (1u << kIndexBits) - 1;
 static_assert(kMostWords == 1 << kIndexBits, "a word has room for the index");
-// Buckets are to have about 2^6 keys: a fraction of a network, as keys crowd in the middle of their range. 2^11 of them
-// at most, whose counters fit the first-level cache beside the ends of the buckets that are being filled.
+// Buckets should have about 2^6 keys: a fraction of a network, because keys crowd in the middle of their range. The
+// counters of at most 2^11 buckets fit in the first-level cache, beside the ends of the buckets that are being filled.
 constexpr int kBucketKeys = 6, kMostDigits = 11;
-constexpr int kStep = 256; // keys that are taken to integers at a time, in vectors
+constexpr int kStep = 256; // keys converted to integers at a time, in vectors
 
 FKD_INLINE int bit_length(uint64_t x) {
     return x ? 64 - __builtin_clzll(x) : 0;
 }
 
-// Integers of `n` keys, those that `indices` names or, where it is null, the ones from `start` on.
+// Integers of n keys: those at indices[start], indices[start + 1], ..., or keys[start], ... if `indices` is null.
 template <class A>
 FKD_INLINE void read_bits(const A* keys, const uint32_t* indices, int64_t start, int64_t n, KeyBits<A>* bits) {
     if (indices)
@@ -52,13 +52,13 @@ struct Range {
 template <class B, class Emit>
 FKD_INLINE void rank_bucket(const B* bits, int n, Emit emit);
 
-// Puts the n first words, sorted, into the order of the whole integers where they agree in all that was kept of these.
+// Orders the first n words, which are sorted, by their whole integers where all kept bits agree.
 template <class B>
 FKD_NOINLINE void order_ties(WordVec* vectors, int count, int n, const B* bits) {
     uint32_t* const words = reinterpret_cast<uint32_t*>(vectors);
     const int logarithm = bit_length(uint64_t(count)) - 1;
     const auto word = [=](int r) -> uint32_t& { return words[(r & (count - 1)) * kWordLanes + (r >> logarithm)]; };
-    const auto tied = [&](int r) { return (word(r) ^ word(r + 1)) <= kIndexMask; }; // with the next
+    const auto tied = [&](int r) { return (word(r) ^ word(r + 1)) <= kIndexMask; }; // with the next word
     for (int v = 0; v < count; ++v) {
         const WordVec next = v + 1 < count ? vectors[v + 1] : next_lane(vectors[0]);
         const WordVec ties = (WordVec)((vectors[v] ^ next) <= kIndexMask);
@@ -66,7 +66,7 @@ FKD_NOINLINE void order_ties(WordVec* vectors, int count, int n, const B* bits) 
         for (int l = 0; l < kWordLanes; ++l) {
             const int start = l * count + v;
             if (!ties[l] || start + 1 >= n || !tied(start) || (start > 0 && tied(start - 1))) continue;
-            int end = start + 2; // of a run of ties that starts here
+            int end = start + 2; // of the run of ties that starts here
             while (end < n && tied(end - 1))
                 ++end;
             uint32_t indices[kMostWords];
@@ -75,7 +75,7 @@ FKD_NOINLINE void order_ties(WordVec* vectors, int count, int n, const B* bits) 
                 indices[r - start] = word(r) & kIndexMask;
                 own[r - start] = bits[indices[r - start]];
             }
-            // They lie close together, so that few or no bits are cut off now.
+            // These integers are close together, so few or no bits are cut off now.
             rank_bucket(own, end - start, [&](int i, int r) __attribute__((always_inline)) {
                 word(start + r) = (word(start + r) & ~kIndexMask) | indices[i];
             });
@@ -114,7 +114,7 @@ FKD_INLINE void rank_bucket(const B* bits, int n, Emit emit) {
     }
 }
 
-// Frees its memory even if a deeper call runs out of it. (Standard containers are templates, see simd.h.)
+// Frees its memory even if a deeper call runs out of memory. (Standard containers are templates, see simd.h.)
 struct Copy {
     Copy(const uint32_t* from, int64_t n) : indices(new uint32_t[size_t(n)]) {
         __builtin_memcpy(indices, from, sizeof(uint32_t) * size_t(n));
@@ -124,8 +124,8 @@ struct Copy {
     uint32_t* const indices;
 };
 
-// Calls emit(index, rank) for n keys, those that `from` names or all from the first, in descending order; ranks count
-// from `first`. `order` has room for n indices, and may be `from`'s.
+// Calls emit(index, rank) for n keys in descending order: those at the indices `from`, or the first n if it is null.
+// Ranks start at `first`. `order` has room for n indices and must not overlap `from`.
 template <class A, class Emit>
 FKD_NOINLINE void rank_keys(const A* keys, const uint32_t* from, int64_t n, int64_t first, uint32_t* order, Emit emit) {
     typedef KeyBits<A> B;
@@ -169,14 +169,14 @@ FKD_NOINLINE void rank_keys(const A* keys, const uint32_t* from, int64_t n, int6
     for_digits([&](uint32_t bucket, int64_t) __attribute__((always_inline)) { ++ends[bucket + 1]; });
     for (int b = 0; b < buckets; ++b)
         ends[b + 1] += ends[b];
-    // Each bucket's start moves to its end as it fills, which is where the next one starts.
+    // A bucket's start moves to its end as it fills, where the next one starts.
     for_digits([&](uint32_t bucket, int64_t i)
                    __attribute__((always_inline)) { order[ends[bucket]++] = from ? from[i] : uint32_t(i); });
     int64_t start = 0;
     for (int b = 0; b < buckets; ++b) {
         const int64_t count = int64_t(ends[b]) - start;
         uint32_t* const bucket = order + start;
-        if (count > kMostWords) { // most keys crowd in a small part of the range: split that again
+        if (count > kMostWords) { // most keys crowd in a small part of the range: split it again
             const Copy copy(bucket, count);
             rank_keys<A>(keys, copy.indices, count, first + start, bucket, emit);
         } else if (count == 1) {
@@ -190,9 +190,9 @@ FKD_NOINLINE void rank_keys(const A* keys, const uint32_t* from, int64_t n, int6
     }
 }
 
-// Calls emit(index, rank from 0) for every key of a row, from the largest to the smallest, the lower index first among
-// equal ones (0 and -0 are equal); keys must not be NaN. emit may overwrite the key of the index that it is given.
-// `order` has room for n indices.
+// Calls emit(index, rank from 0) for every key of a row in descending order; equal keys (0 and -0 are equal) in
+// ascending order of index. Keys must not be NaN. emit may overwrite the key at its index. `order` has room for n
+// indices.
 template <class A, class Emit>
 FKD_INLINE void rank_descending(const A* keys, int64_t n, uint32_t* order, Emit emit) {
     rank_keys<A>(keys, nullptr, n, 0, order, emit);

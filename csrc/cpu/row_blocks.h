@@ -1,4 +1,4 @@
-// The statistics of a row, block by block, and how they are brought together. Included by row_losses.cpp alone.
+// The statistics of a row: of each block, then merged. Included only by row_losses.cpp.
 #pragma once
 
 #include "../losses/row_losses.h"
@@ -8,33 +8,33 @@ namespace fused_kd {
 namespace FKD_ISA {
 namespace {
 
-// What a block's loop does. The first two serve class indices and plain logits; the general one looks at what is asked
-// of it as it goes, as the others do: of losses without a teacher, and of the pointwise ones.
+// Variants of a block's loop. The first two serve class indices and plain logits. The others test what they need at run
+// time: the general one, one for losses without a teacher, and one for pointwise losses.
 enum Mode { kCross, kDivergence, kGeneral, kAlone, kPointwise };
 constexpr bool is_general(Mode mode) {
     return mode == kGeneral || mode == kAlone || mode == kPointwise;
 }
 
-// Of some classes of a row, a block or a piece, but for its target: sums relative to their own maxima, exponents in
-// natural units of the soft scale. Those of two parts are merged into the whole's. Triton's have the same names.
+// Statistics of a part of a row (a block or a piece), without the target. Sums are relative to the part's own maxima,
+// exponents in natural units of the soft scale. merge() combines parts. Triton's statistics have the same names.
 struct Statistics {
-    double s_max, t_max; // 0 where no class can occur
+    double s_max, t_max; // 0 if no class can occur
     double s_soft, t_soft, s_sharp, t_sharp, cross, blocked;
     double number, s_raw, linear, v_sum, v_cross, v_blocked, v_cross_t;
-    double w_soft, w_sharp, w_teacher;   // sums of the exponentials times s less its mean
-    double s_target, t_target, v_target; // as they stand; 0 where the target is in another part
+    double w_soft, w_sharp, w_teacher;   // sums of the exponentials times (s - mean)
+    double s_target, t_target, v_target; // as given; 0 if the target is in another part
 };
 static_assert(sizeof(Statistics) == kStatisticsFields * sizeof(double), "all that crosses between stages is double");
 
-// Scratch of a thread: a row of each kind of exponentials, as far as they are needed (the soft ones only where the
-// gradient's row cannot hold them), the student's probabilities where those are taken anew, a block of each input that
-// is converted, and one of the gradient.
+// Scratch of a thread: a row of each kind of exponentials that is needed (the soft ones only if the gradient's row
+// cannot hold them), a row of the student's probabilities if they are recomputed, a block of each input for conversion,
+// and a block of the gradient.
 template <class A>
 struct Scratch {
     A *e_soft, *e_sharp, *e_raw, *e_t, *p;
     A *student, *teacher, *probs, *gradient;
     Statistics* blocks;
-    double* of_pieces; // the records of as many pieces, the longest of them
+    double* of_pieces; // room for one record of each piece, of any kind
 
     Scratch(int64_t classes, const RowNeeds& needs, int64_t pieces) {
         const int64_t row = (classes + 63) / 64 * 64, kinds = 2 + needs.sharp + needs.raw + needs.fine;
@@ -55,7 +55,7 @@ struct Scratch {
     }
 };
 
-// Over the classes that can occur; `square` is the sum of (x - mean)^2.
+// Moments over the classes with logits > -inf; `square` is the sum of (x - mean)^2.
 struct RowMoments {
     double count, mean, square;
 
@@ -64,7 +64,7 @@ struct RowMoments {
 
 template <class A>
 FKD_NOINLINE RowMoments row_moments(const Matrix& m, int64_t row, int64_t classes, A* staging) {
-    // About some logit first, so that a constant row comes out as one; then about the mean, for the digits.
+    // Relative to some logit first, so that a constant row stays constant; then relative to the mean, for precision.
     const int64_t largest = argmax(m, row, classes, staging);
     const double first = largest < 0 ? 0.0 : double(*read(m, row, largest, 1, staging));
     RowMoments out = {0, first, 0};
@@ -96,7 +96,7 @@ FKD_NOINLINE RowMoments row_moments(const Matrix& m, int64_t row, int64_t classe
     return out;
 }
 
-// Of the parts of a row. About the first one's mean, so that a constant row comes out as one.
+// Moments of a row from its parts, relative to the first part's mean, so that a constant row stays constant.
 inline RowMoments merge(const RowMoments* parts, int64_t count) {
     RowMoments out = {0, 0, 0};
     double about = 0, sum = 0;
@@ -113,18 +113,18 @@ inline RowMoments merge(const RowMoments* parts, int64_t count) {
     return out;
 }
 
-// The scales of the exponents (RowStats), and how the sharp and raw exponents come from the soft ones.
+// The scales of the exponents (RowStats), and how to get the sharp and raw exponents from the soft ones.
 struct Scales {
     double soft_s, soft_t, sharp_s, sharp_t;
     double ratio_s, ratio_t, ratio_raw;
-    int squarings; // sharp = soft^(2^squarings), where that holds; else 0
+    int squarings; // sharp = soft^(2^squarings) if not 0
 };
 
 inline bool sharp_is_distilled(const RowParams& params) {
     return params.number & kSharp;
 }
 
-// Whether the soft exponentials serve everything.
+// Whether no exponentials are needed besides the soft ones.
 inline bool one_temperature(const RowParams& params) {
     const bool plain = !params.standardize || (sharp_is_distilled(params) && params.ce_weight == 0);
     return !row_needs(params).sharp || params.number & kAtOne || (params.temperature == 1 && plain);
@@ -163,7 +163,7 @@ template <class A, bool single, bool careful, Mode mode>
 FKD_INLINE void block_stats(const A* s, const A* t, const A* v, int64_t n, int64_t y, const Scales& k,
                             const RowNeeds& needs, const RowMoments* moments, A* e_soft, A* e_sharp, A* e_raw, A* e_t,
                             Statistics& out) {
-    // Pointwise losses take logarithms of them, and then differences.
+    // Pointwise losses need fine exponentials: they take logarithms of them, and then differences.
     constexpr bool general = is_general(mode), alone = mode == kAlone, pointwise = mode == kPointwise;
     const bool divergence = mode == kDivergence || (mode == kGeneral && needs.divergence);
     const bool teacher_sharp = mode == kCross || (mode == kGeneral && !needs.divergence);
@@ -180,7 +180,7 @@ FKD_INLINE void block_stats(const A* s, const A* t, const A* v, int64_t n, int64
     Vec<A> s_raw = zero, linear = zero, v_sum = zero, v_cross = zero, v_blocked = zero, v_cross_t = zero;
     Vec<A> w_soft = zero, w_sharp = zero, w_teacher = zero;
     for_lanes<A>(n, Without<1>{{y}}, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
-        // The next block comes from memory while this one is computed; past the row's end lies the next row.
+        // Load the next block from memory while this one is computed. After the row's end comes the next row.
         __builtin_prefetch(s + j + kBlock<A>);
         if constexpr (!alone) __builtin_prefetch(t + j + kBlock<A>);
         const Vec<A> sj = load(s + j, lanes);
@@ -204,7 +204,7 @@ FKD_INLINE void block_stats(const A* s, const A* t, const A* v, int64_t n, int64
         if constexpr (!alone) {
             Vec<A> exponent = keep(lanes, divergence ? ds - dt : ds, zero);
             if constexpr (careful) {
-                // What the teacher excludes costs nothing, whatever the student says of it.
+                // A class that the teacher excludes costs nothing, whatever the student's logit.
                 exponent = impossible || et == zero ? zero : exponent;
                 blocked += impossible ? et : zero;
             }
@@ -218,7 +218,7 @@ FKD_INLINE void block_stats(const A* s, const A* t, const A* v, int64_t n, int64
                 v_sum += p;
                 v_cross = mul_add(p, possible, v_cross);
                 v_blocked += impossible ? p : zero;
-                if (teacher_sharp) { // of a labelled class that the teacher excludes it is -inf
+                if (teacher_sharp) { // -inf for a labelled class that the teacher excludes
                     const Vec<A> of_t = load(t + j, lanes) == -A(INFINITY) ? nothing : dt;
                     v_cross_t += p == zero ? zero : p * keep(lanes, of_t, zero);
                 }
@@ -238,13 +238,13 @@ FKD_INLINE void block_stats(const A* s, const A* t, const A* v, int64_t n, int64
     });
     const A s_reach = A(s_largest * k.soft_s), t_reach = A(t_largest * k.soft_t), limit = A(kLargestShift);
     const bool in_reach = s_reach < limit && s_reach > -limit && (alone || (t_reach < limit && t_reach > -limit));
-    out.s_soft = careful || in_reach ? sum_lanes<A>(s_soft) : A(NAN); // has the row done again
+    out.s_soft = careful || in_reach ? sum_lanes<A>(s_soft) : A(NAN); // makes row_pass process the row again
     out.t_soft = sum_lanes<A>(t_soft);
     out.s_sharp = single ? out.s_soft : double(sum_lanes<A>(s_sharp));
     out.t_sharp = single ? out.t_soft : double(sum_lanes<A>(t_sharp));
     out.cross = kLn2 * sum_lanes<A>(cross);
     out.blocked = careful ? sum_lanes<A>(blocked) : A(0);
-    out.s_target = out.t_target = out.v_target = 0; // the row pass knows
+    out.s_target = out.t_target = out.v_target = 0; // row_pass sets them
     if constexpr (general) {
         out.number = double(n - (y >= 0 && y < n));
         out.s_raw = sum_lanes<A>(s_raw);
@@ -259,13 +259,13 @@ FKD_INLINE void block_stats(const A* s, const A* t, const A* v, int64_t n, int64
     }
 }
 
-// Of the parts of a row, blocks or pieces, brought to their common maxima.
+// The statistics of a row from its parts, blocks or pieces, relative to their common maxima.
 FKD_NOINLINE Statistics merge(const Statistics* parts, int64_t count, const Scales& k, bool single, bool general,
                               bool divergence) {
     Statistics row = {};
     double s_max = -INFINITY, t_max = -INFINITY;
     for (int64_t i = 0; i < count; ++i) {
-        // A part without a class that can occur reports 0 as its maximum, and must not raise the row's.
+        // A part in which no class can occur has 0 as its maximum, which must not raise the row's.
         if (parts[i].s_max > s_max && parts[i].s_soft != 0) s_max = parts[i].s_max;
         if (parts[i].t_max > t_max && parts[i].t_soft != 0) t_max = parts[i].t_max;
     }
@@ -305,10 +305,10 @@ FKD_NOINLINE Statistics merge(const Statistics* parts, int64_t count, const Scal
     return row;
 }
 
-// As the formulas want them: logits relative to the maxima, and in their own units.
+// The statistics for the formulas: logits relative to the maxima, linear sums in units of logits.
 inline RowStats row_stats(const Statistics& x, const Scales& k, bool general) {
     RowStats row = {};
-    // Of a finite logit NaN where another is infinite: only a class that cannot occur has -inf.
+    // NaN for a finite logit if the maximum is inf: only a class with logit -inf may have -inf here.
     row.s_target = x.s_target == -INFINITY ? -INFINITY : x.s_target - x.s_max + 0 * x.s_max;
     row.t_target = x.t_target - x.t_max;
     row.soft_s = k.soft_s;

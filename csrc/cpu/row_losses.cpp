@@ -1,17 +1,17 @@
 // The row losses (row_losses.h): loss parts and gradient in one visit to each row. Compiled once per instruction set.
 //
-// A row is visited in blocks that fit in the first-level cache. The first pass takes each block's maxima, exponentials
-// relative to them, and sums; the exponentials stay (in the gradient's own row where the dtypes allow it). Then the
-// blocks' sums are brought to the row's maxima in double precision, the formulas of row_losses.h give the coefficients,
-// and the second pass combines the stored exponentials. So logits are read once, no exponential is computed twice, and
-// the error of a sum grows with the block's length, not the row's.
+// A row is processed in blocks that fit in the first-level cache. The first pass computes each block's maxima, the
+// exponentials relative to them, and sums. It stores the exponentials, in the gradient's row if the dtypes allow. Then
+// the blocks' sums are merged in double precision, and the formulas of row_losses.h give the coefficients. The second
+// pass combines the stored exponentials. So logits are read once, no exponential is computed twice, and the error of a
+// sum grows with the block's length, not the row's.
 //
-// A class whose student logit is -inf breaks the fast sums (0 * inf), and a maximum beyond kLargestShift the fast
-// shift; such a row shows by its sums not being finite and is done again with `careful` loops that leave those classes
-// out. So is a row with NaN, which stays NaN.
+// A student logit of -inf breaks the fast sums (0 * inf), and a maximum beyond kLargestShift breaks the fast shift. The
+// row's sums are then not finite, and `careful` loops, which leave these classes out, process the row again. They also
+// process rows with NaN, which stay NaN.
 //
-// In a staged run (Piece) the columns are some of each row's: a call ends with what it has found of them, the next
-// begins with that of all the row's pieces, merged like blocks, and makes its exponentials anew.
+// In a staged run (Piece), a call has some columns of each row and ends with their results. The next call merges the
+// results of all pieces of a row, like blocks, and recomputes its exponentials.
 #include "../losses/row_losses.h"
 #include "pieces.h"
 #include "pointwise.h"
@@ -20,21 +20,20 @@ namespace fused_kd {
 namespace FKD_ISA {
 namespace {
 
-// How the gradient is put together: the coefficients of a row's exponentials, and with standardization - slope * (s -
-// mean).
+// The coefficients of the gradient's exponentials. With standardization, the gradient also has -slope * (s - mean).
 struct Coefficients {
     double soft, sharp, teacher, raw, v, constant, slope, target;
     double slopes[3]; // of a pointwise loss
 };
 
-// Backwards through the z-scores z = f (x - mean), f = 1 / (d + 1e-7) with d the deviation of n classes:
+// The backward pass of the z-scores z = f (x - mean), f = 1 / (d + 1e-7), with d the deviation of n classes:
 //   d/dx_j = f (g_j - sum(g) / n) - z_j sum(g z) / ((n - 1) d)
-// where the sum of g is 0, a softmax being indifferent to a shift, unless the student rules out what the teacher asks.
-// The loops take x about the mean as rounded to their numbers, `about`; what that is off by is put right here.
+// The sum of g is 0 (a shift does not change a softmax) unless the student excludes a class that the teacher does not.
+// The loops use x - about, with `about` the mean rounded to their precision; the difference is corrected here.
 Coefficients standardized(const RowResult& r, const RowStats& x, const RowMoments& m, double about,
                           const Statistics& all, bool pointwise) {
     const double deviation = m.deviation(), off = about - m.mean, target = x.s_target + all.s_max - about;
-    const double f = m.count > 1 ? 1 / (deviation + 1e-7) : 0; // a class alone has the z-score 0, whatever its logit
+    const double f = m.count > 1 ? 1 / (deviation + 1e-7) : 0; // a single class has z-score 0, whatever its logit
     const bool target_possible = x.s_target != -INFINITY;
     double sum = 0;
     if (!pointwise && (x.blocked > 0 || !target_possible))
@@ -58,14 +57,14 @@ Coefficients standardized(const RowResult& r, const RowStats& x, const RowMoment
             {f * r.slopes[0], f * r.slopes[1], f * r.slopes[2]}};
 }
 
-// A row's gradient times what the row weighs, but for its columns' slope, which has a factor already (ColumnArgs).
+// Multiplies a row's gradient by its factor, except the columns' slope, which already has one (ColumnArgs).
 void weigh(RowResult& r, double factor) {
     double* const own[] = {&r.raw, &r.v, &r.constant, &r.raw_target, &r.slopes[0], &r.slopes[1]};
     for (double* each : own)
         *each *= factor;
 }
 
-// Nothing besides the exponentials.
+// No term besides the exponentials.
 struct NoMore {
     template <class Lanes>
     FKD_INLINE float operator()(int64_t, Lanes) const {
@@ -90,13 +89,13 @@ FKD_INLINE void block_combine(const A* s, const A* v, int64_t n, const Coefficie
             if (v) rest = mul_add<A>(load(v + j, lanes), minus_v, rest);
             if (minus_slope != A(0)) rest = mul_add<A>(load(s + j, lanes) - mean, minus_slope, rest);
         }
-        // What cancels comes first: of z-scores these two may be 1e7 times the rest.
+        // Add the terms that cancel first: with z-scores these two may be 1e7 times the rest.
         g = mul_add<A>(load(e_soft + j, lanes), soft, g);
         if constexpr (general) g += rest;
         if constexpr (!single) g = mul_add<A>(load(e_sharp + j, lanes), sharp, g);
         if constexpr (general && !single)
             if (raw != A(0)) g = mul_add<A>(load(e_raw + j, lanes), raw, g);
-        // A class that cannot occur has no gradient, in a row without a value either.
+        // A class with logit -inf has no gradient, also in rows without a value.
         if constexpr (careful) g = load(s + j, lanes) == -A(INFINITY) ? Vec<A>{} : g;
         store(out + j, g, lanes);
     });
@@ -115,8 +114,8 @@ FKD_NOINLINE RowResult row_pass(const RowArgs& args, const RowParams& params, co
     A* const own_row = reinterpret_cast<A*>(gradient);
     const bool same = out_type == dtype_of<A>();
     const bool streamed = same && args.rows * classes * int64_t(sizeof(A)) >= kStreamed;
-    const bool over = args.gradient.data == args.student.data; // the logits, which are read again below
-    // Of a second visit, to a row whose statistics the first has left and whose exponentials nothing asks for.
+    const bool over = args.gradient.data == args.student.data; // overwrites the logits, which are read again below
+    // A second pass over the row: the first has stored the statistics, and no term needs the exponentials.
     const bool again = pointwise && args.statistics && !args.only_origins && params.ce_weight == 0;
     A* const e_soft = again ? scratch.p : wanted && same && !streamed && !over ? own_row : scratch.e_soft;
 
@@ -138,7 +137,7 @@ FKD_NOINLINE RowResult row_pass(const RowArgs& args, const RowParams& params, co
         const A* s = read(args.student, row, j, n, scratch.student);
         const A* t = mode == kAlone ? s : read(args.teacher, row, j, n, scratch.teacher);
         const A* v = with_probs ? read(args.target, row, j, n, scratch.probs) : nullptr;
-        // Without a gradient the exponentials are of no further use: keep overwriting the same few lines of cache.
+        // Without a gradient the exponentials are not needed again: overwrite the same few cache lines.
         const int64_t at = wanted || (pointwise && !args.only_origins) ? j : 0;
         block_stats<A, single, careful, mode>(
             s, t, v, n, y - j, scales, needs, params.standardize ? &s_moments : nullptr, e_soft + at,
@@ -158,7 +157,7 @@ FKD_NOINLINE RowResult row_pass(const RowArgs& args, const RowParams& params, co
         all.t_target = mode == kAlone ? 0.0 : double(*read(args.teacher, row, y, 1, scratch.teacher));
         all.v_target = with_probs ? double(*read(args.target, row, y, 1, scratch.probs)) : 1.0;
     }
-    const double shows = mode == kAlone ? all.linear : all.cross; // what an impossible class leaves its mark on
+    const double shows = mode == kAlone ? all.linear : all.cross; // not finite if a class has logit -inf
     if (!careful && !(shows - shows == 0 && all.s_soft - all.s_soft == 0))
         return row_pass<A, single, true, mode>(args, params, scratch, row, y);
     if (piece && piece->stage == kStatistics) {
@@ -257,7 +256,7 @@ RowResult (*pass_for(const RowArgs& args, const RowParams& params))(const RowArg
                                                                     int64_t, int64_t) {
     const RowNeeds needs = row_needs(params);
     if (!needs.teacher) return row_pass<A, true, false, kAlone>;
-    // Where rows hardly vary careful in any case: its shift is exact, so that a constant row comes out as one.
+    // For rows that may hardly vary, always careful: its shift is exact, so that a constant row stays constant.
     if (needs.pointwise)
         return needs.fine ? row_pass<A, single, true, kPointwise> : row_pass<A, single, false, kPointwise>;
     if (args.target.dtype != kInt64 || needs.linear || params.standardize) return row_pass<A, single, false, kGeneral>;

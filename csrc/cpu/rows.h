@@ -1,4 +1,4 @@
-// What the row kernels share. Included by sources compiled once per instruction set, like simd.h.
+// Common code of the row kernels. Included by sources compiled once per instruction set, like simd.h.
 #pragma once
 
 #include "../common/row_math.h"
@@ -17,7 +17,7 @@ void zipf_ls(const ZipfArgs& args);
 void topk_rows(const TopKArgs& args);
 void argsort_descending(const ArgsortArgs& args);
 
-// Calls work(begin, end) for the threads' shares of [0, n), each a run of its own in the threads' order.
+// Calls work(begin, end) in each thread for its share of [0, n): one range per thread, in the threads' order.
 template <class Work>
 FKD_INLINE void share_out(int threads, int64_t n, const Work& work) {
     const auto share = [&](int64_t thread, int64_t of) { work(n * thread / of, n * (thread + 1) / of); };
@@ -25,18 +25,18 @@ FKD_INLINE void share_out(int threads, int64_t n, const Work& work) {
     in_team(threads, run, &share);
 }
 
-// A gradient of so many bytes leaves the caches before anyone reads it, so it is written past them.
+// A gradient of at least this many bytes leaves the caches before it is read again, so it is written past them.
 constexpr int64_t kStreamed = int64_t(8) << 20;
 
-// Of a row that does not count, where a gradient is wanted.
+// Zeroes the gradient, if wanted, of a row that does not count.
 inline void no_gradient(void* gradient, DType type, int64_t row, int64_t classes) {
     if (!gradient) return;
     const int64_t bytes = classes * element_size(type);
     __builtin_memset(static_cast<char*>(gradient) + row * bytes, 0, size_t(bytes));
 }
 
-// Fits the first-level cache with room to spare, and no lane adds up more than 128 terms before double
-// precision takes over.
+// Fits in the first-level cache with room to spare. Each lane adds at most 128 terms before double precision takes
+// over.
 template <class A>
 constexpr int64_t kBlock = 128 * kLanes<A>;
 
@@ -50,7 +50,7 @@ FKD_INLINE A finite_or_zero(A x) {
     return x == -INFINITY ? A(0) : x;
 }
 
-// Largest logit of a block, the targets left out; -inf where none can occur.
+// The largest non-target logit of a block; -inf if no class can occur.
 template <class A, int K>
 FKD_INLINE A block_max(const A* s, int64_t n, const Without<K>& y) {
     Vec<A> max = splat<A>(-INFINITY);
@@ -61,7 +61,7 @@ FKD_INLINE A block_max(const A* s, int64_t n, const Without<K>& y) {
     return max_lanes<A>(max);
 }
 
-// The same of two matrices in one walk.
+// The same for two matrices in one loop.
 template <class A, int K>
 FKD_INLINE void block_max(const A* s, const A* t, int64_t n, const Without<K>& y, A& s_largest, A& t_largest) {
     Vec<A> s_max = splat<A>(-INFINITY), t_max = s_max;
@@ -74,9 +74,8 @@ FKD_INLINE void block_max(const A* s, const A* t, int64_t n, const Without<K>& y
     t_largest = max_lanes<A>(t_max);
 }
 
-// Softmax of a piece of a row, with some more digits than elsewhere, since differences are taken of it. Not inlined:
-// what is stored is rounded, and so is the same wherever it is made. What is read next lies `ahead` elements further
-// on.
+// The softmax of a piece of a row. It is more precise than elsewhere, because differences are taken of it. It is not
+// inlined, so that every caller gets the same rounded values. The next call will read `ahead` elements further on.
 template <class A>
 FKD_NOINLINE void softmax_piece(const A* logits, int64_t n, const SoftmaxOrigin& of, A* out, int64_t ahead) {
     const A origin = A(of.origin);
@@ -87,16 +86,16 @@ FKD_NOINLINE void softmax_piece(const A* logits, int64_t n, const SoftmaxOrigin&
         __builtin_prefetch(logits + j + ahead);
         const Vec<A> x = load(logits + j, lanes), zero = {}, d = x - origin;
         const Vec<A> exponent = d * scale;
-        // With fused multiply-add what the product was rounded by, without 0.
+        // The rounding error of the product; 0 without fused multiply-add.
         const Vec<A> rounded = kFused ? mul_add<A>(d, scale, -exponent) : zero;
         const Vec<A> e = exp2_nonpositive<A>(exponent, mul_add<A>(d, scale_low, rounded));
-        // 0 at -inf, but NaN, as everywhere, in a row without a softmax.
+        // 0 at -inf; but NaN, as everywhere in the row, if it has no softmax.
         store(out + j, x == -A(INFINITY) ? zero + by * A(0) : mul_add<A>(e, by, e * by_low), lanes);
     });
 }
 
-// The largest of a block, -inf where there is none. A NaN is passed over; `nan`, if given, becomes true. Several
-// vectors at a time, each with its own maximum, as one waits for the one before.
+// The largest element of a block; -inf if there is none. Ignores NaN, but sets `nan` to true, if given. Each of several
+// vectors has its own maximum, because each maximum waits for the previous one.
 template <class A>
 FKD_INLINE A largest_of(const A* v, int64_t n, bool* nan) {
     constexpr int64_t w = kLanes<A>, together = 4;
@@ -127,7 +126,7 @@ FKD_INLINE A largest_of(const A* v, int64_t n, bool* nan) {
     return max_lanes<A>(max_of(max_of(top[0], top[1]), max_of(top[2], top[3])));
 }
 
-// The first of a block that equals x, which one of them does.
+// The index of the first element equal to x; there must be one.
 template <class A>
 FKD_INLINE int64_t first_equal(const A* v, A x, int64_t n) {
     int64_t j = 0;
@@ -138,8 +137,8 @@ FKD_INLINE int64_t first_equal(const A* v, A x, int64_t n) {
     return j;
 }
 
-// The largest entry of a row, the lowest index first among equal ones; -1 where all are left out or none is above -inf.
-// A NaN is passed over; `nan`, if given, becomes true.
+// The index of the largest entry of a row except `without`, the lowest index on ties; -1 if no entry is above -inf.
+// Ignores NaN, but sets `nan` to true, if given.
 template <class A>
 FKD_NOINLINE int64_t argmax(const Matrix& m, int64_t row, int64_t classes, A* staging, int64_t without = -1,
                             bool* nan = nullptr) {

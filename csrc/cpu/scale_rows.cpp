@@ -1,6 +1,5 @@
-// The backward pass: a stored gradient times the incoming one; a 0 stays 0. Also the table of this instruction set's
-// kernels.
-// Compiled once per instruction set.
+// The backward pass: the stored gradient times the incoming gradient and the stored norm. A 0 stays 0. Also the table
+// of the kernels. Compiled once per instruction set.
 #include "rows.h"
 
 namespace fused_kd {
@@ -25,7 +24,7 @@ void scale_rows(const ScaleArgs& args) {
                 const A* g = read(gradient, row, j, n, staging);
                 const bool direct = args.dtype == dtype_of<A>();
                 A* target = direct ? reinterpret_cast<A*>(out) + j : staging;
-                // A loop of its own for a factor that makes NaN of 0: compilers do not vectorise the comparison.
+                // A separate loop for factors that would turn 0 into NaN: compilers do not vectorize the comparison.
                 if (finite)
                     for (int64_t i = 0; i < n; ++i)
                         target[i] = g[i] * factor;

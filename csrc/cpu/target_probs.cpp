@@ -1,4 +1,4 @@
-// USKD's small pass before: the targets' probabilities, whose batch means every row needs. Compiled once per
+// USKD's first pass: the targets' probabilities, because each row needs their means over the batch. Compiled once per
 // instruction set.
 #include "targets.h"
 

@@ -6,7 +6,7 @@
 namespace fused_kd {
 namespace FKD_ISA {
 
-// The targets of a row and their label values; as found, the largest label first.
+// The targets of a row and their label values. targets_of puts the largest label first.
 struct Targets {
     int count;
     Without<2> at;
@@ -14,7 +14,7 @@ struct Targets {
     double poison; // NaN if one of the probabilities is not finite, else 0
 };
 
-// Of probabilities: the at most two largest entries that exceed the row's smallest, the lower index first on ties.
+// For probabilities: the largest two entries that exceed the row's smallest, or fewer; the lower index first on ties.
 template <class A>
 FKD_NOINLINE Targets targets_of(const Matrix& target, int64_t row, int64_t classes, A* staging) {
     if (target.dtype == kInt64) {
@@ -61,7 +61,7 @@ FKD_INLINE void ascending(Targets& targets) {
     }
 }
 
-// What a row's statistics have of its targets, ascending; of probabilities the rest is to come.
+// Reads a row's targets, in ascending order, into its statistics. LabelSums adds the rest of the probabilities.
 template <class A>
 FKD_INLINE void read_targets(const Matrix& student, int64_t row, const Targets& targets, A* staging,
                              LabelStats<double>& x) {
@@ -74,7 +74,7 @@ FKD_INLINE void read_targets(const Matrix& student, int64_t row, const Targets& 
     }
 }
 
-// The rest of it, of a block of probabilities p; ds is log2(e) (s - s_max).
+// Sums over the non-target probabilities p of a row's blocks; ds is log2(e) (s - s_max).
 template <class A>
 struct LabelSums {
     Vec<A> sum = {}, cross = {}, blocked = {};

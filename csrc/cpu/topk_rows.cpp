@@ -1,12 +1,12 @@
 // The row losses with a top-k teacher (topk_losses.h): loss parts and gradient in one visit to each row. Compiled once
 // per instruction set.
 //
-// A row is visited in blocks, as in row_losses.cpp, but what is read is the student alone. Kept classes and the target
-// belong to no sum of the others: where a block has some, they are replaced by -inf, whose exponential is 0, in a copy
-// of it, which lies in the cache. Their gradients are entries of their own and overwrite those of the second pass.
+// A row is processed in blocks, as in row_losses.cpp, but only the student is read. The sums leave out the kept classes
+// and the target: a block that has some is copied, and in the copy, which stays in the cache, they become -inf, with
+// exponential 0. Their gradients are computed separately and overwrite those of the second pass.
 //
-// Where the classes of a row lie apart (TopKPiece), a call finds the sums of its own columns, and a second call takes
-// those of all and makes the gradient of its columns. The kept classes are the same in all calls.
+// If calls share the classes of a row (TopKPiece), the first call sums its own columns, and the second takes the sums
+// of all columns and computes the gradient of its own. All calls get the same kept classes.
 #include "../losses/topk_losses.h"
 #include "rows.h"
 
@@ -30,8 +30,8 @@ double exponentials(const double* x, int64_t n, double top, double scale, double
 
 namespace {
 
-// Of a block's classes but for the kept ones and the target: how many, sums of exponentials relative to `max`, and,
-// where it is asked for, the sum of s - max over those that can occur, and the number of those that cannot.
+// Sums over the rest in a block: the number of classes, the exponentials relative to `max`, and, if needed, s - max
+// over the logits > -inf and the number of logits -inf.
 struct RestBlock {
     double number, max, soft, sharp, linear, blocked;
 };
@@ -47,8 +47,8 @@ inline TopKNeeds topk_needs(const RowParams& params, TopKRest rest) {
 }
 
 // Scratch of a thread: a row of each kind of exponentials, a block of the student and of the gradient, the teacher's
-// row, a record of each block, and of the classes that are left out the numbers of TopKRow, where each is, and their
-// places ordered by blocks, of which block i has order[from[i]] to order[from[i + 1]].
+// row, and a record of each block. For the left-out classes: the arrays of TopKRow, their columns, and their entries
+// sorted by block, of which order[from[i]] up to order[from[i + 1]] are in block i.
 template <class A>
 struct Scratch {
     A *e_soft, *e_sharp, *student, *gradient, *teacher;
@@ -82,7 +82,7 @@ struct Scratch {
         seen = reinterpret_cast<uint64_t*>(from + records + 1);
         __builtin_memset(seen, 0, size_t(words) * sizeof(uint64_t));
     }
-    // Whether this class was new.
+    // Marks a class. Returns whether it was new.
     bool mark(int64_t j) const {
         const uint64_t bit = uint64_t(1) << (j & 63), word = seen[j >> 6];
         seen[j >> 6] = word | bit;
@@ -90,8 +90,8 @@ struct Scratch {
     }
 };
 
-// The student's logits of a row, one at a time: that of class j is entry `field` of what the calls on a row's pieces
-// exchange.
+// The student's logits of a row, one at a time. The calls on a row's pieces exchange the logit of class j as their
+// entry `field`.
 template <class A>
 struct StudentRow {
     const TopKArgs& args;
@@ -117,8 +117,8 @@ struct StudentRow {
     }
 };
 
-// The kept classes of a row but for the target, which comes last where it is one of them; pads are passed over. False
-// where an index is none, or twice there.
+// Reads the kept classes of a row without the pads. The target comes last, kept or not. Returns false if an index is
+// invalid or repeated.
 template <class A>
 bool read_kept(const TopKArgs& args, const Scratch<A>& scratch, int64_t row, int64_t y, TopKRow& x) {
     const StudentRow<A> student = {args, row};
@@ -155,19 +155,19 @@ bool read_kept(const TopKArgs& args, const Scratch<A>& scratch, int64_t row, int
     return valid;
 }
 
-// The kept probabilities, which may be no probabilities at all.
+// The sum of the kept probabilities, which may be invalid.
 inline double kept_sum(const TopKRow& x) {
     const int64_t entries = x.kept + x.target_kept;
     const double largest = largest_of(x.t, entries), top = finite_or_zero(largest);
     return largest == INFINITY ? largest : exponentials(x.t, entries, top, 1, x.f) * exp(top);
 }
 
-// Finds the entries of each block, of so many: where each is in a row becomes where it is in the columns at hand.
+// Sorts the entries by block. Makes their classes relative to the columns of this call.
 template <class A>
 void order_by_blocks(const TopKArgs& args, const Scratch<A>& scratch, int64_t entries) {
     const int64_t blocks = (args.classes + kBlock<A> - 1) / kBlock<A>;
     int64_t* const from = scratch.from;
-    if (blocks == 1 && !args.piece) { // as most often; counting would wait for itself
+    if (blocks == 1 && !args.piece) { // the most frequent case; counting is a chain of dependencies
         from[0] = 0;
         from[1] = entries;
         for (int64_t i = 0; i < entries; ++i)
@@ -184,12 +184,12 @@ void order_by_blocks(const TopKArgs& args, const Scratch<A>& scratch, int64_t en
         if (block_of(i) >= 0) ++from[block_of(i)];
     }
     for (int64_t b = 1; b <= blocks; ++b)
-        from[b] += from[b - 1]; // where the block ends; each entry below moves it towards its beginning
+        from[b] += from[b - 1]; // the block's end, which the next loop moves to its start
     for (int64_t i = entries; i-- > 0;)
         if (block_of(i) >= 0) scratch.order[--from[block_of(i)]] = i;
 }
 
-// log u of the teacher's even share.
+// log u, u the share of the teacher's remaining probability per class outside K.
 inline double log_share(const TopKRow& x, int64_t classes, double sum) {
     const int64_t entries = x.kept + x.target_kept;
     const double left = 1 - sum;
@@ -205,7 +205,7 @@ FKD_NOINLINE void block_sums(const A* s, const A* ahead, int64_t n, double scale
     Vec<A> soft = zero, sharp = zero, sum = zero;
     Mask<A> blocked = {};
     for_lanes<A>(n, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
-        __builtin_prefetch(ahead + j); // the next block comes from memory while this one is computed
+        __builtin_prefetch(ahead + j); // load the next block while this one is computed
         const Vec<A> sj = load(s + j, lanes), d = shift(sj);
         const Vec<A> ej = keep(lanes, exp2_nonpositive<A>(d), zero);
         store(e_soft + j, ej, lanes);
@@ -235,7 +235,7 @@ FKD_NOINLINE void block_sums(const A* s, const A* ahead, int64_t n, double scale
         out.blocked += double(blocked[l]);
 }
 
-// The first pass over the others of a row: their blocks, and those merged.
+// The first pass: the sums over the rest of a row, per block and merged.
 template <class A, bool single, bool linear>
 FKD_NOINLINE Others rest_of(const TopKArgs& args, const Scratch<A>& scratch, int64_t row, double T, A* e_soft) {
     const int squarings = T == 2 ? 1 : T == 4 ? 2 : 0;
@@ -254,7 +254,7 @@ FKD_NOINLINE Others rest_of(const TopKArgs& args, const Scratch<A>& scratch, int
                 scratch.student[scratch.at[scratch.order[first + i]] - j] = -A(INFINITY);
         }
         const A largest = largest_of<A>(s, n, nullptr), reach = A(largest * scale), limit = A(kLargestShift);
-        // Without a gradient the exponentials are of no further use: keep overwriting the same few lines of cache.
+        // Without a gradient the exponentials are not needed again: overwrite the same few cache lines.
         A* const soft = args.gradient.data ? e_soft + j : scratch.gradient;
         A* const sharp = single ? soft : args.gradient.data ? scratch.e_sharp + j : scratch.e_sharp;
         RestBlock& block = scratch.blocks[count];
@@ -279,21 +279,21 @@ FKD_NOINLINE Others rest_of(const TopKArgs& args, const Scratch<A>& scratch, int
     return out;
 }
 
-// The sums of a piece's columns, as TopKPiece has them.
+// Writes the sums over this piece's columns, as in TopKPiece.
 inline void give(const TopKArgs& args, int64_t row, const Others& rest) {
     const double sums[] = {rest.max, rest.soft, rest.sharp, rest.linear + rest.number * rest.max};
     for (int64_t field = 0; field < kTopKFields - 1; ++field)
         args.piece->own[field * args.rows + row] = sums[field];
 }
 
-// Those of all columns.
+// The sums over all columns.
 inline Others given(const TopKArgs& args, int64_t row, int64_t left_out) {
     const double* const all = args.piece->all + row;
     const double number = double(args.piece->num_classes - left_out), max = all[0];
     return {number, max, all[args.rows], all[2 * args.rows], all[3 * args.rows] - number * max};
 }
 
-// The second pass: the others' gradients, and over them those of the classes that were left out.
+// The second pass: the gradient of the rest, then over it the gradient of the left-out classes.
 template <class A, bool single>
 FKD_NOINLINE void combine(const TopKArgs& args, const Scratch<A>& scratch, int64_t row, double T, const Others& rest,
                           const TopKResult& result, const A* e_soft, bool streamed) {
@@ -312,7 +312,7 @@ FKD_NOINLINE void combine(const TopKArgs& args, const Scratch<A>& scratch, int64
         const double sharp_by = result.sharp * by * (d == 0 ? 1 : exp(d));
         const A soft = A(single ? soft_by + sharp_by : soft_by), sharp = A(sharp_by);
         A* const out = same && !streamed ? own_row + j : scratch.gradient;
-        // A class that cannot occur has no gradient: where there may be one, the student is looked at again.
+        // A class with logit -inf has no gradient: if there may be one, read the student again.
         const bool look = (constant != A(0) && block.blocked > 0) || soft != soft || sharp != sharp;
         const A* const s = look ? read(args.student, row, j, n, scratch.student) : nullptr;
         for_lanes<A>(n, [&](auto lanes, int64_t i) __attribute__((always_inline)) {

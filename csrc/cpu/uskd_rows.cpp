@@ -1,13 +1,12 @@
 // USKD on rows: ranking, loss parts and both gradients in one visit to each row. Compiled once per instruction set.
 //
-// As for NKD the exponentials of a row stay where the gradients will be, but relative to the maxima of the row, found
-// before: relative to a block's, equal logits in different blocks would get keys that differ by a rounding. They give
-// the rank keys, a sort (rank.h) the order of the classes, and a table 1 / rank the Zipf weights, after which one
-// pass sums them against the logits and one writes the gradients. Sorting takes most of the time, so the loops here
-// always take the exact shift and test for classes that cannot occur, and come in one form only.
+// The exponentials of a row stay where the gradients will be, as in row_losses.cpp. But they are relative to the row's
+// maxima, found in an earlier pass: relative to a block's maximum, equal logits in different blocks would get keys that
+// differ by rounding. The exponentials give the rank keys, a sort (rank.h) the order of the classes, and a table of 1 /
+// rank the Zipf weights. Then one pass sums the weights against the logits, and one writes the gradients. Sorting takes
+// most of the time, so the loops here have one form only, with the exact shift and tests for logits -inf.
 //
-// A class whose student logit is -inf takes a rank but no Zipf mass: the rest is renormalised and the loss stays
-// finite.
+// A class with student logit -inf has a rank but no Zipf mass: the rest is renormalized and the loss stays finite.
 #include "gradient_row.h"
 #include "rank.h"
 #include "targets.h"
@@ -16,8 +15,8 @@ namespace fused_kd {
 namespace FKD_ISA {
 namespace {
 
-// A row each of exponentials, where no gradient's row can hold them, of keys and later Zipf weights, and of indices for
-// the sort.
+// Scratch of a thread: rows of exponentials, if the gradient's row cannot hold them, of keys and later Zipf weights,
+// and of indices for the sort; a block of each input for conversion.
 template <class A>
 struct Scratch {
     A *e_s, *e_w, *keys, *student, *weak, *probs;
@@ -38,7 +37,7 @@ struct Scratch {
     }
 };
 
-// Exponentials of a block, and what it adds to the row's sums.
+// Computes the exponentials of a block, and adds its sums to the row's.
 template <class A>
 FKD_NOINLINE void block_sums(const A* s, const A* w, const A* v, int64_t n, const Without<2>& y, bool linear, A* e_s,
                              A* e_w, UskdStats<double>& row) {
@@ -74,14 +73,14 @@ FKD_NOINLINE void block_sums(const A* s, const A* w, const A* v, int64_t n, cons
     row.v_weak += kLn2 * sum_lanes<A>(v_weak);
 }
 
-// Of a target's logit, as for the others; 0 where it is above them.
+// The exponential of a target's logit, as for other classes; 0 if the logit is above them.
 template <class A>
 FKD_INLINE A exponential(double logit, double max) {
     const Shift<A, true> shift{A(max)};
     return logit <= max && logit > -INFINITY ? exp2_gradual<A>(shift(splat(A(logit))))[0] : A(0);
 }
 
-// The Zipf weights 1 / rank of all classes, targets too, in the order of their keys; e_s and e_w are the exponentials.
+// Computes the Zipf weights 1 / rank of all classes, targets too, ranked by key; e_s and e_w are the exponentials.
 template <class A>
 FKD_NOINLINE void weights_by_keys(const UskdArgs& args, const Scratch<A>& scratch, int64_t row, const Targets& targets,
                                   const UskdStats<double>& x, const SplitSoftmax<double, 2>& p,
@@ -113,7 +112,7 @@ FKD_NOINLINE void weights_by_keys(const UskdArgs& args, const Scratch<A>& scratc
     for (int k = 0; k < targets.count; ++k)
         if (key.above[k]) z[targets.at.at[k]] = A(key.target[k]);
 
-    // In the keys' place the Zipf weights 1 / rank.
+    // The Zipf weights 1 / rank replace the keys.
     const A* const reciprocals = static_cast<const A*>(args.reciprocals);
     rank_descending(z, classes, scratch.order,
                     [=](uint32_t index, int64_t rank) __attribute__((always_inline)) { z[index] = reciprocals[rank]; });
@@ -131,7 +130,7 @@ FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch,
     UskdStats<double> x = {};
     UskdParams params = {args.hyper, {args.mean[0], args.mean[1]}, double(classes), args.square};
     const bool smoothed = args.hyper.ce_weight != 0 && args.hyper.label_smoothing != 0;
-    // The batch means are of the largest label's column and the second's; the loops want ascending positions.
+    // The batch means are in order of the labels, the largest first; the loops need ascending positions.
     if (targets.count == 2 && targets.at.at[0] > targets.at.at[1]) {
         params.mean[0] = args.mean[1];
         params.mean[1] = args.mean[0];
@@ -165,9 +164,9 @@ FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch,
     const SplitSoftmax<double, 2> p = split_softmax<double, 2>(x.s_target, x.s_max, x.s_sum);
     const SplitSoftmax<double, 2> v = split_softmax<double, 2>(x.w_target, x.w_max, x.w_sum);
 
-    // Without the means: a NaN of theirs is another row's, and reaches the student's gradient alone.
+    // Without the batch means: a NaN there comes from another row, and reaches only the student's gradient.
     const double probe = p.rest + v.rest + x.v_sum;
-    if (probe != probe) { // NaN: no ranking, and nothing else to say of the row
+    if (probe != probe) { // NaN: the row has no ranking and no value
         for (int k = 0; k < 4; ++k)
             parts[k] = NAN;
         student.fill_nan(args.student, row, scratch.student);
@@ -205,8 +204,8 @@ FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch,
         const int64_t n = block_length<A>(classes, j);
         const A* labels = with_probs ? read(args.target, row, j, n, scratch.probs) : nullptr;
         if (student.data) {
-            // A class that cannot occur has no gradient: by its exponential and weight of 0, but for what labels add,
-            // and the NaN of a batch mean.
+            // A class with logit -inf has no gradient: its exponential and weight are 0, but labels, smoothing or a NaN
+            // in a batch mean may contribute.
             const bool look = labels || smoothed || result.student != result.student;
             const A* s = look ? read(args.student, row, j, n, scratch.student) : nullptr;
             A* const out = student.block(j, scratch.weak);

@@ -1,6 +1,6 @@
-// Zipf's label smoothing: the weights of classes by the votes of the network's positions. Each position votes for its
-// largest class. A class's rank is 1 and the number of classes with more votes; most have none and share one rank, so
-// that a histogram of the numbers of votes is all there is to rank. Included by sources compiled once per instruction
+// Zipf's label smoothing: the weights of classes from the votes of the network's positions. Each position votes for its
+// largest class. The rank of a class is 1 + the number of classes with more votes. Most classes have no votes and share
+// one rank, so a histogram of the numbers of votes suffices to rank. Included by sources compiled once per instruction
 // set, like simd.h.
 #pragma once
 
@@ -10,14 +10,14 @@
 namespace fused_kd {
 namespace FKD_ISA {
 
-// Scratch of a thread: votes of each class, those that got some, and by number of votes how many classes have it and
-// their Zipf weight.
+// Scratch of a thread: the votes of each class, the classes with votes, and, for each number of votes, how many classes
+// have it and their Zipf weight.
 struct VoteScratch {
     uint32_t *votes, *voted, *classes_with;
     ZipfWeight* weights;
 };
 
-// What counting came to: the number of classes with votes, and whether there is a NaN.
+// The number of classes with votes, and whether there is a NaN.
 struct Votes {
     int64_t voted;
     bool nan;
@@ -27,8 +27,8 @@ FKD_INLINE void vote(const VoteScratch& scratch, int64_t index, int64_t& voted) 
     if (scratch.votes[index]++ == 0) scratch.voted[voted++] = uint32_t(index);
 }
 
-// Positions that lie side by side, as they do in a map of logits (C, H, W): each lane has a position, and a few vectors
-// go through the classes together, so that a line of memory is read once.
+// For positions that are contiguous, as in a map of logits (C, H, W): each lane has a position, and a few vectors go
+// through the classes together, so that each cache line is read once.
 template <class A>
 FKD_NOINLINE bool vote_side_by_side(const Matrix& dense, int64_t positions, int64_t classes, A* staging,
                                     const VoteScratch& scratch, int64_t& voted) {
@@ -75,7 +75,7 @@ FKD_INLINE Votes count_votes(const Matrix& dense, int64_t positions, int64_t cla
     } else {
         for (int64_t i = 0; i < positions; ++i) {
             const int64_t index = argmax<A>(dense, i, classes, staging, -1, &out.nan);
-            vote(scratch, index < 0 ? 0 : index, out.voted); // where nothing is above -inf, the first
+            vote(scratch, index < 0 ? 0 : index, out.voted); // the first class if none is above -inf
         }
     }
     for (int64_t i = 0; i < out.voted; ++i)
@@ -83,8 +83,8 @@ FKD_INLINE Votes count_votes(const Matrix& dense, int64_t positions, int64_t cla
     return out;
 }
 
-// weights[v], the Zipf weight of a class with v votes, for the numbers of votes that there are, 0 too. `kept` are those
-// of `voted` that count; the weights are relative to the best of them.
+// Computes weights[v], the Zipf weight of a class with v votes, for each number of votes that occurs and 0. The first
+// `kept` of `voted` count; the weights are relative to the best of them.
 inline void vote_weights(int64_t kept, int64_t positions, double power, const VoteScratch& scratch) {
     uint32_t most = 0;
     for (int64_t i = 0; i < kept; ++i) {

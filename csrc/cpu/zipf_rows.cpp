@@ -1,12 +1,11 @@
 // Zipf's label smoothing on rows: votes, their ranks, loss parts and gradient in one visit to each row. Compiled once
 // per instruction set.
 //
-// The exponentials of a row stay where the gradient will be. A row has no more voted classes than positions, and all
-// others share a Zipf weight: the passes over a row take every class for one without a vote, and what the voted ones
-// have beyond is added to the sums (zipf_ls.h) and written over their gradients.
+// The exponentials of a row stay where the gradient will be. A row has at most as many voted classes as positions, and
+// all others share a Zipf weight. So the passes over a row treat every class as one without a vote. Then the sums get
+// what the voted classes add (zipf_ls.h), and their gradients are overwritten.
 //
-// A class whose student logit is -inf takes a rank but no Zipf mass: the rest is renormalised and the loss stays
-// finite.
+// A class with student logit -inf has a rank but no Zipf mass: the rest is renormalized and the loss stays finite.
 #include "../losses/zipf_ls.h"
 #include "gradient_row.h"
 #include "targets.h"
@@ -16,8 +15,8 @@ namespace fused_kd {
 namespace FKD_ISA {
 namespace {
 
-// A row of exponentials, where the gradient's row cannot hold them, a block of each input that is converted and one of
-// the gradient, the votes, and the exponentials of the voted classes.
+// Scratch of a thread: a row of exponentials, if the gradient's row cannot hold them, a block of each input for
+// conversion, a block of the gradient, the votes, and the exponentials of the voted classes.
 template <class A>
 struct Scratch {
     A *e, *student, *probs, *gradient, *e_voted;
@@ -40,7 +39,7 @@ struct Scratch {
     }
 };
 
-// Exponentials of a block, and what it adds to the row's sums.
+// Computes the exponentials of a block, and adds its sums to the row's.
 template <class A>
 FKD_NOINLINE void block_sums(const A* s, const A* v, int64_t n, const Without<2>& y, double s_max, A* e,
                              ZipfStats& row) {
@@ -65,8 +64,8 @@ FKD_NOINLINE void block_sums(const A* s, const A* v, int64_t n, const Without<2>
     if (v) labels.into(row);
 }
 
-// Adds what the voted classes have beyond the others, and returns how many of them are no target and can occur: those
-// stay in the scratch.
+// Adds the voted classes' differences from an unvoted class to the sums. Returns how many voted classes are not targets
+// and have logits > -inf; only these stay in the scratch.
 template <class A>
 FKD_NOINLINE int64_t add_voted(const ZipfArgs& args, const Scratch<A>& scratch, int64_t row, const Targets& targets,
                                int64_t voted, double s_max, const A* e, ZipfStats& x) {
@@ -122,13 +121,13 @@ FKD_NOINLINE void zipf_row_pass(const ZipfArgs& args, const Scratch<A>& scratch,
     const SplitSoftmax<double, 2> p = split_softmax<double, 2>(x.s_target, s_max, x.sum);
     Matrix dense = args.dense;
     dense.data = element({dense.data, dense.dtype, args.dense_stride, 1}, row, 0);
-    // Compared as they are: float32 has every other format.
+    // The original logits are compared: float32 represents every other format.
     const Votes votes = dense.dtype == kFloat64
                             ? count_votes<double>(dense, args.positions, classes, scratch.student, scratch.votes)
                             : count_votes<float>(dense, args.positions, classes, scratch.student, scratch.votes);
     const bool infinite = !(x.s_target[0] < INFINITY && x.s_target[1] < INFINITY); // or NaN
     const double probe = x.sum + x.v_sum;
-    if (votes.nan || infinite || probe != probe) { // nothing else to say of the row
+    if (votes.nan || infinite || probe != probe) { // the row has no value
         parts[0] = parts[1] = NAN;
         gradient.fill_nan(args.student, row, scratch.gradient);
         return;
