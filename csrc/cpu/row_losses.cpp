@@ -2,9 +2,9 @@
 //
 // A row is processed in blocks that fit in the first-level cache. The first pass computes each block's maxima, the
 // exponentials relative to them, and sums. It stores the exponentials, in the gradient's row if the dtypes allow. Then
-// the blocks' sums are merged in double precision, and the formulas of row_losses.h give the coefficients. The second
-// pass combines the stored exponentials. So logits are read once, no exponential is computed twice, and the error of a
-// sum grows with the block's length, not the row's.
+// the blocks' sums are merged, relative to the row's maxima and in double precision. The formulas of row_losses.h give
+// the coefficients, and the second pass combines the stored exponentials. So logits are read once, no exponential is
+// computed twice, and the error of a sum grows with the block's length, not the row's.
 //
 // A student logit of -inf breaks the fast sums (0 * inf), and a maximum beyond kLargestShift breaks the fast shift. The
 // row's sums are then not finite, and `careful` loops, which leave these classes out, process the row again. They also

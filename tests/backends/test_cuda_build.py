@@ -1,4 +1,4 @@
-"""The CUDA build: which architectures, what is said when it is left out, the launches' parameters, and no spills."""
+"""The CUDA build: its architectures, the reason if it is left out, launch parameters, and no spills."""
 
 import math
 import struct
@@ -103,7 +103,7 @@ def test_passes_of_a_sort_in_global_memory(core):
 
 
 def test_blocks_and_threads(core):
-    """Enough for every row and class, no more than a launch can have, and powers of two for the reductions."""
+    """Enough for every row and class, within a launch's limits, and powers of two for the reductions."""
     assert core.cuda_reducing_blocks(10**6, False) == 1, "one block sums, so that the order depends on nothing else"
     for rows in (0, 1, 1024, 1025, 10**6, 2**31 - 1):
         blocks = core.cuda_reducing_blocks(rows, True)
@@ -118,7 +118,7 @@ def test_blocks_and_threads(core):
 
 
 def test_workspace(core):
-    """Room for four parts a row, and what follows is aligned for vectors and CUB."""
+    """Room for four parts per row, and aligned for vectors and CUB."""
     for element in (4, 8):
         for rows in (0, 1, 63, 64, 1000, 2**31):
             size = core.cuda_parts_bytes(rows, element)
@@ -127,7 +127,7 @@ def test_workspace(core):
 
 
 def test_keys_as_integers(core):
-    """Ascending as integers is descending as keys; both zeros are one."""
+    """Ascending integers are descending keys; both zeros are equal."""
     keys = [math.inf, 1e6, 2.0, math.nextafter(2.0, 0), 1.0, 1e-45, 0.0, -1e-45, -1.0, -math.inf]
     singles = [struct.unpack("f", struct.pack("f", key))[0] for key in keys]
     for values, twice in ((sorted({*singles}, reverse=True), False), (keys, True)):

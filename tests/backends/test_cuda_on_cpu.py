@@ -1,8 +1,7 @@
-"""The CUDA kernels' own sources, run on the CPU: compiled as C++ with stand-ins for CUDA's headers (tests/cuda_on_cpu).
+"""Run the CUDA kernels' sources on the CPU, as C++ with stand-ins for CUDA's headers (tests/cuda_on_cpu).
 
-What that proves is the kernels' logic (indices, masks, barriers, formulas, conversions). What the compiler and CUB do
-to it, and whether launches are right, tests/compiled/test_cuda_ptx.py shows of some cases, and of all of them this file
-with ``-p tools.ptx.cuda.plugin``.
+This tests the kernels' logic: indices, masks, barriers, formulas, conversions. tests/compiled/test_cuda_ptx.py tests
+some cases as nvcc and CUB compile and launch them. With ``-p tools.ptx.cuda.plugin`` this file tests all cases so.
 """
 
 import math
@@ -25,7 +24,7 @@ def module(tmp_path_factory):
 
 @pytest.fixture
 def core(module, monkeypatch):
-    """The module, to be called with CPU tensors."""
+    """The module, called with CPU tensors."""
     monkeypatch.setattr(cuda, "_place", lambda device: (0, 0))
     yield module
     module.run_backwards(False)
@@ -202,7 +201,7 @@ def test_logits_of_two_dtypes(core, pair):
 
 @pytest.mark.parametrize("rows", (1500, 2049))
 def test_many_rows(core, rows):
-    """Counted by each block, and by a launch before; several blocks that hand the parts through."""
+    """Each block counts the rows, or an earlier launch does; several blocks copy the parts."""
     student, weak, target = inputs(rows, 4)
     target[::3] = -100
     before = core.launches()
@@ -286,7 +285,7 @@ def test_an_incoming_one_touches_nothing(core):
 @pytest.mark.parametrize("classes", (100, 200, 500, 1000, 2000, 4000, 8000, 9000))
 @pytest.mark.parametrize("soft", (False, True))
 def test_same_bits_in_both_orders(core, classes, soft):
-    """The threads of a block first to last, then last to first: a missing barrier shows in one of them."""
+    """Run a block's threads first to last, then last to first: one of the orders exposes a missing barrier."""
     for dtype in (torch.bfloat16, torch.float64):
         student, weak, target = inputs(3, classes, dtype)
         target = mixed(target, classes) if soft else target
@@ -300,7 +299,7 @@ def test_same_bits_in_both_orders(core, classes, soft):
 @pytest.mark.parametrize("classes", (12, 1000, 9000))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64), ids=str)
 def test_row_weights(core, dtype, classes):
-    """Factors of the parts and of both gradients; of 0, a row that does not count, whatever it holds."""
+    """Factors of the parts and of both gradients. A row with factor 0 does not count, whatever it holds."""
     student, weak, target = inputs(5, classes, dtype)
     sums = cuda.uskd_batch_sums(core, student, target, True, -100)
     factors = torch.tensor([[0.5, 2, 0, 1, 3], [0.25, 1, 0, 2, 1], [1, 0.5, 0, 4, 2]], dtype=torch.float64)
@@ -340,7 +339,7 @@ def test_a_gradient_that_is_not_wanted(core):
 
 
 def sorted_call(core):
-    """A call whose rows are sorted in global memory."""
+    """A call with rows sorted in global memory."""
     student, weak, target = inputs(1, 20, torch.float64)
     sums = torch.tensor([0.5, 0.0, 1.0], dtype=torch.float64)
     return cuda.uskd(core, student, weak, target, sums, None, asking())
@@ -363,7 +362,7 @@ def refused_launch(core):
     ((refused_device, "invalid device ordinal"), (refused_launch, "invalid configuration argument")),
 )
 def test_an_error_of_cuda_is_raised_once(core, refused, words):
-    """CUDA keeps a failed call's error until somebody takes it, and CUB takes any for its own."""
+    """CUDA keeps an error until it is read, and CUB takes any error for its own."""
     before = sorted_call(core)
     with pytest.raises(RuntimeError, match=f"CUDA says: {words}"):
         refused(core)
@@ -391,7 +390,7 @@ def test_more_classes_than_32_bits_index(core):
 
 
 def test_infinite_loss_is_the_cross_entropys(core):
-    """A label at a class that the student excludes."""
+    """A label on a class that the student excludes."""
     student, weak, target = inputs(2, 10)
     labels = mixed(target, 10, smoothing=0.1)
     student[0, (labels[0].argmin())] = -INF

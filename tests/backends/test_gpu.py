@@ -1,5 +1,5 @@
-"""What only a GPU can show: graphs, streams, no synchronisation, sizes beyond 2^31, other devices; of every loss that
-has a kernel there, by every backend that runs it."""
+"""Tests that need a GPU: graphs, streams, no synchronization, sizes beyond 2^31, other devices. They cover every loss
+with a kernel there, on every backend that runs it."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ UNCOUPLED = {"uskd": {"alpha": 0.0}, "dist": {"gamma": 0.0}}
 
 
 def make(loss, rows=64, classes=1000, dtype=torch.float32, seed=0, device=DEVICE):
-    """Student's and other logits and a target, one row of which is ignored; ranks that no rounding exchanges."""
+    """Student logits, other logits and a target with one ignored row; rounding cannot change a rank."""
     return check.Case(dtype, rows, classes, {}, spread=2.0, seed=seed, loss=loss).inputs(device)
 
 
@@ -45,7 +45,7 @@ def reference(place):
 @every_place
 @pytest.mark.parametrize("classes", (1000, 21841))
 def test_graph_capture_and_replay(place, classes):
-    """Forward and backward captured once, replayed on other contents of the same tensors."""
+    """Capture forward and backward once, and replay them on new values in the same tensors."""
     tensors = make(place[0], classes=classes)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -65,7 +65,7 @@ def test_graph_capture_and_replay(place, classes):
 
 @every_place
 def test_a_training_step_never_waits(place):
-    """Forward, backward and optimizer, in autocast, under PyTorch's own watch."""
+    """Forward, backward and optimizer, in autocast, with PyTorch's synchronization errors on."""
     torch.manual_seed(0)
     features = torch.randn(64, 32, device=DEVICE)
     model, weak = (torch.nn.Linear(32, 1000, device=DEVICE) for _ in range(2))
@@ -99,7 +99,7 @@ def test_a_training_step_never_waits(place):
 
 @every_place
 def test_autocast_with_grad_scaler(place):
-    """The gradient of float16 logits, scaled up so that nothing underflows, against float64 of the same logits."""
+    """The gradient of float16 logits, scaled so that nothing underflows, against float64 on the same logits."""
     torch.manual_seed(0)
     model = torch.nn.Linear(32, 100, device=DEVICE)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -162,7 +162,7 @@ def test_two_streams(place):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two CUDA devices")
 @pytest.mark.parametrize("current, index", ((0, 1), (1, 0), (1, 1)))
 def test_another_device(place, current, index):
-    """Tensors on one device while another is current, and on one that is current and not the first."""
+    """Tensors on one device while another is current, and on a current device that is not the first."""
     tensors = make(place[0], device=f"cuda:{index}")
     with torch.cuda.device(current):
         found = step(place, tensors)
@@ -179,7 +179,7 @@ def test_the_same_bits_twice(place):
 
 @every_place
 def test_more_than_two_to_the_31_elements(place):
-    """Offsets are 64-bit: the last rows are as those of a small matrix. Twice, so that the gradient is scaled too."""
+    """Offsets are 64-bit: the last rows equal a small matrix. Runs twice, so that the gradient is also scaled."""
     if torch.cuda.mem_get_info()[0] < 40 * 2**30:
         pytest.skip("needs 40 GB of free GPU memory")
     loss, (rows, classes) = place[0], (16800, 128256)
@@ -223,7 +223,7 @@ def test_reduce_overhead(place):
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
 @pytest.mark.parametrize("classes", (100, 1000, 1001, 2048, 4096, 8192, 21841, 128256))
 def test_every_regime(place, dtype, classes):
-    """Each layout that the dispatch table has, within the budget of fused_kd/check.py."""
+    """Each layout of the dispatch table, within the budget of fused_kd/check.py."""
     options = {"ce_weight": 1.0}
     for case in (
         check.Case(dtype, 7, classes, options, loss=place[0]),
@@ -236,7 +236,7 @@ def test_every_regime(place, dtype, classes):
 @every_place
 @pytest.mark.parametrize("rows, classes", ((8192, 1000), (1024, 8000)))
 def test_peak_memory(place, rows, classes):
-    """Beyond the inputs and the gradients at most a hundredth of N x C x 4 bytes."""
+    """Beyond inputs and gradients, at most a hundredth of N x C x 4 bytes."""
     loss, name = place
     if loss in ("dist", "zipf_ls"):
         pytest.skip("moments of chunks of columns, or votes, which are more beside so few classes")

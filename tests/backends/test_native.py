@@ -1,4 +1,4 @@
-"""The C++ core: each build for an instruction set, determinism, and the exactness of its conversions."""
+"""The C++ core: the build of each instruction set, determinism, and exact conversions."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ def test_every_instruction_set_is_within_budget(native):
 
 @pytest.mark.parametrize("size", [*range(2, 40), 63, 64, 65, 127, 128, 129, 255, 256, 257, 2047, 2048, 2049, 4097])
 def test_every_remainder_and_target_position(native, size):
-    """Sizes around the vectors' and the block's length; targets at the start, the end and both sides of a vector."""
+    """Sizes around the lengths of a vector and a block; targets at the start, the end and on both sides of a vector."""
     generator = torch.Generator().manual_seed(size)
     positions = sorted(
         {p for p in (0, 1, 3, 4, 7, 8, 15, 16, 17, size // 2, size - 17, size - 2, size - 1) if 0 <= p < size}
@@ -100,7 +100,7 @@ def threads():
 
 
 def run(code):
-    """What a fresh process prints, a line each."""
+    """Return the lines that a fresh process prints."""
     done = subprocess.run(
         [sys.executable, "-c", PROCESS + code], capture_output=True, text=True, check=False, timeout=300
     )
@@ -116,13 +116,13 @@ def test_one_openmp_runtime_is_loaded_and_it_is_pytorchs():
 
 @LINUX
 def test_rows_go_to_the_threads_that_are_asked_for():
-    """Two more than PyTorch has started, which only a team of the kernels' own can be."""
+    """Six threads are more than PyTorch has started, so the kernels must start a team."""
     before, after = run("torch.set_num_threads(6); print(threads()); call(); print(threads())")
     assert int(after) > int(before)
 
 
 def test_memory_that_is_lacking_in_a_thread_is_an_error():
-    """Not the end of the process, as it is where an exception leaves a thread of OpenMP's."""
+    """The process must survive: an exception that leaves an OpenMP thread would end it."""
     code = """
 many = torch.zeros(2, 1).expand(2, 2**45)  # no memory itself, but each thread's scratch holds a row or two
 try:
@@ -135,7 +135,7 @@ except MemoryError:
 
 @pytest.mark.parametrize("flush", (False, True))
 def test_every_thread_treats_subnormal_numbers_as_the_caller_does(flush):
-    """torch.set_flush_denormal sets it for the calling thread."""
+    """torch.set_flush_denormal sets only the calling thread."""
     same, subnormal = run(f"""
 student, teacher = (torch.full((64, 4096), value).index_fill_(1, torch.tensor([0]), 0.0) for value in (-85.0, -200.0))
 torch.set_flush_denormal({flush})

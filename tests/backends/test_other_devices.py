@@ -1,4 +1,4 @@
-"""Devices other than CPUs and NVIDIA GPUs: the reference runs there, and explain says why."""
+"""Devices other than CPUs and NVIDIA GPUs: the reference runs there, and explain() gives the reason."""
 
 import importlib.util
 import json
@@ -36,7 +36,7 @@ def test_explain_says_that_the_reference_runs_and_why(kind, loss):
 
 
 class WithoutFloat64(TorchDispatchMode):
-    """Meta tensors as a device that has no float64, which Apple's MPS has not."""
+    """Meta tensors as a device without float64, like Apple's MPS."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         results = function(*args, **(kwargs or {}))
@@ -50,7 +50,7 @@ class WithoutFloat64(TorchDispatchMode):
 @pytest.mark.parametrize("soft", (False, True), ids=("indices", "probabilities"))
 @pytest.mark.parametrize("options", ("plain", "weight", "normalizer", "head"))
 def test_a_device_without_float64(monkeypatch, loss, soft, options):
-    """Loss and gradient, with everything that sums over the batch."""
+    """Loss and gradient, including all sums over the batch."""
     monkeypatch.setattr(reference.rows, "SINGLE_ALONE", {"meta"})
     case = check.Case(torch.float32, 6, 10, check.OPTIONS[loss][-1], soft=soft, loss=loss)
     student, other, target = case.inputs("meta")
@@ -73,7 +73,7 @@ def test_a_device_without_float64(monkeypatch, loss, soft, options):
 
 @pytest.fixture
 def rocm(monkeypatch):
-    """PyTorch as it is built for AMD's GPUs, whose tensors it calls CUDA's."""
+    """PyTorch as built for AMD GPUs: it calls their tensors CUDA tensors."""
     monkeypatch.setattr(torch.version, "hip", "6.4")
     for name, replacement in {
         "is_available": lambda: True,
@@ -94,7 +94,7 @@ def rocm(monkeypatch):
 
 @needs_triton
 def test_rocm_takes_the_reference_unless_triton_is_named(rocm):
-    """What was compiled and never run is nobody's choice but the user's."""
+    """Kernels that were compiled but never run are used only if the user names them."""
     with pytest.warns(RuntimeWarning, match="triton: can run by name only: its kernels compile for AMD GPUs"):
         assert backends.choose("auto", "cuda", "nkd") == "reference"
     assert backends.choose("triton", "cuda", "nkd") == "triton"
@@ -150,7 +150,7 @@ for planned in Case(BF16, BF16, 1000).launches():
 
 @needs_triton
 def test_triton_takes_what_it_is_given_for_an_amd_gpu(tmp_path):
-    """And refuses what an NVIDIA GPU is given."""
+    """Triton accepts the options for an AMD GPU, and refuses those for an NVIDIA GPU."""
     lines = in_process(BINDING, tmp_path)
     refused = '"Keyword argument maxnreg was specified but unrecognised"'
     assert lines[:2] == ["rows_on_chip 1 64", f"rows_on_chip {refused}".replace('"', "'")]
@@ -181,7 +181,7 @@ def test_a_selection_compiles_for_amd_gpus(tmp_path):
 
 
 def in_process(script, folder):
-    """The lines that it prints, where Triton is not its own interpreter."""
+    """Return the lines that a process prints in which Triton does not interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder)
     command = [sys.executable, "-c", script]

@@ -1,4 +1,4 @@
-"""Python in a source folder, which hides an installed fused_kd: whose C++ core runs, and what is said where none is."""
+"""Python in a source folder, which hides an installed fused_kd: which C++ core runs, and the message without one."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ LIBRARY = Path(native._core.__file__)
 
 @pytest.fixture
 def source(tmp_path):
-    """A source folder in which nothing was built."""
+    """A source folder without a build."""
     folder = tmp_path / "checkout"
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     shutil.copytree(
@@ -41,13 +41,13 @@ def install(tmp_path, version=VERSION, library=True):
 
 
 def find(source, monkeypatch, *site):
-    """What is found from the source folder, where no other fused_kd than these is installed."""
+    """Find a core from the source folder, with only these installations of fused_kd."""
     monkeypatch.setattr(sys, "path", [str(source), *map(str, site)])
     return core.find(source / "fused_kd")
 
 
 def python(source, site, *arguments, **options):
-    """Python in the source folder, with that site-packages."""
+    """Run Python in the source folder, with these site-packages."""
     environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *arguments],
@@ -129,7 +129,7 @@ def test_an_installation_without_a_core_does_not_look_elsewhere(tmp_path, monkey
 
 
 def test_commands_in_the_source_folder(tmp_path, source):
-    """As after `pip install .`: `env` and a loss have the installed core."""
+    """As after `pip install .`: `env` and a loss use the installed core."""
     site = install(tmp_path)
     finished = python(source, site, "-m", "fused_kd", "env")
     assert finished.returncode == 0, finished.stderr
@@ -143,7 +143,7 @@ def test_commands_in_the_source_folder(tmp_path, source):
 
 
 def test_what_names_fused_kd_fails_without_its_core(tmp_path, source):
-    """The benchmark, the cost of a step and the tests, rather than times of the reference and skipped tests."""
+    """The benchmark, the cost of a step and the tests fail, rather than time the reference or skip tests."""
     for name in ("benchmarks", "study", "tests"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
     shutil.copy(ROOT / "pyproject.toml", source)

@@ -1,4 +1,4 @@
-"""The fused losses of a top-k teacher, against the reference."""
+"""The fused losses with a top-k teacher, against the reference."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_as_exact_as_eager(kernels, loss, rest, dtype):
 
 @pytest.mark.parametrize(("loss", "rest"), FUSED)
 def test_nothing_is_left(kernels, loss, rest):
-    """u = 0, or the log-probabilities sum to more than 1. At another T a share of 1e-16 is a matter of rounding."""
+    """u = 0, or the log-probabilities sum to more than 1. At another T, a share of 1e-16 depends on rounding."""
     assert_same(kernels, make(loss, rest, 50, 5, left=0.0))
     assert_same(kernels, make(loss, rest, 50, 5, left=-0.5, temperature=2.0, ce_weight=1.0))
 
@@ -59,7 +59,7 @@ def test_logits_far_from_zero(kernels, loss, rest):
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize(("loss", "rest"), FUSED)
 def test_classes_that_cannot_occur(kernels, loss, rest, temperature):
-    """In the rest, among the kept, at the target in K and outside, and everywhere but there."""
+    """In the rest, among the kept classes, at a target in K or not, and everywhere but at the target."""
     problem = make(loss, rest, 2100, 5, rows=7, temperature=temperature, ce_weight=0.5)
     student, target, indices = problem.student, problem.target, problem.indices
     student[0, ::3] = -torch.inf
@@ -77,7 +77,7 @@ def test_classes_that_cannot_occur(kernels, loss, rest, temperature):
 
 @pytest.mark.parametrize(("loss", "rest"), FUSED)
 def test_nan_stays_in_its_row(kernels, loss, rest):
-    """In the rest, among the kept, at the target in K and outside, of the teacher; and an infinite logit."""
+    """NaN in the rest, among the kept classes, at a target in K or not, or in the teacher; and an infinite logit."""
     problem = make(loss, rest, 2100, 5, rows=9, temperature=2.0)
     student, indices, target = problem.student, problem.indices, problem.target
     clean = run(kernels, problem)
@@ -96,7 +96,7 @@ def test_nan_stays_in_its_row(kernels, loss, rest):
 @pytest.mark.parametrize("more", MORE, ids=["plain", "T", "all"])
 @pytest.mark.parametrize(("loss", "rest"), FUSED)
 def test_pieces_of_rows_are_the_row(kernels, loss, rest, more):
-    """One of them wide, one narrow, one without a class; and rows of which one has nothing, or NaN."""
+    """A wide piece, a narrow one, one without a class; rows in which a piece has no finite logit, or a NaN."""
     for seed, (classes, k, sizes) in enumerate(SIZES):
         problem = make(loss, rest, classes, k, seed=seed, **sizes, **more)
         for widths in ((classes, 0), (1, classes - 1), (classes // 2, 0, classes - classes // 2)):
@@ -115,7 +115,7 @@ def test_pieces_of_rows_are_the_row(kernels, loss, rest, more):
 
 
 def test_errors_of_pieces(kernels):
-    """Every piece sees them, whoever has the class."""
+    """Every piece raises the error, whichever has the class."""
     for name, value in (("indices", 40), ("indices", -2), ("target", 41)):
         problem = make("nkd", "bucket", 40, 4)
         getattr(problem, name).view(5, -1)[3, 0] = value
@@ -154,7 +154,7 @@ def test_no_rows_and_no_gradient(kernels, rest):
     ("loss", "rest"), [("kd", "bucket"), ("nkd", "uniform"), ("wsld", "drop"), ("js", "renormalize")]
 )
 def test_threads_long_rows_and_strides_change_nothing(kernels, loss, rest):
-    """A gradient beyond 8 MB goes past the caches."""
+    """A gradient beyond 8 MB is written past the caches."""
     problem = make(loss, rest, 30000, 16, rows=72, temperature=2.0, ce_weight=1.0).to(torch.float32)
     before = [each.clone() for each in problem[:3]]
     long = run(kernels, problem)

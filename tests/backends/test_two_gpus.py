@@ -1,4 +1,4 @@
-"""Two GPUs of different kinds, as PyTorch would report them: each has a verdict and a choice of its own."""
+"""Two different GPUs, as PyTorch would report them: each has its own availability and backend."""
 
 import contextlib
 import importlib.util
@@ -18,7 +18,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 @pytest.fixture
 def machine(monkeypatch):
-    """The second GPU is one that the CUDA kernels were not built for; ``current`` is the current one."""
+    """Two GPUs; the CUDA kernels were not built for the second. ``current`` is the current one."""
     state = SimpleNamespace(
         current=0, switches=0, asked=[], problems=["", "no kernel image"], capabilities=[(9, 0)] * 2
     )
@@ -60,7 +60,7 @@ def machine(monkeypatch):
 
 
 def tensor_of(index):
-    """Only its device is looked at, and there is no such device here."""
+    """Return only a device, which is all that is read of a tensor; no such device exists here."""
     return torch.device("cuda", index)
 
 
@@ -165,7 +165,7 @@ def test_env_with_one(machine, capsys, monkeypatch):
 
 
 def test_a_loss_asks_for_its_own_device(monkeypatch):
-    """Every loss hands on the device of its logits, not what kind of device that is."""
+    """Every loss passes on the device of its logits, not only the device type."""
     asked = []
 
     def choose(backend, device, loss="nkd"):

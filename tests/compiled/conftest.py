@@ -1,5 +1,5 @@
-"""Tests of compiled GPU code on tools/ptx. They need a process in which Triton compiles, so ``make test`` runs them by
-themselves: ``pytest -p tools.ptx.triton.plugin tests/compiled``."""
+"""Tests of compiled GPU code on tools/ptx. They need a process in which Triton compiles, so ``make test`` runs them
+separately: ``pytest -p tools.ptx.triton.plugin tests/compiled``."""
 
 import sys
 
@@ -11,7 +11,7 @@ if "tools.ptx.triton.plugin" not in sys.modules:
 
 @pytest.fixture
 def gpu(request):
-    """The session of compiled launches, for the compute capability that the test is parametrized with, or 90."""
+    """The session of compiled launches, for the compute capability in the test's parameter, or 90."""
     from tools.ptx import Options
     from tools.ptx.triton.driver import session
 

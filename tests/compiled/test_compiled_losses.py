@@ -1,5 +1,5 @@
-"""Every loss by what Triton compiles of it, bound and launched by Triton's own JIT: values, gradients, and edges that
-its interpreter has otherwise."""
+"""Every loss as Triton compiles it, bound and launched by Triton's own JIT: values, gradients, and edge cases in which
+its interpreter differs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def compare(loss, dtype, classes, rows=3, **case):
 
 
 def test_all_losses_in_one_process_in_mixed_order(gpu):
-    """A launch is refused where a kernel sees globals that differ from what another one saw; so all follow others."""
+    """Triton refuses a launch if a kernel sees other globals than an earlier one; so every loss follows others."""
     for dtype in (BF16, FLOAT):
         for classes in REGIMES:
             for loss in LOSSES:
@@ -43,7 +43,7 @@ def test_other_gpus(gpu, loss):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_schedule_and_contraction(gpu, loss):
-    """Warps the other way round, approximations at their worst, products and sums contracted: all that a GPU may do."""
+    """Warps in reverse order, approximations at their worst, fused products and sums: all that a GPU may do."""
     from tools.ptx import Options
 
     gpu.options = Options(schedule="backward", noise=1.0, fuse=True)
@@ -74,7 +74,7 @@ COLUMNS = {
 @pytest.mark.parametrize("classes", [50, 9001])
 @pytest.mark.parametrize("columns", COLUMNS)
 def test_columns_that_hardly_vary(gpu, columns, classes):
-    """A sum of squares of roundings must not fall below 0: its root was NaN where the compiler contracted p - mean."""
+    """A sum of squared rounding errors must not be negative: its root was NaN if the compiler contracted p - mean."""
     student, teacher = torch.randn(2, 6, classes)
     student, teacher = COLUMNS[columns](student), COLUMNS[columns](teacher)
     target = torch.randint(classes, (len(student),))
@@ -88,7 +88,7 @@ def test_columns_that_hardly_vary(gpu, columns, classes):
 
 @pytest.mark.parametrize("classes", [64, 1000, 5000])
 def test_equal_keys(gpu, classes):
-    """Equal logits rank by their class, wherever the compiler computes a key."""
+    """Equal logits rank by class, wherever the compiler computes a key."""
     student = torch.randint(3, (4, classes)).float()
     weak, target = student / 2, torch.tensor([0, 1, classes - 1, -100])
     ours = gradient_of("uskd", student, weak, target, beta=1.0)
@@ -109,7 +109,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("loss", ["nkd", "dist", "zipf_ls", "uskd"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(gpu, loss, layout):
-    """A vector load from an address that no vector divides is refused by the interpreter as by a GPU."""
+    """The interpreter, like a GPU, refuses a vector load from a misaligned address."""
     for classes in (40, 9000):
         student, *others, target = inputs(loss, 3, classes, BF16)
         given = LAYOUTS[layout](student)
@@ -139,7 +139,7 @@ def test_weighted_rows(gpu, loss):
 
 @pytest.mark.parametrize("loss", ["nkd", "uskd"])
 def test_float16_mean(gpu, loss):
-    """Stored times a power of two that the mean's divisor joins later."""
+    """Stored times a power of two, which the mean's divisor removes later."""
     compare(loss, torch.float16, 100, rows=5, options={**check.OPTIONS[loss][0], "ce_weight": 1.0})
 
 
@@ -157,7 +157,7 @@ def test_no_kernel_does_what_no_program_should(gpu):
 
 
 def test_equal_keys_in_float64(gpu):
-    """Its exponential has branches, and what a compiler fuses between them differs from element to element."""
+    """The float64 exponential has branches, and what a compiler fuses between them can differ per element."""
     generator = torch.Generator().manual_seed(21)
     student = (torch.randn(9, 16, generator=generator, dtype=torch.float64) * 8).round() / 8
     target = torch.randint(16, (9,), generator=generator)
@@ -168,7 +168,7 @@ def test_equal_keys_in_float64(gpu):
 
 
 def test_keys_of_subnormal_probabilities(gpu):
-    """The hardware's exponential flushes them to 0, where they would all be equal."""
+    """The hardware's exponential flushes them to 0, which would make them all equal."""
     weak = torch.tensor([[0.0, *(-102.0 + 2 * k for k in range(7)), -88.5]])
     student, target = torch.zeros_like(weak), torch.tensor([0])
     _, ours = gradient_of("uskd", student, weak, target, beta=1.0, rank="weak")

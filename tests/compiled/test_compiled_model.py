@@ -55,7 +55,7 @@ def test_what_the_cache_does_not_hold_comes_again():
 
 
 def test_few_rows_tell_of_many(gpu):
-    """What is counted of all rows, and what a line through two smaller numbers of rows says of them."""
+    """Counts of all rows against the line through counts at two smaller numbers of rows."""
     call = model.Call("nkd", 96, 5000)
     wanted = model._run(call, 96, 90)
     model.run(call, 80)  # leaves nothing behind
@@ -98,7 +98,7 @@ print(*names[:3])
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 def test_launches_reach_the_driver():
-    """Through Triton's own launcher, those of calls that were planned before included; and a profiler hears of them."""
+    """Through Triton's own launcher, also for calls with a stored plan; and a profiler sees them."""
     done = subprocess.run([sys.executable, "-c", HOST], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     figures, names = done.stdout.splitlines()

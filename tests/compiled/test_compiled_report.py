@@ -1,4 +1,4 @@
-"""What docs/kernels.md says that kernels ask for is what they ask for."""
+"""The loads and stores in docs/kernels.md equal what the kernels request."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
     "call", [report.Call("nkd", 1000, torch.bfloat16), report.Call("tf_kd", 9001, torch.bfloat16)], ids=str
 )
 def test_the_page_s_rows(gpu, call):
-    """Of bytes, which only the kernels decide; how many instructions there are is the compiler's affair."""
+    """Compares bytes, which depend only on the kernels; the number of instructions depends on the compiler."""
     block = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
     rows = [tuple(cell.strip() for cell in line.strip("| ").split("|"))[:8] for line in block.splitlines()]
     for reading in report.read(call):
@@ -23,7 +23,7 @@ def test_the_page_s_rows(gpu, call):
 
 
 def test_what_is_asked_for_is_what_is_stated(gpu):
-    """Of the kernel that every loss goes through, within a tenth: what its rows share apart."""
+    """For the kernel that every loss uses, within a tenth, except for what its rows share."""
     for classes in (1000, 9000):
         row_kernel = report.read(report.Call("nkd", classes, torch.bfloat16))[0]
         assert row_kernel.stated is not None

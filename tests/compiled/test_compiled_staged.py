@@ -1,4 +1,4 @@
-"""The staged kernels, compiled: pieces of a row against the row, through Triton's own JIT."""
+"""The staged kernels, compiled: pieces of a row against the whole row, through Triton's own JIT."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_other_gpus(gpu):
 @pytest.mark.parametrize("cuts", [(0, 200), (200, 300)], ids=["first", "last"])
 @pytest.mark.parametrize("loss", ["nkd", "js"])
 def test_a_piece_without_columns_reads_nothing(gpu, loss, cuts):
-    """A process may have no class. Its matrix is at no address."""
+    """A process may have no class. Its matrix has no address."""
     problem = staged_cases.make(loss, 300, cuts, rows=3, standardize=True)
     assert any(piece.student.data_ptr() == 0 for piece in staged_cases.pieces_of(problem))
     staged_cases.assert_within_the_whole_rows_error(backend, problem, torch.float32)

@@ -1,4 +1,4 @@
-"""The kernels of a top-k teacher, compiled, through Triton's own JIT."""
+"""The kernels of the losses with a top-k teacher, compiled, through Triton's own JIT."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_a_loss_is_the_reference(gpu, loss, rest):
 
 
 class _Count(TorchDispatchMode):
-    """How many of PyTorch's own kernels run: what only makes room or a view is none."""
+    """Record PyTorch's own kernels, without operations that only allocate or make a view."""
 
     def __init__(self):
         super().__init__()

@@ -1,7 +1,7 @@
-"""The CUDA library as nvcc compiles it, CUB and host code too, on the interpreter of PTX (tools/ptx).
+"""The CUDA library as nvcc compiles it, with CUB and host code, on the PTX interpreter (tools/ptx).
 
-A selection: all of tests/backends/test_cuda_on_cpu.py runs so with ``-p tools.ptx.cuda.plugin``, in forty minutes of
-a core.
+This is a selection. ``-p tools.ptx.cuda.plugin`` runs all of tests/backends/test_cuda_on_cpu.py in this way, in forty
+minutes on one core.
 """
 
 import pytest
@@ -52,7 +52,7 @@ def run(library, student, weak, target, factors=None, reduction="mean", rank="no
 
 
 def check(library, student, weak, target, rank="normalized"):
-    """Batch sums, loss, parts and gradients, these as the backward pass leaves them, against the reference."""
+    """Compare batch sums, loss, parts, and gradients after the backward pass with the reference."""
     sums, loss, parts, *gradients, student_norm, weak_norm = run(library, student, weak, target, rank=rank)
     for gradient, norm in zip(gradients, (student_norm, weak_norm), strict=True):
         cuda.scale_gradient(library.core, gradient, torch.ones((), dtype=loss.dtype), norm, gradient)
@@ -84,7 +84,7 @@ def test_losses_and_gradients(library, classes, dtype):
     ids=("float32", "float64"),
 )
 def test_ties_go_to_the_lower_class(library, classes, dtype, ranks):
-    """Equal logits have equal keys to the bit, however nvcc contracts; the targets' tie too."""
+    """Equal logits have equal keys to the bit, however nvcc contracts; the target's ties too."""
     student = torch.randint(3, (4, classes), generator=torch.Generator().manual_seed(0)).to(dtype)
     weak = torch.zeros_like(student)
     student[0] = weak[0] = 1.5
@@ -112,7 +112,7 @@ def test_gradients_scaled_row_by_row(library):
 
 
 def test_refusals_and_faults(library):
-    """A refused launch leaves nothing behind; one that faults ruins the context, and every call says so."""
+    """A refused launch leaves no error behind. One that faults ruins the context, and every later call raises."""
     student, weak, target = inputs(1, 20, torch.float64)
     one = torch.ones(())
     at = one.data_ptr()

@@ -1,4 +1,5 @@
-"""Calls like an earlier one are planned and bound once (fused_kd/backends/triton/replay.py), and give the same."""
+"""A call like an earlier one is not planned or bound again (fused_kd/backends/triton/replay.py); results are the
+same."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ replay = pytest.importorskip("fused_kd.backends.triton.replay")
 
 @pytest.fixture
 def planned(gpu, monkeypatch):
-    """The names of the kernels that have been launched by Triton's JIT, call by call."""
+    """The names of the kernels that Triton's JIT launches, per call."""
     calls = []
     run = replay.launching.run
 
@@ -49,7 +50,7 @@ def assert_reference(loss, tensors, ours, **options):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_second_call_is_not_planned(planned, loss):
-    """Other contents in other places: the same kernels, and the right values."""
+    """New values at new addresses: the same kernels, and the right results."""
     for seed in range(3):
         tensors = make(loss, seed)
         assert_reference(loss, tensors, step(loss, tensors))
@@ -86,7 +87,7 @@ def test_what_a_plan_looks_at_makes_another_one(planned):
 
 
 def test_one_tensor_for_both(planned):
-    """A student that is its own teacher has one place in the plan, another teacher its own."""
+    """A student that is its own teacher has one place in the plan; another teacher has its own."""
     student, teacher, target = make("nkd", 0)
     options = Options(HyperParameters(gamma=1.5), -100, "mean", (True,), (1.0,), "nkd")
     for pair in ((student, student), (student, teacher), (student, student), (teacher, student)):
@@ -96,7 +97,7 @@ def test_one_tensor_for_both(planned):
 
 
 def test_nothing_is_held(planned):
-    """What is kept has no tensor in it: a batch is freed when its user lets it go."""
+    """A kept plan holds no tensor: a batch is freed when the user releases it."""
     for _ in range(2):
         step("dist", make("dist", 0))
     for kept in replay._kept.values():
@@ -114,7 +115,7 @@ def test_forgets_rather_than_grows(planned, monkeypatch):
 
 
 def test_a_plan_of_parts_of_tensors_is_not_kept(planned):
-    """Long rows are sorted by PyTorch, a part of the batch at a time."""
+    """PyTorch sorts long rows, a part of the batch at a time."""
     tensors = make("uskd", 0, classes=5000, rows=2)
     for _ in range(2):
         assert_reference("uskd", tensors, step("uskd", tensors))
@@ -122,7 +123,7 @@ def test_a_plan_of_parts_of_tensors_is_not_kept(planned):
 
 
 def test_two_threads(planned):
-    """Both at the same kept call, with tensors of their own."""
+    """Both use the same kept plan, with their own tensors."""
     batches = [make("nkd", seed) for seed in range(2)]
     wanted = [step("nkd", batch) for batch in batches]
     wrong = []

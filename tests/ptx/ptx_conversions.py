@@ -1,4 +1,4 @@
-"""Rows of conversions and moves, and of immediates."""
+"""Test rows for conversions, moves and immediates."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def to_float(to: str, come: str, mode: str) -> Definition:
 
 
 def to_integer(to: str, come: str, mode: str, ftz: bool = False) -> Definition:
-    """Out of range gives the end of the range; NaN gives 0, or the top bit where 64 bits are on either side."""
+    """Out of range gives the end of the range. NaN gives 0, or the top bit if either side has 64 bits."""
     nan = 1 << (width(to) - 1) if come == "f64" or width(to) == 64 else 0
     low, high = (-1 << width(to) - 1, (1 << width(to) - 1) - 1) if to[0] == "s" else (0, (1 << width(to)) - 1)
 
@@ -138,7 +138,7 @@ def moves() -> list[Row]:
 
 
 def immediates() -> list[Row]:
-    """Every way to write a constant."""
+    """Every form of a constant."""
     plus = lambda x: lambda a: pack(total(unpack(a, "f32"), unpack(x, "f32")), "f32")  # noqa: E731
     three = {
         "add.s32": [("-1", -1), ("0x10", 16), ("2147483647", 2**31 - 1), ("4294967295", -1), ("0xFFFFFFF0", -16)],
@@ -221,7 +221,7 @@ def immediates() -> list[Row]:
 
 
 def guards() -> list[Row]:
-    """A guard keeps what a register had."""
+    """If its guard is off, an instruction keeps the register."""
     kept = lambda a, b, c: b if c else a  # noqa: E731
     out = []
     for text, label in (("@{c} mov.b32 {d}, {b};", "guard"), ("@!{c} mov.b32 {d}, {b};", "negated guard")):

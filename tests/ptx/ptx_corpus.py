@@ -1,4 +1,5 @@
-"""The instructions in PTX files, one a line: python tests/ptx/ptx_corpus.py FOLDER... > tests/ptx/instructions.txt."""
+"""The instructions in PTX files, one per line: python tests/ptx/ptx_corpus.py FOLDER... >
+tests/ptx/instructions.txt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of floating point: arithmetic, extremes, approximations."""
+"""Test rows for floating point: arithmetic, extremes, approximations."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ONE = Number(0, 1)
 
 
 def halves(definition: Definition, kind: str) -> Definition:
-    """A definition for both halves of packed operands."""
+    """Apply a definition to both halves of packed operands."""
     bits = width(kind)
     mask = (1 << bits) - 1
 
@@ -64,7 +64,7 @@ def arithmetic(op: str, kind: str, mode: str = "rn", ftz: bool = False, sat: boo
 
 
 def extreme(op: str, kind: str, nan: bool = False, ftz: bool = False) -> Definition:
-    """min and max: of numbers, the number where one is NaN; -0 is less than +0."""
+    """min and max: if one operand is NaN, the other; -0 is less than +0."""
 
     def definition(*values: int) -> int:
         values = tuple(pack(x, kind) if (x := unpack(v, kind, ftz)).kind != "nan" else CANONICAL[kind] for v in values)
@@ -90,7 +90,7 @@ def mixed(op: str, kind: str) -> Definition:
 
 
 def approximate(function: Callable[[float], float], bound: float, kind: str = "f32", ftz: bool = False) -> Definition:
-    """A function of Python's floats, to within so many units of the last place."""
+    """A function on Python floats, within a number of units of the last place."""
 
     def definition(a: int) -> Near:
         value = function(as_float(pack(unpack(a, kind, ftz), kind), kind))
@@ -133,12 +133,12 @@ def divided(a: int, b: int) -> Near:
 
 
 def divided_approximately(a: int, b: int) -> Near | None:
-    """Of large divisors nothing is promised that a kernel could use."""
+    """For large divisors PTX guarantees nothing that a kernel could use."""
     return divided(a, b) if 2.0**-126 <= abs(as_float(b, "f32")) <= 2.0**126 else None
 
 
 def upper_half(function: Callable[[float], float]) -> Definition:
-    """The approximations of f64 give the upper word: 20 bits of the result, and flush."""
+    """f64 approximations return the upper word: 20 bits of the result. They flush subnormals."""
 
     def definition(a: int) -> Near:
         value = function(as_float(pack(unpack(a, "f64", True), "f64"), "f64"))

@@ -1,4 +1,4 @@
-"""Rows of integers and of bits: arithmetic, shifts, fields, selection, comparison."""
+"""Test rows for integers and bits: arithmetic, shifts, fields, selection, comparison."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Definition = Callable[..., Any]
 
 
 def value(bits: int, kind: str) -> int:
-    """The number that a pattern is in a type: s32 has a sign, u32 and b32 have none."""
+    """The value of a bit pattern in a type: s32 has a sign, u32 and b32 have none."""
     bits &= (1 << width(kind)) - 1
     return bits - (1 << width(kind)) if kind[0] == "s" and bits >> (width(kind) - 1) else bits
 
 
 def of(kind: str, function: Callable[..., int], result: str = "") -> Definition:
-    """A definition in terms of Python's integers."""
+    """Make a definition from a function on Python integers."""
     mask = (1 << width(result or kind)) - 1
     return lambda *patterns: function(*(value(p, kind) for p in patterns)) & mask
 
@@ -29,7 +29,7 @@ def divide(a: int, b: int) -> int:
 
 
 def never_zero(kind: str, function: Callable[[int, int], int]) -> Definition:
-    """Division by b | 1: by zero it gives what the machine likes."""
+    """Divide by b | 1: the result of division by zero is undefined."""
     return lambda a, b: function(value(a, kind), value(b | 1, kind)) & ((1 << width(kind)) - 1)
 
 

@@ -1,6 +1,6 @@
-"""Three kernels as Triton compiles them, without a GPU, with what they are launched on: python ptx_kernels.py OUT.json.
+"""Three kernels as Triton compiles them, without a GPU, and their launch arguments: python ptx_kernels.py OUT.json.
 
-A process of its own, since Triton must be imported without its interpreter.
+A separate process, because Triton must be imported without its interpreter.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CLASSES, ROWS = 1000, 2
 
 
 def compiled(launch: Any) -> dict[str, Any]:
-    """The PTX of a planned launch, and its arguments: the size and type of a tensor, the bytes of a number."""
+    """The PTX of a planned launch, and its arguments: size and type of a tensor, bytes of a number."""
     import triton
     from torch import Tensor
     from triton.backends.compiler import GPUTarget

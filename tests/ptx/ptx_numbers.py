@@ -1,4 +1,4 @@
-"""Plain definitions of arithmetic on bit patterns: numbers are integers times powers of two, rounded once, by hand."""
+"""Plain definitions of arithmetic on bit patterns: numbers are integers times powers of two, rounded once here."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NAN = Number(0, kind="nan")
 
 
 class Near(NamedTuple):
-    """A float result that may be off: by so many units of the last place, or by so much, whichever is more."""
+    """A float result that may be off by some units of the last place, or by some amount, whichever is larger."""
 
     bits: int
     ulps: float
@@ -36,7 +36,7 @@ class Near(NamedTuple):
 
 
 def width(kind: str) -> int:
-    """Bits of a type. "pred" is a byte in memory; "u32:shift" is a u32 with values of its own."""
+    """Bits of a type. "pred" is a byte in memory; "u32:shift" is a u32 with special test values."""
     kind = kind.split(":")[0]
     return {"pred": 8, "bf16": 16, "f16x2": 32, "bf16x2": 32, "f32x2": 64}.get(kind) or int(kind[1:])
 
@@ -53,7 +53,7 @@ def unpack(bits: int, kind: str, ftz: bool = False) -> Number:
 
 
 def pack(x: Number, kind: str, mode: str = "rn", ftz: bool = False, sticky: bool = False) -> int:
-    """The pattern of x rounded; ``sticky`` says that x is a little more in magnitude than is written."""
+    """The bit pattern of x, rounded; ``sticky`` says that the exact magnitude is slightly larger than x."""
     precision, low, high = FORMATS[kind]
     top = x.sign << (width(kind) - 1)
     infinite = (high - low + 2) << (precision - 1)
@@ -138,7 +138,7 @@ def root(x: Number, kind: str, mode: str = "rn", ftz: bool = False) -> int:
 
 
 def whole(x: Number, mode: str) -> int:
-    """A finite number rounded to an integer: rni, rzi, rmi, rpi."""
+    """Round a finite number to an integer: rni, rzi, rmi, rpi."""
     value = Fraction(x.mantissa) * Fraction(2) ** x.exponent * (-1) ** x.sign
     low = value.numerator // value.denominator
     if mode == "rni":
@@ -161,12 +161,12 @@ def as_float(bits: int, kind: str) -> float:
 
 
 def from_float(value: float, kind: str, mode: str = "rn", ftz: bool = False) -> int:
-    """The pattern of a Python float."""
+    """The bit pattern of a Python float."""
     return pack(unpack(struct.unpack("<Q", struct.pack("<d", value))[0], "f64"), kind, mode, ftz)
 
 
 def agrees(got: int, want: int | Near | None, kind: str, exact: bool = False) -> bool:
-    """NaN agrees with each NaN unless ``exact``; all agrees with None."""
+    """NaN agrees with any NaN unless ``exact``; everything agrees with None."""
     if want is None:
         return True
     if kind.endswith("x2") and isinstance(want, int):
@@ -251,7 +251,7 @@ def draw(kind: str, rng: random.Random) -> int:
 
 @lru_cache(None)
 def columns(kinds: tuple[str, ...], count: int, seed: int) -> list[list[int]]:
-    """``count`` values for each operand: half of them specials against specials."""
+    """``count`` values for each operand; half of them pair special values."""
     rng = random.Random(seed)
     pools = [specials(k) for k in kinds]
     out: list[list[int]] = [[] for _ in kinds]

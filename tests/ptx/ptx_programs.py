@@ -1,4 +1,4 @@
-"""Small PTX kernels around instructions, and their runs on the interpreter."""
+"""Small PTX kernels around single instructions, and how to run them on the interpreter."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ SETUP = """
 class Row:
     """An instruction and its plain definition.
 
-    ``form`` is the text, where the operands are {d}, {e} for what is written and {a}, {b}, {c}, {f} for what is read;
-    by default the name and the operands in turn. The definition takes the patterns of the operands as integers and
-    gives the pattern of the result (a list if there are two), or a :class:`Near`.
+    ``form`` is its text, with {d}, {e} for the operands that it writes and {a}, {b}, {c}, {f} for those that it reads;
+    by default the name and the operands in order. The definition takes the operands' bit patterns as integers and
+    returns the result's bit pattern (a list for two results), or a :class:`Near`.
     """
 
     name: str
@@ -60,7 +60,7 @@ def register_type(kind: str, typed: bool) -> str:
 
 
 def kernel(row: Row, typed: bool) -> str:
-    """Each thread applies the instruction to its own operands."""
+    """A kernel in which each thread applies the instruction to its own operands."""
     outs, ins = row.out.split(), row.inputs.split()
     names = dict(zip("de"[: len(outs)], outs, strict=True)) | dict(zip("abcf"[: len(ins)], ins, strict=True))
     before, after = [], []
@@ -110,7 +110,7 @@ def from_bytes(data: np.ndarray, size: int) -> list[int]:
 
 
 def pack_parameters(function: Any, values: Sequence[Any]) -> bytes:
-    """Integers, or bytes as they are, at the offsets of a kernel's parameters."""
+    """Put integers, or raw bytes, at the offsets of a kernel's parameters."""
     data = bytearray(function.param_bytes)
     for (_, offset, size), value in zip(function.params, values, strict=True):
         data[offset : offset + size] = value if isinstance(value, bytes) else value.to_bytes(size, "little")
@@ -118,7 +118,7 @@ def pack_parameters(function: Any, values: Sequence[Any]) -> bytes:
 
 
 def apply(row: Row, inputs: list[list[int]], typed: bool, options: Options | None = None) -> list[list[int]]:
-    """What the interpreter makes of the operands: a list for each output."""
+    """Run the instruction on the operands. Return a list for each output."""
     module = Module(kernel(row, typed))
     count = 512
     memory, arrays = Memory(), []
@@ -150,7 +150,7 @@ def check(row: Row, typed: bool, options: Options | None = None) -> None:
 
 @dataclass
 class Program:
-    """A kernel with parameters p0, p1, ... (addresses of the arrays it is run on) loaded into %d0, %d1, ..."""
+    """A kernel with parameters p0, p1, ... (addresses of its arrays), loaded into %d0, %d1, ..."""
 
     body: str
     arrays: int = 1
@@ -175,7 +175,7 @@ class Program:
         options: Options | None = None,
         moved: Sequence[int] = (),
     ) -> Any:
-        """Runs on the arrays' bytes; ``moved`` is added to their addresses."""
+        """Run on the arrays' bytes; ``moved`` is added to their addresses."""
         module = Module(self.text)
         memory = Memory()
         addresses = [memory.add(a.view(np.uint8).reshape(-1)) for a in arrays]

@@ -1,4 +1,4 @@
-"""Three real kernels with each of their barriers removed in turn: what is found, and why the rest is not."""
+"""Three real kernels, with each of their barriers removed in turn: the interpreter must find each removal."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def filled(kind: str, size: int, rng) -> np.ndarray:
 
 
 def outcome(kernel: dict, text: str, options: Options) -> tuple[list[str], list[bytes]]:
-    """The problems of a run of one block, and what is in memory after it."""
+    """Run one block. Return the problems, and the memory afterwards."""
     rng, memory, module = np.random.default_rng(3), Memory(), Module(text)
     arrays, values = [], []
     for kind, value, _ in kernel["values"]:
@@ -64,7 +64,7 @@ def without(text: str, number: int) -> str:
 
 
 def flagged(kernel: dict, number: int, right: list[bytes]) -> str:
-    """What gives the removal away, "" if nothing does."""
+    """The symptom of the removal; "" if there is none."""
     try:
         problems, after = outcome(kernel, without(kernel["ptx"], number), Options())
     except Fault as fault:
@@ -90,7 +90,7 @@ def test_each_barrier(kernels, name):
 
 @pytest.mark.parametrize("name", UNSEEN)
 def test_order_of_warps(kernels, name):
-    """Replicated layouts write a value from several warps: that is no race, whichever comes first."""
+    """In replicated layouts several warps write the same value: that is no race, in any order."""
     kernel = kernels[name]
     _, right = outcome(kernel, kernel["ptx"], Options())
     assert outcome(kernel, kernel["ptx"], Options(schedule="backward")) == ([], right)

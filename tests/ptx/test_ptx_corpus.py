@@ -1,4 +1,4 @@
-"""Nothing that the compilers make of the kernels is without a test: instructions.txt against the tables."""
+"""Every instruction that the compilers emit for the kernels has a test: instructions.txt against the tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TESTED = {row.name for row in ROWS} | test_ptx_memory.names() | test_ptx_warps.C
 
 
 def has_form(name: str, marks: list[str]) -> bool:
-    """Whether a row of the name has a vector that is unpacked or packed, two destinations, a guard."""
+    """Whether a row with this name unpacks or packs a vector, has two destinations, or has a guard."""
     texts = [row.text().split(f"{name} ", 1)[-1] for row in ROWS if row.name == name and f"{name} " in row.text()]
     guarded = any("@" in row.text() for row in ROWS if row.name == name)
     tests = {

@@ -1,4 +1,4 @@
-"""Planted faults, each found, and clean twins of them, in which nothing is found."""
+"""Planted faults, which the interpreter must find, and correct twins, in which it must find nothing."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_vectors_that_are_misaligned_or_partly_outside(access, offset):
 
 
 def test_a_hole_between_two_arrays():
-    """One past the end is nothing, even where another array follows."""
+    """One element past the end is out of bounds, even if another array follows."""
     program = Program("ld.global.u32 %r1, [%d0+64]; st.global.u32 [%d1], %r1;", 2)
     with pytest.raises(Fault):
         program.run(np.zeros(16, np.uint32), np.zeros(16, np.uint32), threads=1)
@@ -229,7 +229,7 @@ def test_part_of_a_word_never_written():
 
 
 def test_shuffles_outside_the_mask():
-    """Half a warp is there, as the mask says; a distance of 16 leaves it."""
+    """Half a warp is present, as the mask says; a distance of 16 leaves it."""
     body = """
         setp.ge.u32 %p0, %lane, 16;
         @%p0 bra END;
@@ -247,7 +247,7 @@ def test_shuffle_of_a_thread_that_its_mask_has_not():
 
 
 def test_shuffle_that_some_of_the_mask_never_reach():
-    """The rest waits for them at a barrier of the block or has left."""
+    """The others wait at a barrier of the block, or have returned."""
     late = "setp.ge.u32 %p0, %lane, 16; @%p0 bra WAIT; shfl.sync.bfly.b32 %r1, %thread, 1, 31, -1; WAIT: bar.sync 0;"
     with pytest.raises(Fault, match="deadlock"):
         run(late)
@@ -260,7 +260,7 @@ def test_shuffle_that_some_of_the_mask_never_reach():
 
 
 def test_barrier_that_some_threads_never_reach():
-    """A warp waits for itself elsewhere. Threads that have ended count as arrived."""
+    """Part of a warp waits elsewhere. Threads that have returned count as arrived."""
     stuck = """
         setp.lt.u32 %p0, %thread, 8;
         @%p0 bra HERE;
@@ -304,7 +304,7 @@ def test_more_threads_than_the_kernel_allows():
     ],
 )
 def test_unknown_instruction(instruction):
-    """Refused by its text, never run as something alike; also where no thread gets to it."""
+    """Refused by its text and never run as a similar one, even if no thread reaches it."""
     for before in ("", "bra END; "):
         with pytest.raises(Unsupported) as refusal:
             run(f"mov.u32 %r1, 1; mov.u32 %r2, 1; mov.u32 %r3, 1; {before}{instruction} END:")
@@ -320,7 +320,7 @@ def test_missing_label_and_trap():
 
 
 def test_branches():
-    """Loops of different lengths, branches that come back together, and returns under a guard."""
+    """Loops of different lengths, branches that converge again, and guarded returns."""
     body = """
         mov.u32 %r1, 0;
         mov.u32 %r2, 0;
@@ -353,7 +353,7 @@ def test_branches():
 
 @pytest.mark.parametrize("written, faults", [(4, 1), (8, 0)])
 def test_local_memory_that_nobody_has_written(written, faults):
-    """A thread's own, of which all that is read must have been written."""
+    """Local memory belongs to a thread, which must write what it reads."""
     body = f"""
         .local .align 8 .b8 mine[16];
         mov.u64 %d4, mine;

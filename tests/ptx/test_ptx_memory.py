@@ -27,7 +27,7 @@ def rng():
 
 
 def names() -> set[str]:
-    """The loads and stores that are tested here."""
+    """The loads and stores that this file tests."""
     out = {f"ld.param.{kind}" for kind in TYPES} | {"cvta.to.global.u64"}
     for space, count, kind in MATRIX:
         out |= {f"{op}.{space}.{f'v{count}.' if count > 1 else ''}{kind}" for op in ("ld", "st")}
@@ -43,7 +43,7 @@ def instruction(op: str, space: str, count: int, kind: str, address: str) -> str
 
 @pytest.mark.parametrize("space,count,kind", MATRIX)
 def test_copy(space, count, kind, rng):
-    """Each thread moves bytes of its own: within global memory, through shared memory, through local memory."""
+    """Each thread moves its own bytes: within global memory, through shared memory, through local memory."""
     size = count * int(kind[1:]) // 8
     registers = f".reg .b{max(int(kind[1:]), 16)} %x<8>;"
     ask = lambda op, where, address: instruction(op, where, count, kind, address)  # noqa: E731
@@ -84,7 +84,7 @@ def test_copy(space, count, kind, rng):
 @pytest.mark.parametrize("kind", ["b8", "u8", "s8", "b16", "u16", "s16", "u32", "s32"])
 @pytest.mark.parametrize("wide", [32, 64])
 def test_wider_registers(kind, wide, rng):
-    """A load extends by its type's sign; a store takes the low bits."""
+    """A load extends by the sign of its type; a store takes the low bits."""
     if int(kind[1:]) >= wide:
         return
     size = int(kind[1:]) // 8
@@ -136,7 +136,7 @@ def test_parameters():
 
 
 def test_generic_addresses():
-    """An address of shared or of local memory, made generic, reaches it by a plain load."""
+    """A generic address of shared or local memory works in a plain load."""
     body = """
         .local .align 8 .b8 mine[16];
         .reg .b64 %g<8>;
@@ -162,7 +162,7 @@ def test_generic_addresses():
 
 
 def test_dynamic_shared_memory():
-    """It follows the static one, and has the size of the launch."""
+    """It follows the static shared memory, and has the launch's size."""
     body = """
         mad.lo.u32 %r0, %thread, 4, 0;
         mov.u32 %r1, fixed;
@@ -196,7 +196,7 @@ def test_constants_of_a_module():
 
 
 def test_guarded_accesses():
-    """Threads whose guard is off touch nothing, whatever their address, and keep the register."""
+    """Threads with the guard off access nothing, whatever their address, and keep the register."""
     body = """
         setp.lt.u32 %p0, %thread, 8;
         mov.b32 %r0, 77;
@@ -228,7 +228,7 @@ ATOMICS = {
 @pytest.mark.parametrize("space", ["global", "shared"])
 @pytest.mark.parametrize("name", [*ATOMICS, "cas.b32"])
 def test_atomics(space, name, rng):
-    """All threads on one cell: each sees what some order of them gives."""
+    """All threads on one cell: each sees a value that some order of them gives."""
     kind = name.split(".")[1]
     full = f"atom.{space}.{name}"
     r, wide = ("%d4", 8) if kind.endswith("64") else ("%r4", 4)

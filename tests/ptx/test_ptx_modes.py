@@ -1,4 +1,4 @@
-"""The interpreter's options: the order of the warps, the approximations' errors, contraction as ptxas may do it."""
+"""The interpreter's options: the order of the warps, errors of approximations, and contraction as ptxas may do it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_schedule(schedule):
 
 
 def test_backward_is_another_order():
-    """The last warp goes first: it does not see what the first would have written, and so the race shows."""
+    """The last warp runs first: it does not see the first warp's write, so the race shows."""
     body = """
         mov.u32 %r0, buffer;
         mad.lo.u32 %r1, %lane, 4, %r0;
@@ -90,7 +90,7 @@ APPROXIMATE = {
 
 @pytest.mark.parametrize("name", APPROXIMATE)
 def test_noise(name):
-    """Errors within what is documented, the same in each run, and other than without noise."""
+    """Errors within the documented bounds, the same in each run, and different from a run without noise."""
     function, bound = APPROXIMATE[name]
     kinds = ["f32"] * (2 if function is None else 1)
     row = Row(name, "f32", " ".join(kinds), lambda *a: 0)
@@ -136,7 +136,7 @@ A, C = 1 + 2.0**-12, -(1 + 2.0**-11)
 
 
 def contracted(body: str, fuse: bool = True) -> list[float]:
-    """The last of %f3 for each thread; a, c and -c are %f0, %f1 and %f2."""
+    """The last %f3 of each thread; %f0, %f1 and %f2 are a, c and -c."""
     setup = f"""
         .reg .f32 %f<8>;
         ld.global.f32 %f0, [%d0];
@@ -161,7 +161,7 @@ def contracted(body: str, fuse: bool = True) -> list[float]:
     ],
 )
 def test_contraction(body, fused):
-    """Without a rounding mode a product may go into the sum unrounded; with one on either it may not."""
+    """Without rounding modes the sum may use the unrounded product; with a mode on either it may not."""
     assert contracted(body) == [fused] * 2
     assert contracted(body, fuse=False) == [0.0] * 2
     for op in ("mul", "add", "sub"):
@@ -191,7 +191,7 @@ def test_contraction_of_a_product_that_some_threads_replace():
 
 
 def test_contraction_across_a_label():
-    """The product may be another one there: a thread jumps past it."""
+    """A thread that jumps to the label may have another product."""
     first, second = contracted("mov.f32 %f4, %f2; @%p0 bra HERE; mul.f32 %f4, %f0, %f0; HERE: add.f32 %f3, %f4, %f1;")
     assert first == 0.0
     assert second in (0.0, 2.0**-24)

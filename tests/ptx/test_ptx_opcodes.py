@@ -1,4 +1,4 @@
-"""Every instruction that the kernels have, and their relatives, against plain definitions of them."""
+"""Every instruction in the kernels, and related ones, against plain definitions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ USED = {line.split()[0] for line in ptx_corpus.entries()}
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_opcode(row: Row):
-    """What the kernels have must be right; what they have not must be right or refused."""
+    """Instructions in the kernels must be right; others must be right or refused."""
     try:
         check(row, typed=len(str(row)) % 2 == 0)
     except Unsupported:
@@ -33,7 +33,7 @@ def test_opcode(row: Row):
 
 @pytest.mark.parametrize("kind,dtype,name", [("f32", np.float32, "fmaf"), ("f64", np.float64, "fma")])
 def test_definitions_are_the_hosts(kind, dtype, name):
-    """The definitions' own arithmetic against the processor's and the C library's."""
+    """The definitions' arithmetic against the processor and the C library."""
     values = columns((kind,) * 3, 2000, 5)
     code, size = ("f", 4) if kind == "f32" else ("d", 8)
     a, b, c = (np.frombuffer(b"".join(v.to_bytes(size, "little") for v in x), dtype) for x in values)

@@ -1,4 +1,4 @@
-"""What threads of a warp or of a block do together: shuffles, votes, reductions, matrices, barriers."""
+"""Operations of a warp or a block: shuffles, votes, reductions, matrices, barriers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def rng():
 
 
 def run(body: str, *arrays: np.ndarray, threads: int = 64, declarations: str = ""):
-    """None where the interpreter refuses an instruction that the kernels have not."""
+    """Return None if the interpreter refuses an instruction that the kernels do not use."""
     try:
         result = Program(body, len(arrays), declarations).run(*arrays, threads=threads)
     except Unsupported as error:
@@ -35,7 +35,7 @@ def run(body: str, *arrays: np.ndarray, threads: int = 64, declarations: str = "
 
 
 def shuffled(mode: str, lane: int, b: int, c: int) -> tuple[int, bool]:
-    """The source lane, and whether it is in range, as PTX's own description has it."""
+    """The source lane, and whether it is in range, as the PTX manual defines them."""
     bound, segment, b = c & 31, c >> 8 & 31, b & 31
     top = (lane & segment) | (bound & ~segment & 31)
     low = lane & segment
@@ -47,7 +47,7 @@ def shuffled(mode: str, lane: int, b: int, c: int) -> tuple[int, bool]:
 @pytest.mark.parametrize("mode", ["up", "down", "bfly", "idx"])
 @pytest.mark.parametrize("segment", [32, 16, 8, 2, 1])
 def test_shuffle(mode, segment, rng):
-    """With a distance of each lane's own, and the same for all; with the predicate and without."""
+    """With a distance per lane, and one for all; with and without the predicate."""
     bound = 0 if mode == "up" else 31
     c = (32 - segment) << 8 | bound
     body = f"""
@@ -72,7 +72,7 @@ def test_shuffle(mode, segment, rng):
 
 
 def test_shuffle_of_some():
-    """A mask of the even lanes, which alone are there."""
+    """A mask of the even lanes, the only ones present."""
     body = """
         and.b32 %r0, %lane, 1;
         setp.ne.u32 %p0, %r0, 0;
@@ -188,7 +188,7 @@ def test_match(kind, rng):
 
 
 def test_masks_and_elected():
-    """activemask under a branch, elect, a barrier of the warp alone, the masks of lanes, brev of them."""
+    """activemask under a branch, elect, a barrier of one warp, the lane masks, and brev of them."""
     body = """
         mov.u32 %r6, 0;
         setp.lt.u32 %p0, %lane, 12;
@@ -217,7 +217,7 @@ def test_masks_and_elected():
 @pytest.mark.parametrize("transposed", ["", ".trans"])
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_matrices(count, transposed, rng):
-    """Eight rows of eight: lane i has elements 2i and 2i + 1 of the matrix, by rows or by columns; there and back."""
+    """Eight rows of eight: lane i has elements 2i and 2i + 1, by rows or by columns; stored and loaded."""
     registers = "{" + ", ".join(f"%r{k}" for k in range(count)) + "}"
     body = f"""
         mad.wide.u32 %d2, %thread, 16, %d0;
@@ -277,7 +277,7 @@ def test_barrier_that_reduces(op, rng):
     "barrier", ["bar.sync 0;", "bar.sync 0, 128;", "barrier.sync 0;", "barrier.sync.aligned 0;", "barrier.cta.sync 1;"]
 )
 def test_barriers(barrier):
-    """Through shared memory and a loop: every thread sees what the others wrote before it."""
+    """Through shared memory and a loop: every thread sees what the others wrote before the barrier."""
     body = f"""
         mov.u32 %r1, buffer;
         mad.lo.u32 %r2, %thread, 4, %r1;

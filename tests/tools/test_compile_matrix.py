@@ -1,7 +1,7 @@
-"""What is launched, and what the compilers make of it: no spills, shared memory, width of loads.
+"""The launches, and what the compilers make of them: no spills, shared memory, width of loads.
 
-The compiling is done by `python -m tools.compile_matrix` in a process of its own, since this one may have imported the
-kernels for Triton's interpreter.
+`python -m tools.compile_matrix` compiles in its own process, because this one may have imported the kernels for
+Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ parts = pytest.mark.parametrize("part", ("1/2", pytest.param("1/1", marks=pytest
 
 
 def compile_kernels(folder, *arguments):
-    """The rows of a run that breaks no rule."""
+    """Return the rows of a run without a problem."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tools.compile_matrix", *arguments, "--json", str(folder / "kernels.json")]
     result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -78,7 +78,7 @@ def test_ranked_selection(tmp_path, part):
 
 @needs_triton
 def test_sm_100_needs_no_stack():
-    """What spilled there at limits under which sm_90 spilled nothing."""
+    """These kernels spilled there, with register limits that did not spill on sm_90."""
     script = """
 from fused_kd.backends.triton.compile import compile_launch
 from tools.compile_matrix.cases import BF16, FP16, Case
@@ -176,7 +176,7 @@ def test_rules(change, complaint):
 
 
 def test_rules_of_ranked_rows():
-    """One wide load of each row: after the ranking it is read in another order."""
+    """Each row needs one wide load: after the ranking it is read in another order."""
     row = {**GOOD, "kernel": "ranked_on_chip", "loads": {2: 16, 8: 1, 16: 1}}
     assert problems(row) == []
     (found,) = problems({**row, "loads": {2: 16, 8: 1}})
@@ -185,7 +185,7 @@ def test_rules_of_ranked_rows():
 
 
 def test_rules_of_amd_gpus():
-    """Which have less shared memory, and a compiler that shares the registers out itself."""
+    """They have less shared memory, and their compiler distributes the registers itself."""
     row = {**GOOD, "capability": "gfx942", "shared_limit": 64 * 1024, "registers": 256, "threads": 1024}
     assert problems(row) == []
     (found,) = problems({**row, "shared": 65 * 1024})

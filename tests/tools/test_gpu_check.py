@@ -1,4 +1,4 @@
-"""The scripts for a machine with a GPU, tried out without one."""
+"""Test the scripts for a machine with a GPU without one."""
 
 import json
 import sys
@@ -150,8 +150,8 @@ def test_one_file_has_everything(tmp_path):
 
 
 def test_real_stages_on_the_cpu(tmp_path, capsys):
-    """What does not need a GPU of it: the environment, the tests with their outcome, and the benchmark, whose result
-    the one JSON file holds as a file of its own would."""
+    """Run the stages that need no GPU: the environment, the tests with their outcome, and the benchmark. The one JSON
+    file holds the benchmark's result as its own file would."""
     arguments = [str(tmp_path), "--device", "cpu", "--dtype", "float32", "--seconds", "0.01"]
     arguments += ["--stages", "environment,tests", "--tests", "tests/losses/test_errors.py"]
     assert check.main(arguments) == 0, (tmp_path / "gpu-check.log").read_text()[-2000:]
@@ -193,7 +193,7 @@ def test_outcomes_of_tests(tmp_path):
 
 
 def test_a_crash_and_a_lost_gpu_cost_one_test_each(tmp_path):
-    """What comes after them in the same process is run in another, though CUDA's errors last."""
+    """The tests after it run in another process, because CUDA's errors last."""
     (tmp_path / "test_lost.py").write_text(
         TESTS
         + """

@@ -1,4 +1,4 @@
-"""What takes CPU tensors to a GPU and back for tools/gpu/plugin.py, tried with the CPU as that device."""
+"""How tools/gpu/plugin.py moves CPU tensors to a GPU and back, with the CPU as that device."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What tools/gpu/profile.py makes of ncu's output, where there is neither ncu nor a GPU."""
+"""How tools/gpu/profile.py reads ncu's output, without ncu or a GPU."""
 
 import json
 from types import SimpleNamespace
@@ -98,7 +98,7 @@ def test_command():
 
 @pytest.fixture
 def machine(monkeypatch):
-    """One with a GPU, and an ncu that prints one text after the other, the last for ever."""
+    """A machine with a GPU, and an ncu that prints one text per call and repeats the last."""
     said, facts = SimpleNamespace(outputs=[OUTPUT], stderr=""), {"gpu": "some GPU"}
 
     def ncu(*_, **__):
@@ -155,7 +155,7 @@ def test_says_why_it_cannot_run(machine, tmp_path, capsys, monkeypatch):
 
 
 def test_what_is_profiled_runs(capsys):
-    """On the CPU, where the driver of the profiler and of the sanitizer can be tried out."""
+    """Runs the driver of the profiler and of the sanitizer on the CPU."""
     assert drive.main(["--device", "cpu", "--loss", "nkd", "--rows", "4", "--classes", "20"]) == 0
     assert drive.main(["--device", "cpu", "--loss", "tf_kd", "--rows", "4", "--classes", "20"]) == 0
     with pytest.raises(SystemExit):

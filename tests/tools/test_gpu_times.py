@@ -1,4 +1,4 @@
-"""What tools/gpu/times.py makes of a profile, and that the page shows the committed files."""
+"""How tools/gpu/times.py reads a profile, and that the page shows the committed files."""
 
 import json
 

@@ -27,8 +27,8 @@ CLASSES = (2, 3, 10, 100, 1000, 1001)
 
 @pytest.fixture(params=["on_chip", "looped"])
 def regime(request, monkeypatch):
-    """Run every case as it is dispatched, and with no row small enough for a chip and one warp a row, so that even a
-    hundred classes are more than a tile."""
+    """Run every case as dispatched, then with no row small enough for on-chip kernels and one warp per row, so that
+    even a hundred classes exceed a tile."""
     if request.param == "looped":
         monkeypatch.setattr(layout, "ON_CHIP", ())
         monkeypatch.setattr(layout, "ON_CHIP_MORE", ())
@@ -47,7 +47,7 @@ def make(rows, classes, dtype, teacher_dtype=None, seed=0, spread=3.0):
 
 
 def run(student, teacher, target, backend="triton", grad_output=None, **options):
-    """Loss, stacked parts and the student's gradient, everything in float64."""
+    """Return loss, stacked parts and the student's gradient, all in float64."""
     student = student.detach().requires_grad_()
     loss, parts = nkd_loss(student, teacher, target, backend=backend, return_parts=True, **options)
     loss.backward(torch.ones_like(loss) if grad_output is None else grad_output.to(loss.dtype))
@@ -57,10 +57,10 @@ def run(student, teacher, target, backend="triton", grad_output=None, **options)
 
 
 def check(student, teacher, target, **options):
-    """Our error against float64 is at most eager's own in this dtype plus a few roundings.
+    """Our error against float64 is at most eager's error in this dtype plus a few roundings.
 
-    The constant: sums of another order differ by some units of the accumulating dtype, 16 of the largest value; the
-    gradient is rounded once when it is stored, and once more in float16 when it is unscaled: half a unit each.
+    Sums in another order differ by some units of the accumulating dtype: 16 units of the largest value. The gradient is
+    rounded when it is stored, and in float16 again when it is unscaled: half a unit each.
     """
     probabilities = target.double() if target.is_floating_point() else target
     exact = run(student.double(), teacher.double(), probabilities, backend="reference", **options)
@@ -164,7 +164,7 @@ def test_ignored_rows_count_nowhere(regime):
 
 
 def test_impossible_classes(regime):
-    """-inf logits: rows of one batch, each another case, against the reference in float64."""
+    """-inf logits: each row of one batch is another case, against the reference in float64."""
     student, teacher, target = make(9, 40, torch.float64)
     target[:] = 3
     student[0, 5] = teacher[0, 5] = -INF  # impossible for both
@@ -187,7 +187,7 @@ def test_impossible_classes(regime):
 
 
 def test_impossible_class_met_before_the_teacher_s_maximum(regime):
-    """Mass that later underflows beside the maximum is no mass, in whatever order the classes are walked."""
+    """Mass that later underflows beside the maximum counts as 0, in any order of the classes."""
     student, teacher, target = torch.zeros(2, 3000), torch.full((2, 3000), -2000.0), torch.tensor([7, 7])
     student[:, 0] = -INF
     teacher[:, 0] = -1000.0
@@ -228,7 +228,7 @@ def test_target_out_of_range_is_a_row_of_nan(regime, index):
 @pytest.mark.parametrize("gap", [60.0, 500.0, -500.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saturated_rows(regime, gap, dtype):
-    """A target far above the rest must leave the others' softmax, and its own small gradient, alone."""
+    """A target far above the rest must not change the others' softmax, or its own small gradient."""
     student, teacher, target = make(4, 50, dtype)
     student[torch.arange(4), target] += gap
     teacher[torch.arange(4), target] += gap
@@ -236,7 +236,7 @@ def test_saturated_rows(regime, gap, dtype):
 
 
 def test_gradient_of_a_confident_row(regime):
-    """1 - p_y of 1e-8 keeps its digits in float32: it is summed over the others, not subtracted from 1."""
+    """1 - p_y = 1e-8 keeps its digits in float32: it is summed over the others, not subtracted from 1."""
     student, teacher, target = make(4, 50, torch.float32)
     student[torch.arange(4), target] = teacher[torch.arange(4), target] = 25.0
     exact, ours = (
@@ -291,7 +291,7 @@ def test_retained_graph_gives_the_same_gradient_again(dtype):
 
 
 def test_scaled_float16_gradients_do_not_underflow(regime):
-    """Entries near 1e-6 of a mean over 32 rows, times GradScaler's 65536: unscaled they would be float16 zeros."""
+    """Entries near 1e-6 of a mean over 32 rows, times GradScaler's 65536: without the scale they are 0 in float16."""
     student, teacher, target = make(32, 200, torch.float16, spread=0.1)
     student[torch.arange(32), target] = 9.0
     exact = run(student.double(), teacher.double(), target, backend="reference")[2] * 65536

@@ -1,5 +1,5 @@
-"""Every Triton kernel is compiled by the matrix and compared with the reference under the interpreter, in every dtype
-and regime: a kernel that is added without either fails here."""
+"""The matrix compiles every Triton kernel, and a test compares it with the reference under the interpreter in every
+dtype and regime. A new kernel without either fails here."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def clear_caches():
 
 @pytest.fixture
 def as_long_rows(monkeypatch):
-    """No row is short enough for a program to hold it, and so few threads walk it that it is several tiles."""
+    """Make every row too long for on-chip kernels, with so few threads that a row is several tiles."""
     for name in ("ON_CHIP", "ON_CHIP_MORE", "ON_CHIP_WIDE", "RANKED"):
         monkeypatch.setattr(layout, name, ())
     monkeypatch.setattr(layout, "LOOPED_WARPS", 1)
@@ -43,7 +43,7 @@ def as_long_rows(monkeypatch):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """The names of the kernels that are launched."""
+    """Return the names of the kernels that are launched."""
     names = set()
 
     class Recorded:
@@ -60,7 +60,7 @@ def launched(monkeypatch):
 
 
 def compare(loss, dtype, rows=5, classes=70, soft=False):
-    """Within the budget, of a mean and with an incoming gradient that scales without rounding."""
+    """Compare within the budget, for a mean and with an incoming gradient that scales without rounding."""
     case = check.Case(dtype, rows, classes, {**check.OPTIONS[loss][0], "ce_weight": 1.0}, soft=soft, loss=loss)
     two = torch.tensor(2.0, dtype=accumulation_dtype(torch.empty(0, dtype=dtype)))
     outcome = check.compare_inputs("triton", *case.inputs("cpu"), case.options, two, loss)
@@ -91,7 +91,7 @@ def test_every_kernel_is_run(launched, monkeypatch):
 
 
 def test_every_kernel_is_known():
-    """What plans launch are the functions that backends/triton/launch.py lists, and there is no other kernel."""
+    """Plans launch only functions that backends/triton/launch.py lists, and it lists all kernels."""
     written = set()
     for path in (Path(fused_kd.__file__).parent / "backends" / "triton" / "kernels").glob("*.py"):
         functions = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
@@ -112,7 +112,7 @@ def test_every_kernel_is_compiled(full):
 
 
 def test_nothing_is_tuned_at_run_time():
-    """A configuration is looked up in the table, by the call's shape and dtypes alone."""
+    """The table gives a configuration from the call's shape and dtypes only."""
     folder = Path(fused_kd.__file__).parent
     for path in sorted(folder.rglob("*.py")):
         code = re.sub(r'"""[\s\S]*?"""|#.*', "", path.read_text())

@@ -1,6 +1,6 @@
-"""What is particular to DIST by Triton, under its interpreter: columns in blocks and chunks, moments, both regimes.
+"""DIST in Triton, under its interpreter: columns in blocks and chunks, moments, both regimes.
 
-tests/losses/test_losses.py runs these kernels too, with the other losses.
+tests/losses/test_losses.py also runs these kernels, with the other losses.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ INF, NAN = math.inf, math.nan
 
 @pytest.fixture(params=["as dispatched", "small tiles", "small tiles, rows walked"])
 def regime(request, monkeypatch):
-    """As dispatched; with tiles so small that some rows are several chunks and some classes several blocks, and few
-    classes a long row; and with no row held on chip besides."""
+    """As dispatched; with tiles so small that some rows are several chunks, some classes several blocks, and few
+    classes a long row; and in addition with no row held on chip."""
     if "small" in request.param:
         small = {"COLUMN_BLOCK": 16, "COLUMN_ELEMENTS": 2, "COLUMN_CHUNK": 8, "FINISH_TILE": (2, 16)}
         # Of single loads 38 rows of 45 classes have the second kind of tile, 41 the first.
@@ -53,7 +53,7 @@ def make(rows=38, classes=45, dtype=torch.float64, spread=2.0):
 
 
 def run(student, teacher, target, backend="triton", **options):
-    """Loss, parts and gradient."""
+    """Return loss, parts and gradient."""
     student = student.detach().requires_grad_()
     loss, parts = dist_loss(student, teacher, target, backend=backend, return_parts=True, **options)
     loss.sum().backward()
@@ -71,7 +71,7 @@ def compare(student, teacher, target, tolerance=1e-11, **options):
 
 @pytest.mark.parametrize("classes", (45, pytest.param(64, marks=pytest.mark.slow)))
 def test_matches_the_reference(regime, classes):
-    """Whole chunks that do not count, and columns and rows that are no whole number of tiles."""
+    """Includes chunks in which no row counts, and columns and rows that do not fill their tiles."""
     student, teacher, target = make(46, classes)
     student[3, 5] = teacher[3, 5] = teacher[9, 7] = -INF
     student[40, int(target[40])] = 500.0  # a saturated target
@@ -95,7 +95,7 @@ def test_dtypes_stay_within_eagers_error(regime, dtype, classes):
 
 
 def test_what_ignored_rows_hold_is_in_no_column(regime):
-    """Their logits are read."""
+    """The kernels read the logits of ignored rows."""
     student, teacher, target = make(dtype=torch.float32)
     target[[3, 7, 37]] = -100
     student[3], teacher[3], student[7, 2], teacher[37] = NAN, INF, INF, -INF
@@ -104,7 +104,7 @@ def test_what_ignored_rows_hold_is_in_no_column(regime):
 
 
 def test_columns_that_hardly_vary(regime):
-    """Deviations of a thousandth of a mean: sums of squares less the square of the sum would have no digit left."""
+    """Deviations of a thousandth of the mean: sums of squares minus the squared sum would have no digit left."""
     student, teacher, target = make(38, 45, torch.float32, spread=1.0)
     student, teacher = student[:1] + 1e-3 * student, teacher[:1] + 1e-3 * teacher
     ours = run(student, teacher, target, beta=0.0)
@@ -114,7 +114,7 @@ def test_columns_that_hardly_vary(regime):
 
 
 def test_constant_columns(regime):
-    """A student that says the same of every row: no correlation, and the slope that is left is the teacher's."""
+    """The student is the same in every row: the correlation is 0, and only the teacher's slope remains."""
     student, teacher, target = make(dtype=torch.float32)
     target[:20] = -100
     for rows in (torch.zeros_like(student), student[:1].expand(38, -1)):
@@ -127,8 +127,8 @@ def test_constant_columns(regime):
 
 @pytest.mark.parametrize("rows", (1, 2, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (3, 8)), 41))
 def test_equal_rows_have_no_gradient(regime, rows):
-    """p and q are their columns' means to the bit, or a slope of 1e8 makes something of the difference: of 41 rows too,
-    a number whose reciprocal times itself is not 1 in float32."""
+    """p and q must equal their columns' means to the bit, or a slope of 1e8 multiplies the difference. Also for 41
+    rows: 41 times its reciprocal is not 1 in float32."""
     student, teacher, target = make(rows, 45, torch.float32)
     for rows_of_s, rows_of_t in ((student[:1], teacher[:1]), (torch.zeros(1, 45), teacher[:1])):
         pair = (x.expand(rows, -1).contiguous() for x in (rows_of_s, rows_of_t))
@@ -151,7 +151,7 @@ def test_few_rows_stay_within_eagers_error(regime, rows, vary):
 
 @pytest.mark.parametrize("rows", (2, 3))
 def test_few_rows_that_nearly_agree(regime, rows):
-    """Sums of squares of little more than roundings, not negative: no NaN, and half of the digits there are."""
+    """Sums of squares near the rounding error, not negative: no NaN, and half of the available digits."""
     student, teacher, target = make(rows, 300, torch.float32)
     student, teacher = student[:1] + 1e-3 * student, teacher[:1] + 1e-3 * teacher
     ours = run(student, teacher, target, beta=0.0, temperature=4.0)
@@ -237,7 +237,7 @@ def test_launches(rows, classes, gamma, expected):
 
 @pytest.mark.parametrize("wide", (False, True))
 def test_column_layouts(wide):
-    """Every row is in a chunk and every class in a block; what the chunks leave is little beside what they read."""
+    """Chunks contain every row and blocks every class; the chunks write little compared with what they read."""
     for rows in (1, 63, 64, 256, 8192, 1 << 20):
         for classes in (2, 17, 1000, 21841, 128256):
             for neighbours, vectors in ((False, False), (True, False), (True, True)):

@@ -1,4 +1,4 @@
-"""What every launch of a Triton kernel says, and where there is none."""
+"""The options of every launch of a Triton kernel, and a driver that cannot launch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CALLS = [
 
 @pytest.mark.parametrize("call", CALLS, ids=str)
 def test_no_launch_fuses_products_and_sums(call):
-    """Triton's default changes with its releases, and with it the numbers."""
+    """Triton's default changes between releases, and would change the numbers."""
     for launch in call.launches():
         assert launch.options["enable_fp_fusion"] is False, launch.kernel
 
@@ -41,14 +41,14 @@ def _power_of_two_below(count, out):
 @pytest.mark.skipif(backend.unavailable("cpu") is not None, reason="Triton does not run here")
 @pytest.mark.parametrize("count", [1, 2, 3, 1000, 2**24 - 1, 2**24, 2**25 - 1, 2**26 - 2, 2**30 + 1, 2**31 - 1])
 def test_power_of_two_below(count):
-    """The host takes the same one for a divisor that it knows."""
+    """The host computes the same power of two for a known divisor."""
     out = torch.empty(1)
     _power_of_two_below[(1,)](torch.tensor([count], dtype=torch.int32), out)
     assert out.item() == 2.0 ** (count.bit_length() - 1)
 
 
 def test_a_driver_that_cannot_be_built_is_told_and_not_chosen(monkeypatch):
-    """As in an image without a C compiler: every launch would raise."""
+    """As in an image without a C compiler, where every launch would raise."""
 
     class Broken:
         @property

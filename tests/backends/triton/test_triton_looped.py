@@ -1,4 +1,4 @@
-"""Where the looped Triton kernel's rows start and end: body, tail and edges, under Triton's interpreter."""
+"""The ends of rows in the looped Triton kernel: body, tail and edges, under Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOSSES = {
 
 @pytest.fixture(autouse=True)
 def whole_lines(monkeypatch):
-    """Enough lanes for rows to be aligned to a line, and short tiles."""
+    """Enough lanes to align rows to a cache line, and short tiles."""
     for name in ("ON_CHIP", "ON_CHIP_MORE", "ON_CHIP_WIDE"):
         monkeypatch.setattr(layout, name, ())
     monkeypatch.setattr(layout, "LOOPED_WARPS", 4)
@@ -44,7 +44,7 @@ def evaluate(loss, student, teacher, target, backend):
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("classes", [5, 71, 1031])
 def test_edges(loss, classes, soft):
-    """Targets and what counts for most at the first and the last column; and rows that do not count."""
+    """Targets and dominant logits in the first and the last column; and rows that do not count."""
     generator = torch.Generator().manual_seed(classes)
     student, teacher = torch.randn(2, 8, classes, generator=generator)
     last = torch.arange(8)[:, None] % 2 * (classes - 1)

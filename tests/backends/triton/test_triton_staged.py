@@ -1,4 +1,4 @@
-"""The staged schedule of the Triton kernels: a row that is cut at any columns is the row that is not."""
+"""The staged schedule of the Triton kernels: a row cut into pieces at any columns equals the whole row."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The Triton kernels of a top-k teacher, against the reference."""
+"""The Triton kernels of the losses with a top-k teacher, against the reference."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ MORE = [
 
 
 def _thorough(cases, often):
-    """Of alike cases those that every run takes; the others are slow on the interpreter."""
+    """Mark similar cases as thorough, except those that every run takes: they are slow on the interpreter."""
     return [case if often(*case) else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
 
 
@@ -74,7 +74,7 @@ def test_classes_that_cannot_occur(loss, rest, temperature):
 
 @pytest.mark.parametrize("rest", topk.RESTS)
 def test_nan_stays_in_its_row(rest):
-    """What the CPU refuses is a row of NaN, on a GPU: a class twice among the kept, or one that is none."""
+    """What the CPU refuses is a row of NaN on a GPU: a repeated kept class, or an invalid one."""
     problem = make("nkd", rest, 60, 5, rows=10, temperature=2.0)
     student, indices, target = problem.student, problem.indices, problem.target
     clean = run(backend, problem)
@@ -92,7 +92,7 @@ def test_nan_stays_in_its_row(rest):
 
 @pytest.mark.parametrize(("loss", "rest"), FUSED)
 def test_pads_alone(loss, rest):
-    """Nothing is there to be renormalised: a row of NaN. With any other rest all is rest."""
+    """With renormalization, a row without kept classes is NaN. With another rest, all classes are rest."""
     problem = make(loss, rest, 60, 5, rows=4, temperature=2.0)
     problem.indices[2] = -1
     if rest != "renormalize":
@@ -129,7 +129,7 @@ def test_columns_with_a_stride_and_logits_far_from_zero():
     ("loss", "rest"), _thorough(FUSED, lambda loss, rest: (loss, rest) in (("nkd", "bucket"), ("kd", "uniform")))
 )
 def test_pieces_of_rows_are_the_row(loss, rest):
-    """One without a class, one far below the other, and a column that is among the kept of one row alone."""
+    """A piece without a class, a piece far below the other, and a piece of one column, kept in some rows only."""
     problem = make(loss, rest, 150, 12, rows=6, pads=1, **MORE[2])
     problem.student[3, :40] -= 3000.0
     problem.student[4, 0] = torch.nan

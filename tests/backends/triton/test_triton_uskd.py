@@ -1,6 +1,6 @@
-"""What is particular to USKD by Triton, under its interpreter: two regimes, exact ranks, passes, and the launches.
+"""USKD in Triton, under its interpreter: two regimes, exact ranks, passes, and launches.
 
-tests/losses/test_uskd.py runs these kernels too, with the other backends.
+tests/losses/test_uskd.py also runs these kernels, with the other backends.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ RANKS = ("normalized", "cls_kd", "weak", "final", "sum")
 
 @pytest.fixture(params=["on_chip", "streamed", "streamed in tiles and passes"])
 def regime(request, monkeypatch):
-    """As dispatched; with no row small enough to be sorted on chip; and then with tiles that are narrower than a row
-    and passes of a few rows besides."""
+    """As dispatched; with no row small enough to be sorted on chip; and then in addition with tiles narrower than a row
+    and passes of a few rows."""
     if request.param != "on_chip":
         monkeypatch.setattr(layout, "RANKED", ())
     if "tiles" in request.param:
@@ -47,7 +47,7 @@ def regime(request, monkeypatch):
 
 
 def check(student, weak, target, tolerance=2e-6, **options):
-    """Against the reference in float64 on the same numbers; exact zeros, infinities and NaN where it has them."""
+    """Against the reference in float64 on the same numbers; with exact zeros, infinities and NaN where it has them."""
     exact_target = target.double() if target.is_floating_point() else target
     exact = run("reference", student.double(), weak.double(), exact_target, **options)
     ours = run("triton", student, weak, target, **options)
@@ -89,8 +89,8 @@ def test_matches_the_reference(regime, rank, kind):
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("keys", ("ties", "constant", "zeros"))
 def test_ranks_of_ties_are_exact(regime, rank, keys):
-    """Equal logits of both kinds make equal keys, whose order is the classes'. Steps of a quarter leave no near ties
-    that rounding could swap, in the sum of two softmaxes of independent logits, when one is the other."""
+    """The weak logits equal the student's, so equal logits give equal keys, ranked by class. In steps of a quarter
+    there are no near ties that rounding could swap, as in a sum of two softmaxes of independent logits."""
     generator = torch.Generator().manual_seed(len(keys))
     student = (4 * torch.randn(4, 50, generator=generator)).round() / 4
     if keys == "constant":
@@ -111,7 +111,7 @@ def test_ranks_of_ties_are_exact(regime, rank, keys):
 
 
 def test_a_target_ties_with_the_rest_in_one_of_the_logits(regime):
-    """By the weak logits alone the target ties with other classes, however far the student has it above them."""
+    """By the weak logits alone, the target ties with other classes, however far the student puts it above them."""
     for rank, raised in (("weak", 0), ("final", 1)):
         pair = [torch.linspace(-3, 3, 7).repeat(6)[None].repeat(3, 1) for _ in range(2)]
         target = torch.tensor([6, 13, 41])  # of the classes with the largest logit
@@ -123,7 +123,7 @@ def test_a_target_ties_with_the_rest_in_one_of_the_logits(regime):
 
 
 def test_near_equal_halves(regime):
-    """Tie-heavy bfloat16, where only the loss is sure: near-equal keys may swap neighbouring ranks."""
+    """bfloat16 with many ties: only the loss is certain, because near-equal keys may swap neighbouring ranks."""
     student, weak, target = make(4, 50, dtype=torch.bfloat16, spread=0.02)
     ours = run("triton", student, weak, target, beta=2.0)
     exact = run("reference", student.double(), weak.double(), target, beta=2.0)
@@ -186,7 +186,7 @@ def test_no_value_in_one_row(regime, where):
 
 
 def test_constant_and_three_way_labels(regime):
-    """No entry that exceeds the smallest makes no target; of three, the two lower classes on a tie."""
+    """Without an entry above the smallest there is no target; of three equal ones, the lower two are targets."""
     student, weak, _ = make(3, 40, dtype=torch.float32)
     target = torch.full((3, 40), 1 / 40)
     target[1] = 0.0
@@ -201,7 +201,7 @@ def test_constant_and_three_way_labels(regime):
 
 @pytest.mark.parametrize("at_most", (0, 1024))
 def test_sums_of_its_own_rows(regime, monkeypatch, at_most):
-    """Added up by a kernel of their own or by every program that ranks."""
+    """Summed by a separate kernel, or by every program that ranks."""
     monkeypatch.setattr(uskd, "BATCH_ROWS", at_most)
     monkeypatch.setattr(replay, "_kept", {})
     student, weak, target = make(7, 40, "mixed", dtype=torch.float32)

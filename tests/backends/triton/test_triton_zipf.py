@@ -1,6 +1,6 @@
-"""What is particular to Zipf's label smoothing by Triton, under its interpreter: votes in every layout, ranks in tiles.
+"""Zipf's label smoothing in Triton, under its interpreter: votes in every layout, ranks in tiles.
 
-tests/losses/test_losses.py runs these kernels too, with the other losses.
+tests/losses/test_losses.py also runs these kernels, with the other losses.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ KINDS = ("index", "mixed", "smoothed")
 
 @pytest.fixture(params=["as dispatched", "small tiles"])
 def regime(request, monkeypatch):
-    """As dispatched, and with tiles so small that a row, its positions and its votes are several each."""
+    """As dispatched, and with tiles so small that a row, its positions and its votes each need several."""
     if request.param == "small tiles":
         monkeypatch.setattr(layout, "STREAMED", dict.fromkeys(layout.STREAMED, (16, 1, 255)))
         small = {"VOTES": 16, "VOTE_TILE": 64, "VOTE_POSITIONS": 16, "VOTE_FEW_POSITIONS": 2}
@@ -54,7 +54,7 @@ def make(rows=5, classes=45, positions=7, kind="index", dtype=torch.float64):
 
 
 def run(student, dense, target, backend="triton", **options):
-    """Loss, parts and gradient."""
+    """Return loss, parts and gradient."""
     student = student.detach().requires_grad_()
     loss, parts = zipf_ls_loss(student, dense, target, backend=backend, return_parts=True, **options)
     loss.sum().backward()
@@ -97,7 +97,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", (pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16))
 def test_layouts_of_dense_logits(regime, layout, dtype):
-    """Copies with NaN around, so that a kernel that ignores a stride is found out."""
+    """NaN surrounds the copies, so that a kernel that ignores a stride fails."""
     student, dense, target = make(3, positions=49)
     view = LAYOUTS[layout](dense.to(dtype))
     compare(student, view, target, beta=1.0)
@@ -108,7 +108,7 @@ def test_layouts_of_dense_logits(regime, layout, dtype):
 @pytest.mark.parametrize("classes", (2, pytest.param(3, marks=pytest.mark.slow), 10))
 @pytest.mark.parametrize("kind", ("index", "mixed"))
 def test_few_classes(regime, classes, kind):
-    """Every class has votes, ranks are shared, and two classes leave one, or none, to be told apart."""
+    """Every class has votes and ranks are shared; with two classes, one or no non-target class remains."""
     for positions in (1, 30):
         student, dense, target = make(9, classes, positions, kind)
         compare(student, dense, target, beta=1.0, ce_weight=0.5, reduction="none")
@@ -117,7 +117,7 @@ def test_few_classes(regime, classes, kind):
 
 
 def test_ties(regime):
-    """Of equal logits the lowest class has the vote, also where all are -inf; equal votes share a rank."""
+    """Of equal logits the lowest class gets the vote, also if all are -inf; equal votes share a rank."""
     student, dense, target = make(6, 45, 20)
     dense = dense.round()
     dense[1] = 0.0
