@@ -28,11 +28,20 @@ FKD_INLINE void share_out(int threads, int64_t n, const Work& work) {
 // A gradient of so many bytes leaves the caches before anyone reads it, so it is written past them.
 constexpr int64_t kStreamed = int64_t(8) << 20;
 
+FKD_INLINE char* row_of(const Gradient& gradient, DType type, int64_t row, int64_t classes) {
+    return static_cast<char*>(gradient.data) + row * (classes + gradient.padding) * element_size(type);
+}
+
 // Of a row that does not count, where a gradient is wanted.
-inline void no_gradient(void* gradient, DType type, int64_t row, int64_t classes) {
-    if (!gradient) return;
-    const int64_t bytes = classes * element_size(type);
-    __builtin_memset(static_cast<char*>(gradient) + row * bytes, 0, size_t(bytes));
+inline void no_gradient(const Gradient& gradient, DType type, int64_t row, int64_t classes) {
+    if (!gradient.data) return;
+    __builtin_memset(row_of(gradient, type, row, classes), 0, size_t(classes * element_size(type)));
+}
+
+inline void zero_padding(const Gradient& gradient, DType type, int64_t row, int64_t classes) {
+    if (!gradient.data || gradient.padding == 0) return;
+    const int64_t size = element_size(type);
+    __builtin_memset(row_of(gradient, type, row, classes) + classes * size, 0, size_t(gradient.padding * size));
 }
 
 // Fits the first-level cache with room to spare, and no lane adds up more than 128 terms before double

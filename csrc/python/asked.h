@@ -170,6 +170,7 @@ struct Asked {
     bool standardize = false, square = true, want_parts = false;
     bool grad = false; // whether gradients are wanted of what requires them
     int rank = -1;
+    int64_t num_classes = 0; // 0 if the logits have no padding
 };
 
 inline bool settings_of(PyObject* named, Asked& out) {
@@ -203,8 +204,14 @@ inline bool settings_of(PyObject* named, Asked& out) {
 // (weight, normalizer, class_dim, num_classes, backend, return_parts)
 inline bool common_of(PyObject* tuple, Asked& out) {
     if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != 6) return false;
-    for (Py_ssize_t k = 0; k < 4; ++k)
+    for (Py_ssize_t k = 0; k < 3; ++k)
         if (PyTuple_GET_ITEM(tuple, k) != Py_None) return false;
+    PyObject* const num_classes = PyTuple_GET_ITEM(tuple, 3);
+    if (num_classes != Py_None) {
+        int overflow = 0;
+        out.num_classes = PyLong_CheckExact(num_classes) ? PyLong_AsLongLongAndOverflow(num_classes, &overflow) : 0;
+        if (out.num_classes < 2) return false;
+    }
     PyObject *const backend = PyTuple_GET_ITEM(tuple, 4), *const parts = PyTuple_GET_ITEM(tuple, 5);
     out.want_parts = parts == Py_True;
     return PyBool_Check(parts) && PyUnicode_CheckExact(backend) &&
@@ -228,6 +235,13 @@ inline bool understood(PyObject* const* of, Asked& out) {
         return false;
     out.grad = truth(torch_given().grad_enabled);
     return true;
+}
+
+// Leaves out the columns after the classes, and says how many there are.
+inline bool without_padding(const Asked& asked, Seen& out, int64_t& padding) {
+    padding = asked.num_classes ? out.columns - asked.num_classes : 0;
+    out.columns -= padding;
+    return padding >= 0;
 }
 
 // Class indices, probabilities, or None for the class 0 of every row, which must not be asked for then.

@@ -65,10 +65,10 @@ struct Shape {
     int64_t rows, classes;
 };
 
-// (address or 0, what it is stored times)
-inline Gradient gradient_of(const pybind11::handle& given) {
-    Fields fields(given, 2);
-    return {fields.address(), fields.number()}; // braces: from left to right
+// (address or 0, what it is stored times), and if `padded` the columns after the classes
+inline Gradient gradient_of(const pybind11::handle& given, bool padded = false) {
+    Fields fields(given, padded ? 3 : 2);
+    return {fields.address(), fields.number(), padded ? fields.integer() : 0}; // braces: from left to right
 }
 
 // The fields in their order.

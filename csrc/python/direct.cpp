@@ -41,10 +41,10 @@ class Made {
     }
 
     // Where the gradient of logits goes.
-    Gradient gradient(const Asked& asked, int place, PyObject* logits) {
-        if (!asked.grad || !requires_grad(logits)) return {nullptr, 1};
+    Gradient gradient(const Asked& asked, int place, PyObject* logits, int64_t padding = 0) {
+        if (!asked.grad || !requires_grad(logits)) return {nullptr, 1, padding};
         gradients_[place] = like(logits);
-        return {address(gradients_[place]), 1};
+        return {address(gradients_[place]), 1, padding};
     }
 
     // The loss alone, or (loss, parts or None), and where a gradient is wanted one or None of each logits.
@@ -128,8 +128,10 @@ PyObject* topk_loss_of(const Asked& asked, PyObject* logits, PyObject* others, P
     if (PyTuple_GET_SIZE(others) != 3) throw unexpected("three fields of a top-k teacher");
     PyObject *const log_probs = PyTuple_GET_ITEM(others, 0), *const indices = PyTuple_GET_ITEM(others, 1);
     Seen student, kept, classes, target;
-    if (!plain_logits(logits, student) || !plain_matrix(log_probs, kept) || kept.matrix.dtype == kInt64 ||
-        requires_grad(log_probs) || !plain_matrix(indices, classes) || classes.matrix.dtype != kInt64)
+    int64_t padding;
+    if (!plain_logits(logits, student) || !without_padding(asked, student, padding) || !plain_matrix(log_probs, kept) ||
+        kept.matrix.dtype == kInt64 || requires_grad(log_probs) || !plain_matrix(indices, classes) ||
+        classes.matrix.dtype != kInt64)
         return nullptr;
     if (kept.dims != 2 || classes.dims != 2 || !same_shape(kept, classes) || kept.rows != student.rows ||
         kept.columns < 1 || kept.columns > student.columns || asked.standardize ||
@@ -146,7 +148,7 @@ PyObject* topk_loss_of(const Asked& asked, PyObject* logits, PyObject* others, P
     args.sums = sums.data();
     Made made;
     const LossOutputs out = made.room(asked, args.accumulate, kRowParts);
-    args.gradient = made.gradient(asked, 0, logits);
+    args.gradient = made.gradient(asked, 0, logits, padding);
     if (unlocked([&] { return topk_loss(*asked.kernels, args, out); }) >= 0) return nullptr;
     for (double sum : sums)
         if (sum > kMostKept) return nullptr;
@@ -158,9 +160,11 @@ PyObject* row_loss_of(const Asked& asked, PyObject* const* logits, PyObject* lab
     using namespace common;
     if (PyTuple_Check(logits[1])) return topk_loss_of(asked, logits[0], logits[1], label, number);
     Seen student, teacher, target;
+    int64_t padding, of_teacher;
     if (!plain_logits(logits[0], student)) return nullptr;
     teacher = student; // not read where the loss has no teacher
     if (number & kTeacher && !(plain_logits(logits[1], teacher, true) && !requires_grad(logits[1]))) return nullptr;
+    if (!without_padding(asked, student, padding) || !without_padding(asked, teacher, of_teacher)) return nullptr;
     if (!same_shape(student, teacher) || !plain_target(label, student, asked, target)) return nullptr;
     RowArgs args = args_of<RowArgs>(asked, student, target, accumulation(student, teacher));
     args.teacher = teacher.matrix;
@@ -169,7 +173,7 @@ PyObject* row_loss_of(const Asked& asked, PyObject* const* logits, PyObject* lab
     if (label == Py_None) args.ignore_index = -1;
     Made made;
     const LossOutputs out = made.room(asked, args.accumulate, kRowParts);
-    args.gradient = made.gradient(asked, 0, logits[0]);
+    args.gradient = made.gradient(asked, 0, logits[0], padding);
     return unlocked([&] { return row_loss(*asked.kernels, args, out); }) < 0 ? made.handed_over(1) : nullptr;
 }
 
