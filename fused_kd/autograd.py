@@ -79,10 +79,10 @@ class _DistRows(torch.autograd.Function):
         ctx: Any, student_logits: Tensor, op: Any, kept: tuple[Tensor, Tensor, Tensor], further: tuple[Any, ...]
     ) -> Any:
         outputs = op(student_logits, *further)
-        _, _, row_weight, _, hyper, standardize, ignore_index, _, _, backend = further
+        _, _, row_weight, _, hyper, *options, _, _, backend = further
         scheduled = isinstance(hyper, Tensor)
         ctx.save_for_backward(*map(savable, (*kept, row_weight)), hyper if scheduled else None)
-        ctx.hyper, ctx.options, ctx.backend = None if scheduled else hyper, (standardize, ignore_index), backend
+        ctx.hyper, ctx.options, ctx.backend = None if scheduled else hyper, options, backend
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
@@ -103,7 +103,7 @@ class _DistRows(torch.autograd.Function):
             return op(*given, *grads, ctx.backend)  # type: ignore[no-any-return]
 
         # The column term is part of every row that counts, so its incoming gradient is a sum over them.
-        share = counted_weight(row_weight, target, ctx.options[1], grad_output.dtype)
+        share = counted_weight(row_weight, target, ctx.options[-1], grad_output.dtype)
         grad_columns = torch.where(share == 0, 0.0, grad_output * share).sum(-1)
         if compiling or not transforms.tangents_exist():  # for a batch PyTorch calls the op once per item
             return gradient(student, grad_output, grad_columns), None, None, None
@@ -317,7 +317,7 @@ def _autograd_of(op: Any, wanted: int) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*arguments)
         if op._opname.startswith("exported_row_loss"):
-            labels, _, loss, hyper, _, _, reduction, _ = others
+            labels, _, loss, hyper, _, _, _, reduction, _ = others
             # While a graph is recorded, a schedule has no value.
             known = not isinstance(hyper, Tensor)
             coupled = has_column_term(loss, HyperParameters._make(hyper)) if known else loss == "dist"

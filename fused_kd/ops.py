@@ -7,11 +7,14 @@ them. A batch mean couples the rows of USKD. Its sums have a small op of their o
 count; without given sums the op uses its own rows.
 Only registered ops take pointers, so torch.compile keeps everything in one graph.
 
-The stored gradient is one tensor of the shape and dtype of the logits. For ``reduction="mean"`` it is already divided
-by the number of rows, so an incoming 1 leaves nothing to do. In float16, dividing would underflow just before
-GradScaler multiplies. There the gradient is stored times a power of two that uses the upper end of the format's range,
-and the backward op multiplies by ``norm`` in float32, which undoes the power and divides. The power comes from a bound
-of the gradient or, if there is none, from the gradient itself (:func:`fused_kd.core.stored.to_half`).
+The stored gradient is one tensor of the shape and dtype of the logits. Columns after the first ``num_classes`` are
+padding, and their gradient is 0: kernels leave room for it, so that no gradient is copied into a wider tensor.
+
+For ``reduction="mean"`` the stored gradient is already divided by the number of rows, so an incoming 1 leaves nothing
+to do. In float16, dividing would underflow just before GradScaler multiplies. There the gradient is stored times a
+power of two that uses the upper end of the format's range, and the backward op multiplies by ``norm`` in float32, which
+undoes the power and divides. The power comes from a bound of the gradient or, if there is none, from the gradient
+itself (:func:`fused_kd.core.stored.to_half`).
 
 ``row_weight`` (N,), if given, becomes factors (:func:`fused_kd.core.stored.row_factors`). A kernel multiplies a row's
 parts by one and its gradient by another, with the reduction "sum" for a mean, and ignores a row with a factor of 0.
@@ -97,6 +100,13 @@ def _multiply(norm: Tensor, by: Tensor | None) -> None:
         norm.mul_(by)
 
 
+def _classes_of(student_logits: Tensor, num_classes: int | None) -> tuple[Tensor, int]:
+    """Return the columns of the classes, and how many columns follow."""
+    if num_classes is None:
+        return student_logits, 0
+    return student_logits[:, :num_classes], student_logits.shape[1] - num_classes
+
+
 def _row_loss(
     student_logits: Tensor,
     teacher_logits: Tensor | None,
@@ -105,6 +115,7 @@ def _row_loss(
     loss: str,
     hyper: list[float] | Tensor,
     standardize: bool,
+    num_classes: int | None,
     ignore_index: int,
     reduction: str,
     need_gradient: bool,
@@ -115,19 +126,16 @@ def _row_loss(
     bound = ROW_LOSSES[loss].bound(named) + named.ce_weight
     if standardize:
         bound = math.inf  # one over the deviation of a row's logits is a factor: 1e7 for a constant row
-    measure = need_gradient and student_logits.dtype == torch.float16 and math.isinf(bound)
+    student, padding = _classes_of(student_logits, num_classes)
+    measure = need_gradient and student.dtype == torch.float16 and math.isinf(bound)
     if measure:
-        student_logits = student_logits.to(accumulation_dtype(student_logits))
-    factors, reduction, (by,) = row_factors(row_weight, target, ignore_index, reduction, (student_logits.dtype,))
+        student = student.to(accumulation_dtype(student))
+    factors, reduction, (by,) = row_factors(row_weight, target, ignore_index, reduction, (student.dtype,))
     column_factor = factors[1].sum() if factors is not None and has_column_term(loss, named) else None
-    scale = stored_scale(student_logits.dtype, bound) if need_gradient else 1.0
+    scale, run = stored_scale(student.dtype, bound) if need_gradient else 1.0, as_run(loss, named.beta)
+    options = Options(named, ignore_index, reduction, (need_gradient,), (scale,), run, standardize, padding=padding)
     value, parts, gradient, norm = backends.get(backend).row_loss(
-        student_logits,
-        teacher_logits,
-        target,
-        factors,
-        column_factor,
-        Options(named, ignore_index, reduction, (need_gradient,), (scale,), as_run(loss, named.beta), standardize),
+        student, teacher_logits, target, factors, column_factor, options
     )
     _multiply(norm, by)
     if measure:
@@ -144,7 +152,7 @@ def _row_loss_fake(student_logits: Tensor, teacher_logits: Tensor | None, *furth
 define(
     "row_loss",
     "Tensor student_logits, Tensor? teacher_logits, Tensor target, Tensor? row_weight, str loss, {hyper}, "
-    "bool standardize, int ignore_index, str reduction, bool need_gradient",
+    "bool standardize, SymInt? num_classes, int ignore_index, str reduction, bool need_gradient",
     "(Tensor loss, Tensor parts, Tensor gradient, Tensor norm)",
     _row_loss,
     _row_loss_fake,
@@ -160,6 +168,7 @@ def _dist_gradient(
     row_weight: Tensor | None,
     hyper: list[float] | Tensor,
     standardize: bool,
+    num_classes: int | None,
     ignore_index: int,
     grad_rows: Tensor,
     grad_columns: Tensor,
@@ -167,14 +176,16 @@ def _dist_gradient(
 ) -> Tensor:
     transforms.refuse_create_graph()
     transforms.refuse_recorded(student_logits, grad_rows, grad_columns)
-    student = student_logits.to(accumulation_dtype(student_logits))
+    student, padding = _classes_of(student_logits, num_classes)
+    student = student.to(accumulation_dtype(student))
     weight = counted_weight(row_weight, target, ignore_index, torch.float64)
     grad_rows = (weight * grad_rows).to(grad_rows.dtype)
     # Infinity and NaN multiply afterwards, as with a stored gradient: then an entry of 0 stays 0.
     after = 1.0 + 0.0 * grad_rows + 0.0 * grad_columns
     finite, column_factor = (each.nan_to_num(1.0, 1.0, 1.0).double() for each in (grad_rows, grad_columns))
     kernels, factors = backends.get(backend), torch.stack([weight, finite])
-    options = Options(hyper_parameters(hyper), ignore_index, "none", (True,), (1.0,), "dist", standardize)
+    named = hyper_parameters(hyper)
+    options = Options(named, ignore_index, "none", (True,), (1.0,), "dist", standardize, padding=padding)
     _, _, gradient, norm = kernels.row_loss(student, teacher_logits, target, factors, column_factor, options)
     kernels.scale_gradient(gradient, after, norm, gradient)
     return gradient.to(student_logits.dtype)  # type: ignore[no-any-return]
@@ -187,7 +198,7 @@ def _dist_gradient_fake(student_logits: Tensor, *_: Any) -> Tensor:
 define(
     "dist_gradient",
     "Tensor student_logits, Tensor teacher_logits, Tensor target, Tensor? row_weight, {hyper}, bool standardize, "
-    "int ignore_index, Tensor grad_rows, Tensor grad_columns",
+    "SymInt? num_classes, int ignore_index, Tensor grad_rows, Tensor grad_columns",
     "Tensor",
     _dist_gradient,
     _dist_gradient_fake,

@@ -292,7 +292,7 @@ int64_t run_loss(LossArgs& args, int64_t num_classes, int kinds, const LossOutpu
         if (void* const to = *norm++)
             put(to, args.accumulate, 0, common::stored_norm(logits.dtype, gradient.scale, divisor));
         gradient.scale = common::stored_scale(logits.dtype, gradient.scale, divisor);
-        advise_large_pages(gradient.data, logits.dtype, args.rows * args.classes);
+        advise_large_pages(gradient.data, logits.dtype, args.rows * (args.classes + gradient.padding));
     }
     std::vector<double> parts(size_t(kinds * args.rows)), sums = label_sums(args.target, args.rows);
     args.parts = parts.data();

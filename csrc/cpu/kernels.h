@@ -71,10 +71,12 @@ FKD_HD bool row_counts(const LossArgs& args, int64_t row) {
 
 } // namespace FKD_ISA
 
-// Where a gradient goes: contiguous, of its logits' dtype, null when it is not wanted; and what it is stored times.
+// Where a gradient goes: contiguous, of its logits' dtype, null when it is not wanted; what it is stored times; and how
+// many columns follow the classes in each row, which are set to 0.
 struct Gradient {
     void* data;
     double scale;
+    int64_t padding;
 };
 
 struct RowArgs : LossArgs {

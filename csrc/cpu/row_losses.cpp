@@ -110,7 +110,7 @@ FKD_NOINLINE RowResult row_pass(const RowArgs& args, const RowParams& params, co
     const bool with_probs = general && args.target.dtype != kInt64;
     const bool wanted = args.gradient.data != nullptr;
     const DType out_type = args.student.dtype;
-    char* gradient = static_cast<char*>(args.gradient.data) + row * classes * element_size(out_type);
+    char* gradient = row_of(args.gradient, out_type, row, classes);
     A* const own_row = reinterpret_cast<A*>(gradient);
     const bool same = out_type == dtype_of<A>();
     const bool streamed = same && args.rows * classes * int64_t(sizeof(A)) >= kStreamed;
@@ -274,11 +274,12 @@ void row_losses_typed(const RowArgs& args) {
         const Scratch<A> scratch(args.classes, row_needs(params), piece ? piece->pieces : 0);
         for (int64_t row = begin; row < end; ++row) {
             double* parts = args.parts + kRowParts * row;
+            zero_padding(args.gradient, args.student.dtype, row, args.classes);
             if (!row_counts(args, row)) {
                 for (int k = 0; k < kRowParts; ++k)
                     parts[k] = 0;
                 if (args.origins) args.origins[2 * row].by = -1;
-                no_gradient(args.gradient.data, args.student.dtype, row, args.classes);
+                no_gradient(args.gradient, args.student.dtype, row, args.classes);
                 continue;
             }
             if (piece && piece->stage == kMoments) {

@@ -28,11 +28,22 @@ FKD_INLINE void share_out(int threads, int64_t n, const Work& work) {
 // A gradient of at least this many bytes leaves the caches before it is read again, so it is written past them.
 constexpr int64_t kStreamed = int64_t(8) << 20;
 
+// The start of a row of the gradient.
+FKD_INLINE char* row_of(const Gradient& gradient, DType type, int64_t row, int64_t classes) {
+    return static_cast<char*>(gradient.data) + row * (classes + gradient.padding) * element_size(type);
+}
+
 // Zeroes the gradient, if wanted, of a row that does not count.
-inline void no_gradient(void* gradient, DType type, int64_t row, int64_t classes) {
-    if (!gradient) return;
-    const int64_t bytes = classes * element_size(type);
-    __builtin_memset(static_cast<char*>(gradient) + row * bytes, 0, size_t(bytes));
+inline void no_gradient(const Gradient& gradient, DType type, int64_t row, int64_t classes) {
+    if (!gradient.data) return;
+    __builtin_memset(row_of(gradient, type, row, classes), 0, size_t(classes * element_size(type)));
+}
+
+// Zeroes the columns after a row's classes.
+inline void zero_padding(const Gradient& gradient, DType type, int64_t row, int64_t classes) {
+    if (!gradient.data || gradient.padding == 0) return;
+    const int64_t size = element_size(type);
+    __builtin_memset(row_of(gradient, type, row, classes) + classes * size, 0, size_t(gradient.padding * size));
 }
 
 // Fits in the first-level cache with room to spare. Each lane adds at most 128 terms before double precision takes

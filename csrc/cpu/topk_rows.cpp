@@ -299,7 +299,7 @@ FKD_NOINLINE void combine(const TopKArgs& args, const Scratch<A>& scratch, int64
                           const TopKResult& result, const A* e_soft, bool streamed) {
     const DType type = args.student.dtype;
     const bool same = type == dtype_of<A>();
-    char* const gradient = static_cast<char*>(args.gradient.data) + row * args.classes * element_size(type);
+    char* const gradient = row_of(args.gradient, type, row, args.classes);
     A* const own_row = reinterpret_cast<A*>(gradient);
     const double by = args.gradient.scale * (args.factors ? args.factors[args.rows + row] : 1);
     const A constant = A(result.constant * by);
@@ -346,7 +346,8 @@ FKD_NOINLINE void row_pass(const TopKArgs& args, const RowParams& params, TopKRe
     const bool same = args.student.dtype == dtype_of<A>();
     const bool streamed = same && args.rows * args.classes * int64_t(sizeof(A)) >= kStreamed;
     const bool in_place = args.gradient.data && same && !streamed;
-    A* const e_soft = in_place ? static_cast<A*>(args.gradient.data) + row * args.classes : scratch.e_soft;
+    char* const own_row = row_of(args.gradient, args.student.dtype, row, args.classes);
+    A* const e_soft = in_place ? reinterpret_cast<A*>(own_row) : scratch.e_soft;
     const auto rest = topk_needs(params, kind).linear ? rest_of<A, single, true> : rest_of<A, single, false>;
     x.rest = rest(args, scratch, row, params.temperature, e_soft);
     if (args.piece && !args.piece->all) return give(args, row, x.rest);
@@ -371,13 +372,14 @@ void topk_rows_typed(const TopKArgs& args) {
         const Scratch<A> scratch(args.classes, all_classes(args), args.kept, sharp);
         for (int64_t row = begin; row < end; ++row) {
             args.bad[row] = false;
+            zero_padding(args.gradient, args.student.dtype, row, args.classes);
             if (row_counts(args, row)) {
                 pass(args, params, kind, scratch, row, *reinterpret_cast<const int64_t*>(element(args.target, row, 0)));
                 continue;
             }
             for (int k = 0; k < kRowParts; ++k)
                 args.parts[kRowParts * row + k] = 0;
-            no_gradient(args.gradient.data, args.student.dtype, row, args.classes);
+            no_gradient(args.gradient, args.student.dtype, row, args.classes);
         }
     });
 }

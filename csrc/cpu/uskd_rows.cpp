@@ -254,8 +254,8 @@ void uskd_typed(const UskdArgs& args) {
             if (!row_counts(args, row)) {
                 for (int k = 0; k < 4; ++k)
                     args.parts[4 * row + k] = 0;
-                no_gradient(args.student_gradient.data, args.student.dtype, row, args.classes);
-                no_gradient(args.weak_gradient.data, args.weak.dtype, row, args.classes);
+                no_gradient(args.student_gradient, args.student.dtype, row, args.classes);
+                no_gradient(args.weak_gradient, args.weak.dtype, row, args.classes);
                 continue;
             }
             uskd_row_pass<A>(args, scratch, row, targets_of<A>(args.target, row, args.classes, scratch.probs));

@@ -175,7 +175,7 @@ void zipf_ls_typed(const ZipfArgs& args) {
         for (int64_t row = begin; row < end; ++row) {
             if (!row_counts(args, row)) {
                 args.parts[2 * row] = args.parts[2 * row + 1] = 0;
-                no_gradient(args.gradient.data, args.student.dtype, row, args.classes);
+                no_gradient(args.gradient, args.student.dtype, row, args.classes);
                 continue;
             }
             zipf_row_pass<A>(args, scratch, row, targets_of<A>(args.target, row, args.classes, scratch.probs));

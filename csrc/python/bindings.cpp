@@ -79,7 +79,7 @@ int64_t run_row_loss(const py::tuple& rows, const py::tuple& of_loss, const py::
     args.loss = loss;
     args.standardize = standardize;
     args.column_factor = reinterpret_cast<const double*>(column_factor);
-    args.gradient = gradient_of(gradient);
+    args.gradient = gradient_of(gradient, true);
     const LossOutputs out = outputs(results, 1);
     py::gil_scoped_release release;
     return row_loss(*batch.kernels, args, out);
@@ -166,7 +166,7 @@ int64_t run_topk_loss(const py::tuple& rows, const py::tuple& of_loss, const py:
     args.kept = of_teacher.integer();
     args.rest = int(of_teacher.integer());
     args.loss = loss;
-    args.gradient = gradient_of(gradient);
+    args.gradient = gradient_of(gradient, true);
     TopKPiece here = {};
     if (!piece.is_none()) {
         Fields at(piece, 4);

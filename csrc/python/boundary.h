@@ -66,10 +66,10 @@ struct Shape {
     int64_t rows, classes;
 };
 
-// given: (address or 0, scale of the stored gradient)
-inline Gradient gradient_of(const pybind11::handle& given) {
-    Fields fields(given, 2);
-    return {fields.address(), fields.number()}; // braces evaluate from left to right
+// given: (address or 0, scale of the stored gradient), and if `padded` the columns after the classes
+inline Gradient gradient_of(const pybind11::handle& given, bool padded = false) {
+    Fields fields(given, padded ? 3 : 2);
+    return {fields.address(), fields.number(), padded ? fields.integer() : 0}; // braces evaluate from left to right
 }
 
 // given: the fields in the order of the struct.

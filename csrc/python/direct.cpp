@@ -40,10 +40,10 @@ class Results {
     }
 
     // Allocate the gradient if these logits need one.
-    Gradient gradient(const Request& request, int place, PyObject* logits) {
-        if (!request.grad || !requires_grad(logits)) return {nullptr, 1};
+    Gradient gradient(const Request& request, int place, PyObject* logits, int64_t padding = 0) {
+        if (!request.grad || !requires_grad(logits)) return {nullptr, 1, padding};
         gradients_[place] = empty_like(logits);
-        return {address(gradients_[place]), 1};
+        return {address(gradients_[place]), 1, padding};
     }
 
     // The loss alone, or (loss, parts or None), followed by a gradient or None for each of `logits` if there is any
@@ -128,8 +128,10 @@ PyObject* try_topk_loss(const Request& request, PyObject* logits, PyObject* othe
     if (PyTuple_GET_SIZE(others) != 3) throw unexpected("three fields of a top-k teacher");
     PyObject *const log_probs = PyTuple_GET_ITEM(others, 0), *const indices = PyTuple_GET_ITEM(others, 1);
     TensorView student, kept, classes, target;
-    if (!plain_logits(logits, student) || !plain_matrix(log_probs, kept) || kept.matrix.dtype == kInt64 ||
-        requires_grad(log_probs) || !plain_matrix(indices, classes) || classes.matrix.dtype != kInt64)
+    int64_t padding;
+    if (!plain_logits(logits, student) || !without_padding(request, student, padding) ||
+        !plain_matrix(log_probs, kept) || kept.matrix.dtype == kInt64 || requires_grad(log_probs) ||
+        !plain_matrix(indices, classes) || classes.matrix.dtype != kInt64)
         return nullptr;
     if (kept.dims != 2 || classes.dims != 2 || !same_shape(kept, classes) || kept.rows != student.rows ||
         kept.columns < 1 || kept.columns > student.columns || request.standardize ||
@@ -146,7 +148,7 @@ PyObject* try_topk_loss(const Request& request, PyObject* logits, PyObject* othe
     args.sums = sums.data();
     Results results;
     const LossOutputs out = results.allocate(request, args.accumulate, kRowParts);
-    args.gradient = results.gradient(request, 0, logits);
+    args.gradient = results.gradient(request, 0, logits, padding);
     if (unlocked([&] { return topk_loss(*request.kernels, args, out); }) >= 0) return nullptr;
     for (double sum : sums)
         if (sum > kMostKept) return nullptr;
@@ -158,9 +160,11 @@ PyObject* try_row_loss(const Request& request, PyObject* const* logits, PyObject
     using namespace common;
     if (PyTuple_Check(logits[1])) return try_topk_loss(request, logits[0], logits[1], label, number);
     TensorView student, teacher, target;
+    int64_t padding, of_teacher;
     if (!plain_logits(logits[0], student)) return nullptr;
     teacher = student; // not read where the loss has no teacher
     if (number & kTeacher && !(plain_logits(logits[1], teacher, true) && !requires_grad(logits[1]))) return nullptr;
+    if (!without_padding(request, student, padding) || !without_padding(request, teacher, of_teacher)) return nullptr;
     if (!same_shape(student, teacher) || !plain_target(label, student, request, target)) return nullptr;
     RowArgs args = args_of<RowArgs>(request, student, target, accumulation(student, teacher));
     args.teacher = teacher.matrix;
@@ -169,7 +173,7 @@ PyObject* try_row_loss(const Request& request, PyObject* const* logits, PyObject
     if (label == Py_None) args.ignore_index = -1;
     Results results;
     const LossOutputs out = results.allocate(request, args.accumulate, kRowParts);
-    args.gradient = results.gradient(request, 0, logits[0]);
+    args.gradient = results.gradient(request, 0, logits[0], padding);
     return unlocked([&] { return row_loss(*request.kernels, args, out); }) < 0 ? results.to_python(1) : nullptr;
 }
 

@@ -172,6 +172,7 @@ struct Request {
     bool standardize = false, square = true, want_parts = false;
     bool grad = false; // whether to compute gradients of logits that require them
     int rank = -1;
+    int64_t num_classes = 0; // 0 if the logits have no padding
 };
 
 inline bool parse_settings(PyObject* named, Request& out) {
@@ -205,8 +206,14 @@ inline bool parse_settings(PyObject* named, Request& out) {
 // tuple: (weight, normalizer, class_dim, num_classes, backend, return_parts)
 inline bool parse_common(PyObject* tuple, Request& out) {
     if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != 6) return false;
-    for (Py_ssize_t k = 0; k < 4; ++k)
+    for (Py_ssize_t k = 0; k < 3; ++k)
         if (PyTuple_GET_ITEM(tuple, k) != Py_None) return false;
+    PyObject* const num_classes = PyTuple_GET_ITEM(tuple, 3);
+    if (num_classes != Py_None) {
+        int overflow = 0;
+        out.num_classes = PyLong_CheckExact(num_classes) ? PyLong_AsLongLongAndOverflow(num_classes, &overflow) : 0;
+        if (out.num_classes < 2) return false;
+    }
     PyObject *const backend = PyTuple_GET_ITEM(tuple, 4), *const parts = PyTuple_GET_ITEM(tuple, 5);
     out.want_parts = parts == Py_True;
     return PyBool_Check(parts) && PyUnicode_CheckExact(backend) &&
@@ -230,6 +237,13 @@ inline bool parse_request(PyObject* const* of, Request& out) {
         return false;
     out.grad = truth(torch_objects().grad_enabled);
     return true;
+}
+
+// Drop the columns after the classes from a view; `padding` is their number.
+inline bool without_padding(const Request& request, TensorView& out, int64_t& padding) {
+    padding = request.num_classes ? out.columns - request.num_classes : 0;
+    out.columns -= padding;
+    return padding >= 0;
 }
 
 // The target is class indices, probabilities, or None. None reads class 0 in every row, so it needs ce_weight == 0.

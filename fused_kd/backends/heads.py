@@ -38,16 +38,18 @@ def _mixes(weight: Tensor, compute: torch.dtype | None) -> bool:
 
 
 class Matrix:
-    """Given logits, chunk by chunk, and their gradient."""
+    """Given logits, chunk by chunk, and their gradient. The columns after ``num_classes`` are padding."""
 
     over = False  # whether a chunk's gradient may be written over its logits
 
-    def __init__(self, source: SourceRows, wanted: Sequence[bool], dtype: torch.dtype) -> None:
+    def __init__(self, source: SourceRows, wanted: Sequence[bool], dtype: torch.dtype, num_classes: int) -> None:
         self.source, self.wanted, self.dtype = source, wanted, dtype
+        self.padding = source.values.shape[1] - num_classes
         self.found: Tensor | None = None
 
     def logits(self, start: int, stop: int) -> Tensor:
-        logits = self.source.values[start:stop]
+        values = self.source.values
+        logits = values[start:stop, : values.shape[1] - self.padding]
         return logits.to(self.dtype) if logits.dtype == torch.float16 else logits  # the dtype of their gradient
 
     def take(self, gradient: Tensor, logits: Tensor, counted: Tensor, rows: tuple[int, int]) -> None:
@@ -70,6 +72,8 @@ class Products:
     factors under autocast, else None. The ``wanted`` gradients of hidden states, weight and bias are summed in the
     accumulating ``dtype``.
     """
+
+    padding = 0  # of a chunk's gradient
 
     def __init__(
         self,
@@ -173,5 +177,5 @@ def maker(
 ) -> Matrix | Products:
     """Return the object that gives the logits of a source's rows and takes their gradient."""
     if source.weight is None:
-        return Matrix(source, wanted, dtype)
+        return Matrix(source, wanted, dtype, num_classes)
     return Products(source, wanted, dtype, num_classes, compute)

@@ -59,7 +59,7 @@ def run(
     teacher_maker = None if whole is None else maker(whole, _NONE, dtype, columns, task.placement.compute)
     # Not in Triton: a warp of the looped kernel may still read logits that another warp has overwritten.
     over = kernels is native and student_maker.over and not span.group and sparse is None
-    options = options._replace(over=over)
+    options = options._replace(over=over, padding=student_maker.padding)
     exchange = shards.Exchange(span, columns) if span.group else None
     most = shards.rows_of_chunks(span, columns)
     for which in _chunks(values, (student_maker, teacher_maker), int(not over), most, task.placement.chunk_rows):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fused_kd.core.catalogue import ROW_LOSSES, as_run
-from fused_kd.core.options import Options
+from fused_kd.core.options import Options, empty_gradient
 from fused_kd.reference import accumulation_dtype
 from fused_kd.reference.topk import check_rest
 
@@ -82,7 +82,7 @@ def row_loss(
     if student.shape[0] == 0:
         dtype = accumulation_dtype(student, log_probs)
         nothing = student.new_empty((3, 0), dtype=dtype)
-        return nothing[0], nothing, torch.empty_like(student) if options.wanted[0] else None
+        return nothing[0], nothing, empty_gradient(student, options.padding) if options.wanted[0] else None
     result: tuple[Tensor, Tensor, Tensor | None] = kernels.topk_loss(
         student, log_probs, indices, rest, target, factors, options, shared
     )

@@ -43,7 +43,8 @@ class Options(NamedTuple):
     """The arguments of a backend beside tensors. An op ignores those of the last five that it does not have.
 
     ``wanted`` says which logits get a gradient. ``scales`` are the factors of the stored gradients. With ``over`` a row
-    loss of the C++ core writes the gradient over the student's logits, which must be contiguous.
+    loss of the C++ core writes the gradient over the student's logits, which must be contiguous. ``padding`` is the
+    number of columns of zeros that a row loss's gradient has after its classes.
     """
 
     hyper: HyperParameters
@@ -56,18 +57,28 @@ class Options(NamedTuple):
     rank: str = "normalized"
     square: bool = True
     over: bool = False
+    padding: int = 0
+
+
+def empty_gradient(logits: Tensor, padding: int = 0) -> Tensor:
+    """Allocate a gradient of rows of logits, with ``padding`` more columns."""
+    if padding:
+        return logits.new_empty((logits.shape[0], logits.shape[1] + padding))
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 def outputs(
-    student: Tensor, want: bool, parts: int, reduction: str, dtype: torch.dtype, over: bool = False
+    student: Tensor, want: bool, parts: int, reduction: str, dtype: torch.dtype, over: bool = False, padding: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Allocate an op's results: the loss, its parts, the student's gradient (empty if not wanted) and its norm. Shapes
     are tuples, without a loop: a torch.Size alone takes one of a call's thirty microseconds."""
     rows = (student.shape[0],) if reduction == "none" else ()
-    if want:
-        gradient = student if over else torch.empty_like(student, memory_format=torch.contiguous_format)
-    else:
+    if not want:
         gradient = student.new_empty(0)
+    elif over:
+        gradient = student
+    else:
+        gradient = empty_gradient(student, padding)
     return (
         student.new_empty(rows, dtype=dtype),
         student.new_empty((parts, *rows), dtype=dtype),
@@ -81,5 +92,5 @@ def pair_outputs(
 ) -> tuple[Tensor, ...]:
     """As :func:`outputs`, for an op with two gradients: both gradients, then both norms."""
     loss, all_parts, gradient, norm = outputs(student, wanted[0], parts, reduction, dtype)
-    more = torch.empty_like(other, memory_format=torch.contiguous_format) if wanted[1] else other.new_empty(0)
+    more = empty_gradient(other) if wanted[1] else other.new_empty(0)
     return loss, all_parts, gradient, more, norm, torch.empty_like(norm)

@@ -104,10 +104,11 @@ def row_loss(
         return _sources.row_loss(name, eager, parts_type, tensors, numbers, settings, common)
     student_logits, teacher_logits = cast(Tensor, student_logits), cast("Tensor | None", teacher_logits)
     class_dim, num_classes = common[2:4]
+    given, padded = (student_logits, teacher_logits), None
     if num_classes is not None:
-        student_logits = first_classes("student_logits", student_logits, class_dim, num_classes)
+        padded, student_logits = first_classes("student_logits", student_logits, class_dim, num_classes)
         if teacher_logits is not None:
-            teacher_logits = first_classes("teacher_logits", teacher_logits, class_dim, num_classes)
+            _, teacher_logits = first_classes("teacher_logits", teacher_logits, class_dim, num_classes)
     other_name = "teacher_logits" if "logit_standardization" in settings else None
     rows = checks.flatten(student_logits, teacher_logits, other_name, target, class_dim, labels)
     checks.check_teacher_detached(teacher_logits)
@@ -118,15 +119,17 @@ def row_loss(
         reduction, kept = settings["reduction"], None
         if reduction == "none" and teacher_logits is not None and has_column_term(name, HyperParameters._make(hyper)):
             dim = checks.class_dimension(student_logits, class_dim)
+            student_given, teacher_given = (cast(Tensor, each).detach().movedim(dim, -1) for each in given)
             labels = target if target is not None and target.is_floating_point() else None
             kept = (
-                student_logits.detach().movedim(dim, -1),
-                teacher_logits.detach().movedim(dim, -1),
+                student_given,
+                teacher_given[..., :num_classes],
                 rows.target if labels is None else labels.movedim(dim, -1),
             )
         inputs = (rows.other_logits, rows.target, weight)
-        options = (settings.get("logit_standardization", False), settings["ignore_index"], reduction)
-        loss, packed = autograd.row_loss(rows.student_logits, inputs, name, hyper, options, chosen, parts, kept)
+        options = (settings.get("logit_standardization", False), num_classes, settings["ignore_index"], reduction)
+        student_rows = rows.student_logits if padded is None else padded  # its gradient includes the padding's zeros
+        loss, packed = autograd.row_loss(student_rows, inputs, name, hyper, options, chosen, parts, kept)
         return loss, [packed[part] for part in ROW_LOSSES[name].parts] if parts and packed is not None else None
 
     return call(name, eager, fused, parts_type, (student_logits, rows), (numbers, settings), common)

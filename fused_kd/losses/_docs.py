@@ -41,7 +41,7 @@ _ARGS = r"""
         :func:`torch.nn.functional.cross_entropy`, -1 for (N, H, W, C). Logits are copied if their classes do not lie
         side by side in memory; (N, C, H, W) in ``torch.channels_last`` needs no copy.
     num_classes: How many columns are classes, if the last columns are padding. Padding has no probability and a zero
-        gradient; student and teacher may have different amounts of it. None means all columns.
+        gradient; student and teacher may have different amounts of it. It costs no copy. None means all columns.
     backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
     return_parts: Return ``(loss, parts)`` with {parts}; these are detached and weighted, and sum to the loss.
 """

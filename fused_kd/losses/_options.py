@@ -99,11 +99,13 @@ def normalized(weight: Tensor | None, normalizer: float | Tensor, settings: dict
     return torch.where(divisor == 0, 0.0, rows / divisor)
 
 
-def first_classes(name: str, logits: Tensor, class_dim: int | None, num_classes: int) -> Tensor:
-    """Return a view of logits without the padding after their classes."""
+def first_classes(name: str, logits: Tensor, class_dim: int | None, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Return logits as rows, and a view of these in the logits' form, without the padding after their classes."""
     dim = checks.class_dimension(checks.check_logits(name, logits), class_dim)
-    checks.check_num_classes("num_classes", num_classes, logits.shape[dim], name)
-    return logits.narrow(dim, 0, num_classes)
+    shape = logits.shape
+    checks.check_num_classes("num_classes", num_classes, shape[dim], name)
+    rows = logits.movedim(dim, -1).reshape(-1, shape[dim])
+    return rows, rows[:, :num_classes].reshape(*checks.rows_shape(shape, dim), num_classes).movedim(-1, dim)
 
 
 def returned(

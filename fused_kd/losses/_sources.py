@@ -295,17 +295,15 @@ def _head(name: str, head: Head, class_dim: int | None, least: int = 2) -> _Give
 
 
 def _without_padding(name: str, given: _Given, num_classes: int) -> _Given:
-    """Drop the padding columns. A head keeps its whole weight, so that the gradient needs no copy."""
+    """Drop the padding from the shape. Logits keep it, and a head its whole weight, so that the gradient needs no
+    copy."""
     if given.span is not None:
         raise ValueError(
             f"num_classes: expected None where processes share the classes, got {num_classes}; without the padding, "
             f"give each a ClassShard of its columns and num_classes={num_classes}"
         )
     checks.check_num_classes("num_classes", num_classes, given.shape[-1], name)
-    rows = given.rows
-    if rows.weight is None and rows.indices is None:
-        rows = rows._replace(values=rows.values[:, :num_classes])
-    return given._replace(rows=rows, shape=(*given.shape[:-1], num_classes))
+    return given._replace(shape=(*given.shape[:-1], num_classes))
 
 
 def _check_teacher(teacher: _Given, student: _Given) -> None:

@@ -59,6 +59,7 @@ def test_opcheck(fused, dtype, reduction):
             "nkd",
             hyper,
             False,
+            None,
             -100,
             reduction,
             need_gradient,

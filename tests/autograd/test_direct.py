@@ -72,6 +72,32 @@ def test_the_other_ways_bits(taken, monkeypatch, name, dtype, soft):
             assert torch.equal(x, y) or bool((x.isnan() & y.isnan()).all())
 
 
+@pytest.mark.parametrize("name", ROW_LOSSES)
+def test_padding(taken, monkeypatch, name):
+    logits, target = make(name)
+    target = target.clamp(max=29)
+    if len(logits) > 1:
+        logits[1] = logits[1][:, :33]
+    soft = torch.rand(5, 30).softmax(1)
+    asked = [(labels, scale) for labels in (target, soft) for scale in (1.0, 0.37)]
+    found = [call(name, logits, labels, scale, num_classes=30) for labels, scale in asked]
+    assert all(taken)
+    monkeypatch.setattr(direct, "_loss", None)
+    for ours, (labels, scale) in zip(found, asked, strict=True):
+        for x, y in zip(ours, call(name, logits, labels, scale, num_classes=30), strict=True):
+            assert torch.equal(x, y)
+
+
+def test_wrong_padding_is_left_to_the_checks(taken):
+    (student, teacher), target = make("nkd")
+    for wrong in (1, 0, -3, 38, 2**70, True, 30.0, "30"):
+        with pytest.raises((TypeError, ValueError), match=r"^num_classes: expected"):
+            nkd_loss(student, teacher, target, num_classes=wrong)
+    with pytest.raises(ValueError, match=r"^num_classes: expected at most the 33 classes of teacher_logits"):
+        nkd_loss(student, teacher[:, :33], target, num_classes=35)
+    assert not any(taken)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_mixed_dtypes(taken, monkeypatch, name):
     logits, target = make(name, torch.float64)
@@ -109,7 +135,6 @@ def test_what_is_not_ordinary_is_left_to_the_other_way(taken):
         ((mine, teacher, target), {"weight": torch.ones(5)}),
         ((mine, teacher, target), {"normalizer": 3.0}),
         ((mine, teacher, target), {"class_dim": 1}),
-        ((mine, teacher, target), {"num_classes": 30}),
         ((mine, teacher, target), {"backend": "reference"}),
         ((torch.nn.Parameter(student), teacher, target), {}),
         ((*half, target), {}),

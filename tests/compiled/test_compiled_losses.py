@@ -63,6 +63,21 @@ def inputs(loss, rows, classes, dtype=FLOAT, spread=2.0):
     return student, *([] if loss == "tf_kd" else [other]), target
 
 
+@pytest.mark.parametrize(("classes", "width"), [(1000, 1024), (1001, 1008), (9000, 9008), (9001, 9016), (9003, 9008)])
+@pytest.mark.parametrize("loss", ["nkd", "kd", "js", "dist"])
+def test_padding(gpu, loss, classes, width):
+    """The padding holds NaN; its gradient is 0, and the rows' gradients begin where their logits do."""
+    *logits, target = inputs(loss, 3, width)
+    target = target.clamp(max=classes - 1)
+    exact = gradient_of(loss, *(x[:, :classes].double() for x in logits), target, backend="reference")
+    for x in logits:
+        x[:, classes:] = NAN
+    value, gradient = gradient_of(loss, *logits, target, num_classes=classes)
+    for ours, wanted in ((value, exact[0]), (gradient[:, :classes], exact[1])):
+        assert check.relative_error(ours, wanted, 2.0) < 1e-5
+    assert not gradient[:, classes:].any()
+
+
 COLUMNS = {
     "one row": lambda x: x[:1],
     "equal rows": lambda x: x[:1].repeat(4, 1),

@@ -22,6 +22,18 @@ def test_a_loss_is_the_reference(gpu, loss, rest):
     assert_same(backend, make(loss, rest, 333, 16, rows=3, **options), widths=(120, 0, 213))
 
 
+@pytest.mark.parametrize("width", [343, 344])
+def test_padding(gpu, width):
+    problem = make("nkd", "bucket", 336, 16, rows=3, weighted=True).to(torch.float32)
+    *_, wanted = topk_cases.run(backend, problem)
+    wide = torch.full((3, width), torch.nan)
+    wide[:, :336] = problem.student
+    options = problem.options._replace(padding=width - 336)
+    *_, gradient = topk_cases.run(backend, problem._replace(student=wide[:, :336], options=options))
+    torch.testing.assert_close(gradient[:, :336], wanted)
+    assert gradient.shape == wide.shape and not gradient[:, 336:].any()
+
+
 class _Count(TorchDispatchMode):
     """Record PyTorch's own kernels, without operations that only allocate or make a view."""
 

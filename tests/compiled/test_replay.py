@@ -73,6 +73,8 @@ def test_what_a_plan_looks_at_makes_another_one(planned):
         ((student, teacher, target), {"weight": torch.rand(5)}),
         ((student[:4], teacher[:4], target[:4]), {}),
         ((student, wide[:, :100], target), {}),
+        ((wide, wide[:, :104], target), {"num_classes": 100}),
+        ((wide, wide[:, :104], target), {"num_classes": 101}),
         ((student, shifted, target), {}),  # not a multiple of 16 bytes
         ((student, teacher.bfloat16(), target), {}),
         ((student, teacher, torch.softmax(teacher, 1)), {}),

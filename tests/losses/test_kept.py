@@ -236,7 +236,10 @@ def test_opcheck(native, dtype):
     numbers = list(HyperParameters(beta=1.0, gamma=0.5, temperature=2.0, ce_weight=0.7, label_smoothing=0.1))
     for weight in (None, torch.arange(6.0)):
         given = (student, teacher, target, weight)
-        after = (False, -100, torch.rand(6, dtype=accumulate), torch.tensor(0.5, dtype=accumulate), "native")
+        after = (-100, torch.rand(6, dtype=accumulate), torch.tensor(0.5, dtype=accumulate), "native")
+        padded = (student, teacher[:, :8], target.clamp(max=7), weight, numbers, False, 8, *after)
+        opcheck(torch.ops.fused_kd.dist_gradient.default, padded)
+        after = (False, None, *after)
         opcheck(torch.ops.fused_kd.dist_gradient.default, (*given, numbers, *after))
         scheduled = torch.tensor(numbers, dtype=torch.float64)
         opcheck(torch.ops.fused_kd.dist_gradient_scheduled.default, (*given, scheduled, *after))

@@ -195,9 +195,13 @@ def test_opcheck(loss, standardize, native):
     own = dict(zip(ROW_LOSSES[loss].own, (1.0, 0.5), strict=False))
     hyper = list(HyperParameters(**own, temperature=2.0, ce_weight=0.7, label_smoothing=0.1))
     teacher = others[0] if others else None
-    after = (standardize and bool(others), -100, "mean", True, "native")
+    scores = standardize and bool(others)
+    after = (scores, None, -100, "mean", True, "native")
     for row_weight in (None, torch.arange(6.0)):
         opcheck(torch.ops.fused_kd.row_loss.default, (student, teacher, target, row_weight, loss, hyper, *after))
+    narrow, classes = None if teacher is None else teacher[:, :8], target.clamp(max=7)
+    padded = (student, narrow, classes, None, loss, hyper, scores, 8, *after[2:])
+    opcheck(torch.ops.fused_kd.row_loss.default, padded)
     hyper = torch.tensor(hyper, dtype=torch.float64)
     opcheck(torch.ops.fused_kd.row_loss_scheduled.default, (student, teacher, target, row_weight, loss, hyper, *after))
 

@@ -231,7 +231,7 @@ def test_a_negative_weight_where_values_are_not_read(native):
     student, (teacher,), target = make("nkd")
     row_weight = torch.ones(6)
     row_weight[1] = -1.0
-    rest = ("nkd", list(HyperParameters(gamma=1.5)), False, -100)
+    rest = ("nkd", list(HyperParameters(gamma=1.5)), False, None, -100)
     loss, _, gradient, _ = torch.ops.fused_kd.row_loss(
         student, teacher, target, row_weight, *rest, "none", True, "native"
     )

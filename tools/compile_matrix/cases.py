@@ -29,7 +29,8 @@ class Case(NamedTuple):
     """A call of a row loss.
 
     ``labels`` is the dtype of probability targets, None for class indices; ``layout`` is the student's
-    (:func:`.calls.logits`); ``weighted`` says whether the rows have weights.
+    (:func:`.calls.logits`); ``weighted`` says whether the rows have weights; ``padding`` is how many columns follow the
+    classes.
     """
 
     student: torch.dtype
@@ -46,9 +47,11 @@ class Case(NamedTuple):
     standardize: bool = False
     gradient: bool = True
     weighted: bool = False
+    padding: int = 0
 
     def __str__(self) -> str:
-        words = [f"{self.rows}x{self.classes}", describe((self.student, self.teacher))]
+        words = [f"{self.rows}x{self.classes}", *([f"+{self.padding}"] if self.padding else [])]
+        words += [describe((self.student, self.teacher))]
         words += [*([self.loss] if self.loss != "nkd" else []), *([] if self.ce_weight else ["no CE"])]
         words += [*(["smoothed"] if self.smoothing else []), *(["z-scores"] if self.standardize else [])]
         words += prob(self.labels, self.student)
@@ -61,14 +64,17 @@ class Case(NamedTuple):
 
     def launches(self) -> list[Launch]:
         """All launches of the forward and the backward op."""
-        student = logits(self.rows, self.classes, self.student, self.layout)
-        teacher = empty(self.rows, self.classes, dtype=self.teacher)
-        made = outputs(student, self.gradient, 3, self.reduction, accumulation_dtype(student, teacher))
+        student = logits(self.rows, self.classes + self.padding, self.student, self.layout)[:, : self.classes]
+        teacher = empty(self.rows, self.classes + self.padding, dtype=self.teacher)[:, : self.classes]
+        dtype = accumulation_dtype(student, teacher)
+        made = outputs(student, self.gradient, 3, self.reduction, dtype, padding=self.padding)
         own = dict(zip(ROW_LOSSES[self.loss].own, (0.5, 1.0), strict=False))
         hyper = HyperParameters(
             **own, temperature=self.temperature, ce_weight=self.ce_weight, label_smoothing=self.smoothing
         )
-        options = Options(hyper, -100, self.reduction, (self.gradient,), (1.0,), self.loss, self.standardize)
+        options = Options(
+            hyper, -100, self.reduction, (self.gradient,), (1.0,), self.loss, self.standardize, padding=self.padding
+        )
         target = targets(self.rows, self.classes, self.labels)
         column_factor = empty(dtype=torch.float64) if self.weighted and self.loss == "dist" else None
         plan = plan_row_loss(student, teacher, target, factors(self, 2), column_factor, made, options)
@@ -238,6 +244,7 @@ def row_cases(full: bool) -> Iterator[Case]:
                 yield from (case._replace(rows=40000), case._replace(reduction="none"), case._replace(reduction="sum"))
                 yield from (case._replace(layout=layout) for layout in ("strided", "offset"))
                 yield from (case._replace(gradient=False), case._replace(labels=FP32), case._replace(teacher=FP32))
+                yield case._replace(padding=24)
             yield case._replace(classes=1001)
             if loss == "dist":  # the layout of its column kernels depends on the number of rows too
                 for rows, dtype, labels in itertools.product((1024, 40000), DTYPES, (None, FP32)):

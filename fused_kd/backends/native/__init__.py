@@ -18,7 +18,7 @@ from fused_kd.backends.native import core, cuda, direct, staged
 from fused_kd.backends.native.boundary import DTYPES, RANKS, REDUCTIONS, address, batch, incoming, matrix
 from fused_kd.core import checks
 from fused_kd.core.catalogue import NUMBERS, REST_NUMBERS
-from fused_kd.core.options import Options, outputs, pair_outputs
+from fused_kd.core.options import Options, empty_gradient, outputs, pair_outputs
 from fused_kd.reference import accumulation_dtype
 
 _core: Any
@@ -93,7 +93,8 @@ def row_loss(
 ) -> tuple[Tensor, ...]:
     other = student if teacher is None else teacher  # not read if the loss has no teacher
     dtype = accumulation_dtype(student, other)
-    made = loss, parts, gradient, norm = outputs(student, options.wanted[0], 3, options.reduction, dtype, options.over)
+    made = outputs(student, options.wanted[0], 3, options.reduction, dtype, options.over, options.padding)
+    loss, parts, gradient, norm = made
     bad_row = _core.row_loss(
         batch(_where(), student, target, options.ignore_index, dtype),
         (options.hyper, address(factors)),
@@ -101,7 +102,7 @@ def row_loss(
         NUMBERS[options.loss],
         options.standardize,
         address(column_factor),
-        (gradient.data_ptr(), options.scales[0]),
+        (gradient.data_ptr(), options.scales[0], options.padding),
         (REDUCTIONS[options.reduction], loss.data_ptr(), parts.data_ptr(), norm.data_ptr()),
     )
     if bad_row >= 0:
@@ -183,7 +184,7 @@ def topk_loss(
     """See :func:`fused_kd.backends.topk.row_loss`."""
     dtype, rows, want = accumulation_dtype(student, log_probs), student.shape[0], options.wanted[0]
     loss, parts = student.new_empty(rows, dtype=dtype), student.new_empty((3, rows), dtype=dtype)
-    gradient = torch.empty_like(student, memory_format=torch.contiguous_format) if want else None
+    gradient = empty_gradient(student, options.padding) if want else None
     num_classes = student.shape[1] if shared is None else shared.num_classes
 
     def call(gradient: Tensor | None, piece: tuple[int, int, int, int] | None) -> None:
@@ -192,7 +193,7 @@ def topk_loss(
             (options.hyper, address(factors)),
             (matrix(log_probs), matrix(indices), indices.shape[1], REST_NUMBERS[rest]),
             NUMBERS[options.loss],
-            (address(gradient), options.scales[0]),
+            (address(gradient), options.scales[0], options.padding),
             (REDUCTIONS["none"], loss.data_ptr(), parts.data_ptr()),
             piece,
         )

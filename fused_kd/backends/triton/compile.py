@@ -105,7 +105,7 @@ def source_of(launch: Launch, gpu: int | str = 90) -> tuple[Any, dict[str, Any]]
             if found := backend.parse_attr(backend.get_tensor_specialization(argument, align=True)):
                 attributes[(parameter.num,)] = found
         else:
-            signature[parameter.name] = parameter.annotation_type
+            signature[parameter.name] = parameter.annotation_type or "i32"  # an int that may be None has none
     # The compiler itself silently drops unknown options.
     if unknown := compiler_options.keys() - {field.name for field in fields(backend.parse_options({}))}:
         raise ValueError(f"{launch.kernel}: neither an argument nor an option of the compiler: {sorted(unknown)}")

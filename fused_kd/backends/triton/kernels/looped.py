@@ -9,7 +9,14 @@ import triton
 import triton.language as tl
 
 from fused_kd.backends.triton.kernels.losses import coefficients
-from fused_kd.backends.triton.kernels.on_chip import RUNTIME, all_weights, at, gradient_scale, store_parts
+from fused_kd.backends.triton.kernels.on_chip import (
+    RUNTIME,
+    all_weights,
+    at,
+    gradient_scale,
+    gradient_width,
+    store_parts,
+)
 from fused_kd.backends.triton.kernels.pointwise import (
     aligned_columns,
     column_part,
@@ -62,6 +69,7 @@ def rows_looped(
     correlations,
     rows: tl.int64,
     classes: tl.int32,
+    padding,
     student_row: tl.int64,
     student_col: tl.int64,
     teacher_row: tl.int64,
@@ -103,7 +111,7 @@ def rows_looped(
     loaded in full vectors without a mask. Each vector of the tail is fully inside or outside the row: neighbours with
     separate masks would be loaded one by one, and their sector as often. The columns before head (negative positions)
     and the fewer than VEC columns after the tail form one tile, the edges, with one column per lane. Here VEC divides
-    the difference of each row stride and the class count, so that one head serves every tensor. The second walk runs
+    the difference of each row stride and the gradient's, so that one head serves every tensor. The second walk runs
     backward, because the cache still holds the row's end.
     """
     BLOCK: tl.constexpr = LANES * WIDTH
@@ -115,7 +123,8 @@ def rows_looped(
     # Without EDGES every row starts with a vector, or VEC is 1. Then positions are columns.
     LINE: tl.constexpr = 8 * VEC if 16 * VEC <= LANES else LANES // 2
     ALIGN: tl.constexpr = LINE if EDGES else 1
-    head = (ALIGN - (row * classes) % ALIGN) % ALIGN
+    gradient_row = row * gradient_width(classes, padding, 1)
+    head = (ALIGN - gradient_row % ALIGN) % ALIGN
     student_head = student + (row * student_row + head) // VEC * VEC
     teacher_head = teacher + (row * teacher_row + head) // VEC * VEC
     before = head.to(tl.int32)
@@ -251,7 +260,7 @@ def rows_looped(
         scaled = scaled_by(gradient_of, by)
         if POINTWISE & LOSS:
             more = scaled_slopes(more, by)
-        gradient_head = gradient + (row * classes + head) // VEC * VEC
+        gradient_head = gradient + (gradient_row + head) // VEC * VEC
         dtype = gradient.dtype.element_ty
         for start in range(body * BLOCK, end, BLOCK):
             here = width == (y_lane - start)[:, None]

@@ -22,7 +22,8 @@ RAW      with STD, the CE needs exponentials that no other term has
 COLUMNS  DIST's column term is wanted: ``states`` has its rows' softmaxes, ``columns`` four numbers of each class, and
          ``correlations`` the sums for its part of the loss (:mod:`.columns`)
 
-``factors`` is None if all rows weigh the same, else (2, rows): see fused_kd/ops.py.
+``factors`` is None if all rows weigh the same, else (2, rows): see fused_kd/ops.py. ``padding`` is None, or how many
+columns the gradient has after the classes; the kernels do not write them.
 
 Hyper-parameters are float64, because Triton would round them to float32. No kernel is specialised on them, so another
 temperature or gamma compiles nothing.
@@ -66,6 +67,7 @@ _COUNT_BLOCK = tl.constexpr(512)
 RUNTIME = [
     "rows",
     "classes",
+    "padding",
     "student_row",
     "student_col",
     "teacher_row",
@@ -114,6 +116,15 @@ def store_parts(
 
 
 @triton.jit
+def gradient_width(classes, padding, VEC: tl.constexpr):
+    """Return the columns of the gradient's rows, padding included."""
+    if padding is None:
+        return classes
+    else:
+        return (classes + padding) // VEC * VEC
+
+
+@triton.jit
 def gradient_scale(
     counts, target_row, count_items, ignore_index, scale, ACC: tl.constexpr, COUNT: tl.constexpr, HALF: tl.constexpr
 ):
@@ -146,6 +157,7 @@ def rows_on_chip(
     correlations,
     rows: tl.int64,
     classes: tl.int32,
+    padding,
     student_row: tl.int64,
     student_col: tl.int64,
     teacher_row: tl.int64,
@@ -187,6 +199,7 @@ def rows_on_chip(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     cols = tl.arange(0, BLOCK)[None, :]
+    width = gradient_width(classes, padding, VEC)
     student_base = student + row * (student_row // VEC * VEC)
     teacher_base = teacher + row * (teacher_row // VEC * VEC)
     if PROB:
@@ -271,5 +284,5 @@ def rows_on_chip(
                 g, s_tile, t_tile, of_columns, is_target, stats, of_rows, constants, more, scales, LOSS, STD, COLUMNS
             )
         g = tl.where(counted[:, None], g, 0.0)
-        pointers = gradient + (row * classes)[:, None] + cols
+        pointers = gradient + (row * width)[:, None] + cols
         tl.store(pointers, narrowed(g, gradient.dtype.element_ty), mask=inside[:, None] & (cols < classes))

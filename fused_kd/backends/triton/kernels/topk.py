@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_kd.backends.triton.kernels.on_chip import at
+from fused_kd.backends.triton.kernels.on_chip import at, gradient_width
 from fused_kd.backends.triton.kernels.rows import LOG2E, narrowed, zero_if_empty
 from fused_kd.backends.triton.kernels.tiles import lane_columns
 from fused_kd.backends.triton.kernels.topk_losses import Row, resolve
@@ -34,7 +34,7 @@ _NEG_INF = tl.constexpr(float("-inf"))
 _FIELDS = tl.constexpr(5)
 RUNTIME = [
     "rows", "columns", "first_class", "num_classes", "words", "kept", "ignore_index", "student_row", "student_col",
-    "indices_row", "indices_col", "log_probs_row", "log_probs_col",
+    "indices_row", "indices_col", "log_probs_row", "log_probs_col", "padding",
 ]  # fmt: skip
 
 
@@ -212,7 +212,7 @@ def resolve_kept(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def rest_gradient(
-    student, marks, state, target, indices, coefficients, entries, gradient, rows: tl.int64, columns: tl.int32,
+    student, marks, state, target, indices, coefficients, entries, gradient, padding, rows: tl.int64, columns: tl.int32,
     first_class: tl.int32, words: tl.int64, kept: tl.int32, student_row: tl.int64, student_col: tl.int64,
     indices_row: tl.int64, indices_col: tl.int64, temperature: tl.float64, ACC: tl.constexpr, LANES: tl.constexpr,
     WIDTH: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr, NEED: tl.constexpr, KEPT: tl.constexpr,
@@ -227,7 +227,7 @@ def rest_gradient(
     y_column = tl.where(counted, _columns_of(tl.load(target + row), first_class, columns), -1)
     end = columns * counted.to(tl.int32)
     base = student + row * (student_row // VEC * VEC)
-    out = gradient + row * columns
+    out = gradient + row * gradient_width(columns, padding, VEC)
     marks += row * words
     origin = tl.load(coefficients + row)
     soft = tl.load(coefficients + rows + row)

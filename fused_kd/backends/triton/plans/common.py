@@ -48,6 +48,11 @@ def filled(
     return made
 
 
+def zero_padding(gradient: Tensor, options: Options) -> None:
+    if options.padding and options.wanted[0]:
+        gradient[:, -options.padding :].zero_()
+
+
 def plan_count(
     launches: list[Launch], target: Tensor, ignore_index: int, reduction: str, every_row: bool = True
 ) -> Counts:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_kd.backends.triton import layout
 from fused_kd.backends.triton.launch import Launch, acc_types, planned
-from fused_kd.backends.triton.plans.common import divided, filled, plan_count, plan_reduction
+from fused_kd.backends.triton.plans.common import divided, filled, plan_count, plan_reduction, zero_padding
 from fused_kd.backends.triton.plans.dist import plan_columns
 from fused_kd.core.catalogue import NUMBERS, ROW_LOSSES, has_column_term
 from fused_kd.core.options import HyperParameters, Options, outputs
@@ -26,8 +26,11 @@ def row_loss(
     options: Options,
 ) -> tuple[Tensor, ...]:
     other = student if teacher is None else teacher  # not read if the loss has no teacher
-    made = outputs(student, options.wanted[0], 3, options.reduction, accumulation_dtype(student, other))
-    return filled("row_loss", plan_row_loss, (student, other, target, factors, column_factor), made, options)
+    dtype = accumulation_dtype(student, other)
+    made = outputs(student, options.wanted[0], 3, options.reduction, dtype, padding=options.padding)
+    filled("row_loss", plan_row_loss, (student, other, target, factors, column_factor), made, options)
+    zero_padding(made[2], options)
+    return made
 
 
 def kernel_weights(loss_name: str, hyper: HyperParameters, classes: int) -> tuple[float, ...]:
@@ -83,7 +86,7 @@ def plan_row_loss(
     """Plan the launches that fill ``made``, in order."""
     loss, parts, gradient, norm = made
     hyper, ignore_index, reduction, (need_gradient,), (gradient_scale,), loss_name, standardize, *_ = options
-    rows, classes = student.shape
+    (rows, classes), width = student.shape, student.shape[1] + options.padding
     seen = variant(loss_name, hyper, standardize)
     acc = acc_types()[loss.dtype]
     probabilities = target.is_floating_point()
@@ -94,11 +97,11 @@ def plan_row_loss(
     counts = plan_count(launches, target, ignore_index, reduction, need_gradient)
     row_parts = parts if per_row else torch.empty((3, rows), dtype=loss.dtype, device=student.device)
     narrow = min(t.element_size() for t in (student, teacher, target) if t.is_floating_point())
-    row_strides = [student.stride(0), teacher.stride(0), *([target_row] if probabilities else [])]
+    row_strides = [width, student.stride(0), teacher.stride(0), *([target_row] if probabilities else [])]
     unit = student.stride(1) == teacher.stride(1) == 1 and (target_col == 1 or not probabilities)
     vector = 16 // narrow if unit else 1
     # If rows start at the same place modulo a vector, all can be walked in vectors from the same column on.
-    together = unit and all((stride - classes) % vector == 0 for stride in row_strides)
+    together = unit and all((stride - width) % vector == 0 for stride in row_strides)
     config = layout.row_config(
         classes,
         narrow,
@@ -116,7 +119,7 @@ def plan_row_loss(
     edges = isinstance(config, layout.Looped) and together
     columns: tuple[Tensor, Tensor, Tensor] | None = None
     if has_column_term(loss_name, hyper):
-        edges = edges and classes % vector != 0
+        edges = edges and (classes % vector != 0 or width % vector != 0)
         given = student, teacher, target, factors, column_factor
         columns = plan_columns(launches, *given, loss.dtype, hyper, standardize, ignore_index, 4 if edges else 1)
     meta = {
@@ -145,7 +148,8 @@ def plan_row_loss(
         meta["EDGES"] = edges
     arguments = (
         student, teacher, target, gradient, loss, row_parts, norm, counts.source, factors,
-        *(columns or (loss, loss, loss)), rows, classes, *student.stride(), *teacher.stride(), target_row, target_col,
+        *(columns or (loss, loss, loss)), rows, classes, options.padding or None,
+        *student.stride(), *teacher.stride(), target_row, target_col,
         counts.items, columns[2].shape[0] if columns else 0, ignore_index,
         *kernel_weights(loss_name, hyper, classes), gradient_scale * known, 1.0 / gradient_scale,
     )  # fmt: skip

@@ -12,9 +12,10 @@ from torch import Tensor
 from fused_kd.backends import topk
 from fused_kd.backends.triton import layout
 from fused_kd.backends.triton.launch import Launch, acc_types, planned, run
+from fused_kd.backends.triton.plans.common import zero_padding
 from fused_kd.backends.triton.plans.rows import kernel_weights, variant
 from fused_kd.core.catalogue import NUMBERS, REST_NUMBERS
-from fused_kd.core.options import Options
+from fused_kd.core.options import Options, empty_gradient
 from fused_kd.reference import accumulation_dtype
 
 #: Bits of the kernels' argument NEED, as in kernels/topk.py.
@@ -58,7 +59,7 @@ def topk_loss(
     )  # fmt: skip
     dtype = accumulation_dtype(student, log_probs)
     loss, parts = student.new_empty(rows, dtype=dtype), student.new_empty((3, rows), dtype=dtype)
-    gradient = torch.empty_like(student, memory_format=torch.contiguous_format) if options.wanted[0] else None
+    gradient = empty_gradient(student, options.padding) if options.wanted[0] else None
     launches = plan_topk(given, rest, options, (loss, parts, gradient))
     if exchange is None:
         run(launches, device)
@@ -66,6 +67,8 @@ def topk_loss(
         run(launches[:2], device)
         given.found.copy_(topk.merged(exchange([given.found]), options.hyper.temperature))
         run(launches[2:], device)
+    if gradient is not None:
+        zero_padding(gradient, options)
     return loss, parts, gradient
 
 
@@ -86,7 +89,7 @@ def plan_topk(given: Rows, rest: str, options: Options, made: tuple[Tensor, Tens
     entries: dict[str, Any] = {"KEPT": max(32, 1 << (kept - 1).bit_length())}
     few = entries | {"num_warps": max(1, min(8, entries["KEPT"] // 128))}
     unit = student.stride(1) == 1
-    vector = math.gcd(16 // student.element_size(), columns, student.stride(0)) if unit else 1
+    vector = math.gcd(16 // student.element_size(), columns, options.padding, student.stride(0)) if unit else 1
     config = layout.piece_config(columns, vector, wide=loss.dtype == torch.float64)
     walk: dict[str, Any] = entries | {
         "ACC": acc_types()[loss.dtype],
@@ -126,6 +129,7 @@ def plan_topk(given: Rows, rest: str, options: Options, made: tuple[Tensor, Tens
         ),
     ]  # fmt: skip
     if gradient is not None:
-        arguments = (student, marks, state, target, indices, coefficients, kept_gradient, gradient, *span)
+        padding = options.padding or None
+        arguments = (student, marks, state, target, indices, coefficients, kept_gradient, gradient, padding, *span)
         launches.append(planned("rest_gradient", rows, arguments, walk))
     return launches
