@@ -49,6 +49,7 @@ def filled(
 
 
 def zero_padding(gradient: Tensor, options: Options) -> None:
+    """Zero the columns after the classes, if the gradient is wanted. The kernels do not write them."""
     if options.padding and options.wanted[0]:
         gradient[:, -options.padding :].zero_()
 
