@@ -66,7 +66,9 @@ def loss(
     if _loss is None or torch.compiler.is_compiling():
         return None
     run = name
-    if name == "js" and type(numbers["beta"]) in (float, int):  # the checks handle anything else
+    if name == "js":
+        if type(numbers["beta"]) not in (float, int):
+            return None  # the checks handle anything else
         run = as_run(name, numbers["beta"])
     if type(tensors[1]) is TopK:
         kept = tensors[1]

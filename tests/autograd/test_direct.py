@@ -19,20 +19,6 @@ pytestmark = pytest.mark.skipif(direct._loss is None, reason="this PyTorch has n
 NAMES = tuple(LOSSES)
 
 
-@pytest.fixture
-def taken(monkeypatch):
-    """Of each call whether it was ordinary."""
-    seen, loss = [], direct.loss
-
-    def watched(*given):
-        made = loss(*given)
-        seen.append(made is not None)
-        return made
-
-    monkeypatch.setattr(direct, "loss", watched)
-    return seen
-
-
 def make(name, dtype=torch.float32, rows=5, classes=37, soft=False):
     case = check.Case(dtype, rows, classes, {}, loss=name, soft=soft)
     student, other, target = case.inputs("cpu")

@@ -8,7 +8,6 @@ import torch
 import fused_kd
 from fused_kd import TopK, direct, kd_loss
 from fused_kd.core.catalogue import LOSSES, ROW_LOSSES
-from tests.autograd.test_direct import taken  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.skipif(direct._loss is None, reason="this PyTorch has no interface that the core knows")
 FUSED = [(name, rest) for name, loss in ROW_LOSSES.items() for rest in loss.rests]
@@ -35,7 +34,7 @@ def call(name, given, rest, scale=1.0, **options):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16), ids=str)
 @pytest.mark.parametrize(("name", "rest"), FUSED)
-def test_the_other_ways_results(taken, monkeypatch, name, rest, dtype):  # noqa: F811
+def test_the_other_ways_results(taken, monkeypatch, name, rest, dtype):
     asked = [
         {},
         {"reduction": "sum", "temperature": 3.0},
@@ -56,7 +55,7 @@ def test_the_other_ways_results(taken, monkeypatch, name, rest, dtype):  # noqa:
             torch.testing.assert_close(x, y, **rounding)
 
 
-def test_strides_and_no_labels(taken):  # noqa: F811
+def test_strides_and_no_labels(taken):
     student, log_probs, indices, target = make()
     plain = call("kd", (student, log_probs, indices, target), "bucket")
     apart = [each.mT.contiguous().mT for each in (student, log_probs, indices)]
@@ -69,7 +68,7 @@ def test_strides_and_no_labels(taken):  # noqa: F811
     assert taken == [True] * 4
 
 
-def test_what_is_not_ordinary_is_left_to_the_other_way(taken):  # noqa: F811
+def test_what_is_not_ordinary_is_left_to_the_other_way(taken):
     student, log_probs, indices, target = make()
     for given, rest, options in (
         ((student, log_probs, indices.int(), target), "bucket", {}),
@@ -82,7 +81,7 @@ def test_what_is_not_ordinary_is_left_to_the_other_way(taken):  # noqa: F811
         assert taken.pop() is False, options
 
 
-def test_errors_are_those_of_the_other_way(taken):  # noqa: F811
+def test_errors_are_those_of_the_other_way(taken):
     student, log_probs, indices, target = make()
     wants = torch.zeros((), requires_grad=True)
     twice, out, infinite = indices.clone(), indices.clone(), log_probs.clone()
@@ -113,7 +112,7 @@ def test_errors_are_those_of_the_other_way(taken):  # noqa: F811
     assert not any(taken)
 
 
-def test_rows_that_do_not_count_may_hold_anything(taken):  # noqa: F811
+def test_rows_that_do_not_count_may_hold_anything(taken):
     student, log_probs, indices, target = make()
     plain = call("nkd", (student, log_probs, indices, target), "bucket")
     log_probs[2], indices[2] = 7.0, 3  # row 2 is ignored
@@ -122,7 +121,7 @@ def test_rows_that_do_not_count_may_hold_anything(taken):  # noqa: F811
     assert taken == [True, True]
 
 
-def test_any_numbers_are_right_where_only_differences_matter(taken):  # noqa: F811
+def test_any_numbers_are_right_where_only_differences_matter(taken):
     student, log_probs, indices, target = make(torch.float64, kind=torch.float64)
     plain = call("kd", (student, log_probs, indices, target), "renormalize")
     for x, y in zip(plain, call("kd", (student, log_probs + 5, indices, target), "renormalize"), strict=True):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from pages import copy_of, moved, needs, run_snippet, untouched
+from pages import copy_of, moved, needs, run_snippet, training_arguments, untouched
 from torch import nn
 
 from fused_kd import nkd_loss, uskd_loss
@@ -64,7 +64,6 @@ def test_lightning(tmp_path):
 
 def hf_train(tmp_path, student, teacher, items, **options):
     """Train for an epoch; the losses that the Trainer had, batch by batch, with their inputs and what it divided by."""
-    from transformers import TrainingArguments
 
     trainer_class = run_snippet("huggingface")["DistillationTrainer"]
     calls = []
@@ -80,21 +79,8 @@ def hf_train(tmp_path, student, teacher, items, **options):
             return result
 
     accumulation = options.pop("accumulation", 1)
-    args = TrainingArguments(
-        output_dir=str(tmp_path),
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=accumulation,
-        num_train_epochs=1,
-        learning_rate=0.1,
-        optim="sgd",
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-        label_smoothing_factor=options.pop("smoothing", 0.0),
-    )
+    smoothing = options.pop("smoothing", 0.0)
+    args = training_arguments(tmp_path, gradient_accumulation_steps=accumulation, label_smoothing_factor=smoothing)
     start, teacher_start = copy_of(student), copy_of(teacher)
     trainer = Watched(model=student, args=args, train_dataset=items, teacher=teacher, **options)
     trainer.train()

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import worlds
-from pages import needs, run_snippet
+from pages import needs, run_snippet, training_arguments
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
@@ -199,7 +199,7 @@ def test_several_processes():
 def test_the_trainer(tmp_path):
     """One step of four micro-batches is that of all their rows."""
     needs("transformers", "accelerate")
-    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
@@ -210,21 +210,7 @@ def test_the_trainer(tmp_path):
     labels = ids.where(torch.rand(8, 6) < 0.6, -100)
     attention = torch.ones_like(ids)
     attention[::2, 4:], labels[::2, 4:] = 0, -100
-    args = TrainingArguments(
-        output_dir=str(tmp_path),
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=4,
-        num_train_epochs=1,
-        learning_rate=0.1,
-        optim="sgd",
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-    )
+    args = training_arguments(tmp_path, gradient_accumulation_steps=4, remove_unused_columns=False)
     rows = zip(ids, labels, attention, strict=True)
     items = [dict(zip(("input_ids", "labels", "attention_mask"), row, strict=True)) for row in rows]
     Trainer(model=distillation_module()(student, teacher), args=args, train_dataset=items).train()

@@ -65,3 +65,23 @@ def copy_of(module):
 
 def moved(module, before):
     return any(not torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def training_arguments(folder, **options):
+    """Arguments of transformers' Trainer: one epoch of plain SGD on the CPU, two rows at a time."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=2,
+        num_train_epochs=1,
+        learning_rate=0.1,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        **options,
+    )
