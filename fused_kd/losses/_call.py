@@ -126,10 +126,10 @@ def row_loss(
                 teacher_given[..., :num_classes],
                 rows.target if labels is None else labels.movedim(dim, -1),
             )
-        inputs = (rows.other_logits, rows.target, weight)
+        inputs = (rows.other_logits, rows.target, weight, name)
         options = (settings.get("logit_standardization", False), num_classes, settings["ignore_index"], reduction)
         student_rows = rows.student_logits if padded is None else padded  # its gradient includes the padding's zeros
-        loss, packed = autograd.row_loss(student_rows, inputs, name, hyper, options, chosen, parts, kept)
+        loss, packed = autograd.fused_loss("row_loss", (student_rows,), inputs, hyper, options, chosen, parts, kept)
         return loss, [packed[part] for part in ROW_LOSSES[name].parts] if parts and packed is not None else None
 
     return call(name, eager, fused, parts_type, (student_logits, rows), (numbers, settings), common)

@@ -179,7 +179,7 @@ def _fused(
     rank, square, ignore_index, process_group, reduction = settings.values()
     sums = _batch_sums((student, weak, target), square, ignore_index, chosen, process_group)
     options = (rank, square, ignore_index, reduction)
-    return autograd.uskd(student, weak, (target, sums, weight), hyper, options, chosen, parts)
+    return autograd.fused_loss("uskd", (student, weak), (target, sums, weight), hyper, options, chosen, parts)
 
 
 class USKDLoss(Criterion):

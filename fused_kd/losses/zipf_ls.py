@@ -120,7 +120,7 @@ def _fused(
     student, dense, target, _ = rows
     assert dense is not None
     inputs, options = (dense.detach(), target, weight), (settings["ignore_index"], settings["reduction"])
-    return autograd.zipf_ls(student, inputs, hyper, options, chosen, parts)
+    return autograd.fused_loss("zipf_ls", (student,), inputs, hyper, options, chosen, parts)
 
 
 class ZipfLSLoss(Criterion):
