@@ -17,8 +17,6 @@ import fused_kd
 from fused_kd import backends, reference
 from fused_kd.core.catalogue import LOSSES
 
-__all__ = ["Case", "Outcome", "cases", "compare"]
-
 #: The exponential is within 2 ulp, a sum of a hundred terms a lane about as much; float64 is compared with float64.
 _SLACK_ULPS = {torch.float32: 4, torch.float64: 64}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -41,20 +41,6 @@ from fused_kd.core.options import HyperParameters, Options, outputs, pair_output
 from fused_kd.core.stored import counted_weight, row_factors, stored_scale, to_half
 from fused_kd.reference import accumulation_dtype
 
-__all__ = [
-    "DIST_GRADIENT",
-    "EXPORTED_OPS",
-    "LOSS_OPS",
-    "define",
-    "hyper_parameters",
-    "implement_autograd",
-    "registered",
-    "scale_gradient",
-    "scale_gradient_",
-    "scale_gradient_compiled",
-    "uskd_batch_sums",
-]
-
 _LOSSES = ("row_loss", "uskd", "zipf_ls")
 #: An op and its twin: suffix, type of the hyper-parameters, tags.
 _TWINS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (

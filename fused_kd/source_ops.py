@@ -16,14 +16,13 @@ from torch import Tensor
 
 from fused_kd import backends, ops
 from fused_kd.backends import sources
+from fused_kd.backends.heads import empty_gradients
 from fused_kd.core import transforms
 from fused_kd.core.catalogue import as_run
 from fused_kd.core.options import Options
 from fused_kd.core.source_rows import SourceRows, Span
 from fused_kd.core.stored import shared_weight
 from fused_kd.reference import accumulation_dtype
-
-__all__ = ["SOURCE_LOSS", "SOURCE_USKD", "source_uskd_batch_sums"]
 
 
 def _factors(
@@ -86,9 +85,9 @@ def _empty_results(
     student, dtype = given[0].values, accumulation_dtype(*(each.values for each in given))
     rows = (student.shape[0],) if reduction == "none" else ()
     loss, all_parts = student.new_empty(rows, dtype=dtype), student.new_empty((parts, *rows), dtype=dtype)
-    gradients = sources.empty_gradients(given[0], wanted[:3], dtype)
+    gradients = empty_gradients(given[0], wanted[:3], dtype)
     if len(wanted) > 3:
-        gradients += sources.empty_gradients(given[1], wanted[3:], dtype)
+        gradients += empty_gradients(given[1], wanted[3:], dtype)
     return loss, all_parts, *gradients
 
 

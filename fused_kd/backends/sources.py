@@ -13,13 +13,10 @@ import torch
 from torch import Tensor, distributed
 
 from fused_kd.backends import native, shards, staged, topk
-from fused_kd.backends.heads import Matrix, Products, empty_gradients, maker
+from fused_kd.backends.heads import Matrix, Products, maker
 from fused_kd.core.options import Options
 from fused_kd.core.source_rows import SourceRows, Span
 from fused_kd.reference import accumulation_dtype
-
-__all__ = ["CHUNK_BYTES", "Placement", "Task", "empty_gradients", "fitting_rows", "run", "run_uskd", "uskd_batch_sums"]
-
 
 #: The most bytes, by device type, for the logits of a head's chunk of rows and their gradient.
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
