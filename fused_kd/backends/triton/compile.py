@@ -35,28 +35,14 @@ TYPES = {
 }
 
 
-class Report(NamedTuple):
-    """The compiler's report of a kernel. ``stack`` is the local memory of a thread and ``local`` the number of
-    instructions on it: 0 and 0 mean that nothing spills.
+class MachineCode(NamedTuple):
+    """The compiler's report of a kernel. ``threads`` is the largest size of a block, 0 if unknown. ``stack`` is the
+    local memory of a thread and ``local`` the number of instructions on it: 0 and 0 mean that nothing spills.
 
     ``loads`` and ``stores`` count the instructions on global memory by bytes per thread. ``instructions`` counts all,
     and ``exponentials`` those that compute one. Each counts once, however often a loop runs it. ``seconds`` is the
-    compilation time.
+    compilation time, 0 if unknown.
     """
-
-    registers: int
-    stack: int
-    shared: int
-    local: int
-    loads: dict[int, int]
-    stores: dict[int, int]
-    instructions: int
-    exponentials: int
-    seconds: float
-
-
-class MachineCode(NamedTuple):
-    """A kernel of a cubin. ``threads`` is the largest size of a block, 0 if unknown."""
 
     registers: int
     stack: int
@@ -67,6 +53,7 @@ class MachineCode(NamedTuple):
     stores: dict[int, int]
     instructions: int
     exponentials: int
+    seconds: float = 0.0
 
 
 def target_of(gpu: int | str) -> Any:
@@ -112,7 +99,7 @@ def source_of(launch: Launch, gpu: int | str = 90) -> tuple[Any, dict[str, Any]]
     return ASTSource(function, signature, options, attributes), compiler_options
 
 
-def compile_launch(launch: Launch, gpu: int | str) -> Report:
+def compile_launch(launch: Launch, gpu: int | str) -> MachineCode:
     """Compile a planned launch for a GPU (:func:`target_of`) as Triton would at its first call."""
     import triton
 
@@ -128,17 +115,7 @@ def compile_launch(launch: Launch, gpu: int | str) -> Report:
             path.write_bytes(kernel.asm["cubin"])
             (code,) = read_cubin(path).values()
     # Triton's shared memory is all dynamic, so only the launcher's metadata has its size.
-    return Report(
-        code.registers,
-        code.stack,
-        kernel.metadata.shared,
-        code.local,
-        code.loads,
-        code.stores,
-        code.instructions,
-        code.exponentials,
-        seconds,
-    )
+    return code._replace(shared=kernel.metadata.shared, seconds=seconds)
 
 
 #: The bytes that an instruction on global memory moves, by the suffix of its name.
