@@ -49,13 +49,13 @@ def _source_loss(
     hyper: list[float] | Tensor,
     standardize: bool,
     ignore_index: int,
-    reduction: str,
     heads: list[float],
     rest: str,
     span: list[int],
     group: str,
     chunk_rows: int,
     compute: torch.dtype | None,
+    reduction: str,
     wanted: list[bool],
     backend: str,
 ) -> tuple[Tensor, ...]:
@@ -95,15 +95,16 @@ def _source_loss_fake(
     student: Tensor, weight: Tensor | None, bias: Tensor | None, grad_rows: Any, teacher: Tensor | None, *further: Any
 ) -> tuple[Tensor, ...]:
     given = [SourceRows(student, weight, bias), *([] if teacher is None else [SourceRows(teacher)])]
-    return _empty_results(given, 3, further[9], further[-2])
+    *_, reduction, wanted, _backend = further
+    return _empty_results(given, 3, reduction, wanted)
 
 
 ops.define(
     "source_loss",
     "Tensor student, Tensor? weight, Tensor? bias, Tensor? grad_rows, Tensor? teacher, Tensor? teacher_weight, "
     "Tensor? teacher_bias, Tensor? indices, Tensor target, Tensor? row_weight, str loss, {hyper}, bool standardize, "
-    "int ignore_index, str reduction, float[] heads, str rest, SymInt[] span, str group, SymInt chunk_rows, "
-    "ScalarType? compute, bool[] wanted",
+    "int ignore_index, float[] heads, str rest, SymInt[] span, str group, SymInt chunk_rows, ScalarType? compute, "
+    "str reduction, bool[] wanted",
     "(Tensor loss, Tensor parts, Tensor gradient, Tensor weight_gradient, Tensor bias_gradient)",
     _source_loss,
     _source_loss_fake,
@@ -155,11 +156,11 @@ def _source_uskd(
     rank: str,
     square: bool,
     ignore_index: int,
-    reduction: str,
     heads: list[float],
     num_classes: int,
     chunk_rows: int,
     compute: torch.dtype | None,
+    reduction: str,
     wanted: list[bool],
     backend: str,
 ) -> tuple[Tensor, ...]:
@@ -178,16 +179,16 @@ def _source_uskd(
 
 
 def _source_uskd_fake(student: Tensor, *further: Any) -> tuple[Tensor, ...]:
-    weight, bias, weak, weak_weight, weak_bias = further[:5]
+    weight, bias, weak, weak_weight, weak_bias, *_, reduction, wanted, _backend = further
     given = (SourceRows(student, weight, bias), SourceRows(weak, weak_weight, weak_bias))
-    return _empty_results(given, 4, further[13], further[-2])
+    return _empty_results(given, 4, reduction, wanted)
 
 
 ops.define(
     "source_uskd",
     "Tensor student, Tensor? weight, Tensor? bias, Tensor weak, Tensor? weak_weight, Tensor? weak_bias, "
     "Tensor? grad_rows, Tensor target, Tensor batch_sums, Tensor? row_weight, {hyper}, str rank, bool square, "
-    "int ignore_index, str reduction, float[] heads, SymInt num_classes, SymInt chunk_rows, ScalarType? compute, "
+    "int ignore_index, float[] heads, SymInt num_classes, SymInt chunk_rows, ScalarType? compute, str reduction, "
     "bool[] wanted",
     "(Tensor loss, Tensor parts, Tensor student_gradient, Tensor student_weight_gradient, "
     "Tensor student_bias_gradient, Tensor weak_gradient, Tensor weak_weight_gradient, Tensor weak_bias_gradient)",

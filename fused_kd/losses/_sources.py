@@ -151,13 +151,13 @@ def _by_kernels(
     backend: str,
 ) -> tuple[Tensor, list[Tensor]]:
     student, teacher = both
-    options = (settings.get("logit_standardization", False), settings["ignore_index"], settings["reduction"])
+    options = (settings.get("logit_standardization", False), settings["ignore_index"])
     chunk_rows = student.chunk_rows or (teacher.chunk_rows if teacher is not None else 0)
     span, values = student.span or Span(0, student.shape[-1]), student.rows.values
     dtype = _products_dtype(values.device, values.dtype)
     placement = ([span.first_class, span.num_classes], span.group, chunk_rows, dtype)
     loss, stacked = source_autograd.row_loss(
-        student.rows, teacher and teacher.rows, rows, name, hyper, options, placement, backend
+        student.rows, teacher and teacher.rows, rows, name, hyper, options, placement, settings["reduction"], backend
     )
     return loss, [stacked[part] for part in ROW_LOSSES[name].parts]
 
@@ -206,9 +206,9 @@ def uskd(
         rank, square, ignore_index = (settings[name] for name in ("rank", "square", "ignore_index"))
         placement = (shape[-1], student.chunk_rows or weak.chunk_rows, _products_dtype(values.device, values.dtype))
         sums = summed(source_autograd.uskd_batch_sums(student.rows, target, (square, ignore_index, *placement), chosen))
-        options = (rank, square, ignore_index, settings["reduction"])
+        inputs, options = (target, sums, weight), (rank, square, ignore_index)
         loss, stacked = source_autograd.uskd(
-            student.rows, weak.rows, (target, sums, weight), in_order(numbers), options, placement, chosen
+            student.rows, weak.rows, inputs, in_order(numbers), options, placement, settings["reduction"], chosen
         )
         parts = [*stacked]
     return returned(loss, parts if return_parts else None, USKDParts, shape[:-1], reduction)
