@@ -59,18 +59,14 @@ def run(
     options = options._replace(over=over, padding=student_maker.padding)
     exchange = shards.Exchange(span, columns) if span.group else None
     most = shards.rows_of_chunks(span, columns)
-    for which in _chunks(values, (student_maker, teacher_maker), int(not over), most, task.placement.chunk_rows):
-        logits = student_maker.logits(*which)
-        other = None if teacher_maker is None else teacher_maker.logits(*which)
-        if sparse is not None:
-            results = _sparse_rows(kernels, logits, sparse, task, which, options, exchange)
-        else:
-            results = _rows(kernels, logits, other, task, which, options, exchange)
-        rows = slice(*which)
-        loss[rows], parts[:, rows], gradient = results
+    for chunk in _chunks(values, (student_maker, teacher_maker), int(not over), most, task.placement.chunk_rows):
+        rows = slice(*chunk)
+        logits = student_maker.logits(*chunk)
+        other = sparse if teacher_maker is None else teacher_maker.logits(*chunk)
+        loss[rows], parts[:, rows], gradient = _rows(kernels, logits, other, task, rows, options, exchange)
         if any(task.wanted):
-            student_maker.take(gradient, logits, task.factors[1, rows] != 0, which)
-        del logits, other, gradient, results  # free them before the next chunk
+            student_maker.take(gradient, logits, task.factors[1, rows] != 0, chunk)
+        del logits, other, gradient  # free them before the next chunk
     if exchange is not None and isinstance(student_maker, Products) and student_maker.hidden_gradient is not None:
         # The hidden states are the same on all processes. Each process has its classes' part of their gradient.
         distributed.all_reduce(student_maker.hidden_gradient, group=shards.group_of(span))
@@ -85,8 +81,8 @@ def uskd_batch_sums(
     values, columns = student.values, _columns(student, placement.span)
     student_maker = maker(student, _NONE, accumulation_dtype(values), columns, placement.compute)
     sums = values.new_zeros(3, dtype=torch.float64)
-    for which in _chunks(values, (student_maker,), 0, columns, placement.chunk_rows):
-        sums += kernels.uskd_batch_sums(student_maker.logits(*which), target[slice(*which)], *settings)
+    for chunk in _chunks(values, (student_maker,), 0, columns, placement.chunk_rows):
+        sums += kernels.uskd_batch_sums(student_maker.logits(*chunk), target[slice(*chunk)], *settings)
     return sums
 
 
@@ -101,16 +97,16 @@ def run_uskd(
         maker(each, wanted, dtype, columns, task.placement.compute)
         for each, wanted in ((student, task.wanted[:3]), (weak, task.wanted[3:]))
     ]
-    for which in _chunks(values, both, 2, columns, task.placement.chunk_rows):
-        rows = slice(*which)
-        logits = [each.logits(*which) for each in both]
+    for chunk in _chunks(values, both, 2, columns, task.placement.chunk_rows):
+        rows = slice(*chunk)
+        logits = [each.logits(*chunk) for each in both]
         factors = task.factors[:, rows].contiguous()
         loss[rows], parts[:, rows], *gradients, _, _ = kernels.uskd(
             *logits, task.target[rows], batch_sums, factors, options
         )
         for each, want, gradient, of in zip(both, options.wanted, gradients, logits, strict=True):
             if want:
-                each.take(gradient, of, factors[1] != 0, which)
+                each.take(gradient, of, factors[1] != 0, chunk)
         del logits, gradients  # free them before the next chunk
     return loss, parts, [*both[0].gradients(), *both[1].gradients()]
 
@@ -143,42 +139,27 @@ def _columns(student: SourceRows, span: Span) -> int:
     return given if span.group else min(given, span.num_classes)
 
 
-def _sparse_rows(
-    kernels: Any,
-    logits: Tensor,
-    teacher: SourceRows,
-    task: Task,
-    which: tuple[int, int],
-    options: Options,
-    exchange: shards.Exchange | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`_rows`, with a top-k teacher."""
-    rows = slice(*which)
-    assert teacher.indices is not None
-    kept = (teacher.values[rows], teacher.indices[rows], teacher.rest)
-    factors = task.factors[:, rows].contiguous()
-    span = task.placement.span
-    shared = None if exchange is None else topk.Shared(span.first_class, span.num_classes, exchange)
-    loss, parts, gradient = topk.row_loss(kernels, logits, *kept, task.target[rows], factors, options, shared)
-    return loss, parts, logits if gradient is None else gradient
-
-
 def _rows(
     kernels: Any,
     logits: Tensor,
-    teacher: Tensor | None,
+    teacher: Tensor | SourceRows | None,
     task: Task,
-    which: tuple[int, int],
+    rows: slice,
     options: Options,
     exchange: shards.Exchange | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss of each row of a chunk, its parts, and the gradient of its logits."""
-    rows = slice(*which)
-    target, factors = task.target[rows], task.factors[:, rows].contiguous()
+    """Return the loss of each row of a chunk, its parts, and the gradient of its logits. ``teacher`` has the logits of
+    the chunk, or is a top-k teacher of all rows."""
+    target, factors, span = task.target[rows], task.factors[:, rows].contiguous(), task.placement.span
+    if isinstance(teacher, SourceRows):
+        assert teacher.indices is not None
+        kept = (teacher.values[rows], teacher.indices[rows], teacher.rest)
+        shared = None if exchange is None else topk.Shared(span.first_class, span.num_classes, exchange)
+        loss, parts, gradient = topk.row_loss(kernels, logits, *kept, target, factors, options, shared)
+        return loss, parts, logits if gradient is None else gradient
     if exchange is None:
         loss, parts, gradient, _ = kernels.row_loss(logits, teacher, target, factors, None, options)
         return loss, parts, gradient
-    span = task.placement.span
     labels = target if target.is_floating_point() else None
     if labels is not None:
         likeliest = exchange([staged.likeliest(labels, span.first_class)])
