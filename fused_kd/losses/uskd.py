@@ -183,7 +183,7 @@ def _fused(
 
 
 class USKDLoss(Criterion):
-    """Universal self-knowledge distillation; :func:`fused_kd.uskd_loss` documents every argument.
+    """Universal self-knowledge distillation; :func:`fused_kd.uskd_loss` documents the other arguments.
 
     It owns the linear layer, ``weak_classifier``, that computes the weak logits from an earlier feature of the network.
     Give its parameters to the optimizer, and move the module to the network's device. The paper takes the feature map
@@ -194,19 +194,9 @@ class USKDLoss(Criterion):
     Args:
         in_features: Width D of the feature: the channels of a feature map, or the width of a class token.
         num_classes: The number of classes C.
-        alpha: Weight of the target term.
-        beta: Weight of the non-target term.
-        mu: Weight of the weak supervision.
-        ce_weight: Weight of the ordinary cross-entropy computed in the same pass.
-        label_smoothing: Smoothing of the cross-entropy's labels.
-        rank: The key that ranks the classes: ``"normalized"``, ``"cls_kd"``, ``"weak"``, ``"final"`` or ``"sum"``.
-        square: False uses p in the target's label in place of its square.
         process_group: Take the batch mean over all processes of this group. Call ``init_process_group`` first: before,
             ``torch.distributed.group.WORLD`` is None, which means no group. A module with a group cannot be pickled or
             deep-copied, since the group cannot; its ``state_dict`` can.
-        ignore_index: Rows with this class index are left out.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``.
         class_dim: The dimension of the classes, and of D in the feature.
 
     Shape:
