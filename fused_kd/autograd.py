@@ -46,18 +46,18 @@ class _FusedLoss(torch.autograd.Function):
 class _DistRows(torch.autograd.Function):
     """DIST with ``reduction="none"``: the backward pass computes the gradient from the logits (:mod:`fused_kd.ops`).
 
-    ``kept`` are the student's logits, the teacher's and the target, before flattening to rows may have copied them.
+    ``saved`` are the student's logits, the teacher's and the target, before flattening to rows may have copied them.
     Returns the op's results, without a gradient.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, student_logits: Tensor, op: Any, kept: tuple[Tensor, Tensor, Tensor], further: tuple[Any, ...]
+        ctx: Any, student_logits: Tensor, op: Any, saved: tuple[Tensor, Tensor, Tensor], further: tuple[Any, ...]
     ) -> Any:
         outputs = op(student_logits, *further)
         _, _, row_weight, _, hyper, *options, _, _, backend = further
         scheduled = isinstance(hyper, Tensor)
-        ctx.save_for_backward(*map(savable, (*kept, row_weight)), hyper if scheduled else None)
+        ctx.save_for_backward(*map(savable, (*saved, row_weight)), hyper if scheduled else None)
         ctx.hyper, ctx.options, ctx.backend = None if scheduled else hyper, options, backend
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
@@ -67,9 +67,9 @@ class _DistRows(torch.autograd.Function):
         compiling = torch.compiler.is_compiling()
         if torch.is_grad_enabled() and not compiling:
             raise RuntimeError(transforms.DOUBLE_BACKWARD)
-        *kept, row_weight, hyper = ctx.saved_tensors
+        *saved, row_weight, hyper = ctx.saved_tensors
         student, teacher, target = (
-            each.reshape(-1, each.shape[-1]) if each.is_floating_point() else each for each in kept
+            each.reshape(-1, each.shape[-1]) if each.is_floating_point() else each for each in saved
         )
         op = ops.DIST_GRADIENT[int(hyper is not None)]
         hyper = ctx.hyper if hyper is None else hyper
@@ -153,31 +153,31 @@ def fused_loss(
     options: tuple[Any, ...],
     backend: str,
     want_parts: bool,
-    kept: tuple[Tensor, Tensor, Tensor] | None = None,
+    saved: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the loss of checked rows and, if wanted, its stacked parts; differentiable in ``logits``.
 
     ``name`` is one of :data:`fused_kd.ops.LOSS_OPS`. ``hyper`` are the fields of
     :class:`fused_kd.core.options.HyperParameters`. ``inputs`` are the op's arguments between the logits and these, and
-    ``options`` those up to the ones that say which gradients it computes. With ``kept`` the backward pass computes the
+    ``options`` those up to the ones that say which gradients it computes. With ``saved`` the backward pass computes the
     gradient from these: see :class:`_DistRows`.
     """
     transforms.refuse(*logits)
     wanted = [tensor.requires_grad and torch.is_grad_enabled() for tensor in logits]
-    scheduled, given = given_hyper(hyper)
+    scheduled, given = hyper_argument(hyper)
     op = ops.LOSS_OPS[name][int(scheduled)]  # PyTorch 2.11's compiler accepts no bool as an index
-    further = (*inputs, given, *options, *(wanted if kept is None else [False]), backend)
+    further = (*inputs, given, *options, *(wanted if saved is None else [False]), backend)
     if torch.compiler.is_exporting():
         op = _exported(op)
     elif any(wanted):
-        if kept is not None:
-            return _DistRows.apply(*logits, op, kept, further)[:2]  # type: ignore[no-any-return,no-untyped-call]
+        if saved is not None:
+            return _DistRows.apply(*logits, op, saved, further)[:2]  # type: ignore[no-any-return,no-untyped-call]
         result = _FusedLoss.apply(op, want_parts, further, *logits)  # type: ignore[no-untyped-call]
         return result if want_parts else (result, None)
     return op(*logits, *further)[:2]  # type: ignore[no-any-return]
 
 
-def given_hyper(hyper: list[float]) -> tuple[bool, list[float] | Tensor]:
+def hyper_argument(hyper: list[float]) -> tuple[bool, list[float] | Tensor]:
     """Return whether hyper-parameters may change in the graph that is being compiled, and the form that the op takes.
 
     A float is a constant of a compiled graph until a call has another value. Then the graph is compiled once more, with
@@ -240,8 +240,8 @@ def _autograd_of(op: Any, wanted: int) -> Any:
             known = not isinstance(hyper, Tensor)
             coupled = has_column_term(loss, HyperParameters._make(hyper)) if known else loss == "dist"
             if coupled and reduction == "none":
-                further, kept = (*arguments[1:-2], False, backend), (student_logits, teacher_logits, target)
-                return _DistRows.apply(student_logits, op, kept, further)  # type: ignore[no-untyped-call]
+                further, saved = (*arguments[1:-2], False, backend), (student_logits, teacher_logits, target)
+                return _DistRows.apply(student_logits, op, saved, further)  # type: ignore[no-untyped-call]
         # The export may have seen logits that did not require grad.
         further = (*arguments[wanted : -1 - wanted], *need, backend)
         return _ExportedLoss.apply(op, further, *logits)  # type: ignore[no-untyped-call]

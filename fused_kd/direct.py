@@ -26,10 +26,10 @@ class _Loss(torch.autograd.Function):
     """Gives autograd the gradients that the core has computed, one for each of ``logits``, or None if not wanted."""
 
     @staticmethod
-    def forward(ctx: Any, made: tuple[Any, ...], *logits: Tensor) -> Tensor:
+    def forward(ctx: Any, outputs: tuple[Any, ...], *logits: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*made[2:])
-        return made[0]  # type: ignore[no-any-return]
+        ctx.save_for_backward(*outputs[2:])
+        return outputs[0]  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -77,8 +77,8 @@ def loss(
             return None
         tensors = tensors[0], (kept.log_probs, kept.indices, REST_NUMBERS[kept.rest]), tensors[2]
     which = NUMBERS.get(run, run)
-    made = _loss(which, tensors, numbers, settings, common, native.instruction_set, torch.get_num_threads())
-    if type(made) is not tuple:
-        return None if made is None else (made, None)
-    gradients = len(made) - 2  # one for each logits, or none at all
-    return (_apply(made, *tensors[:gradients]) if gradients else made[0]), made[1]
+    outputs = _loss(which, tensors, numbers, settings, common, native.instruction_set, torch.get_num_threads())
+    if type(outputs) is not tuple:
+        return None if outputs is None else (outputs, None)
+    gradients = len(outputs) - 2  # one for each logits, or none at all
+    return (_apply(outputs, *tensors[:gradients]) if gradients else outputs[0]), outputs[1]

@@ -91,7 +91,7 @@ def _apply(
     wanted = [each is not None and each.requires_grad and torch.is_grad_enabled() for each in tensors]
     if any(wanted) and torch.compiler.is_exporting():
         raise RuntimeError(_EXPORTED)
-    scheduled, numbers = autograd.given_hyper(hyper)
+    scheduled, numbers = autograd.hyper_argument(hyper)
     op, further = ops[int(scheduled)], (None, *inputs, numbers, *options, reduction, wanted, backend)
     if not any(wanted):
         return op(*tensors, *further)[:2]  # type: ignore[no-any-return]

@@ -14,7 +14,7 @@ from fused_kd.losses import _sources
 from fused_kd.losses._call import call, ordinary
 from fused_kd.losses._criterion import Criterion, Scheduled
 from fused_kd.losses._docs import documented
-from fused_kd.losses._options import checked
+from fused_kd.losses._options import Common, checked
 from fused_kd.reference import USKDParts
 from fused_kd.sources import Head, Logits
 
@@ -150,10 +150,11 @@ def uskd_loss(
     numbers = {"alpha": alpha, "beta": beta, "mu": mu, "ce_weight": ce_weight, "label_smoothing": label_smoothing}
     settings: dict[str, Any] = {"rank": rank, "square": square, "ignore_index": ignore_index}
     settings |= {"process_group": process_group, "reduction": reduction}
-    common = (weight, normalizer, class_dim, None, backend, return_parts)
+    common_arguments = (weight, normalizer, class_dim, None, backend, return_parts)
     tensors = (student_logits, weak_logits, target)
-    if (made := ordinary("uskd", USKDParts, tensors, numbers, settings, common)) is not None:
-        return made
+    if (result := ordinary("uskd", USKDParts, tensors, numbers, settings, common_arguments)) is not None:
+        return result
+    common = Common._make(common_arguments)
     numbers = checked(numbers, settings, common)
     plain = type(student_logits) is Tensor and type(weak_logits) is Tensor
     if not plain and (_sources.is_source(student_logits) or _sources.is_source(weak_logits)):
@@ -161,7 +162,7 @@ def uskd_loss(
         return _sources.uskd(_eager, summed, tensors, numbers, settings, common)
     student, weak = cast(Tensor, student_logits), cast(Tensor, weak_logits)
     rows = checks.flatten(student, weak, "weak_logits", target, class_dim)
-    return call("uskd", _eager, _fused, USKDParts, (student, rows), (numbers, settings), common)
+    return call("uskd", _eager, _fused, USKDParts, student, rows, numbers, settings, common)
 
 
 def _eager(

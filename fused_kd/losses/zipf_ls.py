@@ -11,7 +11,7 @@ from fused_kd.core import checks
 from fused_kd.losses._call import call, ordinary
 from fused_kd.losses._criterion import Criterion, Scheduled
 from fused_kd.losses._docs import documented
-from fused_kd.losses._options import checked
+from fused_kd.losses._options import Common, checked
 from fused_kd.reference import DistillationParts
 
 
@@ -96,10 +96,11 @@ def zipf_ls_loss(
     """
     settings = {"reduction": reduction, "ignore_index": ignore_index}
     numbers = {"beta": beta, "power": power, "ce_weight": ce_weight, "label_smoothing": label_smoothing}
-    common = (weight, normalizer, class_dim, None, backend, return_parts)
+    common_arguments = (weight, normalizer, class_dim, None, backend, return_parts)
     tensors = (student_logits, dense_logits, target)
-    if (made := ordinary("zipf_ls", DistillationParts, tensors, numbers, settings, common)) is not None:
-        return made
+    if (result := ordinary("zipf_ls", DistillationParts, tensors, numbers, settings, common_arguments)) is not None:
+        return result
+    common = Common._make(common_arguments)
     numbers = checked(numbers, settings, common)
     rows = checks.flatten(student_logits, None, None, target, class_dim)
     rows = checks.Rows(rows[0], checks.flatten_dense(dense_logits, student_logits, rows), *rows[2:])
@@ -108,8 +109,10 @@ def zipf_ls_loss(
         reference.zipf_ls_loss,
         _fused,
         DistillationParts,
-        (student_logits, rows),
-        (numbers, settings),
+        student_logits,
+        rows,
+        numbers,
+        settings,
         common,
     )
 
