@@ -250,6 +250,5 @@ def _autograd_of(op: Any, wanted: int) -> Any:
     return kernel
 
 
-for _name, _pair in ops.LOSS_OPS.items():
-    for _op in map(ops.EXPORTED_OPS.__getitem__, _pair):
-        ops.implement_autograd(_op, _autograd_of(_op, 2 if _name == "uskd" else 1))
+for _op in ops.EXPORTED_OPS.values():
+    ops.implement_autograd(_op, _autograd_of(_op, 2 if "uskd" in _op._opname else 1))

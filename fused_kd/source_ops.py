@@ -99,7 +99,8 @@ def _source_loss_fake(
     return _empty_results(given, 3, reduction, wanted)
 
 
-ops.define(
+#: The ops, and their twins for hyper-parameters that may change in a compiled graph.
+SOURCE_LOSS: tuple[Any, Any] = ops.define(
     "source_loss",
     "Tensor student, Tensor? weight, Tensor? bias, Tensor? grad_rows, Tensor? teacher, Tensor? teacher_weight, "
     "Tensor? teacher_bias, Tensor? indices, Tensor target, Tensor? row_weight, str loss, {hyper}, bool standardize, "
@@ -131,7 +132,7 @@ def _source_uskd_batch_sums(
         return sources.uskd_batch_sums(backends.get(backend), given, target, placement, (square, ignore_index))
 
 
-ops.define(
+source_uskd_batch_sums = ops.define(
     "source_uskd_batch_sums",
     "Tensor student, Tensor? weight, Tensor? bias, Tensor target, float[] heads, bool square, int ignore_index, "
     "SymInt num_classes, SymInt chunk_rows, ScalarType? compute",
@@ -184,7 +185,7 @@ def _source_uskd_fake(student: Tensor, *further: Any) -> tuple[Tensor, ...]:
     return _empty_results(given, 4, reduction, wanted)
 
 
-ops.define(
+SOURCE_USKD: tuple[Any, Any] = ops.define(
     "source_uskd",
     "Tensor student, Tensor? weight, Tensor? bias, Tensor weak, Tensor? weak_weight, Tensor? weak_bias, "
     "Tensor? grad_rows, Tensor target, Tensor batch_sums, Tensor? row_weight, {hyper}, str rank, bool square, "
@@ -196,7 +197,3 @@ ops.define(
     _source_uskd_fake,
     scheduled=True,
 )
-#: The ops, and their twins for hyper-parameters that may change in a compiled graph.
-SOURCE_LOSS: tuple[Any, Any] = (ops.registered("source_loss"), ops.registered("source_loss_scheduled"))
-SOURCE_USKD: tuple[Any, Any] = (ops.registered("source_uskd"), ops.registered("source_uskd_scheduled"))
-source_uskd_batch_sums = ops.registered("source_uskd_batch_sums")
