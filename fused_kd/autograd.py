@@ -165,9 +165,8 @@ def fused_loss(
     """
     transforms.refuse(*logits)
     wanted = [tensor.requires_grad and torch.is_grad_enabled() for tensor in logits]
-    scheduled, given = hyper_argument(hyper)
-    op = ops.LOSS_OPS[name][int(scheduled)]  # PyTorch 2.11's compiler accepts no bool as an index
-    further = (*inputs, given, *options, *(wanted if saved is None else [False]), backend)
+    op, numbers = choose_op(ops.LOSS_OPS[name], hyper)
+    further = (*inputs, numbers, *options, *(wanted if saved is None else [False]), backend)
     if torch.compiler.is_exporting():
         op = _exported(op)
     elif any(wanted):
@@ -178,20 +177,23 @@ def fused_loss(
     return op(*logits, *further)[:2]  # type: ignore[no-any-return]
 
 
-def hyper_argument(hyper: list[float]) -> tuple[bool, list[float] | Tensor]:
-    """Return whether hyper-parameters may change in the graph that is being compiled, and the form that the op takes.
+def choose_op(twins: tuple[Any, Any], hyper: list[float]) -> tuple[Any, list[float] | Tensor]:
+    """Return the op to call, and the hyper-parameters in its form: a tensor if they may change in the graph that is
+    being compiled.
 
     A float is a constant of a compiled graph until a call has another value. Then the graph is compiled once more, with
     a symbol in its place.
     """
+    op, scheduled = twins
     if torch.compiler.is_compiling():
         # This adds no guard. A comparison would not do: guards of the range checks settle it even for a symbol.
         from torch.fx.experimental.symbolic_shapes import has_static_value
 
         for value in hyper:
             if not has_static_value(value):
-                return True, torch.stack([torch.ones((), dtype=torch.float64, device="cpu") * each for each in hyper])
-    return False, hyper
+                one = torch.ones((), dtype=torch.float64, device="cpu")
+                return scheduled, torch.stack([one * each for each in hyper])
+    return op, hyper
 
 
 def uskd_batch_sums(student_logits: Tensor, target: Tensor, square: bool, ignore_index: int, backend: str) -> Tensor:

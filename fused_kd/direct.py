@@ -7,7 +7,7 @@ A loss first tries this way, with unchecked arguments. For any other call it ret
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,8 +15,10 @@ from torch import Tensor
 from fused_kd.autograd import scale_stored
 from fused_kd.backends import native
 from fused_kd.backends.topk import is_fused
-from fused_kd.core.catalogue import NUMBERS, REST_NUMBERS, as_run
+from fused_kd.core.catalogue import NUMBERS, REST_NUMBERS, ROW_LOSSES, as_run
 from fused_kd.sources import TopK
+
+Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
 
 _loss, _scale = native.direct_loss, native.direct_scale
 _ONE = torch.ones((), device="cpu")
@@ -53,12 +55,13 @@ def _scaled(gradient: Tensor, grad_output: Tensor) -> Tensor:
 
 def loss(
     name: str,
+    parts_type: type[Parts],
     tensors: tuple[Any, Any, Any],
     numbers: dict[str, float],
     settings: dict[str, Any],
     common: tuple[Any, ...],
-) -> tuple[Tensor, Tensor | None] | None:
-    """Return the loss and, if wanted, its stacked parts; None if the call is not ordinary.
+) -> Tensor | tuple[Tensor, Parts] | None:
+    """Return the loss or, if wanted, the loss and its parts; None if the call is not ordinary.
 
     ``tensors`` are the student's logits, other logits and the target. ``numbers`` are the hyper-parameters,
     ``settings`` the loss's other options, and ``common`` the options that all losses take.
@@ -79,6 +82,10 @@ def loss(
     which = NUMBERS.get(run, run)
     outputs = _loss(which, tensors, numbers, settings, common, native.instruction_set, torch.get_num_threads())
     if type(outputs) is not tuple:
-        return None if outputs is None else (outputs, None)
+        return outputs  # type: ignore[no-any-return]  # the loss alone, or None
     gradients = len(outputs) - 2  # one for each logits, or none at all
-    return (_apply(outputs, *tensors[:gradients]) if gradients else outputs[0]), outputs[1]
+    value, stacked = _apply(outputs, *tensors[:gradients]) if gradients else outputs[0], outputs[1]
+    if stacked is None:
+        return value  # type: ignore[no-any-return]
+    places = ROW_LOSSES[name].parts if name in ROW_LOSSES else range(len(stacked))
+    return value, parts_type(*(stacked[place] for place in places))

@@ -77,7 +77,7 @@ class _SourceRowsLoss(torch.autograd.Function):
 
 
 def _apply(
-    ops: tuple[Any, Any],
+    twins: tuple[Any, Any],
     tensors: Sequence[Tensor | None],
     inputs: tuple[Any, ...],
     hyper: list[float],
@@ -85,14 +85,14 @@ def _apply(
     reduction: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Run an op and make it differentiable in ``tensors``, its first arguments. ``inputs`` are its arguments between
-    these and the hyper-parameters, and ``options`` those between these and the reduction."""
+    """Run one of the ``twins`` and make it differentiable in ``tensors``, its first arguments. ``inputs`` are its
+    arguments between these and the hyper-parameters, and ``options`` those between these and the reduction."""
     transforms.refuse(*(each for each in tensors if each is not None))
     wanted = [each is not None and each.requires_grad and torch.is_grad_enabled() for each in tensors]
     if any(wanted) and torch.compiler.is_exporting():
         raise RuntimeError(_EXPORTED)
-    scheduled, numbers = autograd.hyper_argument(hyper)
-    op, further = ops[int(scheduled)], (None, *inputs, numbers, *options, reduction, wanted, backend)
+    op, numbers = autograd.choose_op(twins, hyper)
+    further = (None, *inputs, numbers, *options, reduction, wanted, backend)
     if not any(wanted):
         return op(*tensors, *further)[:2]  # type: ignore[no-any-return]
     function = _SourceRowsLoss if reduction == "none" else _SourceLoss

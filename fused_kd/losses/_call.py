@@ -51,26 +51,6 @@ def call(
     return returned(loss, packed if common.return_parts else None, parts_type, rows.shape, settings["reduction"])
 
 
-def ordinary(
-    name: str,
-    parts_type: type[Parts],
-    tensors: tuple[Any, Any, Any],
-    numbers: dict[str, float],
-    settings: dict[str, Any],
-    common: tuple[Any, ...],
-) -> Tensor | tuple[Tensor, Parts] | None:
-    """Return the result of an ordinary call (:mod:`fused_kd.direct`), None for any other call. Takes unchecked
-    arguments."""
-    result = direct.loss(name, tensors, numbers, settings, common)
-    if result is None:
-        return None
-    loss, packed = result
-    if packed is None:
-        return loss
-    chosen = ROW_LOSSES[name].parts if name in ROW_LOSSES else range(len(packed))
-    return loss, parts_type(*(packed[part] for part in chosen))
-
-
 def row_loss(
     name: str,
     eager: Callable[..., tuple[Tensor, Parts]],
@@ -85,7 +65,7 @@ def row_loss(
     fields of :class:`Common`."""
     labels = ROW_LOSSES[name].labels
     complete = tensors[2] is not None or not labels
-    if complete and (result := ordinary(name, parts_type, tensors, numbers, settings, common_arguments)) is not None:
+    if complete and (result := direct.loss(name, parts_type, tensors, numbers, settings, common_arguments)) is not None:
         return result
     common = Common._make(common_arguments)
     numbers = checked(numbers, settings, common)

@@ -64,7 +64,12 @@ def row_loss(
     student_logits, teacher_logits, target = tensors
     _, _, class_dim, num_classes, backend, return_parts = common
     if isinstance(teacher_logits, TopK):
-        _check_topk(target, settings)
+        if settings["logit_standardization"]:
+            raise ValueError(
+                "logit_standardization: expected False with a TopK, which does not have all logits; got True"
+            )
+        if target is not None and target.is_floating_point():
+            raise ValueError("target: expected class indices with a TopK, got probabilities; take the likeliest class")
     student, teacher = _student_and_teacher(name, student_logits, teacher_logits, class_dim, num_classes)
     rows = _row_inputs(student, target, common, settings, ROW_LOSSES[name].labels)
     hyper = in_order(numbers)
@@ -159,13 +164,6 @@ def _by_kernels(
         student.rows, teacher and teacher.rows, rows, name, hyper, options, placement, settings["reduction"], backend
     )
     return loss, [stacked[part] for part in ROW_LOSSES[name].parts]
-
-
-def _check_topk(target: Tensor | None, settings: dict[str, Any]) -> None:
-    if settings["logit_standardization"]:
-        raise ValueError("logit_standardization: expected False with a TopK, which does not have all logits; got True")
-    if target is not None and target.is_floating_point():
-        raise ValueError("target: expected class indices with a TopK, got probabilities; take the likeliest class")
 
 
 def uskd(

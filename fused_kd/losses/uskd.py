@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 import torch
 from torch import Tensor, distributed, nn
 
-from fused_kd import autograd, reference
+from fused_kd import autograd, direct, reference
 from fused_kd.core import checks
 from fused_kd.losses import _sources
-from fused_kd.losses._call import call, ordinary
+from fused_kd.losses._call import call
 from fused_kd.losses._criterion import Criterion, Scheduled
 from fused_kd.losses._docs import documented
 from fused_kd.losses._options import Common, checked
@@ -152,7 +152,7 @@ def uskd_loss(
     settings |= {"process_group": process_group, "reduction": reduction}
     common_arguments = (weight, normalizer, class_dim, None, backend, return_parts)
     tensors = (student_logits, weak_logits, target)
-    if (result := ordinary("uskd", USKDParts, tensors, numbers, settings, common_arguments)) is not None:
+    if (result := direct.loss("uskd", USKDParts, tensors, numbers, settings, common_arguments)) is not None:
         return result
     common = Common._make(common_arguments)
     numbers = checked(numbers, settings, common)

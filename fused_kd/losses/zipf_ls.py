@@ -6,9 +6,9 @@ from typing import Any, Literal, overload
 
 from torch import Tensor
 
-from fused_kd import autograd, reference
+from fused_kd import autograd, direct, reference
 from fused_kd.core import checks
-from fused_kd.losses._call import call, ordinary
+from fused_kd.losses._call import call
 from fused_kd.losses._criterion import Criterion, Scheduled
 from fused_kd.losses._docs import documented
 from fused_kd.losses._options import Common, checked
@@ -98,7 +98,7 @@ def zipf_ls_loss(
     numbers = {"beta": beta, "power": power, "ce_weight": ce_weight, "label_smoothing": label_smoothing}
     common_arguments = (weight, normalizer, class_dim, None, backend, return_parts)
     tensors = (student_logits, dense_logits, target)
-    if (result := ordinary("zipf_ls", DistillationParts, tensors, numbers, settings, common_arguments)) is not None:
+    if (result := direct.loss("zipf_ls", DistillationParts, tensors, numbers, settings, common_arguments)) is not None:
         return result
     common = Common._make(common_arguments)
     numbers = checked(numbers, settings, common)
