@@ -168,7 +168,8 @@ def fused_loss(
     op, numbers = choose_op(ops.LOSS_OPS[name], hyper)
     further = (*inputs, numbers, *options, *(wanted if saved is None else [False]), backend)
     if torch.compiler.is_exporting():
-        op = _exported(op)
+        transforms.refuse_onnx()
+        op = ops.EXPORTED_OPS[op]  # an export keeps only ops, so this one has an autograd kernel of its own
     elif any(wanted):
         if saved is not None:
             return _DistRows.apply(*logits, op, saved, further)[:2]  # type: ignore[no-any-return,no-untyped-call]
@@ -200,13 +201,6 @@ def uskd_batch_sums(student_logits: Tensor, target: Tensor, square: bool, ignore
     """Return the sums that couple the rows of USKD; see :func:`fused_kd.reference.uskd_batch_sums`."""
     transforms.refuse(student_logits)
     return ops.uskd_batch_sums(student_logits.detach(), target, square, ignore_index, backend)  # type: ignore[no-any-return]
-
-
-def _exported(op: Any) -> Any:
-    """Return the op that torch.export records in place of ``op``. An export keeps only ops, so this one has its own
-    autograd kernel."""
-    transforms.refuse_onnx()
-    return ops.EXPORTED_OPS[op]
 
 
 class _ExportedLoss(torch.autograd.Function):

@@ -105,15 +105,7 @@ def zipf_ls_loss(
     rows = checks.flatten(student_logits, None, None, target, class_dim)
     rows = checks.Rows(rows[0], checks.flatten_dense(dense_logits, student_logits, rows), *rows[2:])
     return call(
-        "zipf_ls",
-        reference.zipf_ls_loss,
-        _fused,
-        DistillationParts,
-        student_logits,
-        rows,
-        numbers,
-        settings,
-        common,
+        "zipf_ls", reference.zipf_ls_loss, _fused, DistillationParts, student_logits, rows, numbers, settings, common
     )
 
 
