@@ -20,8 +20,6 @@ from fused_kd.reference import accumulation_dtype
 
 #: The most bytes, by device type, for the logits of a head's chunk of rows and their gradient.
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
-
-
 _NONE = (False, False, False)
 
 
@@ -51,18 +49,19 @@ def run(
     columns = _columns(student, span)
     loss, parts = values.new_empty(len(values), dtype=dtype), values.new_empty((3, len(values)), dtype=dtype)
     student_maker = maker(student, task.wanted, dtype, columns, task.placement.compute)
-    sparse = teacher if teacher is not None and teacher.indices is not None else None
-    whole = None if sparse is not None else teacher
-    teacher_maker = None if whole is None else maker(whole, _NONE, dtype, columns, task.placement.compute)
+    top_k = teacher is not None and teacher.indices is not None
+    teacher_maker = None
+    if teacher is not None and not top_k:
+        teacher_maker = maker(teacher, _NONE, dtype, columns, task.placement.compute)
     # Not in Triton: a warp of the looped kernel may still read logits that another warp has overwritten.
-    over = kernels is native and student_maker.over and not span.group and sparse is None
+    over = kernels is native and student_maker.over and not span.group and not top_k
     options = options._replace(over=over, padding=student_maker.padding)
     exchange = shards.Exchange(span, columns) if span.group else None
     most = shards.rows_of_chunks(span, columns)
     for chunk in _chunks(values, (student_maker, teacher_maker), int(not over), most, task.placement.chunk_rows):
         rows = slice(*chunk)
         logits = student_maker.logits(*chunk)
-        other = sparse if teacher_maker is None else teacher_maker.logits(*chunk)
+        other = teacher if teacher_maker is None else teacher_maker.logits(*chunk)
         loss[rows], parts[:, rows], gradient = _rows(kernels, logits, other, task, rows, options, exchange)
         if any(task.wanted):
             student_maker.take(gradient, logits, task.factors[1, rows] != 0, chunk)

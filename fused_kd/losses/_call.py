@@ -35,15 +35,15 @@ def call(
 ) -> Tensor | tuple[Tensor, Parts]:
     """Run a loss with checked arguments. ``rows`` are those of all tensors, ``numbers`` the hyper-parameters and
     ``settings`` the other options; ``eager`` takes both by name."""
-    weight, num_classes = common.weight, rows.student_logits.shape[1]
+    weight, device = common.weight, student_logits.device
     if weight is not None:
-        weight = checks.flatten_weight(weight, rows.shape, student_logits.shape, num_classes, student_logits.device)
+        weight = checks.flatten_weight(weight, rows.shape, student_logits.shape, rows.student_logits.shape[1], device)
     if common.normalizer is not None:
         weight = normalized_weight(weight, common.normalizer, settings, rows.target)
-    chosen = backends.choose(common.backend, student_logits.device, name)
+    chosen = backends.choose(common.backend, device, name)
     packed: Any
     if chosen == "reference":
-        checks.check_target_values(rows.target, weight, num_classes, settings["ignore_index"])
+        checks.check_target_values(rows.target, weight, rows.student_logits.shape[1], settings["ignore_index"])
         tensors = [tensor for tensor in rows[:3] if tensor is not None]
         loss, packed = eager(*tensors, **numbers, **settings, weight=weight)
     else:
