@@ -168,13 +168,12 @@ def _by_kernels(
 
 def uskd(
     eager: Callable[..., tuple[Tensor, USKDParts]],
-    summed: Callable[[Tensor], Tensor],
     tensors: tuple[Logits, Logits, Tensor],
     numbers: dict[str, float],
     settings: dict[str, Any],
     common: Common,
 ) -> Tensor | tuple[Tensor, USKDParts]:
-    """USKD with checked numbers. ``summed`` adds up the batch sums of a group's processes."""
+    """USKD with checked numbers."""
     student_logits, weak_logits, target = tensors
     _, _, class_dim, _, backend, return_parts = common
     student = _flattened("student_logits", student_logits, class_dim)
@@ -202,7 +201,8 @@ def uskd(
     else:
         rank, square, ignore_index = (settings[name] for name in ("rank", "square", "ignore_index"))
         placement = (shape[-1], student.chunk_rows or weak.chunk_rows, _products_dtype(values.device, values.dtype))
-        sums = summed(source_autograd.uskd_batch_sums(student.rows, target, (square, ignore_index, *placement), chosen))
+        sums = source_autograd.uskd_batch_sums(student.rows, target, (square, ignore_index, *placement), chosen)
+        sums = _shards.sum_over_processes(sums, settings["process_group"])
         inputs, options = (target, sums, weight), (rank, square, ignore_index)
         loss, stacked = source_autograd.uskd(
             student.rows, weak.rows, inputs, in_order(numbers), options, placement, settings["reduction"], chosen

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from fused_kd import autograd, direct, reference
 from fused_kd.core import checks
-from fused_kd.losses import _sources
+from fused_kd.losses import _shards, _sources
 from fused_kd.losses._call import call
 from fused_kd.losses._criterion import Criterion, Scheduled
 from fused_kd.losses._docs import documented
@@ -158,8 +157,7 @@ def uskd_loss(
     numbers = checked(numbers, settings, common)
     plain = type(student_logits) is Tensor and type(weak_logits) is Tensor
     if not plain and (_sources.is_source(student_logits) or _sources.is_source(weak_logits)):
-        summed = partial(_over_processes, process_group=process_group)
-        return _sources.uskd(_eager, summed, tensors, numbers, settings, common)
+        return _sources.uskd(_eager, tensors, numbers, settings, common)
     student, weak = cast(Tensor, student_logits), cast(Tensor, weak_logits)
     rows = checks.flatten(student, weak, "weak_logits", target, class_dim)
     return call("uskd", _eager, _fused, USKDParts, student, rows, numbers, settings, common)
@@ -382,10 +380,4 @@ def _batch_sums(
         sums = reference.uskd_batch_sums(student, target, square=square, ignore_index=ignore_index)
     else:
         sums = autograd.uskd_batch_sums(student, target, square, ignore_index, chosen)
-    return _over_processes(sums, process_group)
-
-
-def _over_processes(sums: Tensor, process_group: ProcessGroup | None) -> Tensor:
-    if process_group is not None:
-        distributed.all_reduce(sums, group=process_group)
-    return sums
+    return _shards.sum_over_processes(sums, process_group)
