@@ -47,12 +47,12 @@ class MachineCode(NamedTuple):
     registers: int
     stack: int
     shared: int
-    threads: int
     local: int
     loads: dict[int, int]
     stores: dict[int, int]
     instructions: int
     exponentials: int
+    threads: int
     seconds: float = 0.0
 
 
@@ -140,12 +140,12 @@ def read_amdgcn(text: str) -> MachineCode:
         number("vgpr_count"),
         number("private_segment_fixed_size"),
         number("group_segment_fixed_size"),
-        number("max_flat_workgroup_size"),
         len(re.findall(r"^\s+scratch_(?:load|store)", text, re.MULTILINE)) + number("vgpr_spill_count"),
         moved("load"),
         moved("store"),
         len(re.findall(r"^\t[a-z]\w+", body, re.MULTILINE)),
         len(re.findall(r"^\s+v_exp_f32", body, re.MULTILINE)),
+        number("max_flat_workgroup_size"),
     )
 
 
@@ -187,12 +187,12 @@ def read_cubin(path: Path) -> dict[str, MachineCode]:
             registers,
             stack + local,
             shared,
-            threads.get(name, 0),
             len(re.findall(r"\b(?:LDL|STL)\b", instructions)),
             widths("LDG", instructions),
             widths("STG", instructions),
             len(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?!NOP)", instructions)),
             len(re.findall(r"\bMUFU\.EX2\b", instructions)),
+            threads.get(name, 0),
         )
     if not kernels:
         raise RuntimeError(f"cuobjdump: found no kernel in {path.name}")
