@@ -14,15 +14,11 @@ from fused_kd.core.catalogue import has_column_term
 from fused_kd.core.options import HyperParameters
 from fused_kd.core.stored import counted_weight
 
-__all__ = ["given_hyper", "row_loss", "scale_stored", "uskd", "uskd_batch_sums", "zipf_ls"]
-
-# Indexed by int(whether hyper-parameters may change): PyTorch 2.11's compiler accepts no bool as an index.
-_ROW_LOSS, _USKD, _ZIPF_LS = (ops.LOSS_OPS[name] for name in ("row_loss", "uskd", "zipf_ls"))
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 
 class _FusedLoss(torch.autograd.Function):
-    """Gives autograd the gradient that the forward op computed.
+    """Gives autograd the gradients that the forward op computed for ``logits``, its first arguments.
 
     The time of a call, a good part of a step at a thousand classes, decides the form. Each argument of ``apply`` costs
     a microsecond each way, so the op's further arguments are one tuple. A second output costs five microseconds, and
@@ -32,56 +28,36 @@ class _FusedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, student_logits: Tensor, op: Any, want_parts: bool, further: tuple[Any, ...]) -> Any:
-        return _keep(ctx, op(student_logits, *further), want_parts, further[-1])
+    def forward(ctx: Any, op: Any, want_parts: bool, further: tuple[Any, ...], *logits: Tensor) -> Any:
+        loss, parts, *stored = op(*logits, *further)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*stored)
+        ctx.backend = further[-1]
+        if not want_parts:
+            return loss
+        ctx.mark_non_differentiable(parts)
+        return loss, parts
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, _grad_parts: None = None) -> tuple[Tensor | None, ...]:
-        if grad_output is None:
-            return None, None, None, None
-        gradient, norm = ctx.saved_tensors
-        return scale_stored(gradient, grad_output, norm, ctx.backend), None, None, None
-
-
-class _FusedPairLoss(torch.autograd.Function):
-    """As :class:`_FusedLoss`, for two logits with a gradient each, if wanted. One class for both would be slower."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, student_logits: Tensor, other_logits: Tensor, op: Any, want_parts: bool, further: tuple[Any, ...]
-    ) -> Any:
-        return _keep(ctx, op(student_logits, other_logits, *further), want_parts, further[-1])
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, _grad_parts: None = None) -> tuple[Tensor | None, ...]:
-        if grad_output is None:
-            return None, None, None, None, None
-        student, other, student_norm, other_norm = ctx.saved_tensors
-        want_student, want_other = ctx.needs_input_grad[:2]
-        return (
-            scale_stored(student, grad_output, student_norm, ctx.backend) if want_student else None,
-            scale_stored(other, grad_output, other_norm, ctx.backend) if want_other else None,
-            None,
-            None,
-            None,
-        )
+        return _stored_gradients(ctx, grad_output)
 
 
 class _DistRows(torch.autograd.Function):
     """DIST with ``reduction="none"``: the backward pass computes the gradient from the logits (:mod:`fused_kd.ops`).
 
-    ``kept`` are the student's logits, the teacher's and the target, before flattening to rows may have copied them.
+    ``saved`` are the student's logits, the teacher's and the target, before flattening to rows may have copied them.
     Returns the op's results, without a gradient.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, student_logits: Tensor, op: Any, kept: tuple[Tensor, Tensor, Tensor], further: tuple[Any, ...]
+        ctx: Any, student_logits: Tensor, op: Any, saved: tuple[Tensor, Tensor, Tensor], further: tuple[Any, ...]
     ) -> Any:
         outputs = op(student_logits, *further)
         _, _, row_weight, _, hyper, *options, _, _, backend = further
         scheduled = isinstance(hyper, Tensor)
-        ctx.save_for_backward(*map(savable, (*kept, row_weight)), hyper if scheduled else None)
+        ctx.save_for_backward(*map(savable, (*saved, row_weight)), hyper if scheduled else None)
         ctx.hyper, ctx.options, ctx.backend = None if scheduled else hyper, options, backend
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
@@ -91,9 +67,9 @@ class _DistRows(torch.autograd.Function):
         compiling = torch.compiler.is_compiling()
         if torch.is_grad_enabled() and not compiling:
             raise RuntimeError(transforms.DOUBLE_BACKWARD)
-        *kept, row_weight, hyper = ctx.saved_tensors
+        *saved, row_weight, hyper = ctx.saved_tensors
         student, teacher, target = (
-            each.reshape(-1, each.shape[-1]) if each.is_floating_point() else each for each in kept
+            each.reshape(-1, each.shape[-1]) if each.is_floating_point() else each for each in saved
         )
         op = ops.DIST_GRADIENT[int(hyper is not None)]
         hyper = ctx.hyper if hyper is None else hyper
@@ -121,16 +97,18 @@ def savable(tensor: Tensor | None) -> Tensor | None:
     return tensor.clone()
 
 
-def _keep(ctx: Any, outputs: tuple[Tensor, ...], want_parts: bool, backend: str) -> Any:
-    """Save the forward op's gradients for backward. Return the loss, and the parts if wanted."""
-    loss, parts, *stored = outputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*stored)
-    ctx.backend = backend
-    if not want_parts:
-        return loss
-    ctx.mark_non_differentiable(parts)
-    return loss, parts
+def _stored_gradients(ctx: Any, grad_output: Tensor | None, keep: bool = False) -> tuple[Tensor | None, ...]:
+    """Return the gradient of each argument of ``apply``, of which the last are the logits."""
+    needed = ctx.needs_input_grad
+    results: list[Tensor | None] = [None] * len(needed)
+    if grad_output is not None:
+        saved = ctx.saved_tensors  # once: checkpointing unpacks them only once
+        count = len(saved) // 2
+        for i in range(-count, 0):
+            if needed[i]:
+                gradient, norm = saved[i - count], saved[i]
+                results[i] = scale_stored(gradient, grad_output, norm, ctx.backend, keep)
+    return tuple(results)
 
 
 def scale_stored(gradient: Tensor, grad_output: Tensor, norm: Tensor, backend: str, keep: bool = False) -> Tensor:
@@ -168,74 +146,55 @@ def _scaled(gradient: Tensor, grad_output: Tensor, norm: Tensor) -> Tensor:
     return torch.where(gradient == 0, gradient, scaled.to(gradient.dtype))
 
 
-def row_loss(
-    student_logits: Tensor,
-    inputs: tuple[Tensor | None, ...],
-    loss: str,
+def fused_loss(
+    name: str,
+    logits: tuple[Tensor, ...],
+    inputs: tuple[Any, ...],
     hyper: list[float],
     options: tuple[Any, ...],
     backend: str,
     want_parts: bool,
-    kept: tuple[Tensor, Tensor, Tensor] | None = None,
+    saved: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the loss of checked rows and, if wanted, its three stacked parts; differentiable in the student's logits.
+    """Return the loss of checked rows and, if wanted, its stacked parts; differentiable in ``logits``.
 
-    ``hyper`` are the fields of :class:`fused_kd.core.options.HyperParameters`. ``inputs`` are the op's arguments before
-    the loss's name, and ``options`` the ones between ``hyper`` and ``need_gradient``. With ``kept`` the backward pass
-    computes the gradient from these: see :class:`_DistRows`.
+    ``name`` is one of :data:`fused_kd.ops.LOSS_OPS`. ``hyper`` are the fields of
+    :class:`fused_kd.core.options.HyperParameters`. ``inputs`` are the op's arguments between the logits and these, and
+    ``options`` those up to the ones that say which gradients it computes. With ``saved`` the backward pass computes the
+    gradient from these: see :class:`_DistRows`.
     """
-    transforms.refuse(student_logits)
-    need_gradient = student_logits.requires_grad and torch.is_grad_enabled()
-    scheduled, given = given_hyper(hyper)
-    further = (*inputs, loss, given, *options, need_gradient and kept is None, backend)
-    if kept is not None and need_gradient and not torch.compiler.is_exporting():
-        outputs = _DistRows.apply(student_logits, _ROW_LOSS[int(scheduled)], kept, further)  # type: ignore[no-untyped-call]
-        return outputs[:2]  # type: ignore[no-any-return]
-    return _apply_fused(_ROW_LOSS[int(scheduled)], student_logits, further, need_gradient, want_parts)
+    transforms.refuse(*logits)
+    wanted = [tensor.requires_grad and torch.is_grad_enabled() for tensor in logits]
+    op, numbers = choose_op(ops.LOSS_OPS[name], hyper)
+    further = (*inputs, numbers, *options, *(wanted if saved is None else [False]), backend)
+    if torch.compiler.is_exporting():
+        transforms.refuse_onnx()
+        op = ops.EXPORTED_OPS[op]  # an export keeps only ops, so this one has an autograd kernel of its own
+    elif any(wanted):
+        if saved is not None:
+            return _DistRows.apply(*logits, op, saved, further)[:2]  # type: ignore[no-any-return,no-untyped-call]
+        result = _FusedLoss.apply(op, want_parts, further, *logits)  # type: ignore[no-untyped-call]
+        return result if want_parts else (result, None)
+    return op(*logits, *further)[:2]  # type: ignore[no-any-return]
 
 
-def zipf_ls(
-    student_logits: Tensor,
-    inputs: tuple[Tensor | None, ...],
-    hyper: list[float],
-    options: tuple[Any, ...],
-    backend: str,
-    want_parts: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Return Zipf's label smoothing of checked rows and, if wanted, its two stacked parts; differentiable in the
-    student's logits. The arguments are as in :func:`row_loss`."""
-    transforms.refuse(student_logits)
-    need_gradient = student_logits.requires_grad and torch.is_grad_enabled()
-    scheduled, given = given_hyper(hyper)
-    further = (*inputs, given, *options, need_gradient, backend)
-    return _apply_fused(_ZIPF_LS[int(scheduled)], student_logits, further, need_gradient, want_parts)
-
-
-def given_hyper(hyper: list[float]) -> tuple[bool, list[float] | Tensor]:
-    """Return whether hyper-parameters may change in the graph that is being compiled, and the form that the op takes.
+def choose_op(twins: tuple[Any, Any], hyper: list[float]) -> tuple[Any, list[float] | Tensor]:
+    """Return the op to call, and the hyper-parameters in its form: a tensor if they may change in the graph that is
+    being compiled.
 
     A float is a constant of a compiled graph until a call has another value. Then the graph is compiled once more, with
     a symbol in its place.
     """
+    op, scheduled = twins
     if torch.compiler.is_compiling():
         # This adds no guard. A comparison would not do: guards of the range checks settle it even for a symbol.
         from torch.fx.experimental.symbolic_shapes import has_static_value
 
         for value in hyper:
             if not has_static_value(value):
-                return True, torch.stack([torch.ones((), dtype=torch.float64, device="cpu") * each for each in hyper])
-    return False, hyper
-
-
-def _apply_fused(
-    op: Any, student_logits: Tensor, further: tuple[Any, ...], need_gradient: bool, want_parts: bool
-) -> tuple[Tensor, Tensor | None]:
-    if torch.compiler.is_exporting():
-        op = _exported(op)
-    elif need_gradient:
-        result = _FusedLoss.apply(student_logits, op, want_parts, further)  # type: ignore[no-untyped-call]
-        return result if want_parts else (result, None)
-    return op(student_logits, *further)[:2]  # type: ignore[no-any-return]
+                one = torch.ones((), dtype=torch.float64, device="cpu")
+                return scheduled, torch.stack([one * each for each in hyper])
+    return op, hyper
 
 
 def uskd_batch_sums(student_logits: Tensor, target: Tensor, square: bool, ignore_index: int, backend: str) -> Tensor:
@@ -244,48 +203,13 @@ def uskd_batch_sums(student_logits: Tensor, target: Tensor, square: bool, ignore
     return ops.uskd_batch_sums(student_logits.detach(), target, square, ignore_index, backend)  # type: ignore[no-any-return]
 
 
-def uskd(
-    student_logits: Tensor,
-    weak_logits: Tensor,
-    inputs: tuple[Tensor | None, ...],
-    hyper: list[float],
-    options: tuple[Any, ...],
-    backend: str,
-    want_parts: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Return the loss of checked rows and, if wanted, its four stacked parts; differentiable in both logits. The
-    arguments are as in :func:`row_loss`."""
-    transforms.refuse(student_logits, weak_logits)
-    grad = torch.is_grad_enabled()
-    need_student, need_weak = grad and student_logits.requires_grad, grad and weak_logits.requires_grad
-    scheduled, given = given_hyper(hyper)
-    op = _USKD[int(scheduled)]
-    further = (*inputs, given, *options, need_student, need_weak, backend)
-    if torch.compiler.is_exporting():
-        op = _exported(op)
-    elif need_student or need_weak:
-        apply = _FusedPairLoss.apply
-        result = apply(student_logits, weak_logits, op, want_parts, further)  # type: ignore[no-untyped-call]
-        return result if want_parts else (result, None)
-    return op(student_logits, weak_logits, *further)[:2]  # type: ignore[no-any-return]
-
-
-def _exported(op: Any) -> Any:
-    """Return the op that torch.export records in place of ``op``. An export keeps only ops, so this one has its own
-    autograd kernel."""
-    transforms.refuse_onnx()
-    return ops.EXPORTED_OPS[op]
-
-
 class _ExportedLoss(torch.autograd.Function):
     """The autograd of any op in an exported graph, written without regard to the time of a call."""
 
     @staticmethod
-    def forward(
-        ctx: Any, op: Any, student_logits: Tensor, other_logits: Tensor | None, further: tuple[Any, ...]
-    ) -> Any:
+    def forward(ctx: Any, op: Any, further: tuple[Any, ...], *logits: Tensor) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            outputs = op(student_logits, other_logits, *further)
+            outputs = op(*logits, *further)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*outputs[2:])
         ctx.mark_non_differentiable(*outputs[1:])
@@ -294,43 +218,33 @@ class _ExportedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        results: list[Tensor | None] = [None, None]
-        if grad_output is not None:
-            saved = ctx.saved_tensors  # once: checkpointing unpacks them only once
-            count = len(saved) // 2
-            for i in range(count):
-                if ctx.needs_input_grad[1 + i]:
-                    gradient, norm = saved[i], saved[count + i]
-                    # Not in place, since the stored gradient is an output of the op.
-                    results[i] = scale_stored(gradient, grad_output, norm, ctx.backend, keep=True)
-        return None, *results, None
+        return _stored_gradients(ctx, grad_output, keep=True)  # not in place: the stored gradients are outputs
 
 
 def _autograd_of(op: Any, wanted: int) -> Any:
     """Return the autograd kernel of a forward op with ``wanted`` gradients; its last arguments say which to compute."""
 
     def kernel(*arguments: Any) -> Any:
-        transforms.refuse(*arguments[:wanted])
-        student_logits, other_logits, *others, backend = arguments
-        need = [torch.is_grad_enabled() and tensor.requires_grad for tensor in arguments[:wanted]]
+        logits, backend = arguments[:wanted], arguments[-1]
+        transforms.refuse(*logits)
+        need = [torch.is_grad_enabled() and tensor.requires_grad for tensor in logits]
         if not any(need):
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*arguments)
         if op._opname.startswith("exported_row_loss"):
-            labels, _, loss, hyper, _, _, _, reduction, _ = others
+            student_logits, teacher_logits, target, _, loss, hyper, *_, reduction, _, _ = arguments
             # While a graph is recorded, a schedule has no value.
             known = not isinstance(hyper, Tensor)
             coupled = has_column_term(loss, HyperParameters._make(hyper)) if known else loss == "dist"
             if coupled and reduction == "none":
-                further = (other_logits, *others[:-1], False, backend)
-                return _DistRows.apply(student_logits, op, (student_logits, other_logits, labels), further)  # type: ignore[no-untyped-call]
+                further, saved = (*arguments[1:-2], False, backend), (student_logits, teacher_logits, target)
+                return _DistRows.apply(student_logits, op, saved, further)  # type: ignore[no-untyped-call]
         # The export may have seen logits that did not require grad.
-        further = (*others[:-wanted], *need, backend)
-        return _ExportedLoss.apply(op, student_logits, other_logits, further)  # type: ignore[no-untyped-call]
+        further = (*arguments[wanted : -1 - wanted], *need, backend)
+        return _ExportedLoss.apply(op, further, *logits)  # type: ignore[no-untyped-call]
 
     return kernel
 
 
-for _name, _pair in ops.LOSS_OPS.items():
-    for _op in map(ops.EXPORTED_OPS.__getitem__, _pair):
-        ops.implement_autograd(_op, _autograd_of(_op, 2 if _name == "uskd" else 1))
+for _op in ops.EXPORTED_OPS.values():
+    ops.implement_autograd(_op, _autograd_of(_op, 2 if "uskd" in _op._opname else 1))

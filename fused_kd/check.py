@@ -17,20 +17,17 @@ import fused_kd
 from fused_kd import backends, reference
 from fused_kd.core.catalogue import LOSSES
 
-__all__ = ["Case", "Outcome", "cases", "compare"]
-
 #: The exponential is within 2 ulp, a sum of a hundred terms a lane about as much; float64 is compared with float64.
 _SLACK_ULPS = {torch.float32: 4, torch.float64: 64}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-#: Options that make every term count in the gradients.
-OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
+#: Options that make every term count in the gradients, for losses whose defaults do not, or that have more to vary.
+_OWN_OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "nkd": ({}, {"temperature": 3.0, "gamma": 3.5}, {"ce_weight": 1.0}),
     "uskd": (
         {"beta": 1.0, "mu": 1.0},
         {"beta": 1.0, "mu": 1.0, "rank": "cls_kd", "square": False},
         {"beta": 1.0, "mu": 1.0, "rank": "final", "ce_weight": 1.0},
     ),
-    "kd": ({}, {"temperature": 1.0}, {"ce_weight": 1.0}),
     "dkd": ({}, {"temperature": 1.0, "beta": 0.5}, {"ce_weight": 1.0}),
     "wsld": ({}, {"temperature": 1.0}, {"ce_weight": 1.0, "temperature": 3.0}),
     "tf_kd": ({}, {"temperature": 1.0, "correct": 0.9}, {"ce_weight": 1.0}),
@@ -38,6 +35,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "dist": ({}, {"temperature": 4.0}, {"ce_weight": 1.0, "beta": 0.5}),
     "zipf_ls": ({"beta": 1.0}, {"beta": 1.0, "power": 0.5}, {"beta": 1.0, "ce_weight": 1.0}),
 }
+OPTIONS = {loss: _OWN_OPTIONS.get(loss, ({}, {"temperature": 1.0}, {"ce_weight": 1.0})) for loss in LOSSES}
 
 
 class Case(NamedTuple):

@@ -7,7 +7,7 @@ A loss first tries this way, with unchecked arguments. For any other call it ret
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,8 +15,10 @@ from torch import Tensor
 from fused_kd.autograd import scale_stored
 from fused_kd.backends import native
 from fused_kd.backends.topk import is_fused
-from fused_kd.core.catalogue import NUMBERS, REST_NUMBERS, as_run
+from fused_kd.core.catalogue import NUMBERS, REST_NUMBERS, ROW_LOSSES, as_run
 from fused_kd.sources import TopK
+
+Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
 
 _loss, _scale = native.direct_loss, native.direct_scale
 _ONE = torch.ones((), device="cpu")
@@ -26,10 +28,10 @@ class _Loss(torch.autograd.Function):
     """Gives autograd the gradients that the core has computed, one for each of ``logits``, or None if not wanted."""
 
     @staticmethod
-    def forward(ctx: Any, made: tuple[Any, ...], *logits: Tensor) -> Tensor:
+    def forward(ctx: Any, outputs: tuple[Any, ...], *logits: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*made[2:])
-        return made[0]  # type: ignore[no-any-return]
+        ctx.save_for_backward(*outputs[2:])
+        return outputs[0]  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -53,12 +55,13 @@ def _scaled(gradient: Tensor, grad_output: Tensor) -> Tensor:
 
 def loss(
     name: str,
+    parts_type: type[Parts],
     tensors: tuple[Any, Any, Any],
     numbers: dict[str, float],
     settings: dict[str, Any],
     common: tuple[Any, ...],
-) -> tuple[Tensor, Tensor | None] | None:
-    """Return the loss and, if wanted, its stacked parts; None if the call is not ordinary.
+) -> Tensor | tuple[Tensor, Parts] | None:
+    """Return the loss or, if wanted, the loss and its parts; None if the call is not ordinary.
 
     ``tensors`` are the student's logits, other logits and the target. ``numbers`` are the hyper-parameters,
     ``settings`` the loss's other options, and ``common`` the options that all losses take.
@@ -77,8 +80,12 @@ def loss(
             return None
         tensors = tensors[0], (kept.log_probs, kept.indices, REST_NUMBERS[kept.rest]), tensors[2]
     which = NUMBERS.get(run, run)
-    made = _loss(which, tensors, numbers, settings, common, native.instruction_set, torch.get_num_threads())
-    if type(made) is not tuple:
-        return None if made is None else (made, None)
-    gradients = len(made) - 2  # one for each logits, or none at all
-    return (_apply(made, *tensors[:gradients]) if gradients else made[0]), made[1]
+    outputs = _loss(which, tensors, numbers, settings, common, native.instruction_set, torch.get_num_threads())
+    if type(outputs) is not tuple:
+        return outputs  # type: ignore[no-any-return]  # the loss alone, or None
+    gradients = len(outputs) - 2  # one for each logits, or none at all
+    value, stacked = _apply(outputs, *tensors[:gradients]) if gradients else outputs[0], outputs[1]
+    if stacked is None:
+        return value  # type: ignore[no-any-return]
+    places = ROW_LOSSES[name].parts if name in ROW_LOSSES else range(len(stacked))
+    return value, parts_type(*(stacked[place] for place in places))

@@ -41,21 +41,10 @@ from fused_kd.core.options import HyperParameters, Options, outputs, pair_output
 from fused_kd.core.stored import counted_weight, row_factors, stored_scale, to_half
 from fused_kd.reference import accumulation_dtype
 
-__all__ = [
-    "DIST_GRADIENT",
-    "EXPORTED_OPS",
-    "LOSS_OPS",
-    "define",
-    "hyper_parameters",
-    "implement_autograd",
-    "registered",
-    "scale_gradient",
-    "scale_gradient_",
-    "scale_gradient_compiled",
-    "uskd_batch_sums",
-]
-
-_LOSSES = ("row_loss", "uskd", "zipf_ls")
+#: The forward ops, each with its twin for hyper-parameters that may change in a compiled graph.
+LOSS_OPS: dict[str, tuple[Any, Any]] = {}
+#: For each forward op, the op that torch.export records in its place.
+EXPORTED_OPS: dict[Any, Any] = {}
 #: An op and its twin: suffix, type of the hyper-parameters, tags.
 _TWINS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("", "float[]", ()),
@@ -72,23 +61,33 @@ def define(
     fake: Callable[..., Any],
     scheduled: bool = False,
     exported: bool = False,
-) -> None:
-    """Register an op with its schema, its implementation and its fake. Its last argument is the backend.
+) -> Any:
+    """Register an op with its schema, its implementation and its fake, and return it. Its last argument is the backend.
 
     ``{hyper}`` among the arguments stands for the hyper-parameters, which are numbers. With ``scheduled`` a twin
     ``_scheduled`` takes them as a CPU tensor: a number is a constant of a compiled graph, which would be compiled anew
     for each value of a schedule; a tensor is an input. A CUDA graph would replay the captured values, so the twin is
-    kept out of CUDA graphs. With ``exported`` each has another twin for torch.export, ``exported_``, to which
-    :mod:`fused_kd.autograd` gives an autograd kernel. On the ordinary ops that would cost a tenth of a call.
+    kept out of CUDA graphs. Both are returned. With ``exported`` each has another twin for torch.export, ``exported_``,
+    to which :mod:`fused_kd.autograd` gives an autograd kernel. On the ordinary ops that would cost a tenth of a call.
     """
+    twins = []
     for suffix, numbers, tags in _TWINS if scheduled else _TWINS[:1]:
         schema = f"({arguments.format(hyper=f'{numbers} hyper')}, str backend) -> {results}"
-        for prefix in ("", "exported_") if exported else ("",):
-            op = f"{prefix}{name}{suffix}"
-            _library.define(op + schema, tags=tags)
-            for key in ("CPU", "CUDA"):
-                _library.impl(op, function, key)
-            torch.library.register_fake(f"fused_kd::{op}", fake, lib=_library)
+        op = _register(name + suffix, schema, tags, function, fake)
+        if exported:
+            EXPORTED_OPS[op] = _register(f"exported_{name}{suffix}", schema, tags, function, fake)
+        twins.append(op)
+    return tuple(twins) if scheduled else twins[0]
+
+
+def _register(
+    name: str, schema: str, tags: tuple[Any, ...], function: Callable[..., Any], fake: Callable[..., Any]
+) -> Any:
+    _library.define(name + schema, tags=tags)
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, function, key)
+    torch.library.register_fake(f"fused_kd::{name}", fake, lib=_library)
+    return getattr(torch.ops.fused_kd, name).default
 
 
 def hyper_parameters(hyper: list[float] | Tensor) -> HyperParameters:
@@ -149,7 +148,7 @@ def _row_loss_fake(student_logits: Tensor, teacher_logits: Tensor | None, *furth
     return outputs(student_logits, need_gradient, 3, reduction, dtype)
 
 
-define(
+LOSS_OPS["row_loss"] = define(
     "row_loss",
     "Tensor student_logits, Tensor? teacher_logits, Tensor target, Tensor? row_weight, str loss, {hyper}, "
     "bool standardize, SymInt? num_classes, int ignore_index, str reduction, bool need_gradient",
@@ -195,7 +194,8 @@ def _dist_gradient_fake(student_logits: Tensor, *_: Any) -> Tensor:
     return student_logits.new_empty(student_logits.shape)
 
 
-define(
+#: The op for the gradient of DIST with reduction="none", and its twin.
+DIST_GRADIENT: tuple[Any, Any] = define(
     "dist_gradient",
     "Tensor student_logits, Tensor teacher_logits, Tensor target, Tensor? row_weight, {hyper}, bool standardize, "
     "SymInt? num_classes, int ignore_index, Tensor grad_rows, Tensor grad_columns",
@@ -215,7 +215,7 @@ def _uskd_batch_sums_fake(student_logits: Tensor, *_: Any) -> Tensor:
     return student_logits.new_empty((3,), dtype=torch.float64)
 
 
-define(
+uskd_batch_sums = define(
     "uskd_batch_sums",
     "Tensor student_logits, Tensor target, bool square, int ignore_index",
     "Tensor",
@@ -262,7 +262,7 @@ def _uskd_fake(student_logits: Tensor, weak_logits: Tensor, *further: Any) -> tu
     return pair_outputs(*logits, (need_student, need_weak), 4, reduction, accumulation_dtype(*logits))
 
 
-define(
+LOSS_OPS["uskd"] = define(
     "uskd",
     "Tensor student_logits, Tensor weak_logits, Tensor target, Tensor? batch_sums, Tensor? row_weight, {hyper}, "
     "str rank, bool square, int ignore_index, str reduction, bool need_student, bool need_weak",
@@ -302,7 +302,7 @@ def _zipf_ls_fake(student_logits: Tensor, *further: Any) -> tuple[Tensor, ...]:
     return outputs(student_logits, need_gradient, 2, reduction, accumulation_dtype(student_logits))
 
 
-define(
+LOSS_OPS["zipf_ls"] = define(
     "zipf_ls",
     "Tensor student_logits, Tensor dense_logits, Tensor target, Tensor? row_weight, {hyper}, int ignore_index, "
     "str reduction, bool need_gradient",
@@ -337,25 +337,11 @@ def _scaled_fake(gradient: Tensor, *_: Any) -> Tensor:
 
 
 _SCALE = "Tensor gradient, Tensor grad_output, Tensor norm"
-define("scale_gradient", _SCALE, "Tensor", _scale_gradient, _scaled_fake)
-define("scale_gradient_compiled", _SCALE, "Tensor", _scale_gradient_compiled, _scaled_fake)
-define("scale_gradient_", _SCALE.replace("Tensor", "Tensor(a!)", 1), "()", _scale_gradient_, lambda *_: None)
-
-
-def registered(name: str) -> Any:
-    return getattr(torch.ops.fused_kd, name).default
-
-
-#: The forward ops, each with its twin for hyper-parameters that may change in a compiled graph.
-LOSS_OPS: dict[str, tuple[Any, Any]] = {name: (registered(name), registered(f"{name}_scheduled")) for name in _LOSSES}
-#: The op for the gradient of DIST with reduction="none", and its twin.
-DIST_GRADIENT: tuple[Any, Any] = (registered("dist_gradient"), registered("dist_gradient_scheduled"))
-#: For each forward op, the op that torch.export records in its place.
-EXPORTED_OPS: dict[Any, Any] = {op: registered(f"exported_{op._opname}") for pair in LOSS_OPS.values() for op in pair}
-uskd_batch_sums = torch.ops.fused_kd.uskd_batch_sums.default
-scale_gradient = torch.ops.fused_kd.scale_gradient.default
-scale_gradient_compiled = torch.ops.fused_kd.scale_gradient_compiled.default
-scale_gradient_ = torch.ops.fused_kd.scale_gradient_.default
+scale_gradient = define("scale_gradient", _SCALE, "Tensor", _scale_gradient, _scaled_fake)
+scale_gradient_compiled = define("scale_gradient_compiled", _SCALE, "Tensor", _scale_gradient_compiled, _scaled_fake)
+scale_gradient_ = define(
+    "scale_gradient_", _SCALE.replace("Tensor", "Tensor(a!)", 1), "()", _scale_gradient_, lambda *_: None
+)
 
 
 def implement_autograd(op: Any, kernel: Callable[..., Any]) -> None:

@@ -13,9 +13,6 @@ from fused_kd.core import transforms
 from fused_kd.core.source_rows import SourceRows
 from fused_kd.source_ops import SOURCE_LOSS, SOURCE_USKD, source_uskd_batch_sums
 
-__all__ = ["row_loss", "uskd", "uskd_batch_sums"]
-
-_WANTED_AT = -2  # among the op's last arguments
 _EXPORTED = (
     "torch.export cannot record the gradient of a loss of a Head, a TopK or a ClassShard: export it under "
     "torch.no_grad(), with backend='reference', or with logits for the student"
@@ -50,12 +47,13 @@ class _SourceLoss(torch.autograd.Function):
 
 class _SourceRowsLoss(torch.autograd.Function):
     """``reduction="none"``: a weight's gradient depends on the incoming gradient of each row, so the backward pass
-    computes it from the same sources. The incoming gradient is the first of the op's ``further`` arguments."""
+    computes it from the same sources. The incoming gradient is the first of the op's ``further`` arguments, else
+    None."""
 
     @staticmethod
     def forward(ctx: Any, op: Any, further: tuple[Any, ...], *tensors: Tensor | None) -> Any:
-        none = [False] * len(further[_WANTED_AT])
-        loss, parts, *_ = op(*tensors, *further[:_WANTED_AT], none, further[-1])
+        *given, wanted, backend = further
+        loss, parts, *_ = op(*tensors, *given, [False] * len(wanted), backend)
         others = [each if isinstance(each, Tensor) else None for each in further]
         ctx.save_for_backward(*map(autograd.savable, (*tensors, *others)))
         ctx.further = [None if isinstance(each, Tensor) else each for each in further]
@@ -79,16 +77,22 @@ class _SourceRowsLoss(torch.autograd.Function):
 
 
 def _apply(
-    ops: tuple[Any, Any], tensors: Sequence[Tensor | None], hyper: list[float], reduction: str, arguments: Any
+    twins: tuple[Any, Any],
+    tensors: Sequence[Tensor | None],
+    inputs: tuple[Any, ...],
+    hyper: list[float],
+    options: tuple[Any, ...],
+    reduction: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Run an op and make it differentiable. ``arguments`` returns the op's further arguments, given its
-    hyper-parameters and which ``tensors`` want a gradient."""
+    """Run one of the ``twins`` and make it differentiable in ``tensors``, its first arguments. ``inputs`` are its
+    arguments between these and the hyper-parameters, and ``options`` those between these and the reduction."""
     transforms.refuse(*(each for each in tensors if each is not None))
     wanted = [each is not None and each.requires_grad and torch.is_grad_enabled() for each in tensors]
     if any(wanted) and torch.compiler.is_exporting():
         raise RuntimeError(_EXPORTED)
-    scheduled, numbers = autograd.given_hyper(hyper)
-    op, further = ops[int(scheduled)], arguments(numbers, wanted)
+    op, numbers = autograd.choose_op(twins, hyper)
+    further = (None, *inputs, numbers, *options, reduction, wanted, backend)
     if not any(wanted):
         return op(*tensors, *further)[:2]  # type: ignore[no-any-return]
     function = _SourceRowsLoss if reduction == "none" else _SourceLoss
@@ -103,6 +107,7 @@ def row_loss(
     hyper: list[float],
     options: tuple[Any, ...],
     placement: tuple[Any, ...],
+    reduction: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss of checked sources and its three stacked parts; differentiable in the student's tensors.
@@ -114,12 +119,9 @@ def row_loss(
     teacher_tensors = (None, None, None, None) if teacher is None else (*teacher[:3], teacher.indices)
     other = SourceRows(student.values) if teacher is None else teacher
     heads = [student.logit_scale, student.softcap, other.logit_scale, other.softcap]
-
-    def arguments(numbers: Any, wanted: list[bool]) -> tuple[Any, ...]:
-        tensors = (None, *teacher_tensors, *inputs)
-        return (*tensors, loss, numbers, *options, heads, other.rest, *placement, wanted, backend)
-
-    return _apply(SOURCE_LOSS, student[:3], hyper, options[-1], arguments)
+    all_inputs = (*teacher_tensors, *inputs, loss)
+    all_options = (*options, heads, other.rest, *placement)
+    return _apply(SOURCE_LOSS, student[:3], all_inputs, hyper, all_options, reduction, backend)
 
 
 def uskd_batch_sums(student: SourceRows, target: Tensor, options: tuple[Any, ...], backend: str) -> Tensor:
@@ -137,13 +139,11 @@ def uskd(
     hyper: list[float],
     options: tuple[Any, ...],
     placement: tuple[Any, ...],
+    reduction: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Return USKD of checked sources and its four stacked parts; differentiable in the tensors of both. ``inputs`` are
     the target, the batch sums and the row weights."""
     heads = [student.logit_scale, student.softcap, weak.logit_scale, weak.softcap]
-
-    def arguments(numbers: Any, wanted: list[bool]) -> tuple[Any, ...]:
-        return (None, *inputs, numbers, *options, heads, *placement, wanted, backend)
-
-    return _apply(SOURCE_USKD, (*student[:3], *weak[:3]), hyper, options[-1], arguments)
+    tensors, all_options = (*student[:3], *weak[:3]), (*options, heads, *placement)
+    return _apply(SOURCE_USKD, tensors, inputs, hyper, all_options, reduction, backend)

@@ -16,14 +16,13 @@ from torch import Tensor
 
 from fused_kd import backends, ops
 from fused_kd.backends import sources
+from fused_kd.backends.heads import empty_gradients
 from fused_kd.core import transforms
 from fused_kd.core.catalogue import as_run
 from fused_kd.core.options import Options
 from fused_kd.core.source_rows import SourceRows, Span
 from fused_kd.core.stored import shared_weight
 from fused_kd.reference import accumulation_dtype
-
-__all__ = ["SOURCE_LOSS", "SOURCE_USKD", "source_uskd_batch_sums"]
 
 
 def _factors(
@@ -50,13 +49,13 @@ def _source_loss(
     hyper: list[float] | Tensor,
     standardize: bool,
     ignore_index: int,
-    reduction: str,
     heads: list[float],
     rest: str,
     span: list[int],
     group: str,
     chunk_rows: int,
     compute: torch.dtype | None,
+    reduction: str,
     wanted: list[bool],
     backend: str,
 ) -> tuple[Tensor, ...]:
@@ -86,9 +85,9 @@ def _empty_results(
     student, dtype = given[0].values, accumulation_dtype(*(each.values for each in given))
     rows = (student.shape[0],) if reduction == "none" else ()
     loss, all_parts = student.new_empty(rows, dtype=dtype), student.new_empty((parts, *rows), dtype=dtype)
-    gradients = sources.empty_gradients(given[0], wanted[:3], dtype)
+    gradients = empty_gradients(given[0], wanted[:3], dtype)
     if len(wanted) > 3:
-        gradients += sources.empty_gradients(given[1], wanted[3:], dtype)
+        gradients += empty_gradients(given[1], wanted[3:], dtype)
     return loss, all_parts, *gradients
 
 
@@ -96,15 +95,17 @@ def _source_loss_fake(
     student: Tensor, weight: Tensor | None, bias: Tensor | None, grad_rows: Any, teacher: Tensor | None, *further: Any
 ) -> tuple[Tensor, ...]:
     given = [SourceRows(student, weight, bias), *([] if teacher is None else [SourceRows(teacher)])]
-    return _empty_results(given, 3, further[9], further[-2])
+    *_, reduction, wanted, _backend = further
+    return _empty_results(given, 3, reduction, wanted)
 
 
-ops.define(
+#: The ops, and their twins for hyper-parameters that may change in a compiled graph.
+SOURCE_LOSS: tuple[Any, Any] = ops.define(
     "source_loss",
     "Tensor student, Tensor? weight, Tensor? bias, Tensor? grad_rows, Tensor? teacher, Tensor? teacher_weight, "
     "Tensor? teacher_bias, Tensor? indices, Tensor target, Tensor? row_weight, str loss, {hyper}, bool standardize, "
-    "int ignore_index, str reduction, float[] heads, str rest, SymInt[] span, str group, SymInt chunk_rows, "
-    "ScalarType? compute, bool[] wanted",
+    "int ignore_index, float[] heads, str rest, SymInt[] span, str group, SymInt chunk_rows, ScalarType? compute, "
+    "str reduction, bool[] wanted",
     "(Tensor loss, Tensor parts, Tensor gradient, Tensor weight_gradient, Tensor bias_gradient)",
     _source_loss,
     _source_loss_fake,
@@ -131,7 +132,7 @@ def _source_uskd_batch_sums(
         return sources.uskd_batch_sums(backends.get(backend), given, target, placement, (square, ignore_index))
 
 
-ops.define(
+source_uskd_batch_sums = ops.define(
     "source_uskd_batch_sums",
     "Tensor student, Tensor? weight, Tensor? bias, Tensor target, float[] heads, bool square, int ignore_index, "
     "SymInt num_classes, SymInt chunk_rows, ScalarType? compute",
@@ -156,11 +157,11 @@ def _source_uskd(
     rank: str,
     square: bool,
     ignore_index: int,
-    reduction: str,
     heads: list[float],
     num_classes: int,
     chunk_rows: int,
     compute: torch.dtype | None,
+    reduction: str,
     wanted: list[bool],
     backend: str,
 ) -> tuple[Tensor, ...]:
@@ -179,16 +180,16 @@ def _source_uskd(
 
 
 def _source_uskd_fake(student: Tensor, *further: Any) -> tuple[Tensor, ...]:
-    weight, bias, weak, weak_weight, weak_bias = further[:5]
+    weight, bias, weak, weak_weight, weak_bias, *_, reduction, wanted, _backend = further
     given = (SourceRows(student, weight, bias), SourceRows(weak, weak_weight, weak_bias))
-    return _empty_results(given, 4, further[13], further[-2])
+    return _empty_results(given, 4, reduction, wanted)
 
 
-ops.define(
+SOURCE_USKD: tuple[Any, Any] = ops.define(
     "source_uskd",
     "Tensor student, Tensor? weight, Tensor? bias, Tensor weak, Tensor? weak_weight, Tensor? weak_bias, "
     "Tensor? grad_rows, Tensor target, Tensor batch_sums, Tensor? row_weight, {hyper}, str rank, bool square, "
-    "int ignore_index, str reduction, float[] heads, SymInt num_classes, SymInt chunk_rows, ScalarType? compute, "
+    "int ignore_index, float[] heads, SymInt num_classes, SymInt chunk_rows, ScalarType? compute, str reduction, "
     "bool[] wanted",
     "(Tensor loss, Tensor parts, Tensor student_gradient, Tensor student_weight_gradient, "
     "Tensor student_bias_gradient, Tensor weak_gradient, Tensor weak_weight_gradient, Tensor weak_bias_gradient)",
@@ -196,7 +197,3 @@ ops.define(
     _source_uskd_fake,
     scheduled=True,
 )
-#: The ops, and their twins for hyper-parameters that may change in a compiled graph.
-SOURCE_LOSS: tuple[Any, Any] = (ops.registered("source_loss"), ops.registered("source_loss_scheduled"))
-SOURCE_USKD: tuple[Any, Any] = (ops.registered("source_uskd"), ops.registered("source_uskd_scheduled"))
-source_uskd_batch_sums = ops.registered("source_uskd_batch_sums")

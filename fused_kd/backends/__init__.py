@@ -20,8 +20,6 @@ from fused_kd.backends import cuda_devices, native, triton
 from fused_kd.core import checks
 from fused_kd.core.catalogue import LOSSES
 
-__all__ = ["BACKENDS", "Explanation", "choose", "explain", "get", "unavailable"]
-
 _MODULES: dict[str, ModuleType] = {"native": native, "triton": triton}
 #: In the order in which ``"auto"`` prefers them.
 BACKENDS = ("native", "triton", "reference")

@@ -23,13 +23,12 @@ def _stored_dtype(of: Tensor, dtype: torch.dtype) -> torch.dtype:
 
 def empty_gradients(source: SourceRows, wanted: Sequence[bool], dtype: torch.dtype) -> list[Tensor]:
     """Allocate the stored gradients of a source, empty where not wanted."""
-    found = []
-    for want, of in zip(wanted, (source.values, source.weight, source.bias), strict=True):
-        if of is None or not want:
-            found.append(source.values.new_empty(0))
-        else:
-            found.append(of.new_empty(of.shape, dtype=_stored_dtype(of, dtype)))
-    return found
+    return [
+        of.new_empty(of.shape, dtype=_stored_dtype(of, dtype))
+        if want and of is not None
+        else source.values.new_empty(0)
+        for want, of in zip(wanted, source[:3], strict=True)
+    ]
 
 
 def _mixes(weight: Tensor, compute: torch.dtype | None) -> bool:
@@ -45,7 +44,7 @@ class Matrix:
     def __init__(self, source: SourceRows, wanted: Sequence[bool], dtype: torch.dtype, num_classes: int) -> None:
         self.source, self.wanted, self.dtype = source, wanted, dtype
         self.padding = source.values.shape[1] - num_classes
-        self.found: Tensor | None = None
+        self.gradient: Tensor | None = None
 
     def logits(self, start: int, stop: int) -> Tensor:
         values = self.source.values
@@ -54,15 +53,16 @@ class Matrix:
 
     def take(self, gradient: Tensor, logits: Tensor, counted: Tensor, rows: tuple[int, int]) -> None:
         if len(gradient) == len(self.source.values):
-            self.found = gradient
+            self.gradient = gradient
             return
-        if self.found is None:
-            self.found = self.gradients()[0]
-        self.found[slice(*rows)] = gradient
+        if self.gradient is None:
+            self.gradient = self.gradients()[0]
+        self.gradient[slice(*rows)] = gradient
 
     def gradients(self) -> list[Tensor]:
-        first, *others = empty_gradients(self.source, (self.wanted[0] and self.found is None, False, False), self.dtype)
-        return [first if self.found is None else self.found, *others]
+        wanted = (self.wanted[0] and self.gradient is None, False, False)
+        first, *others = empty_gradients(self.source, wanted, self.dtype)
+        return [first if self.gradient is None else self.gradient, *others]
 
 
 class Products:
@@ -98,14 +98,12 @@ class Products:
 
     def gradients(self) -> list[Tensor]:
         """Return the gradients in their stored dtypes, see :func:`empty_gradients`."""
-        found = []
-        given = (self.head.values, self.head.weight, self.head.bias)
-        for gradient, of in zip((self.hidden_gradient, self.weight_gradient, self.bias_gradient), given, strict=True):
-            if gradient is None or of is None:
-                found.append(self.head.values.new_empty(0))
-            else:
-                found.append(gradient.to(_stored_dtype(of, self.dtype)))
-        return found
+        gradients = (self.hidden_gradient, self.weight_gradient, self.bias_gradient)
+        empty = self.head.values.new_empty
+        return [
+            empty(0) if gradient is None or of is None else gradient.to(_stored_dtype(of, self.dtype))
+            for gradient, of in zip(gradients, self.head[:3], strict=True)
+        ]
 
     def logits(self, start: int, stop: int) -> Tensor:
         """Return (rows, classes) in the accumulating dtype. The next chunk overwrites them."""

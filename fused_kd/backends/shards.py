@@ -16,8 +16,6 @@ from torch import Tensor, distributed
 
 from fused_kd.core.source_rows import Span
 
-__all__ = ["Exchange", "check_cover", "gathered", "group_of", "rows_of_chunks"]
-
 #: Spans that passed the check, by group.
 _covered: weakref.WeakKeyDictionary[Any, set[tuple[int, int, int]]] = weakref.WeakKeyDictionary()
 _DIGIT = 1 << 12  # two such digits hold a class number, each exact in float32

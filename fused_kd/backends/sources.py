@@ -13,18 +13,13 @@ import torch
 from torch import Tensor, distributed
 
 from fused_kd.backends import native, shards, staged, topk
-from fused_kd.backends.heads import Matrix, Products, empty_gradients, maker
+from fused_kd.backends.heads import Matrix, Products, maker
 from fused_kd.core.options import Options
 from fused_kd.core.source_rows import SourceRows, Span
 from fused_kd.reference import accumulation_dtype
 
-__all__ = ["CHUNK_BYTES", "Placement", "Task", "empty_gradients", "fitting_rows", "run", "run_uskd", "uskd_batch_sums"]
-
-
 #: The most bytes, by device type, for the logits of a head's chunk of rows and their gradient.
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
-
-
 _NONE = (False, False, False)
 
 
@@ -54,26 +49,23 @@ def run(
     columns = _columns(student, span)
     loss, parts = values.new_empty(len(values), dtype=dtype), values.new_empty((3, len(values)), dtype=dtype)
     student_maker = maker(student, task.wanted, dtype, columns, task.placement.compute)
-    sparse = teacher if teacher is not None and teacher.indices is not None else None
-    whole = None if sparse is not None else teacher
-    teacher_maker = None if whole is None else maker(whole, _NONE, dtype, columns, task.placement.compute)
+    top_k = teacher is not None and teacher.indices is not None
+    teacher_maker = None
+    if teacher is not None and not top_k:
+        teacher_maker = maker(teacher, _NONE, dtype, columns, task.placement.compute)
     # Not in Triton: a warp of the looped kernel may still read logits that another warp has overwritten.
-    over = kernels is native and student_maker.over and not span.group and sparse is None
+    over = kernels is native and student_maker.over and not span.group and not top_k
     options = options._replace(over=over, padding=student_maker.padding)
     exchange = shards.Exchange(span, columns) if span.group else None
     most = shards.rows_of_chunks(span, columns)
-    for which in _chunks(values, (student_maker, teacher_maker), int(not over), most, task.placement.chunk_rows):
-        logits = student_maker.logits(*which)
-        other = None if teacher_maker is None else teacher_maker.logits(*which)
-        if sparse is not None:
-            results = _sparse_rows(kernels, logits, sparse, task, which, options, exchange)
-        else:
-            results = _rows(kernels, logits, other, task, which, options, exchange)
-        rows = slice(*which)
-        loss[rows], parts[:, rows], gradient = results
+    for chunk in _chunks(values, (student_maker, teacher_maker), int(not over), most, task.placement.chunk_rows):
+        rows = slice(*chunk)
+        logits = student_maker.logits(*chunk)
+        other = teacher if teacher_maker is None else teacher_maker.logits(*chunk)
+        loss[rows], parts[:, rows], gradient = _rows(kernels, logits, other, task, rows, options, exchange)
         if any(task.wanted):
-            student_maker.take(gradient, logits, task.factors[1, rows] != 0, which)
-        del logits, other, gradient, results  # free them before the next chunk
+            student_maker.take(gradient, logits, task.factors[1, rows] != 0, chunk)
+        del logits, other, gradient  # free them before the next chunk
     if exchange is not None and isinstance(student_maker, Products) and student_maker.hidden_gradient is not None:
         # The hidden states are the same on all processes. Each process has its classes' part of their gradient.
         distributed.all_reduce(student_maker.hidden_gradient, group=shards.group_of(span))
@@ -88,8 +80,8 @@ def uskd_batch_sums(
     values, columns = student.values, _columns(student, placement.span)
     student_maker = maker(student, _NONE, accumulation_dtype(values), columns, placement.compute)
     sums = values.new_zeros(3, dtype=torch.float64)
-    for which in _chunks(values, (student_maker,), 0, columns, placement.chunk_rows):
-        sums += kernels.uskd_batch_sums(student_maker.logits(*which), target[slice(*which)], *settings)
+    for chunk in _chunks(values, (student_maker,), 0, columns, placement.chunk_rows):
+        sums += kernels.uskd_batch_sums(student_maker.logits(*chunk), target[slice(*chunk)], *settings)
     return sums
 
 
@@ -104,16 +96,16 @@ def run_uskd(
         maker(each, wanted, dtype, columns, task.placement.compute)
         for each, wanted in ((student, task.wanted[:3]), (weak, task.wanted[3:]))
     ]
-    for which in _chunks(values, both, 2, columns, task.placement.chunk_rows):
-        rows = slice(*which)
-        logits = [each.logits(*which) for each in both]
+    for chunk in _chunks(values, both, 2, columns, task.placement.chunk_rows):
+        rows = slice(*chunk)
+        logits = [each.logits(*chunk) for each in both]
         factors = task.factors[:, rows].contiguous()
         loss[rows], parts[:, rows], *gradients, _, _ = kernels.uskd(
             *logits, task.target[rows], batch_sums, factors, options
         )
         for each, want, gradient, of in zip(both, options.wanted, gradients, logits, strict=True):
             if want:
-                each.take(gradient, of, factors[1] != 0, which)
+                each.take(gradient, of, factors[1] != 0, chunk)
         del logits, gradients  # free them before the next chunk
     return loss, parts, [*both[0].gradients(), *both[1].gradients()]
 
@@ -146,42 +138,27 @@ def _columns(student: SourceRows, span: Span) -> int:
     return given if span.group else min(given, span.num_classes)
 
 
-def _sparse_rows(
-    kernels: Any,
-    logits: Tensor,
-    teacher: SourceRows,
-    task: Task,
-    which: tuple[int, int],
-    options: Options,
-    exchange: shards.Exchange | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`_rows`, with a top-k teacher."""
-    rows = slice(*which)
-    assert teacher.indices is not None
-    kept = (teacher.values[rows], teacher.indices[rows], teacher.rest)
-    factors = task.factors[:, rows].contiguous()
-    span = task.placement.span
-    shared = None if exchange is None else topk.Shared(span.first_class, span.num_classes, exchange)
-    loss, parts, gradient = topk.row_loss(kernels, logits, *kept, task.target[rows], factors, options, shared)
-    return loss, parts, logits if gradient is None else gradient
-
-
 def _rows(
     kernels: Any,
     logits: Tensor,
-    teacher: Tensor | None,
+    teacher: Tensor | SourceRows | None,
     task: Task,
-    which: tuple[int, int],
+    rows: slice,
     options: Options,
     exchange: shards.Exchange | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss of each row of a chunk, its parts, and the gradient of its logits."""
-    rows = slice(*which)
-    target, factors = task.target[rows], task.factors[:, rows].contiguous()
+    """Return the loss of each row of a chunk, its parts, and the gradient of its logits. ``teacher`` has the logits of
+    the chunk, or is a top-k teacher of all rows."""
+    target, factors, span = task.target[rows], task.factors[:, rows].contiguous(), task.placement.span
+    if isinstance(teacher, SourceRows):
+        assert teacher.indices is not None
+        kept = (teacher.values[rows], teacher.indices[rows], teacher.rest)
+        shared = None if exchange is None else topk.Shared(span.first_class, span.num_classes, exchange)
+        loss, parts, gradient = topk.row_loss(kernels, logits, *kept, target, factors, options, shared)
+        return loss, parts, logits if gradient is None else gradient
     if exchange is None:
         loss, parts, gradient, _ = kernels.row_loss(logits, teacher, target, factors, None, options)
         return loss, parts, gradient
-    span = task.placement.span
     labels = target if target.is_floating_point() else None
     if labels is not None:
         likeliest = exchange([staged.likeliest(labels, span.first_class)])

@@ -83,7 +83,4 @@ def row_loss(
         dtype = accumulation_dtype(student, log_probs)
         nothing = student.new_empty((3, 0), dtype=dtype)
         return nothing[0], nothing, empty_gradient(student, options.padding) if options.wanted[0] else None
-    result: tuple[Tensor, Tensor, Tensor | None] = kernels.topk_loss(
-        student, log_probs, indices, rest, target, factors, options, shared
-    )
-    return result
+    return kernels.topk_loss(student, log_probs, indices, rest, target, factors, options, shared)  # type: ignore[no-any-return]

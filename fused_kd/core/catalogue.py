@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fused_kd.core.options import HyperParameters
@@ -53,7 +53,7 @@ class RowLoss:
 # |q_y (p - 1)|, |p - q| and |p^ - q^| are at most 1.
 ROW_LOSSES = {
     "nkd": RowLoss(0, ("gamma",), (0, 1, 2), lambda x: 1.0 + x.gamma * x.temperature, ("teacher", "sharp"), RESTS),
-    "kd": RowLoss(1, (), (0, 2), lambda x: x.temperature, ("teacher", "divergence"), RESTS, False),
+    "kd": RowLoss(1, (), (0, 2), lambda x: x.temperature, ("teacher", "divergence"), RESTS, labels=False),
     "dkd": RowLoss(
         2, ("alpha", "beta"), (0, 1, 2), lambda x: (x.alpha + x.beta) * x.temperature, ("teacher", "divergence"), RESTS
     ),
@@ -96,6 +96,9 @@ def has_column_term(loss: str, hyper: HyperParameters) -> bool:
     return "columns" in ROW_LOSSES[loss].needs and hyper.gamma != 0.0
 
 
+_ROWS: Mapping[str, tuple[str, ...]] = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}
+
+
 @dataclass(frozen=True)
 class Loss:
     """A loss of this package: its formula, its source and its backends.
@@ -106,11 +109,14 @@ class Loss:
 
     name: str
     title: str
+    module: str
     formula: str
     paper: str
-    function: str
-    module: str
-    backends: Mapping[str, tuple[str, ...]]
+    backends: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _ROWS)
+
+    @property
+    def function(self) -> str:
+        return f"{self.name}_loss"
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -125,92 +131,61 @@ class Loss:
         return {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in shared}
 
 
-_ROWS: Mapping[str, tuple[str, ...]] = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}
-
 LOSSES = {
     loss.name: loss
     for loss in (
         Loss(
             "nkd",
             "NKD",
+            "NKDLoss",
             "−q_y log p_y − γ T² Σ_{j≠y} q̂_j log p̂_j",
             "Yang et al. 2023, arXiv:2303.13005, Eq. 4–5",
-            "nkd_loss",
-            "NKDLoss",
-            _ROWS,
         ),
         Loss(
             "uskd",
             "USKD",
+            "USKDLoss",
             "−α Σ_k P_k log p_k − β Σ_{j∉Y} ẑ_j log p̂_j − μ Σ_j V'_j log v_j",
             "Yang et al. 2023, arXiv:2303.13005, Eq. 6–13",
-            "uskd_loss",
-            "USKDLoss",
             {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")},
         ),
-        Loss(
-            "kd",
-            "KD",
-            "T² KL(q(T) ‖ p(T))",
-            "Hinton et al. 2015, arXiv:1503.02531",
-            "kd_loss",
-            "KDLoss",
-            _ROWS,
-        ),
-        Loss(
-            "dkd",
-            "DKD",
-            "T² (α KL(b_t ‖ b_s) + β KL(q̂ ‖ p̂))",
-            "Zhao et al. 2022, arXiv:2203.08679",
-            "dkd_loss",
-            "DKDLoss",
-            _ROWS,
-        ),
+        Loss("kd", "KD", "KDLoss", "T² KL(q(T) ‖ p(T))", "Hinton et al. 2015, arXiv:1503.02531"),
+        Loss("dkd", "DKD", "DKDLoss", "T² (α KL(b_t ‖ b_s) + β KL(q̂ ‖ p̂))", "Zhao et al. 2022, arXiv:2203.08679"),
         Loss(
             "wsld",
             "WSLD",
+            "WSLDLoss",
             "α T² u (−Σ_j q_j(T) log p_j(T)), u = 1 − exp(−CE(s) / CE(t))",
             "Zhou et al. 2021, arXiv:2102.00650",
-            "wsld_loss",
-            "WSLDLoss",
-            _ROWS,
         ),
         Loss(
             "tf_kd",
             "Tf-KD",
+            "TfKDLoss",
             "KL(softmax(u / T) ‖ p), u_y = correct, u_j = (1 − correct) / (C − 1)",
             "Yuan et al. 2020, arXiv:1909.11723",
-            "tf_kd_loss",
-            "TfKDLoss",
-            _ROWS,
         ),
         Loss(
             "js",
             "Jensen–Shannon",
+            "JSLoss",
             "T² (β KL(q(T) ‖ m) + (1 − β) KL(p(T) ‖ m)), m = β q(T) + (1 − β) p(T), for 0 < β < 1; by definition KD at "
             "β = 0, reverse KD at β = 1",
             "Agarwal et al. 2023, arXiv:2306.13649",
-            "js_loss",
-            "JSLoss",
-            _ROWS,
         ),
         Loss(
             "dist",
             "DIST",
+            "DISTLoss",
             "T² (β (1 − ρ of the row) + γ (1 − mean over the classes of ρ of the column))",
             "Huang et al. 2022, arXiv:2205.10536",
-            "dist_loss",
-            "DISTLoss",
-            _ROWS,
         ),
         Loss(
             "zipf_ls",
             "Zipf's LS",
+            "ZipfLSLoss",
             "β KL(ẑ ‖ p̂), ẑ by the rank of each class in the votes of the positions",
             "Liang et al. 2022, arXiv:2207.12980",
-            "zipf_ls_loss",
-            "ZipfLSLoss",
-            _ROWS,
         ),
     )
 }

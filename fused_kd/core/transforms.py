@@ -13,17 +13,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = [
-    "DOUBLE_BACKWARD",
-    "carries_gradient",
-    "readable",
-    "refuse",
-    "refuse_create_graph",
-    "refuse_onnx",
-    "refuse_recorded",
-    "wraps_values",
-]
-
 _REFERENCE = "use backend='reference', which is eager PyTorch"
 DOUBLE_BACKWARD = (
     "fused_kd: the fused losses do not support double backward (create_graph=True, and so hessian, hvp, vhp and jvp of "

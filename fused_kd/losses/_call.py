@@ -12,7 +12,7 @@ from fused_kd.core import checks
 from fused_kd.core.catalogue import ROW_LOSSES, has_column_term
 from fused_kd.core.options import HyperParameters, in_order
 from fused_kd.losses import _shards, _sources
-from fused_kd.losses._options import Common, checked, first_classes, normalized, returned
+from fused_kd.losses._options import Common, checked, first_classes, normalized_weight, returned
 from fused_kd.sources import Logits, TeacherLogits
 
 Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
@@ -27,51 +27,28 @@ def call(
     eager: Callable[..., tuple[Tensor, Parts]],
     fused: Fused,
     parts_type: type[Parts],
-    given: tuple[Tensor, checks.Rows],
-    options: tuple[dict[str, float], dict[str, Any]],
+    student_logits: Tensor,
+    rows: checks.Rows,
+    numbers: dict[str, float],
+    settings: dict[str, Any],
     common: Common,
 ) -> Tensor | tuple[Tensor, Parts]:
-    """Run a loss with checked arguments. ``given`` are the student's original logits, and the rows of all tensors.
-
-    ``options`` are the hyper-parameters, which are numbers, and the other settings; ``eager`` takes both by name.
-    """
-    student_logits, rows = given
-    numbers, settings = options
-    weight, normalizer, _, _, backend, return_parts = common
+    """Run a loss with checked arguments. ``rows`` are those of all tensors, ``numbers`` the hyper-parameters and
+    ``settings`` the other options; ``eager`` takes both by name."""
+    weight, device = common.weight, student_logits.device
     if weight is not None:
-        shape, classes = student_logits.shape, rows.student_logits.shape[1]
-        weight = checks.flatten_weight(weight, rows.shape, shape, classes, student_logits.device)
-    if normalizer is not None:
-        weight = normalized(weight, normalizer, settings, rows.target)
-    chosen = backends.choose(backend, student_logits.device, name)
+        weight = checks.flatten_weight(weight, rows.shape, student_logits.shape, rows.student_logits.shape[1], device)
+    if common.normalizer is not None:
+        weight = normalized_weight(weight, common.normalizer, settings, rows.target)
+    chosen = backends.choose(common.backend, device, name)
     packed: Any
     if chosen == "reference":
         checks.check_target_values(rows.target, weight, rows.student_logits.shape[1], settings["ignore_index"])
         tensors = [tensor for tensor in rows[:3] if tensor is not None]
         loss, packed = eager(*tensors, **numbers, **settings, weight=weight)
     else:
-        loss, packed = fused(rows, weight, in_order(numbers), settings, chosen, return_parts)
-    return returned(loss, packed if return_parts else None, parts_type, rows.shape, settings["reduction"])
-
-
-def ordinary(
-    name: str,
-    parts_type: type[Parts],
-    tensors: tuple[Any, Any, Any],
-    numbers: dict[str, float],
-    settings: dict[str, Any],
-    common: Common,
-) -> Tensor | tuple[Tensor, Parts] | None:
-    """Return the result of an ordinary call (:mod:`fused_kd.direct`), None for any other call. Takes unchecked
-    arguments."""
-    made = direct.loss(name, tensors, numbers, settings, common)
-    if made is None:
-        return None
-    loss, packed = made
-    if packed is None:
-        return loss
-    chosen = ROW_LOSSES[name].parts if name in ROW_LOSSES else range(len(packed))
-    return loss, parts_type(*(packed[part] for part in chosen))
+        loss, packed = fused(rows, weight, in_order(numbers), settings, chosen, common.return_parts)
+    return returned(loss, packed if common.return_parts else None, parts_type, rows.shape, settings["reduction"])
 
 
 def row_loss(
@@ -81,20 +58,22 @@ def row_loss(
     tensors: tuple[Logits, TeacherLogits | None, Tensor | None],
     numbers: dict[str, float],
     settings: dict[str, Any],
-    common: Common,
+    common_arguments: tuple[Any, ...],
 ) -> Tensor | tuple[Tensor, Parts]:
     """Check a row loss and run it. ``tensors`` are the student's logits, the teacher's, and the target. A loss without
-    a teacher has None in its place, and no ``logit_standardization`` among its settings."""
+    a teacher has None in its place, and no ``logit_standardization`` among its settings. ``common_arguments`` are the
+    fields of :class:`Common`."""
     labels = ROW_LOSSES[name].labels
     complete = tensors[2] is not None or not labels
-    if complete and (made := ordinary(name, parts_type, tensors, numbers, settings, common)) is not None:
-        return made
+    if complete and (result := direct.loss(name, parts_type, tensors, numbers, settings, common_arguments)) is not None:
+        return result
+    common = Common._make(common_arguments)
     numbers = checked(numbers, settings, common)
     student_logits, teacher_logits, target = tensors
     plain = type(student_logits) is Tensor and (teacher_logits is None or type(teacher_logits) is Tensor)
-    if any(map(checks.is_dtensor, (*tensors, common[0]))):
-        tensors, weight = _shards.from_dtensors(tensors, common[0], common[2])
-        common = (weight, *common[1:])
+    if any(map(checks.is_dtensor, (*tensors, common.weight))):
+        tensors, weight = _shards.from_dtensors(tensors, common.weight, common.class_dim)
+        common = common._replace(weight=weight)
         student_logits, teacher_logits, target = tensors
     if target is None and not labels:
         if numbers["ce_weight"] != 0.0:
@@ -103,8 +82,8 @@ def row_loss(
     if not plain and (_sources.is_source(student_logits) or _sources.is_source(teacher_logits)):
         return _sources.row_loss(name, eager, parts_type, tensors, numbers, settings, common)
     student_logits, teacher_logits = cast(Tensor, student_logits), cast("Tensor | None", teacher_logits)
-    class_dim, num_classes = common[2:4]
-    given, padded = (student_logits, teacher_logits), None
+    class_dim, num_classes = common.class_dim, common.num_classes
+    unpadded, padded = (student_logits, teacher_logits), None
     if num_classes is not None:
         padded, student_logits = first_classes("student_logits", student_logits, class_dim, num_classes)
         if teacher_logits is not None:
@@ -116,20 +95,18 @@ def row_loss(
     def fused(
         rows: checks.Rows, weight: Tensor | None, hyper: list[float], settings: dict[str, Any], chosen: str, parts: bool
     ) -> tuple[Tensor, Any]:
-        reduction, kept = settings["reduction"], None
+        reduction, saved = settings["reduction"], None
         if reduction == "none" and teacher_logits is not None and has_column_term(name, HyperParameters._make(hyper)):
+            # The backward pass reads these. Flattening to rows may have copied them.
             dim = checks.class_dimension(student_logits, class_dim)
-            student_given, teacher_given = (cast(Tensor, each).detach().movedim(dim, -1) for each in given)
-            labels = target if target is not None and target.is_floating_point() else None
-            kept = (
-                student_given,
-                teacher_given[..., :num_classes],
-                rows.target if labels is None else labels.movedim(dim, -1),
-            )
-        inputs = (rows.other_logits, rows.target, weight)
+            student, teacher = (cast(Tensor, each).detach().movedim(dim, -1) for each in unpadded)
+            probabilities = target is not None and target.is_floating_point()
+            labels = cast(Tensor, target).movedim(dim, -1) if probabilities else rows.target
+            saved = (student, teacher[..., :num_classes], labels)
+        inputs = (rows.other_logits, rows.target, weight, name)
         options = (settings.get("logit_standardization", False), num_classes, settings["ignore_index"], reduction)
         student_rows = rows.student_logits if padded is None else padded  # its gradient includes the padding's zeros
-        loss, packed = autograd.row_loss(student_rows, inputs, name, hyper, options, chosen, parts, kept)
+        loss, packed = autograd.fused_loss("row_loss", (student_rows,), inputs, hyper, options, chosen, parts, saved)
         return loss, [packed[part] for part in ROW_LOSSES[name].parts] if parts and packed is not None else None
 
-    return call(name, eager, fused, parts_type, (student_logits, rows), (numbers, settings), common)
+    return call(name, eager, fused, parts_type, student_logits, rows, numbers, settings, common)

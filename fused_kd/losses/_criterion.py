@@ -112,18 +112,13 @@ class TeacherCriterion(Criterion, Generic[Parts]):
         return_parts: bool = False,
     ) -> Tensor | tuple[Tensor, Parts]:
         """The loss, or with ``return_parts=True`` ``(loss, parts)``; all arguments are as in the function."""
-        result: Tensor | tuple[Tensor, Parts] = self._call(
+        return self._call(  # type: ignore[no-any-return]
             student_logits, teacher_logits, target, weight=weight, normalizer=normalizer, return_parts=return_parts
         )
-        return result
 
 
-class UnlabelledCriterion(Criterion, Generic[Parts]):
+class UnlabelledCriterion(TeacherCriterion[Parts]):
     """A loss with a teacher and optional targets."""
-
-    temperature: Scheduled
-    logit_standardization: bool
-    num_classes: int | None
 
     @overload
     def forward(
@@ -154,7 +149,6 @@ class UnlabelledCriterion(Criterion, Generic[Parts]):
         return_parts: bool = False,
     ) -> Tensor | tuple[Tensor, Parts]:
         """The loss, or with ``return_parts=True`` ``(loss, parts)``; all arguments are as in the function."""
-        result: Tensor | tuple[Tensor, Parts] = self._call(
+        return self._call(  # type: ignore[no-any-return]
             student_logits, teacher_logits, target, weight=weight, normalizer=normalizer, return_parts=return_parts
         )
-        return result

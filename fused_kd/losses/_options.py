@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,10 +14,20 @@ from fused_kd.core.transforms import carries_gradient, readable
 
 Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
 
-#: The common arguments: ``weight``, ``normalizer``, ``class_dim``, ``num_classes``, ``backend`` and ``return_parts``.
-Common: TypeAlias = "tuple[Tensor | None, float | Tensor | None, int | None, int | None, str, bool]"
 #: Returns a number as a float.
 Check = Callable[[str, Any], Any]
+
+
+class Common(NamedTuple):
+    """The arguments that all losses take. An ordinary call has a tuple of them, since naming them takes time."""
+
+    weight: Tensor | None
+    normalizer: float | Tensor | None
+    class_dim: int | None
+    num_classes: int | None
+    backend: str
+    return_parts: bool
+
 
 _CHECKS: dict[str, Check] = {
     **dict.fromkeys(("alpha", "beta", "gamma", "mu", "power", "ce_weight"), checks.check_scalar),
@@ -44,8 +54,8 @@ def checked(
     for name, value in settings.items():
         _CHECKS[name](name, value)
     if common is not None:
-        backends.check_name(common[4])
-        checks.check_flag("return_parts", common[5])
+        backends.check_name(common.backend)
+        checks.check_flag("return_parts", common.return_parts)
     return floats
 
 
@@ -56,7 +66,9 @@ def check_options(options: Mapping[str, Any], own: Mapping[str, Check]) -> None:
             (own.get(name) or _CHECKS[name])(name, value)
 
 
-def normalized(weight: Tensor | None, normalizer: float | Tensor, settings: dict[str, Any], target: Tensor) -> Tensor:
+def normalized_weight(
+    weight: Tensor | None, normalizer: float | Tensor, settings: dict[str, Any], target: Tensor
+) -> Tensor:
     """Return row weights (N,) divided by ``normalizer``, and set the reduction in ``settings`` to "sum".
 
     Row weights are factors of the parts and the gradient anyway, so this costs no pass over the gradient. With a
@@ -115,7 +127,7 @@ def returned(
 ) -> Tensor | tuple[Tensor, Parts]:
     """Return a function's result: the loss, with its parts unless they are None. With ``reduction="none"`` they get the
     rows' ``shape``."""
-    given = [] if parts is None else [*parts]
+    all_parts = [] if parts is None else [*parts]
     if reduction == "none" and len(shape) != 1:
-        loss, *given = (each.reshape(shape) for each in (loss, *given))
-    return loss if parts is None else (loss, parts_type(*given))
+        loss, *all_parts = (each.reshape(shape) for each in (loss, *all_parts))
+    return loss if parts is None else (loss, parts_type(*all_parts))

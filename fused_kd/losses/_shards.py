@@ -117,6 +117,12 @@ def all_columns(own: Tensor, span: Span | None) -> Tensor:
     return own if span is None else _Columns.apply(own, span)  # type: ignore[no-untyped-call]
 
 
+def sum_over_processes(sums: Tensor, process_group: Any) -> Tensor:
+    if process_group is not None:
+        distributed.all_reduce(sums, group=process_group)
+    return sums
+
+
 def from_dtensors(tensors: Tensors, weight: Tensor | None, class_dim: int | None) -> tuple[Tensors, Tensor | None]:
     """Replace DTensors by their local tensors, as a :class:`ClassShard` for logits with sharded classes."""
     student, teacher, target = tensors

@@ -18,7 +18,7 @@ from fused_kd.core.source_rows import SourceRows, Span
 from fused_kd.core.stored import counted_rows
 from fused_kd.core.transforms import carries_gradient
 from fused_kd.losses import _shards
-from fused_kd.losses._options import Common, normalized, returned
+from fused_kd.losses._options import Common, normalized_weight, returned
 from fused_kd.losses._topk import check_indices, check_log_probs, kernel_or_reference, topk_rows
 from fused_kd.reference import USKDParts, accumulation_dtype
 from fused_kd.sources import ClassShard, Head, Logits, TeacherLogits, TopK
@@ -42,7 +42,7 @@ def shape_of(name: str, logits: Any, class_dim: int | None) -> tuple[tuple[int, 
     return tuple(logits.shape), checks.class_dimension(logits, class_dim)
 
 
-class _Given(NamedTuple):
+class _Source(NamedTuple):
     """A source, checked and flattened."""
 
     rows: SourceRows
@@ -64,9 +64,13 @@ def row_loss(
     student_logits, teacher_logits, target = tensors
     _, _, class_dim, num_classes, backend, return_parts = common
     if isinstance(teacher_logits, TopK):
-        _check_topk(target, settings)
-    both = _student_and_teacher(name, student_logits, teacher_logits, class_dim, num_classes)
-    student, teacher = both
+        if settings["logit_standardization"]:
+            raise ValueError(
+                "logit_standardization: expected False with a TopK, which does not have all logits; got True"
+            )
+        if target is not None and target.is_floating_point():
+            raise ValueError("target: expected class indices with a TopK, got probabilities; take the likeliest class")
+    student, teacher = _student_and_teacher(name, student_logits, teacher_logits, class_dim, num_classes)
     rows = _row_inputs(student, target, common, settings, ROW_LOSSES[name].labels)
     hyper = in_order(numbers)
     if has_column_term(name, HyperParameters._make(hyper)):
@@ -80,29 +84,27 @@ def row_loss(
         if chosen != "reference":
             chosen = kernel_or_reference(name, teacher_logits.rest, numbers, (backend, chosen))
     if chosen == "reference":
-        loss, parts = _by_reference(name, eager, both, rows, numbers, settings)
+        loss, parts = _by_reference(name, eager, student, teacher, *rows, numbers, settings)
     else:
-        loss, parts = _by_kernels(name, both, rows, hyper, settings, chosen)
+        loss, parts = _by_kernels(name, student, teacher, rows, hyper, settings, chosen)
     return returned(loss, parts if return_parts else None, parts_type, student.shape[:-1], settings["reduction"])
 
 
 def _student_and_teacher(
     name: str, student_logits: Any, teacher_logits: Any, class_dim: int | None, num_classes: int | None
-) -> tuple[_Given, _Given | None]:
+) -> tuple[_Source, _Source | None]:
     student = _flattened("student_logits", student_logits, class_dim)
     if student.span is None and student.shape[-1] < 2:
         raise ValueError(f"student_logits: expected at least 2 classes, got shape {student.shape}")
-    if num_classes is not None:
-        student = _without_padding("student_logits", student, num_classes)
+    student = _without_padding("student_logits", student, num_classes)
     if isinstance(teacher_logits, TopK):
         classes = student.span.num_classes if student.span else student.shape[-1]
         rows = topk_rows(teacher_logits, (*student.shape[:-1], classes))
-        teacher = _Given(rows, student.shape, 0, student.span)
+        teacher = _Source(rows, student.shape, 0, student.span)
     elif teacher_logits is not None or "teacher" in ROW_LOSSES[name].needs:
         teacher_dim = class_dim if isinstance(teacher_logits, Tensor) else None
         teacher = _flattened("teacher_logits", teacher_logits, teacher_dim)
-        if num_classes is not None:
-            teacher = _without_padding("teacher_logits", teacher, num_classes)
+        teacher = _without_padding("teacher_logits", teacher, num_classes)
     else:
         return student, None
     _check_teacher(teacher, student)
@@ -112,18 +114,20 @@ def _student_and_teacher(
 def _by_reference(
     name: str,
     eager: Callable[..., tuple[Tensor, Parts]],
-    both: tuple[_Given, _Given | None],
-    rows: tuple[Tensor, Tensor | None],
+    student: _Source,
+    teacher: _Source | None,
+    target: Tensor,
+    weight: Tensor | None,
     numbers: dict[str, float],
     settings: dict[str, Any],
 ) -> tuple[Tensor, list[Tensor]]:
     """Makes all logits, and brings the columns of all processes together."""
-    (student, teacher), (target, weight), ignore_index = both, rows, settings["ignore_index"]
+    ignore_index = settings["ignore_index"]
     counted = counted_rows(weight, target, ignore_index)
 
-    def whole(given: _Given) -> Tensor:
-        source = _shards.shared_hidden(given.rows, given.span)
-        return _shards.all_columns(_logits(source, student.shape[-1], counted), student.span)
+    def whole(source: _Source) -> Tensor:
+        rows = _shards.shared_hidden(source.rows, source.span)
+        return _shards.all_columns(_logits(rows, student.shape[-1], counted), student.span)
 
     logits = whole(student)
     if target.is_floating_point():
@@ -137,47 +141,39 @@ def _by_reference(
             name, logits, kept.values, indices, kept.rest, target, numbers, **options
         )
         return loss, [*parts]
-    given = [logits] if teacher is None else [logits, whole(teacher)]
-    loss, packed = eager(*given, target, **numbers, **settings, weight=weight)
+    both = [logits] if teacher is None else [logits, whole(teacher)]
+    loss, packed = eager(*both, target, **numbers, **settings, weight=weight)
     return loss, [*packed]
 
 
 def _by_kernels(
     name: str,
-    both: tuple[_Given, _Given | None],
+    student: _Source,
+    teacher: _Source | None,
     rows: tuple[Tensor, Tensor | None],
     hyper: list[float],
     settings: dict[str, Any],
     backend: str,
 ) -> tuple[Tensor, list[Tensor]]:
-    student, teacher = both
-    options = (settings.get("logit_standardization", False), settings["ignore_index"], settings["reduction"])
+    options = (settings.get("logit_standardization", False), settings["ignore_index"])
     chunk_rows = student.chunk_rows or (teacher.chunk_rows if teacher is not None else 0)
     span, values = student.span or Span(0, student.shape[-1]), student.rows.values
     dtype = _products_dtype(values.device, values.dtype)
     placement = ([span.first_class, span.num_classes], span.group, chunk_rows, dtype)
     loss, stacked = source_autograd.row_loss(
-        student.rows, teacher and teacher.rows, rows, name, hyper, options, placement, backend
+        student.rows, teacher and teacher.rows, rows, name, hyper, options, placement, settings["reduction"], backend
     )
     return loss, [stacked[part] for part in ROW_LOSSES[name].parts]
 
 
-def _check_topk(target: Tensor | None, settings: dict[str, Any]) -> None:
-    if settings["logit_standardization"]:
-        raise ValueError("logit_standardization: expected False with a TopK, which does not have all logits; got True")
-    if target is not None and target.is_floating_point():
-        raise ValueError("target: expected class indices with a TopK, got probabilities; take the likeliest class")
-
-
 def uskd(
     eager: Callable[..., tuple[Tensor, USKDParts]],
-    summed: Callable[[Tensor], Tensor],
     tensors: tuple[Logits, Logits, Tensor],
     numbers: dict[str, float],
     settings: dict[str, Any],
     common: Common,
 ) -> Tensor | tuple[Tensor, USKDParts]:
-    """USKD with checked numbers. ``summed`` adds up the batch sums of a group's processes."""
+    """USKD with checked numbers."""
     student_logits, weak_logits, target = tensors
     _, _, class_dim, _, backend, return_parts = common
     student = _flattened("student_logits", student_logits, class_dim)
@@ -205,17 +201,18 @@ def uskd(
     else:
         rank, square, ignore_index = (settings[name] for name in ("rank", "square", "ignore_index"))
         placement = (shape[-1], student.chunk_rows or weak.chunk_rows, _products_dtype(values.device, values.dtype))
-        sums = summed(source_autograd.uskd_batch_sums(student.rows, target, (square, ignore_index, *placement), chosen))
-        options = (rank, square, ignore_index, settings["reduction"])
+        sums = source_autograd.uskd_batch_sums(student.rows, target, (square, ignore_index, *placement), chosen)
+        sums = _shards.sum_over_processes(sums, settings["process_group"])
+        inputs, options = (target, sums, weight), (rank, square, ignore_index)
         loss, stacked = source_autograd.uskd(
-            student.rows, weak.rows, (target, sums, weight), in_order(numbers), options, placement, chosen
+            student.rows, weak.rows, inputs, in_order(numbers), options, placement, settings["reduction"], chosen
         )
         parts = [*stacked]
     return returned(loss, parts if return_parts else None, USKDParts, shape[:-1], reduction)
 
 
 def _row_inputs(
-    student: _Given, target: Tensor | None, common: Common, settings: dict[str, Any], labels: bool = True
+    student: _Source, target: Tensor | None, common: Common, settings: dict[str, Any], labels: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """Check the target and the weight, and flatten them to rows. The weight includes a normalizer."""
     weight, normalizer, class_dim, *_ = common
@@ -229,7 +226,7 @@ def _row_inputs(
         target = target.movedim(dim, -1) if target.is_floating_point() else target
     target = target.reshape(len(values), shape[-1]) if target.is_floating_point() else target.reshape(-1)
     weight = checks.flatten_weight(weight, shape[:-1], shape, shape[-1], values.device)
-    return target, weight if normalizer is None else normalized(weight, normalizer, settings, target)
+    return target, weight if normalizer is None else normalized_weight(weight, normalizer, settings, target)
 
 
 def _products_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
@@ -238,25 +235,25 @@ def _products_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | N
     return torch.get_autocast_dtype(device.type) if enabled else None
 
 
-def _flattened(name: str, given: Any, class_dim: int | None) -> _Given:
-    if isinstance(given, ClassShard):
-        span = _shards.span_of(name, given, class_dim)
-        if isinstance(given.logits, Head):
-            return _head(f"{name}.logits", given.logits, None, least=0)._replace(span=span)
-        rows = _shards.shard_rows(f"{name}.logits", given.logits)
-        return _Given(SourceRows(rows), tuple(given.logits.shape), 0, span)
-    if isinstance(given, Head):
-        return _head(name, given, class_dim)
-    if isinstance(given, Tensor):
-        logits = checks.check_logits(name, given)
+def _flattened(name: str, logits: Any, class_dim: int | None) -> _Source:
+    if isinstance(logits, ClassShard):
+        span = _shards.span_of(name, logits, class_dim)
+        if isinstance(logits.logits, Head):
+            return _head(f"{name}.logits", logits.logits, None, least=0)._replace(span=span)
+        rows = _shards.shard_rows(f"{name}.logits", logits.logits)
+        return _Source(SourceRows(rows), tuple(logits.logits.shape), 0, span)
+    if isinstance(logits, Head):
+        return _head(name, logits, class_dim)
+    if isinstance(logits, Tensor):
+        logits = checks.check_logits(name, logits)
         dim = checks.class_dimension(logits, class_dim)
         logits = logits.movedim(dim, -1)
         rows = logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
-        return _Given(SourceRows(rows), tuple(logits.shape), 0)
-    raise TypeError(f"{name}: expected a Tensor or a source such as a Head, got {type(given).__name__}")
+        return _Source(SourceRows(rows), tuple(logits.shape), 0)
+    raise TypeError(f"{name}: expected a Tensor or a source such as a Head, got {type(logits).__name__}")
 
 
-def _head(name: str, head: Head, class_dim: int | None, least: int = 2) -> _Given:
+def _head(name: str, head: Head, class_dim: int | None, least: int = 2) -> _Source:
     if class_dim is not None:
         raise ValueError(f"class_dim: expected None with a Head, whose hidden states are (..., D), got {class_dim}")
     if any(map(checks.is_dtensor, (head.hidden, head.weight, head.bias))):
@@ -291,33 +288,35 @@ def _head(name: str, head: Head, class_dim: int | None, least: int = 2) -> _Give
         checks.check_count(f"{name}.chunk_rows", head.chunk_rows, 1)
         chunk_rows = head.chunk_rows
     rows = SourceRows(hidden.reshape(-1, hidden.shape[-1]), weight, head.bias, scale, softcap)
-    return _Given(rows, (*hidden.shape[:-1], weight.shape[0]), chunk_rows)
+    return _Source(rows, (*hidden.shape[:-1], weight.shape[0]), chunk_rows)
 
 
-def _without_padding(name: str, given: _Given, num_classes: int) -> _Given:
+def _without_padding(name: str, source: _Source, num_classes: int | None) -> _Source:
     """Drop the padding from the shape. Logits keep it, and a head its whole weight, so that the gradient needs no
     copy."""
-    if given.span is not None:
+    if num_classes is None:
+        return source
+    if source.span is not None:
         raise ValueError(
             f"num_classes: expected None where processes share the classes, got {num_classes}; without the padding, "
             f"give each a ClassShard of its columns and num_classes={num_classes}"
         )
-    checks.check_num_classes("num_classes", num_classes, given.shape[-1], name)
-    return given._replace(shape=(*given.shape[:-1], num_classes))
+    checks.check_num_classes("num_classes", num_classes, source.shape[-1], name)
+    return source._replace(shape=(*source.shape[:-1], num_classes))
 
 
-def _check_teacher(teacher: _Given, student: _Given) -> None:
+def _check_teacher(teacher: _Source, student: _Source) -> None:
     _shards.check_same(student.span, teacher.span)
     if teacher.shape != student.shape:
         raise ValueError(
             f"teacher_logits: expected the shape of student_logits, {student.shape}, got a source of {teacher.shape}"
         )
-    given = [each for each in teacher.rows[:3] if isinstance(each, Tensor)]
+    tensors = [each for each in teacher.rows[:3] if isinstance(each, Tensor)]
     device = student.rows.values.device
-    for tensor in given:
+    for tensor in tensors:
         if tensor.device != device:
             raise ValueError(f"teacher_logits: expected the device of student_logits, {device}, got {tensor.device}")
-    if any(map(carries_gradient, given)):
+    if any(map(carries_gradient, tensors)):
         raise ValueError(
             "teacher_logits: expected a source whose tensors do not require grad, since no backend gives the teacher a "
             "gradient; detach its hidden states, weight and bias"

@@ -86,7 +86,6 @@ def dist_loss(
         gamma: Weight of the correlation along columns (intra-class).
         temperature: +; the paper uses 4 for CIFAR-100, 1 for ImageNet.
         ce_weight: Weight of the ordinary cross-entropy.
-        ignore_index: Rows with this class index are left out of all terms and get a zero gradient.
         reduction: + With ``"none"``, unless gamma is 0, the gradient of every row depends on the incoming gradients of
             all rows. The fused backends compute it in the backward pass; until then both logits and the target are
             kept and must not change.

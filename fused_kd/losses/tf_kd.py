@@ -150,7 +150,6 @@ class TfKDLoss(Criterion):
         normalizer: float | Tensor | None = None,
         return_parts: bool = False,
     ) -> Tensor | tuple[Tensor, DistillationParts]:
-        result: Tensor | tuple[Tensor, DistillationParts] = self._call(
+        return self._call(  # type: ignore[no-any-return]
             student_logits, target, weight=weight, normalizer=normalizer, return_parts=return_parts
         )
-        return result

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
-from fused_kd import autograd, reference
+from fused_kd import autograd, direct, reference
 from fused_kd.core import checks
-from fused_kd.losses import _sources
-from fused_kd.losses._call import call, ordinary
+from fused_kd.losses import _shards, _sources
+from fused_kd.losses._call import call
 from fused_kd.losses._criterion import Criterion, Scheduled
 from fused_kd.losses._docs import documented
-from fused_kd.losses._options import checked
+from fused_kd.losses._options import Common, checked
 from fused_kd.reference import USKDParts
 from fused_kd.sources import Head, Logits
 
@@ -150,18 +149,18 @@ def uskd_loss(
     numbers = {"alpha": alpha, "beta": beta, "mu": mu, "ce_weight": ce_weight, "label_smoothing": label_smoothing}
     settings: dict[str, Any] = {"rank": rank, "square": square, "ignore_index": ignore_index}
     settings |= {"process_group": process_group, "reduction": reduction}
-    common = (weight, normalizer, class_dim, None, backend, return_parts)
+    common_arguments = (weight, normalizer, class_dim, None, backend, return_parts)
     tensors = (student_logits, weak_logits, target)
-    if (made := ordinary("uskd", USKDParts, tensors, numbers, settings, common)) is not None:
-        return made
+    if (result := direct.loss("uskd", USKDParts, tensors, numbers, settings, common_arguments)) is not None:
+        return result
+    common = Common._make(common_arguments)
     numbers = checked(numbers, settings, common)
     plain = type(student_logits) is Tensor and type(weak_logits) is Tensor
     if not plain and (_sources.is_source(student_logits) or _sources.is_source(weak_logits)):
-        summed = partial(_over_processes, process_group=process_group)
-        return _sources.uskd(_eager, summed, tensors, numbers, settings, common)
+        return _sources.uskd(_eager, tensors, numbers, settings, common)
     student, weak = cast(Tensor, student_logits), cast(Tensor, weak_logits)
     rows = checks.flatten(student, weak, "weak_logits", target, class_dim)
-    return call("uskd", _eager, _fused, USKDParts, (student, rows), (numbers, settings), common)
+    return call("uskd", _eager, _fused, USKDParts, student, rows, numbers, settings, common)
 
 
 def _eager(
@@ -179,11 +178,11 @@ def _fused(
     rank, square, ignore_index, process_group, reduction = settings.values()
     sums = _batch_sums((student, weak, target), square, ignore_index, chosen, process_group)
     options = (rank, square, ignore_index, reduction)
-    return autograd.uskd(student, weak, (target, sums, weight), hyper, options, chosen, parts)
+    return autograd.fused_loss("uskd", (student, weak), (target, sums, weight), hyper, options, chosen, parts)
 
 
 class USKDLoss(Criterion):
-    """Universal self-knowledge distillation; :func:`fused_kd.uskd_loss` documents every argument.
+    """Universal self-knowledge distillation; :func:`fused_kd.uskd_loss` documents the other arguments.
 
     It owns the linear layer, ``weak_classifier``, that computes the weak logits from an earlier feature of the network.
     Give its parameters to the optimizer, and move the module to the network's device. The paper takes the feature map
@@ -194,19 +193,9 @@ class USKDLoss(Criterion):
     Args:
         in_features: Width D of the feature: the channels of a feature map, or the width of a class token.
         num_classes: The number of classes C.
-        alpha: Weight of the target term.
-        beta: Weight of the non-target term.
-        mu: Weight of the weak supervision.
-        ce_weight: Weight of the ordinary cross-entropy computed in the same pass.
-        label_smoothing: Smoothing of the cross-entropy's labels.
-        rank: The key that ranks the classes: ``"normalized"``, ``"cls_kd"``, ``"weak"``, ``"final"`` or ``"sum"``.
-        square: False uses p in the target's label in place of its square.
         process_group: Take the batch mean over all processes of this group. Call ``init_process_group`` first: before,
             ``torch.distributed.group.WORLD`` is None, which means no group. A module with a group cannot be pickled or
             deep-copied, since the group cannot; its ``state_dict`` can.
-        ignore_index: Rows with this class index are left out.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``.
         class_dim: The dimension of the classes, and of D in the feature.
 
     Shape:
@@ -391,10 +380,4 @@ def _batch_sums(
         sums = reference.uskd_batch_sums(student, target, square=square, ignore_index=ignore_index)
     else:
         sums = autograd.uskd_batch_sums(student, target, square, ignore_index, chosen)
-    return _over_processes(sums, process_group)
-
-
-def _over_processes(sums: Tensor, process_group: ProcessGroup | None) -> Tensor:
-    if process_group is not None:
-        distributed.all_reduce(sums, group=process_group)
-    return sums
+    return _shards.sum_over_processes(sums, process_group)

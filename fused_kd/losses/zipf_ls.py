@@ -6,12 +6,12 @@ from typing import Any, Literal, overload
 
 from torch import Tensor
 
-from fused_kd import autograd, reference
+from fused_kd import autograd, direct, reference
 from fused_kd.core import checks
-from fused_kd.losses._call import call, ordinary
+from fused_kd.losses._call import call
 from fused_kd.losses._criterion import Criterion, Scheduled
 from fused_kd.losses._docs import documented
-from fused_kd.losses._options import checked
+from fused_kd.losses._options import Common, checked
 from fused_kd.reference import DistillationParts
 
 
@@ -96,21 +96,16 @@ def zipf_ls_loss(
     """
     settings = {"reduction": reduction, "ignore_index": ignore_index}
     numbers = {"beta": beta, "power": power, "ce_weight": ce_weight, "label_smoothing": label_smoothing}
-    common = (weight, normalizer, class_dim, None, backend, return_parts)
+    common_arguments = (weight, normalizer, class_dim, None, backend, return_parts)
     tensors = (student_logits, dense_logits, target)
-    if (made := ordinary("zipf_ls", DistillationParts, tensors, numbers, settings, common)) is not None:
-        return made
+    if (result := direct.loss("zipf_ls", DistillationParts, tensors, numbers, settings, common_arguments)) is not None:
+        return result
+    common = Common._make(common_arguments)
     numbers = checked(numbers, settings, common)
     rows = checks.flatten(student_logits, None, None, target, class_dim)
     rows = checks.Rows(rows[0], checks.flatten_dense(dense_logits, student_logits, rows), *rows[2:])
     return call(
-        "zipf_ls",
-        reference.zipf_ls_loss,
-        _fused,
-        DistillationParts,
-        (student_logits, rows),
-        (numbers, settings),
-        common,
+        "zipf_ls", reference.zipf_ls_loss, _fused, DistillationParts, student_logits, rows, numbers, settings, common
     )
 
 
@@ -120,7 +115,7 @@ def _fused(
     student, dense, target, _ = rows
     assert dense is not None
     inputs, options = (dense.detach(), target, weight), (settings["ignore_index"], settings["reduction"])
-    return autograd.zipf_ls(student, inputs, hyper, options, chosen, parts)
+    return autograd.fused_loss("zipf_ls", (student,), inputs, hyper, options, chosen, parts)
 
 
 class ZipfLSLoss(Criterion):
@@ -177,7 +172,6 @@ class ZipfLSLoss(Criterion):
         normalizer: float | Tensor | None = None,
         return_parts: bool = False,
     ) -> Tensor | tuple[Tensor, DistillationParts]:
-        result: Tensor | tuple[Tensor, DistillationParts] = self._call(
+        return self._call(  # type: ignore[no-any-return]
             student_logits, dense_logits, target, weight=weight, normalizer=normalizer, return_parts=return_parts
         )
-        return result

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fused_kd.reference.dkd import binary_divergence, non_target_divergence
-from fused_kd.reference.rows import masked_softmax, reduce_rows, teacher_rows, times_log
+from fused_kd.reference.nkd import non_target_cross_entropy
+from fused_kd.reference.rows import reduce_rows, teacher_rows, times_log
 
 
 class Decomposition(NamedTuple):
@@ -48,16 +49,10 @@ def decompose(
     scale = temperature**2
     kd = -times_log(scale * (teacher / temperature).softmax(dim=1), (student / temperature).log_softmax(dim=1))
     nkd = -times_log(teacher.softmax(dim=1), student.log_softmax(dim=1))
-    if student.shape[1] == 2:
-        nkd_non_target = torch.zeros_like(kd[:, 0])
-    else:
-        log_p_hat = masked_softmax(student / temperature, labels.is_target, log=True)
-        q_hat = masked_softmax(teacher / temperature, labels.is_target, log=False)
-        nkd_non_target = -times_log(scale * q_hat, log_p_hat).sum(dim=1)
     parts = Decomposition(
         kd_target=kd.gather(1, labels.columns).squeeze(1),
         kd_non_target=torch.where(labels.is_target, 0.0, kd).sum(dim=1),
-        nkd_non_target=nkd_non_target,
+        nkd_non_target=non_target_cross_entropy(rows, 1.0, temperature),
         dkd_binary=binary_divergence(rows, 1.0, temperature),
         dkd_non_target=non_target_divergence(rows, 1.0, temperature),
         nkd_target=nkd.gather(1, labels.columns).squeeze(1),

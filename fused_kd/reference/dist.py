@@ -43,12 +43,7 @@ def dist_loss(
     """
     check_target(target, ce_weight)
     labels, raw_student, student, teacher = teacher_rows(
-        student_logits,
-        teacher_logits,
-        target,
-        ignore_index,
-        logit_standardization=logit_standardization,
-        weight=weight,
+        student_logits, teacher_logits, target, ignore_index, logit_standardization=logit_standardization, weight=weight
     )
     p, q = (student / temperature).softmax(dim=1), (teacher / temperature).softmax(dim=1)
     scale = temperature**2

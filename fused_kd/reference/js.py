@@ -42,18 +42,20 @@ def js_loss(
         student_logits, teacher_logits, target, ignore_index, logit_standardization=logit_standardization, weight=weight
     )
     log_p, log_q = log_softmaxes(rows, temperature)
-    p, q = log_p.exp(), log_q.exp()
-    if beta == 0.0:
-        soft_part = divergence(q, log_q, log_p, temperature**2)
-    elif beta == 1.0:
-        soft_part = divergence(p, log_p, log_q, temperature**2)
-    else:
-        # The mixture is in logarithms, because both probabilities underflow long before their logarithms overflow. At a
-        # class that neither allows, the gradient of logaddexp would be NaN.
-        neither = (log_p == NEG_INF) & (log_q == NEG_INF)
-        log_m = torch.logaddexp(
-            math.log(beta) + torch.where(neither, 0.0, log_q), math.log1p(-beta) + torch.where(neither, 0.0, log_p)
-        )
-        soft_part = divergence(q, log_q, log_m, temperature**2 * beta)
-        soft_part = soft_part + divergence(p, log_p, log_m, temperature**2 * (1.0 - beta))
+    soft_part = jensen_shannon(log_p.exp(), log_p, log_q.exp(), log_q, beta, temperature**2)
     return finish_soft(rows, soft_part, ce_weight, label_smoothing, reduction)
+
+
+def jensen_shannon(p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor, beta: float, weight: float) -> Tensor:
+    """weight · JS of each row."""
+    if beta == 0.0:
+        return divergence(q, log_q, log_p, weight)
+    if beta == 1.0:
+        return divergence(p, log_p, log_q, weight)
+    # The mixture is in logarithms, because both probabilities underflow long before their logarithms overflow. At a
+    # class that neither allows, the gradient of logaddexp would be NaN.
+    neither = (log_p == NEG_INF) & (log_q == NEG_INF)
+    log_m = torch.logaddexp(
+        math.log(beta) + torch.where(neither, 0.0, log_q), math.log1p(-beta) + torch.where(neither, 0.0, log_p)
+    )
+    return divergence(q, log_q, log_m, weight * beta) + divergence(p, log_p, log_m, weight * (1.0 - beta))

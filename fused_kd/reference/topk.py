@@ -16,7 +16,6 @@ The loss of a row then depends on few numbers: the kept logits, the target's log
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from fused_kd.reference.dist import DISTParts, dist_loss
 from fused_kd.reference.dkd import dkd_loss
-from fused_kd.reference.js import js_loss
+from fused_kd.reference.js import jensen_shannon, js_loss
 from fused_kd.reference.kd import kd_loss
 from fused_kd.reference.nkd import nkd_loss
 from fused_kd.reference.rows import (
@@ -141,8 +140,7 @@ def topk_loss(
     if rest in ("renormalize", "uniform"):
         teacher = dense_teacher(kept, rest, columns) * kept.valid.unsqueeze(1)
         given_on = {"ignore_index": ignore_index, "reduction": reduction, "weight": weight}
-        loss, parts = _DENSE[name](student_logits.to(dtype), teacher, target, **named, **given_on)
-        return loss, parts
+        return _DENSE[name](student_logits.to(dtype), teacher, target, **named, **given_on)  # type: ignore[no-any-return]
     student = counted_logits(drop_impossible(student_logits.to(dtype)), labels.counted)
     # A logsumexp of +inf has a derivative, but its row has no value.
     infinite = (student.detach() == -NEG_INF).any(dim=1, keepdim=True)
@@ -287,9 +285,9 @@ def row_parts(
         u = torch.where(ce_s == -NEG_INF, 1.0, -torch.expm1(-ce_s / (ce_t + 1e-7)))
         weight = (hyper["alpha"] * temperature**2 * u).unsqueeze(1)
         return [-times_log(weight * q, log_p).sum(dim=1), ce]
-    if name == "kd" or hyper["beta"] == 0.0:
+    if name == "kd":
         return [divergence(q, log_q, log_p, temperature**2), ce]
-    return [_jensen_shannon(p, log_p, q, log_q, hyper["beta"]) * temperature**2, ce]
+    return [jensen_shannon(p, log_p, q, log_q, hyper["beta"], temperature**2), ce]
 
 
 def _side_by_side(kept: Tensor, rest: Tensor, target: Tensor) -> Tensor:
@@ -304,8 +302,7 @@ def _logsumexp(logits: Tensor) -> Tensor:
 
 def _softmax(columns: _Columns) -> tuple[Tensor, Tensor]:
     """Return the probabilities and their logarithms, with ``rest`` for the logarithm of the rest."""
-    normalizer = columns.logits.logsumexp(dim=1, keepdim=True)
-    return _over(columns, normalizer)
+    return _over(columns, columns.logits.logsumexp(dim=1, keepdim=True))
 
 
 def _over(columns: _Columns, normalizer: Tensor) -> tuple[Tensor, Tensor]:
@@ -381,14 +378,3 @@ def _cross_entropy(
     all_logs = linear - num_classes * sharp.logits.logsumexp(dim=1)
     of_target = times_log(torch.full_like(log_p_target, 1.0 - smoothing), log_p_target)
     return -weight * (of_target + smoothing / num_classes * all_logs)
-
-
-def _jensen_shannon(p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    """As in :func:`fused_kd.reference.js_loss`."""
-    if beta == 1.0:
-        return divergence(p, log_p, log_q)
-    neither = (log_p == NEG_INF) & (log_q == NEG_INF)
-    log_m = torch.logaddexp(
-        math.log(beta) + torch.where(neither, 0.0, log_q), math.log1p(-beta) + torch.where(neither, 0.0, log_p)
-    )
-    return divergence(q, log_q, log_m, beta) + divergence(p, log_p, log_m, 1.0 - beta)

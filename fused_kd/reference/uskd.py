@@ -59,9 +59,10 @@ def uskd_loss(
     """
     dtype = accumulation_dtype(student_logits, weak_logits)
     num_classes = student_logits.shape[1]
-    labels = find_labels(target, num_classes, ignore_index, dtype, most=2)
-    terms = _uskd_terms(student_logits, weak_logits, labels, rank, square, batch_sums)
     # The batch mean is over all rows that are not ignored, whatever they weigh.
+    terms = uskd_terms(
+        student_logits, weak_logits, target, rank=rank, square=square, ignore_index=ignore_index, batch_sums=batch_sums
+    )
     labels = find_labels(target, num_classes, ignore_index, dtype, most=2, weight=weight)
     student = counted_logits(drop_impossible(student_logits.to(dtype)), labels.counted)
     weak = counted_logits(drop_impossible(weak_logits.to(dtype)), labels.counted)
@@ -94,13 +95,7 @@ def uskd_soft_labels(
     0 in rows that are ignored and at classes that cannot occur (a student's logit of -inf), NaN in a row with a NaN.
     """
     terms = uskd_terms(
-        student_logits,
-        weak_logits,
-        target,
-        rank=rank,
-        square=square,
-        ignore_index=ignore_index,
-        batch_sums=batch_sums,
+        student_logits, weak_logits, target, rank=rank, square=square, ignore_index=ignore_index, batch_sums=batch_sums
     )
     labels = terms.zipf * terms.valid.unsqueeze(1)
     # An absent second target has P = 0 and, for a column, the class 0; adding leaves that class as it is.
@@ -151,13 +146,6 @@ def uskd_terms(
     """The soft labels and rank keys of :func:`uskd_loss`."""
     dtype = accumulation_dtype(student_logits, weak_logits)
     labels = find_labels(target, student_logits.shape[1], ignore_index, dtype, most=2)
-    return _uskd_terms(student_logits, weak_logits, labels, rank, square, batch_sums)
-
-
-def _uskd_terms(
-    student_logits: Tensor, weak_logits: Tensor, labels: Labels, rank: str, square: bool, batch_sums: Tensor | None
-) -> USKDTerms:
-    dtype = accumulation_dtype(student_logits, weak_logits)
     student = counted_logits(student_logits.detach().to(dtype), labels.counted)
     weak = counted_logits(weak_logits.detach().to(dtype), labels.counted)
     log_p, p, v = student.log_softmax(dim=1), student.softmax(dim=1), weak.softmax(dim=1)

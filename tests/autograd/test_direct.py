@@ -186,7 +186,7 @@ def test_no_number_is_taken_that_a_check_refuses(name):
             wrong = refused({name: value}, settings)
         except OverflowError:
             wrong = True
-        made = direct.loss("nkd", (student, teacher, target), {name: value}, settings, common)
+        made = direct.loss("nkd", fused_kd.LossParts, (student, teacher, target), {name: value}, settings, common)
         assert (made is None) == wrong, value
 
 
@@ -204,7 +204,7 @@ def test_no_setting_is_taken_that_a_check_refuses(name, values):
     common = (None, None, None, None, "auto", False)
     for value in values:
         settings = {"logit_standardization": False, "reduction": "mean", "ignore_index": -100, name: value}
-        made = direct.loss("nkd", (student, teacher, target), {}, settings, common)
+        made = direct.loss("nkd", fused_kd.LossParts, (student, teacher, target), {}, settings, common)
         if refused({}, settings):
             assert made is None, value
         elif value != 2**70:  # beyond int64 no class can be

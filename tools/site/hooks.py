@@ -30,6 +30,13 @@ RANGES = (
 _MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Put the pages of the losses into the navigation, after the page of all losses."""
+    (pages,) = (section["Losses"] for section in config.nav or () if "Losses" in section)
+    pages[1:1] = [f"api/{loss.name}.md" for loss in fused_kd.catalogue()]
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     for loss in fused_kd.catalogue():
         names = (loss.function, loss.module, *FURTHER.get(loss.name, ()))

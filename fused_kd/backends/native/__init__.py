@@ -93,8 +93,8 @@ def row_loss(
 ) -> tuple[Tensor, ...]:
     other = student if teacher is None else teacher  # not read if the loss has no teacher
     dtype = accumulation_dtype(student, other)
-    made = outputs(student, options.wanted[0], 3, options.reduction, dtype, options.over, options.padding)
-    loss, parts, gradient, norm = made
+    results = outputs(student, options.wanted[0], 3, options.reduction, dtype, options.over, options.padding)
+    loss, parts, gradient, norm = results
     bad_row = _core.row_loss(
         batch(_where(), student, target, options.ignore_index, dtype),
         (options.hyper, address(factors)),
@@ -107,7 +107,7 @@ def row_loss(
     )
     if bad_row >= 0:
         raise checks.row_error(target, bad_row, student.shape[1], options.ignore_index)
-    return made
+    return results
 
 
 def row_stage(stage: str, piece: stages.Piece, found: stages.Found, options: Options, factors: Tensor | None) -> Any:
@@ -134,8 +134,8 @@ def uskd(
     if student.is_cuda:
         return cuda.uskd(_core, student, weak, target, batch_sums, factors, options)
     dtype = accumulation_dtype(student, weak)
-    made = pair_outputs(student, weak, options.wanted, 4, options.reduction, dtype)
-    loss, parts, student_gradient, weak_gradient, student_norm, weak_norm = made
+    results = pair_outputs(student, weak, options.wanted, 4, options.reduction, dtype)
+    loss, parts, student_gradient, weak_gradient, student_norm, weak_norm = results
     bad_row = _core.uskd(
         batch(_where(), student, target, options.ignore_index, dtype),
         (options.hyper, address(factors)),
@@ -151,14 +151,14 @@ def uskd(
     )  # fmt: skip
     if bad_row >= 0:
         raise checks.row_error(target, bad_row, student.shape[1], options.ignore_index)
-    return made
+    return results
 
 
 def zipf_ls(
     student: Tensor, dense: Tensor, target: Tensor, factors: Tensor | None, options: Options
 ) -> tuple[Tensor, ...]:
     dtype = accumulation_dtype(student)
-    made = loss, parts, gradient, norm = outputs(student, options.wanted[0], 2, options.reduction, dtype)
+    results = loss, parts, gradient, norm = outputs(student, options.wanted[0], 2, options.reduction, dtype)
     bad_row = _core.zipf_ls(
         batch(_where(), student, target, options.ignore_index, dtype),
         (options.hyper, address(factors)),
@@ -168,7 +168,7 @@ def zipf_ls(
     )
     if bad_row >= 0:
         raise checks.row_error(target, bad_row, student.shape[1], options.ignore_index)
-    return made
+    return results
 
 
 def topk_loss(

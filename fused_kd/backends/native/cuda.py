@@ -69,8 +69,8 @@ def uskd(
     options: Options,
 ) -> tuple[Tensor, ...]:
     device, dtype = student.device, accumulation_dtype(student, weak)
-    made = pair_outputs(student, weak, options.wanted, 4, options.reduction, dtype)
-    loss, parts, student_gradient, weak_gradient, student_norm, weak_norm = made
+    results = pair_outputs(student, weak, options.wanted, 4, options.reduction, dtype)
+    loss, parts, student_gradient, weak_gradient, student_norm, weak_norm = results
     with cuda_devices.current(device):
         place = _place(device)
         # Freed on return. The allocator reuses it only for later work on the same stream.
@@ -92,7 +92,7 @@ def uskd(
                 DTYPES[dtype],
             ),
         )
-    return made
+    return results
 
 
 def scale_gradient(core: Any, gradient: Tensor, grad_output: Tensor, norm: Tensor, out: Tensor) -> None:

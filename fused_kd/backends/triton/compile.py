@@ -35,13 +35,13 @@ TYPES = {
 }
 
 
-class Report(NamedTuple):
-    """The compiler's report of a kernel. ``stack`` is the local memory of a thread and ``local`` the number of
-    instructions on it: 0 and 0 mean that nothing spills.
+class MachineCode(NamedTuple):
+    """The compiler's report of a kernel. ``threads`` is the largest size of a block, 0 if unknown. ``stack`` is the
+    local memory of a thread and ``local`` the number of instructions on it: 0 and 0 mean that nothing spills.
 
     ``loads`` and ``stores`` count the instructions on global memory by bytes per thread. ``instructions`` counts all,
     and ``exponentials`` those that compute one. Each counts once, however often a loop runs it. ``seconds`` is the
-    compilation time.
+    compilation time, 0 if unknown.
     """
 
     registers: int
@@ -52,21 +52,8 @@ class Report(NamedTuple):
     stores: dict[int, int]
     instructions: int
     exponentials: int
-    seconds: float
-
-
-class MachineCode(NamedTuple):
-    """A kernel of a cubin. ``threads`` is the largest size of a block, 0 if unknown."""
-
-    registers: int
-    stack: int
-    shared: int
     threads: int
-    local: int
-    loads: dict[int, int]
-    stores: dict[int, int]
-    instructions: int
-    exponentials: int
+    seconds: float = 0.0
 
 
 def target_of(gpu: int | str) -> Any:
@@ -112,7 +99,7 @@ def source_of(launch: Launch, gpu: int | str = 90) -> tuple[Any, dict[str, Any]]
     return ASTSource(function, signature, options, attributes), compiler_options
 
 
-def compile_launch(launch: Launch, gpu: int | str) -> Report:
+def compile_launch(launch: Launch, gpu: int | str) -> MachineCode:
     """Compile a planned launch for a GPU (:func:`target_of`) as Triton would at its first call."""
     import triton
 
@@ -128,17 +115,7 @@ def compile_launch(launch: Launch, gpu: int | str) -> Report:
             path.write_bytes(kernel.asm["cubin"])
             (code,) = read_cubin(path).values()
     # Triton's shared memory is all dynamic, so only the launcher's metadata has its size.
-    return Report(
-        code.registers,
-        code.stack,
-        kernel.metadata.shared,
-        code.local,
-        code.loads,
-        code.stores,
-        code.instructions,
-        code.exponentials,
-        seconds,
-    )
+    return code._replace(shared=kernel.metadata.shared, seconds=seconds)
 
 
 #: The bytes that an instruction on global memory moves, by the suffix of its name.
@@ -163,12 +140,12 @@ def read_amdgcn(text: str) -> MachineCode:
         number("vgpr_count"),
         number("private_segment_fixed_size"),
         number("group_segment_fixed_size"),
-        number("max_flat_workgroup_size"),
         len(re.findall(r"^\s+scratch_(?:load|store)", text, re.MULTILINE)) + number("vgpr_spill_count"),
         moved("load"),
         moved("store"),
         len(re.findall(r"^\t[a-z]\w+", body, re.MULTILINE)),
         len(re.findall(r"^\s+v_exp_f32", body, re.MULTILINE)),
+        number("max_flat_workgroup_size"),
     )
 
 
@@ -210,12 +187,12 @@ def read_cubin(path: Path) -> dict[str, MachineCode]:
             registers,
             stack + local,
             shared,
-            threads.get(name, 0),
             len(re.findall(r"\b(?:LDL|STL)\b", instructions)),
             widths("LDG", instructions),
             widths("STG", instructions),
             len(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?!NOP)", instructions)),
             len(re.findall(r"\bMUFU\.EX2\b", instructions)),
+            threads.get(name, 0),
         )
     if not kernels:
         raise RuntimeError(f"cuobjdump: found no kernel in {path.name}")

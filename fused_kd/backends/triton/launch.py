@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from functools import lru_cache
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -33,20 +32,8 @@ def planned(kernel: str, programs: int, arguments: tuple[Any, ...], options: dic
 
 @lru_cache(maxsize=1)
 def kernels() -> dict[str, Any]:
-    modules: list[ModuleType] = [
-        importlib.import_module(f"fused_kd.backends.triton.kernels.{name}")
-        for name in (
-            "on_chip",
-            "looped",
-            "columns",
-            "reductions",
-            "uskd",
-            "uskd_streamed",
-            "zipf_ls",
-            "staged",
-            "topk",
-        )
-    ]
+    files = ("on_chip", "looped", "columns", "reductions", "uskd", "uskd_streamed", "zipf_ls", "staged", "topk")
+    modules = [importlib.import_module(f"fused_kd.backends.triton.kernels.{name}") for name in files]
     names = (
         "rows_on_chip", "rows_looped", "count_chunks", "reduce_parts", "scale_rows",
         "normalize_rows", "column_moments", "finish_columns",
