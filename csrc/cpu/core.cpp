@@ -251,7 +251,7 @@ double dist_columns(const Kernels& kernels, RowArgs& args, FromBefore& kept) {
         rows.statistics = args.statistics = kept.statistics.data();
     }
     kernels.row_losses(rows);
-    kept.columns.resize(size_t(4 * rows.classes) * (rows.accumulate == kFloat64 ? sizeof(double) : sizeof(float)));
+    kept.columns.resize(size_t(5 * rows.classes) * (rows.accumulate == kFloat64 ? sizeof(double) : sizeof(float)));
     args.columns = kept.columns.data();
     std::vector<double> correlations(size_t(rows.classes));
     kernels.dist_columns({rows.student, rows.teacher, origins.data(), rows.rows, rows.classes,

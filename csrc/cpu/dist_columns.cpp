@@ -73,10 +73,15 @@ FKD_NOINLINE void column_block(const ColumnArgs& args, int64_t start, int64_t n)
         Correlation r = correlation(xy, p_varies ? xx : 0, q_varies ? yy : 0);
         if (!q_varies) r.by_b = 0; // q - mean q is only rounding
         args.correlations[start + j] = r.value;
-        out[j] = A(double(first_p[j]) + x);
-        out[args.classes + j] = A(double(first_q[j]) + y);
-        out[2 * args.classes + j] = A(weight * r.by_b);
-        out[3 * args.classes + j] = A(-weight * r.by_a);
+        const double mean_p = double(first_p[j]) + x, mean_q = double(first_q[j]) + y;
+        const A by_q = A(weight * r.by_b), by_p = A(-weight * r.by_a);
+        out[j] = A(mean_p);
+        out[args.classes + j] = A(mean_q);
+        out[2 * args.classes + j] = by_q;
+        out[3 * args.classes + j] = by_p;
+        // The slopes of a column add to 0 over the rows. Of nearly parallel columns they are small differences.
+        out[4 * args.classes + j] =
+            A(double(by_q) * (double(A(mean_q)) - mean_q) + double(by_p) * (double(A(mean_p)) - mean_p));
     }
 }
 

@@ -98,8 +98,9 @@ struct ColumnArgs {
     const SoftmaxOrigin* origins;
     int64_t rows, classes, num_classes; // classes: of this call; num_classes: of the whole row
     HyperParameters hyper;              // gamma and the temperature
-    void* columns;        // (4, classes), in the accumulating dtype: mean p, mean q, by_q, by_p. A column's slope is
-                          // by_q (q - mean q) + by_p (p - mean p); by_q and by_p include the column factor
+    void* columns;        // (5, classes), in the accumulating dtype: mean p, mean q, by_q, by_p, rounding. A column's
+                          // slope is by_q (q - mean q) + by_p (p - mean p) + rounding, which has what the rounded means
+                          // lack; all but the means include the column factor
     double* correlations; // of each column
     DType accumulate;
     int threads;

@@ -37,21 +37,21 @@ struct LogRatio {
 // What the batch's columns add to a row's h (ColumnArgs); mean_p is null if they add nothing.
 template <class A>
 struct Columns {
-    const A *mean_p, *mean_q, *by_q, *by_p;
+    const A *mean_p, *mean_q, *by_q, *by_p, *rounding;
 
     template <class Lanes>
     FKD_INLINE Vec<A> at(int64_t j, const Probabilities<A>& x, Lanes lanes) const {
         return mul_add(load(by_q + j, lanes), x.q - load(mean_q + j, lanes),
-                       load(by_p + j, lanes) * (x.p - load(mean_p + j, lanes)));
+                       mul_add(load(by_p + j, lanes), x.p - load(mean_p + j, lanes), load(rounding + j, lanes)));
     }
-    A at(int64_t j, A p, A q) const { return by_q[j] * (q - mean_q[j]) + by_p[j] * (p - mean_p[j]); }
+    A at(int64_t j, A p, A q) const { return by_q[j] * (q - mean_q[j]) + by_p[j] * (p - mean_p[j]) + rounding[j]; }
 };
 
 template <class A>
 Columns<A> columns_of(const void* data, int64_t classes) {
     const A* const first = static_cast<const A*>(data);
     if (!first) return {};
-    return {first, first + classes, first + 2 * classes, first + 3 * classes};
+    return {first, first + classes, first + 2 * classes, first + 3 * classes, first + 4 * classes};
 }
 
 // A block of a row, and how to get the probabilities of its classes.
