@@ -277,30 +277,31 @@ FKD_NOINLINE Statistics merge(const Statistics* parts, int64_t count, const Scal
         const double move_s = ds * k.soft_s, move_t = dt * k.soft_t;
         const double s_soft = scaled_exp(ds, k.soft_s), t_soft = scaled_exp(dt, k.soft_t);
         const double s_sharp = single ? s_soft : scaled_exp(ds, k.sharp_s);
+        // Without a class that can occur, the factor may be inf, and the part's sums are 0.
         if (b.s_soft != 0) {
             row.s_soft += s_soft * b.s_soft;
             row.s_sharp += s_sharp * b.s_sharp;
+            row.w_soft += s_soft * b.w_soft;
+            row.w_sharp += s_sharp * b.w_sharp;
+            if (general) row.s_raw += scaled_exp(ds, 1) * b.s_raw;
         }
         if (b.t_soft != 0) {
             row.t_soft += t_soft * b.t_soft;
             row.t_sharp += (single ? t_soft : scaled_exp(dt, k.sharp_t)) * b.t_sharp;
             row.cross += t_soft * (b.cross + (divergence ? move_s - move_t : move_s) * (b.t_soft - b.blocked));
             row.blocked += t_soft * b.blocked;
+            row.w_teacher += t_soft * b.w_teacher;
         }
         row.s_target += b.s_target;
         row.t_target += b.t_target;
         row.v_target += b.v_target;
         if (!general) continue;
         row.number += b.number;
-        row.s_raw += scaled_exp(ds, 1) * b.s_raw;
         row.linear += b.linear + move_s * b.number;
         row.v_sum += b.v_sum;
         row.v_cross += b.v_cross + move_s * (b.v_sum - b.v_blocked);
         row.v_blocked += b.v_blocked;
         row.v_cross_t += b.v_cross_t + move_t * b.v_sum;
-        row.w_soft += s_soft * b.w_soft;
-        row.w_sharp += s_sharp * b.w_sharp;
-        row.w_teacher += t_soft * b.w_teacher;
     }
     return row;
 }

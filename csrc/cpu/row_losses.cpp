@@ -239,7 +239,7 @@ FKD_NOINLINE RowResult row_pass(const RowArgs& args, const RowParams& params, co
         if constexpr (pointwise)
             probabilities.with_gradient(i, b.slopes, combine);
         else
-            combine(careful || c.slope != 0 ? read(args.student, row, j, n, scratch.student) : nullptr, NoMore());
+            combine(careful || b.slope != 0 ? read(args.student, row, j, n, scratch.student) : nullptr, NoMore());
         if (streamed)
             stream(out, n, own_row + j);
         else if (!same)

@@ -239,17 +239,18 @@ FKD_HD double whole_term(const TopKRow& x, const RowParams& params, TopKRest kin
     if (x.rest.soft != 0) out.soft += term.soft * exp((x.rest.max - rest.max) * scale);
     out.constant += term.constant;
     if (!x.target_kept) x.by[x.kept] += term.soft * exp((x.s_target - rest.max) * scale) + term.constant;
-    return s.sum == 0 ? NAN : term.value; // no class can occur
+    return s.sum == 0 ? NAN : term.value + 0 * s.log_sum; // NaN if no class can occur, or the student is NaN
 }
 
 // A term over the non-target classes at T: weight T times KL or the cross-entropy. The softmaxes q^ and p^ renormalize,
-// also with kDrop. If alpha is not 0, also add DKD's term of the target against all others.
+// also with kDrop. DKD, whose term has the entropy, also has a term of the target against all others.
 FKD_HD void hat_terms(const TopKRow& x, const RowParams& params, TopKRest kind, double weight, bool entropy,
-                      double alpha, TopKResult& out) {
+                      TopKResult& out) {
     const double scale = 1 / params.temperature;
     const TopKSide s = student_side(x, x.kept, x.rest, x.rest.soft, scale);
     TopKSide t = teacher_side(x, x.kept, x.rest.number, scale);
-    if (alpha != 0) {
+    if (entropy) { // whatever alpha is: a NaN reaches the target too
+        const double alpha = params.alpha * params.temperature;
         const double difference = binary_term(x, kind, s, t, alpha, out.parts[0]);
         const double by_p = s.sum == 0 ? 0 : -alpha * difference / s.sum;
         for (int64_t i = 0; i < x.kept; ++i)
@@ -269,8 +270,9 @@ FKD_HD void hat_terms(const TopKRow& x, const RowParams& params, TopKRest kind, 
     out.constant += term.constant;
 }
 
-// Whether all kept classes have probability 0, so that they cannot be renormalized.
+// Whether no class of the teacher can occur: all kept ones have probability 0, and the others have no share.
 FKD_HD bool is_nothing(const TopKRow& x) {
+    if (x.log_share != -INFINITY) return false;
     for (int64_t i = 0; i < x.kept + x.target_kept; ++i)
         if (x.t[i] != -INFINITY) return false;
     return true;
@@ -279,7 +281,7 @@ FKD_HD bool is_nothing(const TopKRow& x) {
 FKD_HD TopKResult topk_loss(const TopKRow& x, const RowParams& params, TopKRest kind) {
     TopKResult out = {};
     const double T = params.temperature;
-    if (kind == kRenormalize && is_nothing(x)) {
+    if (is_nothing(x)) {
         for (double& part : out.parts)
             part = NAN;
         for (int64_t i = 0; i <= x.kept; ++i)
@@ -292,10 +294,10 @@ FKD_HD TopKResult topk_loss(const TopKRow& x, const RowParams& params, TopKRest 
     const double weight = sharp_terms(x, params, kind, out);
     switch (params.number >> kKindShift) {
     case kNkd:
-        hat_terms(x, params, kind, params.gamma * T, false, 0, out);
+        hat_terms(x, params, kind, params.gamma * T, false, out);
         break;
     case kDkd:
-        hat_terms(x, params, kind, params.beta * T, true, params.alpha * T, out);
+        hat_terms(x, params, kind, params.beta * T, true, out);
         break;
     case kWsld:
         out.parts[0] = whole_term(x, params, kind, params.alpha * T * weight, false, out);

@@ -101,9 +101,7 @@ def normalized_weight(
         normalizer = checks.check_scalar("normalizer", normalizer)
     settings["reduction"] = "sum"
     dtype = reference.widest_dtype(target)
-    rows = torch.ones_like(target[:, 0] if target.is_floating_point() else target, dtype=dtype)
-    if weight is not None:
-        rows = weight.to(dtype)
+    rows = target.new_ones(target.shape[:1], dtype=dtype) if weight is None else weight.to(dtype)
     if isinstance(normalizer, Tensor):
         divisor = normalizer.to(rows.device, dtype, non_blocking=True)
     else:

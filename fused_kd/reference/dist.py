@@ -46,6 +46,7 @@ def dist_loss(
         student_logits, teacher_logits, target, ignore_index, logit_standardization=logit_standardization, weight=weight
     )
     p, q = (student / temperature).softmax(dim=1), (teacher / temperature).softmax(dim=1)
+    p = p * labels.valid.unsqueeze(1)  # a NaN among the labels is in the columns as well
     scale = temperature**2
     inter = scale * beta * (1.0 - _correlation(_centred(p, p[:, :1]), _centred(q, q[:, :1]), dim=1))
     if gamma == 0.0:

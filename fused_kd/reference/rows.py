@@ -45,8 +45,8 @@ class Labels(NamedTuple):
 
     ``columns`` ``(N, K)`` are the target classes and ``values`` their labels. If not ``present``, the column is some
     class in range and the value 0. ``counted`` is False for ignored rows and rows of weight 0. ``valid`` is NaN for a
-    row that has no value (a NaN among its probabilities, an index out of range), else 1. ``probabilities`` is None for
-    class indices, and ``weight`` ``(N,)`` is None if all rows weigh the same.
+    row that counts and has no value (a NaN among its probabilities, an index out of range), else 1. ``probabilities``
+    is None for class indices, and ``weight`` ``(N,)`` is None if all rows weigh the same.
     """
 
     columns: Tensor
@@ -92,6 +92,7 @@ def find_labels(
     if weight is not None:
         weight = usable_weight(weight, dtype)
         counted = counted & (weight != 0)
+    valid = torch.where(counted, valid, 1.0)  # 0 * NaN would reach the terms that rows share
     return Labels(columns, values, present, is_target, counted, valid, probabilities, weight)
 
 

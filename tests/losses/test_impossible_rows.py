@@ -17,6 +17,12 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 #: What a row is: "-" some classes of -inf, "*" all but the first, "1" all but the second, "!" all; "+" and "n" an inf
 #: and a NaN besides.
 KINDS = ("", "-", "*", "1", "!", "+", "n", "-+", "-n", "*+", "*n", "+n")
+#: A term that counts 0 times does not hide a row without a value.
+WITHOUT_A_TERM = {
+    "nkd": [{"gamma": 0.0}],
+    "dkd": [{"alpha": 0.0}, {"beta": 0.0}, {"alpha": 0.0, "beta": 0.0}],
+    "wsld": [{"alpha": 0.0}],
+}
 PAIRS = [
     (student, teacher)
     for student, teacher in itertools.product(KINDS, KINDS)
@@ -85,6 +91,7 @@ def options_of(loss):
     if loss == "js":
         yield {"beta": 0.0}
         yield {"beta": 1.0}
+    yield from WITHOUT_A_TERM.get(loss, ())
 
 
 @pytest.mark.parametrize("place", [place for place in PLACES if place[1] != "reference"], ids="-".join)
@@ -121,16 +128,35 @@ def test_dist_spreads_a_row_without_a_value_through_the_columns(place, which, ki
     compare(loss, name, [student], [teacher], labels(4, 5, False), device)
 
 
+@pytest.mark.parametrize("place", [place for place in PLACES if place[0] == "dist"], ids="-".join)
+@pytest.mark.parametrize("options", ({}, {"ce_weight": 0.5}, {"beta": 0.0}), ids=str)
+def test_dist_with_nan_among_the_labels(place, options):
+    """The row and, through the columns, all others are NaN, unless the row does not count."""
+    student, teacher = spoilt((4, 5), [""] * 4, 3), spoilt((4, 5), [""] * 4, 4)
+    target = labels(4, 5, True)
+    target[2, 1] = NAN
+    counted = torch.tensor([True, True, False, True])
+    value, *_, gradient = run(*place[:2], [student], [teacher], target, weight=counted, **options)
+    assert value.isfinite().all() and gradient.isfinite().all() and gradient[counted].any(1).all()
+    if place[1] != "triton":  # whose columns do not read the labels
+        value, *_, gradient = run(*place[:2], [student], [teacher], target, **options)
+        assert value.isnan().all() and gradient.isnan().all()
+
+
 @pytest.mark.parametrize("name", check.runnable("cpu", "kd"))
 @pytest.mark.parametrize("loss, rest", KEPT, ids="-".join)
-def test_kept_classes(name, loss, rest):
+@pytest.mark.parametrize("classes", (7, 3))
+def test_kept_classes(name, loss, rest, classes):
+    """Some, and all."""
     pairs = [(student, teacher) for student in KINDS for teacher in ("", "!", "n")]
-    student = spoilt((len(pairs), 7), [kind for kind, _ in pairs], 1)
+    student = spoilt((len(pairs), classes), [kind for kind, _ in pairs], 1)
     kept = spoilt((len(pairs), 3), [kind for _, kind in pairs], 2)
-    log_probs = kept.log_softmax(1) - 0.2
-    indices = torch.rand(len(pairs), 7, generator=torch.Generator().manual_seed(3)).argsort(1)[:, :3]
-    target = labels(len(pairs), 7, False)
-    for options in ({}, {"ce_weight": 0.5, "label_smoothing": 0.1}, {"temperature": 2.0}):
+    kept[:, 0] = torch.where(torch.arange(len(pairs)) % 6 == 1, -INF, kept[:, 0])  # alone, or with the others
+    log_probs = kept.log_softmax(1).where(kept != -INF, -INF) - 0.2 * (classes > 3)
+    indices = torch.rand(len(pairs), classes, generator=torch.Generator().manual_seed(3)).argsort(1)[:, :3]
+    target = labels(len(pairs), classes, False)
+    further = ({"ce_weight": 0.5, "label_smoothing": 0.1}, {"temperature": 2.0}, *WITHOUT_A_TERM.get(loss, ()))
+    for options in ({}, *(further if classes == 7 else ())):
 
         def each(backend, dtype, options=options):
             source = TopK(log_probs.to(dtype), indices, rest)

@@ -75,7 +75,8 @@ class Call:
                 del self.options["temperature"]
         self.target = torch.where(torch.rand(rows) < choose((0.0, 0.4)), -100, labels)
         if random.random() < 0.25:
-            mixed = 0.7 * F.one_hot(labels, classes) + 0.3 * F.one_hot(torch.randint(classes, rows), classes)
+            share = choose((0.7, 0.5, 1.0))  # mixed, tied, one-hot
+            mixed = share * F.one_hot(labels, classes) + (1 - share) * F.one_hot(torch.randint(classes, rows), classes)
             self.target = choose((mixed.double(), torch.randn(*rows, classes).double().softmax(-1)))
         if random.random() < 0.3:
             self.options["weight"] = torch.rand(rows) * (torch.rand(rows) < 0.7)
@@ -86,9 +87,11 @@ class Call:
         if self.source in ("topk", "both"):
             self.options["logit_standardization"] = False
         self.rest = choose(("drop", "renormalize", "bucket", "uniform"))
-        self.kept = random.randrange(1, min(classes - 1, 20) + 1)
+        self.kept, self.pads = random.randrange(1, min(classes - 1, 20) + 1), choose((0.0, 0.3))
         self.head = {"chunk_rows": choose((None, 1, 2)), "softcap": choose((None, 5.0)), "logit_scale": 0.7}
         self.turned = self.source == "plain" and name != "zipf_ls" and len(rows) == 2 and random.random() < 0.5
+        padded = self.source == "plain" and not self.turned and name not in ("uskd", "zipf_ls")
+        self.padding = (random.randrange(6), random.randrange(6)) if padded and random.random() < 0.5 else None
         self.incoming = choose((0.0, 1.0, 2.5))
 
     def run(self, backend):
@@ -99,6 +102,10 @@ class Call:
         leaves, options = [student], dict(self.options, backend=backend, return_parts=True)
         if self.name == "uskd":
             leaves.append(other.requires_grad_())
+        if self.padding:
+            options["num_classes"] = shape[-1]
+            leaves[0] = student = F.pad(self.student, (0, self.padding[0]), value=math.nan).requires_grad_()
+            other = F.pad(other, (0, self.padding[1]), value=math.inf)
         if self.turned:
             options["class_dim"] = 1
             student, other = student.mT, other.mT
@@ -110,7 +117,12 @@ class Call:
             student = Head(hidden, weight, leaves[-1], **self.head)
         if self.source in ("topk", "both"):
             possible = other.nan_to_num(neginf=-30.0)
-            other = TopK(*possible.log_softmax(-1).topk(self.kept), self.rest)
+            log_probs, indices = possible.log_softmax(-1).topk(self.kept)
+            order = torch.rand(log_probs.shape).argsort(-1)
+            pad = torch.rand(log_probs.shape) < self.pads
+            pad[..., 0] = False  # no row of pads alone
+            log_probs, indices = log_probs.gather(-1, order), indices.gather(-1, order)
+            other = TopK(log_probs.where(~pad, math.nan), indices.where(~pad, -1), self.rest)
         if self.name == "zipf_ls":
             other = torch.randn(*shape[:1], 4, shape[-1], dtype=dtype)
             student, target = (each if len(shape) == 2 else each[:, 0] for each in (student, target))

@@ -1,12 +1,14 @@
 """A gradient that is stored as 0 stays 0 whatever comes in, as F.cross_entropy has it: a mean that a user guards by
 torch.where, or a sum over no items, sends infinity and NaN to rows that count nowhere."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from loss_cases import HERE, INF, function, has, make, mixed
 
-from fused_kd import autograd, nkd_loss, ops
+from fused_kd import Head, autograd, nkd_loss, ops
 
 NAN = float("nan")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -198,3 +200,20 @@ def test_weights_beyond_float32(fused, weight):
     leaf = student.requires_grad_()
     nkd_loss(leaf, teacher, target, weight=each, reduction="sum", backend=name).backward()
     assert not leaf.grad[[IGNORED, LIGHT]].any()
+
+
+@pytest.mark.parametrize("loss", ("nkd", "kd", "dkd", "wsld", "js", "tf_kd", "uskd"))
+@pytest.mark.parametrize("incoming", (INF, NAN))
+def test_rows_of_a_head(loss, incoming):
+    """The backward pass computes the gradients with what comes in for each row: NaN, but for rows that do not count."""
+    torch.manual_seed(0)
+    target = torch.randn(3, 7).softmax(1)
+    for row_weight, options in itertools.product((torch.tensor([1.0, 0.0, 1.0]), None), ({}, {"label_smoothing": 0.1})):
+        hidden, weight = torch.randn(3, 5, requires_grad=True), torch.randn(7, 5, requires_grad=True)
+        others = [] if loss == "tf_kd" else [torch.randn(3, 7)]
+        value = function(loss)(
+            Head(hidden, weight), *others, target, ce_weight=1.0, weight=row_weight, reduction="none", **options
+        )
+        value.backward(torch.tensor([1.0, 1.0, incoming]))
+        assert hidden.grad[:2].isfinite().all() and not hidden.grad[2].isfinite().any()
+        assert row_weight is None or not hidden.grad[1].any()

@@ -5,6 +5,7 @@ import importlib
 import pytest
 import staged_cases
 import torch
+from loss_cases import compare
 from test_row_weight import long_rows  # noqa: F401
 
 from fused_kd import check
@@ -49,3 +50,17 @@ def test_rows_in_pieces(name, loss):
     staged_cases.assert_within_the_whole_rows_error(
         importlib.import_module(f"fused_kd.backends.{name}"), problem, torch.float32
     )
+
+
+@pytest.mark.parametrize("name", check.runnable("cpu", "kd"))
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_block_of_a_row_in_which_no_class_can_occur(name, loss):
+    """Its largest logit stands as 0, far above the others."""
+    student, teacher, target = inputs(2100, -1000.0, torch.float64, rows=2)
+    target += 2000
+    for which in (student, teacher):
+        which[:, :1100] = -torch.inf
+        options = {"logit_standardization": True, "ce_weight": 0.5, "temperature": 2.0}
+        if loss == "dist":
+            options["gamma"] = 0.0
+        compare((loss, name, "cpu"), student, [teacher], target, tolerance=1e-9, **options)

@@ -46,6 +46,7 @@ def variants(loss):
     yield "everything", make(11, **full, weighted=True)
     yield "probabilities", make(11, **full, labels=True, weighted=True)
     yield "ties of probabilities", make(11, **own, labels=True, tied=True)
+    yield "probabilities and a normalizer", make(11, **own, labels=True, normalizer=3.0)
     yield "none", make(11, **full, reduction="none", weighted=True)
     yield "sum", make(11, **own, reduction="sum", rows=(2, 3))
     yield "no row counts", make(11, **own, ignored=6)

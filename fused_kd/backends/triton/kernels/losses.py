@@ -30,12 +30,6 @@ TF_KD = tl.constexpr(NUMBERS["tf_kd"])
 
 
 @triton.jit
-def _weighted(weight, value):
-    """A part times its hyper-parameter. 0 switches the part off, whatever its value is."""
-    return tl.where(weight == 0.0, 0.0, weight * value)
-
-
-@triton.jit
 def log2_1p(x):
     """log2(1 + x) with the digits of a small x: the ratio restores what 1 + x loses."""
     u = 1.0 + x
@@ -78,7 +72,8 @@ def _cross_entropy(stats, s_y, v_y, z, weights, classes, PROB: tl.constexpr, LIN
         constant = -ce_weight * share + constant
         kept = ce_weight * (1.0 - smoothing)
     raw = ce_weight * (others + v_y) * p_factor
-    return _weighted(ce_weight, ce * LN2), raw, kept, constant, ce_weight * (p_y * others - v_y * p_rest)
+    ce = tl.where(ce_weight == 0.0, 0.0, ce_weight * ce * LN2)  # without the CE, a row need not have a softmax
+    return ce, raw, kept, constant, ce_weight * (p_y * others - v_y * p_rest)
 
 
 @triton.jit
@@ -91,7 +86,7 @@ def _nkd(stats, s_y, t_y, z_sharp, z_tsharp, weights, scales):
     asked = tl.where(z_t == 0.0, 0.0, 1.0).to(z_t.dtype)
     z_s = tl.where(z_s == 0.0, 1.0, z_s)
     z_t = tl.where(z_t == 0.0, 1.0, z_t)
-    non_target = _weighted(gamma * temperature * temperature, (asked * tl.log2(z_s) - dot / z_t) * LN2)
+    non_target = times(gamma * temperature * temperature, (asked * tl.log2(z_s) - dot / z_t) * LN2)
     soft = gamma * temperature * asked / z_s
     return times(q_y, nll * LN2), non_target, soft, q_y * p_factor, -gamma * temperature / z_t, -q_y * p_rest
 
@@ -127,8 +122,8 @@ def _decoupled(stats, s_y, t_y, weights, scales, WHOLE: tl.constexpr):
     safe_t = tl.where(z_t == 0.0, 1.0, z_t)
     rest = tl.log2(safe_s / safe_t) - dot / safe_t
     square = temperature * temperature
-    binary = _weighted(alpha * square, binary * LN2)
-    rest = _weighted(beta * square, rest * LN2)
+    binary = times(alpha * square, binary * LN2)
+    rest = times(beta * square, rest * LN2)
     soft = temperature * (beta - alpha * difference) / safe_s
     target = alpha * temperature * difference
     if WHOLE:

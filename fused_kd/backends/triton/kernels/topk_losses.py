@@ -240,11 +240,9 @@ def _hat_terms(x, share, weight, alpha, temperature, num_classes, KIND: tl.const
     one, by, by_y, soft = tl.zeros_like(weight), tl.zeros_like(x.s), tl.zeros_like(weight), tl.zeros_like(weight)
     if KIND == DKD:
         one, difference = _binary_term(x, s, t, share, alpha, temperature, REST)
-        difference = tl.where(alpha == 0.0, 0.0, difference)
         by_p = -_ratio(alpha * temperature * difference, s.total)
         by = by_p * s.e
         by_y, soft = alpha * temperature * difference, by_p * s.moved
-        one = tl.where(alpha == 0.0, 0.0, one)
     if REST == DROP:
         t = Side(t.top, t.e, t.e_y, t.moved, t.kept, t.rest, t.log_rest, t.kept, _log_or(t.kept, 0.0))
     alone = (num_classes == 2) | (t.total == 0.0)
@@ -314,9 +312,8 @@ def resolve(x, own, weights, num_classes, LOSS: tl.constexpr, REST: tl.constexpr
         weight = (first * u if LOSS == WSLD else 1.0) * temperature
         one, more, more_y, soft, further = _whole_term(x, share, weight, first, temperature, LOSS, REST)
     by, by_y, constant = by + more, by_y + more_y, constant + further
-    if REST == RENORMALIZE:
-        # Kept classes of probability 0 cannot be renormalised.
-        missing = tl.maximum(tl.max(x.t, 0), x.t_y) == _NEG_INF
-        nan = tl.where(missing, float("nan"), 0.0).to(tl.float64)
-        one, two, ce, by, by_y, soft = one + nan, two + nan, ce + nan, by + nan, by_y + nan, soft + nan
+    # No class of the teacher can occur: all kept ones have probability 0, and the others have no share.
+    missing = tl.maximum(tl.maximum(tl.max(x.t, 0), x.t_y), share) == _NEG_INF
+    nan = tl.where(missing, float("nan"), 0.0).to(tl.float64)
+    one, two, ce, by, by_y, soft = one + nan, two + nan, ce + nan, by + nan, by_y + nan, soft + nan
     return one, two, ce, by, by_y, soft, sharp, constant
