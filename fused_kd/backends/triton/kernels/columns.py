@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from fused_kd.backends.triton.kernels.pointwise import column_stride, correlation_terms
-from fused_kd.backends.triton.kernels.rows import LOG2E, load_factor, zero_if_empty
+from fused_kd.backends.triton.kernels.rows import LOG2E, kernel, load_factor, zero_if_empty
 from fused_kd.backends.triton.kernels.targets import load_tile
 from fused_kd.backends.triton.kernels.tiles import lane_columns
 
@@ -104,11 +104,7 @@ def _normalize(
     tl.store(states + 2 * rows + row, 1.0 / total, mask=row < rows)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "rows", "classes", "student_row", "student_col", "teacher_row", "teacher_col", "target_row", "ignore_index",
-    ]
-)  # fmt: skip
+@kernel
 def normalize_rows(
     student,
     teacher,
@@ -174,12 +170,7 @@ def _merge(number, mean_p, mean_q, pp, pq, qq):
     )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=[
-        "rows", "classes", "student_row", "student_col", "teacher_row", "teacher_col", "target_row", "ignore_index",
-        "chunk",
-    ]
-)  # fmt: skip
+@kernel
 def column_moments(
     student,
     teacher,
@@ -253,7 +244,7 @@ def column_moments(
     tl.store(numbers + this_chunk + tl.arange(0, 1), total, mask=block == 0)
 
 
-@triton.jit(do_not_specialize=["classes", "chunks"])
+@kernel
 def finish_columns(
     moments,
     numbers,

@@ -5,18 +5,10 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from fused_kd.backends.triton.kernels.losses import coefficients
-from fused_kd.backends.triton.kernels.on_chip import (
-    RUNTIME,
-    all_weights,
-    at,
-    gradient_scale,
-    gradient_width,
-    store_parts,
-)
+from fused_kd.backends.triton.kernels.on_chip import all_weights, at, gradient_scale, gradient_width, store_parts
 from fused_kd.backends.triton.kernels.pointwise import (
     aligned_columns,
     column_part,
@@ -30,6 +22,7 @@ from fused_kd.backends.triton.kernels.rows import (
     POINTWISE,
     TEACHER,
     empty_statistics,
+    kernel,
     load_factor,
     load_index,
     make_scales,
@@ -53,7 +46,7 @@ from fused_kd.backends.triton.kernels.values import Constants, Moments
 _NEG_INF = tl.constexpr(float("-inf"))
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel
 def rows_looped(
     student,
     teacher,

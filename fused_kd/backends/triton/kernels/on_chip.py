@@ -52,6 +52,7 @@ from fused_kd.backends.triton.kernels.rows import (
     combine,
     count_rows,
     empty_statistics,
+    kernel,
     load_factor,
     load_index,
     make_scales,
@@ -64,20 +65,6 @@ from fused_kd.backends.triton.kernels.values import Constants, Moments, Weights
 
 _NEG_INF = tl.constexpr(float("-inf"))
 _COUNT_BLOCK = tl.constexpr(512)
-RUNTIME = [
-    "rows",
-    "classes",
-    "padding",
-    "student_row",
-    "student_col",
-    "teacher_row",
-    "teacher_col",
-    "target_row",
-    "target_col",
-    "count_items",
-    "correlation_items",
-    "ignore_index",
-]
 
 
 @triton.jit
@@ -141,7 +128,7 @@ def gradient_scale(
     return scale / count.to(ACC)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel
 def rows_on_chip(
     student,
     teacher,

@@ -10,12 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_kd.backends.triton.kernels.rows import count_rows, narrowed, power_of_two_below
+from fused_kd.backends.triton.kernels.rows import count_rows, kernel, narrowed, power_of_two_below
 
 _BLOCK = tl.constexpr(1024)
 
 
-@triton.jit(do_not_specialize=["stride", "rows", "chunk", "ignore_index"])
+@kernel
 def count_chunks(target, partial, stride: tl.int64, rows: tl.int64, chunk: tl.int64, ignore_index: tl.int64):
     """partial[i]: the number of rows of chunk i that count."""
     start = tl.program_id(0).to(tl.int64) * chunk
@@ -33,7 +33,7 @@ def _sum_rows(values, items, ACC: tl.constexpr):
     return tl.sum(total, 0)
 
 
-@triton.jit(do_not_specialize=["rows", "chunk", "count_stride", "count_items", "ignore_index"])
+@kernel
 def reduce_parts(
     row_parts,
     parts,
@@ -91,7 +91,7 @@ def reduce_parts(
         tl.store(other_norm, other_here)
 
 
-@triton.jit(do_not_specialize=["rows", "width", "stride"])
+@kernel
 def scale_rows(
     gradient,
     out,

@@ -40,6 +40,13 @@ POINTWISE = tl.constexpr(BITS["pointwise"])
 ONE_SLOPE = tl.constexpr(BITS["one_slope"])
 
 
+def kernel(function):
+    """Let Triton compile a kernel that is specialised on no number, so another batch or stride compiles nothing.
+    ``padding``, which may be None, is the only integer that has no annotation."""
+    numbers = [name for name, kind in function.__annotations__.items() if kind in ("tl.int32", "tl.int64")]
+    return triton.jit(function, do_not_specialize=[*numbers, "padding"])
+
+
 @triton.jit
 def zero_if_empty(maximum):
     """Replace -inf by 0 in a maximum to subtract: -inf - -inf would be NaN, -inf - 0 gives the right exponential, 0."""

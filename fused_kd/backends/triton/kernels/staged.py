@@ -32,6 +32,7 @@ from fused_kd.backends.triton.kernels.rows import (
     POINTWISE,
     TEACHER,
     empty_statistics,
+    kernel,
     load_factor,
     load_index,
     merge_lanes,
@@ -48,21 +49,6 @@ from fused_kd.backends.triton.kernels.tiles import (
 )
 from fused_kd.backends.triton.kernels.values import Constants
 
-RUNTIME = [
-    "rows",
-    "classes",
-    "pieces",
-    "first_class",
-    "num_classes",
-    "student_row",
-    "student_col",
-    "teacher_row",
-    "teacher_col",
-    "labels_row",
-    "labels_col",
-    "ignore_index",
-]
-
 
 @triton.jit
 def _of_row(row, target, factors, rows, ignore_index, first_class, num_classes, PROB: tl.constexpr, ACC: tl.constexpr):
@@ -76,7 +62,7 @@ def _of_row(row, target, factors, rows, ignore_index, first_class, num_classes, 
     return y - first_class, counted, valid
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel
 def piece_moments(
     student,
     teacher,
@@ -115,7 +101,7 @@ def piece_moments(
     store_moments(out, OF_TEACHER, rows, row, t_moments)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel
 def piece_statistics(
     student,
     teacher,
@@ -190,7 +176,7 @@ def piece_statistics(
     tl.store(out + rows * (OF_TARGET + 2) + row, v_y)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel
 def piece_sums(
     student,
     teacher,
@@ -249,7 +235,7 @@ def piece_sums(
         tl.store(out + field * rows + row, sums[field])
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel
 def piece_gradient(
     student,
     teacher,

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from fused_kd.backends.triton.kernels.on_chip import at, gradient_width
-from fused_kd.backends.triton.kernels.rows import LOG2E, narrowed, zero_if_empty
+from fused_kd.backends.triton.kernels.rows import LOG2E, kernel, narrowed, zero_if_empty
 from fused_kd.backends.triton.kernels.tiles import lane_columns
 from fused_kd.backends.triton.kernels.topk_losses import Row, resolve
 
@@ -32,10 +32,6 @@ SHARP, LINEAR = tl.constexpr(1), tl.constexpr(2)
 _NEG_INF = tl.constexpr(float("-inf"))
 #: Numbers of rest_statistics beside the logits of kept classes: see :data:`fused_kd.backends.topk.FIELDS`.
 _FIELDS = tl.constexpr(5)
-RUNTIME = [
-    "rows", "columns", "first_class", "num_classes", "words", "kept", "ignore_index", "student_row", "student_col",
-    "indices_row", "indices_col", "log_probs_row", "log_probs_col", "padding",
-]  # fmt: skip
 
 
 @triton.jit
@@ -45,7 +41,7 @@ def _indices(indices, row, kept, indices_row, indices_col, read, KEPT: tl.conste
     return entry, tl.load(indices + row * indices_row + entry * indices_col, mask=read & (entry < kept), other=-1)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel
 def mark_kept(
     target, indices, factors, marks, state, rows: tl.int64, num_classes: tl.int32, words: tl.int64, kept: tl.int32,
     ignore_index: tl.int64, indices_row: tl.int64, indices_col: tl.int64, KEPT: tl.constexpr,
@@ -84,7 +80,7 @@ def _columns_of(j, first_class, columns):
     return tl.where((column >= 0) & (column < columns), column, -1).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel
 def rest_statistics(
     student, marks, state, target, indices, found, rows: tl.int64, columns: tl.int32, first_class: tl.int32,
     words: tl.int64, kept: tl.int32, student_row: tl.int64, student_col: tl.int64, indices_row: tl.int64,
@@ -143,7 +139,7 @@ def rest_statistics(
     tl.store(found + (entry + _FIELDS).to(tl.int64) * rows + row, s_kept.to(tl.float64), mask=entry < kept)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel
 def resolve_kept(
     found, state, target, indices, log_probs, factors, loss, parts, coefficients, entries, rows: tl.int64,
     num_classes: tl.int32, kept: tl.int32, indices_row: tl.int64, indices_col: tl.int64, log_probs_row: tl.int64,
@@ -210,7 +206,7 @@ def resolve_kept(
         tl.store(entries + kept.to(tl.int64) * rows + row, (by_y * scale).to(dtype))
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel
 def rest_gradient(
     student, marks, state, target, indices, coefficients, entries, gradient, padding, rows: tl.int64, columns: tl.int32,
     first_class: tl.int32, words: tl.int64, kept: tl.int32, student_row: tl.int64, student_col: tl.int64,

@@ -27,7 +27,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_kd.backends.triton.kernels.rows import count_rows, load_factor, narrowed, power_of_two_below
+from fused_kd.backends.triton.kernels.rows import count_rows, kernel, load_factor, narrowed, power_of_two_below
 from fused_kd.backends.triton.kernels.targets import (
     by_rows,
     ce_labels,
@@ -53,20 +53,6 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 _COUNT_BLOCK = tl.constexpr(512)
 #: The class of a row that does not count, where another kernel's rows have their first target or -1.
 _IGNORED = tl.constexpr(-2)
-_RUNTIME = [
-    "rows",
-    "first",
-    "last",
-    "classes",
-    "student_row",
-    "student_col",
-    "weak_row",
-    "weak_col",
-    "target_row",
-    "target_col",
-    "count_items",
-    "ignore_index",
-]
 
 
 @triton.jit
@@ -111,7 +97,7 @@ def _store_norms(norms, values, row, ACC: tl.constexpr):
     tl.store(norms[1] + row * 0, tl.full(row.shape, values[1], ACC), mask=row == 0)
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@kernel
 def target_probabilities(
     student,
     target,
@@ -218,7 +204,7 @@ def _keys_and_weak_gradient(
     return rank_keys(d_s, d_w, cols, targets, key[0], key[1], k, RANK) + 0.0
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@kernel
 def ranked_on_chip(
     student,
     weak,

@@ -9,16 +9,14 @@ The arguments are those of :mod:`.uskd`; a launch does the rows from ``first`` t
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
-from fused_kd.backends.triton.kernels.rows import load_factor, narrowed
+from fused_kd.backends.triton.kernels.rows import kernel, load_factor, narrowed
 from fused_kd.backends.triton.kernels.targets import by_rows, ce_labels, find_targets, load_tile, student_gradient
 from fused_kd.backends.triton.kernels.uskd import (
     _IGNORED,
     _LOG2E,
     _NEG_INF,
-    _RUNTIME,
     _keys_and_weak_gradient,
     _row_mean,
     _scaled,
@@ -29,7 +27,7 @@ from fused_kd.backends.triton.kernels.uskd import (
 from fused_kd.backends.triton.kernels.uskd_rows import rank_terms
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@kernel
 def write_keys(
     student,
     weak,
@@ -120,7 +118,7 @@ def write_keys(
         tl.store(keys + (local_row * classes)[:, None] + cols, key, mask=inside[:, None] & (cols < classes))
 
 
-@triton.jit(do_not_specialize=["classes"])
+@kernel
 def write_zipf(order, zipf, classes: tl.int32, ACC: tl.constexpr, BLOCK: tl.constexpr):
     """zipf of the class at each place of a row's order: 1 / (place + 1)."""
     tiles = (classes + (BLOCK - 1)) // BLOCK
@@ -131,7 +129,7 @@ def write_zipf(order, zipf, classes: tl.int32, ACC: tl.constexpr, BLOCK: tl.cons
     tl.store(zipf + start + column, 1.0 / (place + 1).to(ACC), mask=place < classes)
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@kernel
 def combine_ranked(
     student,
     target,

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from fused_kd.backends.triton.kernels.on_chip import gradient_scale
-from fused_kd.backends.triton.kernels.rows import LN2, LOG2E, load_factor, narrowed, times, zero_if_empty
+from fused_kd.backends.triton.kernels.rows import LN2, LOG2E, kernel, load_factor, narrowed, times, zero_if_empty
 from fused_kd.backends.triton.kernels.targets import (
     by_rows,
     ce_labels,
@@ -47,11 +47,7 @@ _NO_CLASS = tl.constexpr(2147483647)
 BROKEN = tl.constexpr(-1)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "rows", "positions", "classes", "dense_row", "dense_position", "dense_class", "target_row", "ignore_index",
-    ]
-)  # fmt: skip
+@kernel
 def find_votes(
     dense,
     target,
@@ -112,7 +108,7 @@ def find_votes(
     tl.store(votes + row * positions + position, vote, mask=position < positions)
 
 
-@triton.jit(do_not_specialize=["positions"])
+@kernel
 def rank_votes(votes, counts, ranks, voted, positions: tl.int32, VOTES: tl.constexpr):
     """ranks (rows, positions): of the class that a position votes for, where it is the first to, else 0. voted (rows,):
     how many classes have a vote. counts (rows, positions) is scratch: votes, where ranks has a rank."""
@@ -217,12 +213,7 @@ def _load_kept(
     return rank, takes & (d != _NEG_INF), d
 
 
-@triton.jit(
-    do_not_specialize=[
-        "rows", "positions", "classes", "student_row", "student_col", "target_row", "target_col", "count_items",
-        "ignore_index",
-    ]
-)  # fmt: skip
+@kernel
 def zipf_rows(
     student,
     target,
