@@ -7,7 +7,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_kd.backends.triton.kernels.pointwise import merge_sums
 from fused_kd.backends.triton.kernels.rows import LOG2E, make_scales, merge_lanes, total_of, zero_if_empty
 from fused_kd.backends.triton.kernels.values import Moments, PointwiseSums, Statistics
 
@@ -74,25 +73,11 @@ def merged_scales(
 @triton.jit
 def merged_statistics(found, pieces, rows, row, scales, PIECES: tl.constexpr, LOSS: tl.constexpr, SINGLE: tl.constexpr):
     """Return the row's statistics, and the target's logits and probability, which one of the pieces has."""
-    stats = Statistics(
-        _field(found, 0, STATISTICS, pieces, rows, row, _NEG_INF, PIECES),
-        _field(found, 1, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 2, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 3, STATISTICS, pieces, rows, row, _NEG_INF, PIECES),
-        _field(found, 4, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 5, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 6, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 7, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 8, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 9, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 10, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 11, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 12, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 13, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 14, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 15, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 16, STATISTICS, pieces, rows, row, 0.0, PIECES),
-    )
+    of_pieces = ()
+    for which in tl.static_range(OF_TARGET):
+        other = _NEG_INF if which == 0 or which == 3 else 0.0  # the largest logits
+        of_pieces += (_field(found, which, STATISTICS, pieces, rows, row, other, PIECES),)
+    stats = Statistics(*of_pieces)
     s_y = total_of(_field(found, OF_TARGET, STATISTICS, pieces, rows, row, 0.0, PIECES))
     t_y = total_of(_field(found, OF_TARGET + 1, STATISTICS, pieces, rows, row, 0.0, PIECES))
     v_y = total_of(_field(found, OF_TARGET + 2, STATISTICS, pieces, rows, row, 0.0, PIECES))
@@ -101,16 +86,7 @@ def merged_statistics(found, pieces, rows, row, scales, PIECES: tl.constexpr, LO
 
 @triton.jit
 def merged_piece_sums(found, pieces, rows, row, PIECES: tl.constexpr):
-    sums = PointwiseSums(
-        _field(found, 0, SUMS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 1, SUMS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 2, SUMS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 3, SUMS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 4, SUMS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 5, SUMS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 6, SUMS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 7, SUMS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 8, SUMS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 9, SUMS, pieces, rows, row, 0.0, PIECES),
-    )
-    return merge_sums(sums)
+    sums = ()
+    for which in tl.static_range(SUMS):
+        sums += (total_of(_field(found, which, SUMS, pieces, rows, row, 0.0, PIECES)),)
+    return PointwiseSums(*sums)

@@ -239,10 +239,7 @@ def add_sums(
 @triton.jit
 def merge_sums(sums):
     """Merge the sums of a row's lanes to (1,)."""
-    return PointwiseSums(
-        total_of(sums.of_1), total_of(sums.of_2), total_of(sums.of_3), total_of(sums.by_1), total_of(sums.by_2),
-        total_of(sums.by_column), total_of(sums.w), total_of(sums.w_1), total_of(sums.w_2), total_of(sums.w_column),
-    )  # fmt: skip
+    return PointwiseSums(*[total_of(lanes) for lanes in sums])
 
 
 @triton.jit

@@ -220,13 +220,7 @@ def merge_lanes(stats, scales, LOSS: tl.constexpr, SINGLE: tl.constexpr):
     """Merge the statistics of a row's lanes to (1,)."""
     m_s = tl.max(stats.s_max, 0, keep_dims=True)
     m_t = tl.max(stats.t_max, 0, keep_dims=True)
-    at = _rescale(stats, m_s, m_t, scales, LOSS, SINGLE)
-    return Statistics(
-        m_s, total_of(at.s_soft), total_of(at.s_sharp), m_t, total_of(at.t_soft), total_of(at.t_sharp),
-        total_of(at.blocked), total_of(at.cross), total_of(at.v_sum), total_of(at.v_cross), total_of(at.v_cross_t),
-        total_of(at.linear), total_of(at.number), total_of(at.s_raw), total_of(at.w_soft), total_of(at.w_sharp),
-        total_of(at.w_teacher),
-    )  # fmt: skip
+    return Statistics(*[total_of(lanes) for lanes in _rescale(stats, m_s, m_t, scales, LOSS, SINGLE)])
 
 
 @triton.jit
