@@ -41,8 +41,8 @@ from fused_kd.backends.triton.kernels.pointwise import (
     column_part,
     load_columns,
     no_sums,
+    row_softmaxes,
     scaled_slopes,
-    softmaxes,
 )
 from fused_kd.backends.triton.kernels.rows import (
     LOG2E,
@@ -61,7 +61,7 @@ from fused_kd.backends.triton.kernels.rows import (
     scaled_by,
     tile_moments,
 )
-from fused_kd.backends.triton.kernels.values import Constants, Moments, Weights
+from fused_kd.backends.triton.kernels.values import Constants, Moments, Softmaxes, Variant, Weights
 
 _NEG_INF = tl.constexpr(float("-inf"))
 _COUNT_BLOCK = tl.constexpr(512)
@@ -179,6 +179,7 @@ def rows_on_chip(
     COLUMNS: tl.constexpr,
 ):
     """ROWS whole rows per program, BLOCK >= classes: one read of each input and one write of the gradient."""
+    VARIANT: tl.constexpr = Variant(UNIT, LOSS, SINGLE, PROB, STD, LINEAR, RAW, COLUMNS)
     weights = all_weights(first, second, temperature, ce_weight, smoothing, ACC)
     k = tl.full((), LOG2E, ACC)
     # n // VEC * VEC is n, and shows the compiler that VEC divides it.
@@ -217,7 +218,7 @@ def rows_on_chip(
     if STD:
         s_moments = tile_moments(s)
         t_moments = tile_moments(t)
-    scales = make_scales(weights.temperature, s_moments, t_moments, k, LOSS, STD)
+    scales = make_scales(weights.temperature, s_moments, t_moments, k, VARIANT)
     is_target = cols == y[:, None]
     whole_s, whole_t = s, t
     s = tl.where(is_target, _NEG_INF, s)
@@ -229,30 +230,26 @@ def rows_on_chip(
         v_y = s_y
     present = mask & (cols != y[:, None])
     nothing = empty_statistics(ROWS, ACC)
-    stats = accumulate(nothing, s, t, v, present, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW, False)
+    stats = accumulate(nothing, s, t, v, present, scales, VARIANT, False)
     if PROB:
         valid = 1.0 + 0.0 * (stats.v_sum + v_y)
     sums = stats
     of_column = tl.zeros([1], ACC)
     if POINTWISE & LOSS:
-        of_rows = softmaxes(stats, s_y, t_y, states, rows, row, counted, scales, COLUMNS)
+        of_rows = row_softmaxes(stats, s_y, t_y, states, rows, row, counted, scales, VARIANT)
         of_columns = load_columns(columns, cols, cols < classes, classes, True, COLUMNS)
         # STD needs the target's distance from the mean, and for COLUMNS the target is an ordinary class.
         s_tile = whole_s if STD or COLUMNS else s
         t_tile = whole_t if COLUMNS else t
-        constants = Constants(weights.first, 1.0 / classes.to(ACC))
-        sums = add_sums(
-            no_sums(ROWS, ACC), s_tile, t_tile, of_columns, is_target, mask, stats, of_rows, constants, scales,
-            LOSS, STD, COLUMNS,
-        )  # fmt: skip
+        softmaxes = Softmaxes(stats, scales, of_rows, Constants(weights.first, 1.0 / classes.to(ACC)))
+        sums = add_sums(no_sums(ROWS, ACC), s_tile, t_tile, of_columns, is_target, mask, softmaxes, VARIANT)
         of_column = column_part(correlations, correlation_items, weights, classes, ACC, COLUMNS, _COUNT_BLOCK)
     own = None
     if COLUMNS and (factors is not None):  # the columns' numbers already have their factor
         own = load_factor(factors, 1, rows, row, inside, ACC)
     part_y, part_rest, part_ce, gradient_of, more = coefficients(
-        stats, sums, of_column, own, s_y, t_y, v_y, weights, scales, s_moments, classes, LOSS, SINGLE, PROB, STD,
-        LINEAR, RAW,
-    )  # fmt: skip
+        stats, sums, of_column, own, s_y, t_y, v_y, weights, scales, s_moments, classes, VARIANT
+    )
     of_loss = valid
     of_gradient = valid
     if factors is not None:
@@ -263,13 +260,11 @@ def rows_on_chip(
     if GRAD:
         by = of_gradient * gradient_scale(counts, target_row, count_items, ignore_index, scale, ACC, COUNT, HALF)
         scaled = scaled_by(gradient_of, by)
-        g = combine(s, t, v, stats, scaled, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
+        g = combine(s, t, v, stats, scaled, scales, VARIANT)
         g = tl.where(is_target, scaled.target[:, None], g)
         if POINTWISE & LOSS:
             more = scaled_slopes(more, by)
-            g = add_slopes(
-                g, s_tile, t_tile, of_columns, is_target, stats, of_rows, constants, more, scales, LOSS, STD, COLUMNS
-            )
+            g = add_slopes(g, s_tile, t_tile, of_columns, is_target, softmaxes, more, VARIANT)
         g = tl.where(counted[:, None], g, 0.0)
         pointers = gradient + (row * width)[:, None] + cols
         tl.store(pointers, narrowed(g, gradient.dtype.element_ty), mask=inside[:, None] & (cols < classes))

@@ -55,23 +55,22 @@ def _merged_moments(found, first, pieces, rows, row, PIECES: tl.constexpr):
 
 @triton.jit
 def merged_scales(
-    moments, pieces, rows, row, temperature, PIECES: tl.constexpr, LOSS: tl.constexpr, STD: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
+    moments, pieces, rows, row, temperature, VARIANT: tl.constexpr, PIECES: tl.constexpr, ACC: tl.constexpr
+):
     """Return the scales, and the moments of the student's row."""
     k = tl.full((), LOG2E, ACC)
-    if STD:
+    if VARIANT.STD:
         s_moments = _merged_moments(moments, 0, pieces, rows, row, PIECES)
         t_moments = _merged_moments(moments, OF_TEACHER, pieces, rows, row, PIECES)
     else:
         zero = tl.zeros([1], ACC)
         s_moments = Moments(zero, zero, zero, zero)
         t_moments = s_moments
-    return make_scales(temperature, s_moments, t_moments, k, LOSS, STD), s_moments
+    return make_scales(temperature, s_moments, t_moments, k, VARIANT), s_moments
 
 
 @triton.jit
-def merged_statistics(found, pieces, rows, row, scales, PIECES: tl.constexpr, LOSS: tl.constexpr, SINGLE: tl.constexpr):
+def merged_statistics(found, pieces, rows, row, scales, VARIANT: tl.constexpr, PIECES: tl.constexpr):
     """Return the row's statistics, and the target's logits and probability, which one of the pieces has."""
     of_pieces = ()
     for which in tl.static_range(OF_TARGET):
@@ -81,7 +80,7 @@ def merged_statistics(found, pieces, rows, row, scales, PIECES: tl.constexpr, LO
     s_y = total_of(_field(found, OF_TARGET, STATISTICS, pieces, rows, row, 0.0, PIECES))
     t_y = total_of(_field(found, OF_TARGET + 1, STATISTICS, pieces, rows, row, 0.0, PIECES))
     v_y = total_of(_field(found, OF_TARGET + 2, STATISTICS, pieces, rows, row, 0.0, PIECES))
-    return merge_lanes(stats, scales, LOSS, SINGLE), s_y, t_y, v_y
+    return merge_lanes(stats, scales, VARIANT), s_y, t_y, v_y
 
 
 @triton.jit
