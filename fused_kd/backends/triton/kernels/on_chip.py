@@ -59,6 +59,7 @@ from fused_kd.backends.triton.kernels.rows import (
     narrowed,
     power_of_two_below,
     scaled_by,
+    store_fields,
     tile_moments,
 )
 from fused_kd.backends.triton.kernels.values import Constants, Moments, Softmaxes, Variant, Weights
@@ -94,9 +95,7 @@ def store_parts(
     target = tl.where(counted, target * by, 0.0)
     non_target = tl.where(counted, non_target * by, 0.0)
     ce = tl.where(counted, ce * by, 0.0)
-    tl.store(parts + row, target, mask=inside)
-    tl.store(parts + rows + row, non_target, mask=inside)
-    tl.store(parts + 2 * rows + row, ce, mask=inside)
+    store_fields(parts, (target, non_target, ce), rows, row, inside)
     if PER_ROW:
         tl.store(loss + row, target + non_target + ce, mask=inside)
         tl.store(norm + row, tl.full(row.shape, norm_value, loss.dtype.element_ty), mask=row == 0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_kd.backends.triton.kernels.rows import LOG2E, make_scales, merge_lanes, total_of, zero_if_empty
+from fused_kd.backends.triton.kernels.rows import LOG2E, make_scales, merge_lanes, store_fields, total_of, zero_if_empty
 from fused_kd.backends.triton.kernels.values import Moments, PointwiseSums, Statistics
 
 _NEG_INF = tl.constexpr(float("-inf"))
@@ -30,11 +30,8 @@ def _field(found, which, fields, pieces, rows, row, other, PIECES: tl.constexpr)
 @triton.jit
 def store_moments(out, first, rows, row, moments):
     """Store number, mean, the sum of squares about it, and the mean's rounding error, for :func:`_merged_moments`."""
-    tl.store(out + rows * first + row, moments.number)
-    tl.store(out + rows * (first + 1) + row, moments.mean)
     square = moments.deviation * moments.deviation * tl.maximum(moments.number - 1.0, 1.0)
-    tl.store(out + rows * (first + 2) + row, square)
-    tl.store(out + rows * (first + 3) + row, moments.low)
+    store_fields(out + rows * first, (moments.number, moments.mean, square, moments.low), rows, row, None)
 
 
 @triton.jit

@@ -24,7 +24,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_kd.backends.triton.kernels.rows import LN2, ONE_SLOPE, join_target, per_row, total_of, zero_if_empty
+from fused_kd.backends.triton.kernels.rows import (
+    LN2,
+    ONE_SLOPE,
+    join_target,
+    load_fields,
+    per_row,
+    total_of,
+    zero_if_empty,
+)
 from fused_kd.backends.triton.kernels.values import PointwiseSums, Slopes
 from fused_kd.core.catalogue import NUMBERS
 
@@ -98,19 +106,8 @@ def correlation_terms(ab, aa, bb, weight):
 def row_softmaxes(stats, s_y, t_y, states, rows, row, counted, scales, VARIANT: tl.constexpr):
     """Return ``of_rows``."""
     if VARIANT.COLUMNS:
-        at = states + row
-        return (
-            (
-                tl.load(at, mask=counted, other=0.0),
-                tl.load(at + rows, mask=counted, other=0.0),
-                tl.load(at + 2 * rows, mask=counted, other=0.0),
-            ),
-            (
-                tl.load(at + 3 * rows, mask=counted, other=0.0),
-                tl.load(at + 4 * rows, mask=counted, other=0.0),
-                tl.load(at + 5 * rows, mask=counted, other=0.0),
-            ),
-        )
+        of_teacher = load_fields(states + 3 * rows, rows, row, counted, 3)
+        return load_fields(states, rows, row, counted, 3), of_teacher
     else:
         p_y, _p_rest, p_factor, p_log_z, p_nll = join_target(s_y, stats.s_max, stats.s_soft, scales.soft_s)
         q_y, _q_rest, q_factor, q_log_z, q_nll = join_target(t_y, stats.t_max, stats.t_soft, scales.soft_t)

@@ -297,6 +297,22 @@ def count_rows(source, stride, items, ignore_index, PARTIAL: tl.constexpr, BLOCK
 
 
 @triton.jit
+def store_fields(out, fields, rows, row, mask):
+    """Store numbers of rows as out (fields, rows)."""
+    for i in tl.static_range(len(fields)):
+        tl.store(out + i * rows + row, fields[i], mask=mask)
+
+
+@triton.jit
+def load_fields(found, rows, row, mask, FIELDS: tl.constexpr):
+    """Load what :func:`store_fields` has stored."""
+    fields = ()
+    for i in tl.static_range(FIELDS):
+        fields += (tl.load(found + i * rows + row, mask=mask, other=0.0),)
+    return fields
+
+
+@triton.jit
 def load_factor(factors, which, rows, row, inside, ACC: tl.constexpr):
     """Load the factor of rows, for their parts (which = 0) or for a gradient. A row with 0 does not count."""
     return tl.load(factors + which * rows + row, mask=inside, other=0.0).to(ACC)

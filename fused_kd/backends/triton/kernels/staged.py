@@ -23,7 +23,6 @@ from fused_kd.backends.triton.kernels.on_chip import all_weights, at, store_part
 from fused_kd.backends.triton.kernels.pieces import (
     OF_TARGET,
     OF_TEACHER,
-    SUMS,
     merged_piece_sums,
     merged_scales,
     merged_statistics,
@@ -40,6 +39,7 @@ from fused_kd.backends.triton.kernels.rows import (
     merge_lanes,
     narrowed,
     scaled_by,
+    store_fields,
 )
 from fused_kd.backends.triton.kernels.tiles import (
     accumulate_tile,
@@ -172,19 +172,16 @@ def piece_statistics(
     for start in range(0, own.end, LANES * WIDTH):
         stats = accumulate_tile(stats, inputs, _tile(own, start), scales, VARIANT, True, ACC)
     merged = merge_lanes(stats, scales, VARIANT)
-    for field in tl.static_range(OF_TARGET):
-        tl.store(out + field * rows + row, merged[field])
+    store_fields(out, merged, rows, row, None)
     here = (y >= 0) & (y < own.end)
     s_y = tl.load(at(bases[0], y, student_col, UNIT), mask=here, other=0.0).to(ACC)
-    tl.store(out + rows * OF_TARGET + row, s_y)
     t_y = tl.zeros([1], ACC)
     if TEACHER & LOSS:
         t_y = tl.load(at(bases[1], y, teacher_col, UNIT), mask=here, other=0.0).to(ACC)
-    tl.store(out + rows * (OF_TARGET + 1) + row, t_y)
     v_y = tl.zeros([1], ACC)
     if PROB:
         v_y = tl.load(at(bases[2], y, labels_col, UNIT), mask=here, other=0.0).to(ACC)
-    tl.store(out + rows * (OF_TARGET + 2) + row, v_y)
+    store_fields(out + rows * OF_TARGET, (s_y, t_y, v_y), rows, row, None)
 
 
 @kernel
@@ -236,9 +233,7 @@ def piece_sums(
     sums = no_sums(LANES, ACC)
     for start in range(0, own.end, LANES * WIDTH):
         sums = sum_tile(sums, inputs, _tile(own, start), softmaxes, VARIANT, True, ACC)
-    sums = merge_sums(sums)
-    for field in tl.static_range(SUMS):
-        tl.store(out + field * rows + row, sums[field])
+    store_fields(out, merge_sums(sums), rows, row, None)
 
 
 @kernel

@@ -27,7 +27,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_kd.backends.triton.kernels.rows import count_rows, kernel, load_factor, narrowed, power_of_two_below
+from fused_kd.backends.triton.kernels.rows import (
+    count_rows,
+    kernel,
+    load_factor,
+    narrowed,
+    power_of_two_below,
+    store_fields,
+)
 from fused_kd.backends.triton.kernels.targets import (
     by_rows,
     ce_labels,
@@ -141,9 +148,7 @@ def target_probabilities(
     # An absent target adds 0, unless the row has no value; an index target has no second one.
     first = tl.where(counted, first * valid, 0.0)
     second = tl.where(counted & PROB, second * valid, 0.0)
-    tl.store(row_sums + row, first, mask=inside)
-    tl.store(row_sums + rows + row, second, mask=inside)
-    tl.store(row_sums + 2 * rows + row, counted.to(ACC), mask=inside)
+    store_fields(row_sums, (first, second, counted.to(ACC)), rows, row, inside)
 
 
 @triton.jit
@@ -306,10 +311,7 @@ def ranked_on_chip(
     non_target = tl.where(counted, non_target + poison, 0.0)
     if factors is not None:
         non_target *= factor
-    tl.store(parts + row, row_parts[0], mask=inside)
-    tl.store(parts + rows + row, non_target, mask=inside)
-    tl.store(parts + 2 * rows + row, row_parts[1], mask=inside)
-    tl.store(parts + 3 * rows + row, row_parts[2], mask=inside)
+    store_fields(parts, (row_parts[0], non_target, row_parts[1], row_parts[2]), rows, row, inside)
     if PER_ROW:
         tl.store(loss + row, row_parts[0] + non_target + row_parts[1] + row_parts[2], mask=inside)
         _store_norms((student_norm, weak_norm), (student_norm_value, weak_norm_value), row, ACC)

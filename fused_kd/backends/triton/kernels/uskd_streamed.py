@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from fused_kd.backends.triton.kernels.rows import kernel, load_factor, narrowed
+from fused_kd.backends.triton.kernels.rows import kernel, load_factor, load_fields, narrowed, store_fields
 from fused_kd.backends.triton.kernels.targets import by_rows, ce_labels, find_targets, load_tile, student_gradient
 from fused_kd.backends.triton.kernels.uskd import (
     _IGNORED,
@@ -96,16 +96,9 @@ def write_keys(
     if factors is not None:
         row_parts = (row_parts[0] * factor, row_parts[1] * factor, row_parts[2] * factor)
     tl.store(parts + row, row_parts[0], mask=inside)
-    tl.store(parts + 2 * rows + row, row_parts[1], mask=inside)
-    tl.store(parts + 3 * rows + row, row_parts[2], mask=inside)
-    tl.store(columns + row, tl.where(counted, targets[0], _IGNORED), mask=inside)
-    tl.store(columns + rows + row, targets[1], mask=inside)
-    tl.store(states + row, stats[0], mask=inside)
-    tl.store(states + rows + row, stats[1], mask=inside)
-    tl.store(states + 2 * rows + row, of_student[0], mask=inside)
-    tl.store(states + 3 * rows + row, of_student[1], mask=inside)
-    tl.store(states + 4 * rows + row, of_student[2], mask=inside)
-    tl.store(states + 5 * rows + row, poison, mask=inside)
+    store_fields(parts + 2 * rows, (row_parts[1], row_parts[2]), rows, row, inside)
+    store_fields(columns, (tl.where(counted, targets[0], _IGNORED), targets[1]), rows, row, inside)
+    store_fields(states, (stats[0], stats[1], of_student[0], of_student[1], of_student[2], poison), rows, row, inside)
     by = _scaled(weak_scale, _row_mean(counts, target_row, count_items, ignore_index, COUNT), ACC, HALF_W)
     if factors is not None:
         by *= load_factor(factors, 2, rows, row, inside, ACC)
@@ -183,9 +176,7 @@ def combine_ranked(
         tl.load(columns + rows + row, mask=inside, other=-1),
     )
     counted = inside & (targets[0] != _IGNORED)
-    m_s = tl.load(states + row, mask=inside, other=0.0)
-    z_s = tl.load(states + rows + row, mask=inside, other=0.0)
-    poison = tl.load(states + 5 * rows + row, mask=inside, other=0.0)
+    m_s, z_s, factor, at_0, at_1, poison = load_fields(states, rows, row, inside, 6)
     view = (student + row * (student_row // VEC * VEC), student_col)
     of_rank = (zipf + local_row * classes, student_col)
     sums = tl.zeros([ROWS, BLOCK], ACC)
@@ -217,9 +208,9 @@ def combine_ranked(
             by *= load_factor(factors, 1, rows, row, inside, ACC)
         kept, uniform = ce_labels(tl.full((), ce_weight, ACC), tl.full((), smoothing, ACC), classes, LINEAR)
         of_rows = (
-            (tl.load(states + 2 * rows + row, mask=inside, other=0.0) + more) * by,
-            tl.load(states + 3 * rows + row, mask=inside, other=0.0) * by,
-            tl.load(states + 4 * rows + row, mask=inside, other=0.0) * by,
+            (factor + more) * by,
+            at_0 * by,
+            at_1 * by,
             by_zipf * by,
             by_rows(kept * by, factors),
             by_rows(uniform * by, factors),

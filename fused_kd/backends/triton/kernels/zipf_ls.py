@@ -28,7 +28,16 @@ import triton
 import triton.language as tl
 
 from fused_kd.backends.triton.kernels.on_chip import gradient_scale
-from fused_kd.backends.triton.kernels.rows import LN2, LOG2E, kernel, load_factor, narrowed, times, zero_if_empty
+from fused_kd.backends.triton.kernels.rows import (
+    LN2,
+    LOG2E,
+    kernel,
+    load_factor,
+    narrowed,
+    store_fields,
+    times,
+    zero_if_empty,
+)
 from fused_kd.backends.triton.kernels.targets import (
     by_rows,
     ce_labels,
@@ -325,8 +334,7 @@ def zipf_rows(
     if factors is not None:
         divergence *= factor
         ce *= factor
-    tl.store(parts + row, divergence, mask=inside)
-    tl.store(parts + rows + row, ce, mask=inside)
+    store_fields(parts, (divergence, ce), rows, row, inside)
     if PER_ROW:
         tl.store(loss + row, divergence + ce, mask=inside)
         tl.store(norm + row * 0, tl.full(row.shape, norm_value, ACC), mask=row == 0)
