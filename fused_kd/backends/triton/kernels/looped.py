@@ -9,7 +9,14 @@ import triton
 import triton.language as tl
 
 from fused_kd.backends.triton.kernels.losses import coefficients
-from fused_kd.backends.triton.kernels.on_chip import all_weights, at, gradient_scale, gradient_width, store_parts
+from fused_kd.backends.triton.kernels.on_chip import (
+    all_weights,
+    at,
+    gradient_scale,
+    gradient_width,
+    mean_divisor,
+    store_parts,
+)
 from fused_kd.backends.triton.kernels.pointwise import (
     aligned_columns,
     column_part,
@@ -244,7 +251,8 @@ def rows_looped(
         parts, loss, norm, norm_value, rows, one_row, inside, counted, of_loss, part_y, part_rest, part_ce, PER_ROW
     )
     if GRAD:
-        by = of_gradient * gradient_scale(counts, target_row, count_items, ignore_index, scale, ACC, COUNT, HALF)
+        divisor = mean_divisor(counts, target_row, count_items, ignore_index, COUNT)
+        by = of_gradient * gradient_scale(scale, divisor, ACC, HALF)
         scaled = scaled_by(gradient_of, by)
         if POINTWISE & LOSS:
             more = scaled_slopes(more, by)

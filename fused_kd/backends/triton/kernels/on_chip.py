@@ -65,7 +65,7 @@ from fused_kd.backends.triton.kernels.rows import (
 from fused_kd.backends.triton.kernels.values import Constants, Moments, Softmaxes, Variant, Weights
 
 _NEG_INF = tl.constexpr(float("-inf"))
-_COUNT_BLOCK = tl.constexpr(512)
+COUNT_BLOCK = tl.constexpr(512)
 
 
 @triton.jit
@@ -111,20 +111,24 @@ def gradient_width(classes, padding, VEC: tl.constexpr):
 
 
 @triton.jit
-def gradient_scale(
-    counts, target_row, count_items, ignore_index, scale, ACC: tl.constexpr, COUNT: tl.constexpr, HALF: tl.constexpr
-):
-    """Return the scale of the stored gradient: the op's power of two, for a mean divided by the rows that count.
+def mean_divisor(counts, target_row, count_items, ignore_index, COUNT: tl.constexpr):
+    """Return how many rows a mean divides by; 1 where the host has seen to it."""
+    if COUNT == 0:
+        return tl.full((), 1, tl.int32)
+    return tl.maximum(count_rows(counts, target_row, count_items, ignore_index, COUNT == 2, COUNT_BLOCK), 1)
 
-    HALF also multiplies by the power of two next to that count, since a float16 would underflow. ``norm`` undoes that.
+
+@triton.jit
+def gradient_scale(scale, divisor, ACC: tl.constexpr, HALF: tl.constexpr):
+    """Return the scale of the stored gradient: the op's power of two over the divisor of a mean.
+
+    HALF also multiplies by the power of two next to that divisor, since a float16 would underflow. ``norm`` undoes
+    that.
     """
     scale = tl.full((), scale, ACC)
-    if COUNT == 0:
-        return scale
-    count = tl.maximum(count_rows(counts, target_row, count_items, ignore_index, COUNT == 2, _COUNT_BLOCK), 1)
     if HALF:
-        scale *= power_of_two_below(count).to(ACC)
-    return scale / count.to(ACC)
+        scale *= power_of_two_below(divisor).to(ACC)
+    return scale / divisor.to(ACC)
 
 
 @kernel
@@ -242,7 +246,7 @@ def rows_on_chip(
         t_tile = whole_t if COLUMNS else t
         softmaxes = Softmaxes(stats, scales, of_rows, Constants(weights.first, 1.0 / classes.to(ACC)))
         sums = add_sums(no_sums(ROWS, ACC), s_tile, t_tile, of_columns, is_target, mask, softmaxes, VARIANT)
-        of_column = column_part(correlations, correlation_items, weights, classes, ACC, COLUMNS, _COUNT_BLOCK)
+        of_column = column_part(correlations, correlation_items, weights, classes, ACC, COLUMNS, COUNT_BLOCK)
     own = None
     if COLUMNS and (factors is not None):  # the columns' numbers already have their factor
         own = load_factor(factors, 1, rows, row, inside, ACC)
@@ -257,7 +261,8 @@ def rows_on_chip(
             of_gradient *= load_factor(factors, 1, rows, row, inside, ACC)
     store_parts(parts, loss, norm, norm_value, rows, row, inside, counted, of_loss, part_y, part_rest, part_ce, PER_ROW)
     if GRAD:
-        by = of_gradient * gradient_scale(counts, target_row, count_items, ignore_index, scale, ACC, COUNT, HALF)
+        divisor = mean_divisor(counts, target_row, count_items, ignore_index, COUNT)
+        by = of_gradient * gradient_scale(scale, divisor, ACC, HALF)
         scaled = scaled_by(gradient_of, by)
         g = combine(s, t, v, stats, scaled, scales, VARIANT)
         g = tl.where(is_target, scaled.target[:, None], g)

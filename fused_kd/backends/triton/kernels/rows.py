@@ -40,11 +40,16 @@ POINTWISE = tl.constexpr(BITS["pointwise"])
 ONE_SLOPE = tl.constexpr(BITS["one_slope"])
 
 
+#: All kernels by name.
+KERNELS = {}
+
+
 def kernel(function):
     """Let Triton compile a kernel that is specialised on no number, so another batch or stride compiles nothing.
     ``padding``, which may be None, is the only integer that has no annotation."""
     numbers = [name for name, kind in function.__annotations__.items() if kind in ("tl.int32", "tl.int64")]
-    return triton.jit(function, do_not_specialize=[*numbers, "padding"])
+    KERNELS[function.__name__] = triton.jit(function, do_not_specialize=[*numbers, "padding"])
+    return KERNELS[function.__name__]
 
 
 @triton.jit
@@ -293,6 +298,16 @@ def count_rows(source, stride, items, ignore_index, PARTIAL: tl.constexpr, BLOCK
         else:
             value = tl.load(source + index.to(tl.int64) * stride, mask=inside, other=0)
             total += (inside & (value != ignore_index)).to(tl.int32)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def sum_items(values, items, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """Add up an array, in an order that only BLOCK decides."""
+    total = tl.zeros([BLOCK], ACC)
+    for start in range(0, items, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        total += tl.load(values + index, mask=index < items, other=0.0).to(ACC)
     return tl.sum(total, 0)
 
 

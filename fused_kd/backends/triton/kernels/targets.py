@@ -216,23 +216,28 @@ def smoothed_at(y, label, kept, uniform):
 
 
 @triton.jit
-def by_rows(x, factors):
-    """Give x the shape of the rows' terms. It is one number for all rows unless they are weighted."""
-    if factors is None:
-        return x[None]
+def gradient_terms(of_row, by_zipf, kept, uniform, by, factors):
+    """Return what :func:`class_gradient` needs of a row: ``of_row`` (the factor of exp(x_j - m), and the values at both
+    targets), and the factors of z and of V_j, and a constant, all times ``by``."""
+    if factors is None:  # then these are one number for all rows
+        kept, uniform = (kept * by)[None], (uniform * by)[None]
     else:
-        return x
+        kept, uniform = kept * by, uniform * by
+    return of_row[0] * by, of_row[1] * by, of_row[2] * by, by_zipf * by, kept, uniform
 
 
 @triton.jit
-def student_gradient(s, d_s, z, v, cols, targets, terms, poison, k, PROB: tl.constexpr, LINEAR: tl.constexpr):
-    """Compute tiles of the student's gradient from terms = (factor, value at the first target, value at the second,
-    factor of z, kept, uniform). It is NaN if the row's ``poison`` is, but 0 at a class that cannot occur."""
-    g = terms[0][:, None] * tl.exp2(d_s * k) + terms[3][:, None] * z
+def class_gradient(x, d, z, v, cols, targets, terms, poison, k, PROB: tl.constexpr, LINEAR: tl.constexpr):
+    """Compute tiles of a gradient from :func:`gradient_terms` and d = x - m. ``z`` is None for the weak logits, which
+    are not ranked. It is NaN if the row's ``poison`` is, but 0 at a class that cannot occur."""
+    factor, at_0, at_1, by_zipf, kept, uniform = terms
+    g = factor[:, None] * tl.exp2(d * k)
+    if z is not None:
+        g += by_zipf[:, None] * z
     if LINEAR:
-        g -= terms[5][:, None]
+        g -= uniform[:, None]
     if PROB:
-        g -= terms[4][:, None] * v
-    g = tl.where(cols == targets[0][:, None], terms[1][:, None], g)
-    g = tl.where(cols == targets[1][:, None], terms[2][:, None], g)
-    return tl.where(s == _NEG_INF, 0.0, g + poison[:, None])
+        g -= kept[:, None] * v
+    g = tl.where(cols == targets[0][:, None], at_0[:, None], g)
+    g = tl.where(cols == targets[1][:, None], at_1[:, None], g)
+    return tl.where(x == _NEG_INF, 0.0, g + poison[:, None])

@@ -27,22 +27,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_kd.backends.triton.kernels.rows import (
-    count_rows,
-    kernel,
-    load_factor,
-    narrowed,
-    power_of_two_below,
-    store_fields,
-)
+from fused_kd.backends.triton.kernels.on_chip import COUNT_BLOCK, gradient_scale, mean_divisor
+from fused_kd.backends.triton.kernels.rows import kernel, load_factor, narrowed, store_fields, sum_items
 from fused_kd.backends.triton.kernels.targets import (
-    by_rows,
     ce_labels,
+    class_gradient,
     find_targets,
+    gradient_terms,
     load_tile,
     rest_sum,
     split_softmax,
-    student_gradient,
 )
 from fused_kd.backends.triton.kernels.uskd_rows import (
     key_factors,
@@ -52,47 +46,20 @@ from fused_kd.backends.triton.kernels.uskd_rows import (
     row_statistics,
     row_terms,
     target_squares,
-    weak_gradient,
 )
 
 _NEG_INF = tl.constexpr(float("-inf"))
 _LOG2E = tl.constexpr(1.4426950408889634)
-_COUNT_BLOCK = tl.constexpr(512)
 #: The class of a row that does not count, where another kernel's rows have their first target or -1.
 _IGNORED = tl.constexpr(-2)
 
 
 @triton.jit
-def _row_mean(counts, target_row, count_items, ignore_index, COUNT: tl.constexpr):
-    """How many rows a mean divides by; 1 where the host has seen to it."""
-    if COUNT == 0:
-        return tl.full((), 1, tl.int32)
-    return tl.maximum(count_rows(counts, target_row, count_items, ignore_index, COUNT == 2, _COUNT_BLOCK), 1)
-
-
-@triton.jit
-def _scaled(scale, count, ACC: tl.constexpr, HALF: tl.constexpr):
-    """What a gradient is stored times."""
-    scale = tl.full((), scale, ACC)
-    if HALF:
-        scale *= power_of_two_below(count).to(ACC)
-    return scale / count.to(ACC)
-
-
-@triton.jit
-def _sum_of_rows(values, rows, ACC: tl.constexpr):
-    total = tl.zeros([_COUNT_BLOCK], ACC)
-    for start in range(0, rows, _COUNT_BLOCK):
-        index = start + tl.arange(0, _COUNT_BLOCK)
-        total += tl.load(values + index, mask=index < rows, other=0.0)
-    return tl.sum(total, 0)
-
-
-@triton.jit
 def batch_means(batch_sums, rows, BY_ROW: tl.constexpr, ACC: tl.constexpr):
     if BY_ROW:
-        count = tl.maximum(_sum_of_rows(batch_sums + 2 * rows, rows, ACC), 1.0)
-        return _sum_of_rows(batch_sums, rows, ACC) / count, _sum_of_rows(batch_sums + rows, rows, ACC) / count
+        count = tl.maximum(sum_items(batch_sums + 2 * rows, rows, COUNT_BLOCK, ACC), 1.0)
+        first = sum_items(batch_sums, rows, COUNT_BLOCK, ACC)
+        return first / count, sum_items(batch_sums + rows, rows, COUNT_BLOCK, ACC) / count
     else:
         count = tl.maximum(tl.load(batch_sums + 2), 1.0)
         return (tl.load(batch_sums) / count).to(ACC), (tl.load(batch_sums + 1) / count).to(ACC)
@@ -196,11 +163,8 @@ def _keys_and_weak_gradient(
         v = w
         if PROB:
             v = load_tile(labels, cols, mask, 0.0, UNIT, ACC)
-        terms = (
-            of_weak[0] * by, of_weak[1] * by, of_weak[2] * by,
-            by_rows(of_weak[3] * by, factors), by_rows(of_weak[4] * by, factors),
-        )  # fmt: skip
-        g = weak_gradient(w, d_w, v, cols, targets, terms, poison, k, PROB)
+        terms = gradient_terms(of_weak, 0.0, of_weak[4], of_weak[3], by, factors)
+        g = class_gradient(w, d_w, None, v, cols, targets, terms, poison, k, PROB, True)
         pointers = gradient + (row * classes)[:, None] + cols
         stored = inside[:, None] & (cols < classes)
         tl.store(pointers, narrowed(g, gradient.dtype.element_ty), mask=stored)
@@ -282,8 +246,8 @@ def ranked_on_chip(
         views, targets, counted, valid, labels, means, alpha, mu, ce_weight, smoothing, classes, k,
         ROWS, BLOCK, HELD, UNIT, PROB, LINEAR, RANK, SQUARE, ACC,
     )  # fmt: skip
-    count = _row_mean(counts, target_row, count_items, ignore_index, COUNT)
-    by = _scaled(weak_scale, count, ACC, HALF_W)
+    divisor = mean_divisor(counts, target_row, count_items, ignore_index, COUNT)
+    by = gradient_scale(weak_scale, divisor, ACC, HALF_W)
     if factors is not None:
         row_parts = (row_parts[0] * factor, row_parts[1] * factor, row_parts[2] * factor)
         by *= load_factor(factors, 2, rows, row, inside, ACC)
@@ -319,15 +283,13 @@ def ranked_on_chip(
         v = s
         if PROB:
             v = load_tile(labels, cols, mask, 0.0, UNIT, ACC)
-        by = _scaled(student_scale, count, ACC, HALF_S)
+        by = gradient_scale(student_scale, divisor, ACC, HALF_S)
         if factors is not None:
             by *= load_factor(factors, 1, rows, row, inside, ACC)
         kept, uniform = ce_labels(tl.full((), ce_weight, ACC), tl.full((), smoothing, ACC), classes, LINEAR)
-        terms = (
-            (of_student[0] + more) * by, of_student[1] * by, of_student[2] * by, by_zipf * by,
-            by_rows(kept * by, factors), by_rows(uniform * by, factors),
-        )  # fmt: skip
-        g = student_gradient(s, d_s, z, v, cols, targets, terms, poison, k, PROB, LINEAR)
+        of_row = (of_student[0] + more, of_student[1], of_student[2])
+        terms = gradient_terms(of_row, by_zipf, kept, uniform, by, factors)
+        g = class_gradient(s, d_s, z, v, cols, targets, terms, poison, k, PROB, LINEAR)
         pointers = student_gradients + (row * classes)[:, None] + cols
         stored = inside[:, None] & in_row
         tl.store(pointers, narrowed(g, student_gradients.dtype.element_ty), mask=stored)

@@ -218,15 +218,3 @@ def rank_terms(zipf_sum, zipf_cross, z_s, y_0, y_1, classes, beta):
     z_s = tl.where(some, z_s, 1.0)
     by = tl.where(some, beta, 0.0)
     return by * (tl.log2(z_s) * _LN2 - zipf_cross / zipf_sum), by / z_s, -by / zipf_sum
-
-
-@triton.jit
-def weak_gradient(w, d_w, v, cols, targets, terms, poison, k, PROB: tl.constexpr):
-    """Tiles of it, as :func:`.targets.student_gradient`, from terms = (factor, at the first target, at the second,
-    uniform, factor of V)."""
-    g = terms[0][:, None] * tl.exp2(d_w * k) - terms[3][:, None]
-    if PROB:
-        g -= terms[4][:, None] * v
-    g = tl.where(cols == targets[0][:, None], terms[1][:, None], g)
-    g = tl.where(cols == targets[1][:, None], terms[2][:, None], g)
-    return tl.where(w == _NEG_INF, 0.0, g + poison[:, None])

@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import triton.language as tl
 
+from fused_kd.backends.triton.kernels.on_chip import gradient_scale, mean_divisor
 from fused_kd.backends.triton.kernels.rows import kernel, load_factor, load_fields, narrowed, store_fields
-from fused_kd.backends.triton.kernels.targets import by_rows, ce_labels, find_targets, load_tile, student_gradient
+from fused_kd.backends.triton.kernels.targets import ce_labels, class_gradient, find_targets, gradient_terms, load_tile
 from fused_kd.backends.triton.kernels.uskd import (
     _IGNORED,
     _LOG2E,
     _NEG_INF,
     _keys_and_weak_gradient,
-    _row_mean,
-    _scaled,
     _store_norms,
     _terms,
     batch_means,
@@ -99,7 +98,8 @@ def write_keys(
     store_fields(parts + 2 * rows, (row_parts[1], row_parts[2]), rows, row, inside)
     store_fields(columns, (tl.where(counted, targets[0], _IGNORED), targets[1]), rows, row, inside)
     store_fields(states, (stats[0], stats[1], of_student[0], of_student[1], of_student[2], poison), rows, row, inside)
-    by = _scaled(weak_scale, _row_mean(counts, target_row, count_items, ignore_index, COUNT), ACC, HALF_W)
+    divisor = mean_divisor(counts, target_row, count_items, ignore_index, COUNT)
+    by = gradient_scale(weak_scale, divisor, ACC, HALF_W)
     if factors is not None:
         by *= load_factor(factors, 2, rows, row, inside, ACC)
     for start in range(0, BLOCK if HELD else classes, BLOCK):
@@ -202,19 +202,12 @@ def combine_ranked(
         tl.store(loss + row, total + tl.load(parts + 3 * rows + row, mask=inside, other=0.0), mask=inside)
         _store_norms((student_norm, weak_norm), (student_norm_value, weak_norm_value), row, ACC)
     if GRAD_S:
-        count = _row_mean(counts, target_row, count_items, ignore_index, COUNT)
-        by = _scaled(student_scale, count, ACC, HALF_S)
+        divisor = mean_divisor(counts, target_row, count_items, ignore_index, COUNT)
+        by = gradient_scale(student_scale, divisor, ACC, HALF_S)
         if factors is not None:
             by *= load_factor(factors, 1, rows, row, inside, ACC)
         kept, uniform = ce_labels(tl.full((), ce_weight, ACC), tl.full((), smoothing, ACC), classes, LINEAR)
-        of_rows = (
-            (factor + more) * by,
-            at_0 * by,
-            at_1 * by,
-            by_zipf * by,
-            by_rows(kept * by, factors),
-            by_rows(uniform * by, factors),
-        )
+        terms = gradient_terms((factor + more, at_0, at_1), by_zipf, kept, uniform, by, factors)
         labels = (target + row * (target_row // VEC * VEC if PROB else target_row), target_col)
         for start in range(0, BLOCK if HELD else classes, BLOCK):
             cols = start + tl.arange(0, BLOCK)[None, :]
@@ -224,7 +217,7 @@ def combine_ranked(
             v = s
             if PROB:
                 v = load_tile(labels, cols, mask, 0.0, UNIT, ACC)
-            g = student_gradient(s, s - m_s[:, None], z, v, cols, targets, of_rows, poison, k, PROB, LINEAR)
+            g = class_gradient(s, s - m_s[:, None], z, v, cols, targets, terms, poison, k, PROB, LINEAR)
             pointers = student_gradients + (row * classes)[:, None] + cols
             stored = inside[:, None] & (cols < classes)
             tl.store(pointers, narrowed(g, student_gradients.dtype.element_ty), mask=stored)

@@ -27,7 +27,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_kd.backends.triton.kernels.on_chip import gradient_scale
+from fused_kd.backends.triton.kernels.on_chip import gradient_scale, mean_divisor
 from fused_kd.backends.triton.kernels.rows import (
     LN2,
     LOG2E,
@@ -39,15 +39,15 @@ from fused_kd.backends.triton.kernels.rows import (
     zero_if_empty,
 )
 from fused_kd.backends.triton.kernels.targets import (
-    by_rows,
     ce_labels,
+    class_gradient,
     cross_entropy,
     find_targets,
+    gradient_terms,
     is_rest,
     load_at,
     load_tile,
     split_softmax,
-    student_gradient,
 )
 
 _NEG_INF = tl.constexpr(float("-inf"))
@@ -339,14 +339,13 @@ def zipf_rows(
         tl.store(loss + row, divergence + ce, mask=inside)
         tl.store(norm + row * 0, tl.full(row.shape, norm_value, ACC), mask=row == 0)
     if GRAD:
-        by = gradient_scale(counts, target_row, count_items, ignore_index, scale, ACC, COUNT, HALF)
+        divisor = mean_divisor(counts, target_row, count_items, ignore_index, COUNT)
+        by = gradient_scale(scale, divisor, ACC, HALF)
         if factors is not None:
             by *= load_factor(factors, 1, rows, row, inside, ACC)
         kept, uniform = ce_labels(ce_weight, smoothing, classes, LINEAR)
-        terms = (
-            (weight / z + ce_factor) * by, ce_0 * by, ce_1 * by, -weight / total * by, by_rows(kept * by, factors),
-            by_rows(uniform * by, factors),
-        )  # fmt: skip
+        of_row = (weight / z + ce_factor, ce_0, ce_1)
+        terms = gradient_terms(of_row, -weight / total, kept, uniform, by, factors)
         out = gradient + row * classes
         for start in range(0, BLOCK if HELD else classes, BLOCK):
             cols = start + tl.arange(0, BLOCK)[None, :]
@@ -355,7 +354,7 @@ def zipf_rows(
             v = s
             if PROB:
                 v = load_tile(labels, cols, mask, 0.0, UNIT, ACC)
-            g = student_gradient(s, s - m[:, None], z_0[:, None], v, cols, targets, terms, poison, k, PROB, LINEAR)
+            g = class_gradient(s, s - m[:, None], z_0[:, None], v, cols, targets, terms, poison, k, PROB, LINEAR)
             tl.store(
                 out[:, None] + cols, narrowed(g, gradient.dtype.element_ty), mask=inside[:, None] & (cols < classes)
             )
@@ -368,5 +367,5 @@ def zipf_rows(
             if PROB:
                 v = load_tile(labels, column, takes, 0.0, UNIT, ACC)
             z_j, _ = _zipf(rank, best[:, None], power)
-            g = student_gradient(s, s - m[:, None], z_j, v, column, targets, terms, poison, k, PROB, LINEAR)
+            g = class_gradient(s, s - m[:, None], z_j, v, column, targets, terms, poison, k, PROB, LINEAR)
             tl.store(out[:, None] + column, narrowed(g, gradient.dtype.element_ty), mask=takes)
