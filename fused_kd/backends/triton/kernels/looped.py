@@ -11,7 +11,6 @@ import triton.language as tl
 from fused_kd.backends.triton.kernels.losses import coefficients
 from fused_kd.backends.triton.kernels.on_chip import (
     all_weights,
-    at,
     gradient_scale,
     gradient_width,
     mean_divisor,
@@ -29,6 +28,7 @@ from fused_kd.backends.triton.kernels.rows import (
     LOG2E,
     POINTWISE,
     TEACHER,
+    at,
     empty_statistics,
     kernel,
     load_factor,

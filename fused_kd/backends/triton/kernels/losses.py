@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_kd.backends.triton.kernels.pointwise import pointwise
+from fused_kd.backends.triton.kernels.pointwise import pointwise, scaled_slopes
 from fused_kd.backends.triton.kernels.rows import LN2, LOG2E, POINTWISE, join_target, times
 from fused_kd.backends.triton.kernels.values import Coefficients, Slopes
 from fused_kd.core.catalogue import NUMBERS
@@ -223,7 +223,7 @@ def coefficients(stats, sums, column, own, s_y, t_y, v_y, weights, scales, momen
         constant += shift
         soft, sharp, teacher, at_y = soft * f, sharp * f, teacher * f, at_y * f - slope * centred + shift
         if POINTWISE & VARIANT.LOSS:
-            more = Slopes(more.by_1 * f, more.by_2 * f, more.by_column * f, more.offset * f)
+            more = scaled_slopes(more, f)
     if not VARIANT.RAW:  # the CE's exponentials are the sharp ones
         sharp += raw
     if VARIANT.SINGLE:

@@ -49,6 +49,8 @@ from fused_kd.backends.triton.kernels.rows import (
     POINTWISE,
     TEACHER,
     accumulate,
+    as_scalars,
+    at,
     combine,
     count_rows,
     empty_statistics,
@@ -70,21 +72,7 @@ COUNT_BLOCK = tl.constexpr(512)
 
 @triton.jit
 def all_weights(first, second, temperature, ce_weight, smoothing, ACC: tl.constexpr):
-    return Weights(
-        tl.full((), first, ACC),
-        tl.full((), second, ACC),
-        tl.full((), temperature, ACC),
-        tl.full((), ce_weight, ACC),
-        tl.full((), smoothing, ACC),
-    )
-
-
-@triton.jit
-def at(base, cols, stride, UNIT: tl.constexpr):
-    """Return pointers to columns of a row, with 64-bit offsets only if a column stride may take them past 2^31."""
-    if UNIT:
-        return base + cols
-    return base + cols.to(tl.int64) * stride
+    return Weights(*as_scalars((first, second, temperature, ce_weight, smoothing), ACC))
 
 
 @triton.jit

@@ -249,11 +249,11 @@ def make_scales(temperature, s_moments, t_moments, k, VARIANT: tl.constexpr):
 
 
 @triton.jit
-def scaled_by(at, by):
-    """Multiply the coefficients by a number per row."""
+def scaled_by(of, by):
+    """Multiply coefficients by a number per row."""
     return Coefficients(
-        at.soft * by, at.sharp * by, at.teacher * by, at.raw * by, at.v * by, at.constant * by, at.slope * by,
-        tl.where(at.target == 0.0, 0.0, at.target * by),  # a class that cannot occur, in a row without a value too
+        of.soft * by, of.sharp * by, of.teacher * by, of.raw * by, of.v * by, of.constant * by, of.slope * by,
+        tl.where(of.target == 0.0, 0.0, of.target * by),  # a class that cannot occur, in a row without a value too
     )  # fmt: skip
 
 
@@ -299,6 +299,20 @@ def count_rows(source, stride, items, ignore_index, PARTIAL: tl.constexpr, BLOCK
             value = tl.load(source + index.to(tl.int64) * stride, mask=inside, other=0)
             total += (inside & (value != ignore_index)).to(tl.int32)
     return tl.sum(total, 0)
+
+
+@triton.jit
+def at(base, cols, stride, UNIT: tl.constexpr):
+    """Return pointers to columns of a row, with 64-bit offsets only if a column stride may take them past 2^31."""
+    if UNIT:
+        return base + cols
+    return base + cols.to(tl.int64) * stride
+
+
+@triton.jit
+def as_scalars(numbers, ACC: tl.constexpr):
+    """Convert hyper-parameters, which arrive in float64."""
+    return [tl.full((), number, ACC) for number in numbers]
 
 
 @triton.jit

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from fused_kd.backends.triton.kernels.losses import coefficients
-from fused_kd.backends.triton.kernels.on_chip import all_weights, at, store_parts
+from fused_kd.backends.triton.kernels.on_chip import all_weights, store_parts
 from fused_kd.backends.triton.kernels.pieces import (
     OF_TARGET,
     OF_TEACHER,
@@ -32,6 +32,7 @@ from fused_kd.backends.triton.kernels.pointwise import merge_sums, no_sums, row_
 from fused_kd.backends.triton.kernels.rows import (
     POINTWISE,
     TEACHER,
+    at,
     empty_statistics,
     kernel,
     load_factor,

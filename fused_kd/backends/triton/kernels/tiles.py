@@ -7,9 +7,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_kd.backends.triton.kernels.on_chip import at
 from fused_kd.backends.triton.kernels.pointwise import add_slopes, add_sums, load_columns
-from fused_kd.backends.triton.kernels.rows import POINTWISE, TEACHER, accumulate, combine, zero_if_empty
+from fused_kd.backends.triton.kernels.rows import POINTWISE, TEACHER, accumulate, at, combine, zero_if_empty
 from fused_kd.backends.triton.kernels.values import Moments
 
 _NEG_INF = tl.constexpr(float("-inf"))

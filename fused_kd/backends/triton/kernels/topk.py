@@ -23,8 +23,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_kd.backends.triton.kernels.on_chip import all_weights, at, gradient_width
-from fused_kd.backends.triton.kernels.rows import LOG2E, kernel, load_fields, narrowed, store_fields, zero_if_empty
+from fused_kd.backends.triton.kernels.on_chip import all_weights, gradient_width
+from fused_kd.backends.triton.kernels.rows import LOG2E, at, kernel, load_fields, narrowed, store_fields, zero_if_empty
 from fused_kd.backends.triton.kernels.tiles import lane_columns
 from fused_kd.backends.triton.kernels.topk_losses import Row, resolve
 

@@ -12,8 +12,15 @@ from __future__ import annotations
 import triton.language as tl
 
 from fused_kd.backends.triton.kernels.on_chip import gradient_scale, mean_divisor
-from fused_kd.backends.triton.kernels.rows import kernel, load_factor, load_fields, narrowed, store_fields
-from fused_kd.backends.triton.kernels.targets import ce_labels, class_gradient, find_targets, gradient_terms, load_tile
+from fused_kd.backends.triton.kernels.rows import as_scalars, kernel, load_factor, load_fields, narrowed, store_fields
+from fused_kd.backends.triton.kernels.targets import (
+    ce_labels,
+    class_gradient,
+    find_targets,
+    gradient_terms,
+    load_tile,
+    tile_at,
+)
 from fused_kd.backends.triton.kernels.uskd import (
     _IGNORED,
     _LOG2E,
@@ -24,6 +31,7 @@ from fused_kd.backends.triton.kernels.uskd import (
     batch_means,
 )
 from fused_kd.backends.triton.kernels.uskd_rows import rank_terms
+from fused_kd.backends.triton.kernels.values import Walk
 
 
 @kernel
@@ -72,13 +80,14 @@ def write_keys(
 ):
     """Keys of ROWS rows, the parts that need no ranks, the weak logits' gradient; and what combine_ranked needs:
     states (6, rows), and as columns (2, rows) the targets."""
+    WALK: tl.constexpr = Walk(ROWS, BLOCK, HELD, UNIT, PROB, LINEAR)
     k = tl.full((), _LOG2E, ACC)
     classes = classes // VEC * VEC
     local_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row = first + local_row
     inside = row < last
     targets, counted, valid, labels = find_targets(
-        target, row, inside, target_row, target_col, ignore_index, classes, ROWS, BLOCK, VEC, HELD, UNIT, PROB, ACC
+        target, row, inside, target_row, target_col, ignore_index, classes, WALK, VEC, ACC
     )
     views = (
         (student + row * (student_row // VEC * VEC), student_col),
@@ -90,7 +99,7 @@ def write_keys(
     means = batch_means(batch_sums, rows, False, ACC)
     row_parts, of_student, of_weak, key_terms, stats, poison = _terms(
         views, targets, counted, valid, labels, means, alpha, mu, ce_weight, smoothing, classes, k,
-        ROWS, BLOCK, HELD, UNIT, PROB, LINEAR, RANK, SQUARE, ACC,
+        WALK, RANK, SQUARE, ACC,
     )  # fmt: skip
     if factors is not None:
         row_parts = (row_parts[0] * factor, row_parts[1] * factor, row_parts[2] * factor)
@@ -105,10 +114,10 @@ def write_keys(
     for start in range(0, BLOCK if HELD else classes, BLOCK):
         key = _keys_and_weak_gradient(
             views, targets, counted, labels, of_weak, key_terms, stats[0], stats[2], poison, weak_gradients, by,
-            factors, row, inside, start, classes, k, BLOCK, UNIT, PROB, RANK, GRAD_W, ACC,
+            factors, row, inside, start, classes, k, WALK, RANK, GRAD_W, ACC,
         )  # fmt: skip
-        cols = start + tl.arange(0, BLOCK)[None, :]
-        tl.store(keys + (local_row * classes)[:, None] + cols, key, mask=inside[:, None] & (cols < classes))
+        cols, stored = tile_at(start, inside, classes, WALK)
+        tl.store(keys + (local_row * classes)[:, None] + cols, key, mask=stored)
 
 
 @kernel
@@ -166,6 +175,7 @@ def combine_ranked(
     PER_ROW: tl.constexpr,
 ):
     """The part that waits for the ranks, and the student's gradient."""
+    WALK: tl.constexpr = Walk(ROWS, BLOCK, HELD, UNIT, PROB, LINEAR)
     k = tl.full((), _LOG2E, ACC)
     classes = classes // VEC * VEC
     local_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -182,14 +192,13 @@ def combine_ranked(
     sums = tl.zeros([ROWS, BLOCK], ACC)
     cross = tl.zeros([ROWS, BLOCK], ACC)
     for start in range(0, BLOCK if HELD else classes, BLOCK):
-        cols = start + tl.arange(0, BLOCK)[None, :]
-        mask = counted[:, None] & (cols < classes)
+        cols, mask = tile_at(start, counted, classes, WALK)
         s = load_tile(view, cols, mask, _NEG_INF, UNIT, ACC)
         z = load_tile(of_rank, cols, mask, 0.0, True, ACC)
         takes = (s != _NEG_INF) & (cols != targets[0][:, None]) & (cols != targets[1][:, None])
         sums += tl.where(takes, z, 0.0)
         cross += tl.where(takes, z * (s - m_s[:, None]), 0.0)
-    beta = tl.full((), beta, ACC)
+    beta, ce_weight, smoothing = as_scalars((beta, ce_weight, smoothing), ACC)
     zipf_sum, zipf_cross = tl.sum(sums, 1), tl.sum(cross, 1)
     non_target, more, by_zipf = rank_terms(zipf_sum, zipf_cross, z_s, targets[0], targets[1], classes, beta)
     non_target = tl.where(counted, non_target + poison, 0.0)
@@ -206,12 +215,11 @@ def combine_ranked(
         by = gradient_scale(student_scale, divisor, ACC, HALF_S)
         if factors is not None:
             by *= load_factor(factors, 1, rows, row, inside, ACC)
-        kept, uniform = ce_labels(tl.full((), ce_weight, ACC), tl.full((), smoothing, ACC), classes, LINEAR)
+        kept, uniform = ce_labels(ce_weight, smoothing, classes, WALK)
         terms = gradient_terms((factor + more, at_0, at_1), by_zipf, kept, uniform, by, factors)
         labels = (target + row * (target_row // VEC * VEC if PROB else target_row), target_col)
         for start in range(0, BLOCK if HELD else classes, BLOCK):
-            cols = start + tl.arange(0, BLOCK)[None, :]
-            mask = counted[:, None] & (cols < classes)
+            cols, mask = tile_at(start, counted, classes, WALK)
             s = load_tile(view, cols, mask, _NEG_INF, UNIT, ACC)
             z = load_tile(of_rank, cols, mask, 0.0, True, ACC)
             v = s

@@ -31,12 +31,12 @@ from fused_kd.backends.triton.kernels.on_chip import gradient_scale, mean_diviso
 from fused_kd.backends.triton.kernels.rows import (
     LN2,
     LOG2E,
+    as_scalars,
     kernel,
     load_factor,
     narrowed,
     store_fields,
     times,
-    zero_if_empty,
 )
 from fused_kd.backends.triton.kernels.targets import (
     ce_labels,
@@ -47,8 +47,11 @@ from fused_kd.backends.triton.kernels.targets import (
     is_rest,
     load_at,
     load_tile,
+    rest_maximum,
     split_softmax,
+    tile_at,
 )
+from fused_kd.backends.triton.kernels.values import Walk
 
 _NEG_INF = tl.constexpr(float("-inf"))
 _NO_CLASS = tl.constexpr(2147483647)
@@ -154,34 +157,24 @@ def rank_votes(votes, counts, ranks, voted, positions: tl.int32, VOTES: tl.const
 
 
 @triton.jit
-def _row_sums(
-    view, labels, targets, rows, classes, k,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, HELD: tl.constexpr, UNIT: tl.constexpr, PROB: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
+def _row_sums(view, labels, targets, rows, classes, k, WALK: tl.constexpr, ACC: tl.constexpr):
     """(m, z, linear, number, v_rest, v_cross, v_blocked), sums over the classes that are no target: of exponentials; of
     s_j - m and of 1 where s_j is not -inf; and of probabilities V, else 0: of V_j, of V_j (s_j - m) where it is not
     -inf, and of V_j where it is."""
-    zero = tl.zeros([ROWS, BLOCK], ACC)
-    top = zero + _NEG_INF
-    for start in range(0, BLOCK if HELD else classes, BLOCK):
-        cols = start + tl.arange(0, BLOCK)[None, :]
-        rest = is_rest(cols, classes, rows, targets)
-        x = load_tile(view, cols, rows[:, None] & (cols < classes), _NEG_INF, UNIT, ACC)
-        top = tl.maximum(top, tl.where(rest, x, _NEG_INF))
-    m = zero_if_empty(tl.max(top, 1))
+    m = rest_maximum(view, targets, rows, classes, WALK, ACC)
+    zero = tl.zeros([WALK.ROWS, WALK.BLOCK], ACC)
     z, linear, number, v_rest, v_cross, v_blocked = zero, zero, zero, zero, zero, zero
-    for start in range(0, BLOCK if HELD else classes, BLOCK):
-        cols = start + tl.arange(0, BLOCK)[None, :]
-        rest = is_rest(cols, classes, rows, targets)
-        x = load_tile(view, cols, rows[:, None] & (cols < classes), _NEG_INF, UNIT, ACC)
+    for start in range(0, WALK.BLOCK if WALK.HELD else classes, WALK.BLOCK):
+        cols, mask = tile_at(start, rows, classes, WALK)
+        rest = is_rest(cols, mask, targets)
+        x = load_tile(view, cols, mask, _NEG_INF, WALK.UNIT, ACC)
         d = tl.where(rest, x, _NEG_INF) - m[:, None]
         possible = d != _NEG_INF
         z += tl.exp2(d * k)
         linear += tl.where(possible, d, 0.0)
         number += tl.where(possible, 1.0, 0.0)
-        if PROB:
-            v = tl.where(rest, load_tile(labels, cols, rows[:, None] & (cols < classes), 0.0, UNIT, ACC), 0.0)
+        if WALK.PROB:
+            v = tl.where(rest, load_tile(labels, cols, mask, 0.0, WALK.UNIT, ACC), 0.0)
             v_rest += v
             v_cross += tl.where(possible, v * d, 0.0)
             v_blocked += tl.where(possible, 0.0, v)
@@ -266,31 +259,27 @@ def zipf_rows(
 ):
     """Parts and gradient of ROWS rows. The gradient is written as if no class had a vote, and then again where one
     has."""
+    WALK: tl.constexpr = Walk(ROWS, BLOCK, HELD, UNIT, PROB, LINEAR)
     k = tl.full((), LOG2E, ACC)
-    weight = tl.full((), weight, ACC)
-    power = tl.full((), power, ACC)
-    ce_weight = tl.full((), ce_weight, ACC)
-    smoothing = tl.full((), smoothing, ACC)
+    weight, power, ce_weight, smoothing = as_scalars((weight, power, ce_weight, smoothing), ACC)
     classes = classes // VEC * VEC
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     targets, counted, valid, labels = find_targets(
-        target, row, inside, target_row, target_col, ignore_index, classes, ROWS, BLOCK, VEC, HELD, UNIT, PROB, ACC
+        target, row, inside, target_row, target_col, ignore_index, classes, WALK, VEC, ACC
     )
     if factors is not None:
         factor = load_factor(factors, 0, rows, row, inside, ACC)
         counted &= factor != 0.0
     view = (student + row * (student_row // VEC * VEC), student_col)
-    m, z, linear, number, v_rest, v_cross, v_blocked = _row_sums(
-        view, labels, targets, counted, classes, k, ROWS, BLOCK, HELD, UNIT, PROB, ACC
-    )
+    m, z, linear, number, v_rest, v_cross, v_blocked = _row_sums(view, labels, targets, counted, classes, k, WALK, ACC)
     s_0 = load_at(view, targets[0], counted, _NEG_INF, UNIT, ACC)
     s_1 = load_at(view, targets[1], counted, _NEG_INF, UNIT, ACC)
     p = split_softmax(s_0, s_1, m, z, k)
     is_0, is_1 = (targets[0] >= 0).to(tl.int32), (targets[1] >= 0).to(tl.int32)
     all_linear = tl.where(number < (classes - is_0 - is_1).to(ACC), _NEG_INF, linear)
     ce, ce_factor, ce_0, ce_1 = cross_entropy(
-        (v_rest, v_cross, v_blocked), all_linear, targets, p, ce_weight, smoothing, classes, PROB, LINEAR
+        (v_rest, v_cross, v_blocked), all_linear, targets, p, ce_weight, smoothing, classes, WALK
     )
     here = tl.load(voted + row, mask=counted, other=0)
     broken = (here == BROKEN) | (s_0 != s_0) | (s_1 != s_1) | (s_0 == float("inf")) | (s_1 == float("inf"))
@@ -343,13 +332,12 @@ def zipf_rows(
         by = gradient_scale(scale, divisor, ACC, HALF)
         if factors is not None:
             by *= load_factor(factors, 1, rows, row, inside, ACC)
-        kept, uniform = ce_labels(ce_weight, smoothing, classes, LINEAR)
+        kept, uniform = ce_labels(ce_weight, smoothing, classes, WALK)
         of_row = (weight / z + ce_factor, ce_0, ce_1)
         terms = gradient_terms(of_row, -weight / total, kept, uniform, by, factors)
         out = gradient + row * classes
         for start in range(0, BLOCK if HELD else classes, BLOCK):
-            cols = start + tl.arange(0, BLOCK)[None, :]
-            mask = counted[:, None] & (cols < classes)
+            cols, mask = tile_at(start, counted, classes, WALK)
             s = load_tile(view, cols, mask, _NEG_INF, UNIT, ACC)
             v = s
             if PROB:
