@@ -32,17 +32,11 @@ def planned(kernel: str, programs: int, arguments: tuple[Any, ...], options: dic
 
 @lru_cache(maxsize=1)
 def kernels() -> dict[str, Any]:
-    files = ("on_chip", "looped", "columns", "reductions", "uskd", "uskd_streamed", "zipf_ls", "staged", "topk")
-    modules = [importlib.import_module(f"fused_kd.backends.triton.kernels.{name}") for name in files]
-    names = (
-        "rows_on_chip", "rows_looped", "count_chunks", "reduce_parts", "scale_rows",
-        "normalize_rows", "column_moments", "finish_columns",
-        "target_probabilities", "ranked_on_chip", "write_keys", "write_zipf", "combine_ranked",
-        "find_votes", "rank_votes", "zipf_rows",
-        "piece_moments", "piece_statistics", "piece_sums", "piece_gradient",
-        "mark_kept", "rest_statistics", "resolve_kept", "rest_gradient",
-    )  # fmt: skip
-    return {name: getattr(module, name) for module in modules for name in names if hasattr(module, name)}
+    """Return the kernels by name, from all modules that have any."""
+    for name in ("on_chip", "looped", "columns", "reductions", "uskd", "uskd_streamed", "zipf_ls", "staged", "topk"):
+        importlib.import_module(f"fused_kd.backends.triton.kernels.{name}")
+    known: dict[str, Any] = importlib.import_module("fused_kd.backends.triton.kernels.rows").KERNELS
+    return known
 
 
 def _sort_rows(keys: Tensor, values: Tensor, order: Tensor) -> None:

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from fused_kd.backends.triton.kernels.pointwise import column_stride, correlation_terms
-from fused_kd.backends.triton.kernels.rows import LOG2E, load_factor, zero_if_empty
+from fused_kd.backends.triton.kernels.rows import LOG2E, kernel, load_factor, load_fields, store_fields, zero_if_empty
 from fused_kd.backends.triton.kernels.targets import load_tile
 from fused_kd.backends.triton.kernels.tiles import lane_columns
 
@@ -99,16 +99,10 @@ def _normalize(
     factor = tl.exp2((by_row - zero_if_empty(maximum)[:, None]) * scale)
     total = tl.sum(tl.reshape(total, [ROWS, LANES]) * factor, 1)
     row = first + tl.arange(0, ROWS)
-    tl.store(states + row, maximum, mask=row < rows)
-    tl.store(states + rows + row, tl.max(scale, 1), mask=row < rows)
-    tl.store(states + 2 * rows + row, 1.0 / total, mask=row < rows)
+    store_fields(states, (maximum, tl.max(scale, 1), 1.0 / total), rows, row, row < rows)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "rows", "classes", "student_row", "student_col", "teacher_row", "teacher_col", "target_row", "ignore_index",
-    ]
-)  # fmt: skip
+@kernel
 def normalize_rows(
     student,
     teacher,
@@ -150,10 +144,9 @@ def normalize_rows(
 
 @triton.jit
 def _probabilities(view, states, rows, row, inside, cols, mask, UNIT: tl.constexpr, ACC: tl.constexpr):
-    maximum = tl.load(states + row, mask=inside, other=0.0)[:, None]
-    scale = tl.load(states + rows + row, mask=inside, other=0.0)[:, None]
-    share = tl.load(states + 2 * rows + row, mask=inside, other=0.0)[:, None]
-    return tl.exp2((load_tile(view, cols, mask, _NEG_INF, UNIT, ACC) - maximum) * scale) * share
+    maximum, scale, share = load_fields(states, rows, row, inside, 3)
+    x = load_tile(view, cols, mask, _NEG_INF, UNIT, ACC)
+    return tl.exp2((x - maximum[:, None]) * scale[:, None]) * share[:, None]
 
 
 @triton.jit
@@ -174,12 +167,7 @@ def _merge(number, mean_p, mean_q, pp, pq, qq):
     )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=[
-        "rows", "classes", "student_row", "student_col", "teacher_row", "teacher_col", "target_row", "ignore_index",
-        "chunk",
-    ]
-)  # fmt: skip
+@kernel
 def column_moments(
     student,
     teacher,
@@ -243,17 +231,13 @@ def column_moments(
         pq += d_p * e_q
         qq += d_q * e_q
     total, mean_p, mean_q, pp, pq, qq = _merge(number[:, None], mean_p, mean_q, pp, pq, qq)
-    at = moments + this_chunk.to(tl.int64) * 5 * classes + block * BLOCK + tl.arange(0, BLOCK)
-    inside = block * BLOCK + tl.arange(0, BLOCK) < classes
-    tl.store(at, mean_p, mask=inside)
-    tl.store(at + classes, mean_q, mask=inside)
-    tl.store(at + 2 * classes, pp, mask=inside)
-    tl.store(at + 3 * classes, pq, mask=inside)
-    tl.store(at + 4 * classes, qq, mask=inside)
+    column = block * BLOCK + tl.arange(0, BLOCK)
+    moments += this_chunk.to(tl.int64) * 5 * classes
+    store_fields(moments, (mean_p, mean_q, pp, pq, qq), classes, column, column < classes)
     tl.store(numbers + this_chunk + tl.arange(0, 1), total, mask=block == 0)
 
 
-@triton.jit(do_not_specialize=["classes", "chunks"])
+@kernel
 def finish_columns(
     moments,
     numbers,
@@ -302,9 +286,5 @@ def finish_columns(
     r, by_b, by_a = correlation_terms(pq, pp, qq, total * weight)
     stride = column_stride(classes)
     for shift in tl.static_range(COPIES):
-        at = columns + shift * (4 * stride + 1) + cols
-        tl.store(at, by_b, mask=inside)
-        tl.store(at + stride, by_a, mask=inside)
-        tl.store(at + 2 * stride, mean_q, mask=inside)
-        tl.store(at + 3 * stride, mean_p, mask=inside)
+        store_fields(columns + shift * (4 * stride + 1), (by_b, by_a, mean_q, mean_p), stride, cols, inside)
     tl.store(correlations + tl.program_id(0), tl.sum(tl.where(inside, r, 0.0), 0))

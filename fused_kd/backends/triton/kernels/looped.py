@@ -10,11 +10,10 @@ import triton.language as tl
 
 from fused_kd.backends.triton.kernels.losses import coefficients
 from fused_kd.backends.triton.kernels.on_chip import (
-    RUNTIME,
     all_weights,
-    at,
     gradient_scale,
     gradient_width,
+    mean_divisor,
     store_parts,
 )
 from fused_kd.backends.triton.kernels.pointwise import (
@@ -22,14 +21,16 @@ from fused_kd.backends.triton.kernels.pointwise import (
     column_part,
     merge_sums,
     no_sums,
+    row_softmaxes,
     scaled_slopes,
-    softmaxes,
 )
 from fused_kd.backends.triton.kernels.rows import (
     LOG2E,
     POINTWISE,
     TEACHER,
+    at,
     empty_statistics,
+    kernel,
     load_factor,
     load_index,
     make_scales,
@@ -38,22 +39,32 @@ from fused_kd.backends.triton.kernels.rows import (
     scaled_by,
 )
 from fused_kd.backends.triton.kernels.tiles import (
-    accumulate_others,
-    accumulate_whole,
+    accumulate_tile,
     gradient_tile,
     keep_largest,
     lane_columns,
     load_part,
-    load_tiles,
     row_moments,
     sum_tile,
 )
-from fused_kd.backends.triton.kernels.values import Constants, Moments
+from fused_kd.backends.triton.kernels.values import Constants, Inputs, Moments, Softmaxes, Tile, Variant
 
 _NEG_INF = tl.constexpr(float("-inf"))
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@triton.jit
+def _whole_tile(start, lane, width, y_lane, target_here):
+    """A tile of the body. Its mask is true everywhere."""
+    return Tile(start + lane, lane >= 0, width == (y_lane - start)[:, None], target_here)
+
+
+@triton.jit
+def _last_tile(start, lane, width, y_lane, end):
+    """The tile of the tail."""
+    return Tile(start + lane, start + lane < end, width == (y_lane - start)[:, None], True)
+
+
+@kernel
 def rows_looped(
     student,
     teacher,
@@ -114,6 +125,7 @@ def rows_looped(
     the difference of each row stride and the gradient's, so that one head serves every tensor. The second walk runs
     backward, because the cache still holds the row's end.
     """
+    VARIANT: tl.constexpr = Variant(UNIT, LOSS, SINGLE, PROB, STD, LINEAR, RAW, COLUMNS)
     BLOCK: tl.constexpr = LANES * WIDTH
     weights = all_weights(first, second, temperature, ce_weight, smoothing, ACC)
     k = tl.full((), LOG2E, ACC)
@@ -139,10 +151,8 @@ def rows_looped(
     of_edge = edge_lane < classes - vectors
     in_edge = of_edge
     end = vectors
-    strides = (student_col, teacher_col, target_col)
     if PROB:
         target_head = target + (row * target_row + head) // VEC * VEC
-        bases = (student_head, teacher_head, target_head)
         body = end // BLOCK
         best, y = tl.full([LANES], _NEG_INF, ACC), tl.full([LANES], 2147483647, tl.int32)
         if EDGES:
@@ -160,7 +170,7 @@ def rows_looped(
         counted = inside
         v_y = tl.load(at(target_head, y, target_col, UNIT)).to(ACC)
     else:
-        bases = (student_head, teacher_head, target)
+        target_head = target
         y, counted, valid = load_index(target, one_row, inside, target_row, ignore_index, classes)
         y -= before
         v_y = tl.zeros([1], ACC)
@@ -177,6 +187,8 @@ def rows_looped(
     y_lane = y - lane_start
     target_tile = tl.where(tl.max(y, 0) >= 0, tl.max(y, 0) // BLOCK, -1)
 
+    bases, strides = (student_head, teacher_head, target_head), (student_col, teacher_col, target_col)
+    inputs = Inputs(bases, strides, of_classes, classes)
     s_moments = Moments(v_y, v_y, v_y, v_y)
     t_moments = s_moments
     if STD:
@@ -186,27 +198,18 @@ def rows_looped(
         t_moments = row_moments(
             teacher_head, teacher_col, head, at_edge, in_edge, lane, end, LANES, WIDTH, UNIT, EDGES, ACC
         )
-    scales = make_scales(weights.temperature, s_moments, t_moments, k, LOSS, STD)
+    scales = make_scales(weights.temperature, s_moments, t_moments, k, VARIANT)
     stats = empty_statistics(LANES, ACC)
-    edge_target = at_edge == y[:, None]
+    edges = Tile(at_edge, in_edge, at_edge == y[:, None], True)
     if EDGES:
-        s_edge, t_edge, v_edge = load_tiles(bases, strides, at_edge, in_edge, True, UNIT, LOSS, PROB, False, ACC)
-        stats = accumulate_others(
-            stats, s_edge, t_edge, v_edge, edge_target, in_edge, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW
-        )
+        stats = accumulate_tile(stats, inputs, edges, scales, VARIANT, True, ACC)
     for i in range(body):
-        s, t, v = load_tiles(bases, strides, i * BLOCK + lane, lane >= 0, False, UNIT, LOSS, PROB, False, ACC)
-        here = width == (y_lane - i * BLOCK)[:, None]
-        stats = accumulate_whole(
-            stats, s, t, v, here, target_tile == i, lane >= 0, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW
-        )
+        tile = _whole_tile(i * BLOCK, lane, width, y_lane, target_tile == i)
+        stats = accumulate_tile(stats, inputs, tile, scales, VARIANT, False, ACC)
     for start in range(body * BLOCK, end, BLOCK):
-        s, t, v = load_tiles(bases, strides, start + lane, start + lane < end, True, UNIT, LOSS, PROB, False, ACC)
-        here = width == (y_lane - start)[:, None]
-        stats = accumulate_others(
-            stats, s, t, v, here, start + lane < end, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW
-        )
-    merged = merge_lanes(stats, scales, LOSS, SINGLE)
+        tile = _last_tile(start, lane, width, y_lane, end)
+        stats = accumulate_tile(stats, inputs, tile, scales, VARIANT, True, ACC)
+    merged = merge_lanes(stats, scales, VARIANT)
 
     s_y = tl.load(at(student_head, y, student_col, UNIT), mask=counted, other=0.0).to(ACC)
     t_y = s_y
@@ -217,35 +220,27 @@ def rows_looped(
     sums, of_rows, constants = merged, merged, merged
     of_column = tl.zeros([1], ACC)
     if POINTWISE & LOSS:
-        of_rows = softmaxes(merged, s_y, t_y, states, rows, one_row, counted, scales, COLUMNS)
+        of_rows = row_softmaxes(merged, s_y, t_y, states, rows, one_row, counted, scales, VARIANT)
         constants = Constants(weights.first, 1.0 / classes.to(ACC))
+    softmaxes = Softmaxes(merged, scales, of_rows, constants)
+    if POINTWISE & LOSS:
         of_column = column_part(correlations, correlation_items, weights, classes, ACC, COLUMNS, BLOCK)
         sums = no_sums(LANES, ACC)
         if EDGES:
-            sums = sum_tile(
-                sums, bases, strides, at_edge, in_edge, edge_target, of_classes, classes, merged, of_rows, constants,
-                scales, True, UNIT, LOSS, STD, COLUMNS, ACC,
-            )  # fmt: skip
+            sums = sum_tile(sums, inputs, edges, softmaxes, VARIANT, True, ACC)
         for i in range(body):
-            here = width == (y_lane - i * BLOCK)[:, None]
-            sums = sum_tile(
-                sums, bases, strides, i * BLOCK + lane, lane >= 0, here, of_classes, classes, merged, of_rows,
-                constants, scales, False, UNIT, LOSS, STD, COLUMNS, ACC,
-            )  # fmt: skip
+            tile = _whole_tile(i * BLOCK, lane, width, y_lane, target_tile == i)
+            sums = sum_tile(sums, inputs, tile, softmaxes, VARIANT, False, ACC)
         for start in range(body * BLOCK, end, BLOCK):
-            here = width == (y_lane - start)[:, None]
-            sums = sum_tile(
-                sums, bases, strides, start + lane, start + lane < end, here, of_classes, classes, merged, of_rows,
-                constants, scales, True, UNIT, LOSS, STD, COLUMNS, ACC,
-            )  # fmt: skip
+            tile = _last_tile(start, lane, width, y_lane, end)
+            sums = sum_tile(sums, inputs, tile, softmaxes, VARIANT, True, ACC)
         sums = merge_sums(sums)
     own = None
     if COLUMNS and (factors is not None):  # the columns' numbers already have their factor
         own = load_factor(factors, 1, rows, one_row, inside, ACC)
     part_y, part_rest, part_ce, gradient_of, more = coefficients(
-        merged, sums, of_column, own, s_y, t_y, v_y, weights, scales, s_moments, classes, LOSS, SINGLE, PROB, STD,
-        LINEAR, RAW,
-    )  # fmt: skip
+        merged, sums, of_column, own, s_y, t_y, v_y, weights, scales, s_moments, classes, VARIANT
+    )
     of_loss = valid
     of_gradient = valid
     if factors is not None:
@@ -256,33 +251,23 @@ def rows_looped(
         parts, loss, norm, norm_value, rows, one_row, inside, counted, of_loss, part_y, part_rest, part_ce, PER_ROW
     )
     if GRAD:
-        by = of_gradient * gradient_scale(counts, target_row, count_items, ignore_index, scale, ACC, COUNT, HALF)
+        divisor = mean_divisor(counts, target_row, count_items, ignore_index, COUNT)
+        by = of_gradient * gradient_scale(scale, divisor, ACC, HALF)
         scaled = scaled_by(gradient_of, by)
         if POINTWISE & LOSS:
             more = scaled_slopes(more, by)
         gradient_head = gradient + (gradient_row + head) // VEC * VEC
         dtype = gradient.dtype.element_ty
         for start in range(body * BLOCK, end, BLOCK):
-            here = width == (y_lane - start)[:, None]
-            g = gradient_tile(
-                bases, strides, start + lane, start + lane < end, here, True, of_classes, classes, merged, scaled,
-                of_rows, constants, more, scales, True, UNIT, LOSS, SINGLE, PROB, STD, LINEAR, RAW, COLUMNS, ACC,
-            )  # fmt: skip
-            tl.store(gradient_head + (start + lane), narrowed(g, dtype), mask=start + lane < end)
+            tile = _last_tile(start, lane, width, y_lane, end)
+            g = gradient_tile(inputs, tile, softmaxes, scaled, more, VARIANT, True, ACC)
+            tl.store(gradient_head + tile.offsets, narrowed(g, dtype), mask=tile.inside)
         for i in range(body):
-            start = (body - 1 - i) * BLOCK
-            here = width == (y_lane - start)[:, None]
-            g = gradient_tile(
-                bases, strides, start + lane, lane >= 0, here, target_tile == body - 1 - i, of_classes, classes, merged,
-                scaled, of_rows, constants, more, scales, False, UNIT, LOSS, SINGLE, PROB, STD, LINEAR, RAW, COLUMNS,
-                ACC,
-            )  # fmt: skip
-            tl.store(gradient_head + (start + lane), narrowed(g, dtype), eviction_policy="evict_first")
+            tile = _whole_tile((body - 1 - i) * BLOCK, lane, width, y_lane, target_tile == body - 1 - i)
+            g = gradient_tile(inputs, tile, softmaxes, scaled, more, VARIANT, False, ACC)
+            tl.store(gradient_head + tile.offsets, narrowed(g, dtype), eviction_policy="evict_first")
         if EDGES:
-            g_edge = gradient_tile(
-                bases, strides, at_edge, in_edge, edge_target, True, of_classes, classes, merged, scaled, of_rows,
-                constants, more, scales, True, UNIT, LOSS, SINGLE, PROB, STD, LINEAR, RAW, COLUMNS, ACC,
-            )  # fmt: skip
+            g_edge = gradient_tile(inputs, edges, softmaxes, scaled, more, VARIANT, True, ACC)
             g_edge = tl.where(counted[:, None], g_edge, 0.0)
             tl.store(gradient_head + at_edge, narrowed(g_edge, dtype), mask=of_edge)
         if (not PROB) or (factors is not None):

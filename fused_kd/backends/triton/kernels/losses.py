@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_kd.backends.triton.kernels.pointwise import pointwise
+from fused_kd.backends.triton.kernels.pointwise import pointwise, scaled_slopes
 from fused_kd.backends.triton.kernels.rows import LN2, LOG2E, POINTWISE, join_target, times
 from fused_kd.backends.triton.kernels.values import Coefficients, Slopes
 from fused_kd.core.catalogue import NUMBERS
@@ -47,14 +47,14 @@ def one_minus_exp(x):
 
 
 @triton.jit
-def _cross_entropy(stats, s_y, v_y, z, weights, classes, PROB: tl.constexpr, LINEAR: tl.constexpr):
+def _cross_entropy(stats, s_y, v_y, z, weights, classes, VARIANT: tl.constexpr):
     """weight CE(s, V'), V' = (1 - e) V + e / C, of raw logits: the part, and the gradient's (raw, v, constant, at y).
 
     p_y sum V' - V'_y is computed as p_y (sum of the others) - V'_y (1 - p_y), which does not cancel as p_y -> 1.
     """
     _first, _second, _temperature, ce_weight, smoothing = weights
     p_y, p_rest, p_factor, log_z, nll = join_target(s_y, stats.s_max, z, LOG2E)
-    if PROB:
+    if VARIANT.PROB:
         ce = times(v_y, nll) + stats.v_sum * log_z - stats.v_cross * LOG2E
         others = stats.v_sum
     else:
@@ -63,7 +63,7 @@ def _cross_entropy(stats, s_y, v_y, z, weights, classes, PROB: tl.constexpr, LIN
         v_y = tl.full(p_y.shape, 1.0, p_y.dtype)
     constant = tl.zeros_like(p_y)
     kept = ce_weight
-    if LINEAR:
+    if VARIANT.LINEAR:
         share = smoothing / classes
         everything = nll + (classes - 1) * log_z - stats.linear * LOG2E
         ce = (1.0 - smoothing) * ce + times(share, everything)
@@ -132,7 +132,7 @@ def _decoupled(stats, s_y, t_y, weights, scales, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _wsld(stats, s_y, t_y, v_y, z_sharp, z_tsharp, weights, scales, PROB: tl.constexpr):
+def _wsld(stats, s_y, t_y, v_y, z_sharp, z_tsharp, weights, scales, VARIANT: tl.constexpr):
     alpha, _second, temperature, _ce_weight, _smoothing = weights
     z_s, z_t, dot = stats.s_soft, stats.t_soft, stats.cross
     _p, s_rest, _f, s_log_z, s_ce = join_target(s_y, stats.s_max, z_sharp, scales.sharp_s)
@@ -140,7 +140,7 @@ def _wsld(stats, s_y, t_y, v_y, z_sharp, z_tsharp, weights, scales, PROB: tl.con
     # u is a function of their ratio. As p_y -> 1 they are nearly 1 - p_y.
     s_ce = tl.where(s_rest < 0.5, -log2_1p(-s_rest), s_ce)
     t_ce = tl.where(t_rest < 0.5, -log2_1p(-t_rest), t_ce)
-    if PROB:
+    if VARIANT.PROB:
         s_ce = times(v_y, s_ce) + stats.v_sum * s_log_z - stats.v_cross * scales.sharp_s
         t_ce = times(v_y, t_ce) + stats.v_sum * t_log_z - stats.v_cross_t * scales.sharp_t
     # A student with the target at -inf has u = 1. If the teacher has it there too, the quotient would be inf / inf.
@@ -156,45 +156,27 @@ def _wsld(stats, s_y, t_y, v_y, z_sharp, z_tsharp, weights, scales, PROB: tl.con
 
 
 @triton.jit
-def coefficients(
-    stats,
-    sums,
-    column,
-    own,
-    s_y,
-    t_y,
-    v_y,
-    weights,
-    scales,
-    moments,
-    classes,
-    LOSS: tl.constexpr,
-    SINGLE: tl.constexpr,
-    PROB: tl.constexpr,
-    STD: tl.constexpr,
-    LINEAR: tl.constexpr,
-    RAW: tl.constexpr,
-):
+def coefficients(stats, sums, column, own, s_y, t_y, v_y, weights, scales, moments, classes, VARIANT: tl.constexpr):
     """Return a loss's three parts, and its gradient's :class:`.values.Coefficients` and :class:`.values.Slopes`.
 
     Inputs are the statistics of rows that count and are valid; for a pointwise loss also the sums and the part of the
     column term. ``own``, if not None, multiplies the gradient of all terms but the column term.
     """
-    z_sharp = stats.s_soft if SINGLE else stats.s_sharp
-    z_tsharp = stats.t_soft if SINGLE else stats.t_sharp
-    z_ce = stats.s_raw if RAW else z_sharp
-    ce, raw, v_weight, constant, at_ce = _cross_entropy(stats, s_y, v_y, z_ce, weights, classes, PROB, LINEAR)
+    z_sharp = stats.s_soft if VARIANT.SINGLE else stats.s_sharp
+    z_tsharp = stats.t_soft if VARIANT.SINGLE else stats.t_sharp
+    z_ce = stats.s_raw if VARIANT.RAW else z_sharp
+    ce, raw, v_weight, constant, at_ce = _cross_entropy(stats, s_y, v_y, z_ce, weights, classes, VARIANT)
     if own is not None:
         raw, v_weight, constant, at_ce = raw * own, v_weight * own, constant * own, at_ce * own
-    if LOSS == NKD:
+    if VARIANT.LOSS == NKD:
         one, two, soft, sharp, teacher, at_y = _nkd(stats, s_y, t_y, z_sharp, z_tsharp, weights, scales)
-    elif LOSS == KD:
+    elif VARIANT.LOSS == KD:
         one, two, soft, sharp, teacher, at_y = _decoupled(stats, s_y, t_y, weights, scales, True)
-    elif LOSS == DKD:
+    elif VARIANT.LOSS == DKD:
         one, two, soft, sharp, teacher, at_y = _decoupled(stats, s_y, t_y, weights, scales, False)
-    elif LOSS == WSLD:
-        one, two, soft, sharp, teacher, at_y = _wsld(stats, s_y, t_y, v_y, z_sharp, z_tsharp, weights, scales, PROB)
-    elif LOSS == TF_KD:
+    elif VARIANT.LOSS == WSLD:
+        one, two, soft, sharp, teacher, at_y = _wsld(stats, s_y, t_y, v_y, z_sharp, z_tsharp, weights, scales, VARIANT)
+    elif VARIANT.LOSS == TF_KD:
         others, own, entropy, _ce_weight, _smoothing = weights
         p_y, p_rest, p_factor, log_z, nll = join_target(s_y, stats.s_max, stats.s_soft, LOG2E)
         everything = (classes - 1) * log_z - stats.linear * LOG2E
@@ -208,38 +190,38 @@ def coefficients(
         soft, sharp, teacher, at_y = tl.zeros_like(raw), tl.zeros_like(raw), tl.zeros_like(raw), tl.zeros_like(raw)
     slope = tl.zeros_like(soft)
     more, with_s = Slopes(slope, slope, slope, slope), slope
-    if POINTWISE & LOSS:
-        one, more, with_s = pointwise(sums, own, weights, LOSS, STD)
+    if POINTWISE & VARIANT.LOSS:
+        one, more, with_s = pointwise(sums, own, weights, VARIANT)
         two = tl.zeros_like(one) + column
     possible = s_y != _NEG_INF
     at_y = tl.where(possible, at_y, 0.0)
-    if STD:
+    if VARIANT.STD:
         # Backward through z = f (x - mean), f = 1 / (d + 1e-7): f (g_j - sum(g) / n) - z_j sum(g z) / ((n - 1) d).
         mean, deviation, number, low = moments
         # A class alone has the z-score 0, whatever its logit.
         f = tl.where(number == 1.0, 0.0, 1.0 / (deviation + 1e-7))
-        w_sharp = stats.w_soft if SINGLE else stats.w_sharp
+        w_sharp = stats.w_soft if VARIANT.SINGLE else stats.w_sharp
         centred = tl.where(possible, s_y - mean, 0.0)
         with_z = (
             with_s
-            if POINTWISE & LOSS
+            if POINTWISE & VARIANT.LOSS
             else soft * stats.w_soft + sharp * w_sharp + teacher * stats.w_teacher + at_y * centred
         )
         flat = deviation == 0.0
         slope = tl.where(flat, 0.0, f * f * with_z / (tl.maximum(number - 1.0, 1.0) * tl.where(flat, 1.0, deviation)))
         shift = slope * low
-        if (POINTWISE & LOSS) == 0:
+        if (POINTWISE & VARIANT.LOSS) == 0:
             # g sums to 0, a softmax being indifferent to a shift, unless the student rules out what the teacher asks.
-            s_sharp = stats.s_soft if SINGLE else stats.s_sharp
+            s_sharp = stats.s_soft if VARIANT.SINGLE else stats.s_sharp
             total = soft * stats.s_soft + sharp * s_sharp + teacher * (stats.t_soft - stats.blocked) + at_y
             shift -= tl.where((stats.blocked > 0.0) | (s_y == _NEG_INF), f * total / tl.maximum(number, 1.0), 0.0)
         constant += shift
         soft, sharp, teacher, at_y = soft * f, sharp * f, teacher * f, at_y * f - slope * centred + shift
-        if POINTWISE & LOSS:
-            more = Slopes(more.by_1 * f, more.by_2 * f, more.by_column * f, more.offset * f)
-    if not RAW:  # the CE's exponentials are the sharp ones
+        if POINTWISE & VARIANT.LOSS:
+            more = scaled_slopes(more, f)
+    if not VARIANT.RAW:  # the CE's exponentials are the sharp ones
         sharp += raw
-    if SINGLE:
+    if VARIANT.SINGLE:
         soft += sharp
     at_y = tl.where(possible, at_y + at_ce, 0.0)
     return one, two, ce, Coefficients(soft, sharp, teacher, raw, v_weight, constant, slope, at_y), more

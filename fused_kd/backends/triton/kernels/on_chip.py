@@ -41,62 +41,38 @@ from fused_kd.backends.triton.kernels.pointwise import (
     column_part,
     load_columns,
     no_sums,
+    row_softmaxes,
     scaled_slopes,
-    softmaxes,
 )
 from fused_kd.backends.triton.kernels.rows import (
     LOG2E,
     POINTWISE,
     TEACHER,
     accumulate,
+    as_scalars,
+    at,
     combine,
     count_rows,
     empty_statistics,
+    kernel,
     load_factor,
     load_index,
     make_scales,
     narrowed,
     power_of_two_below,
     scaled_by,
+    store_fields,
     tile_moments,
 )
-from fused_kd.backends.triton.kernels.values import Constants, Moments, Weights
+from fused_kd.backends.triton.kernels.values import Constants, Moments, Softmaxes, Variant, Weights
 
 _NEG_INF = tl.constexpr(float("-inf"))
-_COUNT_BLOCK = tl.constexpr(512)
-RUNTIME = [
-    "rows",
-    "classes",
-    "padding",
-    "student_row",
-    "student_col",
-    "teacher_row",
-    "teacher_col",
-    "target_row",
-    "target_col",
-    "count_items",
-    "correlation_items",
-    "ignore_index",
-]
+COUNT_BLOCK = tl.constexpr(512)
 
 
 @triton.jit
 def all_weights(first, second, temperature, ce_weight, smoothing, ACC: tl.constexpr):
-    return Weights(
-        tl.full((), first, ACC),
-        tl.full((), second, ACC),
-        tl.full((), temperature, ACC),
-        tl.full((), ce_weight, ACC),
-        tl.full((), smoothing, ACC),
-    )
-
-
-@triton.jit
-def at(base, cols, stride, UNIT: tl.constexpr):
-    """Return pointers to columns of a row, with 64-bit offsets only if a column stride may take them past 2^31."""
-    if UNIT:
-        return base + cols
-    return base + cols.to(tl.int64) * stride
+    return Weights(*as_scalars((first, second, temperature, ce_weight, smoothing), ACC))
 
 
 @triton.jit
@@ -107,9 +83,7 @@ def store_parts(
     target = tl.where(counted, target * by, 0.0)
     non_target = tl.where(counted, non_target * by, 0.0)
     ce = tl.where(counted, ce * by, 0.0)
-    tl.store(parts + row, target, mask=inside)
-    tl.store(parts + rows + row, non_target, mask=inside)
-    tl.store(parts + 2 * rows + row, ce, mask=inside)
+    store_fields(parts, (target, non_target, ce), rows, row, inside)
     if PER_ROW:
         tl.store(loss + row, target + non_target + ce, mask=inside)
         tl.store(norm + row, tl.full(row.shape, norm_value, loss.dtype.element_ty), mask=row == 0)
@@ -125,23 +99,27 @@ def gradient_width(classes, padding, VEC: tl.constexpr):
 
 
 @triton.jit
-def gradient_scale(
-    counts, target_row, count_items, ignore_index, scale, ACC: tl.constexpr, COUNT: tl.constexpr, HALF: tl.constexpr
-):
-    """Return the scale of the stored gradient: the op's power of two, for a mean divided by the rows that count.
+def mean_divisor(counts, target_row, count_items, ignore_index, COUNT: tl.constexpr):
+    """Return how many rows a mean divides by; 1 where the host has seen to it."""
+    if COUNT == 0:
+        return tl.full((), 1, tl.int32)
+    return tl.maximum(count_rows(counts, target_row, count_items, ignore_index, COUNT == 2, COUNT_BLOCK), 1)
 
-    HALF also multiplies by the power of two next to that count, since a float16 would underflow. ``norm`` undoes that.
+
+@triton.jit
+def gradient_scale(scale, divisor, ACC: tl.constexpr, HALF: tl.constexpr):
+    """Return the scale of the stored gradient: the op's power of two over the divisor of a mean.
+
+    HALF also multiplies by the power of two next to that divisor, since a float16 would underflow. ``norm`` undoes
+    that.
     """
     scale = tl.full((), scale, ACC)
-    if COUNT == 0:
-        return scale
-    count = tl.maximum(count_rows(counts, target_row, count_items, ignore_index, COUNT == 2, _COUNT_BLOCK), 1)
     if HALF:
-        scale *= power_of_two_below(count).to(ACC)
-    return scale / count.to(ACC)
+        scale *= power_of_two_below(divisor).to(ACC)
+    return scale / divisor.to(ACC)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel
 def rows_on_chip(
     student,
     teacher,
@@ -192,6 +170,7 @@ def rows_on_chip(
     COLUMNS: tl.constexpr,
 ):
     """ROWS whole rows per program, BLOCK >= classes: one read of each input and one write of the gradient."""
+    VARIANT: tl.constexpr = Variant(UNIT, LOSS, SINGLE, PROB, STD, LINEAR, RAW, COLUMNS)
     weights = all_weights(first, second, temperature, ce_weight, smoothing, ACC)
     k = tl.full((), LOG2E, ACC)
     # n // VEC * VEC is n, and shows the compiler that VEC divides it.
@@ -230,7 +209,7 @@ def rows_on_chip(
     if STD:
         s_moments = tile_moments(s)
         t_moments = tile_moments(t)
-    scales = make_scales(weights.temperature, s_moments, t_moments, k, LOSS, STD)
+    scales = make_scales(weights.temperature, s_moments, t_moments, k, VARIANT)
     is_target = cols == y[:, None]
     whole_s, whole_t = s, t
     s = tl.where(is_target, _NEG_INF, s)
@@ -242,30 +221,26 @@ def rows_on_chip(
         v_y = s_y
     present = mask & (cols != y[:, None])
     nothing = empty_statistics(ROWS, ACC)
-    stats = accumulate(nothing, s, t, v, present, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW, False)
+    stats = accumulate(nothing, s, t, v, present, scales, VARIANT, False)
     if PROB:
         valid = 1.0 + 0.0 * (stats.v_sum + v_y)
     sums = stats
     of_column = tl.zeros([1], ACC)
     if POINTWISE & LOSS:
-        of_rows = softmaxes(stats, s_y, t_y, states, rows, row, counted, scales, COLUMNS)
+        of_rows = row_softmaxes(stats, s_y, t_y, states, rows, row, counted, scales, VARIANT)
         of_columns = load_columns(columns, cols, cols < classes, classes, True, COLUMNS)
         # STD needs the target's distance from the mean, and for COLUMNS the target is an ordinary class.
         s_tile = whole_s if STD or COLUMNS else s
         t_tile = whole_t if COLUMNS else t
-        constants = Constants(weights.first, 1.0 / classes.to(ACC))
-        sums = add_sums(
-            no_sums(ROWS, ACC), s_tile, t_tile, of_columns, is_target, mask, stats, of_rows, constants, scales,
-            LOSS, STD, COLUMNS,
-        )  # fmt: skip
-        of_column = column_part(correlations, correlation_items, weights, classes, ACC, COLUMNS, _COUNT_BLOCK)
+        softmaxes = Softmaxes(stats, scales, of_rows, Constants(weights.first, 1.0 / classes.to(ACC)))
+        sums = add_sums(no_sums(ROWS, ACC), s_tile, t_tile, of_columns, is_target, mask, softmaxes, VARIANT)
+        of_column = column_part(correlations, correlation_items, weights, classes, ACC, COLUMNS, COUNT_BLOCK)
     own = None
     if COLUMNS and (factors is not None):  # the columns' numbers already have their factor
         own = load_factor(factors, 1, rows, row, inside, ACC)
     part_y, part_rest, part_ce, gradient_of, more = coefficients(
-        stats, sums, of_column, own, s_y, t_y, v_y, weights, scales, s_moments, classes, LOSS, SINGLE, PROB, STD,
-        LINEAR, RAW,
-    )  # fmt: skip
+        stats, sums, of_column, own, s_y, t_y, v_y, weights, scales, s_moments, classes, VARIANT
+    )
     of_loss = valid
     of_gradient = valid
     if factors is not None:
@@ -274,15 +249,14 @@ def rows_on_chip(
             of_gradient *= load_factor(factors, 1, rows, row, inside, ACC)
     store_parts(parts, loss, norm, norm_value, rows, row, inside, counted, of_loss, part_y, part_rest, part_ce, PER_ROW)
     if GRAD:
-        by = of_gradient * gradient_scale(counts, target_row, count_items, ignore_index, scale, ACC, COUNT, HALF)
+        divisor = mean_divisor(counts, target_row, count_items, ignore_index, COUNT)
+        by = of_gradient * gradient_scale(scale, divisor, ACC, HALF)
         scaled = scaled_by(gradient_of, by)
-        g = combine(s, t, v, stats, scaled, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
+        g = combine(s, t, v, stats, scaled, scales, VARIANT)
         g = tl.where(is_target, scaled.target[:, None], g)
         if POINTWISE & LOSS:
             more = scaled_slopes(more, by)
-            g = add_slopes(
-                g, s_tile, t_tile, of_columns, is_target, stats, of_rows, constants, more, scales, LOSS, STD, COLUMNS
-            )
+            g = add_slopes(g, s_tile, t_tile, of_columns, is_target, softmaxes, more, VARIANT)
         g = tl.where(counted[:, None], g, 0.0)
         pointers = gradient + (row * width)[:, None] + cols
         tl.store(pointers, narrowed(g, gradient.dtype.element_ty), mask=inside[:, None] & (cols < classes))

@@ -7,8 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_kd.backends.triton.kernels.pointwise import merge_sums
-from fused_kd.backends.triton.kernels.rows import LOG2E, make_scales, merge_lanes, total_of, zero_if_empty
+from fused_kd.backends.triton.kernels.rows import LOG2E, make_scales, merge_lanes, store_fields, total_of, zero_if_empty
 from fused_kd.backends.triton.kernels.values import Moments, PointwiseSums, Statistics
 
 _NEG_INF = tl.constexpr(float("-inf"))
@@ -31,11 +30,8 @@ def _field(found, which, fields, pieces, rows, row, other, PIECES: tl.constexpr)
 @triton.jit
 def store_moments(out, first, rows, row, moments):
     """Store number, mean, the sum of squares about it, and the mean's rounding error, for :func:`_merged_moments`."""
-    tl.store(out + rows * first + row, moments.number)
-    tl.store(out + rows * (first + 1) + row, moments.mean)
     square = moments.deviation * moments.deviation * tl.maximum(moments.number - 1.0, 1.0)
-    tl.store(out + rows * (first + 2) + row, square)
-    tl.store(out + rows * (first + 3) + row, moments.low)
+    store_fields(out + rows * first, (moments.number, moments.mean, square, moments.low), rows, row, None)
 
 
 @triton.jit
@@ -56,61 +52,37 @@ def _merged_moments(found, first, pieces, rows, row, PIECES: tl.constexpr):
 
 @triton.jit
 def merged_scales(
-    moments, pieces, rows, row, temperature, PIECES: tl.constexpr, LOSS: tl.constexpr, STD: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
+    moments, pieces, rows, row, temperature, VARIANT: tl.constexpr, PIECES: tl.constexpr, ACC: tl.constexpr
+):
     """Return the scales, and the moments of the student's row."""
     k = tl.full((), LOG2E, ACC)
-    if STD:
+    if VARIANT.STD:
         s_moments = _merged_moments(moments, 0, pieces, rows, row, PIECES)
         t_moments = _merged_moments(moments, OF_TEACHER, pieces, rows, row, PIECES)
     else:
         zero = tl.zeros([1], ACC)
         s_moments = Moments(zero, zero, zero, zero)
         t_moments = s_moments
-    return make_scales(temperature, s_moments, t_moments, k, LOSS, STD), s_moments
+    return make_scales(temperature, s_moments, t_moments, k, VARIANT), s_moments
 
 
 @triton.jit
-def merged_statistics(found, pieces, rows, row, scales, PIECES: tl.constexpr, LOSS: tl.constexpr, SINGLE: tl.constexpr):
+def merged_statistics(found, pieces, rows, row, scales, VARIANT: tl.constexpr, PIECES: tl.constexpr):
     """Return the row's statistics, and the target's logits and probability, which one of the pieces has."""
-    stats = Statistics(
-        _field(found, 0, STATISTICS, pieces, rows, row, _NEG_INF, PIECES),
-        _field(found, 1, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 2, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 3, STATISTICS, pieces, rows, row, _NEG_INF, PIECES),
-        _field(found, 4, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 5, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 6, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 7, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 8, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 9, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 10, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 11, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 12, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 13, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 14, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 15, STATISTICS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 16, STATISTICS, pieces, rows, row, 0.0, PIECES),
-    )
+    of_pieces = ()
+    for which in tl.static_range(OF_TARGET):
+        other = _NEG_INF if which == 0 or which == 3 else 0.0  # the largest logits
+        of_pieces += (_field(found, which, STATISTICS, pieces, rows, row, other, PIECES),)
+    stats = Statistics(*of_pieces)
     s_y = total_of(_field(found, OF_TARGET, STATISTICS, pieces, rows, row, 0.0, PIECES))
     t_y = total_of(_field(found, OF_TARGET + 1, STATISTICS, pieces, rows, row, 0.0, PIECES))
     v_y = total_of(_field(found, OF_TARGET + 2, STATISTICS, pieces, rows, row, 0.0, PIECES))
-    return merge_lanes(stats, scales, LOSS, SINGLE), s_y, t_y, v_y
+    return merge_lanes(stats, scales, VARIANT), s_y, t_y, v_y
 
 
 @triton.jit
 def merged_piece_sums(found, pieces, rows, row, PIECES: tl.constexpr):
-    sums = PointwiseSums(
-        _field(found, 0, SUMS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 1, SUMS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 2, SUMS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 3, SUMS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 4, SUMS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 5, SUMS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 6, SUMS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 7, SUMS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 8, SUMS, pieces, rows, row, 0.0, PIECES),
-        _field(found, 9, SUMS, pieces, rows, row, 0.0, PIECES),
-    )
-    return merge_sums(sums)
+    sums = ()
+    for which in tl.static_range(SUMS):
+        sums += (total_of(_field(found, which, SUMS, pieces, rows, row, 0.0, PIECES)),)
+    return PointwiseSums(*sums)

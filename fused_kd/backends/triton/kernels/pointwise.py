@@ -24,7 +24,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_kd.backends.triton.kernels.rows import LN2, ONE_SLOPE, join_target, per_row, total_of, zero_if_empty
+from fused_kd.backends.triton.kernels.rows import (
+    LN2,
+    ONE_SLOPE,
+    join_target,
+    load_fields,
+    per_row,
+    total_of,
+    zero_if_empty,
+)
 from fused_kd.backends.triton.kernels.values import PointwiseSums, Slopes
 from fused_kd.core.catalogue import NUMBERS
 
@@ -95,22 +103,11 @@ def correlation_terms(ab, aa, bb, weight):
 
 
 @triton.jit
-def softmaxes(stats, s_y, t_y, states, rows, row, counted, scales, COLUMNS: tl.constexpr):
+def row_softmaxes(stats, s_y, t_y, states, rows, row, counted, scales, VARIANT: tl.constexpr):
     """Return ``of_rows``."""
-    if COLUMNS:
-        at = states + row
-        return (
-            (
-                tl.load(at, mask=counted, other=0.0),
-                tl.load(at + rows, mask=counted, other=0.0),
-                tl.load(at + 2 * rows, mask=counted, other=0.0),
-            ),
-            (
-                tl.load(at + 3 * rows, mask=counted, other=0.0),
-                tl.load(at + 4 * rows, mask=counted, other=0.0),
-                tl.load(at + 5 * rows, mask=counted, other=0.0),
-            ),
-        )
+    if VARIANT.COLUMNS:
+        of_teacher = load_fields(states + 3 * rows, rows, row, counted, 3)
+        return load_fields(states, rows, row, counted, 3), of_teacher
     else:
         p_y, _p_rest, p_factor, p_log_z, p_nll = join_target(s_y, stats.s_max, stats.s_soft, scales.soft_s)
         q_y, _q_rest, q_factor, q_log_z, q_nll = join_target(t_y, stats.t_max, stats.t_soft, scales.soft_t)
@@ -119,16 +116,24 @@ def softmaxes(stats, s_y, t_y, states, rows, row, counted, scales, COLUMNS: tl.c
 
 
 @triton.jit
-def _softmax_tile(x, is_target, maximum, of_rows, scale, STD: tl.constexpr, COLUMNS: tl.constexpr):
+def _softmax_tile(x, is_target, maximum, of_rows, scale, VARIANT: tl.constexpr):
     """Return p and log p of tiles. With COLUMNS the logarithm is not computed."""
-    if COLUMNS:
+    if VARIANT.COLUMNS:
         p = tl.exp2((x - of_rows[0][:, None]) * of_rows[1][:, None]) * of_rows[2][:, None]
         return p, p
     else:
         p_y, factor, log_z, nll = of_rows
-        u = (x - zero_if_empty(maximum)[:, None]) * per_row(scale, STD)
+        u = (x - zero_if_empty(maximum)[:, None]) * per_row(scale, VARIANT.STD)
         p = tl.where(is_target, p_y[:, None], tl.exp2(u) * factor[:, None])
         return p, tl.where(is_target, -nll[:, None], u - log_z[:, None])
+
+
+@triton.jit
+def _softmax_tiles(s, t, is_target, softmaxes, VARIANT: tl.constexpr):
+    stats, scales, of_rows, _constants = softmaxes
+    p, log_p = _softmax_tile(s, is_target, stats.s_max, of_rows[0], scales.soft_s, VARIANT)
+    q, log_q = _softmax_tile(t, is_target, stats.t_max, of_rows[1], scales.soft_t, VARIANT)
+    return p, log_p, q, log_q
 
 
 @triton.jit
@@ -190,48 +195,33 @@ def no_sums(LANES: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def add_sums(
-    sums,
-    s,
-    t,
-    columns,
-    is_target,
-    inside,
-    stats,
-    of_rows,
-    constants,
-    scales,
-    LOSS: tl.constexpr,
-    STD: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+def add_sums(sums, s, t, columns, is_target, inside, softmaxes, VARIANT: tl.constexpr):
     """Add tiles (lanes, classes) to sums of lanes."""
     x_1, x_2, x_3, y_1, y_2, y_column, w, w_1, w_2, w_column = sums
-    p, log_p = _softmax_tile(s, is_target, stats.s_max, of_rows[0], scales.soft_s, STD, COLUMNS)
-    q, log_q = _softmax_tile(t, is_target, stats.t_max, of_rows[1], scales.soft_t, STD, COLUMNS)
-    one, two, three = _summed(p, q, log_p, log_q, constants, LOSS)
+    p, log_p, q, log_q = _softmax_tiles(s, t, is_target, softmaxes, VARIANT)
+    one, two, three = _summed(p, q, log_p, log_q, softmaxes.constants, VARIANT.LOSS)
     x_1 += tl.sum(tl.where(inside, one, 0.0), 1)
-    if (ONE_SLOPE & LOSS) == 0:
+    if (ONE_SLOPE & VARIANT.LOSS) == 0:
         x_2 += tl.sum(tl.where(inside, two, 0.0), 1)
     x_3 += tl.sum(tl.where(inside, three, 0.0), 1)
-    f_1, f_2 = _slopes(p, q, log_p, log_q, constants, LOSS)
+    f_1, f_2 = _slopes(p, q, log_p, log_q, softmaxes.constants, VARIANT.LOSS)
     # If p vanishes, a logarithm is infinite or the class cannot occur.
     none = (p == 0.0) | (inside == 0)
     by_1 = tl.where(none, 0.0, p * f_1)
     by_2 = tl.where(none, 0.0, p * f_2)
     y_1 += tl.sum(by_1, 1)
-    y_2 += tl.sum(tl.where(none, 0.0, p) if ONE_SLOPE & LOSS else by_2, 1)
+    y_2 += tl.sum(tl.where(none, 0.0, p) if ONE_SLOPE & VARIANT.LOSS else by_2, 1)
     by_column = p
-    if COLUMNS:
+    if VARIANT.COLUMNS:
         by_column = tl.where(none, 0.0, p * _column_slope(columns, p, q))
         y_column += tl.sum(by_column, 1)
-    if STD:
-        centred = tl.where(none, 0.0, s - scales.mean_s[:, None])
+    if VARIANT.STD:
+        centred = tl.where(none, 0.0, s - softmaxes.scales.mean_s[:, None])
         w += tl.sum(tl.where(none, 0.0, p * centred), 1)
         w_1 += tl.sum(by_1 * centred, 1)
-        if (ONE_SLOPE & LOSS) == 0:
+        if (ONE_SLOPE & VARIANT.LOSS) == 0:
             w_2 += tl.sum(by_2 * centred, 1)
-        if COLUMNS:
+        if VARIANT.COLUMNS:
             w_column += tl.sum(by_column * centred, 1)
     return PointwiseSums(x_1, x_2, x_3, y_1, y_2, y_column, w, w_1, w_2, w_column)
 
@@ -239,20 +229,17 @@ def add_sums(
 @triton.jit
 def merge_sums(sums):
     """Merge the sums of a row's lanes to (1,)."""
-    return PointwiseSums(
-        total_of(sums.of_1), total_of(sums.of_2), total_of(sums.of_3), total_of(sums.by_1), total_of(sums.by_2),
-        total_of(sums.by_column), total_of(sums.w), total_of(sums.w_1), total_of(sums.w_2), total_of(sums.w_column),
-    )  # fmt: skip
+    return PointwiseSums(*[total_of(lanes) for lanes in sums])
 
 
 @triton.jit
-def pointwise(sums, own, weights, LOSS: tl.constexpr, STD: tl.constexpr):
+def pointwise(sums, own, weights, VARIANT: tl.constexpr):
     """Return the loss's part, its :class:`.values.Slopes`, and with STD the sum of g_j (s_j - mean)."""
-    part, c_1, c_2 = _terms(sums, weights, LOSS)
+    part, c_1, c_2 = _terms(sums, weights, VARIANT.LOSS)
     if own is not None:
         c_1, c_2 = c_1 * own, c_2 * own
     by = 1.0 / weights.temperature
-    if ONE_SLOPE & LOSS:
+    if ONE_SLOPE & VARIANT.LOSS:
         # The p_k sum to 1 up to rounding. Times a slope of 7, that rounding exceeds the allowed error of a saturated
         # row's gradient. It is in both sums, so the quotient cancels it.
         mean_slope = c_1 * (sums.by_1 / sums.by_2)
@@ -269,31 +256,16 @@ def scaled_slopes(more, by):
 
 
 @triton.jit
-def add_slopes(
-    g,
-    s,
-    t,
-    columns,
-    is_target,
-    stats,
-    of_rows,
-    constants,
-    more,
-    scales,
-    LOSS: tl.constexpr,
-    STD: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+def add_slopes(g, s, t, columns, is_target, softmaxes, more, VARIANT: tl.constexpr):
     """Add the loss's own gradient, from its slopes, to g, tiles of the CE's gradient."""
-    p, log_p = _softmax_tile(s, is_target, stats.s_max, of_rows[0], scales.soft_s, STD, COLUMNS)
-    q, log_q = _softmax_tile(t, is_target, stats.t_max, of_rows[1], scales.soft_t, STD, COLUMNS)
-    f_1, f_2 = _slopes(p, q, log_p, log_q, constants, LOSS)
+    p, log_p, q, log_q = _softmax_tiles(s, t, is_target, softmaxes, VARIANT)
+    f_1, f_2 = _slopes(p, q, log_p, log_q, softmaxes.constants, VARIANT.LOSS)
     h = more.by_1[:, None] * f_1 + more.offset[:, None]
-    if (ONE_SLOPE & LOSS) == 0:
+    if (ONE_SLOPE & VARIANT.LOSS) == 0:
         h += more.by_2[:, None] * f_2
-    if COLUMNS:
+    if VARIANT.COLUMNS:
         h += more.by_column[:, None] * _column_slope(columns, p, q)
     impossible = s == _NEG_INF
-    if not COLUMNS:  # the tile may lack the target's logit, but p there is 0 where it is -inf
+    if not VARIANT.COLUMNS:  # the tile may lack the target's logit, but p there is 0 where it is -inf
         impossible = impossible & (is_target == 0)
     return g + tl.where((p == 0.0) | impossible, 0.0, p * h)

@@ -7,15 +7,14 @@ Only the shapes decide the order of every sum, and there are no atomics: same in
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
-from fused_kd.backends.triton.kernels.rows import count_rows, narrowed, power_of_two_below
+from fused_kd.backends.triton.kernels.rows import count_rows, kernel, narrowed, power_of_two_below, sum_items
 
 _BLOCK = tl.constexpr(1024)
 
 
-@triton.jit(do_not_specialize=["stride", "rows", "chunk", "ignore_index"])
+@kernel
 def count_chunks(target, partial, stride: tl.int64, rows: tl.int64, chunk: tl.int64, ignore_index: tl.int64):
     """partial[i]: the number of rows of chunk i that count."""
     start = tl.program_id(0).to(tl.int64) * chunk
@@ -24,16 +23,7 @@ def count_chunks(target, partial, stride: tl.int64, rows: tl.int64, chunk: tl.in
     tl.store(partial + tl.program_id(0), count)
 
 
-@triton.jit
-def _sum_rows(values, items, ACC: tl.constexpr):
-    total = tl.zeros([_BLOCK], ACC)
-    for start in range(0, items, _BLOCK):
-        index = start + tl.arange(0, _BLOCK)
-        total += tl.load(values + index, mask=index < items, other=0.0).to(ACC)
-    return tl.sum(total, 0)
-
-
-@triton.jit(do_not_specialize=["rows", "chunk", "count_stride", "count_items", "ignore_index"])
+@kernel
 def reduce_parts(
     row_parts,
     parts,
@@ -73,7 +63,7 @@ def reduce_parts(
     count = tl.maximum(count, 1)
     total = tl.zeros([], ACC)
     for part in tl.static_range(PARTS):
-        value = _sum_rows(row_parts + part * rows + start, items, ACC)
+        value = sum_items(row_parts + part * rows + start, items, _BLOCK, ACC)
         if FINAL and MEAN:
             # Rounded once: a plain float32 quotient may be two units off, so the mean of equal rows would differ.
             value = tl.div_rn(value, count.to(ACC)) if ACC == tl.float32 else value / count.to(ACC)
@@ -91,7 +81,7 @@ def reduce_parts(
         tl.store(other_norm, other_here)
 
 
-@triton.jit(do_not_specialize=["rows", "width", "stride"])
+@kernel
 def scale_rows(
     gradient,
     out,

@@ -40,6 +40,18 @@ POINTWISE = tl.constexpr(BITS["pointwise"])
 ONE_SLOPE = tl.constexpr(BITS["one_slope"])
 
 
+#: All kernels by name.
+KERNELS = {}
+
+
+def kernel(function):
+    """Let Triton compile a kernel that is specialised on no number, so another batch or stride compiles nothing.
+    ``padding``, which may be None, is the only integer that has no annotation."""
+    numbers = [name for name, kind in function.__annotations__.items() if kind in ("tl.int32", "tl.int64")]
+    KERNELS[function.__name__] = triton.jit(function, do_not_specialize=[*numbers, "padding"])
+    return KERNELS[function.__name__]
+
+
 @triton.jit
 def zero_if_empty(maximum):
     """Replace -inf by 0 in a maximum to subtract: -inf - -inf would be NaN, -inf - 0 gives the right exponential, 0."""
@@ -78,7 +90,7 @@ def per_row(x, STD: tl.constexpr):
 
 
 @triton.jit
-def _rescale(stats, m_s, m_t, scales, LOSS: tl.constexpr, SINGLE: tl.constexpr):
+def _rescale(stats, m_s, m_t, scales, VARIANT: tl.constexpr):
     """Return the same statistics relative to other maxima, at least as large. This takes no sums."""
     (
         old_s, s_soft, s_sharp, old_t, t_soft, t_sharp, blocked, cross, v_sum, v_cross, v_cross_t, linear, number,
@@ -91,26 +103,26 @@ def _rescale(stats, m_s, m_t, scales, LOSS: tl.constexpr, SINGLE: tl.constexpr):
     factor_s = tl.exp2(down_s * soft_s)
     s_soft = s_soft * factor_s
     w_soft = w_soft * factor_s
-    if not SINGLE:
+    if not VARIANT.SINGLE:
         sharp = tl.exp2(down_s * sharp_s)
         s_sharp = s_sharp * sharp
         w_sharp = w_sharp * sharp
     s_raw = s_raw * tl.exp2(down_s * LOG2E)
     v_cross = v_cross + moved_s * v_sum
     linear = linear + moved_s * number
-    if TEACHER & LOSS:
+    if TEACHER & VARIANT.LOSS:
         down_t = old_t - zero_if_empty(m_t)
         moved_t = tl.where(old_t == _NEG_INF, 0.0, down_t)
         factor_t = tl.exp2(down_t * soft_t)
-        if (POINTWISE & LOSS) == 0:
+        if (POINTWISE & VARIANT.LOSS) == 0:
             moved = moved_s * soft_s
-            if DIVERGENCE & LOSS:
+            if DIVERGENCE & VARIANT.LOSS:
                 moved -= moved_t * soft_t
             cross = tl.where(factor_t == 0.0, 0.0, factor_t * (cross + moved * t_soft))
         t_soft = t_soft * factor_t
         blocked = blocked * factor_t
         w_teacher = w_teacher * factor_t
-        if (not SINGLE) and ((POINTWISE & LOSS) == 0):
+        if (not VARIANT.SINGLE) and ((POINTWISE & VARIANT.LOSS) == 0):
             t_sharp = t_sharp * tl.exp2(down_t * sharp_t)
         v_cross_t = v_cross_t + moved_t * v_sum
     return Statistics(
@@ -129,66 +141,52 @@ def empty_statistics(LANES: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def accumulate(
-    stats,
-    s,
-    t,
-    v,
-    present,
-    scales,
-    LOSS: tl.constexpr,
-    SINGLE: tl.constexpr,
-    PROB: tl.constexpr,
-    STD: tl.constexpr,
-    LINEAR: tl.constexpr,
-    RAW: tl.constexpr,
-    WALKED: tl.constexpr,
-):
+def accumulate(stats, s, t, v, present, scales, VARIANT: tl.constexpr, WALKED: tl.constexpr):
     """Add tiles (lanes, classes) to the statistics of their lanes. ``present`` marks the classes that count. WALKED
     says that there is more than one tile, with few classes per lane."""
     soft_s, soft_t, sharp_s, sharp_t, mean = scales
     m_s = tl.maximum(stats.s_max, tl.max(s, 1))
-    m_t = tl.maximum(stats.t_max, tl.max(t, 1)) if TEACHER & LOSS else stats.t_max
+    m_t = tl.maximum(stats.t_max, tl.max(t, 1)) if TEACHER & VARIANT.LOSS else stats.t_max
     (
         m_s, s_soft, s_sharp, m_t, t_soft, t_sharp, blocked, cross, v_sum, v_cross, v_cross_t, linear, number, s_raw,
         w_soft, w_sharp, w_teacher,
-    ) = _rescale(stats, m_s, m_t, scales, LOSS, SINGLE)  # fmt: skip
+    ) = _rescale(stats, m_s, m_t, scales, VARIANT)  # fmt: skip
     d_s = s - zero_if_empty(m_s)[:, None]
-    u = d_s * per_row(soft_s, STD)
+    u = d_s * per_row(soft_s, VARIANT.STD)
     e = tl.exp2(u)
     s_soft += tl.sum(e, 1)
-    if STD and ((POINTWISE & LOSS) == 0):
+    if VARIANT.STD and ((POINTWISE & VARIANT.LOSS) == 0):
         centred = tl.where(s == _NEG_INF, 0.0, s - mean[:, None])
         w_soft += tl.sum(e * centred, 1)
-    if not SINGLE:
-        sharp = tl.exp2(d_s * per_row(sharp_s, STD))
+    if not VARIANT.SINGLE:
+        sharp = tl.exp2(d_s * per_row(sharp_s, VARIANT.STD))
         s_sharp += tl.sum(sharp, 1)
-        if STD and ((POINTWISE & LOSS) == 0):
+        if VARIANT.STD and ((POINTWISE & VARIANT.LOSS) == 0):
             w_sharp += tl.sum(sharp * centred, 1)
-    if RAW:
+    if VARIANT.RAW:
         s_raw += tl.sum(tl.exp2(d_s * LOG2E), 1)
-    if TEACHER & LOSS:
+    if TEACHER & VARIANT.LOSS:
         d_t = t - zero_if_empty(m_t)[:, None]
-        u_t = d_t * per_row(soft_t, STD)
+        u_t = d_t * per_row(soft_t, VARIANT.STD)
         f = tl.exp2(u_t)
         t_soft += tl.sum(f, 1)
-        if DIVERGENCE & LOSS:
+        if DIVERGENCE & VARIANT.LOSS:
             u = u - u_t
-        if (POINTWISE & LOSS) == 0:
+        if (POINTWISE & VARIANT.LOSS) == 0:
             # 0 log 0 = 0: an impossible class costs something only if the teacher gives it a probability.
             cross += tl.sum(f * tl.where(f == 0.0, 0.0, u), 1)
-            if STD:
+            if VARIANT.STD:
                 w_teacher += tl.sum(f * centred, 1)
                 blocked += tl.sum(tl.where(s == _NEG_INF, f, 0.0), 1)
-        if not SINGLE:
-            if ((DIVERGENCE & LOSS) == 0) and ((POINTWISE & LOSS) == 0):
-                t_sharp += tl.sum(tl.exp2(d_t * per_row(sharp_t, STD)), 1)
-    if PROB:
+        if not VARIANT.SINGLE:
+            if ((DIVERGENCE & VARIANT.LOSS) == 0) and ((POINTWISE & VARIANT.LOSS) == 0):
+                t_sharp += tl.sum(tl.exp2(d_t * per_row(sharp_t, VARIANT.STD)), 1)
+    if VARIANT.PROB:
         v_sum += tl.sum(v, 1)
         v_cross += tl.sum(v * tl.where(v == 0.0, 0.0, d_s), 1)
-        if TEACHER_CE & LOSS:
+        if TEACHER_CE & VARIANT.LOSS:
             v_cross_t += tl.sum(v * tl.where(v == 0.0, 0.0, d_t), 1)
-    if LINEAR:
+    if VARIANT.LINEAR:
         linear += tl.sum(tl.where(present, d_s, 0.0), 1)
         counted = present
         if WALKED:
@@ -209,17 +207,11 @@ def total_of(x):
 
 
 @triton.jit
-def merge_lanes(stats, scales, LOSS: tl.constexpr, SINGLE: tl.constexpr):
+def merge_lanes(stats, scales, VARIANT: tl.constexpr):
     """Merge the statistics of a row's lanes to (1,)."""
     m_s = tl.max(stats.s_max, 0, keep_dims=True)
     m_t = tl.max(stats.t_max, 0, keep_dims=True)
-    at = _rescale(stats, m_s, m_t, scales, LOSS, SINGLE)
-    return Statistics(
-        m_s, total_of(at.s_soft), total_of(at.s_sharp), m_t, total_of(at.t_soft), total_of(at.t_sharp),
-        total_of(at.blocked), total_of(at.cross), total_of(at.v_sum), total_of(at.v_cross), total_of(at.v_cross_t),
-        total_of(at.linear), total_of(at.number), total_of(at.s_raw), total_of(at.w_soft), total_of(at.w_sharp),
-        total_of(at.w_teacher),
-    )  # fmt: skip
+    return Statistics(*[total_of(lanes) for lanes in _rescale(stats, m_s, m_t, scales, VARIANT)])
 
 
 @triton.jit
@@ -236,72 +228,59 @@ def tile_moments(x):
 
 
 @triton.jit
-def make_scales(temperature, s_moments, t_moments, k, LOSS: tl.constexpr, STD: tl.constexpr):
+def make_scales(temperature, s_moments, t_moments, k, VARIANT: tl.constexpr):
     """Return the scales, with STD from the moments."""
-    if STD:
+    if VARIANT.STD:
         sharp_s = k / (s_moments.deviation + 1e-7)
         sharp_t = k / (t_moments.deviation + 1e-7)
         soft_s = sharp_s / temperature
         soft_t = sharp_t / temperature
         mean = s_moments.mean
-        if (SHARP & LOSS) == 0:  # here the sharp exponentials belong to the CE
+        if (SHARP & VARIANT.LOSS) == 0:  # here the sharp exponentials belong to the CE
             sharp_s = tl.zeros_like(sharp_s) + k
             sharp_t = tl.zeros_like(sharp_t) + k
     else:
         sharp_s = k
         sharp_t = k
-        soft_s = k if AT_ONE & LOSS else k / temperature
+        soft_s = k if AT_ONE & VARIANT.LOSS else k / temperature
         soft_t = soft_s
         mean = k
     return Scales(soft_s, soft_t, sharp_s, sharp_t, mean)
 
 
 @triton.jit
-def scaled_by(at, by):
-    """Multiply the coefficients by a number per row."""
+def scaled_by(of, by):
+    """Multiply coefficients by a number per row."""
     return Coefficients(
-        at.soft * by, at.sharp * by, at.teacher * by, at.raw * by, at.v * by, at.constant * by, at.slope * by,
-        tl.where(at.target == 0.0, 0.0, at.target * by),  # a class that cannot occur, in a row without a value too
+        of.soft * by, of.sharp * by, of.teacher * by, of.raw * by, of.v * by, of.constant * by, of.slope * by,
+        tl.where(of.target == 0.0, 0.0, of.target * by),  # a class that cannot occur, in a row without a value too
     )  # fmt: skip
 
 
 @triton.jit
-def combine(
-    s,
-    t,
-    v,
-    stats,
-    coefficients,
-    scales,
-    LOSS: tl.constexpr,
-    SINGLE: tl.constexpr,
-    PROB: tl.constexpr,
-    STD: tl.constexpr,
-    LINEAR: tl.constexpr,
-    RAW: tl.constexpr,
-):
+def combine(s, t, v, stats, coefficients, scales, VARIANT: tl.constexpr):
     """Compute the gradient of tiles outside the target, from the row's statistics and coefficients
     (:func:`.losses.coefficients`). The last coefficient is the value at the target."""
     soft, sharp, teacher, raw, v_weight, constant, slope, _at_target = coefficients
     soft_s, soft_t, sharp_s, _sharp_t, mean = scales
     d_s = s - zero_if_empty(stats.s_max)[:, None]
-    if SINGLE or ((POINTWISE & LOSS) == 0):
-        g = soft[:, None] * tl.exp2(d_s * per_row(soft_s, STD))
+    if VARIANT.SINGLE or ((POINTWISE & VARIANT.LOSS) == 0):
+        g = soft[:, None] * tl.exp2(d_s * per_row(soft_s, VARIANT.STD))
         # The terms that cancel come first: with z-scores these two may be 1e7 times the rest.
-        if ((TEACHER & LOSS) != 0) and ((POINTWISE & LOSS) == 0):
+        if ((TEACHER & VARIANT.LOSS) != 0) and ((POINTWISE & VARIANT.LOSS) == 0):
             d_t = t - zero_if_empty(stats.t_max)[:, None]
-            g += teacher[:, None] * tl.exp2(d_t * per_row(soft_t, STD))
-        if not SINGLE:
-            g += sharp[:, None] * tl.exp2(d_s * per_row(sharp_s, STD))
+            g += teacher[:, None] * tl.exp2(d_t * per_row(soft_t, VARIANT.STD))
+        if not VARIANT.SINGLE:
+            g += sharp[:, None] * tl.exp2(d_s * per_row(sharp_s, VARIANT.STD))
     else:  # only the CE
-        g = sharp[:, None] * tl.exp2(d_s * per_row(sharp_s, STD))
-    if RAW:
+        g = sharp[:, None] * tl.exp2(d_s * per_row(sharp_s, VARIANT.STD))
+    if VARIANT.RAW:
         g += raw[:, None] * tl.exp2(d_s * LOG2E)
-    if PROB:
+    if VARIANT.PROB:
         g -= v_weight[:, None] * v
-    if LINEAR or STD:
+    if VARIANT.LINEAR or VARIANT.STD:
         g += constant[:, None]
-    if STD:
+    if VARIANT.STD:
         g -= slope[:, None] * (s - mean[:, None])
     # A class that cannot occur gets no gradient, whatever the teacher gives it.
     return tl.where(s == _NEG_INF, 0.0, g)
@@ -320,6 +299,46 @@ def count_rows(source, stride, items, ignore_index, PARTIAL: tl.constexpr, BLOCK
             value = tl.load(source + index.to(tl.int64) * stride, mask=inside, other=0)
             total += (inside & (value != ignore_index)).to(tl.int32)
     return tl.sum(total, 0)
+
+
+@triton.jit
+def at(base, cols, stride, UNIT: tl.constexpr):
+    """Return pointers to columns of a row, with 64-bit offsets only if a column stride may take them past 2^31."""
+    if UNIT:
+        return base + cols
+    return base + cols.to(tl.int64) * stride
+
+
+@triton.jit
+def as_scalars(numbers, ACC: tl.constexpr):
+    """Convert hyper-parameters, which arrive in float64."""
+    return [tl.full((), number, ACC) for number in numbers]
+
+
+@triton.jit
+def sum_items(values, items, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """Add up an array, in an order that only BLOCK decides."""
+    total = tl.zeros([BLOCK], ACC)
+    for start in range(0, items, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        total += tl.load(values + index, mask=index < items, other=0.0).to(ACC)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def store_fields(out, fields, rows, row, mask):
+    """Store numbers of rows as out (fields, rows)."""
+    for i in tl.static_range(len(fields)):
+        tl.store(out + i * rows + row, fields[i], mask=mask)
+
+
+@triton.jit
+def load_fields(found, rows, row, mask, FIELDS: tl.constexpr):
+    """Load what :func:`store_fields` has stored."""
+    fields = ()
+    for i in tl.static_range(FIELDS):
+        fields += (tl.load(found + i * rows + row, mask=mask, other=0.0),)
+    return fields
 
 
 @triton.jit

@@ -13,70 +13,84 @@ piece's classes. Results of pieces are (pieces, fields, rows).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from fused_kd.backends.triton.kernels.losses import coefficients
-from fused_kd.backends.triton.kernels.on_chip import all_weights, at, store_parts
+from fused_kd.backends.triton.kernels.on_chip import all_weights, store_parts
 from fused_kd.backends.triton.kernels.pieces import (
     OF_TARGET,
     OF_TEACHER,
-    SUMS,
     merged_piece_sums,
     merged_scales,
     merged_statistics,
     store_moments,
 )
-from fused_kd.backends.triton.kernels.pointwise import merge_sums, no_sums, scaled_slopes, softmaxes
+from fused_kd.backends.triton.kernels.pointwise import merge_sums, no_sums, row_softmaxes, scaled_slopes
 from fused_kd.backends.triton.kernels.rows import (
     POINTWISE,
     TEACHER,
+    at,
     empty_statistics,
+    kernel,
     load_factor,
     load_index,
     merge_lanes,
     narrowed,
     scaled_by,
+    store_fields,
 )
 from fused_kd.backends.triton.kernels.tiles import (
-    accumulate_others,
+    accumulate_tile,
     gradient_tile,
     lane_columns,
-    load_tiles,
     row_moments,
     sum_tile,
 )
-from fused_kd.backends.triton.kernels.values import Constants
+from fused_kd.backends.triton.kernels.values import Constants, Inputs, Softmaxes, Tile, Variant
 
-RUNTIME = [
-    "rows",
-    "classes",
-    "pieces",
-    "first_class",
-    "num_classes",
-    "student_row",
-    "student_col",
-    "teacher_row",
-    "teacher_col",
-    "labels_row",
-    "labels_col",
-    "ignore_index",
-]
+
+class _Own(NamedTuple):
+    """What a program has: a row, (1,), and the columns of the piece."""
+
+    row: tl.tensor
+    y: tl.tensor  # the row's target, relative to the piece's first column; it may be outside the piece
+    counted: tl.tensor
+    valid: tl.tensor  # 1, or NaN for an index out of range
+    end: tl.tensor  # the number of columns, 0 if the row does not count
+    lane: tl.tensor  # the columns of a tile, (lanes, classes)
 
 
 @triton.jit
-def _of_row(row, target, factors, rows, ignore_index, first_class, num_classes, PROB: tl.constexpr, ACC: tl.constexpr):
-    """Return, for a row, (1,): its target relative to the piece's first column (it may be outside the piece), whether
-    the row counts, and 1, or NaN for an index out of range."""
+def _own(
+    target, factors, rows, classes, first_class, num_classes, ignore_index,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr, PROB: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     y, counted, valid = load_index(target, row, row < rows, 1, ignore_index, num_classes)
     if PROB:
         counted = row < rows
     if factors is not None:
         counted &= load_factor(factors, 0, rows, row, counted, ACC) != 0.0
-    return y - first_class, counted, valid
+    lane_start, width = lane_columns(tl.arange(0, LANES), LANES, WIDTH, VEC)
+    end = classes * tl.max(counted.to(tl.int32), 0)
+    return _Own(row, y - first_class, counted, valid, end, lane_start[:, None] + width)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@triton.jit
+def _row_of(matrix, stride, VEC: tl.constexpr):
+    return matrix + tl.program_id(0).to(tl.int64) * (stride // VEC * VEC)
+
+
+@triton.jit
+def _tile(own, start):
+    cols = start + own.lane
+    return Tile(cols, cols < own.end, cols == own.y[:, None], True)
+
+
+@kernel
 def piece_moments(
     student,
     teacher,
@@ -101,21 +115,16 @@ def piece_moments(
 ):
     """Compute number, mean and sum of squares about it, of the student's logits and the teacher's."""
     classes = classes // VEC * VEC
-    program = tl.program_id(0).to(tl.int64)
-    row = program + tl.arange(0, 1)
-    _y, counted, _valid = _of_row(row, target, factors, rows, ignore_index, first_class, num_classes, PROB, ACC)
-    end = classes * tl.max(counted.to(tl.int32), 0)
-    lane_start, width = lane_columns(tl.arange(0, LANES), LANES, WIDTH, VEC)
-    lane = lane_start[:, None] + width
-    s = student + program * (student_row // VEC * VEC)
-    t = teacher + program * (teacher_row // VEC * VEC)
+    own = _own(target, factors, rows, classes, first_class, num_classes, ignore_index, LANES, WIDTH, VEC, PROB, ACC)
+    s, t = _row_of(student, student_row, VEC), _row_of(teacher, teacher_row, VEC)
+    lane, end = own.lane, own.end
     s_moments = row_moments(s, student_col, 0, lane, lane < 0, lane, end, LANES, WIDTH, UNIT, False, ACC)
     t_moments = row_moments(t, teacher_col, 0, lane, lane < 0, lane, end, LANES, WIDTH, UNIT, False, ACC)
-    store_moments(out, 0, rows, row, s_moments)
-    store_moments(out, OF_TEACHER, rows, row, t_moments)
+    store_moments(out, 0, rows, own.row, s_moments)
+    store_moments(out, OF_TEACHER, rows, own.row, t_moments)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel
 def piece_statistics(
     student,
     teacher,
@@ -152,45 +161,31 @@ def piece_statistics(
 ):
     """Compute the :class:`.values.Statistics` of the piece, and the target's logits and probability, 0 if the target is
     in another piece."""
+    VARIANT: tl.constexpr = Variant(UNIT, LOSS, SINGLE, PROB, STD, LINEAR, RAW, False)
     classes = classes // VEC * VEC
     temperature = tl.full((), temperature, ACC)
-    program = tl.program_id(0).to(tl.int64)
-    row = program + tl.arange(0, 1)
-    y, counted, _valid = _of_row(row, target, factors, rows, ignore_index, first_class, num_classes, PROB, ACC)
-    end = classes * tl.max(counted.to(tl.int32), 0)
-    bases = (
-        student + program * (student_row // VEC * VEC),
-        teacher + program * (teacher_row // VEC * VEC),
-        labels + program * (labels_row // VEC * VEC),
-    )
-    strides = (student_col, teacher_col, labels_col)
-    scales, _s_moments = merged_scales(moments, pieces, rows, row, temperature, PIECES, LOSS, STD, ACC)
-    lane_start, width = lane_columns(tl.arange(0, LANES), LANES, WIDTH, VEC)
-    lane = lane_start[:, None] + width
+    own = _own(target, factors, rows, classes, first_class, num_classes, ignore_index, LANES, WIDTH, VEC, PROB, ACC)
+    row, y = own.row, own.y
+    bases = (_row_of(student, student_row, VEC), _row_of(teacher, teacher_row, VEC), _row_of(labels, labels_row, VEC))
+    inputs = Inputs(bases, (student_col, teacher_col, labels_col), labels, classes)
+    scales, _s_moments = merged_scales(moments, pieces, rows, row, temperature, VARIANT, PIECES, ACC)
     stats = empty_statistics(LANES, ACC)
-    for start in range(0, end, LANES * WIDTH):
-        cols = start + lane
-        s, t, v = load_tiles(bases, strides, cols, cols < end, True, UNIT, LOSS, PROB, False, ACC)
-        stats = accumulate_others(
-            stats, s, t, v, cols == y[:, None], cols < end, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW
-        )
-    merged = merge_lanes(stats, scales, LOSS, SINGLE)
-    for field in tl.static_range(OF_TARGET):
-        tl.store(out + field * rows + row, merged[field])
-    here = (y >= 0) & (y < end)
+    for start in range(0, own.end, LANES * WIDTH):
+        stats = accumulate_tile(stats, inputs, _tile(own, start), scales, VARIANT, True, ACC)
+    merged = merge_lanes(stats, scales, VARIANT)
+    store_fields(out, merged, rows, row, None)
+    here = (y >= 0) & (y < own.end)
     s_y = tl.load(at(bases[0], y, student_col, UNIT), mask=here, other=0.0).to(ACC)
-    tl.store(out + rows * OF_TARGET + row, s_y)
     t_y = tl.zeros([1], ACC)
     if TEACHER & LOSS:
         t_y = tl.load(at(bases[1], y, teacher_col, UNIT), mask=here, other=0.0).to(ACC)
-    tl.store(out + rows * (OF_TARGET + 1) + row, t_y)
     v_y = tl.zeros([1], ACC)
     if PROB:
         v_y = tl.load(at(bases[2], y, labels_col, UNIT), mask=here, other=0.0).to(ACC)
-    tl.store(out + rows * (OF_TARGET + 2) + row, v_y)
+    store_fields(out + rows * OF_TARGET, (s_y, t_y, v_y), rows, row, None)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel
 def piece_sums(
     student,
     teacher,
@@ -223,33 +218,26 @@ def piece_sums(
     STD: tl.constexpr,
 ):
     """Compute the :class:`.values.PointwiseSums` of the piece."""
+    # The sums take no labels.
+    VARIANT: tl.constexpr = Variant(UNIT, LOSS, SINGLE, False, STD, False, False, False)
     classes = classes // VEC * VEC
     temperature = tl.full((), temperature, ACC)
-    program = tl.program_id(0).to(tl.int64)
-    row = program + tl.arange(0, 1)
-    y, counted, _valid = _of_row(row, target, factors, rows, ignore_index, first_class, num_classes, PROB, ACC)
-    end = classes * tl.max(counted.to(tl.int32), 0)
-    bases = (student + program * (student_row // VEC * VEC), teacher + program * (teacher_row // VEC * VEC), student)
-    strides = (student_col, teacher_col, student_col)
-    scales, _s_moments = merged_scales(moments, pieces, rows, row, temperature, PIECES, LOSS, STD, ACC)
-    stats, s_y, t_y, _v_y = merged_statistics(statistics, pieces, rows, row, scales, PIECES, LOSS, SINGLE)
-    of_rows = softmaxes(stats, s_y, t_y, statistics, rows, row, counted, scales, False)
+    own = _own(target, factors, rows, classes, first_class, num_classes, ignore_index, LANES, WIDTH, VEC, PROB, ACC)
+    row, counted = own.row, own.counted
+    bases = (_row_of(student, student_row, VEC), _row_of(teacher, teacher_row, VEC), student)
+    inputs = Inputs(bases, (student_col, teacher_col, student_col), statistics, classes)
+    scales, _s_moments = merged_scales(moments, pieces, rows, row, temperature, VARIANT, PIECES, ACC)
+    stats, s_y, t_y, _v_y = merged_statistics(statistics, pieces, rows, row, scales, VARIANT, PIECES)
+    of_rows = row_softmaxes(stats, s_y, t_y, statistics, rows, row, counted, scales, VARIANT)
     constants = Constants(tl.full((), first, ACC), 1.0 / num_classes.to(ACC))
-    lane_start, width = lane_columns(tl.arange(0, LANES), LANES, WIDTH, VEC)
-    lane = lane_start[:, None] + width
+    softmaxes = Softmaxes(stats, scales, of_rows, constants)
     sums = no_sums(LANES, ACC)
-    for start in range(0, end, LANES * WIDTH):
-        cols = start + lane
-        sums = sum_tile(
-            sums, bases, strides, cols, cols < end, cols == y[:, None], statistics, classes, stats, of_rows, constants,
-            scales, True, UNIT, LOSS, STD, False, ACC,
-        )  # fmt: skip
-    sums = merge_sums(sums)
-    for field in tl.static_range(SUMS):
-        tl.store(out + field * rows + row, sums[field])
+    for start in range(0, own.end, LANES * WIDTH):
+        sums = sum_tile(sums, inputs, _tile(own, start), softmaxes, VARIANT, True, ACC)
+    store_fields(out, merge_sums(sums), rows, row, None)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel
 def piece_gradient(
     student,
     teacher,
@@ -293,32 +281,25 @@ def piece_gradient(
     RAW: tl.constexpr,
 ):
     """Compute the row's parts, the same on every piece, and the gradient of the piece's columns."""
+    VARIANT: tl.constexpr = Variant(UNIT, LOSS, SINGLE, PROB, STD, LINEAR, RAW, False)
     classes = classes // VEC * VEC
     weights = all_weights(first, second, temperature, ce_weight, smoothing, ACC)
-    program = tl.program_id(0).to(tl.int64)
-    row = program + tl.arange(0, 1)
-    y, counted, valid = _of_row(row, target, factors, rows, ignore_index, first_class, num_classes, PROB, ACC)
-    read = tl.max(counted.to(tl.int32), 0)
-    end = classes * read
-    bases = (
-        student + program * (student_row // VEC * VEC),
-        teacher + program * (teacher_row // VEC * VEC),
-        labels + program * (labels_row // VEC * VEC),
-    )
-    strides = (student_col, teacher_col, labels_col)
-    scales, s_moments = merged_scales(moments, pieces, rows, row, weights.temperature, PIECES, LOSS, STD, ACC)
-    stats, s_y, t_y, v_y = merged_statistics(statistics, pieces, rows, row, scales, PIECES, LOSS, SINGLE)
+    own = _own(target, factors, rows, classes, first_class, num_classes, ignore_index, LANES, WIDTH, VEC, PROB, ACC)
+    row, counted, valid = own.row, own.counted, own.valid
+    bases = (_row_of(student, student_row, VEC), _row_of(teacher, teacher_row, VEC), _row_of(labels, labels_row, VEC))
+    inputs = Inputs(bases, (student_col, teacher_col, labels_col), labels, classes)
+    scales, s_moments = merged_scales(moments, pieces, rows, row, weights.temperature, VARIANT, PIECES, ACC)
+    stats, s_y, t_y, v_y = merged_statistics(statistics, pieces, rows, row, scales, VARIANT, PIECES)
     if PROB:
         valid = 1.0 + 0.0 * (stats.v_sum + v_y)
     all_sums, of_rows, constants = stats, stats, stats
     if POINTWISE & LOSS:
-        of_rows = softmaxes(stats, s_y, t_y, statistics, rows, row, counted, scales, False)
+        of_rows = row_softmaxes(stats, s_y, t_y, statistics, rows, row, counted, scales, VARIANT)
         constants = Constants(weights.first, 1.0 / num_classes.to(ACC))
         all_sums = merged_piece_sums(sums, pieces, rows, row, PIECES)
     part_y, part_rest, part_ce, gradient_of, more = coefficients(
-        stats, all_sums, tl.zeros([1], ACC), None, s_y, t_y, v_y, weights, scales, s_moments, num_classes,
-        LOSS, SINGLE, PROB, STD, LINEAR, RAW,
-    )  # fmt: skip
+        stats, all_sums, tl.zeros([1], ACC), None, s_y, t_y, v_y, weights, scales, s_moments, num_classes, VARIANT
+    )
     of_loss = valid
     of_gradient = valid
     if factors is not None:
@@ -329,16 +310,13 @@ def piece_gradient(
     scaled = scaled_by(gradient_of, by)
     if POINTWISE & LOSS:
         more = scaled_slopes(more, by)
-    out = gradient + program * classes
+    out = gradient + tl.program_id(0).to(tl.int64) * classes
     dtype = gradient.dtype.element_ty
-    lane_start, width = lane_columns(tl.arange(0, LANES), LANES, WIDTH, VEC)
-    lane = lane_start[:, None] + width
-    for start in range(0, end, LANES * WIDTH):
-        cols = start + lane
-        g = gradient_tile(
-            bases, strides, cols, cols < end, cols == y[:, None], True, statistics, classes, stats, scaled, of_rows,
-            constants, more, scales, True, UNIT, LOSS, SINGLE, PROB, STD, LINEAR, RAW, False, ACC,
-        )  # fmt: skip
-        tl.store(out + cols, narrowed(g, dtype), mask=cols < end)
-    for start in range(0, tl.where(read == 1, 0, classes), LANES * WIDTH):
-        tl.store(out + (start + lane), tl.zeros_like(lane).to(dtype), mask=start + lane < classes)
+    softmaxes = Softmaxes(stats, scales, of_rows, constants)
+    for start in range(0, own.end, LANES * WIDTH):
+        tile = _tile(own, start)
+        g = gradient_tile(inputs, tile, softmaxes, scaled, more, VARIANT, True, ACC)
+        tl.store(out + tile.offsets, narrowed(g, dtype), mask=tile.inside)
+    for start in range(0, tl.where(own.end > 0, 0, classes), LANES * WIDTH):
+        cols = start + own.lane
+        tl.store(out + cols, tl.zeros_like(cols).to(dtype), mask=cols < classes)

@@ -11,8 +11,8 @@ join afterwards. The student's gradient at a class j that is no target is
 and each target has a separate value. ``uniform`` and ``kept`` belong to the CE, which smooths its labels with LINEAR.
 
 Functions that walk rows take tiles (ROWS, BLOCK). With HELD a row fits one tile, and the compiler then unrolls every
-walk and loads each tile once. ``view`` is (base pointers of rows (ROWS,), column stride) of a matrix, ``rows`` a mask
-of the rows to read. A missing target has class -1, logit -inf and label 0.
+walk and loads each tile once. WALK is a :class:`.values.Walk`. ``view`` is (base pointers of rows (ROWS,), column
+stride) of a matrix, ``rows`` a mask of the rows to read. A missing target has class -1, logit -inf and label 0.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_kd.backends.triton.kernels.rows import load_index, times, zero_if_empty
+from fused_kd.backends.triton.kernels.rows import at, load_index, times, zero_if_empty
 
 _NEG_INF = tl.constexpr(float("-inf"))
 _INF = tl.constexpr(float("inf"))
@@ -31,58 +31,57 @@ _NO_CLASS = tl.constexpr(2147483647)
 @triton.jit
 def load_tile(view, cols, mask, other, UNIT: tl.constexpr, ACC: tl.constexpr):
     base, stride = view
-    if UNIT:
-        return tl.load(base[:, None] + cols, mask=mask, other=other).to(ACC)
-    return tl.load(base[:, None] + cols.to(tl.int64) * stride, mask=mask, other=other).to(ACC)
+    return tl.load(at(base[:, None], cols, stride, UNIT), mask=mask, other=other).to(ACC)
 
 
 @triton.jit
 def load_at(view, y, rows, other, UNIT: tl.constexpr, ACC: tl.constexpr):
     """Load one entry of each row, or ``other`` if the class is -1."""
     base, stride = view
-    pointers = base + y if UNIT else base + y.to(tl.int64) * stride
-    return tl.load(pointers, mask=rows & (y >= 0), other=other).to(ACC)
+    return tl.load(at(base, y, stride, UNIT), mask=rows & (y >= 0), other=other).to(ACC)
 
 
 @triton.jit
-def _largest(
-    labels, rows, classes, skip,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, HELD: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+def tile_at(start, rows, classes, WALK: tl.constexpr):
+    """Return the classes of a tile, (1, BLOCK), and a mask of what to read of it."""
+    cols = start + tl.arange(0, WALK.BLOCK)[None, :]
+    return cols, rows[:, None] & (cols < classes)
+
+
+@triton.jit
+def _largest(labels, rows, classes, skip, WALK: tl.constexpr, ACC: tl.constexpr):
     """Return the largest label except for the class ``skip``, the lowest class that has it, and the smallest label."""
-    best = tl.full([ROWS, BLOCK], _NEG_INF, ACC)
-    at = tl.full([ROWS, BLOCK], _NO_CLASS, tl.int32)
-    smallest = tl.full([ROWS, BLOCK], _INF, ACC)
-    for start in range(0, BLOCK if HELD else classes, BLOCK):
-        cols = start + tl.arange(0, BLOCK)[None, :]
-        mask = rows[:, None] & (cols < classes)
-        v = load_tile(labels, cols, mask, _NEG_INF, UNIT, ACC)
+    best = tl.full([WALK.ROWS, WALK.BLOCK], _NEG_INF, ACC)
+    index = tl.full([WALK.ROWS, WALK.BLOCK], _NO_CLASS, tl.int32)
+    smallest = tl.full([WALK.ROWS, WALK.BLOCK], _INF, ACC)
+    for start in range(0, WALK.BLOCK if WALK.HELD else classes, WALK.BLOCK):
+        cols, mask = tile_at(start, rows, classes, WALK)
+        v = load_tile(labels, cols, mask, _NEG_INF, WALK.UNIT, ACC)
         smallest = tl.minimum(smallest, tl.where(mask, v, _INF))
         better = (v > best) & (cols != skip[:, None])
-        best, at = tl.where(better, v, best), tl.where(better, cols, at)
+        best, index = tl.where(better, v, best), tl.where(better, cols, index)
     largest = tl.max(best, 1)
-    return largest, tl.min(tl.where(best == largest[:, None], at, _NO_CLASS), 1), tl.min(smallest, 1)
+    return largest, tl.min(tl.where(best == largest[:, None], index, _NO_CLASS), 1), tl.min(smallest, 1)
 
 
 @triton.jit
 def find_targets(
     target, row, inside, target_row, target_col, ignore_index, classes,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, HELD: tl.constexpr, UNIT: tl.constexpr,
-    PROB: tl.constexpr, ACC: tl.constexpr,
+    WALK: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Return (y_0, y_1, V_0, V_1), a mask of the rows that count, 1 or NaN for an index out of range, and the view of
     the labels.
 
     The targets of probabilities are up to two largest entries that exceed the row's smallest. NaN is skipped here.
     """
-    nothing = tl.full([ROWS], -1, tl.int32)
-    if not PROB:
+    nothing = tl.full([WALK.ROWS], -1, tl.int32)
+    if not WALK.PROB:
         y, counted, valid = load_index(target, row, inside, target_row, ignore_index, classes)
-        one = tl.full([ROWS], 1.0, ACC)
+        one = tl.full([WALK.ROWS], 1.0, ACC)
         return (y, nothing, one, one - one), counted, valid.to(ACC), (target + row, target_col)
     labels = (target + row * (target_row // VEC * VEC), target_col)
-    v_0, y_0, smallest = _largest(labels, inside, classes, nothing, ROWS, BLOCK, HELD, UNIT, ACC)
-    v_1, y_1, _ = _largest(labels, inside, classes, y_0, ROWS, BLOCK, HELD, UNIT, ACC)
+    v_0, y_0, smallest = _largest(labels, inside, classes, nothing, WALK, ACC)
+    v_1, y_1, _ = _largest(labels, inside, classes, y_0, WALK, ACC)
     found_0 = v_0 > smallest
     found_1 = v_1 > smallest
     targets = (
@@ -91,34 +90,34 @@ def find_targets(
         tl.where(found_0, v_0, 0.0),
         tl.where(found_1, v_1, 0.0),
     )
-    return targets, inside, tl.full([ROWS], 1.0, ACC), labels
+    return targets, inside, tl.full([WALK.ROWS], 1.0, ACC), labels
 
 
 @triton.jit
-def is_rest(cols, classes, rows, targets):
-    return rows[:, None] & (cols < classes) & (cols != targets[0][:, None]) & (cols != targets[1][:, None])
+def is_rest(cols, mask, targets):
+    return mask & (cols != targets[0][:, None]) & (cols != targets[1][:, None])
 
 
 @triton.jit
-def rest_sum(
-    view, targets, rows, classes, k,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, HELD: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Return (m, z) of one matrix: the largest logit outside the targets, 0 if all are -inf, and the sum of
-    exponentials."""
-    top = tl.full([ROWS, BLOCK], _NEG_INF, ACC)
-    for start in range(0, BLOCK if HELD else classes, BLOCK):
-        cols = start + tl.arange(0, BLOCK)[None, :]
-        mask = rows[:, None] & (cols < classes)
-        rest = is_rest(cols, classes, rows, targets)
-        top = tl.maximum(top, tl.where(rest, load_tile(view, cols, mask, _NEG_INF, UNIT, ACC), _NEG_INF))
-    m = zero_if_empty(tl.max(top, 1))
-    z = tl.zeros([ROWS, BLOCK], ACC)
-    for start in range(0, BLOCK if HELD else classes, BLOCK):
-        cols = start + tl.arange(0, BLOCK)[None, :]
-        mask = rows[:, None] & (cols < classes)
-        rest = is_rest(cols, classes, rows, targets)
-        x = tl.where(rest, load_tile(view, cols, mask, _NEG_INF, UNIT, ACC), _NEG_INF)
+def rest_maximum(view, targets, rows, classes, WALK: tl.constexpr, ACC: tl.constexpr):
+    """Return the largest logit outside the targets, 0 if all are -inf."""
+    top = tl.full([WALK.ROWS, WALK.BLOCK], _NEG_INF, ACC)
+    for start in range(0, WALK.BLOCK if WALK.HELD else classes, WALK.BLOCK):
+        cols, mask = tile_at(start, rows, classes, WALK)
+        x = load_tile(view, cols, mask, _NEG_INF, WALK.UNIT, ACC)
+        top = tl.maximum(top, tl.where(is_rest(cols, mask, targets), x, _NEG_INF))
+    return zero_if_empty(tl.max(top, 1))
+
+
+@triton.jit
+def rest_sum(view, targets, rows, classes, k, WALK: tl.constexpr, ACC: tl.constexpr):
+    """Return (m, z) of one matrix: :func:`rest_maximum`, and the sum of exponentials."""
+    m = rest_maximum(view, targets, rows, classes, WALK, ACC)
+    z = tl.zeros([WALK.ROWS, WALK.BLOCK], ACC)
+    for start in range(0, WALK.BLOCK if WALK.HELD else classes, WALK.BLOCK):
+        cols, mask = tile_at(start, rows, classes, WALK)
+        x = load_tile(view, cols, mask, _NEG_INF, WALK.UNIT, ACC)
+        x = tl.where(is_rest(cols, mask, targets), x, _NEG_INF)
         z += tl.exp2((x - m[:, None]) * k)
     return m, tl.sum(z, 1)
 
@@ -170,17 +169,15 @@ def split_softmax(x_0, x_1, m, z, k):
 
 
 @triton.jit
-def ce_labels(ce_weight, smoothing, classes, LINEAR: tl.constexpr):
+def ce_labels(ce_weight, smoothing, classes, WALK: tl.constexpr):
     """Return ce_weight times (1 - e) and e / C, the terms of the CE's labels V' = (1 - e) V + e / C."""
-    if not LINEAR:
+    if not WALK.LINEAR:
         return ce_weight, ce_weight * 0.0
     return ce_weight * (1.0 - smoothing), ce_weight * smoothing / classes.to(ce_weight.dtype)
 
 
 @triton.jit
-def cross_entropy(
-    of_labels, linear, targets, p, ce_weight, smoothing, classes, PROB: tl.constexpr, LINEAR: tl.constexpr
-):
+def cross_entropy(of_labels, linear, targets, p, ce_weight, smoothing, classes, WALK: tl.constexpr):
     """Return ce_weight CE(s, V') and, for its gradient, the factor of exp(s_j - m_s) and the values at the targets.
 
     ``of_labels`` are (v_rest, v_cross, v_blocked); ``linear`` is sum s_j - m_s, -inf if a class cannot occur.
@@ -189,12 +186,12 @@ def cross_entropy(
     v_rest, v_cross, v_blocked = of_labels
     ce = times(label_0, p[0]) + times(label_1, p[1])
     mass = label_0 + label_1
-    if PROB:
+    if WALK.PROB:
         mass += v_rest
         free = v_rest - v_blocked
         ce += tl.where(free == 0.0, 0.0, free * p[6] - v_cross)
         ce = tl.where(v_blocked > 0.0, _INF + 0.0 * p[4], ce)  # NaN where no class can occur
-    if LINEAR:
+    if WALK.LINEAR:
         uniform = smoothing / classes.to(mass.dtype)
         rest = rest_number(targets, classes).to(mass.dtype)
         # A smoothed label covers every class, so one that cannot occur makes the CE infinite.
@@ -216,23 +213,28 @@ def smoothed_at(y, label, kept, uniform):
 
 
 @triton.jit
-def by_rows(x, factors):
-    """Give x the shape of the rows' terms. It is one number for all rows unless they are weighted."""
-    if factors is None:
-        return x[None]
+def gradient_terms(of_row, by_zipf, kept, uniform, by, factors):
+    """Return what :func:`class_gradient` needs of a row: ``of_row`` (the factor of exp(x_j - m), and the values at both
+    targets), and the factors of z and of V_j, and a constant, all times ``by``."""
+    if factors is None:  # then these are one number for all rows
+        kept, uniform = (kept * by)[None], (uniform * by)[None]
     else:
-        return x
+        kept, uniform = kept * by, uniform * by
+    return of_row[0] * by, of_row[1] * by, of_row[2] * by, by_zipf * by, kept, uniform
 
 
 @triton.jit
-def student_gradient(s, d_s, z, v, cols, targets, terms, poison, k, PROB: tl.constexpr, LINEAR: tl.constexpr):
-    """Compute tiles of the student's gradient from terms = (factor, value at the first target, value at the second,
-    factor of z, kept, uniform). It is NaN if the row's ``poison`` is, but 0 at a class that cannot occur."""
-    g = terms[0][:, None] * tl.exp2(d_s * k) + terms[3][:, None] * z
+def class_gradient(x, d, z, v, cols, targets, terms, poison, k, PROB: tl.constexpr, LINEAR: tl.constexpr):
+    """Compute tiles of a gradient from :func:`gradient_terms` and d = x - m. ``z`` is None for the weak logits, which
+    are not ranked. It is NaN if the row's ``poison`` is, but 0 at a class that cannot occur."""
+    factor, at_0, at_1, by_zipf, kept, uniform = terms
+    g = factor[:, None] * tl.exp2(d * k)
+    if z is not None:
+        g += by_zipf[:, None] * z
     if LINEAR:
-        g -= terms[5][:, None]
+        g -= uniform[:, None]
     if PROB:
-        g -= terms[4][:, None] * v
-    g = tl.where(cols == targets[0][:, None], terms[1][:, None], g)
-    g = tl.where(cols == targets[1][:, None], terms[2][:, None], g)
-    return tl.where(s == _NEG_INF, 0.0, g + poison[:, None])
+        g -= kept[:, None] * v
+    g = tl.where(cols == targets[0][:, None], at_0[:, None], g)
+    g = tl.where(cols == targets[1][:, None], at_1[:, None], g)
+    return tl.where(x == _NEG_INF, 0.0, g + poison[:, None])

@@ -7,19 +7,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_kd.backends.triton.kernels.on_chip import at
-from fused_kd.backends.triton.kernels.pointwise import (
-    add_slopes,
-    add_sums,
-    load_columns,
-)
-from fused_kd.backends.triton.kernels.rows import (
-    POINTWISE,
-    TEACHER,
-    accumulate,
-    combine,
-    zero_if_empty,
-)
+from fused_kd.backends.triton.kernels.pointwise import add_slopes, add_sums, load_columns
+from fused_kd.backends.triton.kernels.rows import POINTWISE, TEACHER, accumulate, at, combine, zero_if_empty
 from fused_kd.backends.triton.kernels.values import Moments
 
 _NEG_INF = tl.constexpr(float("-inf"))
@@ -50,41 +39,19 @@ def load_part(
 
 
 @triton.jit
-def load_tiles(
-    bases,
-    strides,
-    offsets,
-    mask,
-    MASKED: tl.constexpr,
-    UNIT: tl.constexpr,
-    LOSS: tl.constexpr,
-    PROB: tl.constexpr,
-    LAST: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """Load tiles of s, t and v at offsets from their bases."""
-    s = load_part(bases[0], offsets, strides[0], mask, MASKED, UNIT, LAST, ACC)
+def _load_tiles(inputs, tile, VARIANT: tl.constexpr, MASKED: tl.constexpr, LAST: tl.constexpr, ACC: tl.constexpr):
+    """Load tiles of s, t and v."""
+    bases, strides, offsets, inside = inputs.bases, inputs.strides, tile.offsets, tile.inside
+    s = load_part(bases[0], offsets, strides[0], inside, MASKED, VARIANT.UNIT, LAST, ACC)
     t = s
-    if TEACHER & LOSS:
-        t = load_part(bases[1], offsets, strides[1], mask, MASKED, UNIT, LAST, ACC)
+    if TEACHER & VARIANT.LOSS:
+        t = load_part(bases[1], offsets, strides[1], inside, MASKED, VARIANT.UNIT, LAST, ACC)
     v = s
-    if PROB:
-        v = load_part(bases[2], offsets, strides[2], mask, MASKED, UNIT, LAST, ACC)
+    if VARIANT.PROB:
+        v = load_part(bases[2], offsets, strides[2], inside, MASKED, VARIANT.UNIT, LAST, ACC)
         if MASKED:
-            v = tl.where(mask, v, 0.0)
+            v = tl.where(inside, v, 0.0)
     return s, t, v
-
-
-@triton.jit
-def accumulate_others(
-    stats, s, t, v, is_target, inside, scales,
-    LOSS: tl.constexpr, SINGLE: tl.constexpr, PROB: tl.constexpr, STD: tl.constexpr, LINEAR: tl.constexpr,
-    RAW: tl.constexpr,
-):  # fmt: skip
-    """Accumulate the classes of the row other than the target."""
-    s, t, v = _without_target(s, t, v, is_target, PROB)
-    present = inside & (is_target == 0)
-    return accumulate(stats, s, t, v, present, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW, True)
 
 
 @triton.jit
@@ -97,47 +64,39 @@ def _without_target(s, t, v, is_target, PROB: tl.constexpr):
 
 
 @triton.jit
-def accumulate_whole(
-    stats, s, t, v, is_target, target_here, inside, scales,
-    LOSS: tl.constexpr, SINGLE: tl.constexpr, PROB: tl.constexpr, STD: tl.constexpr, LINEAR: tl.constexpr,
-    RAW: tl.constexpr,
-):  # fmt: skip
-    """As :func:`accumulate_others`, for a tile inside the row. Only the tile with the target compares its classes with
-    it, except with label smoothing, which must know which classes count."""
-    if LINEAR:
-        return accumulate_others(stats, s, t, v, is_target, inside, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
+def accumulate_tile(stats, inputs, tile, scales, VARIANT: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr):
+    """Accumulate the classes of a tile other than the target. Of the tiles inside the row, only the one with the target
+    compares its classes with it, except with label smoothing, which must know which classes count."""
+    s, t, v = _load_tiles(inputs, tile, VARIANT, MASKED, False, ACC)
+    present = tile.inside
+    if MASKED or VARIANT.LINEAR:
+        s, t, v = _without_target(s, t, v, tile.is_target, VARIANT.PROB)
+        present = present & (tile.is_target == 0)
     else:
-        if target_here:
-            s, t, v = _without_target(s, t, v, is_target, PROB)
-        return accumulate(stats, s, t, v, inside, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW, True)
+        if tile.target_here:
+            s, t, v = _without_target(s, t, v, tile.is_target, VARIANT.PROB)
+    return accumulate(stats, s, t, v, present, scales, VARIANT, True)
 
 
 @triton.jit
-def sum_tile(
-    sums, bases, strides, offsets, mask, is_target, columns, classes, stats, of_rows, constants, scales,
-    MASKED: tl.constexpr, UNIT: tl.constexpr, LOSS: tl.constexpr, STD: tl.constexpr, COLUMNS: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
+def sum_tile(sums, inputs, tile, softmaxes, VARIANT: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr):
     """Add a tile to the sums of a pointwise loss."""
-    s, t, _v = load_tiles(bases, strides, offsets, mask, MASKED, UNIT, LOSS, False, False, ACC)
-    tile = load_columns(columns, offsets, mask, classes, MASKED, COLUMNS)
-    return add_sums(sums, s, t, tile, is_target, mask, stats, of_rows, constants, scales, LOSS, STD, COLUMNS)
+    s, t, _v = _load_tiles(inputs, tile, VARIANT, MASKED, False, ACC)
+    of_columns = load_columns(inputs.columns, tile.offsets, tile.inside, inputs.classes, MASKED, VARIANT.COLUMNS)
+    return add_sums(sums, s, t, of_columns, tile.is_target, tile.inside, softmaxes, VARIANT)
 
 
 @triton.jit
 def gradient_tile(
-    bases, strides, offsets, mask, is_target, target_here, columns, classes, stats, scaled, of_rows, constants, more,
-    scales,
-    MASKED: tl.constexpr, UNIT: tl.constexpr, LOSS: tl.constexpr, SINGLE: tl.constexpr, PROB: tl.constexpr,
-    STD: tl.constexpr, LINEAR: tl.constexpr, RAW: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    s, t, v = load_tiles(bases, strides, offsets, mask, MASKED, UNIT, LOSS, PROB, True, ACC)
-    g = combine(s, t, v, stats, scaled, scales, LOSS, SINGLE, PROB, STD, LINEAR, RAW)
-    if target_here:
-        g = tl.where(is_target, scaled.target[:, None], g)
-    if POINTWISE & LOSS:
-        tile = load_columns(columns, offsets, mask, classes, MASKED, COLUMNS)
-        g = add_slopes(g, s, t, tile, is_target, stats, of_rows, constants, more, scales, LOSS, STD, COLUMNS)
+    inputs, tile, softmaxes, scaled, more, VARIANT: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr
+):
+    s, t, v = _load_tiles(inputs, tile, VARIANT, MASKED, True, ACC)
+    g = combine(s, t, v, softmaxes.stats, scaled, softmaxes.scales, VARIANT)
+    if tile.target_here:
+        g = tl.where(tile.is_target, scaled.target[:, None], g)
+    if POINTWISE & VARIANT.LOSS:
+        of_columns = load_columns(inputs.columns, tile.offsets, tile.inside, inputs.classes, MASKED, VARIANT.COLUMNS)
+        g = add_slopes(g, s, t, of_columns, tile.is_target, softmaxes, more, VARIANT)
     return g
 
 

@@ -23,8 +23,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_kd.backends.triton.kernels.on_chip import at, gradient_width
-from fused_kd.backends.triton.kernels.rows import LOG2E, narrowed, zero_if_empty
+from fused_kd.backends.triton.kernels.on_chip import all_weights, gradient_width
+from fused_kd.backends.triton.kernels.rows import LOG2E, at, kernel, load_fields, narrowed, store_fields, zero_if_empty
 from fused_kd.backends.triton.kernels.tiles import lane_columns
 from fused_kd.backends.triton.kernels.topk_losses import Row, resolve
 
@@ -32,10 +32,6 @@ SHARP, LINEAR = tl.constexpr(1), tl.constexpr(2)
 _NEG_INF = tl.constexpr(float("-inf"))
 #: Numbers of rest_statistics beside the logits of kept classes: see :data:`fused_kd.backends.topk.FIELDS`.
 _FIELDS = tl.constexpr(5)
-RUNTIME = [
-    "rows", "columns", "first_class", "num_classes", "words", "kept", "ignore_index", "student_row", "student_col",
-    "indices_row", "indices_col", "log_probs_row", "log_probs_col", "padding",
-]  # fmt: skip
 
 
 @triton.jit
@@ -45,7 +41,7 @@ def _indices(indices, row, kept, indices_row, indices_col, read, KEPT: tl.conste
     return entry, tl.load(indices + row * indices_row + entry * indices_col, mask=read & (entry < kept), other=-1)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel
 def mark_kept(
     target, indices, factors, marks, state, rows: tl.int64, num_classes: tl.int32, words: tl.int64, kept: tl.int32,
     ignore_index: tl.int64, indices_row: tl.int64, indices_col: tl.int64, KEPT: tl.constexpr,
@@ -84,7 +80,7 @@ def _columns_of(j, first_class, columns):
     return tl.where((column >= 0) & (column < columns), column, -1).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel
 def rest_statistics(
     student, marks, state, target, indices, found, rows: tl.int64, columns: tl.int32, first_class: tl.int32,
     words: tl.int64, kept: tl.int32, student_row: tl.int64, student_col: tl.int64, indices_row: tl.int64,
@@ -134,16 +130,13 @@ def rest_statistics(
     s_target = tl.load(base + y_column * student_col, mask=y_column >= 0, other=0.0)
     left_out = tl.sum(((at_kept >= 0) & (at_kept != y_column)).to(tl.int32), 0) + (y_column >= 0).to(tl.int32)
     number = (end - left_out).to(tl.float64)
-    tl.store(found + row, origin.to(tl.float64))
-    tl.store(found + rows + row, soft.to(tl.float64))
-    tl.store(found + 2 * rows + row, sharp.to(tl.float64))
     linear = tl.sum(linear, 0).to(tl.float64) + tl.where(number > 0, number * about.to(tl.float64), 0.0)
-    tl.store(found + 3 * rows + row, linear)
-    tl.store(found + 4 * rows + row, s_target.to(tl.float64))
+    of_row = (origin.to(tl.float64), soft.to(tl.float64), sharp.to(tl.float64), linear, s_target.to(tl.float64))
+    store_fields(found, of_row, rows, row, None)
     tl.store(found + (entry + _FIELDS).to(tl.int64) * rows + row, s_kept.to(tl.float64), mask=entry < kept)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel
 def resolve_kept(
     found, state, target, indices, log_probs, factors, loss, parts, coefficients, entries, rows: tl.int64,
     num_classes: tl.int32, kept: tl.int32, indices_row: tl.int64, indices_col: tl.int64, log_probs_row: tl.int64,
@@ -165,25 +158,20 @@ def resolve_kept(
     own, is_target = present & (j != y), present & (j == y)
     kept_y = tl.max(is_target.to(tl.int32), 0) != 0
     number = num_classes - 1 - tl.sum(own.to(tl.int32), 0)
+    top, soft, sharp, linear, s_y = load_fields(found, rows, row, True, _FIELDS)
     x = Row(
         tl.where(own, s, _NEG_INF),
         tl.where(own, t, _NEG_INF),
-        tl.load(found + 4 * rows + row),
+        s_y,
         tl.where(kept_y, tl.sum(tl.where(is_target, t, 0.0), 0), _NEG_INF),
         kept_y,
         number.to(tl.float64),
-        tl.load(found + row),
-        tl.load(found + rows + row),
-        tl.load(found + 2 * rows + row),
-        tl.load(found + 3 * rows + row),
+        top,
+        soft,
+        sharp,
+        linear,
     )
-    weights = (
-        tl.full((), first, tl.float64),
-        tl.full((), second, tl.float64),
-        tl.full((), temperature, tl.float64),
-        tl.full((), ce_weight, tl.float64),
-        tl.full((), smoothing, tl.float64),
-    )
+    weights = all_weights(first, second, temperature, ce_weight, smoothing, tl.float64)
     one, two, ce, by, by_y, soft, sharp, constant = resolve(x, own, weights, num_classes, LOSS, REST, CE)
     factor, of_gradient = tl.full((), 1.0, tl.float64), tl.full((), 1.0, tl.float64)
     missing = tl.where(valid, 0.0 * factor, float("nan"))
@@ -195,22 +183,18 @@ def resolve_kept(
     ce = tl.where(ignored, 0.0, factor * ce + missing)
     dtype = loss.dtype.element_ty
     tl.store(loss + row, (one + two + ce).to(dtype))
-    tl.store(parts + row, one.to(dtype))
-    tl.store(parts + rows + row, two.to(dtype))
-    tl.store(parts + 2 * rows + row, ce.to(dtype))
+    store_fields(parts, (one.to(dtype), two.to(dtype), ce.to(dtype)), rows, row, None)
     if GRAD:
         scale = tl.where(ignored, 0.0, scale * of_gradient + missing)
         if SINGLE:
             soft += sharp
-        tl.store(coefficients + row, x.top.to(dtype))
-        tl.store(coefficients + rows + row, (soft * scale).to(dtype))
-        tl.store(coefficients + 2 * rows + row, (sharp * scale).to(dtype))
-        tl.store(coefficients + 3 * rows + row, (constant * scale).to(dtype))
+        scaled = (x.top.to(dtype), (soft * scale).to(dtype), (sharp * scale).to(dtype), (constant * scale).to(dtype))
+        store_fields(coefficients, scaled, rows, row, None)
         tl.store(entries + entry.to(tl.int64) * rows + row, (by * scale).to(dtype), mask=entry < kept)
         tl.store(entries + kept.to(tl.int64) * rows + row, (by_y * scale).to(dtype))
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel
 def rest_gradient(
     student, marks, state, target, indices, coefficients, entries, gradient, padding, rows: tl.int64, columns: tl.int32,
     first_class: tl.int32, words: tl.int64, kept: tl.int32, student_row: tl.int64, student_col: tl.int64,
@@ -229,10 +213,7 @@ def rest_gradient(
     base = student + row * (student_row // VEC * VEC)
     out = gradient + row * gradient_width(columns, padding, VEC)
     marks += row * words
-    origin = tl.load(coefficients + row)
-    soft = tl.load(coefficients + rows + row)
-    sharp = tl.load(coefficients + 2 * rows + row)
-    constant = tl.load(coefficients + 3 * rows + row)
+    origin, soft, sharp, constant = load_fields(coefficients, rows, row, True, 4)
     dtype = gradient.dtype.element_ty
     lane_start, width = lane_columns(tl.arange(0, LANES), LANES, WIDTH, VEC)
     lane = lane_start[:, None] + width

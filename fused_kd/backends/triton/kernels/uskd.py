@@ -27,15 +27,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_kd.backends.triton.kernels.rows import count_rows, load_factor, narrowed, power_of_two_below
+from fused_kd.backends.triton.kernels.on_chip import COUNT_BLOCK, gradient_scale, mean_divisor
+from fused_kd.backends.triton.kernels.rows import as_scalars, kernel, load_factor, narrowed, store_fields, sum_items
 from fused_kd.backends.triton.kernels.targets import (
-    by_rows,
     ce_labels,
+    class_gradient,
     find_targets,
+    gradient_terms,
     load_tile,
     rest_sum,
     split_softmax,
-    student_gradient,
+    tile_at,
 )
 from fused_kd.backends.triton.kernels.uskd_rows import (
     key_factors,
@@ -45,61 +47,21 @@ from fused_kd.backends.triton.kernels.uskd_rows import (
     row_statistics,
     row_terms,
     target_squares,
-    weak_gradient,
 )
+from fused_kd.backends.triton.kernels.values import Walk
 
 _NEG_INF = tl.constexpr(float("-inf"))
 _LOG2E = tl.constexpr(1.4426950408889634)
-_COUNT_BLOCK = tl.constexpr(512)
 #: The class of a row that does not count, where another kernel's rows have their first target or -1.
 _IGNORED = tl.constexpr(-2)
-_RUNTIME = [
-    "rows",
-    "first",
-    "last",
-    "classes",
-    "student_row",
-    "student_col",
-    "weak_row",
-    "weak_col",
-    "target_row",
-    "target_col",
-    "count_items",
-    "ignore_index",
-]
-
-
-@triton.jit
-def _row_mean(counts, target_row, count_items, ignore_index, COUNT: tl.constexpr):
-    """How many rows a mean divides by; 1 where the host has seen to it."""
-    if COUNT == 0:
-        return tl.full((), 1, tl.int32)
-    return tl.maximum(count_rows(counts, target_row, count_items, ignore_index, COUNT == 2, _COUNT_BLOCK), 1)
-
-
-@triton.jit
-def _scaled(scale, count, ACC: tl.constexpr, HALF: tl.constexpr):
-    """What a gradient is stored times."""
-    scale = tl.full((), scale, ACC)
-    if HALF:
-        scale *= power_of_two_below(count).to(ACC)
-    return scale / count.to(ACC)
-
-
-@triton.jit
-def _sum_of_rows(values, rows, ACC: tl.constexpr):
-    total = tl.zeros([_COUNT_BLOCK], ACC)
-    for start in range(0, rows, _COUNT_BLOCK):
-        index = start + tl.arange(0, _COUNT_BLOCK)
-        total += tl.load(values + index, mask=index < rows, other=0.0)
-    return tl.sum(total, 0)
 
 
 @triton.jit
 def batch_means(batch_sums, rows, BY_ROW: tl.constexpr, ACC: tl.constexpr):
     if BY_ROW:
-        count = tl.maximum(_sum_of_rows(batch_sums + 2 * rows, rows, ACC), 1.0)
-        return _sum_of_rows(batch_sums, rows, ACC) / count, _sum_of_rows(batch_sums + rows, rows, ACC) / count
+        count = tl.maximum(sum_items(batch_sums + 2 * rows, rows, COUNT_BLOCK, ACC), 1.0)
+        first = sum_items(batch_sums, rows, COUNT_BLOCK, ACC)
+        return first / count, sum_items(batch_sums + rows, rows, COUNT_BLOCK, ACC) / count
     else:
         count = tl.maximum(tl.load(batch_sums + 2), 1.0)
         return (tl.load(batch_sums) / count).to(ACC), (tl.load(batch_sums + 1) / count).to(ACC)
@@ -111,7 +73,7 @@ def _store_norms(norms, values, row, ACC: tl.constexpr):
     tl.store(norms[1] + row * 0, tl.full(row.shape, values[1], ACC), mask=row == 0)
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@kernel
 def target_probabilities(
     student,
     target,
@@ -133,15 +95,16 @@ def target_probabilities(
     SQUARE: tl.constexpr,
 ):
     """row_sums (3, rows): p_k^2, or p_k, of the first and of the second target, and 1 if the row counts."""
+    WALK: tl.constexpr = Walk(ROWS, BLOCK, HELD, UNIT, PROB, False)
     k = tl.full((), _LOG2E, ACC)
     classes = classes // VEC * VEC
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     targets, counted, valid, labels = find_targets(
-        target, row, inside, target_row, target_col, ignore_index, classes, ROWS, BLOCK, VEC, HELD, UNIT, PROB, ACC
+        target, row, inside, target_row, target_col, ignore_index, classes, WALK, VEC, ACC
     )
     view = (student + row * (student_row // VEC * VEC), student_col)
-    m, z = rest_sum(view, targets, counted, classes, k, ROWS, BLOCK, HELD, UNIT, ACC)
+    m, z = rest_sum(view, targets, counted, classes, k, WALK, ACC)
     logits = load_targets(view, view, targets, counted, UNIT, ACC)
     p = split_softmax(logits[0], logits[1], m, z, k)
     first, second = target_squares(p, targets, SQUARE)
@@ -149,36 +112,28 @@ def target_probabilities(
         # A NaN among the labels.
         total = tl.zeros([ROWS, BLOCK], ACC)
         for start in range(0, BLOCK if HELD else classes, BLOCK):
-            cols = start + tl.arange(0, BLOCK)[None, :]
-            total += load_tile(labels, cols, inside[:, None] & (cols < classes), 0.0, UNIT, ACC)
+            cols, mask = tile_at(start, inside, classes, WALK)
+            total += load_tile(labels, cols, mask, 0.0, UNIT, ACC)
         valid += 0.0 * tl.sum(total, 1)
     # An absent target adds 0, unless the row has no value; an index target has no second one.
     first = tl.where(counted, first * valid, 0.0)
     second = tl.where(counted & PROB, second * valid, 0.0)
-    tl.store(row_sums + row, first, mask=inside)
-    tl.store(row_sums + rows + row, second, mask=inside)
-    tl.store(row_sums + 2 * rows + row, counted.to(ACC), mask=inside)
+    store_fields(row_sums, (first, second, counted.to(ACC)), rows, row, inside)
 
 
 @triton.jit
 def _terms(
     views, targets, counted, valid, labels, means, alpha, mu, ce_weight, smoothing, classes, k,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, HELD: tl.constexpr, UNIT: tl.constexpr, PROB: tl.constexpr,
-    LINEAR: tl.constexpr, RANK: tl.constexpr, SQUARE: tl.constexpr, ACC: tl.constexpr,
+    WALK: tl.constexpr, RANK: tl.constexpr, SQUARE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """All that rows have before they are ranked: see row_terms; the key factors; (m_s, z_s, m_w); 0, or NaN."""
-    alpha = tl.full((), alpha, ACC)
-    mu = tl.full((), mu, ACC)
-    ce_weight = tl.full((), ce_weight, ACC)
-    smoothing = tl.full((), smoothing, ACC)
-    stats = row_statistics(
-        views[0], views[1], labels, targets, counted, classes, k, ROWS, BLOCK, HELD, UNIT, PROB, LINEAR, ACC
-    )
-    x = load_targets(views[0], views[1], targets, counted, UNIT, ACC)
+    alpha, mu, ce_weight, smoothing = as_scalars((alpha, mu, ce_weight, smoothing), ACC)
+    stats = row_statistics(views[0], views[1], labels, targets, counted, classes, k, WALK, ACC)
+    x = load_targets(views[0], views[1], targets, counted, WALK.UNIT, ACC)
     p = split_softmax(x[0], x[1], stats[0], stats[1], k)
     v = split_softmax(x[2], x[3], stats[2], stats[3], k)
     parts, of_student, of_weak, probe = row_terms(
-        stats, x, targets, p, v, means, alpha, mu, ce_weight, smoothing, classes, PROB, LINEAR, SQUARE, ACC
+        stats, x, targets, p, v, means, alpha, mu, ce_weight, smoothing, classes, WALK, SQUARE, ACC
     )
     poison = probe + 0.0 * valid
     kept = (
@@ -193,32 +148,27 @@ def _terms(
 def _keys_and_weak_gradient(
     views, targets, counted, labels, of_weak, key, m_s, m_w, poison, gradient, by, factors, row, inside, start,
     classes, k,
-    BLOCK: tl.constexpr, UNIT: tl.constexpr, PROB: tl.constexpr, RANK: tl.constexpr, GRAD: tl.constexpr,
-    ACC: tl.constexpr,
+    WALK: tl.constexpr, RANK: tl.constexpr, GRAD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The rank keys of a tile; writes the tile of the weak logits' gradient."""
-    cols = start + tl.arange(0, BLOCK)[None, :]
-    mask = counted[:, None] & (cols < classes)
-    w = load_tile(views[1], cols, mask, _NEG_INF, UNIT, ACC)
+    cols, mask = tile_at(start, counted, classes, WALK)
+    w = load_tile(views[1], cols, mask, _NEG_INF, WALK.UNIT, ACC)
     d_w = w - m_w[:, None]
     if GRAD:
         v = w
-        if PROB:
-            v = load_tile(labels, cols, mask, 0.0, UNIT, ACC)
-        terms = (
-            of_weak[0] * by, of_weak[1] * by, of_weak[2] * by,
-            by_rows(of_weak[3] * by, factors), by_rows(of_weak[4] * by, factors),
-        )  # fmt: skip
-        g = weak_gradient(w, d_w, v, cols, targets, terms, poison, k, PROB)
+        if WALK.PROB:
+            v = load_tile(labels, cols, mask, 0.0, WALK.UNIT, ACC)
+        terms = gradient_terms(of_weak, 0.0, of_weak[4], of_weak[3], by, factors)
+        g = class_gradient(w, d_w, None, v, cols, targets, terms, poison, k, WALK.PROB, True)
         pointers = gradient + (row * classes)[:, None] + cols
         stored = inside[:, None] & (cols < classes)
         tl.store(pointers, narrowed(g, gradient.dtype.element_ty), mask=stored)
-    d_s = load_tile(views[0], cols, mask, _NEG_INF, UNIT, ACC) - m_s[:, None]
+    d_s = load_tile(views[0], cols, mask, _NEG_INF, WALK.UNIT, ACC) - m_s[:, None]
     # Adding 0 makes -0 equal to 0 in its bits too.
     return rank_keys(d_s, d_w, cols, targets, key[0], key[1], k, RANK) + 0.0
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@kernel
 def ranked_on_chip(
     student,
     weak,
@@ -272,12 +222,13 @@ def ranked_on_chip(
     """ROWS whole rows per program, float32. A row is sorted as words of 64 bits: a key's, which order as the keys
     descend, above the class, which thus breaks ties. After that the student's logits are read again in that order, from
     the nearest cache, and its gradient is written in it: that is less to move than ranks to be brought back."""
+    WALK: tl.constexpr = Walk(ROWS, BLOCK, HELD, UNIT, PROB, LINEAR)
     k = tl.full((), _LOG2E, ACC)
     classes = classes // VEC * VEC
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     targets, counted, valid, labels = find_targets(
-        target, row, inside, target_row, target_col, ignore_index, classes, ROWS, BLOCK, VEC, HELD, UNIT, PROB, ACC
+        target, row, inside, target_row, target_col, ignore_index, classes, WALK, VEC, ACC
     )
     views = (
         (student + row * (student_row // VEC * VEC), student_col),
@@ -289,16 +240,16 @@ def ranked_on_chip(
     means = batch_means(batch_sums, rows, BY_ROW, ACC)
     row_parts, of_student, of_weak, key_terms, stats, poison = _terms(
         views, targets, counted, valid, labels, means, alpha, mu, ce_weight, smoothing, classes, k,
-        ROWS, BLOCK, HELD, UNIT, PROB, LINEAR, RANK, SQUARE, ACC,
+        WALK, RANK, SQUARE, ACC,
     )  # fmt: skip
-    count = _row_mean(counts, target_row, count_items, ignore_index, COUNT)
-    by = _scaled(weak_scale, count, ACC, HALF_W)
+    divisor = mean_divisor(counts, target_row, count_items, ignore_index, COUNT)
+    by = gradient_scale(weak_scale, divisor, ACC, HALF_W)
     if factors is not None:
         row_parts = (row_parts[0] * factor, row_parts[1] * factor, row_parts[2] * factor)
         by *= load_factor(factors, 2, rows, row, inside, ACC)
     key = _keys_and_weak_gradient(
         views, targets, counted, labels, of_weak, key_terms, stats[0], stats[2], poison, weak_gradients, by, factors,
-        row, inside, 0, classes, k, BLOCK, UNIT, PROB, RANK, GRAD_W, ACC,
+        row, inside, 0, classes, k, WALK, RANK, GRAD_W, ACC,
     )  # fmt: skip
     position = tl.arange(0, BLOCK)[None, :]
     bits = key.to(tl.int32, bitcast=True)
@@ -315,15 +266,12 @@ def ranked_on_chip(
     takes = (s != _NEG_INF) & (cols != targets[0][:, None]) & (cols != targets[1][:, None])
     zipf_sum = tl.sum(tl.where(takes, z, 0.0), 1)
     zipf_cross = tl.sum(tl.where(takes, z * d_s, 0.0), 1)
-    beta = tl.full((), beta, ACC)
+    beta, ce_weight, smoothing = as_scalars((beta, ce_weight, smoothing), ACC)
     non_target, more, by_zipf = rank_terms(zipf_sum, zipf_cross, stats[1], targets[0], targets[1], classes, beta)
     non_target = tl.where(counted, non_target + poison, 0.0)
     if factors is not None:
         non_target *= factor
-    tl.store(parts + row, row_parts[0], mask=inside)
-    tl.store(parts + rows + row, non_target, mask=inside)
-    tl.store(parts + 2 * rows + row, row_parts[1], mask=inside)
-    tl.store(parts + 3 * rows + row, row_parts[2], mask=inside)
+    store_fields(parts, (row_parts[0], non_target, row_parts[1], row_parts[2]), rows, row, inside)
     if PER_ROW:
         tl.store(loss + row, row_parts[0] + non_target + row_parts[1] + row_parts[2], mask=inside)
         _store_norms((student_norm, weak_norm), (student_norm_value, weak_norm_value), row, ACC)
@@ -331,15 +279,13 @@ def ranked_on_chip(
         v = s
         if PROB:
             v = load_tile(labels, cols, mask, 0.0, UNIT, ACC)
-        by = _scaled(student_scale, count, ACC, HALF_S)
+        by = gradient_scale(student_scale, divisor, ACC, HALF_S)
         if factors is not None:
             by *= load_factor(factors, 1, rows, row, inside, ACC)
-        kept, uniform = ce_labels(tl.full((), ce_weight, ACC), tl.full((), smoothing, ACC), classes, LINEAR)
-        terms = (
-            (of_student[0] + more) * by, of_student[1] * by, of_student[2] * by, by_zipf * by,
-            by_rows(kept * by, factors), by_rows(uniform * by, factors),
-        )  # fmt: skip
-        g = student_gradient(s, d_s, z, v, cols, targets, terms, poison, k, PROB, LINEAR)
+        kept, uniform = ce_labels(ce_weight, smoothing, classes, WALK)
+        of_row = (of_student[0] + more, of_student[1], of_student[2])
+        terms = gradient_terms(of_row, by_zipf, kept, uniform, by, factors)
+        g = class_gradient(s, d_s, z, v, cols, targets, terms, poison, k, PROB, LINEAR)
         pointers = student_gradients + (row * classes)[:, None] + cols
         stored = inside[:, None] & in_row
         tl.store(pointers, narrowed(g, student_gradients.dtype.element_ty), mask=stored)

@@ -25,6 +25,7 @@ from fused_kd.backends.triton.kernels.targets import (
     load_tile,
     rest_number,
     smoothed_at,
+    tile_at,
 )
 
 _NEG_INF = tl.constexpr(float("-inf"))
@@ -33,42 +34,36 @@ _LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def row_statistics(
-    student, weak, labels, targets, rows, classes, k,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, HELD: tl.constexpr, UNIT: tl.constexpr, PROB: tl.constexpr,
-    LINEAR: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+def row_statistics(student, weak, labels, targets, rows, classes, k, WALK: tl.constexpr, ACC: tl.constexpr):
     """(m_s, z_s, m_w, z_w, linear, v_rest, v_cross, v_blocked, v_weak, linear_s), sums over the classes outside the
     targets.
 
     linear = sum w_j - m_w, and with LINEAR linear_s the same of the student. The others are of probabilities V, else 0:
     sum V_j, sum V_j (s_j - m_s) of the classes that can occur, sum V_j of those that cannot, and sum V_j (w_j - m_w).
     """
-    zero = tl.zeros([ROWS, BLOCK], ACC)
+    zero = tl.zeros([WALK.ROWS, WALK.BLOCK], ACC)
     top_s, top_w = zero + _NEG_INF, zero + _NEG_INF
-    for start in range(0, BLOCK if HELD else classes, BLOCK):
-        cols = start + tl.arange(0, BLOCK)[None, :]
-        rest = is_rest(cols, classes, rows, targets)
-        mask = rows[:, None] & (cols < classes)
-        top_s = tl.maximum(top_s, tl.where(rest, load_tile(student, cols, mask, _NEG_INF, UNIT, ACC), _NEG_INF))
-        top_w = tl.maximum(top_w, tl.where(rest, load_tile(weak, cols, mask, _NEG_INF, UNIT, ACC), _NEG_INF))
+    for start in range(0, WALK.BLOCK if WALK.HELD else classes, WALK.BLOCK):
+        cols, mask = tile_at(start, rows, classes, WALK)
+        rest = is_rest(cols, mask, targets)
+        top_s = tl.maximum(top_s, tl.where(rest, load_tile(student, cols, mask, _NEG_INF, WALK.UNIT, ACC), _NEG_INF))
+        top_w = tl.maximum(top_w, tl.where(rest, load_tile(weak, cols, mask, _NEG_INF, WALK.UNIT, ACC), _NEG_INF))
     m_s = zero_if_empty(tl.max(top_s, 1))
     m_w = zero_if_empty(tl.max(top_w, 1))
     z_s, z_w, linear, v_rest, v_cross, v_blocked, v_weak = zero, zero, zero, zero, zero, zero, zero
     linear_s = zero
-    for start in range(0, BLOCK if HELD else classes, BLOCK):
-        cols = start + tl.arange(0, BLOCK)[None, :]
-        rest = is_rest(cols, classes, rows, targets)
-        mask = rows[:, None] & (cols < classes)
-        d_s = tl.where(rest, load_tile(student, cols, mask, _NEG_INF, UNIT, ACC), _NEG_INF) - m_s[:, None]
-        d_w = tl.where(rest, load_tile(weak, cols, mask, _NEG_INF, UNIT, ACC), _NEG_INF) - m_w[:, None]
+    for start in range(0, WALK.BLOCK if WALK.HELD else classes, WALK.BLOCK):
+        cols, mask = tile_at(start, rows, classes, WALK)
+        rest = is_rest(cols, mask, targets)
+        d_s = tl.where(rest, load_tile(student, cols, mask, _NEG_INF, WALK.UNIT, ACC), _NEG_INF) - m_s[:, None]
+        d_w = tl.where(rest, load_tile(weak, cols, mask, _NEG_INF, WALK.UNIT, ACC), _NEG_INF) - m_w[:, None]
         z_s += tl.exp2(d_s * k)
         z_w += tl.exp2(d_w * k)
         linear += tl.where(rest, d_w, 0.0)
-        if LINEAR:
+        if WALK.LINEAR:
             linear_s += tl.where(rest, d_s, 0.0)
-        if PROB:
-            v = tl.where(rest, load_tile(labels, cols, mask, 0.0, UNIT, ACC), 0.0)
+        if WALK.PROB:
+            v = tl.where(rest, load_tile(labels, cols, mask, 0.0, WALK.UNIT, ACC), 0.0)
             impossible = d_s == _NEG_INF
             v_rest += v
             v_cross += tl.where(impossible, 0.0, v * d_s)
@@ -145,7 +140,7 @@ def rank_keys(d_s, d_w, cols, targets, of_student, of_weak, k, RANK: tl.constexp
 @triton.jit
 def row_terms(
     stats, x, targets, p, v, means, alpha, mu, ce_weight, smoothing, classes,
-    PROB: tl.constexpr, LINEAR: tl.constexpr, SQUARE: tl.constexpr, ACC: tl.constexpr,
+    WALK: tl.constexpr, SQUARE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """What rows have before they are ranked, from their statistics, the logits x = (s_0, s_1, w_0, w_1) at the targets,
     both softmaxes and the batch means.
@@ -161,10 +156,10 @@ def row_terms(
     target = times(alpha, times(soft_0, p[0]) + times(soft_1, p[1]))
 
     ce, ce_student, ce_at_0, ce_at_1 = cross_entropy(
-        (v_rest, v_cross, v_blocked), linear_s, targets, p, ce_weight, smoothing, classes, PROB, LINEAR
+        (v_rest, v_cross, v_blocked), linear_s, targets, p, ce_weight, smoothing, classes, WALK
     )
     mass = label_0 + label_1
-    if PROB:
+    if WALK.PROB:
         mass += v_rest
 
     uniform = tl.full((), 0.1, ACC) / classes.to(ACC)
@@ -172,7 +167,7 @@ def row_terms(
     smoothed_1 = smoothed_at(y_1, label_1, 0.9, uniform)
     rest = rest_number(targets, classes).to(ACC)
     weak = times(smoothed_0, v[0]) + times(smoothed_1, v[1]) + uniform * (rest * v[6] - linear)
-    if PROB:
+    if WALK.PROB:
         weak += 0.9 * (v_rest * v[6] - v_weak)
     # Every class has a share of the smoothed label, so one that the weak logits exclude makes the term infinite.
     weak = times(mu, tl.where(linear == _NEG_INF, _INF, weak))
@@ -218,15 +213,3 @@ def rank_terms(zipf_sum, zipf_cross, z_s, y_0, y_1, classes, beta):
     z_s = tl.where(some, z_s, 1.0)
     by = tl.where(some, beta, 0.0)
     return by * (tl.log2(z_s) * _LN2 - zipf_cross / zipf_sum), by / z_s, -by / zipf_sum
-
-
-@triton.jit
-def weak_gradient(w, d_w, v, cols, targets, terms, poison, k, PROB: tl.constexpr):
-    """Tiles of it, as :func:`.targets.student_gradient`, from terms = (factor, at the first target, at the second,
-    uniform, factor of V)."""
-    g = terms[0][:, None] * tl.exp2(d_w * k) - terms[3][:, None]
-    if PROB:
-        g -= terms[4][:, None] * v
-    g = tl.where(cols == targets[0][:, None], terms[1][:, None], g)
-    g = tl.where(cols == targets[1][:, None], terms[2][:, None], g)
-    return tl.where(w == _NEG_INF, 0.0, g + poison[:, None])

@@ -9,27 +9,32 @@ The arguments are those of :mod:`.uskd`; a launch does the rows from ``first`` t
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
-from fused_kd.backends.triton.kernels.rows import load_factor, narrowed
-from fused_kd.backends.triton.kernels.targets import by_rows, ce_labels, find_targets, load_tile, student_gradient
+from fused_kd.backends.triton.kernels.on_chip import gradient_scale, mean_divisor
+from fused_kd.backends.triton.kernels.rows import as_scalars, kernel, load_factor, load_fields, narrowed, store_fields
+from fused_kd.backends.triton.kernels.targets import (
+    ce_labels,
+    class_gradient,
+    find_targets,
+    gradient_terms,
+    load_tile,
+    tile_at,
+)
 from fused_kd.backends.triton.kernels.uskd import (
     _IGNORED,
     _LOG2E,
     _NEG_INF,
-    _RUNTIME,
     _keys_and_weak_gradient,
-    _row_mean,
-    _scaled,
     _store_norms,
     _terms,
     batch_means,
 )
 from fused_kd.backends.triton.kernels.uskd_rows import rank_terms
+from fused_kd.backends.triton.kernels.values import Walk
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@kernel
 def write_keys(
     student,
     weak,
@@ -75,13 +80,14 @@ def write_keys(
 ):
     """Keys of ROWS rows, the parts that need no ranks, the weak logits' gradient; and what combine_ranked needs:
     states (6, rows), and as columns (2, rows) the targets."""
+    WALK: tl.constexpr = Walk(ROWS, BLOCK, HELD, UNIT, PROB, LINEAR)
     k = tl.full((), _LOG2E, ACC)
     classes = classes // VEC * VEC
     local_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row = first + local_row
     inside = row < last
     targets, counted, valid, labels = find_targets(
-        target, row, inside, target_row, target_col, ignore_index, classes, ROWS, BLOCK, VEC, HELD, UNIT, PROB, ACC
+        target, row, inside, target_row, target_col, ignore_index, classes, WALK, VEC, ACC
     )
     views = (
         (student + row * (student_row // VEC * VEC), student_col),
@@ -93,34 +99,28 @@ def write_keys(
     means = batch_means(batch_sums, rows, False, ACC)
     row_parts, of_student, of_weak, key_terms, stats, poison = _terms(
         views, targets, counted, valid, labels, means, alpha, mu, ce_weight, smoothing, classes, k,
-        ROWS, BLOCK, HELD, UNIT, PROB, LINEAR, RANK, SQUARE, ACC,
+        WALK, RANK, SQUARE, ACC,
     )  # fmt: skip
     if factors is not None:
         row_parts = (row_parts[0] * factor, row_parts[1] * factor, row_parts[2] * factor)
     tl.store(parts + row, row_parts[0], mask=inside)
-    tl.store(parts + 2 * rows + row, row_parts[1], mask=inside)
-    tl.store(parts + 3 * rows + row, row_parts[2], mask=inside)
-    tl.store(columns + row, tl.where(counted, targets[0], _IGNORED), mask=inside)
-    tl.store(columns + rows + row, targets[1], mask=inside)
-    tl.store(states + row, stats[0], mask=inside)
-    tl.store(states + rows + row, stats[1], mask=inside)
-    tl.store(states + 2 * rows + row, of_student[0], mask=inside)
-    tl.store(states + 3 * rows + row, of_student[1], mask=inside)
-    tl.store(states + 4 * rows + row, of_student[2], mask=inside)
-    tl.store(states + 5 * rows + row, poison, mask=inside)
-    by = _scaled(weak_scale, _row_mean(counts, target_row, count_items, ignore_index, COUNT), ACC, HALF_W)
+    store_fields(parts + 2 * rows, (row_parts[1], row_parts[2]), rows, row, inside)
+    store_fields(columns, (tl.where(counted, targets[0], _IGNORED), targets[1]), rows, row, inside)
+    store_fields(states, (stats[0], stats[1], of_student[0], of_student[1], of_student[2], poison), rows, row, inside)
+    divisor = mean_divisor(counts, target_row, count_items, ignore_index, COUNT)
+    by = gradient_scale(weak_scale, divisor, ACC, HALF_W)
     if factors is not None:
         by *= load_factor(factors, 2, rows, row, inside, ACC)
     for start in range(0, BLOCK if HELD else classes, BLOCK):
         key = _keys_and_weak_gradient(
             views, targets, counted, labels, of_weak, key_terms, stats[0], stats[2], poison, weak_gradients, by,
-            factors, row, inside, start, classes, k, BLOCK, UNIT, PROB, RANK, GRAD_W, ACC,
+            factors, row, inside, start, classes, k, WALK, RANK, GRAD_W, ACC,
         )  # fmt: skip
-        cols = start + tl.arange(0, BLOCK)[None, :]
-        tl.store(keys + (local_row * classes)[:, None] + cols, key, mask=inside[:, None] & (cols < classes))
+        cols, stored = tile_at(start, inside, classes, WALK)
+        tl.store(keys + (local_row * classes)[:, None] + cols, key, mask=stored)
 
 
-@triton.jit(do_not_specialize=["classes"])
+@kernel
 def write_zipf(order, zipf, classes: tl.int32, ACC: tl.constexpr, BLOCK: tl.constexpr):
     """zipf of the class at each place of a row's order: 1 / (place + 1)."""
     tiles = (classes + (BLOCK - 1)) // BLOCK
@@ -131,7 +131,7 @@ def write_zipf(order, zipf, classes: tl.int32, ACC: tl.constexpr, BLOCK: tl.cons
     tl.store(zipf + start + column, 1.0 / (place + 1).to(ACC), mask=place < classes)
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@kernel
 def combine_ranked(
     student,
     target,
@@ -175,6 +175,7 @@ def combine_ranked(
     PER_ROW: tl.constexpr,
 ):
     """The part that waits for the ranks, and the student's gradient."""
+    WALK: tl.constexpr = Walk(ROWS, BLOCK, HELD, UNIT, PROB, LINEAR)
     k = tl.full((), _LOG2E, ACC)
     classes = classes // VEC * VEC
     local_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -185,22 +186,19 @@ def combine_ranked(
         tl.load(columns + rows + row, mask=inside, other=-1),
     )
     counted = inside & (targets[0] != _IGNORED)
-    m_s = tl.load(states + row, mask=inside, other=0.0)
-    z_s = tl.load(states + rows + row, mask=inside, other=0.0)
-    poison = tl.load(states + 5 * rows + row, mask=inside, other=0.0)
+    m_s, z_s, factor, at_0, at_1, poison = load_fields(states, rows, row, inside, 6)
     view = (student + row * (student_row // VEC * VEC), student_col)
     of_rank = (zipf + local_row * classes, student_col)
     sums = tl.zeros([ROWS, BLOCK], ACC)
     cross = tl.zeros([ROWS, BLOCK], ACC)
     for start in range(0, BLOCK if HELD else classes, BLOCK):
-        cols = start + tl.arange(0, BLOCK)[None, :]
-        mask = counted[:, None] & (cols < classes)
+        cols, mask = tile_at(start, counted, classes, WALK)
         s = load_tile(view, cols, mask, _NEG_INF, UNIT, ACC)
         z = load_tile(of_rank, cols, mask, 0.0, True, ACC)
         takes = (s != _NEG_INF) & (cols != targets[0][:, None]) & (cols != targets[1][:, None])
         sums += tl.where(takes, z, 0.0)
         cross += tl.where(takes, z * (s - m_s[:, None]), 0.0)
-    beta = tl.full((), beta, ACC)
+    beta, ce_weight, smoothing = as_scalars((beta, ce_weight, smoothing), ACC)
     zipf_sum, zipf_cross = tl.sum(sums, 1), tl.sum(cross, 1)
     non_target, more, by_zipf = rank_terms(zipf_sum, zipf_cross, z_s, targets[0], targets[1], classes, beta)
     non_target = tl.where(counted, non_target + poison, 0.0)
@@ -213,29 +211,21 @@ def combine_ranked(
         tl.store(loss + row, total + tl.load(parts + 3 * rows + row, mask=inside, other=0.0), mask=inside)
         _store_norms((student_norm, weak_norm), (student_norm_value, weak_norm_value), row, ACC)
     if GRAD_S:
-        count = _row_mean(counts, target_row, count_items, ignore_index, COUNT)
-        by = _scaled(student_scale, count, ACC, HALF_S)
+        divisor = mean_divisor(counts, target_row, count_items, ignore_index, COUNT)
+        by = gradient_scale(student_scale, divisor, ACC, HALF_S)
         if factors is not None:
             by *= load_factor(factors, 1, rows, row, inside, ACC)
-        kept, uniform = ce_labels(tl.full((), ce_weight, ACC), tl.full((), smoothing, ACC), classes, LINEAR)
-        of_rows = (
-            (tl.load(states + 2 * rows + row, mask=inside, other=0.0) + more) * by,
-            tl.load(states + 3 * rows + row, mask=inside, other=0.0) * by,
-            tl.load(states + 4 * rows + row, mask=inside, other=0.0) * by,
-            by_zipf * by,
-            by_rows(kept * by, factors),
-            by_rows(uniform * by, factors),
-        )
+        kept, uniform = ce_labels(ce_weight, smoothing, classes, WALK)
+        terms = gradient_terms((factor + more, at_0, at_1), by_zipf, kept, uniform, by, factors)
         labels = (target + row * (target_row // VEC * VEC if PROB else target_row), target_col)
         for start in range(0, BLOCK if HELD else classes, BLOCK):
-            cols = start + tl.arange(0, BLOCK)[None, :]
-            mask = counted[:, None] & (cols < classes)
+            cols, mask = tile_at(start, counted, classes, WALK)
             s = load_tile(view, cols, mask, _NEG_INF, UNIT, ACC)
             z = load_tile(of_rank, cols, mask, 0.0, True, ACC)
             v = s
             if PROB:
                 v = load_tile(labels, cols, mask, 0.0, UNIT, ACC)
-            g = student_gradient(s, s - m_s[:, None], z, v, cols, targets, of_rows, poison, k, PROB, LINEAR)
+            g = class_gradient(s, s - m_s[:, None], z, v, cols, targets, terms, poison, k, PROB, LINEAR)
             pointers = student_gradients + (row * classes)[:, None] + cols
             stored = inside[:, None] & (cols < classes)
             tl.store(pointers, narrowed(g, student_gradients.dtype.element_ty), mask=stored)

@@ -13,6 +13,19 @@ from typing import NamedTuple
 import triton.language as tl
 
 
+class Variant(NamedTuple):
+    """Those constexpr arguments of :mod:`.on_chip` that the steps of a row pass on."""
+
+    UNIT: tl.constexpr
+    LOSS: tl.constexpr
+    SINGLE: tl.constexpr
+    PROB: tl.constexpr
+    STD: tl.constexpr
+    LINEAR: tl.constexpr
+    RAW: tl.constexpr
+    COLUMNS: tl.constexpr
+
+
 class Statistics(NamedTuple):
     """Sums over the classes other than the target, of rows or of the lanes of a row, (rows or lanes,) each."""
 
@@ -86,6 +99,15 @@ class Constants(NamedTuple):
     share: tl.tensor  # 1 / C
 
 
+class Softmaxes(NamedTuple):
+    """What a pointwise loss needs beside logits to compute the probabilities of a row."""
+
+    stats: Statistics
+    scales: Scales
+    of_rows: tl.tuple  # see :mod:`.pointwise`
+    constants: Constants
+
+
 class PointwiseSums(NamedTuple):
     """Sums over all classes, of a row or of a lane."""
 
@@ -109,3 +131,32 @@ class Slopes(NamedTuple):
     by_2: tl.tensor
     by_column: tl.tensor
     offset: tl.tensor
+
+
+class Inputs(NamedTuple):
+    """What the tiles of a long row are loaded from: of s, t and V, and the columns' numbers of DIST."""
+
+    bases: tl.tuple
+    strides: tl.tuple
+    columns: tl.tensor
+    classes: tl.tensor
+
+
+class Tile(NamedTuple):
+    """Columns of a long row, (lanes, classes)."""
+
+    offsets: tl.tensor  # from the bases of the row
+    inside: tl.tensor  # a mask of those in the row
+    is_target: tl.tensor
+    target_here: tl.tensor  # whether the target may be among them
+
+
+class Walk(NamedTuple):
+    """How a kernel of :mod:`.uskd` or :mod:`.zipf_ls` walks its rows, and what it needs of them."""
+
+    ROWS: tl.constexpr
+    BLOCK: tl.constexpr
+    HELD: tl.constexpr
+    UNIT: tl.constexpr
+    PROB: tl.constexpr
+    LINEAR: tl.constexpr

@@ -27,19 +27,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_kd.backends.triton.kernels.on_chip import gradient_scale
-from fused_kd.backends.triton.kernels.rows import LN2, LOG2E, load_factor, narrowed, times, zero_if_empty
+from fused_kd.backends.triton.kernels.on_chip import gradient_scale, mean_divisor
+from fused_kd.backends.triton.kernels.rows import (
+    LN2,
+    LOG2E,
+    as_scalars,
+    kernel,
+    load_factor,
+    narrowed,
+    store_fields,
+    times,
+)
 from fused_kd.backends.triton.kernels.targets import (
-    by_rows,
     ce_labels,
+    class_gradient,
     cross_entropy,
     find_targets,
+    gradient_terms,
     is_rest,
     load_at,
     load_tile,
+    rest_maximum,
     split_softmax,
-    student_gradient,
+    tile_at,
 )
+from fused_kd.backends.triton.kernels.values import Walk
 
 _NEG_INF = tl.constexpr(float("-inf"))
 _NO_CLASS = tl.constexpr(2147483647)
@@ -47,11 +59,7 @@ _NO_CLASS = tl.constexpr(2147483647)
 BROKEN = tl.constexpr(-1)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "rows", "positions", "classes", "dense_row", "dense_position", "dense_class", "target_row", "ignore_index",
-    ]
-)  # fmt: skip
+@kernel
 def find_votes(
     dense,
     target,
@@ -112,7 +120,7 @@ def find_votes(
     tl.store(votes + row * positions + position, vote, mask=position < positions)
 
 
-@triton.jit(do_not_specialize=["positions"])
+@kernel
 def rank_votes(votes, counts, ranks, voted, positions: tl.int32, VOTES: tl.constexpr):
     """ranks (rows, positions): of the class that a position votes for, where it is the first to, else 0. voted (rows,):
     how many classes have a vote. counts (rows, positions) is scratch: votes, where ranks has a rank."""
@@ -149,34 +157,24 @@ def rank_votes(votes, counts, ranks, voted, positions: tl.int32, VOTES: tl.const
 
 
 @triton.jit
-def _row_sums(
-    view, labels, targets, rows, classes, k,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, HELD: tl.constexpr, UNIT: tl.constexpr, PROB: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
+def _row_sums(view, labels, targets, rows, classes, k, WALK: tl.constexpr, ACC: tl.constexpr):
     """(m, z, linear, number, v_rest, v_cross, v_blocked), sums over the classes that are no target: of exponentials; of
     s_j - m and of 1 where s_j is not -inf; and of probabilities V, else 0: of V_j, of V_j (s_j - m) where it is not
     -inf, and of V_j where it is."""
-    zero = tl.zeros([ROWS, BLOCK], ACC)
-    top = zero + _NEG_INF
-    for start in range(0, BLOCK if HELD else classes, BLOCK):
-        cols = start + tl.arange(0, BLOCK)[None, :]
-        rest = is_rest(cols, classes, rows, targets)
-        x = load_tile(view, cols, rows[:, None] & (cols < classes), _NEG_INF, UNIT, ACC)
-        top = tl.maximum(top, tl.where(rest, x, _NEG_INF))
-    m = zero_if_empty(tl.max(top, 1))
+    m = rest_maximum(view, targets, rows, classes, WALK, ACC)
+    zero = tl.zeros([WALK.ROWS, WALK.BLOCK], ACC)
     z, linear, number, v_rest, v_cross, v_blocked = zero, zero, zero, zero, zero, zero
-    for start in range(0, BLOCK if HELD else classes, BLOCK):
-        cols = start + tl.arange(0, BLOCK)[None, :]
-        rest = is_rest(cols, classes, rows, targets)
-        x = load_tile(view, cols, rows[:, None] & (cols < classes), _NEG_INF, UNIT, ACC)
+    for start in range(0, WALK.BLOCK if WALK.HELD else classes, WALK.BLOCK):
+        cols, mask = tile_at(start, rows, classes, WALK)
+        rest = is_rest(cols, mask, targets)
+        x = load_tile(view, cols, mask, _NEG_INF, WALK.UNIT, ACC)
         d = tl.where(rest, x, _NEG_INF) - m[:, None]
         possible = d != _NEG_INF
         z += tl.exp2(d * k)
         linear += tl.where(possible, d, 0.0)
         number += tl.where(possible, 1.0, 0.0)
-        if PROB:
-            v = tl.where(rest, load_tile(labels, cols, rows[:, None] & (cols < classes), 0.0, UNIT, ACC), 0.0)
+        if WALK.PROB:
+            v = tl.where(rest, load_tile(labels, cols, mask, 0.0, WALK.UNIT, ACC), 0.0)
             v_rest += v
             v_cross += tl.where(possible, v * d, 0.0)
             v_blocked += tl.where(possible, 0.0, v)
@@ -217,12 +215,7 @@ def _load_kept(
     return rank, takes & (d != _NEG_INF), d
 
 
-@triton.jit(
-    do_not_specialize=[
-        "rows", "positions", "classes", "student_row", "student_col", "target_row", "target_col", "count_items",
-        "ignore_index",
-    ]
-)  # fmt: skip
+@kernel
 def zipf_rows(
     student,
     target,
@@ -266,31 +259,27 @@ def zipf_rows(
 ):
     """Parts and gradient of ROWS rows. The gradient is written as if no class had a vote, and then again where one
     has."""
+    WALK: tl.constexpr = Walk(ROWS, BLOCK, HELD, UNIT, PROB, LINEAR)
     k = tl.full((), LOG2E, ACC)
-    weight = tl.full((), weight, ACC)
-    power = tl.full((), power, ACC)
-    ce_weight = tl.full((), ce_weight, ACC)
-    smoothing = tl.full((), smoothing, ACC)
+    weight, power, ce_weight, smoothing = as_scalars((weight, power, ce_weight, smoothing), ACC)
     classes = classes // VEC * VEC
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     targets, counted, valid, labels = find_targets(
-        target, row, inside, target_row, target_col, ignore_index, classes, ROWS, BLOCK, VEC, HELD, UNIT, PROB, ACC
+        target, row, inside, target_row, target_col, ignore_index, classes, WALK, VEC, ACC
     )
     if factors is not None:
         factor = load_factor(factors, 0, rows, row, inside, ACC)
         counted &= factor != 0.0
     view = (student + row * (student_row // VEC * VEC), student_col)
-    m, z, linear, number, v_rest, v_cross, v_blocked = _row_sums(
-        view, labels, targets, counted, classes, k, ROWS, BLOCK, HELD, UNIT, PROB, ACC
-    )
+    m, z, linear, number, v_rest, v_cross, v_blocked = _row_sums(view, labels, targets, counted, classes, k, WALK, ACC)
     s_0 = load_at(view, targets[0], counted, _NEG_INF, UNIT, ACC)
     s_1 = load_at(view, targets[1], counted, _NEG_INF, UNIT, ACC)
     p = split_softmax(s_0, s_1, m, z, k)
     is_0, is_1 = (targets[0] >= 0).to(tl.int32), (targets[1] >= 0).to(tl.int32)
     all_linear = tl.where(number < (classes - is_0 - is_1).to(ACC), _NEG_INF, linear)
     ce, ce_factor, ce_0, ce_1 = cross_entropy(
-        (v_rest, v_cross, v_blocked), all_linear, targets, p, ce_weight, smoothing, classes, PROB, LINEAR
+        (v_rest, v_cross, v_blocked), all_linear, targets, p, ce_weight, smoothing, classes, WALK
     )
     here = tl.load(voted + row, mask=counted, other=0)
     broken = (here == BROKEN) | (s_0 != s_0) | (s_1 != s_1) | (s_0 == float("inf")) | (s_1 == float("inf"))
@@ -334,29 +323,26 @@ def zipf_rows(
     if factors is not None:
         divergence *= factor
         ce *= factor
-    tl.store(parts + row, divergence, mask=inside)
-    tl.store(parts + rows + row, ce, mask=inside)
+    store_fields(parts, (divergence, ce), rows, row, inside)
     if PER_ROW:
         tl.store(loss + row, divergence + ce, mask=inside)
         tl.store(norm + row * 0, tl.full(row.shape, norm_value, ACC), mask=row == 0)
     if GRAD:
-        by = gradient_scale(counts, target_row, count_items, ignore_index, scale, ACC, COUNT, HALF)
+        divisor = mean_divisor(counts, target_row, count_items, ignore_index, COUNT)
+        by = gradient_scale(scale, divisor, ACC, HALF)
         if factors is not None:
             by *= load_factor(factors, 1, rows, row, inside, ACC)
-        kept, uniform = ce_labels(ce_weight, smoothing, classes, LINEAR)
-        terms = (
-            (weight / z + ce_factor) * by, ce_0 * by, ce_1 * by, -weight / total * by, by_rows(kept * by, factors),
-            by_rows(uniform * by, factors),
-        )  # fmt: skip
+        kept, uniform = ce_labels(ce_weight, smoothing, classes, WALK)
+        of_row = (weight / z + ce_factor, ce_0, ce_1)
+        terms = gradient_terms(of_row, -weight / total, kept, uniform, by, factors)
         out = gradient + row * classes
         for start in range(0, BLOCK if HELD else classes, BLOCK):
-            cols = start + tl.arange(0, BLOCK)[None, :]
-            mask = counted[:, None] & (cols < classes)
+            cols, mask = tile_at(start, counted, classes, WALK)
             s = load_tile(view, cols, mask, _NEG_INF, UNIT, ACC)
             v = s
             if PROB:
                 v = load_tile(labels, cols, mask, 0.0, UNIT, ACC)
-            g = student_gradient(s, s - m[:, None], z_0[:, None], v, cols, targets, terms, poison, k, PROB, LINEAR)
+            g = class_gradient(s, s - m[:, None], z_0[:, None], v, cols, targets, terms, poison, k, PROB, LINEAR)
             tl.store(
                 out[:, None] + cols, narrowed(g, gradient.dtype.element_ty), mask=inside[:, None] & (cols < classes)
             )
@@ -369,5 +355,5 @@ def zipf_rows(
             if PROB:
                 v = load_tile(labels, column, takes, 0.0, UNIT, ACC)
             z_j, _ = _zipf(rank, best[:, None], power)
-            g = student_gradient(s, s - m[:, None], z_j, v, column, targets, terms, poison, k, PROB, LINEAR)
+            g = class_gradient(s, s - m[:, None], z_j, v, column, targets, terms, poison, k, PROB, LINEAR)
             tl.store(out[:, None] + column, narrowed(g, gradient.dtype.element_ty), mask=takes)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_kd.backends.triton import replay
+from fused_kd.backends.triton import layout, replay
 from fused_kd.backends.triton.launch import Launch, acc_types, planned
 from fused_kd.core.options import Options
 
@@ -52,6 +53,37 @@ def zero_padding(gradient: Tensor, options: Options) -> None:
     """Zero the columns after the classes, if the gradient is wanted. The kernels do not write them."""
     if options.padding and options.wanted[0]:
         gradient[:, -options.padding :].zero_()
+
+
+def neighbours(target: Tensor, logits: tuple[Tensor, ...]) -> bool:
+    """Return whether every column stride is 1."""
+    return all(t.stride(1) == 1 for t in logits) and (not target.is_floating_point() or target.stride(1) == 1)
+
+
+def target_strides(target: Tensor) -> tuple[int, int]:
+    return (target.stride(0), target.stride(1)) if target.is_floating_point() else (target.stride(0), 0)
+
+
+def row_options(
+    target: Tensor, logits: tuple[Tensor, ...], dtype: torch.dtype, config: layout.OnChip | layout.Streamed
+) -> dict[str, Any]:
+    """Return the options that the kernels of :mod:`.kernels.targets` share. ``dtype`` is the arithmetic's."""
+    classes = logits[0].shape[1]
+    probabilities = target.is_floating_point()
+    matrices = [*logits, *([target] if probabilities else [])]
+    unit = neighbours(target, logits)
+    vector = 16 // min(t.element_size() for t in matrices) if unit else 1
+    return {
+        "ACC": acc_types()[dtype],
+        "ROWS": config.rows,
+        "BLOCK": config.block,
+        "VEC": math.gcd(vector, classes, *(t.stride(0) for t in matrices)),
+        "HELD": classes <= config.block,
+        "UNIT": unit,
+        "PROB": probabilities,
+        "num_warps": config.warps,
+        "maxnreg": config.registers,
+    }
 
 
 def plan_count(

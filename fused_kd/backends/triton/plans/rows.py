@@ -10,7 +10,15 @@ from torch import Tensor
 
 from fused_kd.backends.triton import layout
 from fused_kd.backends.triton.launch import Launch, acc_types, planned
-from fused_kd.backends.triton.plans.common import divided, filled, plan_count, plan_reduction, zero_padding
+from fused_kd.backends.triton.plans.common import (
+    divided,
+    filled,
+    neighbours,
+    plan_count,
+    plan_reduction,
+    target_strides,
+    zero_padding,
+)
 from fused_kd.backends.triton.plans.dist import plan_columns
 from fused_kd.core.catalogue import NUMBERS, ROW_LOSSES, has_column_term
 from fused_kd.core.options import HyperParameters, Options, outputs
@@ -92,13 +100,13 @@ def plan_row_loss(
     probabilities = target.is_floating_point()
     per_row = reduction == "none"
     half, known = divided(target, reduction, student.dtype)
-    target_row, target_col = target.stride() if probabilities else (target.stride(0), 0)
+    target_row, target_col = target_strides(target)
     launches: list[Launch] = []
     counts = plan_count(launches, target, ignore_index, reduction, need_gradient)
     row_parts = parts if per_row else torch.empty((3, rows), dtype=loss.dtype, device=student.device)
     narrow = min(t.element_size() for t in (student, teacher, target) if t.is_floating_point())
     row_strides = [width, student.stride(0), teacher.stride(0), *([target_row] if probabilities else [])]
-    unit = student.stride(1) == teacher.stride(1) == 1 and (target_col == 1 or not probabilities)
+    unit = neighbours(target, (student, teacher))
     vector = 16 // narrow if unit else 1
     # If rows start at the same place modulo a vector, all can be walked in vectors from the same column on.
     together = unit and all((stride - width) % vector == 0 for stride in row_strides)

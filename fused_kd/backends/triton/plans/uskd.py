@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_kd.backends.triton import layout, replay
-from fused_kd.backends.triton.launch import Launch, acc_types, planned
-from fused_kd.backends.triton.plans.common import divided, filled, plan_count, plan_reduction
+from fused_kd.backends.triton.launch import Launch, planned
+from fused_kd.backends.triton.plans.common import (
+    divided,
+    filled,
+    neighbours,
+    plan_count,
+    plan_reduction,
+    row_options,
+    target_strides,
+)
 from fused_kd.core.options import Options, pair_outputs
 from fused_kd.reference import accumulation_dtype
 
@@ -45,36 +52,6 @@ def uskd(
     return filled("uskd", plan_uskd, (student, weak, target, batch_sums, factors), made, options)
 
 
-def _layout(
-    target: Tensor, logits: tuple[Tensor, ...], wide: bool, config: layout.OnChip | layout.Streamed
-) -> dict[str, Any]:
-    """The options that row kernels share."""
-    classes = logits[0].shape[1]
-    probabilities = target.is_floating_point()
-    matrices = [*logits, *([target] if probabilities else [])]
-    unit = _neighbours(target, logits)
-    vector = 16 // min(t.element_size() for t in matrices) if unit else 1
-    return {
-        "ACC": acc_types()[torch.float64 if wide else torch.float32],
-        "ROWS": config.rows,
-        "BLOCK": config.block,
-        "VEC": math.gcd(vector, classes, *(t.stride(0) for t in matrices)),
-        "HELD": classes <= config.block,
-        "UNIT": unit,
-        "PROB": probabilities,
-        "num_warps": config.warps,
-        "maxnreg": config.registers,
-    }
-
-
-def _neighbours(target: Tensor, logits: tuple[Tensor, ...]) -> bool:
-    return all(t.stride(1) == 1 for t in logits) and (not target.is_floating_point() or target.stride(1) == 1)
-
-
-def _target_strides(target: Tensor) -> tuple[int, int]:
-    return (target.stride(0), target.stride(1)) if target.is_floating_point() else (target.stride(0), 0)
-
-
 def plan_batch_sums(student: Tensor, target: Tensor, sums: Tensor, square: bool, ignore_index: int) -> list[Launch]:
     """The launches that fill ``sums`` (3,)."""
     launches: list[Launch] = []
@@ -89,12 +66,12 @@ def _plan_row_sums(
     """What each row adds to the batch's sums, (3, rows), after a launch that is appended."""
     rows, classes = student.shape
     wide = dtype == torch.float64
-    config = layout.streamed_config(classes, wide=wide, neighbours=_neighbours(target, (student,)))
+    config = layout.streamed_config(classes, wide=wide, neighbours=neighbours(target, (student,)))
     row_sums = torch.empty((3, rows), dtype=dtype, device=student.device)
     arguments = (
-        student, target, row_sums, rows, classes, *student.stride(), *_target_strides(target), ignore_index,
+        student, target, row_sums, rows, classes, *student.stride(), *target_strides(target), ignore_index,
     )  # fmt: skip
-    options = {**_layout(target, (student,), wide, config), "SQUARE": square}
+    options = {**row_options(target, (student,), dtype, config), "SQUARE": square}
     launches.append(planned("target_probabilities", -(-rows // config.rows), arguments, options))
     return row_sums
 
@@ -118,7 +95,7 @@ def plan_uskd(
     wide = loss.dtype == torch.float64
     per_row = reduction == "none"
     probabilities = target.is_floating_point()
-    target_strides = _target_strides(target)
+    label_strides = target_strides(target)
     (half_s, known_s), (half_w, known_w) = (divided(target, reduction, each.dtype) for each in (student, weak))
     halves, scales = (half_s, half_w), (student_scale * known_s, weak_scale * known_w)
     linear = ce_weight != 0.0 and smoothing != 0.0
@@ -126,7 +103,7 @@ def plan_uskd(
         classes,
         wide=wide,
         probabilities=probabilities,
-        neighbours=_neighbours(target, (student, weak)),
+        neighbours=neighbours(target, (student, weak)),
         smoothed=linear,
     )
     launches: list[Launch] = []
@@ -139,10 +116,10 @@ def plan_uskd(
     counts = plan_count(launches, target, ignore_index, reduction, need_student or need_weak)
     row_parts = parts if per_row else torch.empty((4, rows), dtype=loss.dtype, device=student.device)
     norm_values = 1.0 / student_scale, 1.0 / weak_scale
-    seen = _layout(target, (student, weak), wide, config)
+    seen = row_options(target, (student, weak), loss.dtype, config)
     shared = {**seen, "LINEAR": linear, "COUNT": counts.how}
     ranking = {"RANK": options.rank, "SQUARE": options.square}
-    strides = (*student.stride(), *weak.stride(), *target_strides)
+    strides = (*student.stride(), *weak.stride(), *label_strides)
     # A divisor that is known has its power of two in the scale already.
     half_options = {
         "HALF_S": halves[0] and counts.how > 0,
@@ -203,7 +180,7 @@ def plan_uskd(
             launches.append(planned("write_zipf", tiles, (order, sorted_keys, classes), zipf_options))
             arguments = (
                 student, target, gradients[0], loss, row_parts, *norms, counts.source, factors, sorted_keys, states,
-                columns, rows, first, last, classes, *student.stride(), *target_strides, counts.items, ignore_index,
+                columns, rows, first, last, classes, *student.stride(), *label_strides, counts.items, ignore_index,
                 beta, ce_weight, smoothing, scales[0], *norm_values,
             )  # fmt: skip
             launches.append(planned("combine_ranked", programs, arguments, combine))

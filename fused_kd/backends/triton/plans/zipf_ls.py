@@ -11,7 +11,15 @@ from torch import Tensor
 
 from fused_kd.backends.triton import layout
 from fused_kd.backends.triton.launch import Launch, acc_types, planned
-from fused_kd.backends.triton.plans.common import divided, filled, plan_count, plan_reduction
+from fused_kd.backends.triton.plans.common import (
+    divided,
+    filled,
+    neighbours,
+    plan_count,
+    plan_reduction,
+    row_options,
+    target_strides,
+)
 from fused_kd.core.options import Options, outputs
 from fused_kd.reference import accumulation_dtype
 
@@ -35,7 +43,6 @@ def plan_zipf_ls(
     loss, parts, gradient, norm = made
     hyper, ignore_index, reduction, (need_gradient,), (gradient_scale,), *_ = options
     rows, positions, classes = dense.shape
-    probabilities = target.is_floating_point()
     per_row = reduction == "none"
     half, known = divided(target, reduction, student.dtype)
     launches: list[Launch] = []
@@ -52,31 +59,19 @@ def plan_zipf_ls(
     launches.append(planned("rank_votes", rows, arguments, meta))
 
     row_parts = parts if per_row else torch.empty((2, rows), dtype=loss.dtype, device=student.device)
-    unit = student.stride(1) == 1 and (not probabilities or target.stride(1) == 1)
-    matrices = [student, *([target] if probabilities else [])]
-    vector = 16 // min(t.element_size() for t in matrices) if unit else 1
+    unit = neighbours(target, (student,))
     config = layout.zipf_config(classes, wide=loss.dtype == torch.float64, neighbours=unit)
-    meta = {
-        "ACC": acc_types()[loss.dtype],
-        "ROWS": config.rows,
-        "BLOCK": config.block,
+    meta = row_options(target, (student,), loss.dtype, config) | {
         "VOTES": tile,
-        "VEC": math.gcd(vector, classes, *(t.stride(0) for t in matrices)),
-        "HELD": classes <= config.block,
-        "UNIT": unit,
-        "PROB": probabilities,
         "LINEAR": hyper.ce_weight != 0.0 and hyper.label_smoothing != 0.0,
         "GRAD": need_gradient,
         "COUNT": counts.how if need_gradient else 0,
         "HALF": half,
         "PER_ROW": per_row,
-        "num_warps": config.warps,
-        "maxnreg": config.registers,
     }
-    target_strides = target.stride() if probabilities else (target.stride(0), 0)
     arguments = (
         student, target, votes, ranks, voted, gradient, loss, row_parts, norm, counts.source, factors,
-        rows, positions, classes, *student.stride(), *target_strides, counts.items, ignore_index,
+        rows, positions, classes, *student.stride(), *target_strides(target), counts.items, ignore_index,
         hyper.beta, hyper.power, hyper.ce_weight, hyper.label_smoothing, gradient_scale * known, 1.0 / gradient_scale,
     )  # fmt: skip
     launches.append(planned("zipf_rows", -(-rows // config.rows), arguments, meta))
