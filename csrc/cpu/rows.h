@@ -57,6 +57,11 @@ FKD_INLINE int64_t block_length(int64_t classes, int64_t start) {
 }
 
 template <class A>
+FKD_INLINE bool is_finite(A x) {
+    return x - x == 0;
+}
+
+template <class A>
 FKD_INLINE A finite_or_zero(A x) {
     return x == -INFINITY ? A(0) : x;
 }

@@ -312,8 +312,8 @@ FKD_NOINLINE void combine(const TopKArgs& args, const Scratch<A>& scratch, int64
         const double sharp_by = result.sharp * by * (d == 0 ? 1 : exp(d));
         const A soft = A(single ? soft_by + sharp_by : soft_by), sharp = A(sharp_by);
         A* const out = same && !streamed ? own_row + j : scratch.gradient;
-        // A class with logit -inf has no gradient: if there may be one, read the student again.
-        const bool look = (constant != A(0) && block.blocked > 0) || soft != soft || sharp != sharp;
+        // A class with logit -inf has no gradient: if it might get one, read the student again.
+        const bool look = (constant != A(0) && block.blocked > 0) || !is_finite(soft) || !is_finite(sharp);
         const A* const s = look ? read(args.student, row, j, n, scratch.student) : nullptr;
         for_lanes<A>(n, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
             Vec<A> g = mul_add<A>(load(e_soft + j + i, lanes), soft, constant);

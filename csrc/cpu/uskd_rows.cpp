@@ -204,12 +204,12 @@ FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch,
         const int64_t n = block_length<A>(classes, j);
         const A* labels = with_probs ? read(args.target, row, j, n, scratch.probs) : nullptr;
         if (student.data) {
-            // A class with logit -inf has no gradient: its exponential and weight are 0, but labels, smoothing or a NaN
-            // in a batch mean may contribute.
-            const bool look = labels || smoothed || result.student != result.student;
+            const A a = A(result.student * s_scale), b = A(result.zipf * s_scale);
+            // A class with logit -inf has no gradient: its exponential and weight are 0, but labels, smoothing or a
+            // factor that is not finite may contribute.
+            const bool look = labels || smoothed || !is_finite(a) || !is_finite(b);
             const A* s = look ? read(args.student, row, j, n, scratch.student) : nullptr;
             A* const out = student.block(j, scratch.weak);
-            const A a = A(result.student * s_scale), b = A(result.zipf * s_scale);
             const A c = A(result.v * s_scale), constant = A(result.constant * s_scale);
             for_lanes<A>(n, [&](auto lanes, int64_t l) __attribute__((always_inline)) {
                 Vec<A> g = mul_add<A>(load(e_s + j + l, lanes), a, load(z + j + l, lanes) * b);

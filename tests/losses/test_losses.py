@@ -74,8 +74,8 @@ def test_within_budget(place, dtype, classes):
     if _interpreted(place) and classes not in (2, 3, 100, 1001):
         pytest.skip("too slow under Triton's interpreter")
     # The divergence of a single row may be next to nothing, which float32 formulas have fewer digits of.
-    # Of two rows that count DIST's columns have the correlation 1 or -1, and their gradient is rounding: eager's error in
-    # float32 is then from 6e-8 to 1e-4 over a dozen seeds at 100 classes, see below; of six rows it is 4e-8.
+    # Of two rows that count DIST's columns have the correlation 1 or -1, and their gradient is rounding, see below:
+    # eager's error in float32 is then from 6e-8 to 1e-4 over a dozen seeds at 100 classes; of six rows it is 4e-8.
     few = (0, 7) if loss == "dist" else (0, 3)
     for rows in few if name == "triton" or loss in ("js", "kd", "dkd") else (0, 1, 7):
         for options in check.OPTIONS[loss]:

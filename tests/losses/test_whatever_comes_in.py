@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from loss_cases import HERE, INF, function, has, make, mixed
 
-from fused_kd import Head, autograd, nkd_loss, ops
+from fused_kd import Head, TopK, autograd, nkd_loss, ops
 
 NAN = float("nan")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -217,3 +217,24 @@ def test_rows_of_a_head(loss, incoming):
         value.backward(torch.tensor([1.0, 1.0, incoming]))
         assert hidden.grad[:2].isfinite().all() and not hidden.grad[2].isfinite().any()
         assert row_weight is None or not hidden.grad[1].any()
+
+
+@pytest.mark.parametrize("loss", ("nkd", "kd", "dkd", "wsld", "js", "tf_kd", "uskd"))
+@pytest.mark.parametrize("incoming", (INF, NAN))
+def test_an_impossible_class_of_a_head(fused, loss, incoming):
+    """Its gradient is 0 whatever comes in for a row."""
+    name, device = fused
+    torch.manual_seed(0)
+    bias = torch.randn(40, device=device)
+    bias[7] = -INF
+    logits, target = torch.randn(3, 40, device=device), torch.tensor([1, 2, 3], device=device)
+    others = [[]] if loss == "tf_kd" else [[logits]]
+    if has(loss, "num_classes") and loss not in ("tf_kd", "js"):
+        others.append([TopK(*logits.log_softmax(1).topk(5), "bucket")])
+    for other in others:
+        hidden, weight = (torch.randn(rows, 5, device=device, requires_grad=True) for rows in (3, 40))
+        head = Head(hidden, weight, bias.clone().requires_grad_())
+        value = function(loss)(head, *other, target, ce_weight=1.0, reduction="none", backend=name)
+        value.backward(torch.tensor([1.0, incoming, 1.0], device=device))
+        assert not weight.grad[7].any() and not head.bias.grad[7].any()
+        assert hidden.grad[[0, 2]].isfinite().all() and not hidden.grad[1].isfinite().any()
