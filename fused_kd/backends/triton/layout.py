@@ -123,7 +123,8 @@ LOOPED_FLOAT32_REGISTERS, LOOPED_SHARP_REGISTERS, LOOPED_MIXED_REGISTERS = 72, 8
 LOOPED_SHARP_HALF_REGISTERS = 72
 #: Jensen–Shannon spills at 80, the limit for three programs of 8 warps. With 4 warps five fit on a multiprocessor.
 LOOPED_JS_REGISTERS, LOOPED_DIST_REGISTERS = 104, 128
-#: Registers with z-scores or smoothed labels. Probabilities and float64 of losses other than NKD take more.
+#: Registers with z-scores, probabilities or smoothed labels, so that two programs fit on a multiprocessor. Without it
+#: some take 130 to 160. z-scores with probabilities, and float64 of losses other than NKD, would spill.
 LOOPED_MOST_REGISTERS = 128
 
 
@@ -201,7 +202,7 @@ def row_config(
             registers = LOOPED_SHARP_HALF_REGISTERS if half else LOOPED_SHARP_REGISTERS
             registers = LOOPED_MIXED_REGISTERS if mixed else registers
     else:
-        registers = LOOPED_MOST_REGISTERS if plain or not (wide or probabilities) else everything
+        registers = LOOPED_MOST_REGISTERS if plain or not (wide or (probabilities and scores)) else everything
     return Looped(32 * warps, 16 // narrow, warps, registers)
 
 
