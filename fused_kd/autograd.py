@@ -167,7 +167,7 @@ def fused_loss(
     wanted = [tensor.requires_grad and torch.is_grad_enabled() for tensor in logits]
     op, numbers = choose_op(ops.LOSS_OPS[name], hyper)
     further = (*inputs, numbers, *options, *(wanted if saved is None else [False]), backend)
-    if torch.compiler.is_exporting():
+    if transforms.is_exporting():
         transforms.refuse_onnx()
         op = ops.EXPORTED_OPS[op]  # an export keeps only ops, so this one has an autograd kernel of its own
     elif any(wanted):

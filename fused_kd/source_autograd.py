@@ -89,7 +89,7 @@ def _apply(
     arguments between these and the hyper-parameters, and ``options`` those between these and the reduction."""
     transforms.refuse(*(each for each in tensors if each is not None))
     wanted = [each is not None and each.requires_grad and torch.is_grad_enabled() for each in tensors]
-    if any(wanted) and torch.compiler.is_exporting():
+    if any(wanted) and transforms.is_exporting():
         raise RuntimeError(_EXPORTED)
     op, numbers = autograd.choose_op(twins, hyper)
     further = (None, *inputs, numbers, *options, reduction, wanted, backend)

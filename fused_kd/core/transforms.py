@@ -81,6 +81,11 @@ def _refuse_tangents(tensors: tuple[Tensor, ...]) -> None:
         raise RuntimeError(_FORWARD_MODE)
 
 
+def is_exporting() -> bool:
+    """As torch.compiler.is_exporting, which PyTorch 2.11's compiler takes for True in every graph."""
+    return torch.compiler._is_exporting_flag
+
+
 def refuse_onnx() -> None:
     """Raise a RuntimeError in an export to ONNX through torch.export."""
     if _onnx_export():

@@ -147,7 +147,8 @@ class _Place:
         self.classes = checks.class_dimension(student, class_dim)
         got = f"got {self.placements}"
         for placement in self.placements:
-            if not placement.is_replicate() and type(placement) is not tensor.Shard:
+            # Not `is not`, which PyTorch 2.11's compiler takes for True here.
+            if not placement.is_replicate() and type(placement) != tensor.Shard:  # noqa: E721
                 raise ValueError(
                     "student_logits: expected a DTensor with placements Shard and Replicate; redistribute it, to "
                     f"Shard(-1) if the classes are to stay sharded; {got}"
