@@ -128,7 +128,7 @@ def check_in_process(build: Build, place: Path, options: argparse.Namespace) -> 
 def run_tests(build: Build, place: Path) -> None:
     tests = [str(ROOT / "tests" / name) for name in TESTS]
     # Override pyproject.toml's pythonpath, which would import the package of the work tree.
-    options = ["-q", "-p", "no:cacheprovider", "-o", f"pythonpath={place}"]
+    options = ["-q", "-p", "no:cacheprovider", "-o", f"pythonpath={place} {ROOT / 'tests' / 'support'}"]
     run([sys.executable, "-m", "pytest", *options, *tests], env=environment(build, place), cwd=place)
 
 
