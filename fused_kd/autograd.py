@@ -100,14 +100,13 @@ def savable(tensor: Tensor | None) -> Tensor | None:
 def _stored_gradients(ctx: Any, grad_output: Tensor | None, keep: bool = False) -> tuple[Tensor | None, ...]:
     """Return the gradient of each argument of ``apply``, of which the last are the logits."""
     needed = ctx.needs_input_grad
-    results: list[Tensor | None] = [None] * len(needed)
-    if grad_output is not None:
-        saved = ctx.saved_tensors  # once: checkpointing unpacks them only once
-        count = len(saved) // 2
-        for i in range(-count, 0):
-            if needed[i]:
-                gradient, norm = saved[i - count], saved[i]
-                results[i] = scale_stored(gradient, grad_output, norm, ctx.backend, keep)
+    if grad_output is None:
+        return (None,) * len(needed)
+    saved = ctx.saved_tensors  # once: checkpointing unpacks them only once
+    count = len(saved) // 2
+    results: list[Tensor | None] = [None] * (len(needed) - count)
+    for want, gradient, norm in zip(needed[-count:], saved[:count], saved[count:], strict=True):
+        results.append(scale_stored(gradient, grad_output, norm, ctx.backend, keep) if want else None)
     return tuple(results)
 
 
