@@ -158,7 +158,7 @@ FKD_NOINLINE RowResult row_pass(const RowArgs& args, const RowParams& params, co
         all.v_target = with_probs ? double(*read(args.target, row, y, 1, scratch.probs)) : 1.0;
     }
     const double shows = mode == kAlone ? all.linear : all.cross; // not finite if a class has logit -inf
-    if (!careful && !(shows - shows == 0 && all.s_soft - all.s_soft == 0))
+    if (!careful && !(is_finite(shows) && is_finite(all.s_soft)))
         return row_pass<A, single, true, mode>(args, params, scratch, row, y);
     if (piece && piece->stage == kStatistics) {
         put(all, 0, args, row);

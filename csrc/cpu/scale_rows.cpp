@@ -17,7 +17,7 @@ void scale_rows(const ScaleArgs& args) {
             A staging[kBlock<A>], one[1];
             const A factor = A(double(*read(factors, row, 0, 1, one)) * args.norm);
             if (factor == 1 && args.out == args.gradient) continue;
-            const bool finite = factor - factor == 0;
+            const bool finite = is_finite(factor);
             char* out = static_cast<char*>(args.out) + row * row_bytes;
             for (int64_t j = 0; j < args.classes; j += kBlock<A>) {
                 const int64_t n = block_length<A>(args.classes, j);
