@@ -166,6 +166,31 @@ def test_hugging_face_without_a_label(items):
     assert not torch.autograd.grad(loss, student)[0].any()
 
 
+def test_hugging_face_shifts_labels_and_copies_no_logits():
+    needs("transformers", "accelerate")
+    names = run_snippet("huggingface")
+    student, teacher = torch.randn(2, 2, 5, CLASSES)
+    labels = torch.randint(CLASSES, (2, 5))
+    given = []
+
+    def watched(*tensors, **options):
+        given.extend(tensors)
+        return nkd_loss(*tensors, **options)
+
+    names["nkd_loss"] = watched
+    trainer = SimpleNamespace(
+        teacher=lambda **_: SimpleNamespace(logits=teacher),
+        shift_labels=True,
+        weights={"ce_weight": 1.0},
+        args=SimpleNamespace(label_smoothing_factor=0.0),
+    )
+    outputs = SimpleNamespace(logits=student)
+    loss = names["DistillationTrainer"].compute_loss(trainer, lambda **_: outputs, {"labels": labels})
+    torch.testing.assert_close(loss, nkd_loss(student[:, :-1], teacher[:, :-1], labels[:, 1:], ce_weight=1.0))
+    for found, logits in zip(given, (student, teacher), strict=False):
+        assert found.data_ptr() == logits.data_ptr() and found.is_contiguous()
+
+
 def test_mmengine(tmp_path):
     needs("mmengine", "cv2")
     from mmengine.model import BaseModel
