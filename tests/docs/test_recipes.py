@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from types import ModuleType
 
 import pages
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from pages import needs, run_snippet
 from torch import nn
@@ -37,6 +39,26 @@ def same(loss, expected, *tensors):
     torch.testing.assert_close(loss, expected)
     found = torch.autograd.grad(loss, tensors, retain_graph=True)
     torch.testing.assert_close(found, torch.autograd.grad(expected, tensors, retain_graph=True))
+
+
+def test_the_schedule_compiles_once_more_for_all_epochs(monkeypatch):
+    module = ModuleType("schedule")  # PyTorch tells globals of no module apart at each compilation
+    monkeypatch.setitem(sys.modules, "schedule", module)
+    names = vars(module)
+    for block in pages.unnamed(pages.DOCS / "recipes" / "options.md"):
+        exec(block, names)
+        if "progress" in names:
+            break
+    progress, arguments = names["progress"], [names[name] for name in ("student_logits", "teacher_logits", "target")]
+    counter = torch._dynamo.testing.CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(names["criterion"], backend=counter, fullgraph=True)
+    for epoch in range(12):
+        progress["epoch"] = type(progress["epoch"])(epoch)
+        torch.testing.assert_close(compiled(*arguments), names["criterion"](*arguments))
+    assert counter.frame_count == 2
+    torch._dynamo.reset()
+
 
 
 def test_detection():
