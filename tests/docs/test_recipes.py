@@ -60,7 +60,6 @@ def test_the_schedule_compiles_once_more_for_all_epochs(monkeypatch):
     torch._dynamo.reset()
 
 
-
 def test_detection():
     student, teacher = torch.randn(2, 40, CLASSES + 1)
     labels = torch.randint(-1, CLASSES + 1, (40,))

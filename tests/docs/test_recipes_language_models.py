@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import worlds
-from pages import needs, run_snippet, training_arguments
+from pages import needs, run_snippet, snippet, training_arguments
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
@@ -144,6 +144,26 @@ def test_a_model_of_transformers(tmp_path, monkeypatch, record_property):
     logits = 4 * ids[:, 1:].numel() * vocabulary
     assert peaks["with_logits"] > 3 * logits
     assert peaks["with_heads"] < peaks["with_logits"] - 2 * logits
+
+
+def test_a_model_of_transformers_with_other_names():
+    needs("transformers")
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    source = snippet("language_model").replace("model.model", "model.base_model")
+    names = {}
+    exec(source.replace("model.lm_head", "model.get_output_embeddings()"), names)
+    shape = {"n_layer": 1, "n_head": 2, "n_positions": 8}
+    student, teacher = (
+        GPT2LMHeadModel(GPT2Config(vocab_size=padded, n_embd=width, **shape)).eval()
+        for width, padded in ((8, 16), (6, 14))
+    )
+    teacher.requires_grad_(False)
+    ids, labels = batch()
+    loss = names["distillation"](student, teacher, ids, labels, vocabulary=VOCABULARY)
+    expected = dense(student(ids).logits, teacher(ids).logits, labels, VOCABULARY)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradients(loss, student), gradients(expected, student))
 
 
 def distillation_module():
