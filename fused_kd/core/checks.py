@@ -33,8 +33,9 @@ class Rows(NamedTuple):
 def check_scalar(name: str, value: float, *, positive: bool = False) -> float:
     """Check a finite hyper-parameter, at least 0, or above 0 if ``positive``. Return it as a float."""
     if isinstance(value, Tensor):
+        given = f" of shape {tuple(value.shape)}" if value.dim() else f"; pass {name}.item()"
         learned = "; it cannot be learned, as no gradient flows to it" if value.requires_grad else ""
-        raise TypeError(f"{name}: expected a Python number, got a Tensor; pass {name}.item(){learned}")
+        raise TypeError(f"{name}: expected a Python number, got a Tensor{given}{learned}")
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt, Real)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     wanted = "a finite number above 0" if positive else "a finite number of at least 0"
@@ -78,7 +79,8 @@ def check_num_classes(name: str, value: int | None, most: int | None = None, of:
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+        given = repr(value) if isinstance(value, str) else type(value).__name__  # not all numbers of a Tensor
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {given}")
 
 
 def check_flag(name: str, value: bool) -> None:
@@ -125,13 +127,14 @@ def check_logits(name: str, logits: Tensor | None) -> Tensor:
     return logits
 
 
-def check_teacher_detached(teacher_logits: Tensor | None) -> None:
+def check_teacher_detached(teacher_logits: Tensor | None, student_logits: Tensor) -> None:
     if teacher_logits is not None and carries_gradient(teacher_logits):
+        swapped = "" if carries_gradient(student_logits) else ", while student_logits do not: are the two swapped?"
         raise ValueError(
             "teacher_logits: expected logits that do not require grad, since no backend gives the teacher a gradient; "
-            "got some that do. Run the teacher under torch.no_grad() or pass teacher_logits.detach(). If part of the "
-            "teacher must learn, such as a temperature that is a parameter, do not detach, since that stops its "
-            "gradient: write that loss in PyTorch"
+            f"got some that do{swapped or '.'} Run the teacher under torch.no_grad() or pass teacher_logits.detach(). "
+            "If part of the teacher must learn, such as a temperature that is a parameter, do not detach, since that "
+            "stops its gradient: write that loss in PyTorch"
         )
 
 
@@ -182,6 +185,13 @@ def class_dimension(student_logits: Tensor, class_dim: int | None, target: Tenso
     return class_dim % dims
 
 
+def padding_hint(student: tuple[int, ...], teacher: tuple[int, ...], dim: int) -> str:
+    """Return the end of a message: what to do if logits differ in nothing but the number of classes."""
+    if len(student) != len(teacher) or rows_shape(student, dim) != rows_shape(teacher, dim):
+        return ""
+    return "; if the last classes are padding, leave them out with a slice or num_classes"
+
+
 def rows_shape(shape: tuple[int, ...], dim: int) -> tuple[int, ...]:
     """Return the shape of the rows of logits: ``shape`` without the dimension ``dim`` of the classes."""
     return (*shape[:dim], *shape[dim + 1 :])
@@ -229,8 +239,9 @@ def flatten(
         where = "the last dimension" if dim == len(shape) - 1 else f"dimension {dim}"
         raise ValueError(f"student_logits: expected at least 2 classes in {where}, got shape {tuple(shape)}")
     if other is not None and other.shape != shape:
+        padded = padding_hint(tuple(shape), tuple(other.shape), dim) if other_name == "teacher_logits" else ""
         raise ValueError(
-            f"{other_name}: expected the shape of student_logits, {tuple(shape)}, got {tuple(other.shape)}"
+            f"{other_name}: expected the shape of student_logits, {tuple(shape)}, got {tuple(other.shape)}{padded}"
         )
     device = student_logits.device
     if other is not None and other.device != device:
@@ -253,21 +264,23 @@ def check_target(target: Tensor, shape: tuple[int, ...], dim: int, device: torch
     shape, or probabilities of the logits' shape."""
     if target.device != device:
         raise ValueError(f"target: expected the device of student_logits, {device}, got {target.device}")
+    one_hot = "; class probabilities must be floating point: target.float()" if target.shape == shape else ""
     if target.dtype in _INDEX_DTYPES:
         rows = rows_shape(shape, dim)
         if target.shape != rows:
             # (N, 1) indices are common in data loaders; published code reads them as soft labels of class 0.
             if target.shape != (*shape[:dim], 1, *shape[dim + 1 :]):
-                one_hot = "; class probabilities must be floating point: target.float()"
                 raise ValueError(
                     f"target: expected class indices of shape {tuple(rows)} for logits of shape {shape} with "
                     f"the classes in dimension {dim}, got {tuple(target.shape)}{_fits(shape, target)}"
-                    f"{one_hot if target.shape == shape else ''}"
+                    f"{one_hot}"
                 )
             target = target.squeeze(dim)
         return target if target.dtype == torch.int64 else target.to(torch.int64)
     if target.dtype not in _LOGIT_DTYPES:
-        raise TypeError(f"target: expected integer class indices or floating-point probabilities, got {target.dtype}")
+        raise TypeError(
+            f"target: expected integer class indices or floating-point probabilities, got {target.dtype}{one_hot}"
+        )
     if target.shape != shape:
         raise ValueError(
             f"target: expected class probabilities of shape {shape}, got {target.dtype} of shape "
@@ -319,7 +332,10 @@ def flatten_weight(
         return None
     check_tensor("weight", weight, "a Tensor with one weight per row, or None")
     if weight.dtype not in (*_LOGIT_DTYPES, torch.bool):
-        raise TypeError(f"weight: expected float64, float32, float16 or bfloat16 weights or a mask, got {weight.dtype}")
+        raise TypeError(
+            "weight: expected float64, float32, float16 or bfloat16 weights or a boolean mask, got "
+            f"{weight.dtype}; pass weight.bool() if it is a mask"
+        )
     if weight.shape != rows:
         of_classes = "; a weight per class is not supported: index it by the target, weight=class_weight[target]"
         raise ValueError(

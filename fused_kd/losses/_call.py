@@ -90,7 +90,7 @@ def row_loss(
             _, teacher_logits = first_classes("teacher_logits", teacher_logits, class_dim, num_classes)
     other_name = "teacher_logits" if "logit_standardization" in settings else None
     rows = checks.flatten(student_logits, teacher_logits, other_name, target, class_dim, labels)
-    checks.check_teacher_detached(teacher_logits)
+    checks.check_teacher_detached(teacher_logits, student_logits)
 
     def fused(
         rows: checks.Rows, weight: Tensor | None, hyper: list[float], settings: dict[str, Any], chosen: str, parts: bool

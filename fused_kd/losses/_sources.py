@@ -310,6 +310,7 @@ def _check_teacher(teacher: _Source, student: _Source) -> None:
     if teacher.shape != student.shape:
         raise ValueError(
             f"teacher_logits: expected the shape of student_logits, {student.shape}, got a source of {teacher.shape}"
+            f"{'' if student.span else checks.padding_hint(student.shape, teacher.shape, len(student.shape) - 1)}"
         )
     tensors = [each for each in teacher.rows[:3] if isinstance(each, Tensor)]
     device = student.rows.values.device

@@ -69,7 +69,7 @@ def decompose(
         >>> nkd_with_binary = parts.nkd_target + 1.5 * parts.nkd_non_target + 0.5 * parts.dkd_binary
     """
     rows = checks.flatten(student_logits, teacher_logits, "teacher_logits", target, class_dim)
-    checks.check_teacher_detached(teacher_logits)
+    checks.check_teacher_detached(teacher_logits, student_logits)
     options: dict[str, Any] = {"reduction": reduction, "ignore_index": ignore_index}
     options |= checked({"temperature": temperature}, options)
     checks.check_target_values(rows.target, None, rows.student_logits.shape[1], ignore_index)

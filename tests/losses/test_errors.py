@@ -12,17 +12,31 @@ from fused_kd.core.catalogue import LOSSES
 S, T, Y = torch.randn(4, 10), torch.randn(4, 10), torch.tensor([0, 1, 2, 9])
 
 REFUSALS = [
-    ((S, T[:3], Y), {}, ValueError, r"teacher_logits: expected the shape of student_logits, \(4, 10\), got \(3, 10\)"),
+    ((S, T[:, :9], Y), {}, ValueError, r"teacher_logits: .* got \(4, 9\); if the last .* a slice or num_classes$"),
+    (
+        (S, Head(S, torch.ones(12, 10)), Y),
+        {},
+        ValueError,
+        r"teacher_logits: .* got a source of \(4, 12\); if the last .* a slice or num_classes$",
+    ),
+    ((S, T[:3], Y), {}, ValueError, r"teacher_logits: expected the shape of student_logits, \(4, 10\), got \(3, 10\)$"),
     ((S, T, Y[:3]), {}, ValueError, r"target: expected class indices of shape \(4,\).* got \(3,\)"),
     ((S, T, Y.float()), {}, ValueError, r"target: expected class probabilities of shape \(4, 10\), got torch.float32"),
     ((S, T, Y.bool()), {}, TypeError, "target: expected integer class indices or floating-point .* got torch.bool"),
+    ((S, T, T > 0), {}, TypeError, r"target: expected .* got torch.bool; .* must be floating point: target.float\(\)$"),
     ((S.long(), T, Y), {}, TypeError, "student_logits: expected float64, float32, float16 or bfloat16 .* torch.int64"),
     ((S, T.long(), Y), {}, TypeError, "teacher_logits: expected float64, float32, float16 or bfloat16 .* torch.int64"),
     ((S.tolist(), T, Y), {}, TypeError, "student_logits: expected a Tensor, got list"),
     ((S, T, [0, 1, 2, 3]), {}, TypeError, "target: expected a Tensor, got list"),
     ((torch.tensor(1.0), T, Y), {}, ValueError, r"student_logits: expected logits of shape \(..., C\), got a scalar"),
     ((S[:, :1], T[:, :1], Y * 0), {}, ValueError, r"student_logits: expected at least 2 classes .* got shape \(4, 1\)"),
-    ((S, T.clone().requires_grad_(), Y), {}, ValueError, "teacher_logits: .* do not require grad.*detach"),
+    ((S, T.clone().requires_grad_(), Y), {}, ValueError, "teacher_logits: .* are the two swapped[?] Run the .*detach"),
+    (
+        (S.clone().requires_grad_(), T.clone().requires_grad_(), Y),
+        {},
+        ValueError,
+        "teacher_logits: .* do not require grad.* got some that do[.] Run the teacher .*detach",
+    ),
     (
         (S, T / torch.tensor(2.0, requires_grad=True), Y),
         {},
@@ -44,7 +58,8 @@ REFUSALS = [
     ((S, T, Y), {"gamma": -1.0}, ValueError, "gamma: expected a finite number of at least 0, got -1.0"),
     ((S, T, Y), {"ce_weight": float("inf")}, ValueError, "ce_weight: expected a finite number of at least 0, got inf"),
     ((S, T, Y), {"gamma": "1.5"}, TypeError, "gamma: expected a number, got str"),
-    ((S, T, Y), {"gamma": torch.tensor(1.5)}, TypeError, "gamma: expected a Python number, got a Tensor"),
+    ((S, T, Y), {"gamma": torch.tensor(1.5)}, TypeError, "gamma: expected a Python number, got a Tensor; .*item"),
+    ((S, T, Y), {"gamma": torch.ones(4)}, TypeError, r"gamma: expected a Python number, got a Tensor of shape \(4,\)$"),
     (
         (S, T, Y),
         {"reduction": "batchmean"},
@@ -60,6 +75,13 @@ REFUSALS = [
 def test_refusals(arguments, options, error, message):
     with pytest.raises(error, match=message):
         nkd_loss(*arguments, **options)
+
+
+def test_arguments_in_the_wrong_place():
+    with pytest.raises(TypeError, match=r"gamma: expected a Python number, got a Tensor of shape \(4, 10\)$"):
+        fused_kd.NKDLoss(S, T, Y)
+    with pytest.raises(ValueError, match=r"loss: expected one of 'nkd', .*, got Tensor$"):
+        fused_kd.explain(S, T)
 
 
 KINDS = {

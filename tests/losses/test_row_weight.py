@@ -198,7 +198,8 @@ def test_bad_weights(place):
     fails(TypeError, "weight: expected a Tensor with one weight per row, or None, got float", 0.5)
     fails(
         TypeError,
-        "weight: expected float64, float32, float16 or bfloat16 weights or a mask, got torch.int64",
+        "weight: expected float64, float32, float16 or bfloat16 weights or a boolean mask, got torch.int64; pass "
+        r"weight.bool\(\) if it is a mask",
         ones.long(),
     )
     fails(ValueError, r"weight: expected one per row, of shape \(6,\), got \(5,\)", ones[:5])
