@@ -51,6 +51,8 @@ def explain(
             reason = f"no kernel of {LOSSES[loss].title} for a TopK of rest={teacher_logits.rest!r}"
             reasons = {name: reason if name != "reference" else "chosen" for name in found.reasons}
             found = found._replace(chosen="reference", reasons=reasons)
+    if given and found.chosen == "reference":
+        how[:2] = ["the reference makes all logits of all rows at once"]
     return found._replace(how=tuple(line for line in how if line))
 
 

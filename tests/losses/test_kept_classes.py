@@ -188,6 +188,8 @@ def test_explain_says_what_runs_for_a_source():
     explanation = fused_kd.explain(hidden, "js", TopK(*kept, rest="uniform"))
     assert explanation.chosen == "reference"
     assert "no kernel of Jensen–Shannon for a TopK of rest='uniform'" in explanation.reasons["native"]
+    eager = ("the reference makes all logits of all rows at once",)
+    assert explanation.how == fused_kd.explain(Head(hidden.to("meta"), weight.to("meta")), "nkd").how == eager
     for loss, *sources in (
         ("zipf_ls", Head(hidden, weight)),
         ("uskd", ClassShard(hidden, 0, 16)),
