@@ -37,6 +37,25 @@ def as_published(loss, case, tensors):
         torch.testing.assert_close(tensors[name].grad, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning")
+def test_written_by_hand():
+    torch.manual_seed(0)
+    student, teacher = (3 * torch.randn(2, 3, 9, dtype=torch.float64) for _ in range(2))
+    target = torch.randint(9, (2, 3))
+    flat = [each.flatten(0, 1) for each in (student, teacher, target)]
+
+    def theirs(student, teacher, reduction="batchmean"):
+        return F.kl_div((student / 3).log_softmax(-1), (teacher / 3).softmax(-1), reduction=reduction)
+
+    ours = fused_kd.kd_loss(student, teacher, temperature=3.0)
+    torch.testing.assert_close(ours, 9 * theirs(*flat[:2]))
+    torch.testing.assert_close(ours / 9, theirs(*flat[:2]))
+    torch.testing.assert_close(ours * 3, 9 * theirs(student, teacher))
+    torch.testing.assert_close(ours / 9, 9 * theirs(student, teacher, "mean"))
+    both = 0.3 * ours + 0.7 * F.cross_entropy(flat[0], flat[2])
+    torch.testing.assert_close(0.3 * fused_kd.kd_loss(*flat, temperature=3.0, ce_weight=0.7 / 0.3), both)
+
+
 @golden("nkd", "uskd")
 def test_cls_kd(case):
     tensors, params = inputs_of(case), dict(case["params"])
