@@ -318,9 +318,11 @@ def _check_teacher(teacher: _Source, student: _Source) -> None:
         if tensor.device != device:
             raise ValueError(f"teacher_logits: expected the device of student_logits, {device}, got {tensor.device}")
     if any(map(carries_gradient, tensors)):
+        learns = any(isinstance(each, Tensor) and carries_gradient(each) for each in student.rows[:3])
         raise ValueError(
             "teacher_logits: expected a source whose tensors do not require grad, since no backend gives the teacher a "
             "gradient; detach its hidden states, weight and bias"
+            f"{'' if learns else '. The tensors of student_logits require none: are the two swapped?'}"
         )
 
 
