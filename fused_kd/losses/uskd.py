@@ -301,12 +301,14 @@ class USKDLoss(Criterion):
                 f"in dimension {dim}, which is class_dim, got {shape}"
             )
         wanted = (*shape[:dim], width, *shape[dim + 1 :])
-        maps = f" or ({shape[0]}, {width}, H, W)" if len(shape) == 2 and dim == 1 else ""
-        averaged = bool(maps) and feature.dim() == 4
+        maps = len(shape) == 2 and dim == 1
+        averaged = maps and feature.dim() == 4
         if tuple(feature.shape[:2] if averaged else feature.shape) != wanted:
+            # Not before: a size in a text is a constant of a compiled graph, and each number of rows took one.
+            or_maps = f" or ({shape[0]}, {width}, H, W)" if maps else ""
             raise ValueError(
-                f"feature: expected shape {wanted}{maps}, of in_features={width} and as many rows as student_logits, "
-                f"got {tuple(feature.shape)}"
+                f"feature: expected shape {wanted}{or_maps}, of in_features={width} and as many rows as "
+                f"student_logits, got {tuple(feature.shape)}"
             )
         return dim, averaged
 

@@ -276,6 +276,24 @@ def test_modules_compile_only_once_more_when_hyper_parameters_change(loss):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_modules_compile_only_once_more_for_all_numbers_of_rows(loss):
+    """A size that a message mentions becomes a constant of the graph, if the text is made before there is an error."""
+    if backends.choose("auto", "cpu", loss) == "reference":
+        pytest.skip("the reference is ordinary PyTorch")
+    module = getattr(fused_kd, LOSSES[loss].module)(*([5, 9] if loss == "uskd" else ()))
+    counter = torch._dynamo.testing.CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend=counter, fullgraph=True)
+    for rows in (3, 4, 6, 7):
+        student, others, target = make(loss, rows, dtype=torch.float32)
+        if loss == "uskd":
+            others = [torch.randn(rows, 5, 2, 2)]
+        torch.testing.assert_close(compiled(student, *others, target), module(student, *others, target))
+    assert counter.frame_count == 2
+    torch._dynamo.reset()
+
+
 @here
 def test_ends_of_jensen_shannon(place):
     loss, name, device = place
