@@ -5,11 +5,10 @@ import re
 import pytest
 from tree import FOLDERS, ROOT, SOURCES
 
-from fused_kd.backends import topk
 from fused_kd.backends.native.staged import FIELDS
-from fused_kd.backends.staged import STAGES
 from fused_kd.core.catalogue import BITS, KIND_SHIFT, LOSSES, REST_NUMBERS, ROW_LOSSES
 from fused_kd.core.options import HyperParameters
+from fused_kd.core.pieces import STAGES, TOPK_FIELDS
 
 PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "Makefile", *(ROOT / "benchmarks").glob("*.md")]
@@ -90,7 +89,7 @@ def test_what_a_stage_ends_with_has_one_number():
     """In Python and in C++; Triton's kernels have it from their own statistics."""
     header = (ROOT / "csrc/cpu/kernels.h").read_text()
     fields = {name.lower(): int(number) for name, number in re.findall(r"k(\w+)Fields = (\d+);", header)}
-    assert fields.pop("topk") == topk.FIELDS
+    assert fields.pop("topk") == TOPK_FIELDS
     assert {**fields, "gradient": 0} == FIELDS
     (enum,) = re.findall(r"enum Stage \{([^}]*)\}", header)
     assert {name.lower(): int(number) for name, number in re.findall(r"k(\w+) = (\d+)", enum)} == STAGES

@@ -30,7 +30,7 @@ from fused_kd.backends.triton.kernels.topk_losses import Row, resolve
 
 SHARP, LINEAR = tl.constexpr(1), tl.constexpr(2)
 _NEG_INF = tl.constexpr(float("-inf"))
-#: Numbers of rest_statistics beside the logits of kept classes: see :data:`fused_kd.backends.topk.FIELDS`.
+#: Numbers of rest_statistics beside the logits of kept classes: see :data:`fused_kd.core.pieces.TOPK_FIELDS`.
 _FIELDS = tl.constexpr(5)
 
 
