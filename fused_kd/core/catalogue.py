@@ -92,7 +92,7 @@ def as_run(loss: str, beta: float) -> str:
 
 
 def has_column_term(loss: str, hyper: HyperParameters | None = None) -> bool:
-    """Whether a row loss has a term of the batch's columns, which couples all rows. Without ``hyper``: whether it may."""
+    """Whether a row loss has a term of the batch's columns, which couples all rows; without ``hyper``: may have one."""
     return "columns" in ROW_LOSSES[loss].needs and (hyper is None or hyper.gamma != 0.0)
 
 

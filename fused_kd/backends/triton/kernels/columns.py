@@ -24,12 +24,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fused_kd.backends.triton.kernels.constants import LOG2E, NEG_INF
 from fused_kd.backends.triton.kernels.pointwise import column_stride, correlation_terms
-from fused_kd.backends.triton.kernels.rows import LOG2E, kernel, load_factor, load_fields, store_fields, zero_if_empty
+from fused_kd.backends.triton.kernels.rows import kernel, load_factor, load_fields, store_fields, zero_if_empty
 from fused_kd.backends.triton.kernels.targets import load_tile
 from fused_kd.backends.triton.kernels.tiles import lane_columns
-
-_NEG_INF = tl.constexpr(float("-inf"))
 
 
 @triton.jit
@@ -59,16 +58,16 @@ def _deviation(
     number = tl.zeros([ROWS * LANES], ACC)
     for start in range(0, classes, LANES * WIDTH):
         cols = start + lane_cols
-        x = load_tile(view, cols, counted[:, None] & (cols < classes), _NEG_INF, UNIT, ACC)
-        total += tl.sum(tl.where(x == _NEG_INF, 0.0, x - about[:, None]), 1)
-        number += tl.sum(tl.where(x == _NEG_INF, 0.0, 1.0).to(ACC), 1)
+        x = load_tile(view, cols, counted[:, None] & (cols < classes), NEG_INF, UNIT, ACC)
+        total += tl.sum(tl.where(x == NEG_INF, 0.0, x - about[:, None]), 1)
+        number += tl.sum(tl.where(x == NEG_INF, 0.0, 1.0).to(ACC), 1)
     number = _row_totals(number, ROWS, LANES)
     mean = about + _row_totals(total, ROWS, LANES) / tl.maximum(number, 1.0)
     square = tl.zeros([ROWS * LANES], ACC)
     for start in range(0, classes, LANES * WIDTH):
         cols = start + lane_cols
-        x = load_tile(view, cols, counted[:, None] & (cols < classes), _NEG_INF, UNIT, ACC)
-        centred = tl.where(x == _NEG_INF, 0.0, x - mean[:, None])
+        x = load_tile(view, cols, counted[:, None] & (cols < classes), NEG_INF, UNIT, ACC)
+        centred = tl.where(x == NEG_INF, 0.0, x - mean[:, None])
         square += tl.sum(centred * centred, 1)
     return tl.sqrt(_row_totals(square, ROWS, LANES) / tl.maximum(number - 1.0, 1.0))
 
@@ -83,11 +82,11 @@ def _normalize(
     if STD:
         scale /= _deviation(view, counted, lane_cols, classes, ROWS, LANES, WIDTH, UNIT, ACC) + 1e-7
     scale /= temperature
-    lane_maximum = tl.full([ROWS * LANES], _NEG_INF, ACC)
+    lane_maximum = tl.full([ROWS * LANES], NEG_INF, ACC)
     total = tl.zeros([ROWS * LANES], ACC)
     for start in range(0, classes, LANES * WIDTH):
         cols = start + lane_cols
-        x = load_tile(view, cols, counted[:, None] & (cols < classes), _NEG_INF, UNIT, ACC)
+        x = load_tile(view, cols, counted[:, None] & (cols < classes), NEG_INF, UNIT, ACC)
         higher = tl.maximum(lane_maximum, tl.max(x, 1))
         origin = zero_if_empty(higher)
         total = total * tl.exp2((lane_maximum - origin) * scale)
@@ -145,7 +144,7 @@ def normalize_rows(
 @triton.jit
 def _probabilities(view, states, rows, row, inside, cols, mask, UNIT: tl.constexpr, ACC: tl.constexpr):
     maximum, scale, share = load_fields(states, rows, row, inside, 3)
-    x = load_tile(view, cols, mask, _NEG_INF, UNIT, ACC)
+    x = load_tile(view, cols, mask, NEG_INF, UNIT, ACC)
     return tl.exp2((x - maximum[:, None]) * scale[:, None]) * share[:, None]
 
 
@@ -155,8 +154,8 @@ def _merge(number, mean_p, mean_q, pp, pq, qq):
     total = tl.sum(number, 0)
     by = 1.0 / tl.maximum(total, 1.0)
     # Relative to the largest mean, so that equal means stay exact.
-    about_p = zero_if_empty(tl.max(tl.where(number > 0.0, mean_p, _NEG_INF), 0))
-    about_q = zero_if_empty(tl.max(tl.where(number > 0.0, mean_q, _NEG_INF), 0))
+    about_p = zero_if_empty(tl.max(tl.where(number > 0.0, mean_p, NEG_INF), 0))
+    about_q = zero_if_empty(tl.max(tl.where(number > 0.0, mean_q, NEG_INF), 0))
     new_p = about_p + tl.sum(number * (mean_p - about_p[None, :]), 0) * by
     new_q = about_q + tl.sum(number * (mean_q - about_q[None, :]), 0) * by
     d_p = mean_p - new_p[None, :]

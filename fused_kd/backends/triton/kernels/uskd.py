@@ -27,6 +27,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fused_kd.backends.triton.kernels.constants import LOG2E, NEG_INF
 from fused_kd.backends.triton.kernels.on_chip import COUNT_BLOCK, gradient_scale, mean_divisor
 from fused_kd.backends.triton.kernels.rows import as_scalars, kernel, load_factor, narrowed, store_fields, sum_items
 from fused_kd.backends.triton.kernels.targets import (
@@ -50,8 +51,6 @@ from fused_kd.backends.triton.kernels.uskd_rows import (
 )
 from fused_kd.backends.triton.kernels.values import Walk
 
-_NEG_INF = tl.constexpr(float("-inf"))
-_LOG2E = tl.constexpr(1.4426950408889634)
 #: The class of a row that does not count, where another kernel's rows have their first target or -1.
 _IGNORED = tl.constexpr(-2)
 
@@ -96,7 +95,7 @@ def target_probabilities(
 ):
     """row_sums (3, rows): p_k^2, or p_k, of the first and of the second target, and 1 if the row counts."""
     WALK: tl.constexpr = Walk(ROWS, BLOCK, HELD, UNIT, PROB, False)
-    k = tl.full((), _LOG2E, ACC)
+    k = tl.full((), LOG2E, ACC)
     classes = classes // VEC * VEC
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
@@ -152,7 +151,7 @@ def _keys_and_weak_gradient(
 ):  # fmt: skip
     """The rank keys of a tile; writes the tile of the weak logits' gradient."""
     cols, mask = tile_at(start, counted, classes, WALK)
-    w = load_tile(views[1], cols, mask, _NEG_INF, WALK.UNIT, ACC)
+    w = load_tile(views[1], cols, mask, NEG_INF, WALK.UNIT, ACC)
     d_w = w - m_w[:, None]
     if GRAD:
         v = w
@@ -163,7 +162,7 @@ def _keys_and_weak_gradient(
         pointers = gradient + (row * classes)[:, None] + cols
         stored = inside[:, None] & (cols < classes)
         tl.store(pointers, narrowed(g, gradient.dtype.element_ty), mask=stored)
-    d_s = load_tile(views[0], cols, mask, _NEG_INF, WALK.UNIT, ACC) - m_s[:, None]
+    d_s = load_tile(views[0], cols, mask, NEG_INF, WALK.UNIT, ACC) - m_s[:, None]
     # Adding 0 makes -0 equal to 0 in its bits too.
     return rank_keys(d_s, d_w, cols, targets, key[0], key[1], k, RANK) + 0.0
 
@@ -223,7 +222,7 @@ def ranked_on_chip(
     descend, above the class, which thus breaks ties. After that the student's logits are read again in that order, from
     the nearest cache, and its gradient is written in it: that is less to move than ranks to be brought back."""
     WALK: tl.constexpr = Walk(ROWS, BLOCK, HELD, UNIT, PROB, LINEAR)
-    k = tl.full((), _LOG2E, ACC)
+    k = tl.full((), LOG2E, ACC)
     classes = classes // VEC * VEC
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
@@ -260,10 +259,10 @@ def ranked_on_chip(
 
     in_row = position < classes
     mask = counted[:, None] & in_row
-    s = load_tile(views[0], cols, mask, _NEG_INF, UNIT, ACC)
+    s = load_tile(views[0], cols, mask, NEG_INF, UNIT, ACC)
     z = 1.0 / (position + 1).to(ACC)
     d_s = s - stats[0][:, None]
-    takes = (s != _NEG_INF) & (cols != targets[0][:, None]) & (cols != targets[1][:, None])
+    takes = (s != NEG_INF) & (cols != targets[0][:, None]) & (cols != targets[1][:, None])
     zipf_sum = tl.sum(tl.where(takes, z, 0.0), 1)
     zipf_cross = tl.sum(tl.where(takes, z * d_s, 0.0), 1)
     beta, ce_weight, smoothing = as_scalars((beta, ce_weight, smoothing), ACC)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
+from fused_kd.backends.triton.kernels.constants import LOG2E, NEG_INF
 from fused_kd.backends.triton.kernels.on_chip import gradient_scale, mean_divisor
 from fused_kd.backends.triton.kernels.rows import as_scalars, kernel, load_factor, load_fields, narrowed, store_fields
 from fused_kd.backends.triton.kernels.targets import (
@@ -23,8 +24,6 @@ from fused_kd.backends.triton.kernels.targets import (
 )
 from fused_kd.backends.triton.kernels.uskd import (
     _IGNORED,
-    _LOG2E,
-    _NEG_INF,
     _keys_and_weak_gradient,
     _store_norms,
     _terms,
@@ -81,7 +80,7 @@ def write_keys(
     """Keys of ROWS rows, the parts that need no ranks, the weak logits' gradient; and what combine_ranked needs:
     states (6, rows), and as columns (2, rows) the targets."""
     WALK: tl.constexpr = Walk(ROWS, BLOCK, HELD, UNIT, PROB, LINEAR)
-    k = tl.full((), _LOG2E, ACC)
+    k = tl.full((), LOG2E, ACC)
     classes = classes // VEC * VEC
     local_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row = first + local_row
@@ -176,7 +175,7 @@ def combine_ranked(
 ):
     """The part that waits for the ranks, and the student's gradient."""
     WALK: tl.constexpr = Walk(ROWS, BLOCK, HELD, UNIT, PROB, LINEAR)
-    k = tl.full((), _LOG2E, ACC)
+    k = tl.full((), LOG2E, ACC)
     classes = classes // VEC * VEC
     local_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row = first + local_row
@@ -193,9 +192,9 @@ def combine_ranked(
     cross = tl.zeros([ROWS, BLOCK], ACC)
     for start in range(0, BLOCK if HELD else classes, BLOCK):
         cols, mask = tile_at(start, counted, classes, WALK)
-        s = load_tile(view, cols, mask, _NEG_INF, UNIT, ACC)
+        s = load_tile(view, cols, mask, NEG_INF, UNIT, ACC)
         z = load_tile(of_rank, cols, mask, 0.0, True, ACC)
-        takes = (s != _NEG_INF) & (cols != targets[0][:, None]) & (cols != targets[1][:, None])
+        takes = (s != NEG_INF) & (cols != targets[0][:, None]) & (cols != targets[1][:, None])
         sums += tl.where(takes, z, 0.0)
         cross += tl.where(takes, z * (s - m_s[:, None]), 0.0)
     beta, ce_weight, smoothing = as_scalars((beta, ce_weight, smoothing), ACC)
@@ -220,7 +219,7 @@ def combine_ranked(
         labels = (target + row * (target_row // VEC * VEC if PROB else target_row), target_col)
         for start in range(0, BLOCK if HELD else classes, BLOCK):
             cols, mask = tile_at(start, counted, classes, WALK)
-            s = load_tile(view, cols, mask, _NEG_INF, UNIT, ACC)
+            s = load_tile(view, cols, mask, NEG_INF, UNIT, ACC)
             z = load_tile(of_rank, cols, mask, 0.0, True, ACC)
             v = s
             if PROB:
