@@ -120,8 +120,8 @@ def _outside() -> int:
 
 # In a compiled graph too, while it is traced. This is what torch.compiler.assume_constant_result does; the decorator
 # itself imports the whole compiler.
-for _function in (_choose, warn_of_reference):
-    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+warn_of_reference._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose(backend: str, device: torch.device | str, loss: str = "nkd") -> str:

@@ -154,8 +154,8 @@ def _rows(
     if isinstance(teacher, SourceRows):
         assert teacher.indices is not None
         kept = (teacher.values[rows], teacher.indices[rows], teacher.rest)
-        piece = None if exchange is None else TopKPiece(span.first_class, span.num_classes, exchange)
-        loss, parts, gradient = topk.row_loss(kernels, logits, *kept, target, factors, options, piece)
+        here = None if exchange is None else TopKPiece(span.first_class, span.num_classes, exchange)
+        loss, parts, gradient = topk.row_loss(kernels, logits, *kept, target, factors, options, here)
         return loss, parts, logits if gradient is None else gradient
     if exchange is None:
         loss, parts, gradient, _ = kernels.row_loss(logits, teacher, target, factors, None, options)
