@@ -6,7 +6,6 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from fused_kd import reference
 from fused_kd.losses._call import row_loss
 from fused_kd.losses._criterion import Scheduled, UnlabelledCriterion
 from fused_kd.losses._docs import documented
@@ -87,7 +86,6 @@ def dist_loss(
     """
     return row_loss(
         "dist",
-        reference.dist_loss,
         DISTParts,
         (student_logits, teacher_logits, target),
         {

@@ -6,7 +6,6 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from fused_kd import reference
 from fused_kd.losses._call import row_loss
 from fused_kd.losses._criterion import Scheduled, TeacherCriterion
 from fused_kd.losses._docs import WITH_A_TEACHER, documented
@@ -78,7 +77,6 @@ def dkd_loss(
     """
     return row_loss(
         "dkd",
-        reference.dkd_loss,
         LossParts,
         (student_logits, teacher_logits, target),
         {

@@ -6,7 +6,6 @@ from typing import ClassVar, Literal, overload
 
 from torch import Tensor
 
-from fused_kd import reference
 from fused_kd.core import checks
 from fused_kd.losses._call import row_loss
 from fused_kd.losses._criterion import Scheduled, UnlabelledCriterion
@@ -82,7 +81,6 @@ def js_loss(
     checks.check_share("beta", beta)
     return row_loss(
         "js",
-        reference.js_loss,
         DistillationParts,
         (student_logits, teacher_logits, target),
         {"beta": beta, "temperature": temperature, "ce_weight": ce_weight, "label_smoothing": label_smoothing},

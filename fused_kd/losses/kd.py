@@ -6,7 +6,6 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from fused_kd import reference
 from fused_kd.losses._call import row_loss
 from fused_kd.losses._criterion import Scheduled, UnlabelledCriterion
 from fused_kd.losses._docs import WITH_A_TEACHER, documented
@@ -68,7 +67,6 @@ def kd_loss(
     """
     return row_loss(
         "kd",
-        reference.kd_loss,
         DistillationParts,
         (student_logits, teacher_logits, target),
         {"temperature": temperature, "ce_weight": ce_weight, "label_smoothing": label_smoothing},

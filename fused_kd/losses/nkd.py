@@ -6,7 +6,6 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from fused_kd import reference
 from fused_kd.losses._call import row_loss
 from fused_kd.losses._criterion import Scheduled, TeacherCriterion
 from fused_kd.losses._docs import WITH_A_TEACHER, documented
@@ -78,7 +77,6 @@ def nkd_loss(
     """
     return row_loss(
         "nkd",
-        reference.nkd_loss,
         LossParts,
         (student_logits, teacher_logits, target),
         {"gamma": gamma, "temperature": temperature, "ce_weight": ce_weight, "label_smoothing": label_smoothing},

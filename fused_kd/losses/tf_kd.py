@@ -6,7 +6,6 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from fused_kd import reference
 from fused_kd.losses._call import row_loss
 from fused_kd.losses._criterion import Criterion, Scheduled
 from fused_kd.losses._docs import documented
@@ -77,7 +76,6 @@ def tf_kd_loss(
     """
     return row_loss(
         "tf_kd",
-        reference.tf_kd_loss,
         DistillationParts,
         (student_logits, None, target),
         {"correct": correct, "temperature": temperature, "ce_weight": ce_weight, "label_smoothing": label_smoothing},

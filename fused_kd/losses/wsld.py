@@ -6,7 +6,6 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from fused_kd import reference
 from fused_kd.losses._call import row_loss
 from fused_kd.losses._criterion import Scheduled, TeacherCriterion
 from fused_kd.losses._docs import WITH_A_TEACHER, documented
@@ -76,7 +75,6 @@ def wsld_loss(
     """
     return row_loss(
         "wsld",
-        reference.wsld_loss,
         DistillationParts,
         (student_logits, teacher_logits, target),
         {"alpha": alpha, "temperature": temperature, "ce_weight": ce_weight, "label_smoothing": label_smoothing},
