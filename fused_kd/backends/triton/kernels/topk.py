@@ -43,7 +43,7 @@ def _indices(indices, row, kept, indices_row, indices_col, read, KEPT: tl.conste
 
 @kernel
 def mark_kept(
-    target, indices, factors, marks, state, rows: tl.int64, num_classes: tl.int32, words: tl.int64, kept: tl.int32,
+    target, indices, factors, marks, state, num_classes: tl.int32, words: tl.int64, kept: tl.int32,
     ignore_index: tl.int64, indices_row: tl.int64, indices_col: tl.int64, KEPT: tl.constexpr,
 ):  # fmt: skip
     """Fill ``marks``, which start as 0, and ``state``. KEPT is at least the number of threads, so each thread has its

@@ -51,9 +51,6 @@ from fused_kd.backends.triton.kernels.uskd_rows import (
 )
 from fused_kd.backends.triton.kernels.values import Walk
 
-#: The class of a row that does not count, where another kernel's rows have their first target or -1.
-_IGNORED = tl.constexpr(-2)
-
 
 @triton.jit
 def batch_means(batch_sums, rows, BY_ROW: tl.constexpr, ACC: tl.constexpr):
@@ -67,7 +64,7 @@ def batch_means(batch_sums, rows, BY_ROW: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def _store_norms(norms, values, row, ACC: tl.constexpr):
+def store_norms(norms, values, row, ACC: tl.constexpr):
     tl.store(norms[0] + row * 0, tl.full(row.shape, values[0], ACC), mask=row == 0)
     tl.store(norms[1] + row * 0, tl.full(row.shape, values[1], ACC), mask=row == 0)
 
@@ -121,7 +118,7 @@ def target_probabilities(
 
 
 @triton.jit
-def _terms(
+def unranked_terms(
     views, targets, counted, valid, labels, means, alpha, mu, ce_weight, smoothing, classes, k,
     WALK: tl.constexpr, RANK: tl.constexpr, SQUARE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -144,7 +141,7 @@ def _terms(
 
 
 @triton.jit
-def _keys_and_weak_gradient(
+def keys_and_weak_gradient(
     views, targets, counted, labels, of_weak, key, m_s, m_w, poison, gradient, by, factors, row, inside, start,
     classes, k,
     WALK: tl.constexpr, RANK: tl.constexpr, GRAD: tl.constexpr, ACC: tl.constexpr,
@@ -237,7 +234,7 @@ def ranked_on_chip(
         factor = load_factor(factors, 0, rows, row, inside, ACC)
         counted &= factor != 0.0
     means = batch_means(batch_sums, rows, BY_ROW, ACC)
-    row_parts, of_student, of_weak, key_terms, stats, poison = _terms(
+    row_parts, of_student, of_weak, key_terms, stats, poison = unranked_terms(
         views, targets, counted, valid, labels, means, alpha, mu, ce_weight, smoothing, classes, k,
         WALK, RANK, SQUARE, ACC,
     )  # fmt: skip
@@ -246,7 +243,7 @@ def ranked_on_chip(
     if factors is not None:
         row_parts = (row_parts[0] * factor, row_parts[1] * factor, row_parts[2] * factor)
         by *= load_factor(factors, 2, rows, row, inside, ACC)
-    key = _keys_and_weak_gradient(
+    key = keys_and_weak_gradient(
         views, targets, counted, labels, of_weak, key_terms, stats[0], stats[2], poison, weak_gradients, by, factors,
         row, inside, 0, classes, k, WALK, RANK, GRAD_W, ACC,
     )  # fmt: skip
@@ -273,7 +270,7 @@ def ranked_on_chip(
     store_fields(parts, (row_parts[0], non_target, row_parts[1], row_parts[2]), rows, row, inside)
     if PER_ROW:
         tl.store(loss + row, row_parts[0] + non_target + row_parts[1] + row_parts[2], mask=inside)
-        _store_norms((student_norm, weak_norm), (student_norm_value, weak_norm_value), row, ACC)
+        store_norms((student_norm, weak_norm), (student_norm_value, weak_norm_value), row, ACC)
     if GRAD_S:
         v = s
         if PROB:

@@ -23,14 +23,16 @@ from fused_kd.backends.triton.kernels.targets import (
     tile_at,
 )
 from fused_kd.backends.triton.kernels.uskd import (
-    _IGNORED,
-    _keys_and_weak_gradient,
-    _store_norms,
-    _terms,
     batch_means,
+    keys_and_weak_gradient,
+    store_norms,
+    unranked_terms,
 )
 from fused_kd.backends.triton.kernels.uskd_rows import rank_terms
 from fused_kd.backends.triton.kernels.values import Walk
+
+#: The class of a row that does not count, where another kernel's rows have their first target or -1.
+_IGNORED = tl.constexpr(-2)
 
 
 @kernel
@@ -96,7 +98,7 @@ def write_keys(
         factor = load_factor(factors, 0, rows, row, inside, ACC)
         counted &= factor != 0.0
     means = batch_means(batch_sums, rows, False, ACC)
-    row_parts, of_student, of_weak, key_terms, stats, poison = _terms(
+    row_parts, of_student, of_weak, key_terms, stats, poison = unranked_terms(
         views, targets, counted, valid, labels, means, alpha, mu, ce_weight, smoothing, classes, k,
         WALK, RANK, SQUARE, ACC,
     )  # fmt: skip
@@ -111,7 +113,7 @@ def write_keys(
     if factors is not None:
         by *= load_factor(factors, 2, rows, row, inside, ACC)
     for start in range(0, BLOCK if HELD else classes, BLOCK):
-        key = _keys_and_weak_gradient(
+        key = keys_and_weak_gradient(
             views, targets, counted, labels, of_weak, key_terms, stats[0], stats[2], poison, weak_gradients, by,
             factors, row, inside, start, classes, k, WALK, RANK, GRAD_W, ACC,
         )  # fmt: skip
@@ -208,7 +210,7 @@ def combine_ranked(
         total = tl.load(parts + row, mask=inside, other=0.0) + non_target
         total += tl.load(parts + 2 * rows + row, mask=inside, other=0.0)
         tl.store(loss + row, total + tl.load(parts + 3 * rows + row, mask=inside, other=0.0), mask=inside)
-        _store_norms((student_norm, weak_norm), (student_norm_value, weak_norm_value), row, ACC)
+        store_norms((student_norm, weak_norm), (student_norm_value, weak_norm_value), row, ACC)
     if GRAD_S:
         divisor = mean_divisor(counts, target_row, count_items, ignore_index, COUNT)
         by = gradient_scale(student_scale, divisor, ACC, HALF_S)

@@ -54,7 +54,6 @@ def find_votes(
     dense,
     target,
     votes,
-    rows: tl.int64,
     positions: tl.int32,
     classes: tl.int32,
     dense_row: tl.int64,

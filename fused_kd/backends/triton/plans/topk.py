@@ -109,7 +109,7 @@ def plan_topk(given: Rows, rest: str, options: Options, made: tuple[Tensor, Tens
         planned(
             "mark_kept", rows,
             (
-                target, indices, factors, marks, state, rows, num_classes, words, kept, options.ignore_index,
+                target, indices, factors, marks, state, num_classes, words, kept, options.ignore_index,
                 *indices.stride(),
             ),
             few,

@@ -92,5 +92,5 @@ def _plan_votes(dense: Tensor, target: Tensor, votes: Tensor, ignore_index: int)
         "num_warps": config.warps,
         "maxnreg": 255,  # left alone the compiler may spill to reach a rounder occupancy
     }
-    arguments = (dense, target, votes, rows, positions, classes, *dense.stride(), target.stride(0), ignore_index)
+    arguments = (dense, target, votes, positions, classes, *dense.stride(), target.stride(0), ignore_index)
     return planned("find_votes", rows * -(-positions // config.positions), arguments, options)
