@@ -92,7 +92,7 @@ def _empty_results(
 
 
 def _source_loss_fake(
-    student: Tensor, weight: Tensor | None, bias: Tensor | None, grad_rows: Any, teacher: Tensor | None, *further: Any
+    student: Tensor, weight: Tensor | None, bias: Tensor | None, _grad_rows: Any, teacher: Tensor | None, *further: Any
 ) -> tuple[Tensor, ...]:
     given = [SourceRows(student, weight, bias), *([] if teacher is None else [SourceRows(teacher)])]
     *_, reduction, wanted, _backend = further

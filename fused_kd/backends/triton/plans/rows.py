@@ -121,7 +121,7 @@ def plan_row_loss(
     if has_column_term(loss_name, hyper):
         edges = edges and (classes % vector != 0 or width % vector != 0)
         given = student, teacher, target, factors, column_factor
-        columns = plan_columns(launches, *given, loss.dtype, hyper, standardize, ignore_index, 4 if edges else 1)
+        columns = plan_columns(launches, *given, loss.dtype, options, 4 if edges else 1)
     meta = {
         "ACC": acc,
         "UNIT": unit,
