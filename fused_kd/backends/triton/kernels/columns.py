@@ -171,18 +171,20 @@ def _accumulate(moments, p, q, counted, mask, ACC: tl.constexpr):
 
 
 @triton.jit
-def _join(moments, more, mask):
-    """Add the rows of ``more`` to each part, by Chan's formula for two."""
-    number, mean_p, mean_q, pp, pq, qq = moments
-    number += more.number
-    share = tl.where(more.number < number, more.number / tl.maximum(number, 1.0), 1.0)[:, None]
-    d_p = tl.where(mask, more.mean_p - mean_p, 0.0)
-    d_q = tl.where(mask, more.mean_q - mean_q, 0.0)
-    between = (number - more.number)[:, None] * share
-    pp += more.pp + between * d_p * d_p
-    pq += more.pq + between * d_p * d_q
-    qq += more.qq + between * d_q * d_q
-    return ColumnMoments(number, mean_p + d_p * share, mean_q + d_q * share, pp, pq, qq)
+def _join(moments, chunk, number, classes, mask):
+    """Add a chunk of ``number`` rows to each part, by Chan's formula. ``chunk`` points to its means and sums."""
+    total, mean_p, mean_q, pp, pq, qq = moments
+    total += number
+    share = tl.where(number < total, number / tl.maximum(total, 1.0), 1.0)[:, None]
+    d_p = tl.where(mask, tl.load(chunk, mask=mask, other=0.0) - mean_p, 0.0)
+    d_q = tl.where(mask, tl.load(chunk + classes, mask=mask, other=0.0) - mean_q, 0.0)
+    mean_p += d_p * share
+    mean_q += d_q * share
+    between = (total - number)[:, None] * share
+    pp += tl.load(chunk + 2 * classes, mask=mask, other=0.0) + between * d_p * d_p
+    pq += tl.load(chunk + 3 * classes, mask=mask, other=0.0) + between * d_p * d_q
+    qq += tl.load(chunk + 4 * classes, mask=mask, other=0.0) + between * d_q * d_q
+    return ColumnMoments(total, mean_p, mean_q, pp, pq, qq)
 
 
 @triton.jit
@@ -291,7 +293,7 @@ def finish_columns(
         mask = (chunk < chunks)[:, None] & inside[None, :]
         at = moments + chunk.to(tl.int64)[:, None] * 5 * classes + cols[None, :]
         number = tl.load(numbers + chunk, mask=chunk < chunks, other=0.0)
-        found = _join(found, ColumnMoments(number, *load_fields(at, classes, 0, mask, 5)), mask)
+        found = _join(found, at, number, classes, mask)
     total, mean_p, mean_q, pp, pq, qq = _merge(found)
     if column_factor is not None:
         total = tl.load(column_factor).to(ACC)
