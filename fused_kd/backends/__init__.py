@@ -3,6 +3,9 @@
 A backend is a module with one function per op of :mod:`fused_kd.ops`, and ``unavailable(device) -> str | None``: the
 reason why it cannot run tensors of a device such as "cpu" or "cuda:1", or None. The reference needs no module: it is
 ordinary autograd.
+
+These functions take checked rows: logits ``(N, C)``, the target ``(N,)`` int64 or ``(N, C)``, and ``factors``, float64
+``(1 + gradients, N)`` or None (:func:`fused_kd.core.stored.row_factors`). They return what their op does.
 """
 
 from __future__ import annotations

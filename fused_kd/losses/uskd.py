@@ -165,9 +165,9 @@ def _fused(
 ) -> tuple[Tensor, Any]:
     student, weak, target, _ = rows
     assert weak is not None
-    rank, square, ignore_index, process_group, reduction = settings.values()
-    sums = _batch_sums((student, weak, target), square, ignore_index, chosen, process_group)
-    options = (rank, square, ignore_index, reduction)
+    rank, square, ignore_index = (settings[name] for name in ("rank", "square", "ignore_index"))
+    sums = _batch_sums((student, weak, target), square, ignore_index, chosen, settings["process_group"])
+    options = (rank, square, ignore_index, settings["reduction"])
     return autograd.fused_loss("uskd", (student, weak), (target, sums, weight), hyper, options, chosen, parts)
 
 
