@@ -55,11 +55,11 @@ def run(
     if teacher is not None and not top_k:
         teacher_maker = maker(teacher, _NONE, dtype, columns, task.placement.compute)
     # Not in Triton: a warp of the looped kernel may still read logits that another warp has overwritten.
-    over = kernels is native and student_maker.over and not span.group and not top_k
-    options = options._replace(over=over, padding=student_maker.padding)
+    in_place = kernels is native and student_maker.in_place and not span.group and not top_k
+    options = options._replace(in_place=in_place, padding=student_maker.padding)
     exchange = shards.Exchange(span, columns) if span.group else None
     most = shards.rows_of_chunks(span, columns)
-    for chunk in _chunks(values, (student_maker, teacher_maker), int(not over), most, task.placement.chunk_rows):
+    for chunk in _chunks(values, (student_maker, teacher_maker), int(not in_place), most, task.placement.chunk_rows):
         rows = slice(*chunk)
         logits = student_maker.logits(*chunk)
         other = teacher if teacher_maker is None else teacher_maker.logits(*chunk)

@@ -92,7 +92,7 @@ def row_loss(
 ) -> tuple[Tensor, ...]:
     other = student if teacher is None else teacher  # not read if the loss has no teacher
     dtype = accumulation_dtype(student, other)
-    results = outputs(student, options.wanted[0], 3, options.reduction, dtype, options.over, options.padding)
+    results = outputs(student, options.wanted[0], 3, options.reduction, dtype, options.in_place, options.padding)
     loss, parts, gradient, norm = results
     bad_row = _core.row_loss(
         batch(_where(), student, target, options.ignore_index, dtype),

@@ -176,14 +176,14 @@ def coefficients(stats, sums, column, own, s_y, t_y, v_y, weights, scales, momen
     elif VARIANT.LOSS == WSLD:
         one, two, soft, sharp, teacher, at_y = _wsld(stats, s_y, t_y, v_y, z_sharp, z_tsharp, weights, scales, VARIANT)
     elif VARIANT.LOSS == TF_KD:
-        others, own, entropy, _ce_weight, _smoothing = weights
+        u_j, u_y, entropy, _ce_weight, _smoothing = weights
         p_y, p_rest, p_factor, log_z, nll = join_target(s_y, stats.s_max, stats.s_soft, LOG2E)
         everything = (classes - 1) * log_z - stats.linear * LOG2E
-        one = entropy + own * nll * LN2 + others * everything * LN2  # neither weight is 0
+        one = entropy + u_y * nll * LN2 + u_j * everything * LN2  # neither weight is 0
         two = tl.zeros_like(one)
         raw += p_factor
-        constant -= others
-        at_y = tl.where(own > 0.5, (classes - 1) * others - p_rest, p_y - own)
+        constant -= u_j
+        at_y = tl.where(u_y > 0.5, (classes - 1) * u_j - p_rest, p_y - u_y)
         soft, sharp, teacher = tl.zeros_like(raw), tl.zeros_like(raw), tl.zeros_like(raw)
     else:
         soft, sharp, teacher, at_y = tl.zeros_like(raw), tl.zeros_like(raw), tl.zeros_like(raw), tl.zeros_like(raw)
