@@ -26,7 +26,7 @@ _LABEL_STATISTICS = ("v_sum", "v_cross", "v_blocked", "v_cross_t")
 _SCORE_STATISTICS = ("w_soft", "w_sharp", "w_teacher")
 
 
-def _exchanged_places(labels: bool, standardize: bool) -> list[int]:
+def exchanged_places(labels: bool, standardize: bool) -> list[int]:
     """Return the places of the statistics that pieces exchange."""
     idle = (*(() if labels else _LABEL_STATISTICS), *(() if standardize else _SCORE_STATISTICS))
     return [place for place, name in enumerate(STATISTICS) if name not in idle]
@@ -42,7 +42,7 @@ def row_stage(
     rows = student.shape[0]
     other = student if teacher is None else teacher
     dtype = accumulation_dtype(student, other)
-    exchanged = _exchanged_places(labels is not None, options.standardize)
+    exchanged = exchanged_places(labels is not None, options.standardize)
     if earlier.statistics is not None:
         statistics = earlier.statistics.new_zeros(len(earlier.statistics), len(STATISTICS), rows)
         statistics[:, exchanged] = earlier.statistics
