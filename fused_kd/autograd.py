@@ -220,8 +220,10 @@ class _ExportedLoss(torch.autograd.Function):
         return _stored_gradients(ctx, grad_output, keep=True)  # not in place: the stored gradients are outputs
 
 
-def _autograd_of(op: Any, wanted: int) -> Any:
-    """Return the autograd kernel of a forward op with ``wanted`` gradients; its last arguments say which to compute."""
+def _autograd_of(name: str, op: Any) -> Any:
+    """Return the autograd kernel of ``op``, the exported form of :data:`fused_kd.ops.LOSS_OPS` ``[name]``."""
+    # Its results are the loss, the parts, the gradients and their norms; its last arguments say which to compute.
+    wanted = len(op._schema.returns) // 2 - 1
 
     def kernel(*arguments: Any) -> Any:
         logits, backend = arguments[:wanted], arguments[-1]
@@ -230,11 +232,11 @@ def _autograd_of(op: Any, wanted: int) -> Any:
         if not any(need):
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*arguments)
-        if op._opname.startswith("exported_row_loss"):
+        if name == "row_loss":
             student_logits, teacher_logits, target, _, loss, hyper, *_, reduction, _, _ = arguments
             # While a graph is recorded, a schedule has no value.
             known = not isinstance(hyper, Tensor)
-            coupled = has_column_term(loss, HyperParameters._make(hyper)) if known else loss == "dist"
+            coupled = has_column_term(loss, HyperParameters._make(hyper) if known else None)
             if coupled and reduction == "none":
                 further, saved = (*arguments[1:-2], False, backend), (student_logits, teacher_logits, target)
                 return _DistRows.apply(student_logits, op, saved, further)  # type: ignore[no-untyped-call]
@@ -245,5 +247,6 @@ def _autograd_of(op: Any, wanted: int) -> Any:
     return kernel
 
 
-for _op in ops.EXPORTED_OPS.values():
-    ops.implement_autograd(_op, _autograd_of(_op, 2 if "uskd" in _op._opname else 1))
+for _name, _twins in ops.LOSS_OPS.items():
+    for _op in map(ops.EXPORTED_OPS.__getitem__, _twins):
+        ops.implement_autograd(_op, _autograd_of(_name, _op))

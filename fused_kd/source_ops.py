@@ -21,7 +21,7 @@ from fused_kd.core import transforms
 from fused_kd.core.catalogue import as_run
 from fused_kd.core.options import Options
 from fused_kd.core.source_rows import SourceRows, Span
-from fused_kd.core.stored import shared_weight
+from fused_kd.core.stored import reduction_weight
 from fused_kd.reference import accumulation_dtype
 
 
@@ -29,7 +29,7 @@ def _factors(
     row_weight: Tensor | None, grad_rows: Tensor | None, target: Tensor, ignore_index: int, reduction: str
 ) -> Tensor:
     """Return the factors of each row's parts and of its gradient, (2, N) float64."""
-    weight = shared_weight(row_weight, target, ignore_index, reduction)
+    weight = reduction_weight(row_weight, target, ignore_index, reduction)
     gradient_factor = weight if grad_rows is None else torch.where(weight == 0, 0.0, weight * grad_rows)
     return torch.stack([weight, gradient_factor])
 
@@ -92,7 +92,7 @@ def _empty_results(
 
 
 def _source_loss_fake(
-    student: Tensor, weight: Tensor | None, bias: Tensor | None, grad_rows: Any, teacher: Tensor | None, *further: Any
+    student: Tensor, weight: Tensor | None, bias: Tensor | None, _grad_rows: Any, teacher: Tensor | None, *further: Any
 ) -> tuple[Tensor, ...]:
     given = [SourceRows(student, weight, bias), *([] if teacher is None else [SourceRows(teacher)])]
     *_, reduction, wanted, _backend = further

@@ -17,7 +17,7 @@ from benchmarks.show.report import lines, percent, provenance, replace_block, si
 from benchmarks.sources.case import Case
 from benchmarks.sources.forms import PRODUCTS, ROW_KERNEL, chunk_rows
 from benchmarks.sources.heads import MATRICES
-from fused_kd.backends.native.staged import FIELDS, _exchanged_places
+from fused_kd.backends.native.staged import FIELDS, exchanged_places
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -82,7 +82,7 @@ def _chunk(case: Case, device: str) -> tuple[int, int]:
 def numbers(kind: str) -> dict[str, int]:
     """Numbers per row that each stage of a loss exchanges, for class indices."""
     stages = KINDS[kind]
-    statistics = len(_exchanged_places(labels=False, standardize="moments" in stages))
+    statistics = len(exchanged_places(labels=False, standardize="moments" in stages))
     return {stage: statistics if stage == "statistics" else FIELDS[stage] for stage in stages}
 
 

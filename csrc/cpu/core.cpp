@@ -9,6 +9,7 @@
 #include <cfenv>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <dlfcn.h>
 #include <exception>
 #include <memory>
@@ -45,6 +46,13 @@ std::vector<const Kernels*> runnable_kernels() {
 #endif
     found.push_back(&baseline::kKernels);
     return found;
+}
+
+const Kernels* kernels_named(const char* name) {
+    static const std::vector<const Kernels*> runnable = runnable_kernels();
+    for (const Kernels* each : runnable)
+        if (std::strcmp(name, each->name) == 0) return each;
+    return nullptr;
 }
 
 void* thread_scratch(size_t bytes) {

@@ -10,6 +10,8 @@ namespace fused_kd {
 
 // The builds of the kernels that this processor can run, best first.
 std::vector<const Kernels*> runnable_kernels();
+// The one of that name, or null.
+const Kernels* kernels_named(const char* name);
 
 // The file of the OpenMP runtime that the kernels use. Empty if there is none; then they use one thread.
 std::string openmp_runtime();

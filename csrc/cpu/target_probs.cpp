@@ -17,8 +17,7 @@ void target_probs_typed(const TargetProbsArgs& args) {
             if (!row_counts(args, row)) continue;
             Targets targets = targets_of<A>(args.target, row, args.classes, labels);
             values[0] = values[1] = targets.poison;
-            const bool swapped = targets.count == 2 && targets.at.at[0] > targets.at.at[1];
-            ascending(targets);
+            const bool swapped = sort_targets(targets);
             double max = -INFINITY, sum = 0;
             for (int64_t j = 0; j < args.classes; j += kBlock<A>) {
                 const int64_t n = block_length<A>(args.classes, j);

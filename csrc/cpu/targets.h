@@ -50,18 +50,14 @@ FKD_NOINLINE Targets targets_of(const Matrix& target, int64_t row, int64_t class
     return found;
 }
 
-FKD_INLINE void ascending(Targets& targets) {
-    if (targets.count == 2 && targets.at.at[0] > targets.at.at[1]) {
-        const int64_t y = targets.at.at[0];
-        const double label = targets.label[0];
-        targets.at.at[0] = targets.at.at[1];
-        targets.label[0] = targets.label[1];
-        targets.at.at[1] = y;
-        targets.label[1] = label;
-    }
+// Sorts a row's targets by class, as loops need them. Returns whether it swapped them.
+FKD_INLINE bool sort_targets(Targets& targets) {
+    if (targets.count < 2 || targets.at.at[0] < targets.at.at[1]) return false;
+    targets = {2, {{targets.at.at[1], targets.at.at[0]}}, {targets.label[1], targets.label[0]}, targets.poison};
+    return true;
 }
 
-// Reads a row's targets, in ascending order, into its statistics. LabelSums adds the rest of the probabilities.
+// Reads a row's sorted targets into its statistics. LabelSums adds the rest of the probabilities.
 template <class A>
 FKD_INLINE void read_targets(const Matrix& student, int64_t row, const Targets& targets, A* staging,
                              LabelStats<double>& x) {

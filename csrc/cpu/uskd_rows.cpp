@@ -128,14 +128,9 @@ FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch,
     double* const parts = args.parts + 4 * row;
 
     UskdStats<double> x = {};
-    UskdParams params = {args.hyper, {args.mean[0], args.mean[1]}, double(classes), args.square};
+    const bool swapped = sort_targets(targets); // the batch means are in order of the labels, the largest first
+    const UskdParams params = {args.hyper, {args.mean[swapped], args.mean[!swapped]}, double(classes), args.square};
     const bool smoothed = args.hyper.ce_weight != 0 && args.hyper.label_smoothing != 0;
-    // The batch means are in order of the labels, the largest first; the loops need ascending positions.
-    if (targets.count == 2 && targets.at.at[0] > targets.at.at[1]) {
-        params.mean[0] = args.mean[1];
-        params.mean[1] = args.mean[0];
-    }
-    ascending(targets);
     read_targets(args.student, row, targets, scratch.student, x);
     for (int k = 0; k < 2; ++k)
         x.w_target[k] =

@@ -100,7 +100,7 @@ FKD_NOINLINE void zipf_row_pass(const ZipfArgs& args, const Scratch<A>& scratch,
     double* const parts = args.parts + 2 * row;
 
     ZipfStats x = {};
-    ascending(targets);
+    sort_targets(targets);
     read_targets(args.student, row, targets, scratch.student, x);
     A largest = -A(INFINITY);
     for (int64_t j = 0; j < classes; j += kBlock<A>) {

@@ -1,7 +1,5 @@
 // The Python module fused_kd._native, with its CPU functions. fused_kd/backends/native/__init__.py calls them.
-#include <cstring>
 #include <string>
-#include <vector>
 
 #include "../cpu/core.h"
 #include "boundary.h"
@@ -18,14 +16,12 @@ struct Execution {
         Fields fields(given, 2);
         const char* const name = fields.text();
         threads = int(fields.integer());
-        static const std::vector<const Kernels*> runnable = runnable_kernels();
-        for (const Kernels* each : runnable)
-            if (std::strcmp(name, each->name) == 0) kernels = each;
+        kernels = kernels_named(name);
         if (!kernels)
             throw py::value_error("instruction_set: expected one of instruction_sets(), got '" + std::string(name) +
                                   "'");
     }
-    const Kernels* kernels = nullptr;
+    const Kernels* kernels;
     int threads;
 };
 

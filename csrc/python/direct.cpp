@@ -7,6 +7,7 @@
 #include <exception>
 #include <new>
 #include <type_traits>
+#include <vector>
 
 #include "../cpu/core.h"
 #include "../losses/row_losses.h"

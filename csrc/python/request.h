@@ -5,7 +5,6 @@
 #include <cmath>
 #include <cstddef>
 #include <cstring>
-#include <vector>
 
 #include "../cpu/core.h"
 #include "tensors.h"
@@ -221,11 +220,10 @@ inline bool parse_common(PyObject* tuple, Request& out) {
             PyUnicode_CompareWithASCIIString(backend, "native") == 0);
 }
 
-inline const Kernels* kernels_named(PyObject* name) {
-    static const std::vector<const Kernels*> runnable = runnable_kernels();
-    for (const Kernels* each : runnable)
-        if (PyUnicode_CompareWithASCIIString(name, each->name) == 0) return each;
-    return nullptr;
+inline const Kernels* kernels_named(PyObject* given) {
+    const char* const name = PyUnicode_AsUTF8(given);
+    if (!name) throw PythonError();
+    return fused_kd::kernels_named(name);
 }
 
 // of: (numbers, settings, common, instruction set, threads)

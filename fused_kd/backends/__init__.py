@@ -3,6 +3,9 @@
 A backend is a module with one function per op of :mod:`fused_kd.ops`, and ``unavailable(device) -> str | None``: the
 reason why it cannot run tensors of a device such as "cpu" or "cuda:1", or None. The reference needs no module: it is
 ordinary autograd.
+
+These functions take checked rows: logits ``(N, C)``, the target ``(N,)`` int64 or ``(N, C)``, and ``factors``, float64
+``(1 + gradients, N)`` or None (:func:`fused_kd.core.stored.row_factors`). They return what their op does.
 """
 
 from __future__ import annotations
@@ -83,24 +86,26 @@ def _by_name_alone(name: str, device_type: str) -> str | None:
     return None
 
 
-_warned = False
-
-
 def _warn_of_slow(device: torch.device, loss: str) -> None:
     """Warn once per process, and only on devices that a kernel supports: on others there is nothing to fix."""
-    global _warned
     names = [name for name in LOSSES[loss].backends.get(device.type, ()) if name != "reference"]
-    if _warned or not names:
+    if not names:
         return
-    _warned = True
     reasons = "; ".join(
         f"{name}: {unavailable(name, device, loss) or _by_name_alone(name, device.type)}" for name in names
     )
     what = f"{LOSSES[loss].title} of {device} tensors"
-    warn_of_reference(what, f"which is slower and takes more memory than its kernels. {reasons}")
+    warn_of_reference(what, f"which is slower and takes more memory than its kernels. {reasons}", "slow")
 
 
-def warn_of_reference(what: str, why: str) -> None:
+_warned: set[str] = set()
+
+
+def warn_of_reference(what: str, why: str, kind: str) -> None:
+    """Warn once per process for each ``kind`` of reason."""
+    if kind in _warned:
+        return
+    _warned.add(kind)
     warnings.warn(
         f"fused_kd runs {what} by its eager reference, {why}. Pass backend='reference' to choose it without a warning.",
         RuntimeWarning,
@@ -116,8 +121,10 @@ def _outside() -> int:
     return level
 
 
-# What torch.compiler.assume_constant_result does; the decorator itself imports the whole compiler.
+# In a compiled graph too, while it is traced. This is what torch.compiler.assume_constant_result does; the decorator
+# itself imports the whole compiler.
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+warn_of_reference._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose(backend: str, device: torch.device | str, loss: str = "nkd") -> str:

@@ -39,7 +39,7 @@ def _mixes(weight: Tensor, compute: torch.dtype | None) -> bool:
 class Matrix:
     """Given logits, chunk by chunk, and their gradient. The columns after ``num_classes`` are padding."""
 
-    over = False  # whether a chunk's gradient may be written over its logits
+    in_place = False  # whether a chunk's gradient may be written over its logits
 
     def __init__(self, source: SourceRows, wanted: Sequence[bool], dtype: torch.dtype, num_classes: int) -> None:
         self.source, self.wanted, self.dtype = source, wanted, dtype
@@ -89,7 +89,7 @@ class Products:
         self.bias = None if head.bias is None else head.bias[:num_classes].to(dtype)
         self.mixed = _mixes(weight, compute)
         self.weight = weight.to(compute) if self.mixed and compute is not None else weight
-        self.over = not head.softcap  # its derivative needs the logits
+        self.in_place = not head.softcap  # its derivative needs the logits
         self.chunk = head.values.new_empty(0, num_classes, dtype=dtype)
         contiguous = partial(torch.empty_like, dtype=dtype, memory_format=torch.contiguous_format)  # as in the fake
         self.hidden_gradient = contiguous(head.values) if wanted[0] else None

@@ -15,6 +15,7 @@ from torch import Tensor, distributed
 from fused_kd.backends import native, shards, staged, topk
 from fused_kd.backends.heads import Matrix, Products, maker
 from fused_kd.core.options import Options
+from fused_kd.core.pieces import Piece, TopKPiece
 from fused_kd.core.source_rows import SourceRows, Span
 from fused_kd.reference import accumulation_dtype
 
@@ -54,11 +55,11 @@ def run(
     if teacher is not None and not top_k:
         teacher_maker = maker(teacher, _NONE, dtype, columns, task.placement.compute)
     # Not in Triton: a warp of the looped kernel may still read logits that another warp has overwritten.
-    over = kernels is native and student_maker.over and not span.group and not top_k
-    options = options._replace(over=over, padding=student_maker.padding)
+    in_place = kernels is native and student_maker.in_place and not span.group and not top_k
+    options = options._replace(in_place=in_place, padding=student_maker.padding)
     exchange = shards.Exchange(span, columns) if span.group else None
     most = shards.rows_of_chunks(span, columns)
-    for chunk in _chunks(values, (student_maker, teacher_maker), int(not over), most, task.placement.chunk_rows):
+    for chunk in _chunks(values, (student_maker, teacher_maker), int(not in_place), most, task.placement.chunk_rows):
         rows = slice(*chunk)
         logits = student_maker.logits(*chunk)
         other = teacher if teacher_maker is None else teacher_maker.logits(*chunk)
@@ -153,8 +154,8 @@ def _rows(
     if isinstance(teacher, SourceRows):
         assert teacher.indices is not None
         kept = (teacher.values[rows], teacher.indices[rows], teacher.rest)
-        shared = None if exchange is None else topk.Shared(span.first_class, span.num_classes, exchange)
-        loss, parts, gradient = topk.row_loss(kernels, logits, *kept, target, factors, options, shared)
+        here = None if exchange is None else TopKPiece(span.first_class, span.num_classes, exchange)
+        loss, parts, gradient = topk.row_loss(kernels, logits, *kept, target, factors, options, here)
         return loss, parts, logits if gradient is None else gradient
     if exchange is None:
         loss, parts, gradient, _ = kernels.row_loss(logits, teacher, target, factors, None, options)
@@ -163,6 +164,6 @@ def _rows(
     if labels is not None:
         likeliest = exchange([staged.likeliest(labels, span.first_class)])
         target = staged.likeliest_of_all(likeliest)
-    piece = staged.Piece(logits, teacher, labels, target, span.first_class, span.num_classes)
+    piece = Piece(logits, teacher, labels, target, span.first_class, span.num_classes)
     parts, (gradient,) = staged.run(kernels, [piece], options, factors, exchange)
     return parts.sum(0), parts, gradient

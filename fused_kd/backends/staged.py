@@ -15,35 +15,14 @@ stage ends with some numbers per row, ``(fields, N)``. The next stage starts wit
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_kd.core.catalogue import ROW_LOSSES, as_run
 from fused_kd.core.options import Options
-
-#: The stages in order; csrc/cpu/kernels.h has the same numbers.
-STAGES = {"moments": 0, "statistics": 1, "sums": 2, "gradient": 3}
-
-
-class Piece(NamedTuple):
-    """Some columns of rows, and their place in the rows."""
-
-    student: Tensor  # (N, n) logits
-    teacher: Tensor | None  # (N, n), if the loss has a teacher
-    labels: Tensor | None  # (N, n) class probabilities, or None for class indices
-    target: Tensor  # (N,) int64: the class index, or the likeliest class, among all classes of the row
-    first_class: int  # the class of the first column
-    num_classes: int  # of the whole row
-
-
-class Found(NamedTuple):
-    """Results of the earlier stages, ``(pieces, fields, N)`` each; None if a stage has not run or is not needed."""
-
-    moments: Tensor | None = None
-    statistics: Tensor | None = None
-    sums: Tensor | None = None
+from fused_kd.core.pieces import STAGES, Piece, StageResults
 
 
 def stages_of(options: Options) -> list[str]:
@@ -79,10 +58,10 @@ def run(
 ) -> tuple[Tensor, list[Tensor]]:
     """Run all stages on this process's pieces. Return the parts of each row, (3, N), and the pieces' gradients."""
     options = options._replace(loss=as_run(options.loss, options.hyper.beta))
-    found = Found()
+    earlier = StageResults()
     *before, last = stages_of(options)
     for stage in before:
-        results = exchange([kernels.row_stage(stage, piece, found, options, factors) for piece in pieces])
-        found = found._replace(**{stage: results})
-    ends = [kernels.row_stage(last, piece, found, options, factors) for piece in pieces]
+        results = exchange([kernels.row_stage(stage, piece, earlier, options, factors) for piece in pieces])
+        earlier = earlier._replace(**{stage: results})
+    ends = [kernels.row_stage(last, piece, earlier, options, factors) for piece in pieces]
     return ends[0][0], [gradient for _, gradient in ends]

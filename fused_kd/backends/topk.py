@@ -12,27 +12,16 @@ classes, 0 in a process that does not have them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_kd.core.catalogue import ROW_LOSSES, as_run
 from fused_kd.core.options import Options, empty_gradient
+from fused_kd.core.pieces import TopKPiece
 from fused_kd.reference import accumulation_dtype
 from fused_kd.reference.topk import check_rest
-
-#: Numbers that a process finds for a row beside the logits of kept classes; csrc/cpu/kernels.h has the same.
-FIELDS = 5
-
-
-class Shared(NamedTuple):
-    """The classes of this process when several processes share them, and the function that stacks their results."""
-
-    first_class: int
-    num_classes: int
-    exchange: Callable[[list[Tensor]], Tensor]
 
 
 def is_fused(loss: str, rest: str) -> bool:
@@ -60,12 +49,12 @@ def row_loss(
     target: Tensor,
     factors: Tensor | None,
     options: Options,
-    shared: Shared | None = None,
+    piece: TopKPiece | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the loss of each row ``(N,)``, its parts ``(3, N)`` and the student's gradient, None if not wanted.
 
     ``kernels`` is a backend. Rows are not reduced, whatever ``options`` say. ``factors`` ``(2, N)`` float64 multiply a
-    row's loss and parts, and its gradient. A row with a first factor of 0 does not count. With ``shared``, ``student``
+    row's loss and parts, and its gradient. A row with a first factor of 0 does not count. With a ``piece``, ``student``
     has the columns of this process; indices and target refer to all classes, and are the same on every process.
 
     Raises:
@@ -83,4 +72,7 @@ def row_loss(
         dtype = accumulation_dtype(student, log_probs)
         nothing = student.new_empty((3, 0), dtype=dtype)
         return nothing[0], nothing, empty_gradient(student, options.padding) if options.wanted[0] else None
-    return kernels.topk_loss(student, log_probs, indices, rest, target, factors, options, shared)  # type: ignore[no-any-return]
+    if piece is not None:
+        stacked, temperature = piece.exchange, options.hyper.temperature
+        piece = piece._replace(exchange=lambda own: merged(stacked(own), temperature))
+    return kernels.topk_loss(student, log_probs, indices, rest, target, factors, options, piece)  # type: ignore[no-any-return]

@@ -91,9 +91,9 @@ def as_run(loss: str, beta: float) -> str:
     return "kd" if loss == "js" and beta == 0.0 else loss
 
 
-def has_column_term(loss: str, hyper: HyperParameters) -> bool:
-    """Whether a row loss has a term of the batch's columns, which couples all rows."""
-    return "columns" in ROW_LOSSES[loss].needs and hyper.gamma != 0.0
+def has_column_term(loss: str, hyper: HyperParameters | None = None) -> bool:
+    """Whether a row loss has a term of the batch's columns, which couples all rows; without ``hyper``: may have one."""
+    return "columns" in ROW_LOSSES[loss].needs and (hyper is None or hyper.gamma != 0.0)
 
 
 _ROWS: Mapping[str, tuple[str, ...]] = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}

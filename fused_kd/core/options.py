@@ -42,8 +42,8 @@ def in_order(named: Mapping[str, float]) -> list[float]:
 class Options(NamedTuple):
     """The arguments of a backend beside tensors. An op ignores those of the last five that it does not have.
 
-    ``wanted`` says which logits get a gradient. ``scales`` are the factors of the stored gradients. With ``over`` a row
-    loss of the C++ core writes the gradient over the student's logits, which must be contiguous. ``padding`` is the
+    ``wanted`` says which logits get a gradient. ``scales`` are the factors of the stored gradients. With ``in_place`` a
+    row loss of the C++ core writes the gradient over the student's logits, which must be contiguous. ``padding`` is the
     number of columns of zeros that a row loss's gradient has after its classes.
     """
 
@@ -56,7 +56,7 @@ class Options(NamedTuple):
     standardize: bool = False
     rank: str = "normalized"
     square: bool = True
-    over: bool = False
+    in_place: bool = False
     padding: int = 0
 
 
@@ -68,14 +68,15 @@ def empty_gradient(logits: Tensor, padding: int = 0) -> Tensor:
 
 
 def outputs(
-    student: Tensor, want: bool, parts: int, reduction: str, dtype: torch.dtype, over: bool = False, padding: int = 0
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    student: Tensor, want: bool, parts: int, reduction: str, dtype: torch.dtype, in_place: bool = False,
+    padding: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Allocate an op's results: the loss, its parts, the student's gradient (empty if not wanted) and its norm. Shapes
     are tuples, without a loop: a torch.Size alone takes one of a call's thirty microseconds."""
     rows = (student.shape[0],) if reduction == "none" else ()
     if not want:
         gradient = student.new_empty(0)
-    elif over:
+    elif in_place:
         gradient = student
     else:
         gradient = empty_gradient(student, padding)

@@ -41,7 +41,7 @@ def counted_rows(row_weight: Tensor | None, target: Tensor, ignore_index: int) -
     return counted_weight(row_weight, target, ignore_index, dtype) != 0
 
 
-def shared_weight(row_weight: Tensor | None, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
+def reduction_weight(row_weight: Tensor | None, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
     """Return :func:`counted_weight` in float64, divided by its sum for a mean."""
     weight = counted_weight(row_weight, target, ignore_index, torch.float64)
     if reduction != "mean":
@@ -62,7 +62,7 @@ def row_factors(
     """
     if row_weight is None:
         return None, reduction, (None,) * len(dtypes)
-    weight = shared_weight(row_weight, target, ignore_index, reduction)
+    weight = reduction_weight(row_weight, target, ignore_index, reduction)
     factors = [weight]
     norms: list[Tensor | None] = []
     for dtype in dtypes:

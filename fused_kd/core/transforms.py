@@ -133,7 +133,7 @@ def _has_tangent(tensor: Tensor) -> bool:
 
 def carries_gradient(tensor: Tensor) -> bool:
     """Whether a tensor takes part in backward or forward differentiation."""
-    return tensor.requires_grad or (forward_ad._current_level >= 0 and _has_tangent(tensor))
+    return tensor.requires_grad or _has_tangent(tensor)
 
 
 def readable(tensor: Tensor) -> bool:

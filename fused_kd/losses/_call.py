@@ -7,9 +7,9 @@ from typing import Any, TypeAlias, TypeVar, cast
 
 from torch import Tensor
 
-from fused_kd import autograd, backends, direct
+from fused_kd import autograd, backends, direct, reference
 from fused_kd.core import checks
-from fused_kd.core.catalogue import ROW_LOSSES, has_column_term
+from fused_kd.core.catalogue import LOSSES, ROW_LOSSES, has_column_term
 from fused_kd.core.options import HyperParameters, in_order
 from fused_kd.losses import _shards, _sources
 from fused_kd.losses._options import Common, checked, first_classes, normalized_weight, returned
@@ -53,7 +53,6 @@ def call(
 
 def row_loss(
     name: str,
-    eager: Callable[..., tuple[Tensor, Parts]],
     parts_type: type[Parts],
     tensors: tuple[Logits, TeacherLogits | None, Tensor | None],
     numbers: dict[str, float],
@@ -80,7 +79,7 @@ def row_loss(
             raise ValueError(f"target: expected one, since ce_weight is {numbers['ce_weight']}; got None")
         settings["ignore_index"] = -1  # the class that stands in for targets is 0
     if not plain and (_sources.is_source(student_logits) or _sources.is_source(teacher_logits)):
-        return _sources.row_loss(name, eager, parts_type, tensors, numbers, settings, common)
+        return _sources.row_loss(name, parts_type, tensors, numbers, settings, common)
     student_logits, teacher_logits = cast(Tensor, student_logits), cast("Tensor | None", teacher_logits)
     class_dim, num_classes = common.class_dim, common.num_classes
     unpadded, padded = (student_logits, teacher_logits), None
@@ -88,7 +87,7 @@ def row_loss(
         padded, student_logits = first_classes("student_logits", student_logits, class_dim, num_classes)
         if teacher_logits is not None:
             _, teacher_logits = first_classes("teacher_logits", teacher_logits, class_dim, num_classes)
-    other_name = "teacher_logits" if "logit_standardization" in settings else None
+    other_name = "teacher_logits" if "teacher" in ROW_LOSSES[name].needs else None
     rows = checks.flatten(student_logits, teacher_logits, other_name, target, class_dim, labels)
     checks.check_teacher_detached(teacher_logits, student_logits)
 
@@ -109,4 +108,5 @@ def row_loss(
         loss, packed = autograd.fused_loss("row_loss", (student_rows,), inputs, hyper, options, chosen, parts, saved)
         return loss, [packed[part] for part in ROW_LOSSES[name].parts] if parts and packed is not None else None
 
+    eager = getattr(reference, LOSSES[name].function)
     return call(name, eager, fused, parts_type, student_logits, rows, numbers, settings, common)

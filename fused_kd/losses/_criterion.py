@@ -88,13 +88,11 @@ class TeacherCriterion(Criterion, Generic[Parts]):
         self, student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor, *, weight: Tensor | None = ...,
         normalizer: float | Tensor | None = ..., return_parts: Literal[False] = ...,
     ) -> Tensor: ...  # fmt: skip
-
     @overload
     def forward(
         self, student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor, *, weight: Tensor | None = ...,
         normalizer: float | Tensor | None = ..., return_parts: Literal[True],
     ) -> tuple[Tensor, Parts]: ...  # fmt: skip
-
     @overload
     def forward(
         self, student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor, *, weight: Tensor | None = ...,
@@ -125,13 +123,11 @@ class UnlabelledCriterion(TeacherCriterion[Parts]):
         self, student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor | None = ..., *,
         weight: Tensor | None = ..., normalizer: float | Tensor | None = ..., return_parts: Literal[False] = ...,
     ) -> Tensor: ...  # fmt: skip
-
     @overload
     def forward(
         self, student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor | None = ..., *,
         weight: Tensor | None = ..., normalizer: float | Tensor | None = ..., return_parts: Literal[True],
     ) -> tuple[Tensor, Parts]: ...  # fmt: skip
-
     @overload
     def forward(
         self, student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor | None = ..., *,

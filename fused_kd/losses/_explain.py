@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_kd import backends
 from fused_kd.backends import Explanation, topk
-from fused_kd.core.catalogue import LOSSES, ROW_LOSSES
+from fused_kd.core.catalogue import LOSSES, ROW_LOSSES, has_column_term
 from fused_kd.reference.topk import check_rest
 from fused_kd.sources import ClassShard, Head, Logits, TeacherLogits, TopK
 
@@ -43,7 +43,7 @@ def explain(
         for each in given:
             if not isinstance(each, taken):
                 raise ValueError(f"loss: {LOSSES[loss].title} does not take a {type(each).__name__}")
-        if loss == "dist":
+        if loss in ROW_LOSSES and has_column_term(loss):
             how.append("only with gamma=0: the term of the batch's columns needs all rows at once")
     if isinstance(teacher_logits, TopK):
         check_rest(loss, teacher_logits.rest, LOSSES[loss].defaults.get("beta", 0.0))

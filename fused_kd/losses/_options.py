@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,11 @@ from torch import Tensor
 from fused_kd import backends, reference
 from fused_kd.core import checks
 from fused_kd.core.transforms import carries_gradient, readable
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack as Unpack
+else:
+    Unpack = dict  # only type checkers read the overloads
 
 Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
 
@@ -27,6 +32,32 @@ class Common(NamedTuple):
     num_classes: int | None
     backend: str
     return_parts: bool
+
+
+class LossOptions(TypedDict, total=False):
+    """Keyword arguments of every loss, in its overloads."""
+
+    ce_weight: float
+    label_smoothing: float
+    ignore_index: int
+    reduction: str
+    weight: Tensor | None
+    normalizer: float | Tensor | None
+    class_dim: int | None
+    backend: str
+
+
+class RowOptions(LossOptions, total=False):
+    """Further ones of a row loss."""
+
+    temperature: float
+    num_classes: int | None
+
+
+class TeacherOptions(RowOptions, total=False):
+    """Further ones of a loss with a teacher."""
+
+    logit_standardization: bool
 
 
 _CHECKS: dict[str, Check] = {

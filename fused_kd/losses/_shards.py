@@ -138,8 +138,8 @@ def from_dtensors(tensors: Tensors, weight: Tensor | None, class_dim: int | None
 
 
 class _Place:
-    """The mesh and placements of the student's logits. ``over`` is the mesh dimension that shards the classes, or
-    None."""
+    """The mesh and placements of the student's logits. ``mesh_dim`` is the one of the mesh that shards the classes,
+    or None."""
 
     def __init__(self, student: Any, class_dim: int | None) -> None:
         tensor = sys.modules["torch.distributed.tensor"]
@@ -153,36 +153,37 @@ class _Place:
                     "student_logits: expected a DTensor with placements Shard and Replicate; redistribute it, to "
                     f"Shard(-1) if the classes are to stay sharded; {got}"
                 )
-        over = [at for at, placement in enumerate(self.placements) if placement.is_shard(self.classes)]
-        if len(over) > 1:
+        dims = [at for at, placement in enumerate(self.placements) if placement.is_shard(self.classes)]
+        if len(dims) > 1:
             raise ValueError(
                 "student_logits: expected a DTensor with its classes sharded over one dimension of the mesh; "
                 f"redistribute it to Replicate() over the others; {got}"
             )
-        if not over and any(placement.is_shard() for placement in self.placements):
+        if not dims and any(placement.is_shard() for placement in self.placements):
             raise ValueError(
                 "student_logits: expected a DTensor with its classes sharded; if only rows are sharded, pass "
                 f"student_logits.to_local() and the teacher's, for the loss of this process's rows; {got}"
             )
-        if over and self.classes != student.dim() - 1:
+        if dims and self.classes != student.dim() - 1:
             raise ValueError(
                 "class_dim: expected the last dimension for a DTensor whose classes are sharded, got "
                 f"{class_dim}; move it there"
             )
         if self.mesh.get_coordinate() is None:
             raise ValueError("student_logits: expected a DTensor of a mesh that this process belongs to")
-        self.over = over[0] if over else None
+        self.mesh_dim = dims[0] if dims else None
 
     def wanted(self, whole_rows: bool) -> tuple[Any, ...]:
         """Return the student's placements; for ``whole_rows`` with Replicate() in place of the shards of classes."""
         replicate = sys.modules["torch.distributed.tensor"].Replicate()
-        return tuple(replicate if at == self.over and whole_rows else each for at, each in enumerate(self.placements))
+        replaced = self.mesh_dim if whole_rows else None
+        return tuple(replicate if at == replaced else each for at, each in enumerate(self.placements))
 
 
 def _local(name: str, given: Any, place: _Place | None, logits: bool) -> Any:
     """Return this process's part of an argument; ``logits`` says that it has classes as student_logits do."""
     if not checks.is_dtensor(given):
-        if isinstance(given, Tensor) and logits and place is not None and place.over is not None:
+        if isinstance(given, Tensor) and logits and place is not None and place.mesh_dim is not None:
             raise ValueError(
                 f"{name}: expected a DTensor with the placements of student_logits, {place.placements}, got a Tensor; "
                 "torch.distributed.tensor.distribute_tensor makes one"
@@ -205,9 +206,9 @@ def _local(name: str, given: Any, place: _Place | None, logits: bool) -> Any:
             f"process has of it as a Tensor; got {placements} on {given.device_mesh}"
         )
     local = given.to_local(grad_placements=placements)
-    if not logits or place.over is None:
+    if not logits or place.mesh_dim is None:
         return local
     number = given.shape[-1]
-    share = -(-number // place.mesh.size(place.over))  # DTensor splits as torch.chunk does
-    first = min(place.mesh.get_local_rank(place.over) * share, number)
-    return ClassShard(local, first, number, place.mesh.get_group(place.over))
+    share = -(-number // place.mesh.size(place.mesh_dim))  # DTensor splits as torch.chunk does
+    first = min(place.mesh.get_local_rank(place.mesh_dim) * share, number)
+    return ClassShard(local, first, number, place.mesh.get_group(place.mesh_dim))

@@ -53,7 +53,6 @@ class _Source(NamedTuple):
 
 def row_loss(
     name: str,
-    eager: Callable[..., tuple[Tensor, Parts]],
     parts_type: type[Parts],
     tensors: tuple[Logits, TeacherLogits | None, Tensor | None],
     numbers: dict[str, float],
@@ -84,7 +83,7 @@ def row_loss(
         if chosen != "reference":
             chosen = kernel_or_reference(name, teacher_logits.rest, numbers, (backend, chosen))
     if chosen == "reference":
-        loss, parts = _by_reference(name, eager, student, teacher, *rows, numbers, settings)
+        loss, parts = _by_reference(name, student, teacher, *rows, numbers, settings)
     else:
         loss, parts = _by_kernels(name, student, teacher, rows, hyper, settings, chosen)
     return returned(loss, parts if return_parts else None, parts_type, student.shape[:-1], settings["reduction"])
@@ -113,7 +112,6 @@ def _student_and_teacher(
 
 def _by_reference(
     name: str,
-    eager: Callable[..., tuple[Tensor, Parts]],
     student: _Source,
     teacher: _Source | None,
     target: Tensor,
@@ -142,7 +140,7 @@ def _by_reference(
         )
         return loss, [*parts]
     both = [logits] if teacher is None else [logits, whole(teacher)]
-    loss, packed = eager(*both, target, **numbers, **settings, weight=weight)
+    loss, packed = getattr(reference, LOSSES[name].function)(*both, target, **numbers, **settings, weight=weight)
     return loss, [*packed]
 
 

@@ -55,22 +55,8 @@ def kernel_or_reference(name: str, rest: str, numbers: Mapping[str, float], back
     what = f"{LOSSES[name].title} with a TopK of rest={rest!r}"
     if asked != "auto":
         raise RuntimeError(f"backend {asked!r} cannot run {what}: it has no kernel for it; use backend='reference'")
-    _warn_once(what)
+    backends.warn_of_reference(what, "which makes whole rows: there is no kernel for it", what)
     return "reference"
-
-
-_warned: set[str] = set()
-
-
-def _warn_once(what: str) -> None:
-    """Warn once per process for each text."""
-    if what not in _warned:
-        _warned.add(what)
-        backends.warn_of_reference(what, "which makes whole rows: there is no kernel for it")
-
-
-# In a compiled graph too, while it is traced: see fused_kd/backends/__init__.py.
-_warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_log_probs(teacher: SourceRows, target: Tensor, weight: Tensor | None, ignore_index: int) -> None:

@@ -6,10 +6,10 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from fused_kd import reference
 from fused_kd.losses._call import row_loss
 from fused_kd.losses._criterion import Scheduled, UnlabelledCriterion
 from fused_kd.losses._docs import documented
+from fused_kd.losses._options import TeacherOptions, Unpack
 from fused_kd.reference import DISTParts
 from fused_kd.sources import Logits, TeacherLogits
 
@@ -17,30 +17,20 @@ from fused_kd.sources import Logits, TeacherLogits
 @overload
 def dist_loss(
     student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor | None = ..., *, beta: float = ...,
-    gamma: float = ..., temperature: float = ..., ce_weight: float = ..., label_smoothing: float = ...,
-    logit_standardization: bool = ..., ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ...,
-    normalizer: float | Tensor | None = ..., class_dim: int | None = ..., num_classes: int | None = ...,
-    backend: str = ..., return_parts: Literal[False] = ...,
+    gamma: float = ...,
+    return_parts: Literal[False] = ..., **options: Unpack[TeacherOptions],
 ) -> Tensor: ...  # fmt: skip
-
-
 @overload
 def dist_loss(
     student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor | None = ..., *, beta: float = ...,
-    gamma: float = ..., temperature: float = ..., ce_weight: float = ..., label_smoothing: float = ...,
-    logit_standardization: bool = ..., ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ...,
-    normalizer: float | Tensor | None = ..., class_dim: int | None = ..., num_classes: int | None = ...,
-    backend: str = ..., return_parts: Literal[True],
+    gamma: float = ...,
+    return_parts: Literal[True], **options: Unpack[TeacherOptions],
 ) -> tuple[Tensor, DISTParts]: ...  # fmt: skip
-
-
 @overload
 def dist_loss(
     student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor | None = ..., *, beta: float = ...,
-    gamma: float = ..., temperature: float = ..., ce_weight: float = ..., label_smoothing: float = ...,
-    logit_standardization: bool = ..., ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ...,
-    normalizer: float | Tensor | None = ..., class_dim: int | None = ..., num_classes: int | None = ...,
-    backend: str = ..., return_parts: bool,
+    gamma: float = ...,
+    return_parts: bool, **options: Unpack[TeacherOptions],
 ) -> Tensor | tuple[Tensor, DISTParts]: ...  # fmt: skip
 
 
@@ -96,7 +86,6 @@ def dist_loss(
     """
     return row_loss(
         "dist",
-        reference.dist_loss,
         DISTParts,
         (student_logits, teacher_logits, target),
         {

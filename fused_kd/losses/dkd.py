@@ -6,10 +6,10 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from fused_kd import reference
 from fused_kd.losses._call import row_loss
 from fused_kd.losses._criterion import Scheduled, TeacherCriterion
 from fused_kd.losses._docs import WITH_A_TEACHER, documented
+from fused_kd.losses._options import TeacherOptions, Unpack
 from fused_kd.reference import LossParts
 from fused_kd.sources import Logits, TeacherLogits
 
@@ -17,27 +17,17 @@ from fused_kd.sources import Logits, TeacherLogits
 @overload
 def dkd_loss(
     student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor, *, alpha: float = ..., beta: float = ...,
-    temperature: float = ..., ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ...,
-    ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ..., normalizer: float | Tensor | None = ...,
-    class_dim: int | None = ..., num_classes: int | None = ..., backend: str = ..., return_parts: Literal[False] = ...,
+    return_parts: Literal[False] = ..., **options: Unpack[TeacherOptions],
 ) -> Tensor: ...  # fmt: skip
-
-
 @overload
 def dkd_loss(
     student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor, *, alpha: float = ..., beta: float = ...,
-    temperature: float = ..., ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ...,
-    ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ..., normalizer: float | Tensor | None = ...,
-    class_dim: int | None = ..., num_classes: int | None = ..., backend: str = ..., return_parts: Literal[True],
+    return_parts: Literal[True], **options: Unpack[TeacherOptions],
 ) -> tuple[Tensor, LossParts]: ...  # fmt: skip
-
-
 @overload
 def dkd_loss(
     student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor, *, alpha: float = ..., beta: float = ...,
-    temperature: float = ..., ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ...,
-    ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ..., normalizer: float | Tensor | None = ...,
-    class_dim: int | None = ..., num_classes: int | None = ..., backend: str = ..., return_parts: bool,
+    return_parts: bool, **options: Unpack[TeacherOptions],
 ) -> Tensor | tuple[Tensor, LossParts]: ...  # fmt: skip
 
 
@@ -87,7 +77,6 @@ def dkd_loss(
     """
     return row_loss(
         "dkd",
-        reference.dkd_loss,
         LossParts,
         (student_logits, teacher_logits, target),
         {

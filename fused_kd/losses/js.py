@@ -6,11 +6,11 @@ from typing import ClassVar, Literal, overload
 
 from torch import Tensor
 
-from fused_kd import reference
 from fused_kd.core import checks
 from fused_kd.losses._call import row_loss
 from fused_kd.losses._criterion import Scheduled, UnlabelledCriterion
 from fused_kd.losses._docs import documented
+from fused_kd.losses._options import TeacherOptions, Unpack
 from fused_kd.reference import DistillationParts
 from fused_kd.sources import Logits, TeacherLogits
 
@@ -18,27 +18,17 @@ from fused_kd.sources import Logits, TeacherLogits
 @overload
 def js_loss(
     student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor | None = ..., *, beta: float = ...,
-    temperature: float = ..., ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ...,
-    ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ..., normalizer: float | Tensor | None = ...,
-    class_dim: int | None = ..., num_classes: int | None = ..., backend: str = ..., return_parts: Literal[False] = ...,
+    return_parts: Literal[False] = ..., **options: Unpack[TeacherOptions],
 ) -> Tensor: ...  # fmt: skip
-
-
 @overload
 def js_loss(
     student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor | None = ..., *, beta: float = ...,
-    temperature: float = ..., ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ...,
-    ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ..., normalizer: float | Tensor | None = ...,
-    class_dim: int | None = ..., num_classes: int | None = ..., backend: str = ..., return_parts: Literal[True],
+    return_parts: Literal[True], **options: Unpack[TeacherOptions],
 ) -> tuple[Tensor, DistillationParts]: ...  # fmt: skip
-
-
 @overload
 def js_loss(
     student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor | None = ..., *, beta: float = ...,
-    temperature: float = ..., ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ...,
-    ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ..., normalizer: float | Tensor | None = ...,
-    class_dim: int | None = ..., num_classes: int | None = ..., backend: str = ..., return_parts: bool,
+    return_parts: bool, **options: Unpack[TeacherOptions],
 ) -> Tensor | tuple[Tensor, DistillationParts]: ...  # fmt: skip
 
 
@@ -91,7 +81,6 @@ def js_loss(
     checks.check_share("beta", beta)
     return row_loss(
         "js",
-        reference.js_loss,
         DistillationParts,
         (student_logits, teacher_logits, target),
         {"beta": beta, "temperature": temperature, "ce_weight": ce_weight, "label_smoothing": label_smoothing},

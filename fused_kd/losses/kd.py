@@ -6,38 +6,28 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from fused_kd import reference
 from fused_kd.losses._call import row_loss
 from fused_kd.losses._criterion import Scheduled, UnlabelledCriterion
 from fused_kd.losses._docs import WITH_A_TEACHER, documented
+from fused_kd.losses._options import TeacherOptions, Unpack
 from fused_kd.reference import DistillationParts
 from fused_kd.sources import Logits, TeacherLogits
 
 
 @overload
 def kd_loss(
-    student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor | None = ..., *, temperature: float = ...,
-    ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ..., ignore_index: int = ...,
-    reduction: str = ..., weight: Tensor | None = ..., normalizer: float | Tensor | None = ...,
-    class_dim: int | None = ..., num_classes: int | None = ..., backend: str = ..., return_parts: Literal[False] = ...,
+    student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor | None = ..., *,
+    return_parts: Literal[False] = ..., **options: Unpack[TeacherOptions],
 ) -> Tensor: ...  # fmt: skip
-
-
 @overload
 def kd_loss(
-    student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor | None = ..., *, temperature: float = ...,
-    ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ..., ignore_index: int = ...,
-    reduction: str = ..., weight: Tensor | None = ..., normalizer: float | Tensor | None = ...,
-    class_dim: int | None = ..., num_classes: int | None = ..., backend: str = ..., return_parts: Literal[True],
+    student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor | None = ..., *,
+    return_parts: Literal[True], **options: Unpack[TeacherOptions],
 ) -> tuple[Tensor, DistillationParts]: ...  # fmt: skip
-
-
 @overload
 def kd_loss(
-    student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor | None = ..., *, temperature: float = ...,
-    ce_weight: float = ..., label_smoothing: float = ..., logit_standardization: bool = ..., ignore_index: int = ...,
-    reduction: str = ..., weight: Tensor | None = ..., normalizer: float | Tensor | None = ...,
-    class_dim: int | None = ..., num_classes: int | None = ..., backend: str = ..., return_parts: bool,
+    student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor | None = ..., *,
+    return_parts: bool, **options: Unpack[TeacherOptions],
 ) -> Tensor | tuple[Tensor, DistillationParts]: ...  # fmt: skip
 
 
@@ -77,7 +67,6 @@ def kd_loss(
     """
     return row_loss(
         "kd",
-        reference.kd_loss,
         DistillationParts,
         (student_logits, teacher_logits, target),
         {"temperature": temperature, "ce_weight": ce_weight, "label_smoothing": label_smoothing},

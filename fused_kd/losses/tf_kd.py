@@ -6,38 +6,28 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from fused_kd import reference
 from fused_kd.losses._call import row_loss
 from fused_kd.losses._criterion import Criterion, Scheduled
 from fused_kd.losses._docs import documented
+from fused_kd.losses._options import RowOptions, Unpack
 from fused_kd.reference import DistillationParts
 from fused_kd.sources import Logits
 
 
 @overload
 def tf_kd_loss(
-    student_logits: Logits, target: Tensor, *, correct: float = ..., temperature: float = ..., ce_weight: float = ...,
-    label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ...,
-    normalizer: float | Tensor | None = ..., class_dim: int | None = ..., num_classes: int | None = ...,
-    backend: str = ..., return_parts: Literal[False] = ...,
+    student_logits: Logits, target: Tensor, *, correct: float = ...,
+    return_parts: Literal[False] = ..., **options: Unpack[RowOptions],
 ) -> Tensor: ...  # fmt: skip
-
-
 @overload
 def tf_kd_loss(
-    student_logits: Logits, target: Tensor, *, correct: float = ..., temperature: float = ..., ce_weight: float = ...,
-    label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ...,
-    normalizer: float | Tensor | None = ..., class_dim: int | None = ..., num_classes: int | None = ...,
-    backend: str = ..., return_parts: Literal[True],
+    student_logits: Logits, target: Tensor, *, correct: float = ...,
+    return_parts: Literal[True], **options: Unpack[RowOptions],
 ) -> tuple[Tensor, DistillationParts]: ...  # fmt: skip
-
-
 @overload
 def tf_kd_loss(
-    student_logits: Logits, target: Tensor, *, correct: float = ..., temperature: float = ..., ce_weight: float = ...,
-    label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ..., weight: Tensor | None = ...,
-    normalizer: float | Tensor | None = ..., class_dim: int | None = ..., num_classes: int | None = ...,
-    backend: str = ..., return_parts: bool,
+    student_logits: Logits, target: Tensor, *, correct: float = ...,
+    return_parts: bool, **options: Unpack[RowOptions],
 ) -> Tensor | tuple[Tensor, DistillationParts]: ...  # fmt: skip
 
 
@@ -86,7 +76,6 @@ def tf_kd_loss(
     """
     return row_loss(
         "tf_kd",
-        reference.tf_kd_loss,
         DistillationParts,
         (student_logits, None, target),
         {"correct": correct, "temperature": temperature, "ce_weight": ce_weight, "label_smoothing": label_smoothing},
@@ -128,13 +117,11 @@ class TfKDLoss(Criterion):
         self, student_logits: Logits, target: Tensor, *, weight: Tensor | None = ...,
         normalizer: float | Tensor | None = ..., return_parts: Literal[False] = ...,
     ) -> Tensor: ...  # fmt: skip
-
     @overload
     def forward(
         self, student_logits: Logits, target: Tensor, *, weight: Tensor | None = ...,
         normalizer: float | Tensor | None = ..., return_parts: Literal[True],
     ) -> tuple[Tensor, DistillationParts]: ...  # fmt: skip
-
     @overload
     def forward(
         self, student_logits: Logits, target: Tensor, *, weight: Tensor | None = ...,

@@ -13,7 +13,7 @@ from fused_kd.losses import _shards, _sources
 from fused_kd.losses._call import call
 from fused_kd.losses._criterion import Criterion, Scheduled
 from fused_kd.losses._docs import documented
-from fused_kd.losses._options import Common, checked
+from fused_kd.losses._options import Common, LossOptions, Unpack, checked
 from fused_kd.reference import USKDParts
 from fused_kd.sources import Head, Logits
 
@@ -24,30 +24,20 @@ if TYPE_CHECKING:  # it is there only where PyTorch was built with torch.distrib
 @overload
 def uskd_loss(
     student_logits: Logits, weak_logits: Logits, target: Tensor, *, alpha: float = ..., beta: float = ...,
-    mu: float = ..., ce_weight: float = ..., label_smoothing: float = ..., rank: str = ..., square: bool = ...,
-    process_group: ProcessGroup | None = ..., ignore_index: int = ..., reduction: str = ...,
-    weight: Tensor | None = ..., normalizer: float | Tensor | None = ..., class_dim: int | None = ...,
-    backend: str = ..., return_parts: Literal[False] = ...,
+    mu: float = ..., rank: str = ..., square: bool = ..., process_group: ProcessGroup | None = ...,
+    return_parts: Literal[False] = ..., **options: Unpack[LossOptions],
 ) -> Tensor: ...  # fmt: skip
-
-
 @overload
 def uskd_loss(
     student_logits: Logits, weak_logits: Logits, target: Tensor, *, alpha: float = ..., beta: float = ...,
-    mu: float = ..., ce_weight: float = ..., label_smoothing: float = ..., rank: str = ..., square: bool = ...,
-    process_group: ProcessGroup | None = ..., ignore_index: int = ..., reduction: str = ...,
-    weight: Tensor | None = ..., normalizer: float | Tensor | None = ..., class_dim: int | None = ...,
-    backend: str = ..., return_parts: Literal[True],
+    mu: float = ..., rank: str = ..., square: bool = ..., process_group: ProcessGroup | None = ...,
+    return_parts: Literal[True], **options: Unpack[LossOptions],
 ) -> tuple[Tensor, USKDParts]: ...  # fmt: skip
-
-
 @overload
 def uskd_loss(
     student_logits: Logits, weak_logits: Logits, target: Tensor, *, alpha: float = ..., beta: float = ...,
-    mu: float = ..., ce_weight: float = ..., label_smoothing: float = ..., rank: str = ..., square: bool = ...,
-    process_group: ProcessGroup | None = ..., ignore_index: int = ..., reduction: str = ...,
-    weight: Tensor | None = ..., normalizer: float | Tensor | None = ..., class_dim: int | None = ...,
-    backend: str = ..., return_parts: bool,
+    mu: float = ..., rank: str = ..., square: bool = ..., process_group: ProcessGroup | None = ...,
+    return_parts: bool, **options: Unpack[LossOptions],
 ) -> Tensor | tuple[Tensor, USKDParts]: ...  # fmt: skip
 
 
@@ -175,9 +165,9 @@ def _fused(
 ) -> tuple[Tensor, Any]:
     student, weak, target, _ = rows
     assert weak is not None
-    rank, square, ignore_index, process_group, reduction = settings.values()
-    sums = _batch_sums((student, weak, target), square, ignore_index, chosen, process_group)
-    options = (rank, square, ignore_index, reduction)
+    rank, square, ignore_index = (settings[name] for name in ("rank", "square", "ignore_index"))
+    sums = _batch_sums((student, weak, target), square, ignore_index, chosen, settings["process_group"])
+    options = (rank, square, ignore_index, settings["reduction"])
     return autograd.fused_loss("uskd", (student, weak), (target, sums, weight), hyper, options, chosen, parts)
 
 
@@ -246,13 +236,11 @@ class USKDLoss(Criterion):
         self, student_logits: Logits, feature: Tensor, target: Tensor, *, weight: Tensor | None = ...,
         normalizer: float | Tensor | None = ..., return_parts: Literal[False] = ...,
     ) -> Tensor: ...  # fmt: skip
-
     @overload
     def forward(
         self, student_logits: Logits, feature: Tensor, target: Tensor, *, weight: Tensor | None = ...,
         normalizer: float | Tensor | None = ..., return_parts: Literal[True],
     ) -> tuple[Tensor, USKDParts]: ...  # fmt: skip
-
     @overload
     def forward(
         self, student_logits: Logits, feature: Tensor, target: Tensor, *, weight: Tensor | None = ...,

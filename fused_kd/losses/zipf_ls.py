@@ -11,34 +11,24 @@ from fused_kd.core import checks
 from fused_kd.losses._call import call
 from fused_kd.losses._criterion import Criterion, Scheduled
 from fused_kd.losses._docs import documented
-from fused_kd.losses._options import Common, checked
+from fused_kd.losses._options import Common, LossOptions, Unpack, checked
 from fused_kd.reference import DistillationParts
 
 
 @overload
 def zipf_ls_loss(
     student_logits: Tensor, dense_logits: Tensor, target: Tensor, *, beta: float = ..., power: float = ...,
-    ce_weight: float = ..., label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ...,
-    weight: Tensor | None = ..., normalizer: float | Tensor | None = ..., class_dim: int | None = ...,
-    backend: str = ..., return_parts: Literal[False] = ...,
+    return_parts: Literal[False] = ..., **options: Unpack[LossOptions],
 ) -> Tensor: ...  # fmt: skip
-
-
 @overload
 def zipf_ls_loss(
     student_logits: Tensor, dense_logits: Tensor, target: Tensor, *, beta: float = ..., power: float = ...,
-    ce_weight: float = ..., label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ...,
-    weight: Tensor | None = ..., normalizer: float | Tensor | None = ..., class_dim: int | None = ...,
-    backend: str = ..., return_parts: Literal[True],
+    return_parts: Literal[True], **options: Unpack[LossOptions],
 ) -> tuple[Tensor, DistillationParts]: ...  # fmt: skip
-
-
 @overload
 def zipf_ls_loss(
     student_logits: Tensor, dense_logits: Tensor, target: Tensor, *, beta: float = ..., power: float = ...,
-    ce_weight: float = ..., label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ...,
-    weight: Tensor | None = ..., normalizer: float | Tensor | None = ..., class_dim: int | None = ...,
-    backend: str = ..., return_parts: bool,
+    return_parts: bool, **options: Unpack[LossOptions],
 ) -> Tensor | tuple[Tensor, DistillationParts]: ...  # fmt: skip
 
 
@@ -149,13 +139,11 @@ class ZipfLSLoss(Criterion):
         self, student_logits: Tensor, dense_logits: Tensor, target: Tensor, *, weight: Tensor | None = ...,
         normalizer: float | Tensor | None = ..., return_parts: Literal[False] = ...,
     ) -> Tensor: ...  # fmt: skip
-
     @overload
     def forward(
         self, student_logits: Tensor, dense_logits: Tensor, target: Tensor, *, weight: Tensor | None = ...,
         normalizer: float | Tensor | None = ..., return_parts: Literal[True],
     ) -> tuple[Tensor, DistillationParts]: ...  # fmt: skip
-
     @overload
     def forward(
         self, student_logits: Tensor, dense_logits: Tensor, target: Tensor, *, weight: Tensor | None = ...,

@@ -78,16 +78,6 @@ class Rest(NamedTuple):
     number: Tensor  # number of these classes
 
 
-class _Columns(NamedTuple):
-    """Rows of few columns, (N, k + 2): the kept classes without the target, the rest, and the target.
-
-    ``rest`` is the logit of the rest in the loss's logarithms: the bucket's own, else the mean of the classes in it.
-    """
-
-    logits: Tensor
-    rest: Tensor
-
-
 def check_rest(name: str, rest: str, beta: float) -> None:
     """Raise if a loss has no meaning with this ``rest``."""
     if rest not in RESTS:
@@ -227,27 +217,23 @@ def row_parts(
     hyper: Mapping[str, float],
     num_classes: int,
 ) -> list[Tensor]:
-    """Compute each row's parts from :class:`Rest` and the student's logits at K ``(N, k)`` and the target ``(N,)``."""
+    """Compute each row's parts from :class:`Rest` and the student's logits at K ``(N, k)`` and the target ``(N,)``.
+    ``rest`` is "drop" or "bucket". Both sides are logits of few columns, ``(N, k + 2)``: the kept classes without the
+    target, the rest, and the target."""
     temperature = hyper["temperature"]
     s_kept = torch.where(kept.present, s_kept, NEG_INF)
-    number = few.number.to(s_kept.dtype)
-    mean = few.linear / number.clamp(min=1.0)
-    per_class = rest == "uniform"
 
-    def student(scale: float, sums: Tensor) -> _Columns:
-        own = torch.where(kept.is_target, NEG_INF, s_kept / scale)
-        return _Columns(_side_by_side(own, sums, s_target / scale), mean / scale if per_class else sums)
+    def student(scale: float, sums: Tensor) -> Tensor:
+        return _side_by_side(torch.where(kept.is_target, NEG_INF, s_kept / scale), sums, s_target / scale)
 
-    def teacher(scale: float) -> _Columns:
+    def teacher(scale: float) -> Tensor:
         share = kept.log_share / scale
-        if rest == "renormalize":
-            share = torch.full_like(share, NEG_INF)
-        of_rest = share + number.log()
+        of_rest = share + few.number.to(s_kept.dtype).log()
         own = torch.where(kept.is_target, NEG_INF, kept.log_probs / scale)
         # The maximum picks the target's entry, if it was kept.
         of_target = torch.where(kept.is_target, kept.log_probs, NEG_INF).amax(dim=1) / scale
         of_target = torch.where(kept.target_kept, of_target, share)
-        return _Columns(_side_by_side(own, of_rest, of_target), share if per_class else of_rest)
+        return _side_by_side(own, of_rest, of_target)
 
     sharp = student(1.0, few.sharp)
     q_sharp, log_q_sharp = _softmax(teacher(1.0))
@@ -300,45 +286,31 @@ def _logsumexp(logits: Tensor) -> Tensor:
     return torch.where(empty, 0.0, torch.where(empty, 0.0, logits).logsumexp(dim=1, keepdim=True))
 
 
-def _softmax(columns: _Columns) -> tuple[Tensor, Tensor]:
-    """Return the probabilities and their logarithms, with ``rest`` for the logarithm of the rest."""
-    return _over(columns, columns.logits.logsumexp(dim=1, keepdim=True))
+def _softmax(columns: Tensor, normalizer: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the probabilities and their logarithms."""
+    logs = columns - (columns.logsumexp(dim=1, keepdim=True) if normalizer is None else normalizer)
+    return logs.exp(), logs
 
 
-def _over(columns: _Columns, normalizer: Tensor) -> tuple[Tensor, Tensor]:
-    logits, rest = columns
-    logs = torch.cat([logits[:, :-2], rest.unsqueeze(1), logits[:, -1:]], dim=1) - normalizer
-    return (logits - normalizer).exp(), logs
-
-
-def _hats(soft: _Columns, teacher: _Columns, rest: str) -> tuple[Tensor, Tensor, Tensor]:
+def _hats(soft: Tensor, teacher: Tensor, rest: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return q^, log q^ and log p^, without the target."""
-    if rest == "drop":
-        nothing = torch.full_like(teacher.rest, NEG_INF)
-        logits = torch.cat([teacher.logits[:, :-2], nothing.unsqueeze(1), teacher.logits[:, -1:]], dim=1)
-        teacher = _Columns(logits, nothing)
-    soft, teacher = _without_target(soft), _without_target(teacher)
-    _, log_p_hat = _over(soft, _logsumexp(soft.logits))
-    q_hat, log_q_hat = _over(teacher, _logsumexp(teacher.logits))
-    return q_hat, log_q_hat, log_p_hat
+    nothing = torch.full_like(soft[:, -1], NEG_INF)
+    soft = _side_by_side(soft[:, :-2], soft[:, -2], nothing)
+    teacher = _side_by_side(teacher[:, :-2], nothing if rest == "drop" else teacher[:, -2], nothing)
+    _, log_p_hat = _softmax(soft, _logsumexp(soft))
+    return *_softmax(teacher, _logsumexp(teacher)), log_p_hat
 
 
-def _without_target(columns: _Columns) -> _Columns:
-    logits, rest = columns
-    return _Columns(torch.cat([logits[:, :-1], torch.full_like(logits[:, -1:], NEG_INF)], dim=1), rest)
-
-
-def _counting(teacher: _Columns, kept: Kept) -> Tensor:
+def _counting(teacher: Tensor, kept: Kept) -> Tensor:
     """Return a mask of the columns that count with ``rest="drop"``."""
-    counts = torch.ones_like(teacher.logits, dtype=torch.bool)
+    counts = torch.ones_like(teacher, dtype=torch.bool)
     counts[:, -2] = False
     counts[:, -1] = kept.target_kept
     return counts
 
 
-def _log_binary(columns: _Columns, counts: Tensor | None = None) -> Tensor:
+def _log_binary(logits: Tensor, counts: Tensor | None = None) -> Tensor:
     """log (target, all others), (N, 2): over the columns that count, with the normaliser of all."""
-    logits = columns.logits
     normalizer = logits.logsumexp(dim=1, keepdim=True)
     if counts is not None:
         logits = torch.where(counts, logits, NEG_INF)
@@ -348,18 +320,15 @@ def _log_binary(columns: _Columns, counts: Tensor | None = None) -> Tensor:
     return torch.cat([logits[:, -1:], of_others], dim=1) - normalizer
 
 
-def _whole(columns: _Columns, kept: Kept, rest: str) -> _Columns:
+def _whole(columns: Tensor, kept: Kept, rest: str) -> Tensor:
     """With ``rest="bucket"``, move a target that was not kept into the bucket."""
     if rest != "bucket":
         return columns
-    logits = columns.logits
-    of_rest, of_target = logits[:, -2], logits[:, -1]
+    pair = columns[:, -2:]
     # Not logaddexp: its second derivative is NaN if one of them is -inf.
-    pair = torch.stack([of_rest, of_target], dim=1)
     both = torch.where((pair == NEG_INF).all(dim=1), NEG_INF, _logsumexp(pair).squeeze(1))
-    together = torch.where(kept.target_kept, of_rest, both)
-    alone = torch.where(kept.target_kept, of_target, NEG_INF)
-    return _Columns(_side_by_side(logits[:, :-2], together, alone), together)
+    together = torch.where(kept.target_kept, columns[:, -2], both)
+    return _side_by_side(columns[:, :-2], together, torch.where(kept.target_kept, columns[:, -1], NEG_INF))
 
 
 def _unless_alone(part: Tensor, num_classes: int) -> Tensor:
@@ -368,13 +337,13 @@ def _unless_alone(part: Tensor, num_classes: int) -> Tensor:
 
 
 def _cross_entropy(
-    log_p_target: Tensor, linear: Tensor, sharp: _Columns, hyper: Mapping[str, float], num_classes: int
+    log_p_target: Tensor, linear: Tensor, sharp: Tensor, hyper: Mapping[str, float], num_classes: int
 ) -> Tensor:
     weight, smoothing = hyper["ce_weight"], hyper["label_smoothing"]
     if weight == 0.0:
         return torch.zeros_like(log_p_target)
     if smoothing == 0.0:
         return -weight * log_p_target
-    all_logs = linear - num_classes * sharp.logits.logsumexp(dim=1)
+    all_logs = linear - num_classes * sharp.logsumexp(dim=1)
     of_target = times_log(torch.full_like(log_p_target, 1.0 - smoothing), log_p_target)
     return -weight * (of_target + smoothing / num_classes * all_logs)

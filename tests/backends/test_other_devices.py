@@ -85,7 +85,7 @@ def rocm(monkeypatch):
     }.items():
         monkeypatch.setattr(torch.cuda, name, replacement)
     monkeypatch.setattr(backends, "_chosen", {})
-    monkeypatch.setattr(backends, "_warned", False)
+    monkeypatch.setattr(backends, "_warned", set())
     monkeypatch.setattr(triton, "_driver_failure", lambda: None)
     launch.gpu_of.cache_clear()
     yield

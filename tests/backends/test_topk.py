@@ -5,6 +5,7 @@ import torch
 
 from fused_kd.backends import native
 from fused_kd.backends import topk as fused_topk
+from fused_kd.core.pieces import TopKPiece
 from fused_kd.reference import topk
 from tests.support import topk_cases
 from tests.support.topk_cases import FUSED, assert_same, assert_within_eager_error, make, run
@@ -120,9 +121,9 @@ def test_errors_of_pieces(kernels):
         problem = make("nkd", "bucket", 40, 4)
         getattr(problem, name).view(5, -1)[3, 0] = value
         for start in (0, 20):
-            shared = fused_topk.Shared(start, 40, pytest.fail)
+            piece = TopKPiece(start, 40, pytest.fail)
             with pytest.raises(IndexError, match=f"{name}: expected class.* 0 to 39.* got {value}"):
-                fused_topk.row_loss(kernels, problem.student[:, start : start + 20], *problem[1:], shared)
+                fused_topk.row_loss(kernels, problem.student[:, start : start + 20], *problem[1:], piece)
 
 
 @pytest.mark.parametrize("rest", topk.RESTS)

@@ -155,7 +155,7 @@ def test_backend_that_cannot_run_is_refused_with_the_reason(monkeypatch):
     from fused_kd import backends
 
     monkeypatch.setattr(backends, "_chosen", {})
-    monkeypatch.setattr(backends, "_warned", True)  # test_reference_warning.py has that
+    monkeypatch.setattr(backends, "_warned", {"slow"})  # test_reference_warning.py has that
     monkeypatch.setattr(backends.native, "_core", None)
     monkeypatch.setattr(fused_kd.direct, "_loss", None)
     monkeypatch.setattr(backends.native, "_failure", "the C++ core was not built: no compiler")

@@ -368,7 +368,7 @@ def test_a_gradient_over_its_logits(loss):
             asked = Options(hyper, -100, "none", (True,), (1.0,), loss, standardize)
             expected = native.row_loss(student, teacher, target, factors, None, asked)
             over = student.clone()
-            found = native.row_loss(over, teacher, target, factors, None, asked._replace(over=True))
+            found = native.row_loss(over, teacher, target, factors, None, asked._replace(in_place=True))
             assert found[2] is over
             for each, wanted in zip(found, expected, strict=True):
                 torch.testing.assert_close(each, wanted, rtol=0, atol=0, equal_nan=True)

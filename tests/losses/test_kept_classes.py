@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 import fused_kd
 from fused_kd import ClassShard, Head, TopK
+from fused_kd.backends import _warned
 from fused_kd.core.catalogue import LOSSES, ROW_LOSSES
-from fused_kd.losses import _topk
 
 ROWS, CLASSES, KEPT = 6, 211, 9
 CASES = [(name, rest) for name, loss in ROW_LOSSES.items() for rest in loss.rests]
@@ -113,7 +113,7 @@ def test_padding_of_the_student():
 def test_what_has_no_kernel_says_so_once():
     hidden, weight, _, kept, target = make()
     student = hidden @ weight.T
-    _topk._warned.clear()
+    _warned.clear()
     words = "Jensen–Shannon with a TopK of rest='uniform' by its eager reference"
     with pytest.warns(RuntimeWarning, match=words) as seen:
         value = fused_kd.js_loss(student, TopK(*kept, rest="uniform"), target)

@@ -7,7 +7,6 @@ import torch
 
 import fused_kd
 from fused_kd import NKDLoss, backends, direct, kd_loss, nkd_loss, uskd_loss
-from fused_kd.losses import _topk
 
 STUDENT, TEACHER, TARGET = torch.randn(4, 10), torch.randn(4, 10), torch.arange(4)
 
@@ -19,7 +18,7 @@ def without_core(monkeypatch):
     monkeypatch.setattr(direct, "_loss", None)
     monkeypatch.setattr(backends.native, "_failure", "the C++ core was not built: no compiler")
     monkeypatch.setattr(backends, "_chosen", {})
-    monkeypatch.setattr(backends, "_warned", False)
+    monkeypatch.setattr(backends, "_warned", set())
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -71,7 +70,7 @@ def test_no_warning_with_the_core():
 
 @pytest.mark.parametrize("loss", ("js", "dist"))
 def test_a_top_k_teacher_without_a_kernel_in_one_graph(loss, monkeypatch):
-    monkeypatch.setattr(_topk, "_warned", set())
+    monkeypatch.setattr(backends, "_warned", set())
     torch._dynamo.reset()
     function, options = getattr(fused_kd, f"{loss}_loss"), {"gamma": 0.0} if loss == "dist" else {}
     kept, indices = TEACHER.log_softmax(1).topk(3)

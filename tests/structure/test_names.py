@@ -1,15 +1,16 @@
 """What documents and comments name is there, and what is told twice is told alike."""
 
+import ast
 import re
 
 import pytest
 from tree import FOLDERS, ROOT, SOURCES
 
-from fused_kd.backends import topk
 from fused_kd.backends.native.staged import FIELDS
-from fused_kd.backends.staged import STAGES
 from fused_kd.core.catalogue import BITS, KIND_SHIFT, LOSSES, REST_NUMBERS, ROW_LOSSES
 from fused_kd.core.options import HyperParameters
+from fused_kd.core.pieces import STAGES, TOPK_FIELDS
+from fused_kd.losses import _options
 
 PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "Makefile", *(ROOT / "benchmarks").glob("*.md")]
@@ -90,7 +91,7 @@ def test_what_a_stage_ends_with_has_one_number():
     """In Python and in C++; Triton's kernels have it from their own statistics."""
     header = (ROOT / "csrc/cpu/kernels.h").read_text()
     fields = {name.lower(): int(number) for name, number in re.findall(r"k(\w+)Fields = (\d+);", header)}
-    assert fields.pop("topk") == topk.FIELDS
+    assert fields.pop("topk") == TOPK_FIELDS
     assert {**fields, "gradient": 0} == FIELDS
     (enum,) = re.findall(r"enum Stage \{([^}]*)\}", header)
     assert {name.lower(): int(number) for name, number in re.findall(r"k(\w+) = (\d+)", enum)} == STAGES
@@ -101,3 +102,18 @@ def test_a_row_loss_names_its_own():
     for name, loss in ROW_LOSSES.items():
         shared = {"temperature", "ce_weight", "label_smoothing", "logit_standardization"}
         assert {*loss.own} == {*LOSSES[name].defaults} - shared
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_overloads_have_the_arguments_of_the_function(loss):
+    """Those of many losses through a TypedDict, which mypy does not compare with the function."""
+    tree = ast.parse((ROOT / "fused_kd" / "losses" / f"{loss.name}.py").read_text(encoding="utf-8"))
+    *overloads, function = [
+        node.args for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == loss.function
+    ]
+    names = [each.arg for each in (*function.args, *function.kwonlyargs)]
+    assert len(overloads) == 3
+    for arguments in overloads:
+        shared = re.fullmatch(r"Unpack\[(\w+)\]", ast.unparse(arguments.kwarg.annotation))[1]
+        keys = getattr(_options, shared).__optional_keys__
+        assert sorted([*(each.arg for each in (*arguments.args, *arguments.kwonlyargs)), *keys]) == sorted(names)

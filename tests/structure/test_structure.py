@@ -29,7 +29,8 @@ def imported(path):
         elif isinstance(node, ast.ImportFrom) and node.module == "fused_kd":
             yield from (name.name for name in node.names)
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fused_kd."):
-            yield node.module.removeprefix("fused_kd.")
+            module = node.module.removeprefix("fused_kd.")
+            yield from (module, *(f"{module}.{name.name}" for name in node.names))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
@@ -37,6 +38,13 @@ def test_imports_run_one_way(path):
     own = layer(path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."))
     above = [name for name in imported(path) if layer(name) is not None and layer(name) < own]
     assert not above
+
+
+@pytest.mark.parametrize("folder", ("native", "triton"))
+def test_a_backend_imports_none_of_the_runs_around_it(folder):
+    runs = {f"backends.{name}" for name in ("heads", "shards", "sources", "staged", "topk")}
+    for path in (PACKAGE / "backends" / folder).rglob("*.py"):
+        assert not runs & {*imported(path)}, path
 
 
 @pytest.mark.parametrize("folder", ("losses", "reference"))

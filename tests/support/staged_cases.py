@@ -10,6 +10,7 @@ from fused_kd import check
 from fused_kd.backends import staged
 from fused_kd.core.catalogue import ROW_LOSSES
 from fused_kd.core.options import HyperParameters, Options, in_order
+from fused_kd.core.pieces import Piece
 
 NO_TEACHER = ("tf_kd",)
 
@@ -74,7 +75,7 @@ def pieces_of(problem):
         found = [staged.likeliest(target[:, span], span.start) for span in spans]
         index = staged.likeliest_of_all(torch.stack(found))
     return [
-        staged.Piece(
+        Piece(
             student[:, span],
             None if teacher is None else teacher[:, span],
             target[:, span] if probabilities else None,

@@ -9,6 +9,7 @@ from fused_kd import check, reference
 from fused_kd.backends import topk
 from fused_kd.core.catalogue import ROW_LOSSES
 from fused_kd.core.options import HyperParameters, Options, in_order
+from fused_kd.core.pieces import TopKPiece
 
 #: What a loss is of each of, and which of the op's three parts it has.
 FUSED = [(name, rest) for name, loss in ROW_LOSSES.items() for rest in loss.rests]
@@ -75,10 +76,10 @@ def run(kernels, problem, widths=()):
 
     for start, student in zip(starts, pieces, strict=True):
         with contextlib.suppress(_ToldError):
-            topk.row_loss(kernels, student, *problem[1:], topk.Shared(start, classes, tell))
+            topk.row_loss(kernels, student, *problem[1:], TopKPiece(start, classes, tell))
     every = torch.stack(found)
     each = [
-        topk.row_loss(kernels, student, *problem[1:], topk.Shared(start, classes, lambda own: every))
+        topk.row_loss(kernels, student, *problem[1:], TopKPiece(start, classes, lambda own: every))
         for start, student in zip(starts, pieces, strict=True)
     ]
     for loss, parts, _ in each:

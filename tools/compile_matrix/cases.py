@@ -17,7 +17,7 @@ from fused_kd.backends.triton.launch import HOST, Launch
 from fused_kd.backends.triton.plans import uskd, zipf_ls
 from fused_kd.backends.triton.plans.rows import plan_row_loss
 from fused_kd.backends.triton.plans.scale import plan_scale
-from fused_kd.core.catalogue import LOSSES, ROW_LOSSES
+from fused_kd.core.catalogue import ROW_LOSSES
 from fused_kd.core.options import HyperParameters, Options, outputs, pair_outputs
 from fused_kd.reference import accumulation_dtype
 from tools.compile_matrix.calls import Call, describe, empty, factors, logits, prob, targets
@@ -179,10 +179,6 @@ MIXED = ((BF16, FP32), (FP32, BF16))
 REGIMES = (100, 1000, 2048, 4096, 8192, 21841, 128256)
 
 
-def has_triton(loss: str) -> bool:
-    return "triton" in LOSSES[loss].backends["cuda"]
-
-
 def cases(full: bool) -> Iterator[Case]:
     """Calls of NKD: a selection that reaches every row of the dispatch table, or with ``full`` every configuration."""
     if not full:
@@ -211,7 +207,7 @@ def cases(full: bool) -> Iterator[Case]:
 
 def row_cases(full: bool) -> Iterator[Case]:
     """Calls of the other row losses, and of the options that they share with NKD."""
-    losses = [loss for loss in ROW_LOSSES if loss != "nkd" and has_triton(loss)]
+    losses = [loss for loss in ROW_LOSSES if loss != "nkd"]
     if not full:
         yield from (Case(BF16, BF16, classes, 4.0, loss=loss) for loss in losses for classes in (1000, 21841))
         yield Case(BF16, BF16, 21841, 4.0, loss="dist", rows=8192)

@@ -13,6 +13,7 @@ from fused_kd.backends.triton.launch import Launch
 from fused_kd.backends.triton.plans.staged import fields, plan_stage
 from fused_kd.core.catalogue import ROW_LOSSES
 from fused_kd.core.options import HyperParameters, Options
+from fused_kd.core.pieces import Piece, StageResults
 from fused_kd.reference import accumulation_dtype
 from tools.compile_matrix.calls import describe, empty, factors, logits, prob
 
@@ -49,18 +50,18 @@ class StagedCase(NamedTuple):
         teacher = None if self.loss == "tf_kd" else empty(self.rows, self.classes, dtype=self.student)
         labels = None if self.labels is None else empty(self.rows, self.classes, dtype=self.labels)
         target = empty(self.rows, dtype=torch.int64)
-        piece = staged.Piece(student, teacher, labels, target, self.classes, 8 * self.classes)
+        piece = Piece(student, teacher, labels, target, self.classes, 8 * self.classes)
         own = dict(zip(ROW_LOSSES[self.loss].own, (0.5, 0.0), strict=False))  # for DIST gamma=0: rows alone
         hyper = HyperParameters(**own, temperature=self.temperature, ce_weight=1.0, label_smoothing=self.smoothing)
         options = Options(hyper, -100, "none", (True,), (1.0,), self.loss, self.standardize)
         acc = accumulation_dtype(student, teacher if teacher is not None else student)
-        found, launches = staged.Found(), []
+        earlier, launches = StageResults(), []
         for stage in staged.stages_of(options):
             out = empty(fields().get(stage, 3), self.rows, dtype=acc)
             gradient = empty(*student.shape, dtype=self.student)
-            launches.append(plan_stage(stage, piece, found, options, factors(self, 2), out, gradient))
+            launches.append(plan_stage(stage, piece, earlier, options, factors(self, 2), out, gradient))
             if stage in fields():
-                found = found._replace(**{stage: empty(8, *out.shape, dtype=acc)})
+                earlier = earlier._replace(**{stage: empty(8, *out.shape, dtype=acc)})
         return launches
 
 

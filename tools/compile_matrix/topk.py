@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import torch
 
-from fused_kd.backends import topk
 from fused_kd.backends.triton.launch import Launch
 from fused_kd.backends.triton.plans.topk import Rows, plan_topk, words_of
 from fused_kd.core.catalogue import ROW_LOSSES
 from fused_kd.core.options import HyperParameters, Options, in_order
+from fused_kd.core.pieces import TOPK_FIELDS
 from fused_kd.reference import accumulation_dtype
 from tools.compile_matrix.calls import describe, empty, factors, logits
 
@@ -52,7 +52,7 @@ class TopKCase(NamedTuple):
             factors(self, 2),
             empty(rows, words_of(classes), dtype=torch.int32),
             empty(rows, dtype=torch.int32),
-            empty(topk.FIELDS + kept, rows, dtype=torch.float64),
+            empty(TOPK_FIELDS + kept, rows, dtype=torch.float64),
             0,
             classes,
         )

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_kd.backends import staged as stages
-from fused_kd.backends import topk
 from fused_kd.backends.native import core, cuda, direct, staged
 from fused_kd.backends.native.boundary import DTYPES, RANKS, REDUCTIONS, address, batch, incoming, matrix
 from fused_kd.core import checks
 from fused_kd.core.catalogue import NUMBERS, REST_NUMBERS
 from fused_kd.core.options import Options, empty_gradient, outputs, pair_outputs
+from fused_kd.core.pieces import TOPK_FIELDS, Piece, StageResults, TopKPiece
 from fused_kd.reference import accumulation_dtype
 
 _core: Any
@@ -93,7 +92,7 @@ def row_loss(
 ) -> tuple[Tensor, ...]:
     other = student if teacher is None else teacher  # not read if the loss has no teacher
     dtype = accumulation_dtype(student, other)
-    results = outputs(student, options.wanted[0], 3, options.reduction, dtype, options.over, options.padding)
+    results = outputs(student, options.wanted[0], 3, options.reduction, dtype, options.in_place, options.padding)
     loss, parts, gradient, norm = results
     bad_row = _core.row_loss(
         batch(_where(), student, target, options.ignore_index, dtype),
@@ -110,9 +109,9 @@ def row_loss(
     return results
 
 
-def row_stage(stage: str, piece: stages.Piece, found: stages.Found, options: Options, factors: Tensor | None) -> Any:
+def row_stage(stage: str, piece: Piece, earlier: StageResults, options: Options, factors: Tensor | None) -> Any:
     """See :func:`fused_kd.backends.native.staged.row_stage`."""
-    return staged.row_stage(_core, _where(), stage, piece, found, options, factors)
+    return staged.row_stage(_core, _where(), stage, piece, earlier, options, factors)
 
 
 def uskd_batch_sums(student: Tensor, target: Tensor, square: bool, ignore_index: int) -> Tensor:
@@ -179,15 +178,15 @@ def topk_loss(
     target: Tensor,
     factors: Tensor | None,
     options: Options,
-    shared: topk.Shared | None = None,
+    piece: TopKPiece | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :func:`fused_kd.backends.topk.row_loss`."""
     dtype, rows, want = accumulation_dtype(student, log_probs), student.shape[0], options.wanted[0]
     loss, parts = student.new_empty(rows, dtype=dtype), student.new_empty((3, rows), dtype=dtype)
     gradient = empty_gradient(student, options.padding) if want else None
-    num_classes = student.shape[1] if shared is None else shared.num_classes
+    num_classes = student.shape[1] if piece is None else piece.num_classes
 
-    def call(gradient: Tensor | None, piece: tuple[int, int, int, int] | None) -> None:
+    def call(gradient: Tensor | None, columns: tuple[int, int, int, int] | None) -> None:
         bad_row = _core.topk_loss(
             batch(_where(), student, target, options.ignore_index, dtype),
             (options.hyper, address(factors)),
@@ -195,20 +194,20 @@ def topk_loss(
             NUMBERS[options.loss],
             (address(gradient), options.scales[0], options.padding),
             (REDUCTIONS["none"], loss.data_ptr(), parts.data_ptr()),
-            piece,
+            columns,
         )
         if bad_row >= rows:
             raise checks.kept_error(indices, bad_row - rows, num_classes)
         if bad_row >= 0:
             raise checks.row_error(target, bad_row, num_classes, options.ignore_index)
 
-    if shared is None:
+    if piece is None:
         call(gradient, None)
         return loss, parts, gradient
-    own = student.new_zeros((topk.FIELDS + indices.shape[1], rows), dtype=torch.float64)
-    call(None, (*shared[:2], 0, own.data_ptr()))
-    every = topk.merged(shared.exchange([own]), options.hyper.temperature)
-    call(gradient, (*shared[:2], every.data_ptr(), 0))
+    own = student.new_zeros((TOPK_FIELDS + indices.shape[1], rows), dtype=torch.float64)
+    call(None, (*piece[:2], 0, own.data_ptr()))
+    every = piece.exchange([own])  # alive during the call
+    call(gradient, (*piece[:2], every.data_ptr(), 0))
     return loss, parts, gradient
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fused_kd.backends.native.boundary import address, batch, matrix
-from fused_kd.backends.staged import STAGES, Found, Piece
 from fused_kd.core import checks
 from fused_kd.core.catalogue import NUMBERS
 from fused_kd.core.options import Options
+from fused_kd.core.pieces import STAGES, Piece, StageResults
 from fused_kd.reference import accumulation_dtype
 
 #: The fields of Statistics in csrc/cpu/row_blocks.h.
@@ -26,14 +26,14 @@ _LABEL_STATISTICS = ("v_sum", "v_cross", "v_blocked", "v_cross_t")
 _SCORE_STATISTICS = ("w_soft", "w_sharp", "w_teacher")
 
 
-def _exchanged_places(labels: bool, standardize: bool) -> list[int]:
+def exchanged_places(labels: bool, standardize: bool) -> list[int]:
     """Return the places of the statistics that pieces exchange."""
     idle = (*(() if labels else _LABEL_STATISTICS), *(() if standardize else _SCORE_STATISTICS))
     return [place for place, name in enumerate(STATISTICS) if name not in idle]
 
 
 def row_stage(
-    core: Any, where: tuple[str, int], stage: str, piece: Piece, found: Found, options: Options,
+    core: Any, where: tuple[str, int], stage: str, piece: Piece, earlier: StageResults, options: Options,
     factors: Tensor | None,
 ) -> Any:  # fmt: skip
     """Run a stage on a piece. Return its numbers, (fields, N) float64; from the last stage the rows' parts (3, N) and
@@ -42,16 +42,16 @@ def row_stage(
     rows = student.shape[0]
     other = student if teacher is None else teacher
     dtype = accumulation_dtype(student, other)
-    exchanged = _exchanged_places(labels is not None, options.standardize)
-    if found.statistics is not None:
-        statistics = found.statistics.new_zeros(len(found.statistics), len(STATISTICS), rows)
-        statistics[:, exchanged] = found.statistics
-        found = found._replace(statistics=statistics)
+    exchanged = exchanged_places(labels is not None, options.standardize)
+    if earlier.statistics is not None:
+        statistics = earlier.statistics.new_zeros(len(earlier.statistics), len(STATISTICS), rows)
+        statistics[:, exchanged] = earlier.statistics
+        earlier = earlier._replace(statistics=statistics)
     last = stage == "gradient"
     out = torch.zeros(FIELDS[stage], rows, dtype=torch.float64)
     parts = torch.empty(rows, 3, dtype=torch.float64)
     gradient = torch.empty(student.shape if last else (0,), dtype=student.dtype)
-    pieces = max(0 if each is None else len(each) for each in found)
+    pieces = max(0 if each is None else len(each) for each in earlier)
     target = target.contiguous()
     bad_row = core.row_stage(
         batch(where, student, target if labels is None else labels, options.ignore_index, dtype),
@@ -63,15 +63,15 @@ def row_stage(
         parts.data_ptr(),
         (
             STAGES[stage], target.data_ptr(), first_class, num_classes, pieces,
-            *map(address, found), out.data_ptr(),
+            *map(address, earlier), out.data_ptr(),
         ),
     )  # fmt: skip
     if bad_row >= 0 and labels is None:
         raise checks.row_error(target, bad_row, num_classes, options.ignore_index)
     if bad_row >= 0:
-        assert found.statistics is not None
+        assert earlier.statistics is not None
         places = [STATISTICS.index(name) for name in ("v_sum", "v_target")]
-        raise checks.row_error(found.statistics[:, places].sum((0, 1))[:, None], bad_row, num_classes, -1)
+        raise checks.row_error(earlier.statistics[:, places].sum((0, 1))[:, None], bad_row, num_classes, -1)
     if last:
         return parts.T.to(dtype), gradient
     return out[exchanged] if stage == "statistics" else out

@@ -9,6 +9,7 @@ from fused_kd.backends import triton as backend
 from fused_kd.backends.triton.launch import run
 from fused_kd.backends.triton.plans.staged import fields, plan_stage
 from fused_kd.core.catalogue import ROW_LOSSES
+from fused_kd.core.pieces import StageResults
 from tests.support import staged_cases
 
 pytest.importorskip("triton")
@@ -37,12 +38,12 @@ def test_pieces_are_as_exact_as_the_row(loss, standardize, labels):
 def test_a_stage_fills_all_its_fields_and_no_more():
     problem = staged_cases.make("dist", 10, (4,), standardize=True)
     (piece, _), options = staged_cases.pieces_of(problem), staged_cases.without_columns(problem).options
-    found, unwritten = staged.Found(), -12345.0
+    earlier, unwritten = StageResults(), -12345.0
     for stage, number in fields().items():
         out = torch.full((number + 1, len(piece.student)), unwritten, dtype=torch.float64)
-        run([plan_stage(stage, piece, found, options, None, out, torch.empty(0))], out.device)
+        run([plan_stage(stage, piece, earlier, options, None, out, torch.empty(0))], out.device)
         assert (out[:-1] != unwritten).all() and (out[-1] == unwritten).all(), stage
-        found = found._replace(**{stage: out[None, :-1].contiguous()})
+        earlier = earlier._replace(**{stage: out[None, :-1].contiguous()})
 
 
 def test_js_of_beta_0_is_kd():

@@ -24,12 +24,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fused_kd.backends.triton.kernels.constants import LOG2E, NEG_INF
 from fused_kd.backends.triton.kernels.pointwise import column_stride, correlation_terms
-from fused_kd.backends.triton.kernels.rows import LOG2E, kernel, load_factor, load_fields, store_fields, zero_if_empty
+from fused_kd.backends.triton.kernels.rows import kernel, load_factor, load_fields, store_fields, zero_if_empty
 from fused_kd.backends.triton.kernels.targets import load_tile
 from fused_kd.backends.triton.kernels.tiles import lane_columns
-
-_NEG_INF = tl.constexpr(float("-inf"))
+from fused_kd.backends.triton.kernels.values import ColumnMoments
 
 
 @triton.jit
@@ -59,16 +59,16 @@ def _deviation(
     number = tl.zeros([ROWS * LANES], ACC)
     for start in range(0, classes, LANES * WIDTH):
         cols = start + lane_cols
-        x = load_tile(view, cols, counted[:, None] & (cols < classes), _NEG_INF, UNIT, ACC)
-        total += tl.sum(tl.where(x == _NEG_INF, 0.0, x - about[:, None]), 1)
-        number += tl.sum(tl.where(x == _NEG_INF, 0.0, 1.0).to(ACC), 1)
+        x = load_tile(view, cols, counted[:, None] & (cols < classes), NEG_INF, UNIT, ACC)
+        total += tl.sum(tl.where(x == NEG_INF, 0.0, x - about[:, None]), 1)
+        number += tl.sum(tl.where(x == NEG_INF, 0.0, 1.0).to(ACC), 1)
     number = _row_totals(number, ROWS, LANES)
     mean = about + _row_totals(total, ROWS, LANES) / tl.maximum(number, 1.0)
     square = tl.zeros([ROWS * LANES], ACC)
     for start in range(0, classes, LANES * WIDTH):
         cols = start + lane_cols
-        x = load_tile(view, cols, counted[:, None] & (cols < classes), _NEG_INF, UNIT, ACC)
-        centred = tl.where(x == _NEG_INF, 0.0, x - mean[:, None])
+        x = load_tile(view, cols, counted[:, None] & (cols < classes), NEG_INF, UNIT, ACC)
+        centred = tl.where(x == NEG_INF, 0.0, x - mean[:, None])
         square += tl.sum(centred * centred, 1)
     return tl.sqrt(_row_totals(square, ROWS, LANES) / tl.maximum(number - 1.0, 1.0))
 
@@ -83,11 +83,11 @@ def _normalize(
     if STD:
         scale /= _deviation(view, counted, lane_cols, classes, ROWS, LANES, WIDTH, UNIT, ACC) + 1e-7
     scale /= temperature
-    lane_maximum = tl.full([ROWS * LANES], _NEG_INF, ACC)
+    lane_maximum = tl.full([ROWS * LANES], NEG_INF, ACC)
     total = tl.zeros([ROWS * LANES], ACC)
     for start in range(0, classes, LANES * WIDTH):
         cols = start + lane_cols
-        x = load_tile(view, cols, counted[:, None] & (cols < classes), _NEG_INF, UNIT, ACC)
+        x = load_tile(view, cols, counted[:, None] & (cols < classes), NEG_INF, UNIT, ACC)
         higher = tl.maximum(lane_maximum, tl.max(x, 1))
         origin = zero_if_empty(higher)
         total = total * tl.exp2((lane_maximum - origin) * scale)
@@ -145,23 +145,63 @@ def normalize_rows(
 @triton.jit
 def _probabilities(view, states, rows, row, inside, cols, mask, UNIT: tl.constexpr, ACC: tl.constexpr):
     maximum, scale, share = load_fields(states, rows, row, inside, 3)
-    x = load_tile(view, cols, mask, _NEG_INF, UNIT, ACC)
+    x = load_tile(view, cols, mask, NEG_INF, UNIT, ACC)
     return tl.exp2((x - maximum[:, None]) * scale[:, None]) * share[:, None]
 
 
 @triton.jit
-def _merge(number, mean_p, mean_q, pp, pq, qq):
-    """Merge moments of columns over parts of the rows, (parts, columns). A part may have no rows."""
+def _no_moments(PARTS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    zero = tl.zeros([PARTS, BLOCK], ACC)
+    return ColumnMoments(tl.zeros([PARTS], ACC), zero, zero, zero, zero, zero)
+
+
+@triton.jit
+def _accumulate(moments, p, q, counted, mask, ACC: tl.constexpr):
+    """Add a row to each part, by Welford's recurrence."""
+    number, mean_p, mean_q, pp, pq, qq = moments
+    number += counted.to(ACC)
+    # A quotient may be two units off. For the first row it must be 1, or the mean would differ from the row.
+    by = tl.where(number > 1.0, 1.0 / tl.maximum(number, 1.0), 1.0)[:, None]
+    d_p = tl.where(mask, p - mean_p, 0.0)
+    d_q = tl.where(mask, q - mean_q, 0.0)
+    # Not d times the distance from the new mean: if both are only rounding, that may be below 0.
+    e_p = d_p * (1.0 - by)
+    e_q = d_q * (1.0 - by)
+    return ColumnMoments(number, mean_p + d_p * by, mean_q + d_q * by, pp + d_p * e_p, pq + d_p * e_q, qq + d_q * e_q)
+
+
+@triton.jit
+def _join(moments, chunk, number, classes, mask):
+    """Add a chunk of ``number`` rows to each part, by Chan's formula. ``chunk`` points to its means and sums."""
+    total, mean_p, mean_q, pp, pq, qq = moments
+    total += number
+    share = tl.where(number < total, number / tl.maximum(total, 1.0), 1.0)[:, None]
+    d_p = tl.where(mask, tl.load(chunk, mask=mask, other=0.0) - mean_p, 0.0)
+    d_q = tl.where(mask, tl.load(chunk + classes, mask=mask, other=0.0) - mean_q, 0.0)
+    mean_p += d_p * share
+    mean_q += d_q * share
+    between = (total - number)[:, None] * share
+    pp += tl.load(chunk + 2 * classes, mask=mask, other=0.0) + between * d_p * d_p
+    pq += tl.load(chunk + 3 * classes, mask=mask, other=0.0) + between * d_p * d_q
+    qq += tl.load(chunk + 4 * classes, mask=mask, other=0.0) + between * d_q * d_q
+    return ColumnMoments(total, mean_p, mean_q, pp, pq, qq)
+
+
+@triton.jit
+def _merge(moments):
+    """Merge all parts. One may have no rows."""
+    number, mean_p, mean_q, pp, pq, qq = moments
+    number = number[:, None]
     total = tl.sum(number, 0)
     by = 1.0 / tl.maximum(total, 1.0)
     # Relative to the largest mean, so that equal means stay exact.
-    about_p = zero_if_empty(tl.max(tl.where(number > 0.0, mean_p, _NEG_INF), 0))
-    about_q = zero_if_empty(tl.max(tl.where(number > 0.0, mean_q, _NEG_INF), 0))
+    about_p = zero_if_empty(tl.max(tl.where(number > 0.0, mean_p, NEG_INF), 0))
+    about_q = zero_if_empty(tl.max(tl.where(number > 0.0, mean_q, NEG_INF), 0))
     new_p = about_p + tl.sum(number * (mean_p - about_p[None, :]), 0) * by
     new_q = about_q + tl.sum(number * (mean_q - about_q[None, :]), 0) * by
     d_p = mean_p - new_p[None, :]
     d_q = mean_q - new_q[None, :]
-    return (
+    return ColumnMoments(
         total, new_p, new_q,
         tl.sum(pp + number * d_p * d_p, 0), tl.sum(pq + number * d_p * d_q, 0), tl.sum(qq + number * d_q * d_q, 0),
     )  # fmt: skip
@@ -201,9 +241,7 @@ def column_moments(
     cols = block * BLOCK + tl.arange(0, BLOCK)[None, :]
     first = this_chunk * chunk
     last = tl.minimum(rows, first + chunk)
-    number = tl.zeros([ROWS], ACC)
-    mean_p, mean_q = tl.zeros([ROWS, BLOCK], ACC), tl.zeros([ROWS, BLOCK], ACC)
-    pp, pq, qq = tl.zeros([ROWS, BLOCK], ACC), tl.zeros([ROWS, BLOCK], ACC), tl.zeros([ROWS, BLOCK], ACC)
+    found = _no_moments(ROWS, BLOCK, ACC)
     for start in range(first, last, ROWS):
         row = start + tl.arange(0, ROWS)
         inside = row < last
@@ -217,20 +255,8 @@ def column_moments(
         p = _probabilities(s, states, rows, row, inside, cols, mask, UNIT, ACC)
         q = _probabilities(t, states + 3 * rows, rows, row, inside, cols, mask, UNIT, ACC)
         mask = counted[:, None] & (cols < classes)
-        number += counted.to(ACC)
-        # A quotient may be two units off. For the first row it must be 1, or the mean would differ from the row.
-        by = tl.where(number > 1.0, 1.0 / tl.maximum(number, 1.0), 1.0)[:, None]
-        d_p = tl.where(mask, p - mean_p, 0.0)
-        d_q = tl.where(mask, q - mean_q, 0.0)
-        mean_p += d_p * by
-        mean_q += d_q * by
-        # Not d times the distance from the new mean: if both are only rounding, that may be below 0.
-        e_p = d_p * (1.0 - by)
-        e_q = d_q * (1.0 - by)
-        pp += d_p * e_p
-        pq += d_p * e_q
-        qq += d_q * e_q
-    total, mean_p, mean_q, pp, pq, qq = _merge(number[:, None], mean_p, mean_q, pp, pq, qq)
+        found = _accumulate(found, p, q, counted, mask, ACC)
+    total, mean_p, mean_q, pp, pq, qq = _merge(found)
     column = block * BLOCK + tl.arange(0, BLOCK)
     moments += this_chunk.to(tl.int64) * 5 * classes
     store_fields(moments, (mean_p, mean_q, pp, pq, qq), classes, column, column < classes)
@@ -261,26 +287,14 @@ def finish_columns(
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < classes
     part = tl.arange(0, CHUNKS)
-    number = tl.zeros([CHUNKS], ACC)
-    mean_p, mean_q = tl.zeros([CHUNKS, BLOCK], ACC), tl.zeros([CHUNKS, BLOCK], ACC)
-    pp, pq, qq = tl.zeros([CHUNKS, BLOCK], ACC), tl.zeros([CHUNKS, BLOCK], ACC), tl.zeros([CHUNKS, BLOCK], ACC)
+    found = _no_moments(CHUNKS, BLOCK, ACC)
     for start in range(0, chunks, CHUNKS):
         chunk = start + part
         mask = (chunk < chunks)[:, None] & inside[None, :]
         at = moments + chunk.to(tl.int64)[:, None] * 5 * classes + cols[None, :]
-        more = tl.load(numbers + chunk, mask=chunk < chunks, other=0.0)
-        number += more
-        # Chan's formula for two parts.
-        share = tl.where(more < number, more / tl.maximum(number, 1.0), 1.0)[:, None]
-        d_p = tl.where(mask, tl.load(at, mask=mask, other=0.0) - mean_p, 0.0)
-        d_q = tl.where(mask, tl.load(at + classes, mask=mask, other=0.0) - mean_q, 0.0)
-        mean_p += d_p * share
-        mean_q += d_q * share
-        between = (number - more)[:, None] * share
-        pp += tl.load(at + 2 * classes, mask=mask, other=0.0) + between * d_p * d_p
-        pq += tl.load(at + 3 * classes, mask=mask, other=0.0) + between * d_p * d_q
-        qq += tl.load(at + 4 * classes, mask=mask, other=0.0) + between * d_q * d_q
-    total, mean_p, mean_q, pp, pq, qq = _merge(number[:, None], mean_p, mean_q, pp, pq, qq)
+        number = tl.load(numbers + chunk, mask=chunk < chunks, other=0.0)
+        found = _join(found, at, number, classes, mask)
+    total, mean_p, mean_q, pp, pq, qq = _merge(found)
     if column_factor is not None:
         total = tl.load(column_factor).to(ACC)
     r, by_b, by_a = correlation_terms(pq, pp, qq, total * weight)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fused_kd.backends.triton.kernels.constants import LOG2E, NEG_INF, NO_CLASS
 from fused_kd.backends.triton.kernels.losses import coefficients
 from fused_kd.backends.triton.kernels.on_chip import (
     all_weights,
@@ -25,7 +26,6 @@ from fused_kd.backends.triton.kernels.pointwise import (
     scaled_slopes,
 )
 from fused_kd.backends.triton.kernels.rows import (
-    LOG2E,
     POINTWISE,
     TEACHER,
     at,
@@ -48,8 +48,6 @@ from fused_kd.backends.triton.kernels.tiles import (
     sum_tile,
 )
 from fused_kd.backends.triton.kernels.values import Constants, Inputs, Moments, Softmaxes, Tile, Variant
-
-_NEG_INF = tl.constexpr(float("-inf"))
 
 
 @triton.jit
@@ -154,7 +152,7 @@ def rows_looped(
     if PROB:
         target_head = target + (row * target_row + head) // VEC * VEC
         body = end // BLOCK
-        best, y = tl.full([LANES], _NEG_INF, ACC), tl.full([LANES], 2147483647, tl.int32)
+        best, y = tl.full([LANES], NEG_INF, ACC), tl.full([LANES], NO_CLASS, tl.int32)
         if EDGES:
             v_edge = load_part(target_head, at_edge, target_col, in_edge, True, UNIT, False, ACC)
             best, y = keep_largest(best, y, v_edge, at_edge)
@@ -166,7 +164,7 @@ def rows_looped(
             best, y = keep_largest(best, y, v, start + lane)
         largest = tl.max(best, 0, keep_dims=True)
         # A row of NaN has no largest entry, and the index stays in range.
-        y = tl.minimum(tl.min(tl.where(best == largest, y, 2147483647), 0, keep_dims=True), classes - 1 - before)
+        y = tl.minimum(tl.min(tl.where(best == largest, y, NO_CLASS), 0, keep_dims=True), classes - 1 - before)
         counted = inside
         v_y = tl.load(at(target_head, y, target_col, UNIT)).to(ACC)
     else:

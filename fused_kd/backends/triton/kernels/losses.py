@@ -14,13 +14,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fused_kd.backends.triton.kernels.constants import INF, LN2, LOG2E, NEG_INF
 from fused_kd.backends.triton.kernels.pointwise import pointwise, scaled_slopes
-from fused_kd.backends.triton.kernels.rows import LN2, LOG2E, POINTWISE, join_target, times
+from fused_kd.backends.triton.kernels.rows import POINTWISE, join_target, times
 from fused_kd.backends.triton.kernels.values import Coefficients, Slopes
 from fused_kd.core.catalogue import NUMBERS
 
-_NEG_INF = tl.constexpr(float("-inf"))
-_INF = tl.constexpr(float("inf"))
 #: LOSS is one of these, or one of :mod:`.pointwise`.
 NKD = tl.constexpr(NUMBERS["nkd"])
 KD = tl.constexpr(NUMBERS["kd"])
@@ -144,7 +143,7 @@ def _wsld(stats, s_y, t_y, v_y, z_sharp, z_tsharp, weights, scales, VARIANT: tl.
         s_ce = times(v_y, s_ce) + stats.v_sum * s_log_z - stats.v_cross * scales.sharp_s
         t_ce = times(v_y, t_ce) + stats.v_sum * t_log_z - stats.v_cross_t * scales.sharp_t
     # A student with the target at -inf has u = 1. If the teacher has it there too, the quotient would be inf / inf.
-    u = tl.where(s_ce == _INF, 1.0, one_minus_exp(s_ce * LN2 / (t_ce * LN2 + 1e-7)))
+    u = tl.where(s_ce == INF, 1.0, one_minus_exp(s_ce * LN2 / (t_ce * LN2 + 1e-7)))
     p_nll, p_rest_nll, p_factor, q_y, q_rest, q_factor, difference, _t, _r = _both_soft(stats, s_y, t_y, scales)
     weight = alpha * temperature * u
     safe_s = tl.where(z_s == 0.0, 1.0, z_s)
@@ -177,14 +176,14 @@ def coefficients(stats, sums, column, own, s_y, t_y, v_y, weights, scales, momen
     elif VARIANT.LOSS == WSLD:
         one, two, soft, sharp, teacher, at_y = _wsld(stats, s_y, t_y, v_y, z_sharp, z_tsharp, weights, scales, VARIANT)
     elif VARIANT.LOSS == TF_KD:
-        others, own, entropy, _ce_weight, _smoothing = weights
+        u_j, u_y, entropy, _ce_weight, _smoothing = weights
         p_y, p_rest, p_factor, log_z, nll = join_target(s_y, stats.s_max, stats.s_soft, LOG2E)
         everything = (classes - 1) * log_z - stats.linear * LOG2E
-        one = entropy + own * nll * LN2 + others * everything * LN2  # neither weight is 0
+        one = entropy + u_y * nll * LN2 + u_j * everything * LN2  # neither weight is 0
         two = tl.zeros_like(one)
         raw += p_factor
-        constant -= others
-        at_y = tl.where(own > 0.5, (classes - 1) * others - p_rest, p_y - own)
+        constant -= u_j
+        at_y = tl.where(u_y > 0.5, (classes - 1) * u_j - p_rest, p_y - u_y)
         soft, sharp, teacher = tl.zeros_like(raw), tl.zeros_like(raw), tl.zeros_like(raw)
     else:
         soft, sharp, teacher, at_y = tl.zeros_like(raw), tl.zeros_like(raw), tl.zeros_like(raw), tl.zeros_like(raw)
@@ -193,7 +192,7 @@ def coefficients(stats, sums, column, own, s_y, t_y, v_y, weights, scales, momen
     if POINTWISE & VARIANT.LOSS:
         one, more, with_s = pointwise(sums, own, weights, VARIANT)
         two = tl.zeros_like(one) + column
-    possible = s_y != _NEG_INF
+    possible = s_y != NEG_INF
     at_y = tl.where(possible, at_y, 0.0)
     if VARIANT.STD:
         # Backward through z = f (x - mean), f = 1 / (d + 1e-7): f (g_j - sum(g) / n) - z_j sum(g z) / ((n - 1) d).
@@ -214,7 +213,7 @@ def coefficients(stats, sums, column, own, s_y, t_y, v_y, weights, scales, momen
             # g sums to 0, a softmax being indifferent to a shift, unless the student rules out what the teacher asks.
             s_sharp = stats.s_soft if VARIANT.SINGLE else stats.s_sharp
             total = soft * stats.s_soft + sharp * s_sharp + teacher * (stats.t_soft - stats.blocked) + at_y
-            shift -= tl.where((stats.blocked > 0.0) | (s_y == _NEG_INF), f * total / tl.maximum(number, 1.0), 0.0)
+            shift -= tl.where((stats.blocked > 0.0) | (s_y == NEG_INF), f * total / tl.maximum(number, 1.0), 0.0)
         constant += shift
         soft, sharp, teacher, at_y = soft * f, sharp * f, teacher * f, at_y * f - slope * centred + shift
         if POINTWISE & VARIANT.LOSS:

@@ -34,6 +34,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fused_kd.backends.triton.kernels.constants import LOG2E, NEG_INF
 from fused_kd.backends.triton.kernels.losses import coefficients
 from fused_kd.backends.triton.kernels.pointwise import (
     add_slopes,
@@ -45,7 +46,6 @@ from fused_kd.backends.triton.kernels.pointwise import (
     scaled_slopes,
 )
 from fused_kd.backends.triton.kernels.rows import (
-    LOG2E,
     POINTWISE,
     TEACHER,
     accumulate,
@@ -66,7 +66,6 @@ from fused_kd.backends.triton.kernels.rows import (
 )
 from fused_kd.backends.triton.kernels.values import Constants, Moments, Softmaxes, Variant, Weights
 
-_NEG_INF = tl.constexpr(float("-inf"))
 COUNT_BLOCK = tl.constexpr(512)
 
 
@@ -184,7 +183,7 @@ def rows_on_chip(
     if PROB:
         probability_base = target + row * (target_row // VEC * VEC)
         mask = inside[:, None] & (cols < classes)
-        v = tl.load(at(probability_base[:, None], cols, target_col, UNIT), mask=mask, other=_NEG_INF).to(ACC)
+        v = tl.load(at(probability_base[:, None], cols, target_col, UNIT), mask=mask, other=NEG_INF).to(ACC)
         # The lowest index among the largest. A row of NaN has none, and the index stays in range.
         y = tl.min(tl.where(v == tl.max(v, 1)[:, None], cols, classes - 1), 1)
         v = tl.where(cols < classes, v, 0.0)
@@ -197,12 +196,12 @@ def rows_on_chip(
         factor = load_factor(factors, 0, rows, row, inside, ACC)
         counted &= factor != 0.0
         mask &= counted[:, None]
-    s = tl.load(at(student_base[:, None], cols, student_col, UNIT), mask=mask, other=_NEG_INF).to(ACC)
+    s = tl.load(at(student_base[:, None], cols, student_col, UNIT), mask=mask, other=NEG_INF).to(ACC)
     s_y = tl.load(at(student_base, y, student_col, UNIT), mask=counted, other=0.0).to(ACC)
     t = s
     t_y = s_y
     if TEACHER & LOSS:
-        t = tl.load(at(teacher_base[:, None], cols, teacher_col, UNIT), mask=mask, other=_NEG_INF).to(ACC)
+        t = tl.load(at(teacher_base[:, None], cols, teacher_col, UNIT), mask=mask, other=NEG_INF).to(ACC)
         t_y = tl.load(at(teacher_base, y, teacher_col, UNIT), mask=counted, other=0.0).to(ACC)
     s_moments = Moments(s_y, s_y, s_y, s_y)
     t_moments = s_moments
@@ -212,8 +211,8 @@ def rows_on_chip(
     scales = make_scales(weights.temperature, s_moments, t_moments, k, VARIANT)
     is_target = cols == y[:, None]
     whole_s, whole_t = s, t
-    s = tl.where(is_target, _NEG_INF, s)
-    t = tl.where(is_target, _NEG_INF, t)
+    s = tl.where(is_target, NEG_INF, s)
+    t = tl.where(is_target, NEG_INF, t)
     if PROB:
         v_y = tl.load(at(probability_base, y, target_col, UNIT), mask=counted, other=0.0).to(ACC)
         v = tl.where(is_target, 0.0, v)

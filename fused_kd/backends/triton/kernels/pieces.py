@@ -7,10 +7,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_kd.backends.triton.kernels.rows import LOG2E, make_scales, merge_lanes, store_fields, total_of, zero_if_empty
+from fused_kd.backends.triton.kernels.constants import LOG2E, NEG_INF
+from fused_kd.backends.triton.kernels.rows import make_scales, merge_lanes, store_fields, total_of, zero_if_empty
 from fused_kd.backends.triton.kernels.values import Moments, PointwiseSums, Statistics
 
-_NEG_INF = tl.constexpr(float("-inf"))
 #: Numbers of fields of a row. The teacher's moments begin at OF_TEACHER. The target's two logits and its probability
 #: follow the statistics, from OF_TARGET on.
 MOMENTS = tl.constexpr(2 * len(Moments._fields))
@@ -42,7 +42,7 @@ def _merged_moments(found, first, pieces, rows, row, PIECES: tl.constexpr):
     square = _field(found, first + 2, MOMENTS, pieces, rows, row, 0.0, PIECES)
     low = _field(found, first + 3, MOMENTS, pieces, rows, row, 0.0, PIECES)
     # Relative to one of the means, so that the deviation of a constant row is exactly 0.
-    about = zero_if_empty(tl.max(tl.where(number > 0.0, mean, _NEG_INF), 0, keep_dims=True))
+    about = zero_if_empty(tl.max(tl.where(number > 0.0, mean, NEG_INF), 0, keep_dims=True))
     total = total_of(number)
     merged = about + total_of(tl.where(number > 0.0, number * (mean - about), 0.0)) / tl.maximum(total, 1.0)
     shift = tl.where(number > 0.0, mean - merged + low, 0.0)
@@ -71,7 +71,7 @@ def merged_statistics(found, pieces, rows, row, scales, VARIANT: tl.constexpr, P
     """Return the row's statistics, and the target's logits and probability, which one of the pieces has."""
     of_pieces = ()
     for which in tl.static_range(OF_TARGET):
-        other = _NEG_INF if which == 0 or which == 3 else 0.0  # the largest logits
+        other = NEG_INF if which == 0 or which == 3 else 0.0  # the largest logits
         of_pieces += (_field(found, which, STATISTICS, pieces, rows, row, other, PIECES),)
     stats = Statistics(*of_pieces)
     s_y = total_of(_field(found, OF_TARGET, STATISTICS, pieces, rows, row, 0.0, PIECES))

@@ -24,19 +24,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_kd.backends.triton.kernels.rows import (
-    LN2,
-    ONE_SLOPE,
-    join_target,
-    load_fields,
-    per_row,
-    total_of,
-    zero_if_empty,
-)
+from fused_kd.backends.triton.kernels.constants import LN2, NEG_INF
+from fused_kd.backends.triton.kernels.rows import ONE_SLOPE, join_target, load_fields, per_row, total_of, zero_if_empty
 from fused_kd.backends.triton.kernels.values import PointwiseSums, Slopes
 from fused_kd.core.catalogue import NUMBERS
 
-_NEG_INF = tl.constexpr(float("-inf"))
 DIST = tl.constexpr(NUMBERS["dist"])
 JS = tl.constexpr(NUMBERS["js"])
 
@@ -111,7 +103,7 @@ def row_softmaxes(stats, s_y, t_y, states, rows, row, counted, scales, VARIANT: 
     else:
         p_y, _p_rest, p_factor, p_log_z, p_nll = join_target(s_y, stats.s_max, stats.s_soft, scales.soft_s)
         q_y, _q_rest, q_factor, q_log_z, q_nll = join_target(t_y, stats.t_max, stats.t_soft, scales.soft_t)
-        p_y = tl.where(s_y == _NEG_INF, 0.0, p_y)  # also in a row where no class can occur
+        p_y = tl.where(s_y == NEG_INF, 0.0, p_y)  # also in a row where no class can occur
         return (p_y, p_factor, p_log_z, p_nll), (q_y, q_factor, q_log_z, q_nll)
 
 
@@ -265,7 +257,7 @@ def add_slopes(g, s, t, columns, is_target, softmaxes, more, VARIANT: tl.constex
         h += more.by_2[:, None] * f_2
     if VARIANT.COLUMNS:
         h += more.by_column[:, None] * _column_slope(columns, p, q)
-    impossible = s == _NEG_INF
+    impossible = s == NEG_INF
     if not VARIANT.COLUMNS:  # the tile may lack the target's logit, but p there is 0 where it is -inf
         impossible = impossible & (is_target == 0)
     return g + tl.where((p == 0.0) | impossible, 0.0, p * h)

@@ -22,14 +22,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fused_kd.backends.triton.kernels.constants import INF, LOG2E, NEG_INF
 from fused_kd.backends.triton.kernels.values import Coefficients, Moments, Scales, Statistics
 from fused_kd.core.catalogue import BITS
 
-# NaN cannot be a module constant: the JIT compares constants with != at every launch, and would reject the second.
-_NEG_INF = tl.constexpr(float("-inf"))
-_INF = tl.constexpr(float("inf"))
-LN2 = tl.constexpr(0.6931471805599453)
-LOG2E = tl.constexpr(1.4426950408889634)
 #: The needs of a loss, bits of its number LOSS: see :data:`fused_kd.core.catalogue.NEEDS`.
 TEACHER = tl.constexpr(BITS["teacher"])
 SHARP = tl.constexpr(BITS["sharp"])
@@ -55,13 +51,13 @@ def kernel(function):
 @triton.jit
 def zero_if_empty(maximum):
     """Replace -inf by 0 in a maximum to subtract: -inf - -inf would be NaN, -inf - 0 gives the right exponential, 0."""
-    return tl.where(maximum == _NEG_INF, 0.0, maximum)
+    return tl.where(maximum == NEG_INF, 0.0, maximum)
 
 
 @triton.jit
 def times(weight, value):
     """weight * value with 0 * inf = 0, for a loss, which can only be +inf. NaN stays."""
-    return weight * tl.where(weight == 0.0, tl.where(value == _INF, 0.0, value), value)
+    return weight * tl.where(weight == 0.0, tl.where(value == INF, 0.0, value), value)
 
 
 @triton.jit
@@ -72,8 +68,8 @@ def join_target(x_y, m, z, k):
     -log2 p_y. With u = (x_y - m) k and M = max(u, 0) the whole sum is 2^M (z 2^-M + 2^(u - M)).
     """
     u = (x_y - zero_if_empty(m)) * k
-    top = tl.where(m == _NEG_INF, u, tl.maximum(u, 0.0))
-    outside = tl.where(m == _NEG_INF, 0.0, tl.exp2(-top))
+    top = tl.where(m == NEG_INF, u, tl.maximum(u, 0.0))
+    outside = tl.where(m == NEG_INF, 0.0, tl.exp2(-top))
     inside = tl.exp2(u - top)
     total = z * outside + inside
     log_total = tl.log2(total)
@@ -99,7 +95,7 @@ def _rescale(stats, m_s, m_t, scales, VARIANT: tl.constexpr):
     soft_s, soft_t, sharp_s, sharp_t, _mean = scales
     down_s = old_s - zero_if_empty(m_s)
     # If nothing finite was seen, the sums are 0 or -inf, and moving the origin changes neither.
-    moved_s = tl.where(old_s == _NEG_INF, 0.0, down_s)
+    moved_s = tl.where(old_s == NEG_INF, 0.0, down_s)
     factor_s = tl.exp2(down_s * soft_s)
     s_soft = s_soft * factor_s
     w_soft = w_soft * factor_s
@@ -112,7 +108,7 @@ def _rescale(stats, m_s, m_t, scales, VARIANT: tl.constexpr):
     linear = linear + moved_s * number
     if TEACHER & VARIANT.LOSS:
         down_t = old_t - zero_if_empty(m_t)
-        moved_t = tl.where(old_t == _NEG_INF, 0.0, down_t)
+        moved_t = tl.where(old_t == NEG_INF, 0.0, down_t)
         factor_t = tl.exp2(down_t * soft_t)
         if (POINTWISE & VARIANT.LOSS) == 0:
             moved = moved_s * soft_s
@@ -133,7 +129,7 @@ def _rescale(stats, m_s, m_t, scales, VARIANT: tl.constexpr):
 
 @triton.jit
 def empty_statistics(LANES: tl.constexpr, ACC: tl.constexpr):
-    nothing = tl.full([LANES], _NEG_INF, ACC)
+    nothing = tl.full([LANES], NEG_INF, ACC)
     zero = tl.zeros([LANES], ACC)
     return Statistics(
         nothing, zero, zero, nothing, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero,
@@ -156,7 +152,7 @@ def accumulate(stats, s, t, v, present, scales, VARIANT: tl.constexpr, WALKED: t
     e = tl.exp2(u)
     s_soft += tl.sum(e, 1)
     if VARIANT.STD and ((POINTWISE & VARIANT.LOSS) == 0):
-        centred = tl.where(s == _NEG_INF, 0.0, s - mean[:, None])
+        centred = tl.where(s == NEG_INF, 0.0, s - mean[:, None])
         w_soft += tl.sum(e * centred, 1)
     if not VARIANT.SINGLE:
         sharp = tl.exp2(d_s * per_row(sharp_s, VARIANT.STD))
@@ -177,7 +173,7 @@ def accumulate(stats, s, t, v, present, scales, VARIANT: tl.constexpr, WALKED: t
             cross += tl.sum(f * tl.where(f == 0.0, 0.0, u), 1)
             if VARIANT.STD:
                 w_teacher += tl.sum(f * centred, 1)
-                blocked += tl.sum(tl.where(s == _NEG_INF, f, 0.0), 1)
+                blocked += tl.sum(tl.where(s == NEG_INF, f, 0.0), 1)
         if not VARIANT.SINGLE:
             if ((DIVERGENCE & VARIANT.LOSS) == 0) and ((POINTWISE & VARIANT.LOSS) == 0):
                 t_sharp += tl.sum(tl.exp2(d_t * per_row(sharp_t, VARIANT.STD)), 1)
@@ -217,7 +213,7 @@ def merge_lanes(stats, scales, VARIANT: tl.constexpr):
 @triton.jit
 def tile_moments(x):
     """Compute :class:`.values.Moments` of whole rows in registers."""
-    possible = x != _NEG_INF
+    possible = x != NEG_INF
     # Relative to the largest, so that the deviation of a constant row is exactly 0.
     largest = zero_if_empty(tl.max(x, 1))
     number = tl.sum(tl.where(possible, 1.0, 0.0).to(x.dtype), 1)
@@ -283,7 +279,7 @@ def combine(s, t, v, stats, coefficients, scales, VARIANT: tl.constexpr):
     if VARIANT.STD:
         g -= slope[:, None] * (s - mean[:, None])
     # A class that cannot occur gets no gradient, whatever the teacher gives it.
-    return tl.where(s == _NEG_INF, 0.0, g)
+    return tl.where(s == NEG_INF, 0.0, g)
 
 
 @triton.jit

@@ -20,12 +20,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fused_kd.backends.triton.kernels.constants import INF, LN2, NEG_INF, NO_CLASS
 from fused_kd.backends.triton.kernels.rows import at, load_index, times, zero_if_empty
-
-_NEG_INF = tl.constexpr(float("-inf"))
-_INF = tl.constexpr(float("inf"))
-_LN2 = tl.constexpr(0.6931471805599453)
-_NO_CLASS = tl.constexpr(2147483647)
 
 
 @triton.jit
@@ -51,17 +47,17 @@ def tile_at(start, rows, classes, WALK: tl.constexpr):
 @triton.jit
 def _largest(labels, rows, classes, skip, WALK: tl.constexpr, ACC: tl.constexpr):
     """Return the largest label except for the class ``skip``, the lowest class that has it, and the smallest label."""
-    best = tl.full([WALK.ROWS, WALK.BLOCK], _NEG_INF, ACC)
-    index = tl.full([WALK.ROWS, WALK.BLOCK], _NO_CLASS, tl.int32)
-    smallest = tl.full([WALK.ROWS, WALK.BLOCK], _INF, ACC)
+    best = tl.full([WALK.ROWS, WALK.BLOCK], NEG_INF, ACC)
+    index = tl.full([WALK.ROWS, WALK.BLOCK], NO_CLASS, tl.int32)
+    smallest = tl.full([WALK.ROWS, WALK.BLOCK], INF, ACC)
     for start in range(0, WALK.BLOCK if WALK.HELD else classes, WALK.BLOCK):
         cols, mask = tile_at(start, rows, classes, WALK)
-        v = load_tile(labels, cols, mask, _NEG_INF, WALK.UNIT, ACC)
-        smallest = tl.minimum(smallest, tl.where(mask, v, _INF))
+        v = load_tile(labels, cols, mask, NEG_INF, WALK.UNIT, ACC)
+        smallest = tl.minimum(smallest, tl.where(mask, v, INF))
         better = (v > best) & (cols != skip[:, None])
         best, index = tl.where(better, v, best), tl.where(better, cols, index)
     largest = tl.max(best, 1)
-    return largest, tl.min(tl.where(best == largest[:, None], index, _NO_CLASS), 1), tl.min(smallest, 1)
+    return largest, tl.min(tl.where(best == largest[:, None], index, NO_CLASS), 1), tl.min(smallest, 1)
 
 
 @triton.jit
@@ -101,11 +97,11 @@ def is_rest(cols, mask, targets):
 @triton.jit
 def rest_maximum(view, targets, rows, classes, WALK: tl.constexpr, ACC: tl.constexpr):
     """Return the largest logit outside the targets, 0 if all are -inf."""
-    top = tl.full([WALK.ROWS, WALK.BLOCK], _NEG_INF, ACC)
+    top = tl.full([WALK.ROWS, WALK.BLOCK], NEG_INF, ACC)
     for start in range(0, WALK.BLOCK if WALK.HELD else classes, WALK.BLOCK):
         cols, mask = tile_at(start, rows, classes, WALK)
-        x = load_tile(view, cols, mask, _NEG_INF, WALK.UNIT, ACC)
-        top = tl.maximum(top, tl.where(is_rest(cols, mask, targets), x, _NEG_INF))
+        x = load_tile(view, cols, mask, NEG_INF, WALK.UNIT, ACC)
+        top = tl.maximum(top, tl.where(is_rest(cols, mask, targets), x, NEG_INF))
     return zero_if_empty(tl.max(top, 1))
 
 
@@ -116,8 +112,8 @@ def rest_sum(view, targets, rows, classes, k, WALK: tl.constexpr, ACC: tl.conste
     z = tl.zeros([WALK.ROWS, WALK.BLOCK], ACC)
     for start in range(0, WALK.BLOCK if WALK.HELD else classes, WALK.BLOCK):
         cols, mask = tile_at(start, rows, classes, WALK)
-        x = load_tile(view, cols, mask, _NEG_INF, WALK.UNIT, ACC)
-        x = tl.where(is_rest(cols, mask, targets), x, _NEG_INF)
+        x = load_tile(view, cols, mask, NEG_INF, WALK.UNIT, ACC)
+        x = tl.where(is_rest(cols, mask, targets), x, NEG_INF)
         z += tl.exp2((x - m[:, None]) * k)
     return m, tl.sum(z, 1)
 
@@ -133,7 +129,7 @@ def _log1p(x):
     """log(1 + x) for x >= 0 to the last digits: the quotient corrects the rounding of 1 + x."""
     u = 1.0 + x
     exact = u == 1.0
-    return tl.where(exact, x, tl.log2(u) * _LN2 * (x / tl.where(exact, 1.0, u - 1.0)))
+    return tl.where(exact, x, tl.log2(u) * LN2 * (x / tl.where(exact, 1.0, u - 1.0)))
 
 
 @triton.jit
@@ -151,7 +147,7 @@ def split_softmax(x_0, x_1, m, z, k):
     number log_rest in -log p_j = log_rest - (x_j - m). All are NaN if a logit is NaN or +inf.
     """
     no_rest = z == 0.0
-    top = tl.maximum(tl.maximum(x_0, x_1), tl.where(no_rest, _NEG_INF, m))
+    top = tl.maximum(tl.maximum(x_0, x_1), tl.where(no_rest, NEG_INF, m))
     factor = tl.where(no_rest, 0.0, gradual_exp2((m - top) * k))
     rest = z * factor
     e_0 = tl.exp2((x_0 - top) * k)
@@ -160,7 +156,7 @@ def split_softmax(x_0, x_1, m, z, k):
     below = rest + tl.where(x_0 == top, e_1, tl.where(x_1 == top, e_0, e_0 + e_1))
     led = (x_0 == top) | (x_1 == top)
     total = tl.where(led, 1.0 + below, below)
-    log_total = tl.where(led, _log1p(below), tl.log2(total) * _LN2)
+    log_total = tl.where(led, _log1p(below), tl.log2(total) * LN2)
     total += 0.0 * top  # NaN if that is infinite
     log_rest = tl.where(no_rest, 0.0, log_total + (top - m))
     nll_0 = log_total + (top - x_0)
@@ -190,7 +186,7 @@ def cross_entropy(of_labels, linear, targets, p, ce_weight, smoothing, classes, 
         mass += v_rest
         free = v_rest - v_blocked
         ce += tl.where(free == 0.0, 0.0, free * p[6] - v_cross)
-        ce = tl.where(v_blocked > 0.0, _INF + 0.0 * p[4], ce)  # NaN where no class can occur
+        ce = tl.where(v_blocked > 0.0, INF + 0.0 * p[4], ce)  # NaN where no class can occur
     if WALK.LINEAR:
         uniform = smoothing / classes.to(mass.dtype)
         rest = rest_number(targets, classes).to(mass.dtype)
@@ -237,4 +233,4 @@ def class_gradient(x, d, z, v, cols, targets, terms, poison, k, PROB: tl.constex
         g -= kept[:, None] * v
     g = tl.where(cols == targets[0][:, None], at_0[:, None], g)
     g = tl.where(cols == targets[1][:, None], at_1[:, None], g)
-    return tl.where(x == _NEG_INF, 0.0, g + poison[:, None])
+    return tl.where(x == NEG_INF, 0.0, g + poison[:, None])

@@ -7,11 +7,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fused_kd.backends.triton.kernels.constants import NEG_INF, NO_CLASS
 from fused_kd.backends.triton.kernels.pointwise import add_slopes, add_sums, load_columns
 from fused_kd.backends.triton.kernels.rows import POINTWISE, TEACHER, accumulate, at, combine, zero_if_empty
 from fused_kd.backends.triton.kernels.values import Moments
-
-_NEG_INF = tl.constexpr(float("-inf"))
 
 
 @triton.jit
@@ -31,7 +30,7 @@ def load_part(
     only just fits."""
     pointers = at(base, offsets, stride, UNIT)
     if MASKED:
-        return tl.load(pointers, mask=mask, other=_NEG_INF).to(ACC)
+        return tl.load(pointers, mask=mask, other=NEG_INF).to(ACC)
     elif LAST:
         return tl.load(pointers, eviction_policy="evict_first").to(ACC)
     else:
@@ -56,8 +55,8 @@ def _load_tiles(inputs, tile, VARIANT: tl.constexpr, MASKED: tl.constexpr, LAST:
 
 @triton.jit
 def _without_target(s, t, v, is_target, PROB: tl.constexpr):
-    s = tl.where(is_target, _NEG_INF, s)
-    t = tl.where(is_target, _NEG_INF, t)
+    s = tl.where(is_target, NEG_INF, s)
+    t = tl.where(is_target, NEG_INF, t)
     if PROB:
         v = tl.where(is_target, 0.0, v)
     return s, t, v
@@ -113,23 +112,23 @@ def row_moments(
     count = tl.zeros([LANES], ACC)
     if EDGES:
         x_edge = load_part(base, at_edge, stride, in_edge, True, UNIT, False, ACC)
-        total += tl.sum(tl.where(x_edge == _NEG_INF, 0.0, x_edge - about), 1)
-        count += tl.sum(tl.where(x_edge == _NEG_INF, 0.0, 1.0), 1)
+        total += tl.sum(tl.where(x_edge == NEG_INF, 0.0, x_edge - about), 1)
+        count += tl.sum(tl.where(x_edge == NEG_INF, 0.0, 1.0), 1)
     for start in range(0, end, LANES * WIDTH):
         x = load_part(base, start + lane, stride, start + lane < end, True, UNIT, False, ACC)
-        total += tl.sum(tl.where(x == _NEG_INF, 0.0, x - about), 1)
-        count += tl.sum(tl.where(x == _NEG_INF, 0.0, 1.0), 1)
+        total += tl.sum(tl.where(x == NEG_INF, 0.0, x - about), 1)
+        count += tl.sum(tl.where(x == NEG_INF, 0.0, 1.0), 1)
     number = tl.sum(count, 0, keep_dims=True)
     mean = about + tl.sum(total, 0, keep_dims=True) / tl.maximum(number, 1.0)
     square = tl.zeros([LANES], ACC)
     total = tl.zeros([LANES], ACC)
     if EDGES:
-        centred_edge = tl.where(x_edge == _NEG_INF, 0.0, x_edge - mean)
+        centred_edge = tl.where(x_edge == NEG_INF, 0.0, x_edge - mean)
         total += tl.sum(centred_edge, 1)
         square += tl.sum(centred_edge * centred_edge, 1)
     for start in range(0, end, LANES * WIDTH):
         x = load_part(base, start + lane, stride, start + lane < end, True, UNIT, False, ACC)
-        centred = tl.where(x == _NEG_INF, 0.0, x - mean)
+        centred = tl.where(x == NEG_INF, 0.0, x - mean)
         total += tl.sum(centred, 1)
         square += tl.sum(centred * centred, 1)
     deviation = tl.sqrt(tl.sum(square, 0, keep_dims=True) / tl.maximum(number - 1.0, 1.0))
@@ -140,6 +139,6 @@ def row_moments(
 def keep_largest(best, index, v, cols):
     """Update, per lane, the largest probability so far and the lowest class that has it."""
     tile_best = tl.max(v, 1)
-    tile_index = tl.min(tl.where(v == tile_best[:, None], cols, 2147483647), 1)
+    tile_index = tl.min(tl.where(v == tile_best[:, None], cols, NO_CLASS), 1)
     lower = (tile_best > best) | ((tile_best == best) & (tile_index < index))
     return tl.where(lower, tile_best, best), tl.where(lower, tile_index, index)

@@ -23,15 +23,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fused_kd.backends.triton.kernels.constants import LOG2E, NEG_INF
 from fused_kd.backends.triton.kernels.on_chip import all_weights, gradient_width
-from fused_kd.backends.triton.kernels.rows import LOG2E, at, kernel, load_fields, narrowed, store_fields, zero_if_empty
+from fused_kd.backends.triton.kernels.rows import at, kernel, load_fields, narrowed, store_fields, zero_if_empty
 from fused_kd.backends.triton.kernels.tiles import lane_columns
 from fused_kd.backends.triton.kernels.topk_losses import Row, resolve
+from fused_kd.core.pieces import TOPK_FIELDS
 
 SHARP, LINEAR = tl.constexpr(1), tl.constexpr(2)
-_NEG_INF = tl.constexpr(float("-inf"))
-#: Numbers of rest_statistics beside the logits of kept classes: see :data:`fused_kd.backends.topk.FIELDS`.
-_FIELDS = tl.constexpr(5)
+_FIELDS = tl.constexpr(TOPK_FIELDS)  # numbers of rest_statistics beside the logits of kept classes
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def _indices(indices, row, kept, indices_row, indices_col, read, KEPT: tl.conste
 
 @kernel
 def mark_kept(
-    target, indices, factors, marks, state, rows: tl.int64, num_classes: tl.int32, words: tl.int64, kept: tl.int32,
+    target, indices, factors, marks, state, num_classes: tl.int32, words: tl.int64, kept: tl.int32,
     ignore_index: tl.int64, indices_row: tl.int64, indices_col: tl.int64, KEPT: tl.constexpr,
 ):  # fmt: skip
     """Fill ``marks``, which start as 0, and ``state``. KEPT is at least the number of threads, so each thread has its
@@ -67,7 +67,7 @@ def mark_kept(
 def _load(base, marks, cols, end, first_class, y_column, stride, UNIT: tl.constexpr, ACC: tl.constexpr):
     """Load a tile's logits, with a mask of the classes that are neither kept nor the target."""
     inside = cols < end
-    s = tl.load(at(base, cols, stride, UNIT), mask=inside, other=_NEG_INF).to(ACC)
+    s = tl.load(at(base, cols, stride, UNIT), mask=inside, other=NEG_INF).to(ACC)
     j = first_class + cols
     word = tl.load(marks + j // 32, mask=inside, other=0)
     return s, inside & (((word >> (j % 32)) & 1) == 0) & (cols != y_column)
@@ -102,13 +102,13 @@ def rest_statistics(
     about = zero_if_empty(tl.load(base, mask=end > 0, other=0.0).to(ACC))
     lane_start, width = lane_columns(tl.arange(0, LANES), LANES, WIDTH, VEC)
     lane = lane_start[:, None] + width
-    largest = tl.full([LANES], _NEG_INF, ACC)
+    largest = tl.full([LANES], NEG_INF, ACC)
     soft, sharp, linear = tl.zeros([LANES], ACC), tl.zeros([LANES], ACC), tl.zeros([LANES], ACC)
     for start in range(0, end, LANES * WIDTH):
         s, of_rest = _load(base, marks, start + lane, end, first_class, y_column, student_col, UNIT, ACC)
         if LINEAR & NEED:
             linear += tl.sum(tl.where(of_rest, s - about, 0.0), 1)
-        s = tl.where(of_rest, s, _NEG_INF)
+        s = tl.where(of_rest, s, NEG_INF)
         top = tl.maximum(largest, tl.max(s, 1))
         origin = zero_if_empty(top)
         down = largest - origin
@@ -160,10 +160,10 @@ def resolve_kept(
     number = num_classes - 1 - tl.sum(own.to(tl.int32), 0)
     top, soft, sharp, linear, s_y = load_fields(found, rows, row, True, _FIELDS)
     x = Row(
-        tl.where(own, s, _NEG_INF),
-        tl.where(own, t, _NEG_INF),
+        tl.where(own, s, NEG_INF),
+        tl.where(own, t, NEG_INF),
         s_y,
-        tl.where(kept_y, tl.sum(tl.where(is_target, t, 0.0), 0), _NEG_INF),
+        tl.where(kept_y, tl.sum(tl.where(is_target, t, 0.0), 0), NEG_INF),
         kept_y,
         number.to(tl.float64),
         top,
@@ -227,7 +227,7 @@ def rest_gradient(
         if LINEAR & NEED:
             g += constant
         # A class that cannot occur has no gradient. A kept class may exceed all others by any amount: its g may be inf.
-        g = tl.where(of_rest & (s != _NEG_INF), g, 0.0)
+        g = tl.where(of_rest & (s != NEG_INF), g, 0.0)
         tl.store(out + cols, narrowed(g, dtype), mask=cols < end)
     for start in range(0, tl.where(end > 0, 0, columns), LANES * WIDTH):
         tl.store(out + (start + lane), tl.zeros_like(lane).to(dtype), mask=start + lane < columns)
@@ -235,9 +235,9 @@ def rest_gradient(
     entry, j = _indices(indices, row, kept, indices_row, indices_col, counted, KEPT)
     at_kept = _columns_of(j, first_class, columns)
     here = (at_kept >= 0) & (at_kept != y_column)
-    possible = tl.load(base + at_kept * student_col, mask=here, other=0.0) != _NEG_INF
+    possible = tl.load(base + at_kept * student_col, mask=here, other=0.0) != NEG_INF
     value = tl.load(entries + entry.to(tl.int64) * rows + row, mask=here, other=0.0)
     tl.store(out + at_kept, narrowed(tl.where(possible, value, 0.0), dtype), mask=here)
-    possible = tl.load(base + y_column * student_col, mask=y_column >= 0, other=0.0) != _NEG_INF
+    possible = tl.load(base + y_column * student_col, mask=y_column >= 0, other=0.0) != NEG_INF
     value = tl.load(entries + kept.to(tl.int64) * rows + row)
     tl.store(out + y_column, narrowed(tl.where(possible, value, 0.0), dtype), mask=y_column >= 0)

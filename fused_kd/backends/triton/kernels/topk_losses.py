@@ -12,12 +12,11 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from fused_kd.backends.triton.kernels.constants import INF, LN2, LOG2E, NEG_INF
 from fused_kd.backends.triton.kernels.losses import DKD, KD, NKD, WSLD, log2_1p, one_minus_exp
-from fused_kd.backends.triton.kernels.rows import LN2, LOG2E, join_target, times, zero_if_empty
+from fused_kd.backends.triton.kernels.rows import join_target, times, zero_if_empty
 from fused_kd.core.catalogue import REST_NUMBERS
 
-_NEG_INF = tl.constexpr(float("-inf"))
-_INF = tl.constexpr(float("inf"))
 #: REST is one of these.
 DROP = tl.constexpr(REST_NUMBERS["drop"])
 RENORMALIZE = tl.constexpr(REST_NUMBERS["renormalize"])
@@ -57,7 +56,7 @@ class Side(NamedTuple):
 @triton.jit
 def _times(weight, value):
     """weight * value with 0 * inf = 0; NaN stays."""
-    return weight * tl.where((weight == 0.0) & (tl.abs(value) == _INF), 0.0, value)
+    return weight * tl.where((weight == 0.0) & (tl.abs(value) == INF), 0.0, value)
 
 
 @triton.jit
@@ -82,13 +81,13 @@ def _log_softmax(x, side, scale):
 @triton.jit
 def _side(x, x_y, others, others_top, scale):
     some = others != 0.0
-    top = tl.maximum(tl.maximum(tl.max(x, 0), x_y), tl.where(some, others_top, _NEG_INF))
+    top = tl.maximum(tl.maximum(tl.max(x, 0), x_y), tl.where(some, others_top, NEG_INF))
     top = zero_if_empty(top)
     e = tl.exp((x - top) * scale)
     e_y = tl.exp((x_y - top) * scale)
     down = (others_top - top) * scale
     moved = tl.where(some, tl.exp(down), 0.0)
-    log_rest = _log_or(others, _NEG_INF) + tl.where(some, down, 0.0)
+    log_rest = _log_or(others, NEG_INF) + tl.where(some, down, 0.0)
     kept, rest = tl.sum(e, 0) + e_y, others * moved
     total = kept + rest
     return Side(top, e, e_y, moved, kept, rest, log_rest, total, _log_or(total, 0.0))
@@ -97,11 +96,11 @@ def _side(x, x_y, others, others_top, scale):
 @triton.jit
 def _split(x_y, top, total, scale):
     """Split the target's probability from all others, as :func:`.rows.join_target` with natural logarithms."""
-    m = tl.where(total == 0.0, _NEG_INF, top)
+    m = tl.where(total == 0.0, NEG_INF, top)
     p, rest, factor, log_z, nll = join_target(x_y, m, total, scale * LOG2E)
     log_z, nll = log_z * LN2, nll * LN2
     nll = tl.where(rest < 0.5, -log2_1p(-rest) * LN2, nll)
-    return p, rest, factor, log_z, nll, tl.where(total == 0.0, _NEG_INF, _log_or(total, 0.0) - log_z)
+    return p, rest, factor, log_z, nll, tl.where(total == 0.0, NEG_INF, _log_or(total, 0.0) - log_z)
 
 
 @triton.jit
@@ -187,7 +186,7 @@ def _whole_term(x, share, weight, beta, temperature, KIND: tl.constexpr, REST: t
     """Compute a term of the softmaxes at T over all classes: weight T times KL or the cross-entropy, or
     Jensen-Shannon."""
     scale = 1.0 / temperature
-    possible = x.s_y != _NEG_INF
+    possible = x.s_y != NEG_INF
     # A target that was not kept belongs to the rest.
     joins = (x.kept_y == 0) & possible
     some = x.soft != 0.0
@@ -196,7 +195,7 @@ def _whole_term(x, share, weight, beta, temperature, KIND: tl.constexpr, REST: t
     exponentials += tl.where(joins, tl.exp((x.s_y - top) * scale), 0.0)
     number = x.number + tl.where(x.kept_y, 0.0, 1.0)
     linear = x.linear + tl.where(x.kept_y, 0.0, x.s_y)
-    s_y, t_y = tl.where(x.kept_y, x.s_y, _NEG_INF), x.t_y
+    s_y, t_y = tl.where(x.kept_y, x.s_y, NEG_INF), x.t_y
     s, t = _side(x.s, s_y, exponentials, top, scale), _side(x.t, t_y, number, share, scale)
     others = (number, exponentials, linear)
     if KIND == KD or KIND == WSLD:
@@ -219,10 +218,10 @@ def _binary_term(x, s, t, share, alpha, temperature, REST: tl.constexpr):
     t_y = tl.where(x.kept_y, x.t_y, share)
     q, q_rest, _f, log_z, q_nll, q_log_rest = _split(t_y, t.top, t.total, scale)
     if REST == DROP:
-        q_log_rest = tl.where(t.kept == 0.0, _NEG_INF, _log_or(t.kept, 0.0) - log_z)
+        q_log_rest = tl.where(t.kept == 0.0, NEG_INF, _log_or(t.kept, 0.0) - log_z)
         q_rest = tl.where(t.total == 0.0, q_rest, _ratio(q_rest * t.kept, t.total))
         q = tl.where(x.kept_y, q, 0.0)
-        q_nll = tl.where(x.kept_y, q_nll, _INF)
+        q_nll = tl.where(x.kept_y, q_nll, INF)
     weight = alpha * temperature * temperature
     value = _times(weight * q, p_nll) - _times(weight * q, q_nll)
     value += _times(weight * q_rest, q_log_rest) - _times(weight * q_rest, p_log_rest)
@@ -235,7 +234,7 @@ def _hat_terms(x, share, weight, alpha, temperature, num_classes, KIND: tl.const
     """Compute a term of the softmaxes at T over the classes other than the target: weight T times KL, or the
     cross-entropy. Hats renormalise, also with ``drop``. DKD adds the term of the target against all others."""
     scale = 1.0 / temperature
-    nothing = tl.full((), _NEG_INF, tl.float64)
+    nothing = tl.full((), NEG_INF, tl.float64)
     s, t = _side(x.s, nothing, x.soft, x.top, scale), _side(x.t, nothing, x.number, share, scale)
     one, by, by_y, soft = tl.zeros_like(weight), tl.zeros_like(x.s), tl.zeros_like(weight), tl.zeros_like(weight)
     if KIND == DKD:
@@ -267,15 +266,15 @@ def resolve(x, own, weights, num_classes, LOSS: tl.constexpr, REST: tl.constexpr
     entries = tl.sum(own.to(tl.int32), 0) + x.kept_y.to(tl.int32)
     left = 1.0 - tl.sum(tl.where(own, tl.exp(x.t), 0.0), 0) - tl.exp(x.t_y)
     spread = left / tl.maximum(num_classes - entries, 1).to(tl.float64)
-    share = tl.where(left <= 0.0, _NEG_INF, tl.log(tl.where(left <= 0.0, 1.0, spread)))
-    share = tl.where(entries == num_classes, _NEG_INF, share)
+    share = tl.where(left <= 0.0, NEG_INF, tl.log(tl.where(left <= 0.0, 1.0, spread)))
+    share = tl.where(entries == num_classes, NEG_INF, share)
     if REST == RENORMALIZE:
-        share = zero + _NEG_INF
+        share = zero + NEG_INF
     one, two, ce, u = zero, zero, zero, zero + 1.0
     by, by_y, sharp, constant = tl.zeros_like(x.s), zero, zero, zero
     distilled: tl.constexpr = LOSS == NKD or LOSS == WSLD
     if distilled or CE:
-        s = _side(x.s, zero + _NEG_INF, x.sharp, x.top, 1.0)
+        s = _side(x.s, zero + NEG_INF, x.sharp, x.top, 1.0)
         p_y, p_rest, factor, log_z, nll, _l = _split(x.s_y, s.top, s.total, 1.0)
         by_p = zero
         if CE:
@@ -292,14 +291,14 @@ def resolve(x, own, weights, num_classes, LOSS: tl.constexpr, REST: tl.constexpr
             t = _side(x.t, x.t_y, outside, share, 1.0)
             log_q = _log_softmax(tl.where(x.kept_y, x.t_y, share), t, 1.0)
             if REST == DROP or REST == RENORMALIZE:
-                log_q = tl.where(x.kept_y, log_q, tl.where(t.total == t.total, _NEG_INF, t.total))
+                log_q = tl.where(x.kept_y, log_q, tl.where(t.total == t.total, NEG_INF, t.total))
             if LOSS == NKD:
                 q = tl.exp(log_q)
                 one = times(q, nll)
                 by_p += q * factor
                 by_y -= q * p_rest
             else:
-                u = tl.where(nll == _INF, 1.0, one_minus_exp(nll / (1e-7 - log_q)))
+                u = tl.where(nll == INF, 1.0, one_minus_exp(nll / (1e-7 - log_q)))
         by = by_p * s.e + constant
         sharp = by_p * s.moved
     if LOSS == NKD or LOSS == DKD:
@@ -313,7 +312,7 @@ def resolve(x, own, weights, num_classes, LOSS: tl.constexpr, REST: tl.constexpr
         one, more, more_y, soft, further = _whole_term(x, share, weight, first, temperature, LOSS, REST)
     by, by_y, constant = by + more, by_y + more_y, constant + further
     # No class of the teacher can occur: all kept ones have probability 0, and the others have no share.
-    missing = tl.maximum(tl.maximum(tl.max(x.t, 0), x.t_y), share) == _NEG_INF
+    missing = tl.maximum(tl.maximum(tl.max(x.t, 0), x.t_y), share) == NEG_INF
     nan = tl.where(missing, float("nan"), 0.0).to(tl.float64)
     one, two, ce, by, by_y, soft = one + nan, two + nan, ce + nan, by + nan, by_y + nan, soft + nan
     return one, two, ce, by, by_y, soft, sharp, constant

@@ -27,6 +27,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fused_kd.backends.triton.kernels.constants import LOG2E, NEG_INF
 from fused_kd.backends.triton.kernels.on_chip import COUNT_BLOCK, gradient_scale, mean_divisor
 from fused_kd.backends.triton.kernels.rows import as_scalars, kernel, load_factor, narrowed, store_fields, sum_items
 from fused_kd.backends.triton.kernels.targets import (
@@ -50,11 +51,6 @@ from fused_kd.backends.triton.kernels.uskd_rows import (
 )
 from fused_kd.backends.triton.kernels.values import Walk
 
-_NEG_INF = tl.constexpr(float("-inf"))
-_LOG2E = tl.constexpr(1.4426950408889634)
-#: The class of a row that does not count, where another kernel's rows have their first target or -1.
-_IGNORED = tl.constexpr(-2)
-
 
 @triton.jit
 def batch_means(batch_sums, rows, BY_ROW: tl.constexpr, ACC: tl.constexpr):
@@ -68,7 +64,7 @@ def batch_means(batch_sums, rows, BY_ROW: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def _store_norms(norms, values, row, ACC: tl.constexpr):
+def store_norms(norms, values, row, ACC: tl.constexpr):
     tl.store(norms[0] + row * 0, tl.full(row.shape, values[0], ACC), mask=row == 0)
     tl.store(norms[1] + row * 0, tl.full(row.shape, values[1], ACC), mask=row == 0)
 
@@ -96,7 +92,7 @@ def target_probabilities(
 ):
     """row_sums (3, rows): p_k^2, or p_k, of the first and of the second target, and 1 if the row counts."""
     WALK: tl.constexpr = Walk(ROWS, BLOCK, HELD, UNIT, PROB, False)
-    k = tl.full((), _LOG2E, ACC)
+    k = tl.full((), LOG2E, ACC)
     classes = classes // VEC * VEC
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
@@ -122,7 +118,7 @@ def target_probabilities(
 
 
 @triton.jit
-def _terms(
+def unranked_terms(
     views, targets, counted, valid, labels, means, alpha, mu, ce_weight, smoothing, classes, k,
     WALK: tl.constexpr, RANK: tl.constexpr, SQUARE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -145,14 +141,14 @@ def _terms(
 
 
 @triton.jit
-def _keys_and_weak_gradient(
+def keys_and_weak_gradient(
     views, targets, counted, labels, of_weak, key, m_s, m_w, poison, gradient, by, factors, row, inside, start,
     classes, k,
     WALK: tl.constexpr, RANK: tl.constexpr, GRAD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The rank keys of a tile; writes the tile of the weak logits' gradient."""
     cols, mask = tile_at(start, counted, classes, WALK)
-    w = load_tile(views[1], cols, mask, _NEG_INF, WALK.UNIT, ACC)
+    w = load_tile(views[1], cols, mask, NEG_INF, WALK.UNIT, ACC)
     d_w = w - m_w[:, None]
     if GRAD:
         v = w
@@ -163,7 +159,7 @@ def _keys_and_weak_gradient(
         pointers = gradient + (row * classes)[:, None] + cols
         stored = inside[:, None] & (cols < classes)
         tl.store(pointers, narrowed(g, gradient.dtype.element_ty), mask=stored)
-    d_s = load_tile(views[0], cols, mask, _NEG_INF, WALK.UNIT, ACC) - m_s[:, None]
+    d_s = load_tile(views[0], cols, mask, NEG_INF, WALK.UNIT, ACC) - m_s[:, None]
     # Adding 0 makes -0 equal to 0 in its bits too.
     return rank_keys(d_s, d_w, cols, targets, key[0], key[1], k, RANK) + 0.0
 
@@ -223,7 +219,7 @@ def ranked_on_chip(
     descend, above the class, which thus breaks ties. After that the student's logits are read again in that order, from
     the nearest cache, and its gradient is written in it: that is less to move than ranks to be brought back."""
     WALK: tl.constexpr = Walk(ROWS, BLOCK, HELD, UNIT, PROB, LINEAR)
-    k = tl.full((), _LOG2E, ACC)
+    k = tl.full((), LOG2E, ACC)
     classes = classes // VEC * VEC
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
@@ -238,7 +234,7 @@ def ranked_on_chip(
         factor = load_factor(factors, 0, rows, row, inside, ACC)
         counted &= factor != 0.0
     means = batch_means(batch_sums, rows, BY_ROW, ACC)
-    row_parts, of_student, of_weak, key_terms, stats, poison = _terms(
+    row_parts, of_student, of_weak, key_terms, stats, poison = unranked_terms(
         views, targets, counted, valid, labels, means, alpha, mu, ce_weight, smoothing, classes, k,
         WALK, RANK, SQUARE, ACC,
     )  # fmt: skip
@@ -247,7 +243,7 @@ def ranked_on_chip(
     if factors is not None:
         row_parts = (row_parts[0] * factor, row_parts[1] * factor, row_parts[2] * factor)
         by *= load_factor(factors, 2, rows, row, inside, ACC)
-    key = _keys_and_weak_gradient(
+    key = keys_and_weak_gradient(
         views, targets, counted, labels, of_weak, key_terms, stats[0], stats[2], poison, weak_gradients, by, factors,
         row, inside, 0, classes, k, WALK, RANK, GRAD_W, ACC,
     )  # fmt: skip
@@ -260,10 +256,10 @@ def ranked_on_chip(
 
     in_row = position < classes
     mask = counted[:, None] & in_row
-    s = load_tile(views[0], cols, mask, _NEG_INF, UNIT, ACC)
+    s = load_tile(views[0], cols, mask, NEG_INF, UNIT, ACC)
     z = 1.0 / (position + 1).to(ACC)
     d_s = s - stats[0][:, None]
-    takes = (s != _NEG_INF) & (cols != targets[0][:, None]) & (cols != targets[1][:, None])
+    takes = (s != NEG_INF) & (cols != targets[0][:, None]) & (cols != targets[1][:, None])
     zipf_sum = tl.sum(tl.where(takes, z, 0.0), 1)
     zipf_cross = tl.sum(tl.where(takes, z * d_s, 0.0), 1)
     beta, ce_weight, smoothing = as_scalars((beta, ce_weight, smoothing), ACC)
@@ -274,7 +270,7 @@ def ranked_on_chip(
     store_fields(parts, (row_parts[0], non_target, row_parts[1], row_parts[2]), rows, row, inside)
     if PER_ROW:
         tl.store(loss + row, row_parts[0] + non_target + row_parts[1] + row_parts[2], mask=inside)
-        _store_norms((student_norm, weak_norm), (student_norm_value, weak_norm_value), row, ACC)
+        store_norms((student_norm, weak_norm), (student_norm_value, weak_norm_value), row, ACC)
     if GRAD_S:
         v = s
         if PROB:

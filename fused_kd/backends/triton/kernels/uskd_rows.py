@@ -16,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fused_kd.backends.triton.kernels.constants import INF, LN2, NEG_INF
 from fused_kd.backends.triton.kernels.rows import times, zero_if_empty
 from fused_kd.backends.triton.kernels.targets import (
     cross_entropy,
@@ -28,10 +29,6 @@ from fused_kd.backends.triton.kernels.targets import (
     tile_at,
 )
 
-_NEG_INF = tl.constexpr(float("-inf"))
-_INF = tl.constexpr(float("inf"))
-_LN2 = tl.constexpr(0.6931471805599453)
-
 
 @triton.jit
 def row_statistics(student, weak, labels, targets, rows, classes, k, WALK: tl.constexpr, ACC: tl.constexpr):
@@ -42,12 +39,12 @@ def row_statistics(student, weak, labels, targets, rows, classes, k, WALK: tl.co
     sum V_j, sum V_j (s_j - m_s) of the classes that can occur, sum V_j of those that cannot, and sum V_j (w_j - m_w).
     """
     zero = tl.zeros([WALK.ROWS, WALK.BLOCK], ACC)
-    top_s, top_w = zero + _NEG_INF, zero + _NEG_INF
+    top_s, top_w = zero + NEG_INF, zero + NEG_INF
     for start in range(0, WALK.BLOCK if WALK.HELD else classes, WALK.BLOCK):
         cols, mask = tile_at(start, rows, classes, WALK)
         rest = is_rest(cols, mask, targets)
-        top_s = tl.maximum(top_s, tl.where(rest, load_tile(student, cols, mask, _NEG_INF, WALK.UNIT, ACC), _NEG_INF))
-        top_w = tl.maximum(top_w, tl.where(rest, load_tile(weak, cols, mask, _NEG_INF, WALK.UNIT, ACC), _NEG_INF))
+        top_s = tl.maximum(top_s, tl.where(rest, load_tile(student, cols, mask, NEG_INF, WALK.UNIT, ACC), NEG_INF))
+        top_w = tl.maximum(top_w, tl.where(rest, load_tile(weak, cols, mask, NEG_INF, WALK.UNIT, ACC), NEG_INF))
     m_s = zero_if_empty(tl.max(top_s, 1))
     m_w = zero_if_empty(tl.max(top_w, 1))
     z_s, z_w, linear, v_rest, v_cross, v_blocked, v_weak = zero, zero, zero, zero, zero, zero, zero
@@ -55,8 +52,8 @@ def row_statistics(student, weak, labels, targets, rows, classes, k, WALK: tl.co
     for start in range(0, WALK.BLOCK if WALK.HELD else classes, WALK.BLOCK):
         cols, mask = tile_at(start, rows, classes, WALK)
         rest = is_rest(cols, mask, targets)
-        d_s = tl.where(rest, load_tile(student, cols, mask, _NEG_INF, WALK.UNIT, ACC), _NEG_INF) - m_s[:, None]
-        d_w = tl.where(rest, load_tile(weak, cols, mask, _NEG_INF, WALK.UNIT, ACC), _NEG_INF) - m_w[:, None]
+        d_s = tl.where(rest, load_tile(student, cols, mask, NEG_INF, WALK.UNIT, ACC), NEG_INF) - m_s[:, None]
+        d_w = tl.where(rest, load_tile(weak, cols, mask, NEG_INF, WALK.UNIT, ACC), NEG_INF) - m_w[:, None]
         z_s += tl.exp2(d_s * k)
         z_w += tl.exp2(d_w * k)
         linear += tl.where(rest, d_w, 0.0)
@@ -64,7 +61,7 @@ def row_statistics(student, weak, labels, targets, rows, classes, k, WALK: tl.co
             linear_s += tl.where(rest, d_s, 0.0)
         if WALK.PROB:
             v = tl.where(rest, load_tile(labels, cols, mask, 0.0, WALK.UNIT, ACC), 0.0)
-            impossible = d_s == _NEG_INF
+            impossible = d_s == NEG_INF
             v_rest += v
             v_cross += tl.where(impossible, 0.0, v * d_s)
             v_blocked += tl.where(impossible, v, 0.0)
@@ -170,7 +167,7 @@ def row_terms(
     if WALK.PROB:
         weak += 0.9 * (v_rest * v[6] - v_weak)
     # Every class has a share of the smoothed label, so one that the weak logits exclude makes the term infinite.
-    weak = times(mu, tl.where(linear == _NEG_INF, _INF, weak))
+    weak = times(mu, tl.where(linear == NEG_INF, INF, weak))
 
     # p_k (P_0 + P_1) - P_k, as in the CE.
     at_0 = alpha * (soft_1 * p[2] - soft_0 * (p[4] + p[3])) + ce_at_0
@@ -178,13 +175,13 @@ def row_terms(
     smoothed_mass = 0.9 * mass + 0.1
     student = (
         alpha * (soft_0 + soft_1) * p[5] + ce_student,
-        tl.where(x[0] == _NEG_INF, 0.0, at_0),
-        tl.where(x[1] == _NEG_INF, 0.0, at_1),
+        tl.where(x[0] == NEG_INF, 0.0, at_0),
+        tl.where(x[1] == NEG_INF, 0.0, at_1),
     )
     of_weak = (
         mu * smoothed_mass * v[5],
-        tl.where(x[2] == _NEG_INF, 0.0, mu * (v[2] * smoothed_mass - smoothed_0)),
-        tl.where(x[3] == _NEG_INF, 0.0, mu * (v[3] * smoothed_mass - smoothed_1)),
+        tl.where(x[2] == NEG_INF, 0.0, mu * (v[2] * smoothed_mass - smoothed_0)),
+        tl.where(x[3] == NEG_INF, 0.0, mu * (v[3] * smoothed_mass - smoothed_1)),
         mu * uniform,
         mu * 0.9,
     )
@@ -195,10 +192,10 @@ def row_terms(
 def load_targets(student, weak, targets, rows, UNIT: tl.constexpr, ACC: tl.constexpr):
     """(s_0, s_1, w_0, w_1): the logits at the targets."""
     return (
-        load_at(student, targets[0], rows, _NEG_INF, UNIT, ACC),
-        load_at(student, targets[1], rows, _NEG_INF, UNIT, ACC),
-        load_at(weak, targets[0], rows, _NEG_INF, UNIT, ACC),
-        load_at(weak, targets[1], rows, _NEG_INF, UNIT, ACC),
+        load_at(student, targets[0], rows, NEG_INF, UNIT, ACC),
+        load_at(student, targets[1], rows, NEG_INF, UNIT, ACC),
+        load_at(weak, targets[0], rows, NEG_INF, UNIT, ACC),
+        load_at(weak, targets[1], rows, NEG_INF, UNIT, ACC),
     )
 
 
@@ -212,4 +209,4 @@ def rank_terms(zipf_sum, zipf_cross, z_s, y_0, y_1, classes, beta):
     zipf_sum = tl.where(some, zipf_sum, 1.0)
     z_s = tl.where(some, z_s, 1.0)
     by = tl.where(some, beta, 0.0)
-    return by * (tl.log2(z_s) * _LN2 - zipf_cross / zipf_sum), by / z_s, -by / zipf_sum
+    return by * (tl.log2(z_s) * LN2 - zipf_cross / zipf_sum), by / z_s, -by / zipf_sum

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
+from fused_kd.backends.triton.kernels.constants import LOG2E, NEG_INF
 from fused_kd.backends.triton.kernels.on_chip import gradient_scale, mean_divisor
 from fused_kd.backends.triton.kernels.rows import as_scalars, kernel, load_factor, load_fields, narrowed, store_fields
 from fused_kd.backends.triton.kernels.targets import (
@@ -22,16 +23,16 @@ from fused_kd.backends.triton.kernels.targets import (
     tile_at,
 )
 from fused_kd.backends.triton.kernels.uskd import (
-    _IGNORED,
-    _LOG2E,
-    _NEG_INF,
-    _keys_and_weak_gradient,
-    _store_norms,
-    _terms,
     batch_means,
+    keys_and_weak_gradient,
+    store_norms,
+    unranked_terms,
 )
 from fused_kd.backends.triton.kernels.uskd_rows import rank_terms
 from fused_kd.backends.triton.kernels.values import Walk
+
+#: The class of a row that does not count, where another kernel's rows have their first target or -1.
+_IGNORED = tl.constexpr(-2)
 
 
 @kernel
@@ -81,7 +82,7 @@ def write_keys(
     """Keys of ROWS rows, the parts that need no ranks, the weak logits' gradient; and what combine_ranked needs:
     states (6, rows), and as columns (2, rows) the targets."""
     WALK: tl.constexpr = Walk(ROWS, BLOCK, HELD, UNIT, PROB, LINEAR)
-    k = tl.full((), _LOG2E, ACC)
+    k = tl.full((), LOG2E, ACC)
     classes = classes // VEC * VEC
     local_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row = first + local_row
@@ -97,7 +98,7 @@ def write_keys(
         factor = load_factor(factors, 0, rows, row, inside, ACC)
         counted &= factor != 0.0
     means = batch_means(batch_sums, rows, False, ACC)
-    row_parts, of_student, of_weak, key_terms, stats, poison = _terms(
+    row_parts, of_student, of_weak, key_terms, stats, poison = unranked_terms(
         views, targets, counted, valid, labels, means, alpha, mu, ce_weight, smoothing, classes, k,
         WALK, RANK, SQUARE, ACC,
     )  # fmt: skip
@@ -112,7 +113,7 @@ def write_keys(
     if factors is not None:
         by *= load_factor(factors, 2, rows, row, inside, ACC)
     for start in range(0, BLOCK if HELD else classes, BLOCK):
-        key = _keys_and_weak_gradient(
+        key = keys_and_weak_gradient(
             views, targets, counted, labels, of_weak, key_terms, stats[0], stats[2], poison, weak_gradients, by,
             factors, row, inside, start, classes, k, WALK, RANK, GRAD_W, ACC,
         )  # fmt: skip
@@ -176,7 +177,7 @@ def combine_ranked(
 ):
     """The part that waits for the ranks, and the student's gradient."""
     WALK: tl.constexpr = Walk(ROWS, BLOCK, HELD, UNIT, PROB, LINEAR)
-    k = tl.full((), _LOG2E, ACC)
+    k = tl.full((), LOG2E, ACC)
     classes = classes // VEC * VEC
     local_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row = first + local_row
@@ -193,9 +194,9 @@ def combine_ranked(
     cross = tl.zeros([ROWS, BLOCK], ACC)
     for start in range(0, BLOCK if HELD else classes, BLOCK):
         cols, mask = tile_at(start, counted, classes, WALK)
-        s = load_tile(view, cols, mask, _NEG_INF, UNIT, ACC)
+        s = load_tile(view, cols, mask, NEG_INF, UNIT, ACC)
         z = load_tile(of_rank, cols, mask, 0.0, True, ACC)
-        takes = (s != _NEG_INF) & (cols != targets[0][:, None]) & (cols != targets[1][:, None])
+        takes = (s != NEG_INF) & (cols != targets[0][:, None]) & (cols != targets[1][:, None])
         sums += tl.where(takes, z, 0.0)
         cross += tl.where(takes, z * (s - m_s[:, None]), 0.0)
     beta, ce_weight, smoothing = as_scalars((beta, ce_weight, smoothing), ACC)
@@ -209,7 +210,7 @@ def combine_ranked(
         total = tl.load(parts + row, mask=inside, other=0.0) + non_target
         total += tl.load(parts + 2 * rows + row, mask=inside, other=0.0)
         tl.store(loss + row, total + tl.load(parts + 3 * rows + row, mask=inside, other=0.0), mask=inside)
-        _store_norms((student_norm, weak_norm), (student_norm_value, weak_norm_value), row, ACC)
+        store_norms((student_norm, weak_norm), (student_norm_value, weak_norm_value), row, ACC)
     if GRAD_S:
         divisor = mean_divisor(counts, target_row, count_items, ignore_index, COUNT)
         by = gradient_scale(student_scale, divisor, ACC, HALF_S)
@@ -220,7 +221,7 @@ def combine_ranked(
         labels = (target + row * (target_row // VEC * VEC if PROB else target_row), target_col)
         for start in range(0, BLOCK if HELD else classes, BLOCK):
             cols, mask = tile_at(start, counted, classes, WALK)
-            s = load_tile(view, cols, mask, _NEG_INF, UNIT, ACC)
+            s = load_tile(view, cols, mask, NEG_INF, UNIT, ACC)
             z = load_tile(of_rank, cols, mask, 0.0, True, ACC)
             v = s
             if PROB:

@@ -133,6 +133,17 @@ class Slopes(NamedTuple):
     offset: tl.tensor
 
 
+class ColumnMoments(NamedTuple):
+    """Moments of the columns of p and q over some of the rows that count, ``(parts,)`` or ``(parts, columns)``."""
+
+    number: tl.tensor  # of rows
+    mean_p: tl.tensor
+    mean_q: tl.tensor
+    pp: tl.tensor  # sums of the centred squares and the product
+    pq: tl.tensor
+    qq: tl.tensor
+
+
 class Inputs(NamedTuple):
     """What the tiles of a long row are loaded from: of s, t and V, and the columns' numbers of DIST."""
 

@@ -27,17 +27,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fused_kd.backends.triton.kernels.constants import LN2, LOG2E, NEG_INF, NO_CLASS
 from fused_kd.backends.triton.kernels.on_chip import gradient_scale, mean_divisor
-from fused_kd.backends.triton.kernels.rows import (
-    LN2,
-    LOG2E,
-    as_scalars,
-    kernel,
-    load_factor,
-    narrowed,
-    store_fields,
-    times,
-)
+from fused_kd.backends.triton.kernels.rows import as_scalars, kernel, load_factor, narrowed, store_fields, times
 from fused_kd.backends.triton.kernels.targets import (
     ce_labels,
     class_gradient,
@@ -53,8 +45,6 @@ from fused_kd.backends.triton.kernels.targets import (
 )
 from fused_kd.backends.triton.kernels.values import Walk
 
-_NEG_INF = tl.constexpr(float("-inf"))
-_NO_CLASS = tl.constexpr(2147483647)
 #: What a position votes for that has a NaN, and the number of voted classes of its row.
 BROKEN = tl.constexpr(-1)
 
@@ -64,7 +54,6 @@ def find_votes(
     dense,
     target,
     votes,
-    rows: tl.int64,
     positions: tl.int32,
     classes: tl.int32,
     dense_row: tl.int64,
@@ -101,21 +90,21 @@ def find_votes(
     if not PROB:
         counted = tl.load(target + row * target_row).to(tl.int64) != ignore_index
         end = tl.where(counted, classes, 0)
-    best = tl.full([POSITIONS, CLASSES], _NEG_INF, ACC)
-    at = tl.full([POSITIONS, CLASSES], _NO_CLASS, tl.int32)
+    best = tl.full([POSITIONS, CLASSES], NEG_INF, ACC)
+    at = tl.full([POSITIONS, CLASSES], NO_CLASS, tl.int32)
     broken = tl.zeros([POSITIONS, CLASSES], tl.int1)
     for start in range(0, end, CLASSES):
         column = start + tl.arange(0, CLASSES)
         at_class = column if CLASS_UNIT else column.to(tl.int64) * dense_class
         mask = (position < positions)[:, None] & (column < classes)[None, :]
-        x = tl.load(base + at_position[:, None] + at_class[None, :], mask=mask, other=_NEG_INF).to(ACC)
+        x = tl.load(base + at_position[:, None] + at_class[None, :], mask=mask, other=NEG_INF).to(ACC)
         better = x > best
         best = tl.where(better, x, best)
         at = tl.where(better, column[None, :], at)
         broken |= x != x
     largest = tl.max(best, 1)
-    vote = tl.min(tl.where(best == largest[:, None], at, _NO_CLASS), 1)
-    vote = tl.where(vote == _NO_CLASS, 0, vote)  # all are -inf
+    vote = tl.min(tl.where(best == largest[:, None], at, NO_CLASS), 1)
+    vote = tl.where(vote == NO_CLASS, 0, vote)  # all are -inf
     vote = tl.where(tl.max(broken.to(tl.int32), 1) == 1, BROKEN, vote)
     tl.store(votes + row * positions + position, vote, mask=position < positions)
 
@@ -167,9 +156,9 @@ def _row_sums(view, labels, targets, rows, classes, k, WALK: tl.constexpr, ACC: 
     for start in range(0, WALK.BLOCK if WALK.HELD else classes, WALK.BLOCK):
         cols, mask = tile_at(start, rows, classes, WALK)
         rest = is_rest(cols, mask, targets)
-        x = load_tile(view, cols, mask, _NEG_INF, WALK.UNIT, ACC)
-        d = tl.where(rest, x, _NEG_INF) - m[:, None]
-        possible = d != _NEG_INF
+        x = load_tile(view, cols, mask, NEG_INF, WALK.UNIT, ACC)
+        d = tl.where(rest, x, NEG_INF) - m[:, None]
+        possible = d != NEG_INF
         z += tl.exp2(d * k)
         linear += tl.where(possible, d, 0.0)
         number += tl.where(possible, 1.0, 0.0)
@@ -211,8 +200,8 @@ def _load_kept(
     """Of a tile of votes the ranks of their classes, whether one is no target and can occur, and s_j - m."""
     column, rank, takes = _load_votes(votes, ranks, row, start, positions, rows, VOTES)
     takes &= (column >= 0) & (column != targets[0][:, None]) & (column != targets[1][:, None])
-    d = load_tile(view, column, takes, _NEG_INF, UNIT, ACC) - m[:, None]
-    return rank, takes & (d != _NEG_INF), d
+    d = load_tile(view, column, takes, NEG_INF, UNIT, ACC) - m[:, None]
+    return rank, takes & (d != NEG_INF), d
 
 
 @kernel
@@ -273,11 +262,11 @@ def zipf_rows(
         counted &= factor != 0.0
     view = (student + row * (student_row // VEC * VEC), student_col)
     m, z, linear, number, v_rest, v_cross, v_blocked = _row_sums(view, labels, targets, counted, classes, k, WALK, ACC)
-    s_0 = load_at(view, targets[0], counted, _NEG_INF, UNIT, ACC)
-    s_1 = load_at(view, targets[1], counted, _NEG_INF, UNIT, ACC)
+    s_0 = load_at(view, targets[0], counted, NEG_INF, UNIT, ACC)
+    s_1 = load_at(view, targets[1], counted, NEG_INF, UNIT, ACC)
     p = split_softmax(s_0, s_1, m, z, k)
     is_0, is_1 = (targets[0] >= 0).to(tl.int32), (targets[1] >= 0).to(tl.int32)
-    all_linear = tl.where(number < (classes - is_0 - is_1).to(ACC), _NEG_INF, linear)
+    all_linear = tl.where(number < (classes - is_0 - is_1).to(ACC), NEG_INF, linear)
     ce, ce_factor, ce_0, ce_1 = cross_entropy(
         (v_rest, v_cross, v_blocked), all_linear, targets, p, ce_weight, smoothing, classes, WALK
     )
@@ -288,8 +277,8 @@ def zipf_rows(
     wanted = ce_weight != 0.0
     ce = tl.where(wanted, ce, 0.0)
     ce_factor = tl.where(wanted, ce_factor, 0.0)
-    ce_0 = tl.where(s_0 == _NEG_INF, 0.0, tl.where(wanted, ce_0, 0.0))
-    ce_1 = tl.where(s_1 == _NEG_INF, 0.0, tl.where(wanted, ce_1, 0.0))
+    ce_0 = tl.where(s_0 == NEG_INF, 0.0, tl.where(wanted, ce_0, 0.0))
+    ce_1 = tl.where(s_1 == NEG_INF, 0.0, tl.where(wanted, ce_1, 0.0))
 
     last = tl.maximum(here, 0) + 1
     best = last
@@ -338,7 +327,7 @@ def zipf_rows(
         out = gradient + row * classes
         for start in range(0, BLOCK if HELD else classes, BLOCK):
             cols, mask = tile_at(start, counted, classes, WALK)
-            s = load_tile(view, cols, mask, _NEG_INF, UNIT, ACC)
+            s = load_tile(view, cols, mask, NEG_INF, UNIT, ACC)
             v = s
             if PROB:
                 v = load_tile(labels, cols, mask, 0.0, UNIT, ACC)
@@ -350,7 +339,7 @@ def zipf_rows(
         for start in range(0, positions, VOTES):
             column, rank, takes = _load_votes(votes, ranks, row, start, positions, counted, VOTES)
             takes &= column >= 0
-            s = load_tile(view, column, takes, _NEG_INF, UNIT, ACC)
+            s = load_tile(view, column, takes, NEG_INF, UNIT, ACC)
             v = s
             if PROB:
                 v = load_tile(labels, column, takes, 0.0, UNIT, ACC)

@@ -65,13 +65,13 @@ def target_strides(target: Tensor) -> tuple[int, int]:
 
 
 def row_options(
-    target: Tensor, logits: tuple[Tensor, ...], dtype: torch.dtype, config: layout.OnChip | layout.Streamed
+    target: Tensor, logits: tuple[Tensor, ...], dtype: torch.dtype, config: layout.OnChip | layout.Streamed, unit: bool
 ) -> dict[str, Any]:
-    """Return the options that the kernels of :mod:`.kernels.targets` share. ``dtype`` is the arithmetic's."""
+    """Return the options that the kernels of :mod:`.kernels.targets` share. ``dtype`` is the arithmetic's, and ``unit``
+    what :func:`neighbours` says."""
     classes = logits[0].shape[1]
     probabilities = target.is_floating_point()
     matrices = [*logits, *([target] if probabilities else [])]
-    unit = neighbours(target, logits)
     vector = 16 // min(t.element_size() for t in matrices) if unit else 1
     return {
         "ACC": acc_types()[dtype],

@@ -10,15 +10,7 @@ from torch import Tensor
 
 from fused_kd.backends.triton import layout
 from fused_kd.backends.triton.launch import Launch, acc_types, planned
-from fused_kd.backends.triton.plans.common import (
-    divided,
-    filled,
-    neighbours,
-    plan_count,
-    plan_reduction,
-    target_strides,
-    zero_padding,
-)
+from fused_kd.backends.triton.plans import common
 from fused_kd.backends.triton.plans.dist import plan_columns
 from fused_kd.core.catalogue import NUMBERS, ROW_LOSSES, has_column_term
 from fused_kd.core.options import HyperParameters, Options, outputs
@@ -36,8 +28,8 @@ def row_loss(
     other = student if teacher is None else teacher  # not read if the loss has no teacher
     dtype = accumulation_dtype(student, other)
     made = outputs(student, options.wanted[0], 3, options.reduction, dtype, padding=options.padding)
-    filled("row_loss", plan_row_loss, (student, other, target, factors, column_factor), made, options)
-    zero_padding(made[2], options)
+    common.filled("row_loss", plan_row_loss, (student, other, target, factors, column_factor), made, options)
+    common.zero_padding(made[2], options)
     return made
 
 
@@ -99,14 +91,14 @@ def plan_row_loss(
     acc = acc_types()[loss.dtype]
     probabilities = target.is_floating_point()
     per_row = reduction == "none"
-    half, known = divided(target, reduction, student.dtype)
-    target_row, target_col = target_strides(target)
+    half, known = common.divided(target, reduction, student.dtype)
+    target_row, target_col = common.target_strides(target)
     launches: list[Launch] = []
-    counts = plan_count(launches, target, ignore_index, reduction, need_gradient)
+    counts = common.plan_count(launches, target, ignore_index, reduction, need_gradient)
     row_parts = parts if per_row else torch.empty((3, rows), dtype=loss.dtype, device=student.device)
     narrow = min(t.element_size() for t in (student, teacher, target) if t.is_floating_point())
     row_strides = [width, student.stride(0), teacher.stride(0), *([target_row] if probabilities else [])]
-    unit = neighbours(target, (student, teacher))
+    unit = common.neighbours(target, (student, teacher))
     vector = 16 // narrow if unit else 1
     # If rows start at the same place modulo a vector, all can be walked in vectors from the same column on.
     together = unit and all((stride - width) % vector == 0 for stride in row_strides)
@@ -129,7 +121,7 @@ def plan_row_loss(
     if has_column_term(loss_name, hyper):
         edges = edges and (classes % vector != 0 or width % vector != 0)
         given = student, teacher, target, factors, column_factor
-        columns = plan_columns(launches, *given, loss.dtype, hyper, standardize, ignore_index, 4 if edges else 1)
+        columns = plan_columns(launches, *given, loss.dtype, options, 4 if edges else 1)
     meta = {
         "ACC": acc,
         "UNIT": unit,
@@ -165,5 +157,5 @@ def plan_row_loss(
 
     if not per_row:
         finish = (loss, (norm, norm), (1.0 / gradient_scale,) * 2, (half, half))
-        plan_reduction(launches, row_parts, parts, counts, ignore_index, reduction, finish)
+        common.plan_reduction(launches, row_parts, parts, counts, ignore_index, reduction, finish)
     return launches

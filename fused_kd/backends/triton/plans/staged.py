@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_kd.backends.staged import Found, Piece
 from fused_kd.backends.triton import layout
 from fused_kd.backends.triton.launch import Launch, acc_types, planned, run
 from fused_kd.backends.triton.plans.rows import kernel_weights, variant
 from fused_kd.core.catalogue import has_column_term
 from fused_kd.core.options import Options
+from fused_kd.core.pieces import Piece, StageResults
 from fused_kd.reference import accumulation_dtype
 
 
@@ -26,7 +26,7 @@ def fields() -> dict[str, int]:
     return {"moments": pieces.MOMENTS.value, "statistics": pieces.STATISTICS.value, "sums": pieces.SUMS.value}
 
 
-def row_stage(stage: str, piece: Piece, found: Found, options: Options, factors: Tensor | None) -> Any:
+def row_stage(stage: str, piece: Piece, earlier: StageResults, options: Options, factors: Tensor | None) -> Any:
     """Run a stage on a piece. Return its numbers, (fields, N); from the last stage the rows' parts (3, N) and the
     gradient (N, n)."""
     student = piece.student
@@ -36,12 +36,18 @@ def row_stage(stage: str, piece: Piece, found: Found, options: Options, factors:
     out = torch.empty((3 if last else fields()[stage], rows), dtype=dtype, device=device)
     gradient = torch.empty(student.shape if last else (0,), dtype=student.dtype, device=device)
     if rows:
-        run([plan_stage(stage, piece, found, options, factors, out, gradient)], device)
+        run([plan_stage(stage, piece, earlier, options, factors, out, gradient)], device)
     return (out, gradient) if last else out
 
 
 def plan_stage(
-    stage: str, piece: Piece, found: Found, options: Options, factors: Tensor | None, out: Tensor, gradient: Tensor
+    stage: str,
+    piece: Piece,
+    earlier: StageResults,
+    options: Options,
+    factors: Tensor | None,
+    out: Tensor,
+    gradient: Tensor,
 ) -> Launch:
     """Plan the launch that fills ``out`` and, in the last stage, ``gradient``."""
     student, teacher, labels, target, first_class, num_classes = piece
@@ -56,7 +62,7 @@ def plan_stage(
     vector = 16 // min(each.element_size() for each in matrices) if unit else 1
     vector = math.gcd(vector, columns, *(each.stride(0) for each in matrices))
     config = layout.piece_config(columns, vector, wide=out.dtype == torch.float64)
-    pieces = max(1 if each is None else len(each) for each in found)
+    pieces = max(1 if each is None else len(each) for each in earlier)
     shared: dict[str, Any] = {
         "ACC": acc_types()[out.dtype],
         "LANES": config.lanes,
@@ -71,7 +77,7 @@ def plan_stage(
     logits, per_row = (student, teacher), (target.contiguous(), factors)
     strides = (*student.stride(), *teacher.stride())
     all_strides = (*strides, *labels_seen.stride(), options.ignore_index)
-    known = tuple(out if each is None else each for each in found)
+    known = tuple(out if each is None else each for each in earlier)
     span = (first_class, num_classes)
     arguments: tuple[Any, ...]
     if stage == "moments":

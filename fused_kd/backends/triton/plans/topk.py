@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_kd.backends import topk
 from fused_kd.backends.triton import layout
 from fused_kd.backends.triton.launch import Launch, acc_types, planned, run
 from fused_kd.backends.triton.plans.common import zero_padding
 from fused_kd.backends.triton.plans.rows import kernel_weights, variant
 from fused_kd.core.catalogue import NUMBERS, REST_NUMBERS
 from fused_kd.core.options import Options, empty_gradient
+from fused_kd.core.pieces import TOPK_FIELDS, TopKPiece
 from fused_kd.reference import accumulation_dtype
 
 #: Bits of the kernels' argument NEED, as in kernels/topk.py.
@@ -45,16 +45,16 @@ def topk_loss(
     target: Tensor,
     factors: Tensor | None,
     options: Options,
-    shared: topk.Shared | None = None,
+    piece: TopKPiece | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :func:`fused_kd.backends.topk.row_loss`."""
     rows, device = student.shape[0], student.device
-    first, classes, exchange = shared or (0, student.shape[1], None)
+    first, classes, exchange = piece or (0, student.shape[1], None)
     given = Rows(
         student, log_probs, indices, target.contiguous(), factors,
         torch.zeros((rows, words_of(classes)), dtype=torch.int32, device=device),
         torch.empty(rows, dtype=torch.int32, device=device),
-        torch.empty((topk.FIELDS + indices.shape[1], rows), dtype=torch.float64, device=device),
+        torch.empty((TOPK_FIELDS + indices.shape[1], rows), dtype=torch.float64, device=device),
         first, classes,
     )  # fmt: skip
     dtype = accumulation_dtype(student, log_probs)
@@ -65,7 +65,7 @@ def topk_loss(
         run(launches, device)
     else:
         run(launches[:2], device)
-        given.found.copy_(topk.merged(exchange([given.found]), options.hyper.temperature))
+        given.found.copy_(exchange([given.found]))
         run(launches[2:], device)
     if gradient is not None:
         zero_padding(gradient, options)
@@ -109,7 +109,7 @@ def plan_topk(given: Rows, rest: str, options: Options, made: tuple[Tensor, Tens
         planned(
             "mark_kept", rows,
             (
-                target, indices, factors, marks, state, rows, num_classes, words, kept, options.ignore_index,
+                target, indices, factors, marks, state, num_classes, words, kept, options.ignore_index,
                 *indices.stride(),
             ),
             few,

@@ -9,15 +9,7 @@ from torch import Tensor
 
 from fused_kd.backends.triton import layout, replay
 from fused_kd.backends.triton.launch import Launch, planned
-from fused_kd.backends.triton.plans.common import (
-    divided,
-    filled,
-    neighbours,
-    plan_count,
-    plan_reduction,
-    row_options,
-    target_strides,
-)
+from fused_kd.backends.triton.plans import common
 from fused_kd.core.options import Options, pair_outputs
 from fused_kd.reference import accumulation_dtype
 
@@ -49,14 +41,14 @@ def uskd(
 ) -> tuple[Tensor, ...]:
     """``batch_sums`` are those of other rows too; None says that these are all."""
     made = pair_outputs(student, weak, options.wanted, 4, options.reduction, accumulation_dtype(student, weak))
-    return filled("uskd", plan_uskd, (student, weak, target, batch_sums, factors), made, options)
+    return common.filled("uskd", plan_uskd, (student, weak, target, batch_sums, factors), made, options)
 
 
 def plan_batch_sums(student: Tensor, target: Tensor, sums: Tensor, square: bool, ignore_index: int) -> list[Launch]:
     """The launches that fill ``sums`` (3,)."""
     launches: list[Launch] = []
     row_sums = _plan_row_sums(launches, student, target, accumulation_dtype(student), square, ignore_index)
-    plan_reduction(launches, row_sums, sums, None, ignore_index, "sum", None)
+    common.plan_reduction(launches, row_sums, sums, None, ignore_index, "sum", None)
     return launches
 
 
@@ -65,13 +57,13 @@ def _plan_row_sums(
 ) -> Tensor:
     """What each row adds to the batch's sums, (3, rows), after a launch that is appended."""
     rows, classes = student.shape
-    wide = dtype == torch.float64
-    config = layout.streamed_config(classes, wide=wide, neighbours=neighbours(target, (student,)))
+    unit = common.neighbours(target, (student,))
+    config = layout.streamed_config(classes, wide=dtype == torch.float64, neighbours=unit)
     row_sums = torch.empty((3, rows), dtype=dtype, device=student.device)
     arguments = (
-        student, target, row_sums, rows, classes, *student.stride(), *target_strides(target), ignore_index,
+        student, target, row_sums, rows, classes, *student.stride(), *common.target_strides(target), ignore_index,
     )  # fmt: skip
-    options = {**row_options(target, (student,), dtype, config), "SQUARE": square}
+    options = {**common.row_options(target, (student,), dtype, config, unit), "SQUARE": square}
     launches.append(planned("target_probabilities", -(-rows // config.rows), arguments, options))
     return row_sums
 
@@ -92,18 +84,17 @@ def plan_uskd(
     rows, classes = student.shape
     alpha, beta, mu = hyper.alpha, hyper.beta, hyper.mu
     ce_weight, smoothing = hyper.ce_weight, hyper.label_smoothing
-    wide = loss.dtype == torch.float64
     per_row = reduction == "none"
-    probabilities = target.is_floating_point()
-    label_strides = target_strides(target)
-    (half_s, known_s), (half_w, known_w) = (divided(target, reduction, each.dtype) for each in (student, weak))
+    label_strides = common.target_strides(target)
+    (half_s, known_s), (half_w, known_w) = (common.divided(target, reduction, each.dtype) for each in (student, weak))
     halves, scales = (half_s, half_w), (student_scale * known_s, weak_scale * known_w)
     linear = ce_weight != 0.0 and smoothing != 0.0
+    unit = common.neighbours(target, (student, weak))
     config = layout.uskd_config(
         classes,
-        wide=wide,
-        probabilities=probabilities,
-        neighbours=neighbours(target, (student, weak)),
+        wide=loss.dtype == torch.float64,
+        probabilities=target.is_floating_point(),
+        neighbours=unit,
         smoothed=linear,
     )
     launches: list[Launch] = []
@@ -112,11 +103,11 @@ def plan_uskd(
         row_sums = _plan_row_sums(launches, student, target, loss.dtype, options.square, ignore_index)
         batch_sums = row_sums if by_row else torch.empty(3, dtype=torch.float64, device=student.device)
         if not by_row:
-            plan_reduction(launches, row_sums, batch_sums, None, ignore_index, "sum", None)
-    counts = plan_count(launches, target, ignore_index, reduction, need_student or need_weak)
+            common.plan_reduction(launches, row_sums, batch_sums, None, ignore_index, "sum", None)
+    counts = common.plan_count(launches, target, ignore_index, reduction, need_student or need_weak)
     row_parts = parts if per_row else torch.empty((4, rows), dtype=loss.dtype, device=student.device)
     norm_values = 1.0 / student_scale, 1.0 / weak_scale
-    seen = row_options(target, (student, weak), loss.dtype, config)
+    seen = common.row_options(target, (student, weak), loss.dtype, config, unit)
     shared = {**seen, "LINEAR": linear, "COUNT": counts.how}
     ranking = {"RANK": options.rank, "SQUARE": options.square}
     strides = (*student.stride(), *weak.stride(), *label_strides)
@@ -186,5 +177,5 @@ def plan_uskd(
             launches.append(planned("combine_ranked", programs, arguments, combine))
     if not per_row:
         finish = (loss, norms, norm_values, halves)
-        plan_reduction(launches, row_parts, parts, counts, ignore_index, reduction, finish)
+        common.plan_reduction(launches, row_parts, parts, counts, ignore_index, reduction, finish)
     return launches

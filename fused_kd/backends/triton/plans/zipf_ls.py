@@ -11,15 +11,7 @@ from torch import Tensor
 
 from fused_kd.backends.triton import layout
 from fused_kd.backends.triton.launch import Launch, acc_types, planned
-from fused_kd.backends.triton.plans.common import (
-    divided,
-    filled,
-    neighbours,
-    plan_count,
-    plan_reduction,
-    row_options,
-    target_strides,
-)
+from fused_kd.backends.triton.plans import common
 from fused_kd.core.options import Options, outputs
 from fused_kd.reference import accumulation_dtype
 
@@ -28,7 +20,7 @@ def zipf_ls(
     student: Tensor, dense: Tensor, target: Tensor, factors: Tensor | None, options: Options
 ) -> tuple[Tensor, ...]:
     made = outputs(student, options.wanted[0], 2, options.reduction, accumulation_dtype(student))
-    return filled("zipf_ls", plan_zipf_ls, (student, dense, target, factors), made, options)
+    return common.filled("zipf_ls", plan_zipf_ls, (student, dense, target, factors), made, options)
 
 
 def plan_zipf_ls(
@@ -44,9 +36,9 @@ def plan_zipf_ls(
     hyper, ignore_index, reduction, (need_gradient,), (gradient_scale,), *_ = options
     rows, positions, classes = dense.shape
     per_row = reduction == "none"
-    half, known = divided(target, reduction, student.dtype)
+    half, known = common.divided(target, reduction, student.dtype)
     launches: list[Launch] = []
-    counts = plan_count(launches, target, ignore_index, reduction, need_gradient)
+    counts = common.plan_count(launches, target, ignore_index, reduction, need_gradient)
 
     def integers(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=student.device)
@@ -59,9 +51,9 @@ def plan_zipf_ls(
     launches.append(planned("rank_votes", rows, arguments, meta))
 
     row_parts = parts if per_row else torch.empty((2, rows), dtype=loss.dtype, device=student.device)
-    unit = neighbours(target, (student,))
+    unit = common.neighbours(target, (student,))
     config = layout.zipf_config(classes, wide=loss.dtype == torch.float64, neighbours=unit)
-    meta = row_options(target, (student,), loss.dtype, config) | {
+    meta = common.row_options(target, (student,), loss.dtype, config, unit) | {
         "VOTES": tile,
         "LINEAR": hyper.ce_weight != 0.0 and hyper.label_smoothing != 0.0,
         "GRAD": need_gradient,
@@ -71,13 +63,13 @@ def plan_zipf_ls(
     }
     arguments = (
         student, target, votes, ranks, voted, gradient, loss, row_parts, norm, counts.source, factors,
-        rows, positions, classes, *student.stride(), *target_strides(target), counts.items, ignore_index,
+        rows, positions, classes, *student.stride(), *common.target_strides(target), counts.items, ignore_index,
         hyper.beta, hyper.power, hyper.ce_weight, hyper.label_smoothing, gradient_scale * known, 1.0 / gradient_scale,
     )  # fmt: skip
     launches.append(planned("zipf_rows", -(-rows // config.rows), arguments, meta))
     if not per_row:
         finish = (loss, (norm, norm), (1.0 / gradient_scale,) * 2, (half, half))
-        plan_reduction(launches, row_parts, parts, counts, ignore_index, reduction, finish)
+        common.plan_reduction(launches, row_parts, parts, counts, ignore_index, reduction, finish)
     return launches
 
 
@@ -100,5 +92,5 @@ def _plan_votes(dense: Tensor, target: Tensor, votes: Tensor, ignore_index: int)
         "num_warps": config.warps,
         "maxnreg": 255,  # left alone the compiler may spill to reach a rounder occupancy
     }
-    arguments = (dense, target, votes, rows, positions, classes, *dense.stride(), target.stride(0), ignore_index)
+    arguments = (dense, target, votes, positions, classes, *dense.stride(), target.stride(0), ignore_index)
     return planned("find_votes", rows * -(-positions // config.positions), arguments, options)
