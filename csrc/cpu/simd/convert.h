@@ -146,6 +146,32 @@ FKD_INLINE int64_t float_to_half_vectors(const float* in, int64_t n, uint16_t* p
     return j;
 }
 
+// AVX-512 BF16 rounds as BFloat16::store does, but takes subnormal numbers as 0. So it converts the remaining elements
+// too: equal values of a row stay equal.
+#if defined(__AVX512F__) && defined(FKD_WITH_AVX512BF16)
+inline FKD_NOINLINE __attribute__((target("avx512bf16"))) void float_to_bfloat(const float* in, int64_t n, uint16_t* p) {
+    int64_t j = 0;
+    for (; j + 32 <= n; j += 32) {
+        const __m512 low = _mm512_loadu_ps(in + j), high = _mm512_loadu_ps(in + j + 16);
+        _mm512_storeu_si512(p + j, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+    for (; j < n; j += 16) {
+        const __mmask16 there = n - j < 16 ? __mmask16((1u << (n - j)) - 1) : __mmask16(0xffff);
+        const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(there, in + j));
+        _mm256_mask_storeu_epi16(p + j, there, rounded);
+    }
+}
+FKD_INLINE int64_t float_to_bfloat_vectors(const float* in, int64_t n, uint16_t* p) {
+    if (!__builtin_cpu_supports("avx512bf16")) return 0;
+    float_to_bfloat(in, n, p);
+    return n;
+}
+#else
+FKD_INLINE int64_t float_to_bfloat_vectors(const float*, int64_t, uint16_t*) {
+    return 0;
+}
+#endif
+
 FKD_INLINE int64_t bfloat_to_float_vectors(const uint16_t*, int64_t, double*) {
     return 0;
 }
@@ -153,6 +179,9 @@ FKD_INLINE int64_t half_to_float_vectors(const uint16_t*, int64_t, double*) {
     return 0;
 }
 FKD_INLINE int64_t float_to_half_vectors(const double*, int64_t, uint16_t*) {
+    return 0;
+}
+FKD_INLINE int64_t float_to_bfloat_vectors(const double*, int64_t, uint16_t*) {
     return 0;
 }
 
@@ -208,7 +237,8 @@ FKD_NOINLINE void write(const A* in, int64_t n, void* out, DType dtype) {
         put<Native<double>>(in, n, out);
         break;
     case kBFloat16:
-        put<BFloat16>(in, n, out);
+        done = float_to_bfloat_vectors(in, n, half);
+        put<BFloat16>(in + done, n - done, half + done);
         break;
     default:
         done = float_to_half_vectors(in, n, half);
