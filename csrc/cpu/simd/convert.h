@@ -149,7 +149,8 @@ FKD_INLINE int64_t float_to_half_vectors(const float* in, int64_t n, uint16_t* p
 // AVX-512 BF16 rounds as BFloat16::store does, but takes subnormal numbers as 0. So it converts the remaining elements
 // too: equal values of a row stay equal.
 #if defined(__AVX512F__) && defined(FKD_WITH_AVX512BF16)
-inline FKD_NOINLINE __attribute__((target("avx512bf16"))) void float_to_bfloat(const float* in, int64_t n, uint16_t* p) {
+inline FKD_NOINLINE
+    __attribute__((target("avx512bf16"))) void float_to_bfloat(const float* in, int64_t n, uint16_t* p) {
     int64_t j = 0;
     for (; j + 32 <= n; j += 32) {
         const __m512 low = _mm512_loadu_ps(in + j), high = _mm512_loadu_ps(in + j + 16);
