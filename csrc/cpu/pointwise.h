@@ -116,11 +116,12 @@ FKD_NOINLINE void pointwise_sums(const Policy& given, const PointwiseBlock<A>& o
     });
     if (Policy::kKept) with_p[0] = sums[0];
     for (int k = 0; k < 3; ++k) {
-        out.of[k] += sum_lanes<A>(sums[k]);
-        out.slopes[k] += sum_lanes<A>(with_p[k]);
-        out.centred[k] += sum_lanes<A>(with_z[k]);
+        const bool slope = k < Policy::kSlopes || (k == 2 && columns.mean_p);
+        if (Policy::kTerms[k]) out.of[k] += sum_lanes<A>(sums[k]);
+        if (slope) out.slopes[k] += sum_lanes<A>(with_p[k]);
+        if (slope && moments) out.centred[k] += sum_lanes<A>(with_z[k]);
     }
-    out.z += sum_lanes<A>(z);
+    if (moments) out.z += sum_lanes<A>(z);
 }
 
 // p_j sum_k by_k (f_kj - mean_k).
