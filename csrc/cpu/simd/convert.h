@@ -146,26 +146,23 @@ FKD_INLINE int64_t float_to_half_vectors(const float* in, int64_t n, uint16_t* p
     return j;
 }
 
-// AVX-512 BF16 rounds as BFloat16::store does, but takes subnormal numbers as 0. So it converts the remaining elements
-// too: equal values of a row stay equal.
+// AVX-512 BF16 rounds as BFloat16::store does, but takes subnormal numbers as 0.
 #if defined(__AVX512F__) && defined(FKD_WITH_AVX512BF16)
 inline FKD_NOINLINE
-    __attribute__((target("avx512bf16"))) void float_to_bfloat(const float* in, int64_t n, uint16_t* p) {
+    __attribute__((target("avx512bf16"))) int64_t float_to_bfloat(const float* in, int64_t n, uint16_t* p) {
+    constexpr int kSubnormal = 0x20;
     int64_t j = 0;
     for (; j + 32 <= n; j += 32) {
         const __m512 low = _mm512_loadu_ps(in + j), high = _mm512_loadu_ps(in + j + 16);
-        _mm512_storeu_si512(p + j, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+        if (__builtin_expect(_mm512_fpclass_ps_mask(low, kSubnormal) | _mm512_fpclass_ps_mask(high, kSubnormal), 0))
+            put<BFloat16>(in + j, 32, p + j);
+        else
+            _mm512_storeu_si512(p + j, (__m512i)_mm512_cvtne2ps_pbh(high, low));
     }
-    for (; j < n; j += 16) {
-        const __mmask16 there = n - j < 16 ? __mmask16((1u << (n - j)) - 1) : __mmask16(0xffff);
-        const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(there, in + j));
-        _mm256_mask_storeu_epi16(p + j, there, rounded);
-    }
+    return j;
 }
 FKD_INLINE int64_t float_to_bfloat_vectors(const float* in, int64_t n, uint16_t* p) {
-    if (!__builtin_cpu_supports("avx512bf16")) return 0;
-    float_to_bfloat(in, n, p);
-    return n;
+    return __builtin_cpu_supports("avx512bf16") ? float_to_bfloat(in, n, p) : 0;
 }
 #else
 FKD_INLINE int64_t float_to_bfloat_vectors(const float*, int64_t, uint16_t*) {
