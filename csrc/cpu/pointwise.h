@@ -116,11 +116,12 @@ FKD_NOINLINE void pointwise_sums(const Policy& given, const PointwiseBlock<A>& o
     });
     if (Policy::kKept) with_p[0] = sums[0];
     for (int k = 0; k < 3; ++k) {
-        out.of[k] += sum_lanes<A>(sums[k]);
-        out.slopes[k] += sum_lanes<A>(with_p[k]);
-        out.centred[k] += sum_lanes<A>(with_z[k]);
+        const bool slope = k < Policy::kSlopes || (k == 2 && columns.mean_p);
+        if (Policy::kTerms[k]) out.of[k] += sum_lanes<A>(sums[k]);
+        if (slope) out.slopes[k] += sum_lanes<A>(with_p[k]);
+        if (slope && moments) out.centred[k] += sum_lanes<A>(with_z[k]);
     }
-    out.z += sum_lanes<A>(z);
+    if (moments) out.z += sum_lanes<A>(z);
 }
 
 // p_j sum_k by_k (f_kj - mean_k).
@@ -178,11 +179,12 @@ struct PointwiseRow {
     A row_means[2];                // of p and q
     bool fine;                     // the probabilities come from softmax_piece, in scratch->p and e_t
     double means[3], at_target[3]; // of the slopes; the slopes at the target
+    double target_terms[3];        // what the target adds to the sums
 
-    PointwiseBlock<A> block(int64_t i) const {
+    PointwiseBlock<A> block(int64_t i, bool with_s = true, bool with_t = true) const {
         const int64_t j = i * kBlock<A>, n = block_length<A>(args->classes, j);
-        PointwiseBlock<A> out = {read(args->student, row, j, n, scratch->student),
-                                 read(args->teacher, row, j, n, scratch->teacher),
+        PointwiseBlock<A> out = {with_s ? read(args->student, row, j, n, scratch->student) : nullptr,
+                                 with_t ? read(args->teacher, row, j, n, scratch->teacher) : nullptr,
                                  (fine ? scratch->p : e_soft) + j,
                                  scratch->e_t + j,
                                  A(of_s.by(scratch->blocks[i].s_max)),
@@ -208,8 +210,11 @@ struct PointwiseRow {
         softmax_piece(here.t, n, origins[1], here.e_t, kBlock<A>);
     }
     // The target's terms, in double precision if the policy has it: in short rows the target is much of the loss.
+    void find_target() {
+        with_policy([&](const auto& policy) { of_target(policy); });
+    }
     template <class Policy>
-    void of_target(const Policy& policy, double (&sums)[3], double (&slopes)[2]) const {
+    void of_target(const Policy& policy) {
         typedef typename Policy::OfTarget Wide;
         typedef typename Wide::Number N;
         const Vec<N> log_ratio = splat(N(q.log_p[0] - p.log_p[0]));
@@ -217,11 +222,12 @@ struct PointwiseRow {
         const Probabilities<N> x = {splat(N(p.p[0])), splat(N(q.p[0])), log_ratio, smaller_ratio<N>(log_ratio)};
         Wide(policy, *params).terms(x, terms, own);
         for (int k = 0; k < 3; ++k)
-            sums[k] = terms[k][0];
+            target_terms[k] = terms[k][0];
         for (int k = 0; k < 2; ++k)
-            slopes[k] = own[k][0];
+            at_target[k] = own[k][0];
     }
     PointwiseSums sums(const RowMoments* moments) {
+        find_target(); // a long chain of instructions, which the processor executes beside the sums
         const PointwiseSums out = with_target(own_sums(moments));
         const double flat = kFlat / params->classes;
         if (!(params->number & kFine) || !(out.of[1] <= flat || out.of[2] <= flat)) return out;
@@ -235,11 +241,13 @@ struct PointwiseRow {
         row_means[1] = mean_of(scratch->e_t, args->classes);
         p.p[0] = scratch->p[y];
         q.p[0] = scratch->e_t[y];
+        find_target();
         return with_target(block_sums(moments, false));
     }
     // The sums of the whole row, of which this is a piece.
     PointwiseSums merged_sums(const RowMoments* moments) {
         own_sums(moments); // fills the scratch
+        find_target();
         return with_target(FKD_ISA::merged_sums(*args, row, scratch->of_pieces));
     }
     // The sums of this call's columns, without the target.
@@ -263,16 +271,9 @@ struct PointwiseRow {
         return out;
     }
     PointwiseSums with_target(PointwiseSums out) {
-        with_policy([&](const auto& policy) {
-            double terms[3], slopes[2];
-            of_target(policy, terms, slopes);
-            for (int k = 0; k < 3; ++k)
-                out.of[k] += terms[k];
-            at_target[0] = slopes[0];
-            at_target[1] = slopes[1];
-        });
         at_target[2] = out.column;
         for (int k = 0; k < 3; ++k) {
+            out.of[k] += target_terms[k];
             out.slopes[k] += p.p[0] * at_target[k];
             means[k] = out.slopes[k];
             out.centred[k] -= means[k] * out.z;
@@ -285,10 +286,11 @@ struct PointwiseRow {
             h += by[k] * (at_target[k] - means[k]);
         return p.p[0] * h;
     }
-    // Calls combine(student logits, PointwiseGradient) for a block.
+    // Calls combine(student logits, PointwiseGradient) for a block. The logits are null unless asked for: no gradient
+    // needs them, and those of half precision would be converted again.
     template <class F>
-    void with_gradient(int64_t i, const double (&by)[3], F combine) const {
-        const PointwiseBlock<A> here = block(i);
+    void with_gradient(int64_t i, const double (&by)[3], bool with_logits, F combine) const {
+        const PointwiseBlock<A> here = block(i, with_logits, false);
         with_policy([&](const auto& policy) { combine(here.s, gradient(policy, here, by)); });
     }
     template <class Policy>
@@ -329,6 +331,7 @@ PointwiseRow<A> pointwise_row(const RowArgs& args, const RowParams& params, cons
              origin_of(q, x.t_target, t_max, x.soft_t, x.t_soft, 1)},
             {share, share},
             false,
+            {},
             {},
             {}};
 }

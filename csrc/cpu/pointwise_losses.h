@@ -17,7 +17,8 @@ struct Probabilities {
 
 template <class A>
 FKD_INLINE Vec<A> smaller_ratio(Vec<A> log_ratio) {
-    return exp2_nonpositive<A, true>((log_ratio <= A(0) ? log_ratio : -log_ratio) * A(kLog2E));
+    const Mask<A> sign = (Mask<A>)splat<A>(A(-0.0));
+    return exp2_nonpositive<A, true>((Vec<A>)((Mask<A>)log_ratio | sign) * A(kLog2E));
 }
 
 // A policy's `terms` computes the terms of PointwiseSums.of that kTerms selects, and the kSlopes slopes of h. The

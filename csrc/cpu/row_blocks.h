@@ -147,6 +147,16 @@ inline Scales scales_of(const RowParams& params, const RowMoments& s, const RowM
     return k;
 }
 
+// What all rows of a call share.
+struct Plan {
+    RowParams params;
+    RowNeeds needs;
+    Scales scales; // without standardization, which has scales for each row
+
+    explicit Plan(const RowParams& params)
+        : params(params), needs(row_needs(params)), scales(scales_of(params, {}, {})) {}
+};
+
 FKD_INLINE double scaled_exp(double difference, double scale) {
     return difference == 0 ? 1 : exp(difference * scale);
 }
@@ -320,12 +330,12 @@ inline RowStats row_stats(const Statistics& x, const Scales& k, bool general) {
     row.t_soft = x.t_soft;
     row.s_sharp = x.s_sharp;
     row.t_sharp = x.t_sharp;
-    row.s_raw = x.s_raw;
     row.cross = x.cross;
     row.blocked = x.blocked;
-    row.v_target = x.v_target;
-    row.v_sum = x.v_sum + x.v_target;
+    row.v_target = row.v_sum = x.v_target;
     if (general) {
+        row.s_raw = x.s_raw;
+        row.v_sum += x.v_sum;
         row.linear = x.linear / k.soft_s;
         row.v_cross = x.v_cross / k.soft_s;
         row.v_free = x.v_sum - x.v_blocked;

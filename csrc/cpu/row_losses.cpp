@@ -102,11 +102,12 @@ FKD_INLINE void block_combine(const A* s, const A* v, int64_t n, const Coefficie
 }
 
 template <class A, bool single, bool careful, Mode mode>
-FKD_NOINLINE RowResult row_pass(const RowArgs& args, const RowParams& params, const Scratch<A>& scratch, int64_t row,
+FKD_NOINLINE RowResult row_pass(const RowArgs& args, const Plan& plan, const Scratch<A>& scratch, int64_t row,
                                 int64_t y) {
     constexpr bool general = is_general(mode), pointwise = mode == kPointwise;
     const int64_t classes = args.classes;
-    const RowNeeds needs = row_needs(params);
+    const RowParams& params = plan.params;
+    const RowNeeds& needs = plan.needs;
     const bool with_probs = general && args.target.dtype != kInt64;
     const bool wanted = args.gradient.data != nullptr;
     const DType out_type = args.student.dtype;
@@ -128,7 +129,7 @@ FKD_NOINLINE RowResult row_pass(const RowArgs& args, const RowParams& params, co
         s_moments = row_moments<A>(args.student, row, classes, scratch.student);
         t_moments = row_moments<A>(args.teacher, row, classes, scratch.teacher);
     }
-    const Scales scales = scales_of(params, s_moments, t_moments);
+    const Scales scales = general && params.standardize ? scales_of(params, s_moments, t_moments) : plan.scales;
 
     const int64_t count = (classes + kBlock<A> - 1) / kBlock<A>;
     for (int64_t i = 0; i < count && !again; ++i) {
@@ -144,31 +145,33 @@ FKD_NOINLINE RowResult row_pass(const RowArgs& args, const RowParams& params, co
             scratch.e_sharp + at, scratch.e_raw + at, scratch.e_t + at, scratch.blocks[i]);
     }
     const bool here = y >= 0 && y < classes;
-    Statistics all = {};
+    Statistics merged;
+    Statistics* all = scratch.blocks; // one block is the row
+    if (again || piece || count != 1) all = &merged;
     if (again) {
-        __builtin_memcpy(&all, args.statistics + kStatisticsFields * row, sizeof all);
+        __builtin_memcpy(&merged, args.statistics + kStatisticsFields * row, sizeof merged);
         for (int64_t i = 0; i < count; ++i)
-            scratch.blocks[i] = all;
-    } else {
-        all = merge(scratch.blocks, count, scales, single, general, needs.divergence);
+            scratch.blocks[i] = merged;
+    } else if (all == &merged) {
+        merged = merge(scratch.blocks, count, scales, single, general, needs.divergence);
     }
     if (here && !again) {
-        all.s_target = *read(args.student, row, y, 1, scratch.student);
-        all.t_target = mode == kAlone ? 0.0 : double(*read(args.teacher, row, y, 1, scratch.teacher));
-        all.v_target = with_probs ? double(*read(args.target, row, y, 1, scratch.probs)) : 1.0;
+        all->s_target = *read(args.student, row, y, 1, scratch.student);
+        all->t_target = mode == kAlone ? 0.0 : double(*read(args.teacher, row, y, 1, scratch.teacher));
+        all->v_target = with_probs ? double(*read(args.target, row, y, 1, scratch.probs)) : 1.0;
     }
-    const double shows = mode == kAlone ? all.linear : all.cross; // not finite if a class has logit -inf
-    if (!careful && !(is_finite(shows) && is_finite(all.s_soft)))
-        return row_pass<A, single, true, mode>(args, params, scratch, row, y);
+    const double shows = mode == kAlone ? all->linear : all->cross; // not finite if a class has logit -inf
+    if (!careful && !(is_finite(shows) && is_finite(all->s_soft)))
+        return row_pass<A, single, true, mode>(args, plan, scratch, row, y);
     if (piece && piece->stage == kStatistics) {
-        put(all, 0, args, row);
+        put(*all, 0, args, row);
         return {};
     }
     if (piece)
-        all = merge(of_pieces<Statistics>(piece->statistics, kStatisticsFields, 0, args, row, scratch.of_pieces),
-                    piece->pieces, scales, single, general, needs.divergence);
-    const double s_max = all.s_max, t_max = all.t_max;
-    RowStats stats = row_stats(all, scales, general);
+        merged = merge(of_pieces<Statistics>(piece->statistics, kStatisticsFields, 0, args, row, scratch.of_pieces),
+                       piece->pieces, scales, single, general, needs.divergence);
+    const double s_max = all->s_max, t_max = all->t_max;
+    RowStats stats = row_stats(*all, scales, general);
     if (args.label_sums) args.label_sums[row] = stats.v_sum;
     PointwiseRow<A> probabilities;
     if constexpr (pointwise) {
@@ -176,7 +179,7 @@ FKD_NOINLINE RowResult row_pass(const RowArgs& args, const RowParams& params, co
         for (int k = 0; args.origins && k < 2; ++k)
             args.origins[2 * row + k] = probabilities.origins[k];
         if (args.only_origins) {
-            __builtin_memcpy(args.statistics + kStatisticsFields * row, &all, sizeof all);
+            __builtin_memcpy(args.statistics + kStatisticsFields * row, all, sizeof *all);
             return {};
         }
         const RowMoments* const moments = params.standardize ? &s_moments : nullptr;
@@ -207,7 +210,7 @@ FKD_NOINLINE RowResult row_pass(const RowArgs& args, const RowParams& params, co
                       result.target + result.raw_target,
                       {result.slopes[0], result.slopes[1], result.slopes[2]}};
     if (general && params.standardize)
-        c = standardized(result, stats, s_moments, double(A(s_moments.mean)), all, pointwise);
+        c = standardized(result, stats, s_moments, double(A(s_moments.mean)), *all, pointwise);
     if (!needs.raw) {
         c.sharp += c.raw;
         c.raw = 0;
@@ -236,10 +239,11 @@ FKD_NOINLINE RowResult row_pass(const RowArgs& args, const RowParams& params, co
             block_combine<A, single, careful, mode>(s, v, n, b, A(s_moments.mean), e_soft + j, scratch.e_sharp + j,
                                                     scratch.e_raw + j, scratch.e_t + j, out, more);
         };
+        const bool with_logits = careful || b.slope != 0;
         if constexpr (pointwise)
-            probabilities.with_gradient(i, b.slopes, combine);
+            probabilities.with_gradient(i, b.slopes, with_logits, combine);
         else
-            combine(careful || b.slope != 0 ? read(args.student, row, j, n, scratch.student) : nullptr, NoMore());
+            combine(with_logits ? read(args.student, row, j, n, scratch.student) : nullptr, NoMore());
         if (streamed)
             stream(out, n, own_row + j);
         else if (!same)
@@ -252,26 +256,27 @@ FKD_NOINLINE RowResult row_pass(const RowArgs& args, const RowParams& params, co
 }
 
 template <class A, bool single>
-RowResult (*pass_for(const RowArgs& args, const RowParams& params))(const RowArgs&, const RowParams&, const Scratch<A>&,
-                                                                    int64_t, int64_t) {
-    const RowNeeds needs = row_needs(params);
+RowResult (*pass_for(const RowArgs& args, const Plan& plan))(const RowArgs&, const Plan&, const Scratch<A>&, int64_t,
+                                                             int64_t) {
+    const RowNeeds& needs = plan.needs;
     if (!needs.teacher) return row_pass<A, true, false, kAlone>;
     // For rows that may hardly vary, always careful: its shift is exact, so that a constant row stays constant.
     if (needs.pointwise)
         return needs.fine ? row_pass<A, single, true, kPointwise> : row_pass<A, single, false, kPointwise>;
-    if (args.target.dtype != kInt64 || needs.linear || params.standardize) return row_pass<A, single, false, kGeneral>;
+    if (args.target.dtype != kInt64 || needs.linear || plan.params.standardize)
+        return row_pass<A, single, false, kGeneral>;
     return needs.divergence ? row_pass<A, single, false, kDivergence> : row_pass<A, single, false, kCross>;
 }
 
 template <class A>
 void row_losses_typed(const RowArgs& args) {
     const Piece* const piece = args.piece;
-    const RowParams params = {args.hyper, args.loss, double(all_classes(args)), args.standardize};
+    const Plan plan({args.hyper, args.loss, double(all_classes(args)), args.standardize});
     const bool with_probs = args.target.dtype != kInt64;
-    const auto pass = one_temperature(params) ? pass_for<A, true>(args, params) : pass_for<A, false>(args, params);
+    const auto pass = one_temperature(plan.params) ? pass_for<A, true>(args, plan) : pass_for<A, false>(args, plan);
     const int threads = useful_threads(args.threads, args.rows, args.classes);
     share_out(threads, args.rows, [&](int64_t begin, int64_t end) {
-        const Scratch<A> scratch(args.classes, row_needs(params), piece ? piece->pieces : 0);
+        const Scratch<A> scratch(args.classes, plan.needs, piece ? piece->pieces : 0);
         for (int64_t row = begin; row < end; ++row) {
             double* parts = args.parts + kRowParts * row;
             zero_padding(args.gradient, args.student.dtype, row, args.classes);
@@ -296,7 +301,7 @@ void row_losses_typed(const RowArgs& args) {
             } else {
                 y = *reinterpret_cast<const int64_t*>(element(args.target, row, 0));
             }
-            const RowResult result = pass(args, params, scratch, row, y);
+            const RowResult result = pass(args, plan, scratch, row, y);
             const double factor = args.factors ? args.factors[row] : 1;
             for (int k = 0; k < kRowParts; ++k)
                 parts[k] = factor * result.parts[k];

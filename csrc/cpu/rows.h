@@ -4,6 +4,7 @@
 #include "../common/row_math.h"
 #include "kernels.h"
 #include "simd/convert.h"
+#include "simd/exp_log.h"
 #include "simd/simd.h"
 
 namespace fused_kd {

@@ -146,6 +146,30 @@ FKD_INLINE int64_t float_to_half_vectors(const float* in, int64_t n, uint16_t* p
     return j;
 }
 
+// AVX-512 BF16 rounds as BFloat16::store does, but takes subnormal numbers as 0.
+#if defined(__AVX512F__) && defined(FKD_WITH_AVX512BF16)
+inline FKD_NOINLINE
+    __attribute__((target("avx512bf16"))) int64_t float_to_bfloat(const float* in, int64_t n, uint16_t* p) {
+    constexpr int kSubnormal = 0x20;
+    int64_t j = 0;
+    for (; j + 32 <= n; j += 32) {
+        const __m512 low = _mm512_loadu_ps(in + j), high = _mm512_loadu_ps(in + j + 16);
+        if (__builtin_expect(_mm512_fpclass_ps_mask(low, kSubnormal) | _mm512_fpclass_ps_mask(high, kSubnormal), 0))
+            put<BFloat16>(in + j, 32, p + j);
+        else
+            _mm512_storeu_si512(p + j, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+    return j;
+}
+FKD_INLINE int64_t float_to_bfloat_vectors(const float* in, int64_t n, uint16_t* p) {
+    return __builtin_cpu_supports("avx512bf16") ? float_to_bfloat(in, n, p) : 0;
+}
+#else
+FKD_INLINE int64_t float_to_bfloat_vectors(const float*, int64_t, uint16_t*) {
+    return 0;
+}
+#endif
+
 FKD_INLINE int64_t bfloat_to_float_vectors(const uint16_t*, int64_t, double*) {
     return 0;
 }
@@ -153,6 +177,9 @@ FKD_INLINE int64_t half_to_float_vectors(const uint16_t*, int64_t, double*) {
     return 0;
 }
 FKD_INLINE int64_t float_to_half_vectors(const double*, int64_t, uint16_t*) {
+    return 0;
+}
+FKD_INLINE int64_t float_to_bfloat_vectors(const double*, int64_t, uint16_t*) {
     return 0;
 }
 
@@ -208,7 +235,8 @@ FKD_NOINLINE void write(const A* in, int64_t n, void* out, DType dtype) {
         put<Native<double>>(in, n, out);
         break;
     case kBFloat16:
-        put<BFloat16>(in, n, out);
+        done = float_to_bfloat_vectors(in, n, half);
+        put<BFloat16>(in + done, n - done, half + done);
         break;
     default:
         done = float_to_half_vectors(in, n, half);

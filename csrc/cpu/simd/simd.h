@@ -245,121 +245,46 @@ FKD_INLINE V max_of(V x, V acc) {
     return x > acc ? x : acc;
 }
 
-// 2^r for |r| <= 1/2, times 2^k, with k in the low bits of `shifted`.
-template <class A, int degree>
-FKD_INLINE Vec<A> exp2_scaled(const A (&poly)[degree + 1], Vec<A> r, Vec<A> shifted) {
-    Vec<A> power = splat<A>(poly[degree]);
-#pragma GCC unroll 16
-    for (int i = degree - 1; i >= 0; --i)
-        power = mul_add<A>(power, r, poly[i]);
-    return power * (Vec<A>)((Mask<A>)shifted << Simd<A>::kMantissa);
-}
-
-// 2^x for x up to about 1, within about 2 ulp, or 1 ulp if `fine`. Exactly 0 at -inf and below the range; NaN stays
-// NaN, because it is multiplied. Base 2 makes the reduction to |r| <= 1/2 exact, and the factor log2(e) merges with the
-// subtraction of the maximum (see Shift).
-template <class A, bool fine = false>
-FKD_INLINE Vec<A> exp2_nonpositive(Vec<A> x) {
-    typedef Simd<A> S;
-    const Vec<A> shifted = x + S::kRound, r = x - (shifted - S::kRound);
-    const Vec<A> e = fine ? exp2_scaled<A, S::kFineDegree>(S::kFinePoly, r, shifted)
-                          : exp2_scaled<A, S::kDegree>(S::kPoly, r, shifted);
-    return x < S::kLowest ? Vec<A>{} : e;
-}
-
-// The same with subnormal results, for results that decide an order. They are rare.
+// 16 bytes of a vector.
 template <class A>
-FKD_INLINE Vec<A> exp2_gradual(Vec<A> x) {
-    typedef Simd<A> S;
-    const Vec<A> shifted = x + S::kRound, r = x - (shifted - S::kRound);
-    const Vec<A> e = exp2_scaled<A, S::kDegree>(S::kPoly, r, shifted);
-    const Mask<A> low = x < S::kLowest;
-    if (__builtin_expect(none(low), 1)) return e;
-    return low ? exp2_nonpositive<A>(x + A(64)) * A(0x1p-64) : e;
-}
-
-// 2^(x + low), where x is a rounded number and low its rounding error; within about an ulp; not for -inf.
-template <class A>
-FKD_INLINE Vec<A> exp2_nonpositive(Vec<A> x, Vec<A> low) {
-    typedef Simd<A> S;
-    const Vec<A> shifted = x + S::kRound, r = x - (shifted - S::kRound) + low;
-    return x < S::kLowest ? Vec<A>{} : exp2_scaled<A, S::kFineDegree>(S::kFinePoly, r, shifted);
-}
-
-// log x for normal x, within about an ulp: x = 2^e m, m near 1, f = m - 1. In single precision P is the polynomial of
-// degree 6 with the smallest maximal relative error of f - f^2 / 2 + f^3 P(f) against log m, 3e-8. In double precision
-// log m = 2 artanh(f / (f + 2)).
-template <class A>
-FKD_INLINE Vec<A> log_positive(Vec<A> x) {
-    typedef Simd<A> S;
-    typedef typename S::Int Int;
-    constexpr Int kSqrtHalf = sizeof(A) == 4 ? Int(0x3f3504f3) : Int(0x3fe6a09e667f3bcd);
-    const Mask<A> exponent = ((Mask<A>)x - kSqrtHalf) >> S::kMantissa; // so m is in [sqrt(1/2), sqrt(2))
-    const Vec<A> f = (Vec<A>)((Mask<A>)x - (exponent << S::kMantissa)) - A(1);
-    Vec<A> of_m;
-    if constexpr (sizeof(A) == 4) {
-        constexpr float kPoly[7] = {0.3333391f,  -0.25001338f, 0.199630633f, -0.16577585f,
-                                    0.14914767f, -0.14267486f, 0.0870043635f};
-        // In pairs, because Horner's rule would be one long dependency chain.
-        const Vec<A> square = f * f;
-        const auto pair = [&](int k) __attribute__((always_inline)) { return mul_add<A>(f, kPoly[k + 1], kPoly[k]); };
-        const Vec<A> high = mul_add<A>(square, kPoly[6], pair(4));
-        const Vec<A> series = mul_add(mul_add(high, square, pair(2)), square, pair(0));
-        of_m = mul_add(square, mul_add<A>(series, f, A(-0.5)), f);
-    } else {
-        const Vec<A> s = f / (f + A(2)), square = s * s;
-        constexpr int kTerms = 12;
-        Vec<A> series = splat<A>(A(1) / A(2 * kTerms - 1));
-#pragma GCC unroll 12
-        for (int k = kTerms - 2; k >= 0; --k)
-            series = mul_add<A>(series, square, A(1) / A(2 * k + 1));
-        of_m = (s + s) * series;
-    }
-    return mul_add<A>(__builtin_convertvector(exponent, Vec<A>), A(0.693147180559945309417), of_m);
-}
-
-constexpr double kLog2E = 1.44269504088896340736, kLn2 = 0.693147180559945309417;
-
-// Maps logits x to (x - origin) * scale * log2(e). The origin is a maximum, or with fused multiply-add the nearby point
-// that one fused instruction maps to 0; sums relative to "the maximum" are relative to the origin. The exact form takes
-// any maximum, and clamps a difference that overflows. The other form needs |max * scale| < kLargestShift, else the
-// origin is too far from the maximum.
-constexpr double kLargestShift = 1048576.0;
-
-template <class A, bool exact>
-struct Shift {
-    A by, minus;
-    double origin;
-    static constexpr bool fused = kFused && !exact;
-    explicit FKD_INLINE Shift(A max, double scale = 1) : by(A(kLog2E * scale)), minus(fused ? -max * by : max) {
-        origin = fused ? -double(minus) / double(by) : double(max);
-    }
-    FKD_INLINE Vec<A> operator()(Vec<A> x) const {
-        if constexpr (fused) return mul_add<A>(x, by, splat(minus));
-        const Vec<A> y = (x - minus) * by;
-        constexpr A lowest = sizeof(A) == 4 ? A(-3e38) : A(-1e308);
-        if constexpr (exact) return y < lowest ? splat<A>(lowest) : y;
-        return y;
-    }
+struct Sixteen {
+    typedef A Part __attribute__((vector_size(16)));
 };
+template <class A>
+using Part = typename Sixteen<A>::Part;
 
-// Folds a vector to one value in a fixed order: halves down to 16 bytes, then the remaining lanes.
+// x > y ? x : y. By intrinsics, because compilers make a branch of that for one lane, which is often mispredicted.
+#if defined(__AVX512F__) || defined(__AVX2__)
+FKD_INLINE Part<float> larger(Part<float> x, Part<float> y) {
+    return (Part<float>)_mm_max_ps((__m128)x, (__m128)y);
+}
+FKD_INLINE Part<double> larger(Part<double> x, Part<double> y) {
+    return (Part<double>)_mm_max_pd((__m128d)x, (__m128d)y);
+}
+#else
+template <class P>
+FKD_INLINE P larger(P x, P y) {
+    return x > y ? x : y;
+}
+#endif
+
+// Folds a vector to one value in a fixed order: its halves, then the halves of what is left.
 template <class A, class Fold>
 FKD_INLINE A fold_lanes(Vec<A> v, Fold fold) {
-    typedef A Part __attribute__((vector_size(16)));
-    Part part[kBytes / 16];
+    Part<A> part[kBytes / 16];
     __builtin_memcpy(part, &v, sizeof v);
 #pragma GCC unroll 4
     for (int width = kBytes / 32; width > 0; width /= 2)
 #pragma GCC unroll 4
         for (int i = 0; i < width; ++i)
             part[i] = fold(part[i], part[i + width]);
-    A lane[16 / sizeof(A)];
-    __builtin_memcpy(lane, &part[0], 16);
-    for (int width = int(8 / sizeof(A)); width > 0; width /= 2)
-        for (int i = 0; i < width; ++i)
-            lane[i] = fold(lane[i], lane[i + width]);
-    return lane[0];
+    const Part<A>& all = part[0];
+    if constexpr (sizeof(A) == 4) {
+        const Part<A> half = fold(all, Part<A>{all[2], all[3], all[0], all[1]});
+        return fold(half, Part<A>{half[1], half[0], half[3], half[2]})[0];
+    } else {
+        return fold(all, Part<A>{all[1], all[0]})[0];
+    }
 }
 
 template <class A>
@@ -369,7 +294,7 @@ FKD_INLINE A sum_lanes(Vec<A> v) {
 
 template <class A>
 FKD_INLINE A max_lanes(Vec<A> v) {
-    return fold_lanes<A>(v, [](auto x, auto y) { return x > y ? x : y; });
+    return fold_lanes<A>(v, [](auto x, auto y) { return larger(x, y); });
 }
 
 // Calls step(lanes, j) for the vectors that cover [0, n), with masks only at left-out elements and at the end.
