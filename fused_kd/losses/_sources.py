@@ -319,7 +319,7 @@ def _check_teacher(teacher: _Source, student: _Source) -> None:
     if any(map(carries_gradient, tensors)):
         raise ValueError(
             "teacher_logits: expected a source whose tensors do not require grad, since no backend gives the teacher a "
-            "gradient; detach its hidden states, weight and bias"
+            "gradient; detach them"
         )
 
 
