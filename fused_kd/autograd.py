@@ -122,7 +122,8 @@ def scale_stored(gradient: Tensor, grad_output: Tensor, norm: Tensor, backend: s
     if keep:
         # In an exported graph, which may have been compiled.
         return ops.scale_gradient_compiled(gradient, grad_output, norm, backend)  # type: ignore[no-any-return]
-    if torch._C._autograd._get_current_graph_task_keep_graph():
+    # Kernels scale rows one after the other, and a hook of saved tensors may return another layout.
+    if torch._C._autograd._get_current_graph_task_keep_graph() or not gradient.is_contiguous():
         return ops.scale_gradient(gradient, grad_output, norm, backend)  # type: ignore[no-any-return]
     if _is_one(grad_output) and gradient.dtype != torch.float16:
         return gradient

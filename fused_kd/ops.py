@@ -316,6 +316,7 @@ LOSS_OPS["zipf_ls"] = define(
 
 def _scale_gradient(gradient: Tensor, grad_output: Tensor, norm: Tensor, backend: str) -> Tensor:
     transforms.refuse_recorded(gradient, grad_output)
+    gradient = gradient.contiguous()
     out = torch.empty_like(gradient)
     backends.get(backend).scale_gradient(gradient, grad_output, norm, out)
     return out
@@ -333,7 +334,7 @@ def _scale_gradient_(gradient: Tensor, grad_output: Tensor, norm: Tensor, backen
 
 
 def _scaled_fake(gradient: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(gradient)
+    return torch.empty_like(gradient, memory_format=torch.contiguous_format)
 
 
 _SCALE = "Tensor gradient, Tensor grad_output, Tensor norm"

@@ -11,7 +11,7 @@ from torch import Tensor
 from fused_kd import autograd
 from fused_kd.core import transforms
 from fused_kd.core.source_rows import SourceRows
-from fused_kd.source_ops import SOURCE_LOSS, SOURCE_USKD, source_uskd_batch_sums
+from fused_kd.source_ops import SOURCE_LOSS, SOURCE_USKD, SOURCE_USKD_BATCH_SUMS
 
 _EXPORTED = (
     "torch.export cannot record the gradient of a loss of a Head, a TopK or a ClassShard: export it under "
@@ -112,24 +112,25 @@ def row_loss(
 ) -> tuple[Tensor, Tensor]:
     """Return the loss of checked sources and its three stacked parts; differentiable in the student's tensors.
 
-    ``inputs`` are the target and the row weights. ``options`` are the op's arguments between the hyper-parameters and
-    the heads' numbers. ``placement`` has the classes of this process, their group's name, the rows of a chunk and the
+    ``inputs`` are the target and the row weights. ``options`` are the op's arguments between the numbers and the
+    rest. ``placement`` has the classes of this process, their group's name, the rows of a chunk and the
     products' dtype.
     """
     teacher_tensors = (None, None, None, None) if teacher is None else (*teacher[:3], teacher.indices)
     other = SourceRows(student.values) if teacher is None else teacher
     heads = [student.logit_scale, student.softcap, other.logit_scale, other.softcap]
     all_inputs = (*teacher_tensors, *inputs, loss)
-    all_options = (*options, heads, other.rest, *placement)
-    return _apply(SOURCE_LOSS, student[:3], all_inputs, hyper, all_options, reduction, backend)
+    all_options = (*options, other.rest, *placement)
+    return _apply(SOURCE_LOSS, student[:3], all_inputs, [*hyper, *heads], all_options, reduction, backend)
 
 
 def uskd_batch_sums(student: SourceRows, target: Tensor, options: tuple[Any, ...], backend: str) -> Tensor:
     """Return the sums that couple the rows of USKD. ``options`` are square, ignore_index, the number of classes, the
     rows of a chunk and the products' dtype."""
-    heads = [student.logit_scale, student.softcap]
+    head = [student.logit_scale, student.softcap]
+    op, numbers = autograd.choose_op(SOURCE_USKD_BATCH_SUMS, head)
     tensors = [None if each is None else each.detach() for each in student[:3]]
-    return source_uskd_batch_sums(*tensors, target, heads, *options, backend)  # type: ignore[no-any-return]
+    return op(*tensors, target, numbers, *options, backend)  # type: ignore[no-any-return]
 
 
 def uskd(
@@ -145,5 +146,5 @@ def uskd(
     """Return USKD of checked sources and its four stacked parts; differentiable in the tensors of both. ``inputs`` are
     the target, the batch sums and the row weights."""
     heads = [student.logit_scale, student.softcap, weak.logit_scale, weak.softcap]
-    tensors, all_options = (*student[:3], *weak[:3]), (*options, heads, *placement)
-    return _apply(SOURCE_USKD, tensors, inputs, hyper, all_options, reduction, backend)
+    tensors, all_options = (*student[:3], *weak[:3]), (*options, *placement)
+    return _apply(SOURCE_USKD, tensors, inputs, [*hyper, *heads], all_options, reduction, backend)

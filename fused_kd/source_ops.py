@@ -4,6 +4,8 @@ They work as the ops of :mod:`fused_kd.ops`, but for a head they store the gradi
 and the bias, for an incoming gradient of 1. The gradient of a float16 tensor is stored in float32, so that nothing
 underflows before the incoming gradient is known. With ``reduction="none"`` the backward pass computes the gradient,
 and ``grad_rows`` multiplies the gradient of each row.
+
+The hyper-parameters include the numbers of heads, their logit_scale and softcap: a schedule may change these, too.
 """
 
 from __future__ import annotations
@@ -19,10 +21,20 @@ from fused_kd.backends import sources
 from fused_kd.backends.heads import empty_gradients
 from fused_kd.core import transforms
 from fused_kd.core.catalogue import as_run
-from fused_kd.core.options import Options
+from fused_kd.core.options import HyperParameters, Options
 from fused_kd.core.source_rows import SourceRows, Span
 from fused_kd.core.stored import reduction_weight
 from fused_kd.reference import accumulation_dtype
+
+
+def _listed(hyper: list[float] | Tensor) -> list[float]:
+    return hyper.tolist() if isinstance(hyper, Tensor) else hyper
+
+
+def _numbers(hyper: list[float] | Tensor) -> tuple[HyperParameters, list[float]]:
+    """Return the hyper-parameters, and the two heads' logit_scale and softcap, which follow them."""
+    numbers = _listed(hyper)
+    return HyperParameters._make(numbers[:-4]), numbers[-4:]
 
 
 def _factors(
@@ -49,7 +61,6 @@ def _source_loss(
     hyper: list[float] | Tensor,
     standardize: bool,
     ignore_index: int,
-    heads: list[float],
     rest: str,
     span: list[int],
     group: str,
@@ -60,7 +71,7 @@ def _source_loss(
     backend: str,
 ) -> tuple[Tensor, ...]:
     transforms.refuse_recorded(*(each for each in (student, weight, bias) if each is not None))
-    named = ops.hyper_parameters(hyper)
+    named, heads = _numbers(hyper)
     given = SourceRows(student, weight, bias, heads[0], heads[1])
     other = None
     if teacher is not None:
@@ -104,8 +115,8 @@ SOURCE_LOSS: tuple[Any, Any] = ops.define(
     "source_loss",
     "Tensor student, Tensor? weight, Tensor? bias, Tensor? grad_rows, Tensor? teacher, Tensor? teacher_weight, "
     "Tensor? teacher_bias, Tensor? indices, Tensor target, Tensor? row_weight, str loss, {hyper}, bool standardize, "
-    "int ignore_index, float[] heads, str rest, SymInt[] span, str group, SymInt chunk_rows, ScalarType? compute, "
-    "str reduction, bool[] wanted",
+    "int ignore_index, str rest, SymInt[] span, str group, SymInt chunk_rows, ScalarType? compute, str reduction, "
+    "bool[] wanted",
     "(Tensor loss, Tensor parts, Tensor gradient, Tensor weight_gradient, Tensor bias_gradient)",
     _source_loss,
     _source_loss_fake,
@@ -118,7 +129,7 @@ def _source_uskd_batch_sums(
     weight: Tensor | None,
     bias: Tensor | None,
     target: Tensor,
-    heads: list[float],
+    hyper: list[float] | Tensor,
     square: bool,
     ignore_index: int,
     num_classes: int,
@@ -126,19 +137,21 @@ def _source_uskd_batch_sums(
     compute: torch.dtype | None,
     backend: str,
 ) -> Tensor:
-    given = SourceRows(student, weight, bias, heads[0], heads[1])
+    logit_scale, softcap = _listed(hyper)
+    given = SourceRows(student, weight, bias, logit_scale, softcap)
     placement = sources.Placement(Span(0, num_classes), chunk_rows, compute)
     with torch.autocast(student.device.type, enabled=False):
         return sources.uskd_batch_sums(backends.get(backend), given, target, placement, (square, ignore_index))
 
 
-source_uskd_batch_sums = ops.define(
+SOURCE_USKD_BATCH_SUMS: tuple[Any, Any] = ops.define(
     "source_uskd_batch_sums",
-    "Tensor student, Tensor? weight, Tensor? bias, Tensor target, float[] heads, bool square, int ignore_index, "
+    "Tensor student, Tensor? weight, Tensor? bias, Tensor target, {hyper}, bool square, int ignore_index, "
     "SymInt num_classes, SymInt chunk_rows, ScalarType? compute",
     "Tensor",
     _source_uskd_batch_sums,
     lambda student, *_: student.new_empty((3,), dtype=torch.float64),
+    scheduled=True,
 )
 
 
@@ -157,7 +170,6 @@ def _source_uskd(
     rank: str,
     square: bool,
     ignore_index: int,
-    heads: list[float],
     num_classes: int,
     chunk_rows: int,
     compute: torch.dtype | None,
@@ -168,12 +180,13 @@ def _source_uskd(
     transforms.refuse_recorded(
         *(each for each in (student, weight, bias, weak, weak_weight, weak_bias) if each is not None)
     )
+    named, heads = _numbers(hyper)
     given = SourceRows(student, weight, bias, heads[0], heads[1])
     other = SourceRows(weak, weak_weight, weak_bias, heads[2], heads[3])
     factors = _factors(row_weight, grad_rows, target, ignore_index, reduction)[[0, 1, 1]]
     task = sources.Task(target, factors, wanted, sources.Placement(Span(0, num_classes), chunk_rows, compute))
     want = (any(wanted[:3]), any(wanted[3:]))
-    options = Options(ops.hyper_parameters(hyper), ignore_index, "none", want, (1.0, 1.0), rank=rank, square=square)
+    options = Options(named, ignore_index, "none", want, (1.0, 1.0), rank=rank, square=square)
     with torch.autocast(student.device.type, enabled=False):
         rows, parts, gradients = sources.run_uskd(backends.get(backend), given, other, task, batch_sums, options)
         return *_reduced(reduction, rows, parts), *gradients
@@ -189,8 +202,7 @@ SOURCE_USKD: tuple[Any, Any] = ops.define(
     "source_uskd",
     "Tensor student, Tensor? weight, Tensor? bias, Tensor weak, Tensor? weak_weight, Tensor? weak_bias, "
     "Tensor? grad_rows, Tensor target, Tensor batch_sums, Tensor? row_weight, {hyper}, str rank, bool square, "
-    "int ignore_index, float[] heads, SymInt num_classes, SymInt chunk_rows, ScalarType? compute, str reduction, "
-    "bool[] wanted",
+    "int ignore_index, SymInt num_classes, SymInt chunk_rows, ScalarType? compute, str reduction, bool[] wanted",
     "(Tensor loss, Tensor parts, Tensor student_gradient, Tensor student_weight_gradient, "
     "Tensor student_bias_gradient, Tensor weak_gradient, Tensor weak_weight_gradient, Tensor weak_bias_gradient)",
     _source_uskd,

@@ -257,7 +257,10 @@ PyObject* direct_scale(PyObject*, PyObject* const* of, Py_ssize_t count) {
             (dtype == kFloat64 && *static_cast<const double*>(number) == 1))
             Py_RETURN_TRUE;
         const Kernels* const kernels = kernels_named(of[2]);
-        if (!kernels || !plain_logits(of[0], gradient)) Py_RETURN_FALSE;
+        // A hook of saved tensors may return another layout than the kernel's.
+        if (!kernels || !plain_logits(of[0], gradient) || gradient.matrix.col_stride != 1 ||
+            gradient.matrix.row_stride != gradient.columns)
+            Py_RETURN_FALSE;
         void* const stored = const_cast<void*>(gradient.matrix.data);
         const int threads = int(PyLong_AsLong(of[3]));
         const ScaleArgs args = {stored, stored, gradient.matrix.dtype, number,           dtype,

@@ -93,6 +93,7 @@ def run_uskd(
     values, dtype = student.values, accumulation_dtype(student.values, weak.values)
     columns = _columns(student, task.placement.span)
     loss, parts = values.new_empty(len(values), dtype=dtype), values.new_empty((4, len(values)), dtype=dtype)
+    batch_sums = batch_sums.contiguous()  # a hook of saved tensors may return another layout
     both = [
         maker(each, wanted, dtype, columns, task.placement.compute)
         for each, wanted in ((student, task.wanted[:3]), (weak, task.wanted[3:]))

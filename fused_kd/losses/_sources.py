@@ -319,7 +319,7 @@ def _check_teacher(teacher: _Source, student: _Source) -> None:
         learns = any(isinstance(each, Tensor) and carries_gradient(each) for each in student.rows[:3])
         raise ValueError(
             "teacher_logits: expected a source whose tensors do not require grad, since no backend gives the teacher a "
-            "gradient; detach its hidden states, weight and bias"
+            "gradient; detach them"
             f"{'' if learns else '. The tensors of student_logits require none: are the two swapped?'}"
         )
 

@@ -134,7 +134,7 @@ def topk_loss(
     student = counted_logits(drop_impossible(student_logits.to(dtype)), labels.counted)
     # A logsumexp of +inf has a derivative, but its row has no value.
     infinite = (student.detach() == -NEG_INF).any(dim=1, keepdim=True)
-    student = student * torch.where(infinite, torch.nan, 1.0)
+    student = student * torch.where(infinite, torch.nan, 1.0).to(dtype)
     kept = kept._replace(log_probs=counted_logits(kept.log_probs, labels.counted))
     excluded = _marked(kept, columns) | labels.is_target
     temperature = named["temperature"]

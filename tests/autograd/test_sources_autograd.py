@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 import fused_kd
@@ -100,3 +101,22 @@ def test_compiled_heads_of_any_layout():
     torch.compiler.reset()
     found = torch.autograd.grad(torch.compile(loss, fullgraph=True)(wide, across), (wide, across))
     torch.testing.assert_close(found, plain)
+
+
+@pytest.mark.parametrize("loss", ["nkd", "uskd"])
+def test_a_schedule_of_a_heads_numbers_compiles_nothing_anew(loss):
+    """A clamped logit_scale is another number in each step."""
+    hidden, weight, teacher, target = make()
+    function = getattr(fused_kd, f"{loss}_loss")
+
+    def step(value):
+        other = Head(teacher[:, :5], weight.detach(), logit_scale=3 * value)
+        return function(Head(hidden, weight, logit_scale=value, softcap=2 * value), other, target)
+
+    torch.compiler.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for value in (1.5, 2.5, 3.5, 4.5):
+        found = torch.autograd.grad(compiled(value), (hidden, weight))
+        torch.testing.assert_close(found, torch.autograd.grad(step(value), (hidden, weight)))
+    assert counter.frame_count <= 2

@@ -152,3 +152,26 @@ print(torch.equal(one, four))
 print(int(((four != 0) & (four.abs() < 2.0**-126)).any(dim=1).sum()))
 """)
     assert (same, subnormal) == ("True", "0" if flush else "64")
+
+
+def test_a_default_device_is_not_the_kernels():
+    """A caller in C++, such as AOTInductor's, leaves PyTorch's mode for it on inside an op."""
+    assert run("""
+logits, target = torch.randn(4, 7), torch.arange(4)
+expected = native.uskd_batch_sums(logits, target, True, -100), native.argsort_descending(logits)
+with torch.device("meta"):
+    found = native.uskd_batch_sums(logits, target, True, -100), native.argsort_descending(logits)
+print(all(map(torch.equal, found, expected)))
+""") == ["True"]
+
+
+def test_logits_whose_memory_was_freed(native):
+    """F.cross_entropy raises a RuntimeError, too. FSDP frees parameters in this way."""
+    given = [torch.randn(4, 7), torch.randn(4, 7), torch.arange(4)]
+    for place in range(3):
+        arguments = list(given)
+        arguments[place] = arguments[place].clone()
+        arguments[place].untyped_storage().resize_(0)
+        for options in ({}, {"reduction": "none"}):
+            with pytest.raises(RuntimeError, match="whose storage is empty"):
+                fused_kd.nkd_loss(*arguments, **options)

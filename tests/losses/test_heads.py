@@ -291,9 +291,10 @@ def test_the_op_is_in_order():
     (hidden, weight, bias, *of_teacher), target = tensors(torch.float32)
     given = [each.requires_grad_(False) for each in (hidden, weight, bias)]
     op = torch.ops.fused_kd.source_loss.default
-    arguments = (*given, None, *of_teacher, None, target, None, "nkd", [*[0.0] * 2, 1.5, *[0.0] * 3, 1.0, 1.0, 0.0])
+    hyper = [*[0.0] * 2, 1.5, *[0.0] * 3, 1.0, 1.0, 0.0, *[1.0, 0.0] * 2]
+    arguments = (*given, None, *of_teacher, None, target, None, "nkd", hyper)
     for wanted, reduction in (([True] * 3, "mean"), ([False, True, False], "sum"), ([False] * 3, "none")):
-        further = (False, -100, [1.0, 0.0, 1.0, 0.0], "", [0, CLASSES], "", 3, None, reduction, wanted, "native")
+        further = (False, -100, "", [0, CLASSES], "", 3, None, reduction, wanted, "native")
         torch.library.opcheck(op, (*arguments, *further), test_utils=("test_schema", "test_faketensor"))
 
 

@@ -162,3 +162,9 @@ def test_kept_classes_of_no_probability_make_their_row_nan(loss, backend):
     value.sum().backward()
     assert value[0].isfinite() and student.grad[0].isfinite().all()
     assert value[1].isnan() and student.grad[1].isnan().all()
+
+
+def test_kept_classes_that_require_grad():
+    log_probs, indices = torch.randn(4, 7).log_softmax(1).topk(3)
+    with pytest.raises(ValueError, match=r"expected a source whose tensors do not require grad.*; detach them"):
+        fused_kd.kd_loss(torch.randn(4, 7), TopK(log_probs.requires_grad_(), indices, "drop"))

@@ -125,9 +125,9 @@ def test_the_ops_are_in_order():
     ops = torch.ops.fused_kd
     sums = (*given[:3], target, [1.0, 0.0], True, -100, CLASSES, 4, None, "native")
     torch.library.opcheck(ops.source_uskd_batch_sums.default, sums, test_utils=("test_schema", "test_faketensor"))
-    hyper = [1.0, 0.1, 0.0, 0.005, 0.0, 0.0, 1.0, 0.0, 0.0]
+    hyper = [1.0, 0.1, 0.0, 0.005, 0.0, 0.0, 1.0, 0.0, 0.0, *[1.0, 0.0] * 2]
     for wanted, reduction in (([True] * 6, "mean"), ([False, True, False] * 2, "none")):
         arguments = (None, target, torch.zeros(3, dtype=torch.float64), None, hyper, "normalized", True, -100)
-        where = ([1.0, 0.0, 1.0, 0.0], CLASSES, 4, None, reduction, wanted, "native")
+        where = (CLASSES, 4, None, reduction, wanted, "native")
         utilities = ("test_schema", "test_faketensor")
         torch.library.opcheck(ops.source_uskd.default, (*given, *arguments, *where), test_utils=utilities)

@@ -117,7 +117,7 @@ def row_stage(stage: str, piece: Piece, earlier: StageResults, options: Options,
 def uskd_batch_sums(student: Tensor, target: Tensor, square: bool, ignore_index: int) -> Tensor:
     if student.is_cuda:
         return cuda.uskd_batch_sums(_core, student, target, square, ignore_index)
-    sums = torch.empty(3, dtype=torch.float64)
+    sums = student.new_empty(3, dtype=torch.float64)
     rows = batch(_where(), student, target, ignore_index, accumulation_dtype(student))
     bad_row = _core.uskd_batch_sums(rows, square, sums.data_ptr())
     if bad_row >= 0:
@@ -213,7 +213,7 @@ def topk_loss(
 
 def argsort_descending(keys: Tensor) -> Tensor:
     """Rank contiguous float32 rows: indices from the largest to the smallest, stable."""
-    order = torch.empty(keys.shape, dtype=torch.int64)
+    order = torch.empty_like(keys, dtype=torch.int64)
     _core.argsort_descending(_where(), keys.data_ptr(), keys.shape, order.data_ptr())
     return order
 

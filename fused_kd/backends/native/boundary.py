@@ -16,7 +16,13 @@ RANKS = {"normalized": 0, "cls_kd": 1, "weak": 2, "final": 3, "sum": 4}
 
 
 def matrix(tensor: Tensor) -> Matrix:
-    return tensor.data_ptr(), DTYPES[tensor.dtype], tensor.stride()
+    data = tensor.data_ptr()
+    if data == 0 and tensor.numel() > 0:
+        raise RuntimeError(
+            f"fused_kd: expected tensors in memory, got one of shape {tuple(tensor.shape)} whose storage is empty, as "
+            "resize_(0) leaves it, or FSDP outside of the module's forward and backward pass"
+        )
+    return data, DTYPES[tensor.dtype], tensor.stride()
 
 
 def batch(where: tuple[str, int], student: Tensor, target: Tensor, ignore_index: int, dtype: torch.dtype) -> Batch:

@@ -48,9 +48,9 @@ def row_stage(
         statistics[:, exchanged] = earlier.statistics
         earlier = earlier._replace(statistics=statistics)
     last = stage == "gradient"
-    out = torch.zeros(FIELDS[stage], rows, dtype=torch.float64)
-    parts = torch.empty(rows, 3, dtype=torch.float64)
-    gradient = torch.empty(student.shape if last else (0,), dtype=student.dtype)
+    out = student.new_zeros(FIELDS[stage], rows, dtype=torch.float64)
+    parts = student.new_empty(rows, 3, dtype=torch.float64)
+    gradient = student.new_empty(student.shape if last else (0,))
     pieces = max(0 if each is None else len(each) for each in earlier)
     target = target.contiguous()
     bad_row = core.row_stage(
