@@ -69,7 +69,7 @@ def row_loss(
     has the columns of this process; indices and target refer to all classes, and are the same on every process.
 
     Raises:
-        NotImplementedError: The loss has no kernel for this rest.
+        NotImplementedError: The loss has no kernel for this rest, or ``shared`` has none for probability targets.
         IndexError, ValueError: On the CPU, a target or kept class is out of range, or a class is kept twice in a row.
     """
     options = options._replace(loss=as_run(options.loss, options.hyper.beta))
@@ -77,6 +77,8 @@ def row_loss(
     check_rest(loss, rest, options.hyper.beta)
     if not is_fused(loss, rest):
         raise NotImplementedError(f"rest: {loss}_loss has no kernel for {rest!r}; take backend='reference'")
+    if shared is not None and target.is_floating_point():
+        raise NotImplementedError("target: with a top-k teacher of shared classes the kernels take class indices only")
     if options.standardize:
         raise NotImplementedError("logit_standardization: the kernels have no z-scores of a top-k teacher")
     if student.shape[0] == 0:

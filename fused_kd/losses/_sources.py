@@ -63,13 +63,8 @@ def row_loss(
     """As :func:`fused_kd.losses._call.row_loss`, with checked numbers."""
     student_logits, teacher_logits, target = tensors
     _, _, class_dim, num_classes, backend, return_parts = common
-    if isinstance(teacher_logits, TopK):
-        if settings["logit_standardization"]:
-            raise ValueError(
-                "logit_standardization: expected False with a TopK, which does not have all logits; got True"
-            )
-        if target is not None and target.is_floating_point():
-            raise ValueError("target: expected class indices with a TopK, got probabilities; take the likeliest class")
+    if isinstance(teacher_logits, TopK) and settings["logit_standardization"]:
+        raise ValueError("logit_standardization: expected False with a TopK, which does not have all logits; got True")
     student, teacher = _student_and_teacher(name, student_logits, teacher_logits, class_dim, num_classes)
     rows = _row_inputs(student, target, common, settings, ROW_LOSSES[name].labels)
     hyper = in_order(numbers)
@@ -82,7 +77,8 @@ def row_loss(
     if teacher is not None and isinstance(teacher_logits, TopK):
         check_log_probs(teacher.rows, *rows, settings["ignore_index"])
         if chosen != "reference":
-            chosen = kernel_or_reference(name, teacher_logits.rest, numbers, (backend, chosen))
+            shared_labels = student.span is not None and rows[0].is_floating_point()
+            chosen = kernel_or_reference(name, teacher_logits.rest, numbers, (backend, chosen), shared_labels)
     if chosen == "reference":
         loss, parts = _by_reference(name, eager, student, teacher, *rows, numbers, settings)
     else:

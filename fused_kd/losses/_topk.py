@@ -39,9 +39,12 @@ def topk_rows(given: TopK, shape: tuple[int, ...]) -> SourceRows:
     return SourceRows(log_probs.reshape(-1, kept), indices=indices.reshape(-1, kept).to(torch.int64), rest=given.rest)
 
 
-def kernel_or_reference(name: str, rest: str, numbers: Mapping[str, float], backend: tuple[str, str]) -> str:
+def kernel_or_reference(
+    name: str, rest: str, numbers: Mapping[str, float], backend: tuple[str, str], shared_labels: bool
+) -> str:
     """Return the backend for a TopK: the chosen one if it has a kernel for the loss and the rest, else the reference.
-    ``backend`` has the requested one and the chosen one.
+    ``backend`` has the requested one and the chosen one. ``shared_labels``: the target has probabilities, of classes
+    that processes share.
 
     Raises:
         ValueError, NotImplementedError: The loss has no meaning with that rest.
@@ -50,9 +53,10 @@ def kernel_or_reference(name: str, rest: str, numbers: Mapping[str, float], back
     asked, chosen = backend
     check_rest(name, rest, numbers.get("beta", 0.0))
     run = as_run(name, numbers.get("beta", 1.0))
-    if topk.is_fused(run, rest):
+    if topk.is_fused(run, rest) and not shared_labels:
         return chosen
-    what = f"{LOSSES[name].title} with a TopK of rest={rest!r}"
+    labels = ", and probability targets of shared classes," if shared_labels else ""
+    what = f"{LOSSES[name].title} with a TopK of rest={rest!r}{labels}"
     if asked != "auto":
         raise RuntimeError(f"backend {asked!r} cannot run {what}: it has no kernel for it; use backend='reference'")
     _warn_once(what)

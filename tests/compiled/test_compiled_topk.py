@@ -20,6 +20,7 @@ def test_a_loss_is_the_reference(gpu, loss, rest):
     assert_within_eager_error(backend, make(loss, rest, 700, 16, pads=2, **options), torch.float32)
     assert_within_eager_error(backend, make(loss, rest, 333, 16, rows=3), torch.bfloat16)
     assert_same(backend, make(loss, rest, 333, 16, rows=3, **options), widths=(120, 0, 213))
+    assert_within_eager_error(backend, make(loss, rest, 700, 16, pads=2, labels=True, **options), torch.float32)
 
 
 @pytest.mark.parametrize("width", [343, 344])
