@@ -82,7 +82,7 @@ def row_loss(
     if chosen == "reference":
         loss, parts = _by_reference(name, eager, student, teacher, *rows, numbers, settings)
     else:
-        loss, parts = _by_kernels(name, student, teacher, rows, hyper, settings, chosen)
+        loss, parts = _by_kernels(name, student, teacher, rows, hyper, settings, chosen, return_parts)
     return returned(loss, parts if return_parts else None, parts_type, student.shape[:-1], settings["reduction"])
 
 
@@ -150,6 +150,7 @@ def _by_kernels(
     hyper: list[float],
     settings: dict[str, Any],
     backend: str,
+    want_parts: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     options = (settings.get("logit_standardization", False), settings["ignore_index"])
     chunk_rows = student.chunk_rows or (teacher.chunk_rows if teacher is not None else 0)
@@ -157,9 +158,10 @@ def _by_kernels(
     dtype = _products_dtype(values.device, values.dtype)
     placement = ([span.first_class, span.num_classes], span.group, chunk_rows, dtype)
     loss, stacked = source_autograd.row_loss(
-        student.rows, teacher and teacher.rows, rows, name, hyper, options, placement, settings["reduction"], backend
-    )
-    return loss, [stacked[part] for part in ROW_LOSSES[name].parts]
+        student.rows, teacher and teacher.rows, rows, name, hyper, options, placement, settings["reduction"], backend,
+        want_parts,
+    )  # fmt: skip
+    return loss, [] if stacked is None else [stacked[part] for part in ROW_LOSSES[name].parts]
 
 
 def uskd(
@@ -201,9 +203,9 @@ def uskd(
         sums = _shards.sum_over_processes(sums, settings["process_group"])
         inputs, options = (target, sums, weight), (rank, square, ignore_index)
         loss, stacked = source_autograd.uskd(
-            student.rows, weak.rows, inputs, in_order(numbers), options, placement, settings["reduction"], chosen
+            student.rows, weak.rows, inputs, in_order(numbers), options, placement, reduction, chosen, return_parts
         )
-        parts = [*stacked]
+        parts = [] if stacked is None else [*stacked]
     return returned(loss, parts if return_parts else None, USKDParts, shape[:-1], reduction)
 
 
@@ -243,6 +245,8 @@ def _flattened(name: str, logits: Any, class_dim: int | None) -> _Source:
     if isinstance(logits, Tensor):
         logits = checks.check_logits(name, logits)
         dim = checks.class_dimension(logits, class_dim)
+        if logits.dim() == 2 and dim == 1:
+            return _Source(SourceRows(logits), tuple(logits.shape), 0)  # a view would cost a backward pass of its own
         logits = logits.movedim(dim, -1)
         rows = logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
         return _Source(SourceRows(rows), tuple(logits.shape), 0)

@@ -47,9 +47,14 @@ def mark_kept(
     target, indices, factors, marks, state, rows: tl.int64, num_classes: tl.int32, words: tl.int64, kept: tl.int32,
     ignore_index: tl.int64, indices_row: tl.int64, indices_col: tl.int64, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """Fill ``marks``, which start as 0, and ``state``. KEPT is at least the number of threads, so each thread has its
-    own entries, and the result of an atomic belongs to one thread."""
+    """Fill ``marks`` and ``state``. KEPT is at least the number of threads, so each thread has its own entries, and the
+    result of an atomic belongs to one thread."""
     row = tl.program_id(0).to(tl.int64)
+    own = marks + row * words
+    for start in range(0, words, KEPT):
+        word = start + tl.arange(0, KEPT)
+        tl.store(own + word, tl.zeros([KEPT], tl.int32), mask=word < words)
+    tl.debug_barrier()  # the bits of a word that one thread has cleared may be another's
     y = tl.load(target + row)
     counted = y != ignore_index
     if factors is not None:
@@ -58,7 +63,7 @@ def mark_kept(
     present = (j >= 0) & (j < num_classes)
     # A bit that was already set is a class that appears twice.
     bit = (j % 32).to(tl.int32)
-    before = tl.atomic_or(marks + row * words + tl.where(present, j, 0) // 32, 1 << bit, mask=present)
+    before = tl.atomic_or(own + tl.where(present, j, 0) // 32, 1 << bit, mask=present)
     wrong = (j < -1) | (j >= num_classes) | (present & (((before >> bit) & 1) != 0))
     bad = (tl.max(wrong.to(tl.int32), 0) != 0) | (y < 0) | (y >= num_classes)
     tl.store(state + row, tl.where(counted, tl.where(bad, 2, 1), 0))

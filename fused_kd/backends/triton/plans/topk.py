@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_kd.backends import topk
-from fused_kd.backends.triton import layout
+from fused_kd.backends.triton import layout, replay
 from fused_kd.backends.triton.launch import Launch, acc_types, planned, run
 from fused_kd.backends.triton.plans.common import zero_padding
 from fused_kd.backends.triton.plans.rows import kernel_weights, variant
@@ -31,7 +31,7 @@ class Rows(NamedTuple):
     target: Tensor  # (N,), contiguous: the likeliest class of probabilities
     labels: Tensor | None  # (N, columns), probability targets
     factors: Tensor | None
-    marks: Tensor  # (N, words), a bit for each class
+    marks: Tensor  # (N, words), a bit for each class; mark_kept clears them first
     state: Tensor  # (N,)
     found: Tensor  # (5 + k, N) float64
     first_class: int
@@ -54,22 +54,29 @@ def topk_loss(
     labels = None
     if target.is_floating_point():
         labels, target, options = target, target.argmax(1), options._replace(ignore_index=-1)
-    given = Rows(
-        student, log_probs, indices, target.contiguous(), labels, factors,
-        torch.zeros((rows, words_of(classes)), dtype=torch.int32, device=device),
-        torch.empty(rows, dtype=torch.int32, device=device),
-        torch.empty((topk.FIELDS + indices.shape[1], rows), dtype=torch.float64, device=device),
-        first, classes,
-    )  # fmt: skip
+    inputs = (student, log_probs, indices, target.contiguous(), labels, factors)
     dtype = accumulation_dtype(student, log_probs)
     loss, parts = student.new_empty(rows, dtype=dtype), student.new_empty((3, rows), dtype=dtype)
     gradient = empty_gradient(student, options.padding) if options.wanted[0] else None
-    launches = plan_topk(given, rest, options, (loss, parts, gradient))
+    made = (loss, parts, gradient)
+
+    def given() -> Rows:
+        return Rows(
+            *inputs,
+            torch.empty((rows, words_of(classes)), dtype=torch.int32, device=device),
+            torch.empty(rows, dtype=torch.int32, device=device),
+            torch.empty((topk.FIELDS + indices.shape[1], rows), dtype=torch.float64, device=device),
+            first,
+            classes,
+        )
+
     if exchange is None:
-        run(launches, device)
+        replay.run("topk_loss", inputs, made, (rest, options), lambda: plan_topk(given(), rest, options, made))
     else:
+        rows_given = given()
+        launches = plan_topk(rows_given, rest, options, made)
         run(launches[:2], device)
-        given.found.copy_(topk.merged(exchange([given.found]), options.hyper.temperature))
+        rows_given.found.copy_(topk.merged(exchange([rows_given.found]), options.hyper.temperature))
         run(launches[2:], device)
     if gradient is not None:
         zero_padding(gradient, options)
