@@ -158,7 +158,12 @@ def _rows(
         assert teacher.indices is not None
         kept = (teacher.values[rows], teacher.indices[rows], teacher.rest)
         shared = None if exchange is None else topk.Shared(span.first_class, span.num_classes, exchange)
-        loss, parts, gradient = topk.row_loss(kernels, logits, *kept, target, factors, options, shared)
+        try:
+            loss, parts, gradient = topk.row_loss(kernels, logits, *kept, target, factors, options, shared)
+        except (IndexError, ValueError):
+            # The kernel counts the rows of its chunk.
+            topk.check_indices(teacher.indices, span.num_classes, task.factors[0] != 0, teacher.rest)
+            raise
         return loss, parts, logits if gradient is None else gradient
     if exchange is None:
         loss, parts, gradient, _ = kernels.row_loss(logits, teacher, target, factors, None, options)

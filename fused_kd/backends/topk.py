@@ -18,10 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fused_kd.core import checks
 from fused_kd.core.catalogue import ROW_LOSSES, as_run
 from fused_kd.core.options import Options, empty_gradient
+from fused_kd.core.transforms import readable
 from fused_kd.reference import accumulation_dtype
-from fused_kd.reference.topk import check_rest
+from fused_kd.reference.topk import check_rest, wrong_indices
 
 #: Numbers that a process finds for a row beside the logits of kept classes; csrc/cpu/kernels.h has the same.
 FIELDS = 5
@@ -38,6 +40,18 @@ class Shared(NamedTuple):
 def is_fused(loss: str, rest: str) -> bool:
     """Whether there is a kernel for a loss and a rest. The reference runs the other meaningful ones."""
     return loss in ROW_LOSSES and rest in ROW_LOSSES[loss].rests
+
+
+def check_indices(indices: Tensor, num_classes: int, counted: Tensor, rest: str) -> None:
+    """Raise if a row that counts has a class out of range, a class twice, or no class to renormalise. This is for the
+    reference, and for the error of a chunk of rows. It checks only readable values; the kernels check on their own."""
+    if not readable(indices):
+        return
+    wrong = wrong_indices(indices, num_classes) & counted
+    if rest == "renormalize":
+        wrong |= (indices < 0).all(dim=1) & counted
+    if bool(wrong.any()):
+        raise checks.kept_error(indices, int(wrong.to(torch.uint8).argmax()), num_classes)
 
 
 def merged(found: Tensor, temperature: float) -> Tensor:

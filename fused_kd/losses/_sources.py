@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fused_kd import backends, reference, source_autograd
+from fused_kd.backends.topk import check_indices
 from fused_kd.core import checks
 from fused_kd.core.catalogue import LOSSES, ROW_LOSSES, has_column_term
 from fused_kd.core.options import HyperParameters, in_order
@@ -19,7 +20,7 @@ from fused_kd.core.stored import counted_rows
 from fused_kd.core.transforms import carries_gradient
 from fused_kd.losses import _shards
 from fused_kd.losses._options import Common, normalized_weight, returned
-from fused_kd.losses._topk import check_indices, check_log_probs, kernel_or_reference, topk_rows
+from fused_kd.losses._topk import check_log_probs, kernel_or_reference, topk_rows
 from fused_kd.reference import USKDParts, accumulation_dtype
 from fused_kd.sources import ClassShard, Head, Logits, TeacherLogits, TopK
 

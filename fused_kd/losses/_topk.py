@@ -14,7 +14,7 @@ from fused_kd.core.catalogue import LOSSES, as_run
 from fused_kd.core.source_rows import SourceRows
 from fused_kd.core.stored import counted_rows
 from fused_kd.core.transforms import readable
-from fused_kd.reference.topk import RESTS, check_rest, wrong_indices
+from fused_kd.reference.topk import RESTS, check_rest
 from fused_kd.sources import TopK
 
 
@@ -94,15 +94,3 @@ def check_log_probs(teacher: SourceRows, target: Tensor, weight: Tensor | None, 
             f"row that sums to {float(sums[bad][0]):.3g}. Apply log_softmax over all classes before topk, or take "
             "TopK.from_logits"
         )
-
-
-def check_indices(indices: Tensor, num_classes: int, counted: Tensor, rest: str) -> None:
-    """Raise if a row that counts has a class out of range, a class twice, or no class to renormalise. This is for the
-    reference, and checks only readable values; the kernels check on their own."""
-    if not readable(indices):
-        return
-    wrong = wrong_indices(indices, num_classes) & counted
-    if rest == "renormalize":
-        wrong |= (indices < 0).all(dim=1) & counted
-    if bool(wrong.any()):
-        raise checks.kept_error(indices, int(wrong.to(torch.uint8).argmax()), num_classes)

@@ -185,6 +185,11 @@ def test_messages(backend):
     wrong(log_probs, twice, "indices: expected each class once in a row, got .* twice in row 2")
     wrong(log_probs, far, "indices: expected .*211", IndexError)
     wrong(log_probs, low, "indices: expected .*-2", IndexError)
+    for broken, words in ((twice, "twice in row 2"), (low, "got -2 in row 4")):
+        with pytest.raises((IndexError, ValueError), match=words):  # a row of the whole input, not of its chunk
+            fused_kd.nkd_loss(
+                Head(hidden, weight, chunk_rows=1), TopK(log_probs, broken, "drop"), target, backend=backend
+            )
     wrong(log_probs, indices, "teacher_logits.rest: expected one of .* got 'all'", rest="all")
     wrong(log_probs, indices.double(), "teacher_logits.indices: expected a Tensor of integers", TypeError)
     wrong(log_probs.long(), indices, "teacher_logits.log_probs: expected float64", TypeError)
