@@ -49,7 +49,8 @@ def shared_weight(row_weight: Tensor | None, target: Tensor, ignore_index: int, 
     if reduction != "mean":
         return weight
     total = weight.sum()
-    return weight / torch.where(total == 0, 1.0, total)
+    # A number of rows needs fewer operations, each a launch on a GPU.
+    return weight / (total.clamp(min=1.0) if row_weight is None else torch.where(total == 0, 1.0, total))
 
 
 def row_factors(
