@@ -20,29 +20,32 @@ _EXPORTED = (
 
 
 class _SourceLoss(torch.autograd.Function):
-    """Gives autograd the gradients that the forward op computed for ``tensors``, its first arguments."""
+    """Gives autograd the gradients that the forward op computed for ``tensors``, its first arguments. Parts that are
+    not wanted would cost time, as in :class:`fused_kd.autograd._FusedLoss`."""
 
     @staticmethod
-    def forward(ctx: Any, op: Any, further: tuple[Any, ...], *tensors: Tensor | None) -> Any:
+    def forward(ctx: Any, op: Any, want_parts: bool, further: tuple[Any, ...], *tensors: Tensor | None) -> Any:
         loss, parts, *gradients = op(*tensors, *further)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*gradients)
         ctx.dtypes = [None if each is None else each.dtype for each in tensors]
         ctx.backend = further[-1]
+        if not want_parts:
+            return loss
         ctx.mark_non_differentiable(parts)
         return loss, parts
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, _grad_parts: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None, _grad_parts: None = None) -> tuple[Tensor | None, ...]:
         results: list[Tensor | None] = [None] * len(ctx.dtypes)
         if grad_output is not None:
             norm = torch.ones((), dtype=grad_output.dtype, device=grad_output.device)
             for place, gradient in enumerate(ctx.saved_tensors):
-                if ctx.needs_input_grad[2 + place]:
+                if ctx.needs_input_grad[3 + place]:
                     matrix = gradient if gradient.dim() == 2 else gradient[None]
                     scaled = autograd.scale_stored(matrix, grad_output, norm, ctx.backend)
                     results[place] = scaled.reshape(gradient.shape).to(ctx.dtypes[place])
-        return None, None, *results
+        return None, None, None, *results
 
 
 class _SourceRowsLoss(torch.autograd.Function):
@@ -51,18 +54,20 @@ class _SourceRowsLoss(torch.autograd.Function):
     None."""
 
     @staticmethod
-    def forward(ctx: Any, op: Any, further: tuple[Any, ...], *tensors: Tensor | None) -> Any:
+    def forward(ctx: Any, op: Any, want_parts: bool, further: tuple[Any, ...], *tensors: Tensor | None) -> Any:
         *given, wanted, backend = further
         loss, parts, *_ = op(*tensors, *given, [False] * len(wanted), backend)
         others = [each if isinstance(each, Tensor) else None for each in further]
         ctx.save_for_backward(*map(autograd.savable, (*tensors, *others)))
         ctx.further = [None if isinstance(each, Tensor) else each for each in further]
         ctx.op, ctx.count = op, len(tensors)
+        if not want_parts:
+            return loss
         ctx.mark_non_differentiable(parts)
         return loss, parts
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, _grad_parts: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor, _grad_parts: Any = None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(transforms.DOUBLE_BACKWARD)
         saved = ctx.saved_tensors  # once: checkpointing unpacks them only once
@@ -71,9 +76,9 @@ class _SourceRowsLoss(torch.autograd.Function):
         _, _, *gradients = ctx.op(*tensors, grad_output, *further)
         results = [
             gradient.to(of.dtype) if need and of is not None else None
-            for need, gradient, of in zip(ctx.needs_input_grad[2:], gradients, tensors, strict=True)
+            for need, gradient, of in zip(ctx.needs_input_grad[3:], gradients, tensors, strict=True)
         ]
-        return None, None, *results
+        return None, None, None, *results
 
 
 def _apply(
@@ -84,7 +89,8 @@ def _apply(
     options: tuple[Any, ...],
     reduction: str,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+    want_parts: bool,
+) -> tuple[Tensor, Tensor | None]:
     """Run one of the ``twins`` and make it differentiable in ``tensors``, its first arguments. ``inputs`` are its
     arguments between these and the hyper-parameters, and ``options`` those between these and the reduction."""
     transforms.refuse(*(each for each in tensors if each is not None))
@@ -96,7 +102,8 @@ def _apply(
     if not any(wanted):
         return op(*tensors, *further)[:2]  # type: ignore[no-any-return]
     function = _SourceRowsLoss if reduction == "none" else _SourceLoss
-    return function.apply(op, further, *tensors)  # type: ignore[no-any-return,no-untyped-call]
+    result = function.apply(op, want_parts, further, *tensors)  # type: ignore[no-untyped-call]
+    return result if want_parts else (result, None)
 
 
 def row_loss(
@@ -109,8 +116,10 @@ def row_loss(
     placement: tuple[Any, ...],
     reduction: str,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Return the loss of checked sources and its three stacked parts; differentiable in the student's tensors.
+    want_parts: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the loss of checked sources and, if wanted, its three stacked parts; differentiable in the student's
+    tensors.
 
     ``inputs`` are the target and the row weights. ``options`` are the op's arguments between the numbers and the
     rest. ``placement`` has the classes of this process, their group's name, the rows of a chunk and the
@@ -121,7 +130,8 @@ def row_loss(
     heads = [student.logit_scale, student.softcap, other.logit_scale, other.softcap]
     all_inputs = (*teacher_tensors, *inputs, loss)
     all_options = (*options, other.rest, *placement)
-    return _apply(SOURCE_LOSS, student[:3], all_inputs, [*hyper, *heads], all_options, reduction, backend)
+    numbers = [*hyper, *heads]
+    return _apply(SOURCE_LOSS, student[:3], all_inputs, numbers, all_options, reduction, backend, want_parts)
 
 
 def uskd_batch_sums(student: SourceRows, target: Tensor, options: tuple[Any, ...], backend: str) -> Tensor:
@@ -142,9 +152,10 @@ def uskd(
     placement: tuple[Any, ...],
     reduction: str,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Return USKD of checked sources and its four stacked parts; differentiable in the tensors of both. ``inputs`` are
-    the target, the batch sums and the row weights."""
+    want_parts: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Return USKD of checked sources and, if wanted, its four stacked parts; differentiable in the tensors of both.
+    ``inputs`` are the target, the batch sums and the row weights."""
     heads = [student.logit_scale, student.softcap, weak.logit_scale, weak.softcap]
     tensors, all_options = (*student[:3], *weak[:3]), (*options, *placement)
-    return _apply(SOURCE_USKD, tensors, inputs, [*hyper, *heads], all_options, reduction, backend)
+    return _apply(SOURCE_USKD, tensors, inputs, [*hyper, *heads], all_options, reduction, backend, want_parts)

@@ -86,7 +86,7 @@ def _source_loss(
 
 
 def _reduced(reduction: str, *rows: Tensor) -> list[Tensor]:
-    return [*rows] if reduction == "none" else [each.double().sum(-1).to(each.dtype) for each in rows]
+    return [*rows] if reduction == "none" else [each.sum(-1, dtype=torch.float64).to(each.dtype) for each in rows]
 
 
 def _empty_results(

@@ -75,6 +75,10 @@ class TopK:
               :math:`1 - \sum_K p_j(T)` for the student.
             - ``"uniform"``: each other class has :math:`u^{1/T} / Z`.
 
+    With probability targets, as of mixup, the target is the likeliest class, as with a dense teacher. The cross-entropy
+    and WSLD use all labels. To WSLD a labelled class outside :math:`K` has the teacher's probability :math:`u` at
+    temperature 1, or 0 with ``"drop"`` and ``"renormalize"``: such a row then has the weight 0.
+
     A class twice in one row, or out of range, is an error on the CPU and makes the row NaN on a GPU. So do pads alone
     with ``"renormalize"``, which leave nothing to renormalise, unless the row does not count: give it ``ignore_index``
     or a ``weight`` of 0. With any other rest, a row of pads alone has no kept class: all classes are the rest.

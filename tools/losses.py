@@ -17,7 +17,8 @@ class and `Y` the set of targets of a mixed label. A hat means the softmax over 
 Every loss adds `ce_weight` times the ordinary cross-entropy in the same pass. `python -m tools.losses` writes this
 page."""
 SOURCES = """The table shows what a loss accepts in place of a matrix of logits, on the CPU (native) and on a GPU
-(Triton). If there is no kernel for a `TopK`, `auto` takes the reference and warns. Jensen–Shannon is not defined for
+(Triton). If there is no kernel for a `TopK`, `auto` takes the reference and warns; so it does for a `TopK` with
+probability targets where processes share the classes. Jensen–Shannon is not defined for
 `rest="drop"`, and DIST is not defined for `"drop"` and `"bucket"`: such a call raises an error. `fused_kd.explain` says
 what runs."""
 SHARED = """All losses also take `ignore_index=-100`, `reduction="mean"`, `weight=None` (a tensor, one weight per row),

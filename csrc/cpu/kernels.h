@@ -135,8 +135,8 @@ struct TopKPiece {
 };
 constexpr int kTopKFields = 5; // besides the logits of the kept classes
 
-// A row loss with a top-k teacher: (rows, kept) log-probabilities and class indices; index -1 is a pad. The target has
-// class indices.
+// A row loss with a top-k teacher: (rows, kept) log-probabilities and class indices; index -1 is a pad. With a piece,
+// the target has class indices.
 struct TopKArgs : LossArgs {
     Matrix log_probs, indices;
     int64_t kept;

@@ -7,8 +7,7 @@
 //
 // If calls share the classes of a row (TopKPiece), the first call sums its own columns, and the second takes the sums
 // of all columns and computes the gradient of its own. All calls get the same kept classes.
-#include "../losses/topk_losses.h"
-#include "rows.h"
+#include "topk_blocks.h"
 
 namespace fused_kd {
 namespace FKD_ISA {
@@ -29,66 +28,6 @@ double exponentials(const double* x, int64_t n, double top, double scale, double
 }
 
 namespace {
-
-// Sums over the rest in a block: the number of classes, the exponentials relative to `max`, and, if needed, s - max
-// over the logits > -inf and the number of logits -inf.
-struct RestBlock {
-    double number, max, soft, sharp, linear, blocked;
-};
-
-struct TopKNeeds {
-    bool sharp, linear;
-};
-
-inline TopKNeeds topk_needs(const RowParams& params, TopKRest rest) {
-    const bool ce = params.ce_weight != 0;
-    return {(params.number & kSharp || ce) && params.temperature != 1,
-            rest == kUniform || (ce && params.label_smoothing != 0)};
-}
-
-// Scratch of a thread: a row of each kind of exponentials, a block of the student and of the gradient, the teacher's
-// row, and a record of each block. For the left-out classes: the arrays of TopKRow, their columns, and their entries
-// sorted by block, of which order[from[i]] up to order[from[i + 1]] are in block i.
-template <class A>
-struct Scratch {
-    A *e_soft, *e_sharp, *student, *gradient, *teacher;
-    double *s, *t, *e, *f, *by;
-    RestBlock* blocks;
-    int64_t *at, *order, *from;
-    uint64_t* seen; // a bit for each class, all 0 between rows
-
-    Scratch(int64_t classes, int64_t num_classes, int64_t kept, bool sharp) {
-        const auto rounded = [](int64_t n) { return (n + 63) / 64 * 64; };
-        const int64_t row = rounded(classes), records = classes / kBlock<A> + 1, entries = kept + 1;
-        const int64_t words = num_classes / 64 + 1;
-        const int64_t floats = row * (1 + sharp) + 2 * kBlock<A> + rounded(kept);
-        const size_t bytes = size_t(floats) * sizeof(A) + size_t(5 * entries) * sizeof(double) +
-                             size_t(records) * sizeof(RestBlock) +
-                             size_t(2 * entries + records + 1 + words) * sizeof(int64_t);
-        e_soft = static_cast<A*>(thread_scratch(bytes));
-        e_sharp = e_soft + row;
-        student = e_soft + row * (1 + sharp);
-        gradient = student + kBlock<A>;
-        teacher = gradient + kBlock<A>;
-        s = reinterpret_cast<double*>(teacher + rounded(kept));
-        t = s + entries;
-        e = t + entries;
-        f = e + entries;
-        by = f + entries;
-        blocks = reinterpret_cast<RestBlock*>(by + entries);
-        at = reinterpret_cast<int64_t*>(blocks + records);
-        order = at + entries;
-        from = order + entries;
-        seen = reinterpret_cast<uint64_t*>(from + records + 1);
-        __builtin_memset(seen, 0, size_t(words) * sizeof(uint64_t));
-    }
-    // Marks a class. Returns whether it was new.
-    bool mark(int64_t j) const {
-        const uint64_t bit = uint64_t(1) << (j & 63), word = seen[j >> 6];
-        seen[j >> 6] = word | bit;
-        return !(word & bit);
-    }
-};
 
 // The student's logits of a row, one at a time. The calls on a row's pieces exchange the logit of class j as their
 // entry `field`.
@@ -152,6 +91,8 @@ bool read_kept(const TopKArgs& args, const Scratch<A>& scratch, int64_t row, int
     for (int64_t i = 0; i < x.kept; ++i)
         scratch.seen[scratch.at[i] >> 6] = 0;
     scratch.seen[y >> 6] = 0;
+    for (int64_t i = 0; has_labels(args) && i <= x.kept; ++i)
+        scratch.v[i] = double(*read(args.target, row, scratch.at[i], 1, scratch.labels));
     return valid;
 }
 
@@ -196,89 +137,6 @@ inline double log_share(const TopKRow& x, int64_t classes, double sum) {
     return entries == classes || left < 0 ? -INFINITY : log(left / double(classes - entries));
 }
 
-template <class A, bool single, bool exact, bool linear>
-FKD_NOINLINE void block_sums(const A* s, const A* ahead, int64_t n, double scale, int squarings, A largest, A* e_soft,
-                             A* e_sharp, RestBlock& out) {
-    const Shift<A, exact> shift(finite_or_zero(largest), scale);
-    const Vec<A> zero = {};
-    const A ratio = A(1 / scale);
-    Vec<A> soft = zero, sharp = zero, sum = zero;
-    Mask<A> blocked = {};
-    for_lanes<A>(n, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
-        __builtin_prefetch(ahead + j); // load the next block while this one is computed
-        const Vec<A> sj = load(s + j, lanes), d = shift(sj);
-        const Vec<A> ej = keep(lanes, exp2_nonpositive<A>(d), zero);
-        store(e_soft + j, ej, lanes);
-        soft += ej;
-        if constexpr (!single) {
-            Vec<A> ek = ej;
-            if (squarings)
-                for (int i = 0; i < squarings; ++i)
-                    ek *= ek;
-            else
-                ek = keep(lanes, exp2_nonpositive<A>(d * ratio), zero);
-            store(e_sharp + j, ek, lanes);
-            sharp += ek;
-        }
-        if constexpr (linear) {
-            const Mask<A> impossible = sj == -A(INFINITY);
-            sum += keep(lanes, impossible ? zero : d, zero);
-            blocked -= keep(lanes, impossible, Mask<A>{});
-        }
-    });
-    out.max = shift.origin;
-    out.soft = sum_lanes<A>(soft);
-    out.sharp = single ? out.soft : double(sum_lanes<A>(sharp));
-    out.linear = kLn2 / scale * sum_lanes<A>(sum);
-    out.blocked = 0;
-    for (int l = 0; l < kLanes<A>; ++l)
-        out.blocked += double(blocked[l]);
-}
-
-// The first pass: the sums over the rest of a row, per block and merged.
-template <class A, bool single, bool linear>
-FKD_NOINLINE Others rest_of(const TopKArgs& args, const Scratch<A>& scratch, int64_t row, double T, A* e_soft) {
-    const int squarings = T == 2 ? 1 : T == 4 ? 2 : 0;
-    const double scale = 1 / T;
-    Others out = {0, -INFINITY, 0, 0, 0};
-    int64_t count = 0;
-    for (int64_t j = 0; j < args.classes; j += kBlock<A>, ++count) {
-        const int64_t n = block_length<A>(args.classes, j);
-        const A* s = read(args.student, row, j, n, scratch.student);
-        const A* const ahead = s + kBlock<A>;
-        const int64_t first = scratch.from[count], left_out = scratch.from[count + 1] - first;
-        if (left_out > 0) {
-            if (s != scratch.student) __builtin_memcpy(scratch.student, s, size_t(n) * sizeof(A));
-            s = scratch.student;
-            for (int64_t i = 0; i < left_out; ++i)
-                scratch.student[scratch.at[scratch.order[first + i]] - j] = -A(INFINITY);
-        }
-        const A largest = largest_of<A>(s, n, nullptr), reach = A(largest * scale), limit = A(kLargestShift);
-        // Without a gradient the exponentials are not needed again: overwrite the same few cache lines.
-        A* const soft = args.gradient.data ? e_soft + j : scratch.gradient;
-        A* const sharp = single ? soft : args.gradient.data ? scratch.e_sharp + j : scratch.e_sharp;
-        RestBlock& block = scratch.blocks[count];
-        if (reach < limit && (reach > -limit || largest == -A(INFINITY)))
-            block_sums<A, single, false, linear>(s, ahead, n, scale, squarings, largest, soft, sharp, block);
-        else
-            block_sums<A, single, true, linear>(s, ahead, n, scale, squarings, largest, soft, sharp, block);
-        block.number = double(n - left_out);
-        block.blocked -= linear ? double(left_out) : 0;
-        if (block.soft != 0 && block.max > out.max) out.max = block.max;
-    }
-    out.max = finite_or_zero(out.max);
-    for (int64_t i = 0; i < count; ++i) {
-        const RestBlock& b = scratch.blocks[i];
-        const double d = b.max - out.max;
-        out.number += b.number;
-        out.linear += b.blocked > 0 ? -INFINITY : b.linear + d * b.number;
-        if (b.soft == 0) continue;
-        out.soft += b.soft * (d == 0 ? 1 : exp(d * scale));
-        out.sharp += b.sharp * (d == 0 ? 1 : exp(d));
-    }
-    return out;
-}
-
 // Writes the sums over this piece's columns, as in TopKPiece.
 inline void give(const TopKArgs& args, int64_t row, const Others& rest) {
     const double sums[] = {rest.max, rest.soft, rest.sharp, rest.linear + rest.number * rest.max};
@@ -290,7 +148,7 @@ inline void give(const TopKArgs& args, int64_t row, const Others& rest) {
 inline Others given(const TopKArgs& args, int64_t row, int64_t left_out) {
     const double* const all = args.piece->all + row;
     const double number = double(args.piece->num_classes - left_out), max = all[0];
-    return {number, max, all[args.rows], all[2 * args.rows], all[3 * args.rows] - number * max};
+    return {number, max, all[args.rows], all[2 * args.rows], all[3 * args.rows] - number * max, 0, 0, 0};
 }
 
 // The second pass: the gradient of the rest, then over it the gradient of the left-out classes.
@@ -302,7 +160,8 @@ FKD_NOINLINE void combine(const TopKArgs& args, const Scratch<A>& scratch, int64
     char* const gradient = row_of(args.gradient, type, row, args.classes);
     A* const own_row = reinterpret_cast<A*>(gradient);
     const double by = args.gradient.scale * (args.factors ? args.factors[args.rows + row] : 1);
-    const A constant = A(result.constant * by);
+    const A constant = A(result.constant * by), minus_v = A(-result.v * by);
+    const bool labels = has_labels(args) && minus_v != A(0);
     int64_t count = 0;
     for (int64_t j = 0; j < args.classes; j += kBlock<A>, ++count) {
         const int64_t n = block_length<A>(args.classes, j);
@@ -313,10 +172,13 @@ FKD_NOINLINE void combine(const TopKArgs& args, const Scratch<A>& scratch, int64
         const A soft = A(single ? soft_by + sharp_by : soft_by), sharp = A(sharp_by);
         A* const out = same && !streamed ? own_row + j : scratch.gradient;
         // A class with logit -inf has no gradient: if it might get one, read the student again.
-        const bool look = (constant != A(0) && block.blocked > 0) || !is_finite(soft) || !is_finite(sharp);
+        const bool look = (constant != A(0) && block.blocked > 0) || (labels && block.v_blocked > 0) ||
+                          !is_finite(soft) || !is_finite(sharp);
         const A* const s = look ? read(args.student, row, j, n, scratch.student) : nullptr;
+        const A* const v = labels ? read(args.target, row, j, n, scratch.labels) : nullptr;
         for_lanes<A>(n, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
             Vec<A> g = mul_add<A>(load(e_soft + j + i, lanes), soft, constant);
+            if (v) g = mul_add<A>(load(v + i, lanes), minus_v, g);
             if constexpr (!single) g = mul_add<A>(load(scratch.e_sharp + j + i, lanes), sharp, g);
             if (s) g = load(s + i, lanes) == -A(INFINITY) ? Vec<A>{} : g;
             store(out + i, g, lanes);
@@ -340,6 +202,7 @@ FKD_NOINLINE void row_pass(const TopKArgs& args, const RowParams& params, TopKRe
     x.e = scratch.e;
     x.f = scratch.f;
     x.by = scratch.by;
+    x.v = has_labels(args) ? scratch.v : nullptr;
     args.bad[row] = !read_kept(args, scratch, row, y, x) || (kind == kRenormalize && x.kept == 0 && !x.target_kept);
     if (args.bad[row]) return;
     order_by_blocks(args, scratch, x.kept + 1);
@@ -352,6 +215,7 @@ FKD_NOINLINE void row_pass(const TopKArgs& args, const RowParams& params, TopKRe
     x.rest = rest(args, scratch, row, params.temperature, e_soft);
     if (args.piece && !args.piece->all) return give(args, row, x.rest);
     if (args.piece) x.rest = given(args, row, x.kept + 1);
+    if (args.label_sums) args.label_sums[row] = label_stats(x, 0).v_sum;
     const double sum = kind == kRenormalize ? 0 : kept_sum(x);
     if (args.sums) args.sums[row] = sum;
     x.log_share = kind == kRenormalize ? -INFINITY : log_share(x, all_classes(args), sum);
@@ -374,7 +238,9 @@ void topk_rows_typed(const TopKArgs& args) {
             args.bad[row] = false;
             zero_padding(args.gradient, args.student.dtype, row, args.classes);
             if (row_counts(args, row)) {
-                pass(args, params, kind, scratch, row, *reinterpret_cast<const int64_t*>(element(args.target, row, 0)));
+                const int64_t y = has_labels(args) ? argmax(args.target, row, args.classes, scratch.labels)
+                                                   : *reinterpret_cast<const int64_t*>(element(args.target, row, 0));
+                pass(args, params, kind, scratch, row, y < 0 ? 0 : y); // below 0 if every probability is NaN or -inf
                 continue;
             }
             for (int k = 0; k < kRowParts; ++k)

@@ -18,9 +18,10 @@ namespace FKD_ISA {
 enum TopKRest { kDrop = 0, kRenormalize = 1, kBucket = 2, kUniform = 3 };
 
 // Sums over other classes: of exp((s_j - max) / T), exp(s_j - max) and s_j - max. The last is -inf if a class has logit
-// -inf, and arbitrary if the loss does not use it.
+// -inf, and arbitrary if the loss does not use it. Then, of probability targets V, as in RowStats: the sums of V_j, of
+// V_j (s_j - max) where s_j > -inf, and of V_j where s_j = -inf.
 struct Others {
-    double number, max, soft, sharp, linear;
+    double number, max, soft, sharp, linear, v, v_cross, v_blocked;
 };
 
 // The target, if kept, is the last kept entry. The arrays have room for kept + 1 entries.
@@ -30,15 +31,16 @@ struct TopKRow {
     const double *s, *t; // logits of the student (s[kept] is the target's), log-probabilities of the teacher
     double *e, *f;       // room for exponentials
     double* by;          // gradients; by[kept] is the target's, even if it was not kept
+    const double* v;     // probabilities of these classes (v[kept] is the target's); null for class indices
     double s_target;
     Others rest;
     double log_share; // log u; -inf if nothing is left, or with renormalization
 };
 
-// The gradient of a class of the rest is soft exp((s_j - max) / T) + sharp exp(s_j - max) + constant.
+// The gradient of a class of the rest is soft exp((s_j - max) / T) + sharp exp(s_j - max) + constant - v V_j.
 struct TopKResult {
     double parts[kRowParts];
-    double soft, sharp, constant;
+    double soft, sharp, constant, v;
 };
 
 FKD_HD double larger_of(double x, double y) {
@@ -182,12 +184,38 @@ FKD_HD double binary_term(const TopKRow& x, TopKRest kind, const TopKSide& s, co
     return p.p[0] > 0.5 && q.p[0] > 0.5 ? q.rest - total * p.rest : total * p.p[0] - q.p[0];
 }
 
-// log q_y at temperature 1; -inf if the target was not kept and `kind` drops or renormalizes.
-FKD_HD double teacher_log_target(const TopKRow& x, TopKRest kind) {
-    const double outside = x.rest.number + !x.target_kept;
-    const TopKSide t = teacher_side(x, x.kept + x.target_kept, outside, 1);
-    if (!x.target_kept && (kind == kDrop || kind == kRenormalize)) return t.sum == t.sum ? -INFINITY : t.sum;
-    return (x.target_kept ? x.t[x.kept] : x.log_share) - t.top - t.log_sum;
+// Sums over the labels besides those of the rest; relative to `top`.
+FKD_HD RowStats label_stats(const TopKRow& x, double top) {
+    RowStats stats = {};
+    stats.v_target = x.v ? x.v[x.kept] : 1;
+    stats.v_sum = stats.v_target + x.rest.v;
+    stats.v_blocked = x.rest.v_blocked;
+    stats.v_free = x.rest.v - x.rest.v_blocked;
+    if (stats.v_free != 0) stats.v_cross = x.rest.v_cross + stats.v_free * (x.rest.max - top);
+    for (int64_t i = 0; x.v && i < x.kept; ++i) {
+        const bool blocked = x.s[i] == -INFINITY;
+        stats.v_sum += x.v[i];
+        (blocked ? stats.v_blocked : stats.v_free) += x.v[i];
+        if (!blocked) stats.v_cross += x.v[i] * (x.s[i] - top);
+    }
+    return stats;
+}
+
+// The teacher's log q_y and its cross-entropy with the labels, at temperature 1. Outside K, log q is -inf if `kind`
+// drops or renormalizes.
+struct TeacherAtOne {
+    double log_target, cross_entropy;
+};
+
+FKD_HD TeacherAtOne teacher_at_one(const TopKRow& x, TopKRest kind) {
+    const TopKSide t = teacher_side(x, x.kept + x.target_kept, x.rest.number + !x.target_kept, 1);
+    double outside = x.log_share - t.top - t.log_sum;
+    if (kind == kDrop || kind == kRenormalize) outside = t.sum == t.sum ? -INFINITY : t.sum;
+    const double log_target = x.target_kept ? x.t[x.kept] - t.top - t.log_sum : outside;
+    double ce = -weighted(x.v ? x.v[x.kept] : 1, log_target) - weighted(x.rest.v, outside);
+    for (int64_t i = 0; x.v && i < x.kept; ++i)
+        ce -= weighted(x.v[i], x.t[i] - t.top - t.log_sum);
+    return {log_target, ce};
 }
 
 // The terms with the student's softmax at temperature 1: the CE and NKD's target term. Return WSLD's weight.
@@ -195,11 +223,10 @@ FKD_HD double sharp_terms(const TopKRow& x, const RowParams& params, TopKRest ki
     const int number = params.number >> kKindShift;
     const bool distilled = number == kNkd || number == kWsld;
     if (!distilled && params.ce_weight == 0) return 1;
-    const double log_q = distilled ? teacher_log_target(x, kind) : 0;
+    const TeacherAtOne t = distilled ? teacher_at_one(x, kind) : TeacherAtOne{};
     const TopKSide s = student_side(x, x.kept, x.rest, x.rest.sharp, 1);
     const Split p = split_at(x.s_target - s.top, 1, s.sum);
-    RowStats stats = {};
-    stats.v_target = stats.v_sum = 1;
+    RowStats stats = label_stats(x, s.top);
     if (params.label_smoothing != 0) {
         if (x.rest.number > 0) stats.linear = x.rest.linear + x.rest.number * (x.rest.max - s.top);
         for (int64_t i = 0; i < x.kept; ++i)
@@ -210,18 +237,20 @@ FKD_HD double sharp_terms(const TopKRow& x, const RowParams& params, TopKRest ki
     out.parts[2] = ce.parts[2];
     double by_p = ce.raw, at_target = ce.raw_target, weight = 1;
     if (number == kNkd) {
-        const double q = exp(log_q);
+        const double q = exp(t.log_target);
         out.parts[0] = -weighted(q, p.log_p[0]);
         by_p += q * p.p_scale;
         at_target -= q * p.rest;
-    } else if (number == kWsld && p.log_p[0] != -INFINITY) {
-        weight = -expm1(p.log_p[0] / (1e-7 - log_q));
+    } else if (number == kWsld) {
+        const double of_student = cross_entropy(stats, p, stats.v_cross);
+        if (of_student != INFINITY) weight = -expm1(-of_student / (1e-7 + t.cross_entropy));
     }
     for (int64_t i = 0; i < x.kept; ++i)
-        x.by[i] += by_p * x.e[i] + ce.constant;
+        x.by[i] += by_p * x.e[i] + (x.v ? ce.constant - ce.v * x.v[i] : ce.constant);
     x.by[x.kept] += at_target;
     out.sharp = by_p * s.moved;
     out.constant = ce.constant;
+    out.v = ce.v;
     return weight;
 }
 
@@ -270,8 +299,11 @@ FKD_HD void hat_terms(const TopKRow& x, const RowParams& params, TopKRest kind, 
     out.constant += term.constant;
 }
 
-// Whether no class of the teacher can occur: all kept ones have probability 0, and the others have no share.
+// Whether a row has no value: a label is NaN, or no class of the teacher can occur, since all kept ones have
+// probability 0 and the others have no share.
 FKD_HD bool is_nothing(const TopKRow& x) {
+    const double labels = label_stats(x, 0).v_sum;
+    if (labels != labels) return true;
     if (x.log_share != -INFINITY) return false;
     for (int64_t i = 0; i < x.kept + x.target_kept; ++i)
         if (x.t[i] != -INFINITY) return false;

@@ -136,7 +136,7 @@ PyObject* try_topk_loss(const Request& request, PyObject* logits, PyObject* othe
         return nullptr;
     if (kept.dims != 2 || classes.dims != 2 || !same_shape(kept, classes) || kept.rows != student.rows ||
         kept.columns < 1 || kept.columns > student.columns || request.standardize ||
-        !plain_target(label, student, request, target) || target.matrix.dtype != kInt64)
+        !plain_target(label, student, request, target))
         return nullptr;
     TopKArgs args = args_of<TopKArgs>(request, student, target, accumulation(student, kept));
     args.log_probs = kept.matrix;

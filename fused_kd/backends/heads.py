@@ -51,7 +51,7 @@ class Matrix:
         logits = values[start:stop, : values.shape[1] - self.padding]
         return logits.to(self.dtype) if logits.dtype == torch.float16 else logits  # the dtype of their gradient
 
-    def take(self, gradient: Tensor, logits: Tensor, counted: Tensor, rows: tuple[int, int]) -> None:
+    def take(self, gradient: Tensor, logits: Tensor, factors: Tensor, rows: tuple[int, int]) -> None:
         if len(gradient) == len(self.source.values):
             self.gradient = gradient
             return
@@ -123,9 +123,9 @@ class Products:
             return out.mul_(head.logit_scale / head.softcap).tanh_().mul_(head.softcap)
         return out if head.logit_scale == 1.0 else out.mul_(head.logit_scale)
 
-    def take(self, gradient: Tensor, logits: Tensor, counted: Tensor, rows: tuple[int, int]) -> None:
-        """Multiply a chunk's gradient of the logits into the head's gradients. It is overwritten. Rows that are not
-        ``counted`` have a gradient of 0, whatever they hold."""
+    def take(self, gradient: Tensor, logits: Tensor, factors: Tensor, rows: tuple[int, int]) -> None:
+        """Multiply a chunk's gradient of the logits into the head's gradients. It is overwritten. Rows with a factor of
+        0 do not count: they have a gradient of 0, whatever they hold."""
         head = self.head
         if head.softcap:
             gradient.mul_(logits.div_(head.softcap).square_().neg_().add_(1.0))
@@ -133,7 +133,7 @@ class Products:
             gradient.mul_(head.logit_scale)
         if self.bias_gradient is not None:
             self.bias_gradient[: self.classes] += gradient.sum(0)
-        hidden = head.values[slice(*rows)].where(counted[:, None], 0.0)
+        hidden = head.values[slice(*rows)].where((factors != 0)[:, None], 0.0)
         if self.mixed:
             self._take_mixed(gradient, hidden, rows)
             return

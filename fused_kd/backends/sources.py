@@ -45,10 +45,10 @@ def run(
     kernels: Any, student: SourceRows, teacher: SourceRows | None, task: Task, options: Options
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return the loss of each row, (N,), its parts, (3, N), and the gradients, empty where not wanted."""
-    values, span = student.values, task.placement.span
+    values, span, count = student.values, task.placement.span, student.values.shape[0]
     dtype = accumulation_dtype(values, values if teacher is None else teacher.values)
     columns = _columns(student, span)
-    loss, parts = values.new_empty(len(values), dtype=dtype), values.new_empty((3, len(values)), dtype=dtype)
+    loss, parts = values.new_empty(count, dtype=dtype), values.new_empty((3, count), dtype=dtype)
     student_maker = maker(student, task.wanted, dtype, columns, task.placement.compute)
     top_k = teacher is not None and teacher.indices is not None
     teacher_maker = None
@@ -63,9 +63,13 @@ def run(
         rows = slice(*chunk)
         logits = student_maker.logits(*chunk)
         other = teacher if teacher_maker is None else teacher_maker.logits(*chunk)
-        loss[rows], parts[:, rows], gradient = _rows(kernels, logits, other, task, rows, options, exchange)
+        of_rows, parts_of_rows, gradient = _rows(kernels, logits, other, task, rows, options, exchange)
+        if chunk == (0, count):
+            loss, parts = of_rows, parts_of_rows  # not copied: on a GPU each operation is a launch
+        else:
+            loss[rows], parts[:, rows] = of_rows, parts_of_rows
         if any(task.wanted):
-            student_maker.take(gradient, logits, task.factors[1, rows] != 0, chunk)
+            student_maker.take(gradient, logits, task.factors[1, rows], chunk)
         del logits, other, gradient  # free them before the next chunk
     if exchange is not None and isinstance(student_maker, Products) and student_maker.hidden_gradient is not None:
         # The hidden states are the same on all processes. Each process has its classes' part of their gradient.
@@ -107,7 +111,7 @@ def run_uskd(
         )
         for each, want, gradient, of in zip(both, options.wanted, gradients, logits, strict=True):
             if want:
-                each.take(gradient, of, factors[1] != 0, chunk)
+                each.take(gradient, of, factors[1], chunk)
         del logits, gradients  # free them before the next chunk
     return loss, parts, [*both[0].gradients(), *both[1].gradients()]
 
@@ -156,7 +160,12 @@ def _rows(
         assert teacher.indices is not None
         kept = (teacher.values[rows], teacher.indices[rows], teacher.rest)
         here = None if exchange is None else TopKPiece(span.first_class, span.num_classes, exchange)
-        loss, parts, gradient = topk.row_loss(kernels, logits, *kept, target, factors, options, here)
+        try:
+            loss, parts, gradient = topk.row_loss(kernels, logits, *kept, target, factors, options, here)
+        except (IndexError, ValueError):
+            # The kernel counts the rows of its chunk.
+            topk.check_indices(teacher.indices, span.num_classes, task.factors[0] != 0, teacher.rest)
+            raise
         return loss, parts, logits if gradient is None else gradient
     if exchange is None:
         loss, parts, gradient, _ = kernels.row_loss(logits, teacher, target, factors, None, options)

@@ -17,16 +17,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_kd.core import checks
 from fused_kd.core.catalogue import ROW_LOSSES, as_run
 from fused_kd.core.options import Options, empty_gradient
 from fused_kd.core.pieces import TopKPiece
+from fused_kd.core.transforms import readable
 from fused_kd.reference import accumulation_dtype
-from fused_kd.reference.topk import check_rest
+from fused_kd.reference.topk import check_rest, wrong_indices
 
 
 def is_fused(loss: str, rest: str) -> bool:
     """Whether there is a kernel for a loss and a rest. The reference runs the other meaningful ones."""
     return loss in ROW_LOSSES and rest in ROW_LOSSES[loss].rests
+
+
+def check_indices(indices: Tensor, num_classes: int, counted: Tensor, rest: str) -> None:
+    """Raise if a row that counts has a class out of range, a class twice, or no class to renormalise. This is for the
+    reference, and for the error of a chunk of rows. It checks only readable values; the kernels check on their own."""
+    if not readable(indices):
+        return
+    wrong = wrong_indices(indices, num_classes) & counted
+    if rest == "renormalize":
+        wrong |= (indices < 0).all(dim=1) & counted
+    if bool(wrong.any()):
+        raise checks.kept_error(indices, int(wrong.to(torch.uint8).argmax()), num_classes)
 
 
 def merged(found: Tensor, temperature: float) -> Tensor:
@@ -58,7 +72,7 @@ def row_loss(
     has the columns of this process; indices and target refer to all classes, and are the same on every process.
 
     Raises:
-        NotImplementedError: The loss has no kernel for this rest.
+        NotImplementedError: The loss has no kernel for this rest, or a ``piece`` has none for probability targets.
         IndexError, ValueError: On the CPU, a target or kept class is out of range, or a class is kept twice in a row.
     """
     options = options._replace(loss=as_run(options.loss, options.hyper.beta))
@@ -66,6 +80,8 @@ def row_loss(
     check_rest(loss, rest, options.hyper.beta)
     if not is_fused(loss, rest):
         raise NotImplementedError(f"rest: {loss}_loss has no kernel for {rest!r}; take backend='reference'")
+    if piece is not None and target.is_floating_point():
+        raise NotImplementedError("target: with a top-k teacher of shared classes the kernels take class indices only")
     if options.standardize:
         raise NotImplementedError("logit_standardization: the kernels have no z-scores of a top-k teacher")
     if student.shape[0] == 0:

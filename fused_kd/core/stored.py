@@ -31,6 +31,8 @@ def to_half(gradient: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
 
 def counted_weight(row_weight: Tensor | None, target: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:
     """Return the weight of each row, (N,): 1 without weights, and 0 for an ignored row."""
+    if row_weight is None and not target.is_floating_point():
+        return (target != ignore_index).to(dtype)
     weight = target.new_ones(target.shape[:1], dtype=dtype) if row_weight is None else usable_weight(row_weight, dtype)
     return weight if target.is_floating_point() else torch.where(target == ignore_index, 0.0, weight)
 
@@ -47,7 +49,8 @@ def reduction_weight(row_weight: Tensor | None, target: Tensor, ignore_index: in
     if reduction != "mean":
         return weight
     total = weight.sum()
-    return weight / torch.where(total == 0, 1.0, total)
+    # A number of rows needs fewer operations, each a launch on a GPU.
+    return weight / (total.clamp(min=1.0) if row_weight is None else torch.where(total == 0, 1.0, total))
 
 
 def row_factors(

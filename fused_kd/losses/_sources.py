@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fused_kd import backends, reference, source_autograd
+from fused_kd.backends.topk import check_indices
 from fused_kd.core import checks
 from fused_kd.core.catalogue import LOSSES, ROW_LOSSES, has_column_term
 from fused_kd.core.options import HyperParameters, in_order
@@ -19,7 +20,7 @@ from fused_kd.core.stored import counted_rows
 from fused_kd.core.transforms import carries_gradient
 from fused_kd.losses import _shards
 from fused_kd.losses._options import Common, normalized_weight, returned
-from fused_kd.losses._topk import check_indices, check_log_probs, kernel_or_reference, topk_rows
+from fused_kd.losses._topk import check_log_probs, kernel_or_reference, topk_rows
 from fused_kd.reference import USKDParts, accumulation_dtype
 from fused_kd.sources import ClassShard, Head, Logits, TeacherLogits, TopK
 
@@ -62,13 +63,8 @@ def row_loss(
     """As :func:`fused_kd.losses._call.row_loss`, with checked numbers."""
     student_logits, teacher_logits, target = tensors
     _, _, class_dim, num_classes, backend, return_parts = common
-    if isinstance(teacher_logits, TopK):
-        if settings["logit_standardization"]:
-            raise ValueError(
-                "logit_standardization: expected False with a TopK, which does not have all logits; got True"
-            )
-        if target is not None and target.is_floating_point():
-            raise ValueError("target: expected class indices with a TopK, got probabilities; take the likeliest class")
+    if isinstance(teacher_logits, TopK) and settings["logit_standardization"]:
+        raise ValueError("logit_standardization: expected False with a TopK, which does not have all logits; got True")
     student, teacher = _student_and_teacher(name, student_logits, teacher_logits, class_dim, num_classes)
     rows = _row_inputs(student, target, common, settings, ROW_LOSSES[name].labels)
     hyper = in_order(numbers)
@@ -81,11 +77,12 @@ def row_loss(
     if teacher is not None and isinstance(teacher_logits, TopK):
         check_log_probs(teacher.rows, *rows, settings["ignore_index"])
         if chosen != "reference":
-            chosen = kernel_or_reference(name, teacher_logits.rest, numbers, (backend, chosen))
+            shared_labels = student.span is not None and rows[0].is_floating_point()
+            chosen = kernel_or_reference(name, teacher_logits.rest, numbers, (backend, chosen), shared_labels)
     if chosen == "reference":
         loss, parts = _by_reference(name, student, teacher, *rows, numbers, settings)
     else:
-        loss, parts = _by_kernels(name, student, teacher, rows, hyper, settings, chosen)
+        loss, parts = _by_kernels(name, student, teacher, rows, hyper, settings, chosen, return_parts)
     return returned(loss, parts if return_parts else None, parts_type, student.shape[:-1], settings["reduction"])
 
 
@@ -152,6 +149,7 @@ def _by_kernels(
     hyper: list[float],
     settings: dict[str, Any],
     backend: str,
+    want_parts: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     options = (settings.get("logit_standardization", False), settings["ignore_index"])
     chunk_rows = student.chunk_rows or (teacher.chunk_rows if teacher is not None else 0)
@@ -159,9 +157,10 @@ def _by_kernels(
     dtype = _products_dtype(values.device, values.dtype)
     placement = ([span.first_class, span.num_classes], span.group, chunk_rows, dtype)
     loss, stacked = source_autograd.row_loss(
-        student.rows, teacher and teacher.rows, rows, name, hyper, options, placement, settings["reduction"], backend
-    )
-    return loss, [stacked[part] for part in ROW_LOSSES[name].parts]
+        student.rows, teacher and teacher.rows, rows, name, hyper, options, placement, settings["reduction"], backend,
+        want_parts,
+    )  # fmt: skip
+    return loss, [] if stacked is None else [stacked[part] for part in ROW_LOSSES[name].parts]
 
 
 def uskd(
@@ -203,9 +202,9 @@ def uskd(
         sums = _shards.sum_over_processes(sums, settings["process_group"])
         inputs, options = (target, sums, weight), (rank, square, ignore_index)
         loss, stacked = source_autograd.uskd(
-            student.rows, weak.rows, inputs, in_order(numbers), options, placement, settings["reduction"], chosen
+            student.rows, weak.rows, inputs, in_order(numbers), options, placement, reduction, chosen, return_parts
         )
-        parts = [*stacked]
+        parts = [] if stacked is None else [*stacked]
     return returned(loss, parts if return_parts else None, USKDParts, shape[:-1], reduction)
 
 
@@ -245,6 +244,8 @@ def _flattened(name: str, logits: Any, class_dim: int | None) -> _Source:
     if isinstance(logits, Tensor):
         logits = checks.check_logits(name, logits)
         dim = checks.class_dimension(logits, class_dim)
+        if logits.dim() == 2 and dim == 1:
+            return _Source(SourceRows(logits), tuple(logits.shape), 0)  # a view would cost a backward pass of its own
         logits = logits.movedim(dim, -1)
         rows = logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
         return _Source(SourceRows(rows), tuple(logits.shape), 0)

@@ -14,7 +14,7 @@ from fused_kd.core.catalogue import LOSSES, as_run
 from fused_kd.core.source_rows import SourceRows
 from fused_kd.core.stored import counted_rows
 from fused_kd.core.transforms import readable
-from fused_kd.reference.topk import RESTS, check_rest, wrong_indices
+from fused_kd.reference.topk import RESTS, check_rest
 from fused_kd.sources import TopK
 
 
@@ -39,9 +39,12 @@ def topk_rows(given: TopK, shape: tuple[int, ...]) -> SourceRows:
     return SourceRows(log_probs.reshape(-1, kept), indices=indices.reshape(-1, kept).to(torch.int64), rest=given.rest)
 
 
-def kernel_or_reference(name: str, rest: str, numbers: Mapping[str, float], backend: tuple[str, str]) -> str:
+def kernel_or_reference(
+    name: str, rest: str, numbers: Mapping[str, float], backend: tuple[str, str], shared_labels: bool
+) -> str:
     """Return the backend for a TopK: the chosen one if it has a kernel for the loss and the rest, else the reference.
-    ``backend`` has the requested one and the chosen one.
+    ``backend`` has the requested one and the chosen one. ``shared_labels``: the target has probabilities, of classes
+    that processes share.
 
     Raises:
         ValueError, NotImplementedError: The loss has no meaning with that rest.
@@ -50,9 +53,10 @@ def kernel_or_reference(name: str, rest: str, numbers: Mapping[str, float], back
     asked, chosen = backend
     check_rest(name, rest, numbers.get("beta", 0.0))
     run = as_run(name, numbers.get("beta", 1.0))
-    if topk.is_fused(run, rest):
+    if topk.is_fused(run, rest) and not shared_labels:
         return chosen
-    what = f"{LOSSES[name].title} with a TopK of rest={rest!r}"
+    labels = ", and probability targets of shared classes," if shared_labels else ""
+    what = f"{LOSSES[name].title} with a TopK of rest={rest!r}{labels}"
     if asked != "auto":
         raise RuntimeError(f"backend {asked!r} cannot run {what}: it has no kernel for it; use backend='reference'")
     backends.warn_of_reference(what, "which makes whole rows: there is no kernel for it", what)
@@ -76,15 +80,3 @@ def check_log_probs(teacher: SourceRows, target: Tensor, weight: Tensor | None, 
             f"row that sums to {float(sums[bad][0]):.3g}. Apply log_softmax over all classes before topk, or take "
             "TopK.from_logits"
         )
-
-
-def check_indices(indices: Tensor, num_classes: int, counted: Tensor, rest: str) -> None:
-    """Raise if a row that counts has a class out of range, a class twice, or no class to renormalise. This is for the
-    reference, and checks only readable values; the kernels check on their own."""
-    if not readable(indices):
-        return
-    wrong = wrong_indices(indices, num_classes) & counted
-    if rest == "renormalize":
-        wrong |= (indices < 0).all(dim=1) & counted
-    if bool(wrong.any()):
-        raise checks.kept_error(indices, int(wrong.to(torch.uint8).argmax()), num_classes)

@@ -10,7 +10,9 @@ share u = r / (C − |K|) each. This fixes the normaliser at every temperature: 
 - ``"drop"``: q_j(T) on K, and no sum over classes includes the others; hats renormalise what remains;
 - ``"bucket"``: q_j(T) on K, and the others are one class, with the sum of their probabilities; so for the student.
 
-The loss of a row then depends on few numbers: the kept logits, the target's logit, and :class:`Rest` of the others.
+The distillation of a row then depends on few numbers: the kept logits, the target's logit, and :class:`Rest` of the
+others. With probabilities the target is the likeliest class. Only WSLD's two cross-entropies, and the CE, use all of
+them; a class outside K has the teacher's probability u / Z there, or 0 with ``"drop"`` and ``"renormalize"``.
 """
 
 from __future__ import annotations
@@ -30,11 +32,13 @@ from fused_kd.reference.nkd import nkd_loss
 from fused_kd.reference.rows import (
     NEG_INF,
     DistillationParts,
+    Labels,
     LossParts,
     accumulation_dtype,
     check_target,
     combine,
     counted_logits,
+    cross_entropy,
     divergence,
     drop_impossible,
     find_labels,
@@ -74,7 +78,6 @@ class Rest(NamedTuple):
 
     soft: Tensor  # logsumexp of s / T, -inf if there are no such classes
     sharp: Tensor  # logsumexp of s
-    linear: Tensor  # sum of s
     number: Tensor  # number of these classes
 
 
@@ -137,15 +140,16 @@ def topk_loss(
     student = student * torch.where(infinite, torch.nan, 1.0).to(dtype)
     kept = kept._replace(log_probs=counted_logits(kept.log_probs, labels.counted))
     excluded = _marked(kept, columns) | labels.is_target
-    temperature = named["temperature"]
     few = Rest(
-        masked_logsumexp(student / temperature, excluded),
+        masked_logsumexp(student / named["temperature"], excluded),
         masked_logsumexp(student, excluded),
-        torch.where(excluded, 0.0, student).sum(dim=1),
         columns - excluded.sum(dim=1),
     )
     s_target = student.gather(1, labels.columns).squeeze(1)
-    each = row_parts(name, student.gather(1, kept.columns), s_target, few, kept, rest, named, columns)
+    log_p = student.log_softmax(dim=1)
+    u = _wsld_weight(log_p.detach(), kept, rest, labels) if name == "wsld" else None
+    each = row_parts(name, student.gather(1, kept.columns), s_target, few, kept, rest, named, columns, u)
+    each.append(cross_entropy(log_p, labels, named["ce_weight"], named["label_smoothing"]))
     loss, reduced = combine(each, labels, reduction)
     return loss, _PARTS.get(name, DistillationParts)(*reduced)
 
@@ -207,6 +211,15 @@ def masked_logsumexp(logits: Tensor, excluded: Tensor) -> Tensor:
     return torch.where(empty, NEG_INF, left.logsumexp(dim=1))
 
 
+def _wsld_weight(log_p: Tensor, kept: Kept, rest: str, labels: Labels) -> Tensor:
+    """u of :func:`wsld_loss`: of the cross-entropies with all labels, at T = 1."""
+    log_q = dense_teacher(kept, "uniform", log_p.shape[1]).log_softmax(dim=1)
+    if rest == "drop":
+        log_q = torch.where(_marked(kept, log_p.shape[1]) | log_q.isnan(), log_q, NEG_INF)
+    ce_s, ce_t = cross_entropy(log_p, labels, 1.0), cross_entropy(log_q, labels, 1.0)
+    return torch.where(ce_s == -NEG_INF, 1.0, -torch.expm1(-ce_s / (ce_t + 1e-7)))
+
+
 def row_parts(
     name: str,
     s_kept: Tensor,
@@ -216,10 +229,11 @@ def row_parts(
     rest: str,
     hyper: Mapping[str, float],
     num_classes: int,
+    u: Tensor | None,
 ) -> list[Tensor]:
-    """Compute each row's parts from :class:`Rest` and the student's logits at K ``(N, k)`` and the target ``(N,)``.
-    ``rest`` is "drop" or "bucket". Both sides are logits of few columns, ``(N, k + 2)``: the kept classes without the
-    target, the rest, and the target."""
+    """Compute each row's parts but the CE, with ``rest="drop"`` or ``"bucket"``, from :class:`Rest` and the student's
+    logits at K ``(N, k)`` and the target ``(N,)``. They are sums over rows of few columns, (N, k + 2): the kept classes
+    without the target, the rest, and the target. ``u`` is WSLD's weight."""
     temperature = hyper["temperature"]
     s_kept = torch.where(kept.present, s_kept, NEG_INF)
 
@@ -228,31 +242,23 @@ def row_parts(
 
     def teacher(scale: float) -> Tensor:
         share = kept.log_share / scale
-        of_rest = share + few.number.to(s_kept.dtype).log()
         own = torch.where(kept.is_target, NEG_INF, kept.log_probs / scale)
         # The maximum picks the target's entry, if it was kept.
         of_target = torch.where(kept.is_target, kept.log_probs, NEG_INF).amax(dim=1) / scale
         of_target = torch.where(kept.target_kept, of_target, share)
-        return _side_by_side(own, of_rest, of_target)
+        return _side_by_side(own, share + few.number.to(share.dtype).log(), of_target)
 
-    sharp = student(1.0, few.sharp)
-    q_sharp, log_q_sharp = _softmax(teacher(1.0))
-    _, log_p_sharp = _softmax(sharp)
-    log_p_target = log_p_sharp[:, -1]
-    q_target, log_q_target = q_sharp[:, -1], log_q_sharp[:, -1]
-    if rest == "drop":
-        q_target = torch.where(kept.target_kept, q_target, 0.0 * q_target)  # NaN stays
-        log_q_target = torch.where(kept.target_kept, log_q_target, NEG_INF)
     soft, of_teacher = student(temperature, few.soft), teacher(temperature)
-    linear = few.linear + s_target + torch.where(kept.present & ~kept.is_target, s_kept, 0.0).sum(dim=1)
-    ce = _cross_entropy(log_p_target, linear, sharp, hyper, num_classes)
-
     if name == "nkd":
+        log_p_target = student(1.0, few.sharp).log_softmax(dim=1)[:, -1]
+        q_target = teacher(1.0).softmax(dim=1)[:, -1]
+        if rest == "drop":
+            q_target = torch.where(kept.target_kept, q_target, 0.0 * q_target)  # NaN stays
         target_part = -times_log(q_target, log_p_target)
         q_hat, log_q_hat, log_p_hat = _hats(soft, of_teacher, rest)
         by = hyper["gamma"] * temperature**2
         non_target_part = -times_log(by * q_hat, log_p_hat).sum(dim=1)
-        return [target_part, _unless_alone(non_target_part, num_classes), ce]
+        return [target_part, _unless_alone(non_target_part, num_classes)]
     if name == "dkd":
         q_hat, log_q_hat, log_p_hat = _hats(soft, of_teacher, rest)
         non_target_part = divergence(q_hat, log_q_hat, log_p_hat, hyper["beta"] * temperature**2)
@@ -260,20 +266,18 @@ def row_parts(
         if rest == "drop":
             log_b_t = _log_binary(of_teacher, _counting(of_teacher, kept))
         target_part = divergence(log_b_t.exp(), log_b_t, log_b_s, hyper["alpha"] * temperature**2)
-        return [target_part, _unless_alone(non_target_part, num_classes), ce]
+        return [target_part, _unless_alone(non_target_part, num_classes)]
     q, log_q = _softmax(_whole(of_teacher, kept, rest))
     p, log_p = _softmax(_whole(soft, kept, rest))
     if rest == "drop":
         counts = _counting(of_teacher, kept)
         q, log_q = torch.where(counts, q, 0.0), torch.where(counts, log_q, NEG_INF)
-    if name == "wsld":
-        ce_s, ce_t = -log_p_target.detach(), -log_q_target
-        u = torch.where(ce_s == -NEG_INF, 1.0, -torch.expm1(-ce_s / (ce_t + 1e-7)))
+    if u is not None:
         weight = (hyper["alpha"] * temperature**2 * u).unsqueeze(1)
-        return [-times_log(weight * q, log_p).sum(dim=1), ce]
+        return [-times_log(weight * q, log_p).sum(dim=1)]
     if name == "kd":
-        return [divergence(q, log_q, log_p, temperature**2), ce]
-    return [jensen_shannon(p, log_p, q, log_q, hyper["beta"], temperature**2), ce]
+        return [divergence(q, log_q, log_p, temperature**2)]
+    return [jensen_shannon(p, log_p, q, log_q, hyper["beta"], temperature**2)]
 
 
 def _side_by_side(kept: Tensor, rest: Tensor, target: Tensor) -> Tensor:
@@ -286,19 +290,19 @@ def _logsumexp(logits: Tensor) -> Tensor:
     return torch.where(empty, 0.0, torch.where(empty, 0.0, logits).logsumexp(dim=1, keepdim=True))
 
 
-def _softmax(columns: Tensor, normalizer: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _softmax(columns: Tensor) -> tuple[Tensor, Tensor]:
     """Return the probabilities and their logarithms."""
-    logs = columns - (columns.logsumexp(dim=1, keepdim=True) if normalizer is None else normalizer)
+    logs = columns - columns.logsumexp(dim=1, keepdim=True)
     return logs.exp(), logs
 
 
 def _hats(soft: Tensor, teacher: Tensor, rest: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return q^, log q^ and log p^, without the target."""
-    nothing = torch.full_like(soft[:, -1], NEG_INF)
-    soft = _side_by_side(soft[:, :-2], soft[:, -2], nothing)
-    teacher = _side_by_side(teacher[:, :-2], nothing if rest == "drop" else teacher[:, -2], nothing)
-    _, log_p_hat = _softmax(soft, _logsumexp(soft))
-    return *_softmax(teacher, _logsumexp(teacher)), log_p_hat
+    soft, teacher = soft[:, :-1], teacher[:, :-1]
+    if rest == "drop":
+        teacher = torch.cat([teacher[:, :-1], torch.full_like(teacher[:, -1:], NEG_INF)], dim=1)
+    log_q_hat = teacher - _logsumexp(teacher)
+    return log_q_hat.exp(), log_q_hat, soft - _logsumexp(soft)
 
 
 def _counting(teacher: Tensor, kept: Kept) -> Tensor:
@@ -320,30 +324,17 @@ def _log_binary(logits: Tensor, counts: Tensor | None = None) -> Tensor:
     return torch.cat([logits[:, -1:], of_others], dim=1) - normalizer
 
 
-def _whole(columns: Tensor, kept: Kept, rest: str) -> Tensor:
+def _whole(logits: Tensor, kept: Kept, rest: str) -> Tensor:
     """With ``rest="bucket"``, move a target that was not kept into the bucket."""
     if rest != "bucket":
-        return columns
-    pair = columns[:, -2:]
+        return logits
+    pair = logits[:, -2:]
     # Not logaddexp: its second derivative is NaN if one of them is -inf.
     both = torch.where((pair == NEG_INF).all(dim=1), NEG_INF, _logsumexp(pair).squeeze(1))
-    together = torch.where(kept.target_kept, columns[:, -2], both)
-    return _side_by_side(columns[:, :-2], together, torch.where(kept.target_kept, columns[:, -1], NEG_INF))
+    together = torch.where(kept.target_kept, logits[:, -2], both)
+    return _side_by_side(logits[:, :-2], together, torch.where(kept.target_kept, logits[:, -1], NEG_INF))
 
 
 def _unless_alone(part: Tensor, num_classes: int) -> Tensor:
     """Return 0 for two classes: the only non-target class has probability 1 on both sides."""
     return torch.zeros_like(part) if num_classes == 2 else part
-
-
-def _cross_entropy(
-    log_p_target: Tensor, linear: Tensor, sharp: Tensor, hyper: Mapping[str, float], num_classes: int
-) -> Tensor:
-    weight, smoothing = hyper["ce_weight"], hyper["label_smoothing"]
-    if weight == 0.0:
-        return torch.zeros_like(log_p_target)
-    if smoothing == 0.0:
-        return -weight * log_p_target
-    all_logs = linear - num_classes * sharp.logsumexp(dim=1)
-    of_target = times_log(torch.full_like(log_p_target, 1.0 - smoothing), log_p_target)
-    return -weight * (of_target + smoothing / num_classes * all_logs)

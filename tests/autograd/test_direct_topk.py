@@ -23,6 +23,13 @@ def make(dtype=torch.float32, rows=7, classes=41, kept=9, kind=torch.float32):
     return student.to(dtype), log_probs.to(kind), indices, target
 
 
+def mixed(given, dtype=torch.float32):
+    """Labels of two classes in place of indices."""
+    student, log_probs, indices, target = given
+    labels = 0.6 * torch.nn.functional.one_hot(target.clamp(min=0), student.shape[1])
+    return student, log_probs, indices, labels.scatter_add(1, indices[:, :1], torch.full((7, 1), 0.4)).to(dtype)
+
+
 def call(name, given, rest, scale=1.0, **options):
     student, log_probs, indices, target = given
     leaf = student.clone().requires_grad_()
@@ -40,7 +47,7 @@ def test_the_other_ways_results(taken, monkeypatch, name, rest, dtype):
         {"reduction": "sum", "temperature": 3.0},
         {"ce_weight": 0.5, "label_smoothing": 0.1, "backend": "native"},
     ]
-    cases = [make(dtype), make(dtype, kind=torch.float16), make(dtype, classes=5000, kept=60)]
+    cases = [make(dtype), make(dtype, kind=torch.float16), make(dtype, classes=5000, kept=60), mixed(make(dtype))]
     found = [call(name, given, rest, 0.37, **options) for given in cases for options in asked]
     assert all(taken)
     assert len(taken) == len(found)
@@ -98,7 +105,7 @@ def test_errors_are_those_of_the_other_way(taken):
         ((student, log_probs[:, :-1], indices, target), "bucket", {}, ValueError, "teacher_logits.indices"),
         ((student, log_probs + wants, indices, target), "bucket", {}, ValueError, "do not require grad"),
         ((student, log_probs, indices, target + 100), "bucket", {}, IndexError, "target"),
-        ((student, log_probs, indices, torch.ones(7, 41) / 41), "bucket", {}, ValueError, "target"),
+        ((student, log_probs, indices, torch.ones(7, 41) / 40), "bucket", {}, ValueError, "target"),
         ((student, log_probs, indices, target), "Bucket", {}, ValueError, "teacher_logits.rest"),
         ((student, log_probs, indices, target), ["bucket"], {}, (TypeError, ValueError), "teacher_logits.rest"),
         ((student, log_probs, indices, target), "drop", {"logit_standardization": True}, ValueError, "TopK"),

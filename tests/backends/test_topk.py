@@ -25,9 +25,10 @@ MORE = [
     {"temperature": 3.0},
     {"temperature": 2.0, "ce_weight": 0.6, "label_smoothing": 0.1, "weighted": True, "gradient_scale": 4.0},
 ]
+LABELS = [{"labels": True, "ce_weight": 0.6}, MORE[2] | {"labels": True}]
 
 
-@pytest.mark.parametrize("more", MORE, ids=["plain", "T", "all"])
+@pytest.mark.parametrize("more", MORE + LABELS, ids=["plain", "T", "all", "labels", "all labels"])
 @pytest.mark.parametrize(("loss", "rest"), FUSED)
 def test_a_loss_is_the_reference(kernels, loss, rest, more):
     for seed, (classes, k, sizes) in enumerate(SIZES):
@@ -37,7 +38,7 @@ def test_a_loss_is_the_reference(kernels, loss, rest, more):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("loss", "rest"), FUSED)
 def test_as_exact_as_eager(kernels, loss, rest, dtype):
-    for more in MORE:
+    for more in MORE + LABELS:
         assert_within_eager_error(kernels, make(loss, rest, 3001, 32, **more), dtype)
     assert_within_eager_error(kernels, make(loss, rest, 501, 8, spread=30.0, temperature=2.0), dtype)
 
@@ -55,6 +56,8 @@ def test_logits_far_from_zero(kernels, loss, rest):
     assert_same(kernels, problem._replace(student=problem.student + 5e6), tolerance=1e-7)
     narrow = problem._replace(student=problem.student + 1024.0)
     assert_within_eager_error(kernels, narrow, torch.float32)
+    problem = make(loss, rest, 2500, 7, **LABELS[1])
+    assert_same(kernels, problem._replace(student=problem.student + 5e6), tolerance=1e-7)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -74,6 +77,22 @@ def test_classes_that_cannot_occur(kernels, loss, rest, temperature):
     gradient = run(kernels, problem)[2]
     assert (gradient[student == -torch.inf] == 0).all()
     assert_within_eager_error(kernels, problem._replace(student=student.clamp(min=-1e4)), torch.float32)
+
+
+@pytest.mark.parametrize(("loss", "rest"), FUSED)
+def test_labels_of_classes_that_cannot_occur(kernels, loss, rest):
+    """A class at -inf, in the rest or kept, with a label or without; and a NaN among the labels."""
+    problem = make(loss, rest, 2100, 5, rows=7, temperature=2.0, ce_weight=0.5, labels=True)
+    student, labels, indices = problem.student, problem.target, problem.indices
+    outside = [next(j for j in range(2100) if j not in indices[i] and labels[i, j] == 0) for i in range(7)]
+    student[0, outside[0]] = student[1, outside[1]] = student[2, indices[2, 0]] = -torch.inf
+    labels[1, outside[1]], labels[1, labels[1].argmax()] = 0.2, labels[1].max() - 0.2
+    assert_same(kernels, problem)
+    assert (run(kernels, problem)[2][student == -torch.inf] == 0).all()
+    labels[3, outside[3]] = labels[4, indices[4, 1]] = torch.nan
+    value, _, gradient = run(kernels, problem)
+    assert value.isnan().tolist() == gradient.isnan().any(1).tolist() == [False] * 3 + [True] * 2 + [False] * 2
+    assert gradient[[3, 4]].isnan().all()
 
 
 @pytest.mark.parametrize(("loss", "rest"), FUSED)

@@ -52,6 +52,33 @@ def test_logits_and_heads(loss, rest):
             torch.testing.assert_close(found, results[0], rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize(("loss", "rest"), [*CASES, ("js", "uniform"), ("dist", "renormalize")])
+def test_probability_targets(loss, rest, backend):
+    """Mixed labels, one of whose classes may be kept: of logits and of a head in chunks, as by the reference."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    if (loss, rest) not in CASES or (backend == "triton" and rest in ("renormalize", "uniform")):
+        backend = "auto"
+    hidden, weight, _, kept, target = make()
+    labels = 0.7 * F.one_hot(target.clamp(min=0), CLASSES).double() + 0.3 * F.one_hot(kept[1][:, 0], CLASSES)
+    teacher, row_weight = TopK(*kept, rest=rest), torch.rand(ROWS, dtype=torch.float64)
+    options = OPTIONS | ({"gamma": 0.0} if loss == "dist" else {})
+    for reduction, weights in (("mean", None), ("sum", row_weight), ("none", None)):
+        incoming = torch.linspace(-1, 2, ROWS, dtype=torch.float64) if reduction == "none" else 2.0
+        results = []
+        for by, head in (("reference", False), (backend, False), (backend, True)):
+            of = [each.clone().requires_grad_() for each in (hidden, weight)]
+            student = Head(*of, chunk_rows=4) if head else of[0] @ of[1].T
+            more = {"reduction": reduction, "weight": weights, "return_parts": True, **options}
+            with warnings.catch_warnings():
+                warnings.simplefilter("error" if by == "native" else "ignore")
+                value, parts = function(loss)(student, teacher, labels, backend=by, **more)
+            results.append((value.detach(), *parts, *torch.autograd.grad((value * incoming).sum(), of)))
+        for found in results[1:]:
+            torch.testing.assert_close(found, results[0], rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("loss", "rest"), [("nkd", "bucket"), ("kd", "drop"), ("js", "renormalize")])
 def test_half_precision(loss, rest, dtype):
@@ -158,6 +185,11 @@ def test_messages(backend):
     wrong(log_probs, twice, "indices: expected each class once in a row, got .* twice in row 2")
     wrong(log_probs, far, "indices: expected .*211", IndexError)
     wrong(log_probs, low, "indices: expected .*-2", IndexError)
+    for broken, words in ((twice, "twice in row 2"), (low, "got -2 in row 4")):
+        with pytest.raises((IndexError, ValueError), match=words):  # a row of the whole input, not of its chunk
+            fused_kd.nkd_loss(
+                Head(hidden, weight, chunk_rows=1), TopK(log_probs, broken, "drop"), target, backend=backend
+            )
     wrong(log_probs, indices, "teacher_logits.rest: expected one of .* got 'all'", rest="all")
     wrong(log_probs, indices.double(), "teacher_logits.indices: expected a Tensor of integers", TypeError)
     wrong(log_probs.long(), indices, "teacher_logits.log_probs: expected float64", TypeError)
@@ -166,7 +198,7 @@ def test_messages(backend):
     wrong(log_probs.requires_grad_(), indices, "teacher_logits: expected a source whose tensors do not require grad")
     log_probs.requires_grad_(False)
     wrong(log_probs, indices, "logit_standardization: expected False with a TopK", logit_standardization=True)
-    wrong(log_probs, indices, "target: expected class indices with a TopK", target=student.softmax(1))
+    wrong(log_probs, indices, "target: expected class probabilities that sum to 1", target=student.softmax(1) * 2)
     wrong(log_probs, indices, "gamma: expected 0 for DIST", loss="dist")
     wrong(log_probs, indices, "rest: 'drop' leaves no second distribution", NotImplementedError, loss="js")
     with pytest.raises(TypeError, match="student_logits: expected a Tensor"):

@@ -38,8 +38,19 @@ def ratio(q, log):
     return 0.0 if q == 0 else q * log
 
 
+def labels_of(target, classes, kind, seed):
+    """A mixed label (two classes, one of them the target) or a soft one (all classes), as probabilities."""
+    rng = np.random.default_rng(seed)
+    labels = np.zeros((len(target), classes)) if kind == "mixed" else rng.random((len(target), classes)) * 0.4 / classes
+    for row, y in zip(labels, target, strict=True):
+        row[(y + 1 + rng.integers(classes - 1)) % classes] += 0.3
+        row[y] += 1.0 - row.sum()
+    return labels
+
+
 def oracle(name, s, log_probs, indices, rest, y, temperature, hyper):
-    """One row, class by class: groups of classes, each with a mass of the teacher and one of the student."""
+    """One row, class by class: groups of classes, each with a mass of the teacher and one of the student. ``y`` is a
+    class, or the probabilities of all."""
     classes, kept = len(s), {j: lp for j, lp in zip(indices, log_probs, strict=True) if j >= 0}
     others = classes - len(kept)
     r = max(0.0, 1.0 - sum(math.exp(lp) for lp in kept.values()))
@@ -63,7 +74,8 @@ def oracle(name, s, log_probs, indices, rest, y, temperature, hyper):
     T, q1, qT = temperature, teacher(1.0), teacher(temperature)
     p1, pT = softmax(s), softmax(s / temperature)
     smooth = hyper["label_smoothing"]
-    labels = (1 - smooth) * np.eye(classes)[y] + smooth / classes
+    given, y = (np.eye(classes)[y], y) if np.ndim(y) == 0 else (y, int(np.argmax(y)))
+    labels = (1 - smooth) * given + smooth / classes
     ce = -hyper["ce_weight"] * float((labels * np.log(p1)).sum())
 
     def hats():
@@ -75,8 +87,9 @@ def oracle(name, s, log_probs, indices, rest, y, temperature, hyper):
     if name == "kd":
         return [T * T * sum(ratio(q, math.log(q / p) if q else 0) for q, p in groups(qT, pT)), ce]
     if name == "wsld":
-        ce_t = -math.log(q1[y]) if counts(y) and q1[y] else math.inf
-        weight = 1 - math.exp(math.log(p1[y]) / (ce_t + 1e-7))
+        ce_s = -sum(v * math.log(p1[j]) for j, v in enumerate(given) if v)
+        ce_t = sum(-v * math.log(q1[j]) if counts(j) and q1[j] else math.inf for j, v in enumerate(given) if v)
+        weight = 1 - math.exp(-ce_s / (ce_t + 1e-7))
         return [hyper["alpha"] * T * T * weight * -sum(ratio(q, math.log(p)) for q, p in groups(qT, pT)), ce]
     if name == "nkd":
         target = -(q1[y] if counts(y) else 0.0) * math.log(p1[y])
@@ -109,11 +122,14 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("labels", ["indices", "mixed", "soft"])
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize(("name", "rest"), [(name, rest) for name, rests in LOSSES.items() for rest in rests])
-def test_a_loss_is_that_of_its_definition(name, rest, temperature):
+def test_a_loss_is_that_of_its_definition(name, rest, temperature, labels):
     for seed, (classes, k, inside, more) in enumerate(CASES):
         student, log_probs, indices, target = make(classes, k, inside, seed=seed, **more)
+        if labels != "indices":
+            target = labels_of(target, classes, labels, seed)
         loss, parts = reference.topk_loss(
             name, *map(torch.tensor, (student, log_probs, indices)), rest, torch.tensor(target),
             HYPER | {"temperature": temperature}, reduction="none",
@@ -126,13 +142,18 @@ def test_a_loss_is_that_of_its_definition(name, rest, temperature):
             assert float(loss[i]) == pytest.approx(sum(exact), rel=1e-11, abs=1e-12)
 
 
-@pytest.mark.parametrize("rest", ["renormalize", "uniform"])
-@pytest.mark.parametrize("name", ["kd", "nkd", "dkd", "wsld", "js", "dist"])
-def test_a_teacher_of_all_classes_is_the_ordinary_one(name, rest):
-    student, log_probs, indices, target = map(torch.tensor, make(7, 7, True))
+@pytest.mark.parametrize(
+    ("name", "rest"), [*((name, rest) for name in LOSSES for rest in LOSSES[name]), *(("dist", "uniform"),)]
+)
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_a_teacher_of_all_classes_is_the_ordinary_one(name, rest, probabilities):
+    student, log_probs, indices, target = make(7, 7, True)
+    target = labels_of(target, 7, "soft", 0) if probabilities else target
+    student, log_probs, indices, target = map(torch.tensor, (student, log_probs, indices, target))
     teacher = torch.empty_like(student).scatter_(1, indices, log_probs)
-    ordinary = getattr(reference, f"{name}_loss")(student, teacher, target, temperature=2.0)
-    sparse = reference.topk_loss(name, student, log_probs, indices, rest, target, {"temperature": 2.0})
+    hyper = {"temperature": 2.0, "ce_weight": 0.3}
+    ordinary = getattr(reference, f"{name}_loss")(student, teacher, target, **hyper)
+    sparse = reference.topk_loss(name, student, log_probs, indices, rest, target, hyper)
     torch.testing.assert_close(sparse[0], ordinary[0])
     assert type(sparse[1]) is type(ordinary[1])
 

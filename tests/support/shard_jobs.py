@@ -3,12 +3,14 @@ passes its own columns to a loss, and compares what it gets with what one proces
 
 import inspect
 import itertools
+import warnings
 from typing import Any, NamedTuple
 
 import interpreter
 import pytest
 import torch
 from torch import distributed
+from torch.nn.functional import one_hot
 
 import fused_kd
 from fused_kd import ClassShard, Head, TopK, check
@@ -332,6 +334,15 @@ def kept_classes(rank, size, backend):
             right = [*results[0][:-1], results[0][-1][own] if head else results[0][-1][:, own]]
             torch.testing.assert_close(results[1], right, **TOLERANCE)
     own = columns(rank, widths_of(size, 31)[0])
+    labels = 0.7 * one_hot(target.clamp(min=0), 31).double() + 0.3 * one_hot(kept.indices[:, 0], 31)
+    whole, shard = (hidden @ weight.T).requires_grad_(), (hidden @ weight[own].T).requires_grad_()
+    exact = called("wsld", "reference", whole, kept, labels, options)
+    with pytest.raises(RuntimeError, match="and probability targets of shared classes"):
+        called("wsld", "native", ClassShard(shard, own.start, 31), kept, labels[:, own], options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = called("wsld", "auto", ClassShard(shard, own.start, 31), kept, labels[:, own], options)
+    torch.testing.assert_close([*found, shard.grad], [*exact, whole.grad[:, own]], **TOLERANCE)
     kept.indices[3, 0] = kept.indices[3, 1]
     shard = ClassShard(hidden @ weight[own].T, own.start, 31)
     if backend == "triton":

@@ -30,11 +30,15 @@ class Problem(NamedTuple):
 
     def to(self, dtype, log_probs=True):
         kept = self.log_probs.to(dtype) if log_probs else self.log_probs
-        return self._replace(student=self.student.to(dtype), log_probs=kept)
+        target = self.target.to(dtype) if self.target.is_floating_point() else self.target
+        return self._replace(student=self.student.to(dtype), log_probs=kept, target=target)
 
 
-def make(loss, rest, classes, k, *, rows=5, seed=0, pads=0, spread=2.0, left=0.2, weighted=False, **options):
-    """A row in two has its target among the kept classes; the second is ignored."""
+def make(
+    loss, rest, classes, k, *, rows=5, seed=0, pads=0, spread=2.0, left=0.2, weighted=False, labels=False, **options
+):
+    """A row in two has its target among the kept classes; the second is ignored. With ``labels`` the targets are
+    probabilities: of two classes, or, in a row in three, of half of them."""
     generator = torch.Generator().manual_seed(seed)
     student = torch.randn(rows, classes, generator=generator, dtype=torch.float64) * spread
     order = torch.rand(rows, classes, generator=generator).argsort(1)
@@ -49,6 +53,8 @@ def make(loss, rest, classes, k, *, rows=5, seed=0, pads=0, spread=2.0, left=0.2
     target = torch.where(torch.arange(rows) % 2 == 0, order[:, 0], order[:, -1])
     if rows > 2:
         target[1] = -100
+    if labels:
+        target = soften(target.clamp(min=0), order, generator)
     factors = None
     if weighted:
         factors = torch.rand(2, rows, generator=generator, dtype=torch.float64) + 0.5
@@ -60,6 +66,15 @@ def make(loss, rest, classes, k, *, rows=5, seed=0, pads=0, spread=2.0, left=0.2
     asked = Options(hyper, -100, "none", (True,), (options.pop("gradient_scale", 1.0),), loss)
     assert not options
     return Problem(student, log_probs.gather(1, places), wide[:, : k + pads], rest, target, factors, asked)
+
+
+def soften(target, order, generator):
+    """The second class is the row's last kept one, or one of the rest."""
+    rows, classes = order.shape
+    spread = torch.rand(rows, classes, generator=generator, dtype=torch.float64) * (torch.arange(classes) % 2)
+    spread *= (torch.arange(rows)[:, None] % 3 == 0) * 0.1 / spread.sum(1, keepdim=True)
+    spread.scatter_add_(1, order[:, 1:2], torch.full((rows, 1), 0.3, dtype=torch.float64))
+    return spread.scatter_add(1, target[:, None], 1.0 - spread.sum(1, keepdim=True))
 
 
 def run(kernels, problem, widths=()):

@@ -31,10 +31,11 @@ class TopKCase(NamedTuple):
     ce: bool = True
     layout: str = ""
     weighted: bool = False
+    probabilities: bool = False
 
     def __str__(self) -> str:
         said = [describe((self.student,)), f"k={self.kept}", self.loss, self.rest, "ce" if self.ce else "", self.layout]
-        said.append("weights" if self.weighted else "")
+        said += ["weights" if self.weighted else "", "probs" if self.probabilities else ""]
         return " ".join([f"{self.rows}x{self.classes}", *filter(None, said)])
 
     @property
@@ -49,6 +50,7 @@ class TopKCase(NamedTuple):
             empty(rows, kept, dtype=torch.float32),
             empty(rows, kept, dtype=torch.int64),
             empty(rows, dtype=torch.int64),
+            logits(rows, classes, self.student, "") if self.probabilities else None,
             factors(self, 2),
             empty(rows, words_of(classes), dtype=torch.int32),
             empty(rows, dtype=torch.int32),
@@ -76,4 +78,5 @@ def topk_cases(full: bool) -> Iterator[TopKCase]:
         yield from (case, case._replace(classes=4001), case._replace(layout="strided"))
     for loss, rest in ((name, rest) for name, row_loss in ROW_LOSSES.items() for rest in row_loss.rests):
         yield TopKCase(loss, rest, BF16, 4001, weighted=True)
+        yield TopKCase(loss, rest, BF16, 4001, probabilities=True)
     yield from (most._replace(kept=kept) for kept in (8, 512, 4096))

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from fused_kd.core.catalogue import LOSSES
+from fused_kd.core.catalogue import LOSSES, ROW_LOSSES
 
 BEGIN, END = "<!-- ptx:begin -->", "<!-- ptx:end -->"
 MODEL_BEGIN, MODEL_END = "<!-- model:begin -->", "<!-- model:end -->"
@@ -44,11 +44,14 @@ def _host(options: argparse.Namespace) -> int:
     from tools.ptx import host
 
     host.install()
-    print("loss      N×C         launches   forward   and backward, us (medians)")
-    for loss in options.loss or list(LOSSES):
-        for rows in (64, 3000):
-            found = host.measure(loss, rows, 1000)
-            print(f"{loss:9} {rows:5}×1000 {found.launches:9} {found.forward:9.1f} {found.both:9.1f}")
+    print("loss            N×C         launches   forward   and backward, us (medians)")
+    cases = [(loss, rows, "") for loss in options.loss or list(LOSSES) for rows in (64, 3000)]
+    cases += [(loss, 64, kind) for loss in options.loss or ["kd"] for kind in host.KINDS]
+    for loss, rows, kind in cases:
+        if kind == "topk" and not (loss in ROW_LOSSES and ROW_LOSSES[loss].rests):
+            continue
+        found = host.measure(loss, rows, 1000, kind=kind)
+        print(f"{loss:9} {kind:6}{rows:5}×1000 {found.launches:9} {found.forward:9.1f} {found.both:9.1f}")
     return 0
 
 

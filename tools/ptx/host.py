@@ -21,6 +21,8 @@ import torch
 
 _SOURCE = Path(__file__).with_name("libcuda.c")
 _library: Any = None
+#: Calls that are timed beside those of plain tensors: with row weights, and with a teacher's 64 kept classes.
+KINDS = ("weight", "topk")
 
 
 class Taken(NamedTuple):
@@ -60,20 +62,26 @@ def install() -> None:
     active.set_active(Driver())
 
 
-def measure(loss: str, rows: int, classes: int, repeats: int = 300) -> Taken:
-    """Time calls in bfloat16 with reduction="mean", on one thread."""
+def measure(loss: str, rows: int, classes: int, repeats: int = 300, kind: str = "") -> Taken:
+    """Time calls in bfloat16 with reduction="mean", on one thread. ``kind`` is one of :data:`KINDS`, or "" for a call
+    of plain tensors."""
     import fused_kd
     from fused_kd import autograd, check
+    from fused_kd.core import checks
     from fused_kd.core.catalogue import LOSSES
+    from fused_kd.losses import _topk
 
     torch.set_num_threads(1)
     student, other, target = check.Case(torch.bfloat16, rows, classes, {}, loss=loss).inputs("cpu")
-    others = [] if loss == "tf_kd" else [other.requires_grad_() if loss == "uskd" else other]
+    others: list[Any] = [] if loss == "tf_kd" else [other.requires_grad_() if loss == "uskd" else other]
     student.requires_grad_()
+    options = {"weight": torch.rand(rows)} if kind == "weight" else {}
+    if kind == "topk":
+        others = [fused_kd.TopK(*other.float().log_softmax(1).topk(64), rest="bucket")]
     function = getattr(fused_kd, LOSSES[loss].function)
 
     def forward() -> Any:
-        return function(student, *others, target, backend="triton")
+        return function(student, *others, target, backend="triton", **options)
 
     def both() -> None:
         forward().backward()
@@ -82,6 +90,8 @@ def measure(loss: str, rows: int, classes: int, repeats: int = 300) -> Taken:
     with (
         warnings.catch_warnings(),
         mock.patch.object(autograd, "_is_one", _unknown),
+        mock.patch.object(_topk, "readable", _unknown),
+        mock.patch.object(checks, "readable", _unknown),
     ):
         warnings.simplefilter("ignore")
         for _ in range(20):
@@ -92,8 +102,9 @@ def measure(loss: str, rows: int, classes: int, repeats: int = 300) -> Taken:
         return Taken(launches, _median(forward, repeats), _median(both, repeats))
 
 
-def _unknown(_grad_output: torch.Tensor) -> bool:
-    """Replaces ``_is_one``, with its answer for a tensor on a GPU. A mock would take longer than a launch."""
+def _unknown(_tensor: torch.Tensor) -> bool:
+    """Replaces ``_is_one`` and ``readable``, with their answer for a tensor on a GPU. A mock would take longer than a
+    launch."""
     return False
 
 

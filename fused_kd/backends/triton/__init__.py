@@ -33,7 +33,9 @@ OPS = {
 
 def __getattr__(name: str) -> Any:
     if name in OPS:
-        return getattr(importlib.import_module(f"fused_kd.backends.triton.plans.{OPS[name]}"), name)
+        module = importlib.import_module(f"fused_kd.backends.triton.plans.{OPS[name]}")
+        globals()[name] = getattr(module, name)  # the import system would take two microseconds of each call
+        return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

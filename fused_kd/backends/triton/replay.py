@@ -50,7 +50,7 @@ _kept: dict[tuple[Any, ...], Replay | None] = {}
 def run(
     name: str,
     inputs: tuple[Tensor | None, ...],
-    outputs: tuple[Tensor, ...],
+    outputs: tuple[Tensor | None, ...],
     settings: tuple[Any, ...],
     plan: Callable[[], list[Launch]],
 ) -> None:

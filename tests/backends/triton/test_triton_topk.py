@@ -16,6 +16,7 @@ MORE = [
     {},
     {"temperature": 3.0},
     {"temperature": 2.0, "ce_weight": 0.6, "label_smoothing": 0.1, "weighted": True, "gradient_scale": 4.0},
+    {"temperature": 2.0, "ce_weight": 0.6, "label_smoothing": 0.1, "weighted": True, "labels": True},
 ]
 
 
@@ -28,7 +29,7 @@ def _thorough(cases, often):
     ("loss", "rest", "more"),
     _thorough(
         [(loss, rest, more) for loss, rest in FUSED for more in range(len(MORE))],
-        lambda loss, rest, more: more == 2 or loss == "nkd",
+        lambda loss, rest, more: more == 2 or loss == "nkd" or (more == 3 and rest in ("drop", "bucket")),
     ),
 )
 def test_a_loss_is_the_reference(loss, rest, more):
@@ -46,7 +47,8 @@ def test_a_loss_is_the_reference(loss, rest, more):
     ids=str,
 )
 def test_as_exact_as_eager(loss, rest, dtype):
-    assert_within_eager_error(backend, make(loss, rest, 1501, 32, rows=3, **MORE[2]), dtype)
+    for more in MORE[2:]:
+        assert_within_eager_error(backend, make(loss, rest, 1501, 32, rows=3, **more), dtype)
     if dtype == torch.float32:
         assert_within_eager_error(backend, make(loss, rest, 501, 8, rows=3, spread=30.0, temperature=3.0), dtype)
 
@@ -70,6 +72,21 @@ def test_classes_that_cannot_occur(loss, rest, temperature):
     student[6, 0] = -torch.inf
     assert_same(backend, problem)
     assert (run(backend, problem)[2][student == -torch.inf] == 0).all()
+
+
+@pytest.mark.parametrize(("loss", "rest"), [("nkd", "bucket"), ("wsld", "uniform")])
+def test_labels_of_classes_that_cannot_occur(loss, rest):
+    """A class at -inf, in the rest or kept, with a label or without; and a NaN among the labels."""
+    problem = make(loss, rest, 210, 5, rows=7, temperature=2.0, ce_weight=0.5, labels=True)
+    student, labels, indices = problem.student, problem.target, problem.indices
+    outside = [next(j for j in range(210) if j not in indices[i] and labels[i, j] == 0) for i in range(7)]
+    student[0, outside[0]] = student[1, outside[1]] = student[2, indices[2, 0]] = -torch.inf
+    labels[1, outside[1]], labels[1, labels[1].argmax()] = 0.2, labels[1].max() - 0.2
+    assert_same(backend, problem)
+    labels[3, outside[3]] = labels[4, indices[4, 1]] = torch.nan
+    value, _, gradient = run(backend, problem)
+    assert value.isnan().tolist() == [False] * 3 + [True] * 2 + [False] * 2
+    assert gradient[[3, 4]].isnan().all() and gradient[[0, 1, 2, 5, 6]].isfinite().all()
 
 
 @pytest.mark.parametrize("rest", topk.RESTS)

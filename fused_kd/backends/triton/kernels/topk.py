@@ -9,8 +9,9 @@ coefficients from a few numbers, in float64. :func:`rest_gradient` walks again. 
 
 ``marks`` (rows, words) has a bit for each class, 1 for a kept one. The sums over the others leave out kept classes and
 the target. ``state`` (rows,) is 0 for a row that does not count, which is not read, 1 for one that counts, and 2 for an
-invalid one, which becomes NaN: its target or an index is out of range, or an index appears twice. Constexpr arguments,
-in addition to those of :mod:`.on_chip`:
+invalid one, which becomes NaN: its target or an index is out of range, or an index appears twice. ``labels``, if not
+None, are probability targets (rows, columns), of which ``target`` has the likeliest class. Constexpr arguments, in
+addition to those of :mod:`.on_chip`:
 
 NEED    bits: SHARP for the exponentials at temperature 1 beside those at T, LINEAR for the sum of the logits in
         rest_statistics and for the constant in each class's gradient in rest_gradient
@@ -46,9 +47,14 @@ def mark_kept(
     target, indices, factors, marks, state, num_classes: tl.int32, words: tl.int64, kept: tl.int32,
     ignore_index: tl.int64, indices_row: tl.int64, indices_col: tl.int64, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """Fill ``marks``, which start as 0, and ``state``. KEPT is at least the number of threads, so each thread has its
-    own entries, and the result of an atomic belongs to one thread."""
+    """Fill ``marks`` and ``state``. KEPT is at least the number of threads, so each thread has its own entries, and the
+    result of an atomic belongs to one thread."""
     row = tl.program_id(0).to(tl.int64)
+    own = marks + row * words
+    for start in range(0, words, KEPT):
+        word = start + tl.arange(0, KEPT)
+        tl.store(own + word, tl.zeros([KEPT], tl.int32), mask=word < words)
+    tl.debug_barrier()  # the bits of a word that one thread has cleared may be another's
     y = tl.load(target + row)
     counted = y != ignore_index
     if factors is not None:
@@ -57,7 +63,7 @@ def mark_kept(
     present = (j >= 0) & (j < num_classes)
     # A bit that was already set is a class that appears twice.
     bit = (j % 32).to(tl.int32)
-    before = tl.atomic_or(marks + row * words + tl.where(present, j, 0) // 32, 1 << bit, mask=present)
+    before = tl.atomic_or(own + tl.where(present, j, 0) // 32, 1 << bit, mask=present)
     wrong = (j < -1) | (j >= num_classes) | (present & (((before >> bit) & 1) != 0))
     bad = (tl.max(wrong.to(tl.int32), 0) != 0) | (y < 0) | (y >= num_classes)
     tl.store(state + row, tl.where(counted, tl.where(bad, 2, 1), 0))
@@ -80,16 +86,22 @@ def _columns_of(j, first_class, columns):
     return tl.where((column >= 0) & (column < columns), column, -1).to(tl.int32)
 
 
+@triton.jit
+def _load_labels(labels, row, cols, end, labels_row, labels_col, ACC: tl.constexpr):
+    return tl.load(labels + row * labels_row + cols * labels_col, mask=cols < end, other=0.0).to(ACC)
+
+
 @kernel
 def rest_statistics(
-    student, marks, state, target, indices, found, rows: tl.int64, columns: tl.int32, first_class: tl.int32,
-    words: tl.int64, kept: tl.int32, student_row: tl.int64, student_col: tl.int64, indices_row: tl.int64,
-    indices_col: tl.int64, temperature: tl.float64, ACC: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
-    VEC: tl.constexpr, UNIT: tl.constexpr, NEED: tl.constexpr, KEPT: tl.constexpr,
+    student, marks, state, target, indices, found, labels, of_labels, rows: tl.int64, columns: tl.int32,
+    first_class: tl.int32, words: tl.int64, kept: tl.int32, student_row: tl.int64, student_col: tl.int64,
+    indices_row: tl.int64, indices_col: tl.int64, labels_row: tl.int64, labels_col: tl.int64, temperature: tl.float64,
+    ACC: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr,
+    NEED: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     """found (5 + kept, rows) float64, see :mod:`fused_kd.backends.topk`: the largest logit, 0 if no class can occur,
     the sums of exponentials relative to it at T and at 1, the sum of the logits, and the logits of the target and of
-    the kept classes."""
+    the kept classes. of_labels (2, rows) float64: the sums of the labels V and of V (s - largest)."""
     columns = columns // VEC * VEC
     k = tl.full((), LOG2E, ACC)
     soft_scale = k / tl.full((), temperature, ACC)
@@ -104,6 +116,7 @@ def rest_statistics(
     lane = lane_start[:, None] + width
     largest = tl.full([LANES], NEG_INF, ACC)
     soft, sharp, linear = tl.zeros([LANES], ACC), tl.zeros([LANES], ACC), tl.zeros([LANES], ACC)
+    v_sum, v_cross = tl.zeros([LANES], ACC), tl.zeros([LANES], ACC)
     for start in range(0, end, LANES * WIDTH):
         s, of_rest = _load(base, marks, start + lane, end, first_class, y_column, student_col, UNIT, ACC)
         if LINEAR & NEED:
@@ -116,6 +129,10 @@ def rest_statistics(
         soft = soft * tl.exp2(down * soft_scale) + tl.sum(tl.exp2(d * soft_scale), 1)
         if SHARP & NEED:
             sharp = sharp * tl.exp2(down * k) + tl.sum(tl.exp2(d * k), 1)
+        if labels is not None:
+            v = tl.where(of_rest, _load_labels(labels, row, start + lane, end, labels_row, labels_col, ACC), 0.0)
+            v_cross += v_sum * (zero_if_empty(largest) - origin) + tl.sum(tl.where(v == 0.0, 0.0, v * d), 1)
+            v_sum += tl.sum(v, 1)
         largest = top
     origin = zero_if_empty(tl.max(largest, 0))
     down = largest - origin
@@ -124,6 +141,9 @@ def rest_statistics(
         sharp = tl.sum(sharp * tl.exp2(down * k), 0)
     else:
         sharp = soft
+    if labels is not None:
+        v_cross = tl.sum(v_cross + v_sum * (zero_if_empty(largest) - origin), 0)
+        store_fields(of_labels, (tl.sum(v_sum, 0).to(tl.float64), v_cross.to(tl.float64)), rows, row, None)
     entry, j = _indices(indices, row, kept, indices_row, indices_col, valid, KEPT)
     at_kept = _columns_of(j, first_class, columns)
     s_kept = tl.load(base + at_kept * student_col, mask=at_kept >= 0, other=0.0)
@@ -138,15 +158,16 @@ def rest_statistics(
 
 @kernel
 def resolve_kept(
-    found, state, target, indices, log_probs, factors, loss, parts, coefficients, entries, rows: tl.int64,
-    num_classes: tl.int32, kept: tl.int32, indices_row: tl.int64, indices_col: tl.int64, log_probs_row: tl.int64,
-    log_probs_col: tl.int64, temperature: tl.float64, first: tl.float64, second: tl.float64, ce_weight: tl.float64,
-    smoothing: tl.float64, scale: tl.float64, LOSS: tl.constexpr, REST: tl.constexpr, SINGLE: tl.constexpr,
-    CE: tl.constexpr, GRAD: tl.constexpr, KEPT: tl.constexpr,
+    found, state, target, indices, log_probs, factors, loss, parts, coefficients, entries, labels, of_labels,
+    rows: tl.int64, num_classes: tl.int32, kept: tl.int32, indices_row: tl.int64, indices_col: tl.int64,
+    log_probs_row: tl.int64, log_probs_col: tl.int64, labels_row: tl.int64, labels_col: tl.int64,
+    temperature: tl.float64, first: tl.float64, second: tl.float64, ce_weight: tl.float64, smoothing: tl.float64,
+    scale: tl.float64, LOSS: tl.constexpr, REST: tl.constexpr, SINGLE: tl.constexpr, CE: tl.constexpr,
+    GRAD: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """Compute loss (rows,) and parts (3, rows). For the gradient, compute coefficients (4, rows): the rest's largest
-    logit, the factors of its exponentials at T and at 1, and a constant; and entries (kept + 1, rows): the values at
-    the kept classes and, last, at the target."""
+    """Compute loss (rows,) and parts (3, rows). For the gradient, compute coefficients (5, rows): the rest's largest
+    logit, the factors of its exponentials at T and at 1, a constant, and the factor of the labels; and entries
+    (kept + 1, rows): the values at the kept classes and, last, at the target."""
     row = tl.program_id(0).to(tl.int64)
     state_of_row = tl.load(state + row)
     valid = state_of_row == 1
@@ -159,6 +180,12 @@ def resolve_kept(
     kept_y = tl.max(is_target.to(tl.int32), 0) != 0
     number = num_classes - 1 - tl.sum(own.to(tl.int32), 0)
     top, soft, sharp, linear, s_y = load_fields(found, rows, row, True, _FIELDS)
+    v, v_y, v_rest, v_cross = tl.zeros_like(t), 1.0, 0.0, 0.0
+    if labels is not None:
+        of_row = labels + row * labels_row
+        v = tl.load(of_row + j * labels_col, mask=own, other=0.0).to(tl.float64)
+        v_y = tl.load(of_row + y * labels_col, mask=valid, other=0.0).to(tl.float64)
+        v_rest, v_cross = load_fields(of_labels, rows, row, True, 2)
     x = Row(
         tl.where(own, s, NEG_INF),
         tl.where(own, t, NEG_INF),
@@ -170,9 +197,15 @@ def resolve_kept(
         soft,
         sharp,
         linear,
+        v,
+        v_y,
+        v_rest,
+        v_cross,
     )
     weights = all_weights(first, second, temperature, ce_weight, smoothing, tl.float64)
-    one, two, ce, by, by_y, soft, sharp, constant = resolve(x, own, weights, num_classes, LOSS, REST, CE)
+    one, two, ce, by, by_y, soft, sharp, constant, of_v = resolve(
+        x, own, weights, num_classes, LOSS, REST, CE, labels is not None
+    )
     factor, of_gradient = tl.full((), 1.0, tl.float64), tl.full((), 1.0, tl.float64)
     missing = tl.where(valid, 0.0 * factor, float("nan"))
     if factors is not None:
@@ -188,7 +221,10 @@ def resolve_kept(
         scale = tl.where(ignored, 0.0, scale * of_gradient + missing)
         if SINGLE:
             soft += sharp
-        scaled = (x.top.to(dtype), (soft * scale).to(dtype), (sharp * scale).to(dtype), (constant * scale).to(dtype))
+        scaled = (
+            x.top.to(dtype), (soft * scale).to(dtype), (sharp * scale).to(dtype), (constant * scale).to(dtype),
+            (of_v * scale).to(dtype),
+        )  # fmt: skip
         store_fields(coefficients, scaled, rows, row, None)
         tl.store(entries + entry.to(tl.int64) * rows + row, (by * scale).to(dtype), mask=entry < kept)
         tl.store(entries + kept.to(tl.int64) * rows + row, (by_y * scale).to(dtype))
@@ -196,13 +232,14 @@ def resolve_kept(
 
 @kernel
 def rest_gradient(
-    student, marks, state, target, indices, coefficients, entries, gradient, padding, rows: tl.int64, columns: tl.int32,
-    first_class: tl.int32, words: tl.int64, kept: tl.int32, student_row: tl.int64, student_col: tl.int64,
-    indices_row: tl.int64, indices_col: tl.int64, temperature: tl.float64, ACC: tl.constexpr, LANES: tl.constexpr,
-    WIDTH: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr, NEED: tl.constexpr, KEPT: tl.constexpr,
+    student, marks, state, target, indices, coefficients, entries, labels, gradient, padding, rows: tl.int64,
+    columns: tl.int32, first_class: tl.int32, words: tl.int64, kept: tl.int32, student_row: tl.int64,
+    student_col: tl.int64, indices_row: tl.int64, indices_col: tl.int64, labels_row: tl.int64, labels_col: tl.int64,
+    temperature: tl.float64, ACC: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr,
+    UNIT: tl.constexpr, NEED: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """Write soft exp((s - max) / T) + sharp exp(s - max) + constant, and the entries of kept classes and the target. A
-    row that does not count gets 0, an invalid one NaN."""
+    """Write soft exp((s - max) / T) + sharp exp(s - max) + constant - of_v V, and the entries of kept classes and
+    the target. A row that does not count gets 0, an invalid one NaN."""
     columns = columns // VEC * VEC
     k = tl.full((), LOG2E, ACC)
     soft_scale = k / tl.full((), temperature, ACC)
@@ -213,7 +250,7 @@ def rest_gradient(
     base = student + row * (student_row // VEC * VEC)
     out = gradient + row * gradient_width(columns, padding, VEC)
     marks += row * words
-    origin, soft, sharp, constant = load_fields(coefficients, rows, row, True, 4)
+    origin, soft, sharp, constant, of_v = load_fields(coefficients, rows, row, True, 5)
     dtype = gradient.dtype.element_ty
     lane_start, width = lane_columns(tl.arange(0, LANES), LANES, WIDTH, VEC)
     lane = lane_start[:, None] + width
@@ -226,6 +263,8 @@ def rest_gradient(
             g += sharp * tl.exp2(d * k)
         if LINEAR & NEED:
             g += constant
+        if labels is not None:
+            g -= of_v * _load_labels(labels, row, cols, end, labels_row, labels_col, ACC)
         # A class that cannot occur has no gradient. A kept class may exceed all others by any amount: its g may be inf.
         g = tl.where(of_rest & (s != NEG_INF), g, 0.0)
         tl.store(out + cols, narrowed(g, dtype), mask=cols < end)

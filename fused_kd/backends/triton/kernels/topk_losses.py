@@ -37,6 +37,10 @@ class Row(NamedTuple):
     soft: tl.tensor  # the sums of their exponentials at T and at 1, relative to it
     sharp: tl.tensor
     linear: tl.tensor  # the sum of their logits
+    v: tl.tensor  # the labels V, with probability targets: a block of kept classes, 0 where there is none
+    v_y: tl.tensor
+    v_rest: tl.tensor  # the sums of V and of V (s - top) over the rest
+    v_cross: tl.tensor
 
 
 class Side(NamedTuple):
@@ -257,10 +261,11 @@ def _hat_terms(x, share, weight, alpha, temperature, num_classes, KIND: tl.const
 
 
 @triton.jit
-def resolve(x, own, weights, num_classes, LOSS: tl.constexpr, REST: tl.constexpr, CE: tl.constexpr):
-    """Return the three parts, the gradient at the kept classes and at the target, and (soft, sharp, constant) of the
-    rest's gradient, soft exp((s - top) / T) + sharp exp(s - top) + constant. ``weights`` are the loss's own two
-    hyper-parameters, temperature, ce_weight and label_smoothing. CE says that ce_weight is not 0."""
+def resolve(x, own, weights, num_classes, LOSS: tl.constexpr, REST: tl.constexpr, CE: tl.constexpr, PROB: tl.constexpr):
+    """Return the three parts, the gradient at the kept classes and at the target, and (soft, sharp, constant, of_v) of
+    the rest's gradient, soft exp((s - top) / T) + sharp exp(s - top) + constant - of_v V. ``weights`` are the loss's
+    own two hyper-parameters, temperature, ce_weight and label_smoothing. CE says that ce_weight is not 0, PROB that the
+    target has probabilities."""
     first, second, temperature, ce_weight, smoothing = weights
     zero = tl.zeros_like(temperature)
     entries = tl.sum(own.to(tl.int32), 0) + x.kept_y.to(tl.int32)
@@ -271,35 +276,50 @@ def resolve(x, own, weights, num_classes, LOSS: tl.constexpr, REST: tl.constexpr
     if REST == RENORMALIZE:
         share = zero + NEG_INF
     one, two, ce, u = zero, zero, zero, zero + 1.0
-    by, by_y, sharp, constant = tl.zeros_like(x.s), zero, zero, zero
+    by, by_y, sharp, constant, of_v = tl.zeros_like(x.s), zero, zero, zero, zero
     distilled: tl.constexpr = LOSS == NKD or LOSS == WSLD
     if distilled or CE:
         s = _side(x.s, zero + NEG_INF, x.sharp, x.top, 1.0)
         p_y, p_rest, factor, log_z, nll, _l = _split(x.s_y, s.top, s.total, 1.0)
-        by_p = zero
+        by_p, of_labels, rest_of_labels = zero, nll, zero
+        if PROB:
+            rest_of_labels = x.v_rest + tl.sum(x.v, 0)
+            v_cross = x.v_cross + _times(x.v_rest, x.top - s.top) + tl.sum(_times(x.v, x.s - s.top), 0)
+            of_labels = _times(x.v_y, nll) + _times(rest_of_labels, log_z) - v_cross
         if CE:
             logits = tl.sum(tl.where(own, x.s - s.top, 0.0), 0) + x.linear - x.number * s.top
             everything = nll + (num_classes - 1) * log_z - logits
             uniform = smoothing / num_classes
-            ce = ce_weight * (times(1.0 - smoothing, nll) + tl.where(smoothing == 0.0, 0.0, uniform * everything))
+            ce = ce_weight * (times(1.0 - smoothing, of_labels) + tl.where(smoothing == 0.0, 0.0, uniform * everything))
             others, label = smoothing - uniform, (1.0 - smoothing) + uniform
             by_p = ce_weight * factor
+            if PROB:
+                others += (1.0 - smoothing) * rest_of_labels
+                label = (1.0 - smoothing) * x.v_y + uniform
+                by_p = ce_weight * (others + label) * factor
+                of_v = ce_weight * (1.0 - smoothing)
             constant = -ce_weight * uniform
             by_y = ce_weight * (p_y * others - label * p_rest)
         if distilled:
             outside = x.number + tl.where(x.kept_y, 0.0, 1.0)
             t = _side(x.t, x.t_y, outside, share, 1.0)
-            log_q = _log_softmax(tl.where(x.kept_y, x.t_y, share), t, 1.0)
+            log_outside = _log_softmax(share, t, 1.0)
             if REST == DROP or REST == RENORMALIZE:
-                log_q = tl.where(x.kept_y, log_q, tl.where(t.total == t.total, NEG_INF, t.total))
+                log_outside = tl.where(t.total == t.total, NEG_INF, t.total)
+            log_q = tl.where(x.kept_y, _log_softmax(x.t_y, t, 1.0), log_outside)
             if LOSS == NKD:
                 q = tl.exp(log_q)
                 one = times(q, nll)
                 by_p += q * factor
                 by_y -= q * p_rest
             else:
-                u = tl.where(nll == INF, 1.0, one_minus_exp(nll / (1e-7 - log_q)))
+                if PROB:
+                    log_q = _times(x.v_y, log_q) + _times(x.v_rest, log_outside)
+                    log_q += tl.sum(_times(x.v, _log_softmax(x.t, t, 1.0)), 0)
+                u = tl.where(of_labels == INF, 1.0, one_minus_exp(of_labels / (1e-7 - log_q)))
         by = by_p * s.e + constant
+        if PROB:
+            by -= of_v * x.v
         sharp = by_p * s.moved
     if LOSS == NKD or LOSS == DKD:
         weight, alpha = (first if LOSS == NKD else second) * temperature, first
@@ -314,5 +334,7 @@ def resolve(x, own, weights, num_classes, LOSS: tl.constexpr, REST: tl.constexpr
     # No class of the teacher can occur: all kept ones have probability 0, and the others have no share.
     missing = tl.maximum(tl.maximum(tl.max(x.t, 0), x.t_y), share) == NEG_INF
     nan = tl.where(missing, float("nan"), 0.0).to(tl.float64)
+    if PROB:  # a NaN among the labels reaches loss and gradient, whatever the weights
+        nan += 0.0 * (x.v_y + x.v_rest + tl.sum(x.v, 0))
     one, two, ce, by, by_y, soft = one + nan, two + nan, ce + nan, by + nan, by_y + nan, soft + nan
-    return one, two, ce, by, by_y, soft, sharp, constant
+    return one, two, ce, by, by_y, soft, sharp, constant, of_v

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_kd.backends.triton import layout
+from fused_kd.backends.triton import layout, replay
 from fused_kd.backends.triton.launch import Launch, acc_types, planned, run
 from fused_kd.backends.triton.plans.common import zero_padding
 from fused_kd.backends.triton.plans.rows import kernel_weights, variant
@@ -28,9 +28,10 @@ class Rows(NamedTuple):
     student: Tensor  # (N, columns)
     log_probs: Tensor  # (N, k)
     indices: Tensor  # (N, k)
-    target: Tensor  # (N,), contiguous
+    target: Tensor  # (N,), contiguous: the likeliest class of probabilities
+    labels: Tensor | None  # (N, columns), probability targets
     factors: Tensor | None
-    marks: Tensor  # (N, words), a bit for each class
+    marks: Tensor  # (N, words), a bit for each class; mark_kept clears them first
     state: Tensor  # (N,)
     found: Tensor  # (5 + k, N) float64
     first_class: int
@@ -50,22 +51,32 @@ def topk_loss(
     """See :func:`fused_kd.backends.topk.row_loss`."""
     rows, device = student.shape[0], student.device
     first, classes, exchange = piece or (0, student.shape[1], None)
-    given = Rows(
-        student, log_probs, indices, target.contiguous(), factors,
-        torch.zeros((rows, words_of(classes)), dtype=torch.int32, device=device),
-        torch.empty(rows, dtype=torch.int32, device=device),
-        torch.empty((TOPK_FIELDS + indices.shape[1], rows), dtype=torch.float64, device=device),
-        first, classes,
-    )  # fmt: skip
+    labels = None
+    if target.is_floating_point():
+        labels, target, options = target, target.argmax(1), options._replace(ignore_index=-1)
+    inputs = (student, log_probs, indices, target.contiguous(), labels, factors)
     dtype = accumulation_dtype(student, log_probs)
     loss, parts = student.new_empty(rows, dtype=dtype), student.new_empty((3, rows), dtype=dtype)
     gradient = empty_gradient(student, options.padding) if options.wanted[0] else None
-    launches = plan_topk(given, rest, options, (loss, parts, gradient))
+    made = (loss, parts, gradient)
+
+    def given() -> Rows:
+        return Rows(
+            *inputs,
+            torch.empty((rows, words_of(classes)), dtype=torch.int32, device=device),
+            torch.empty(rows, dtype=torch.int32, device=device),
+            torch.empty((TOPK_FIELDS + indices.shape[1], rows), dtype=torch.float64, device=device),
+            first,
+            classes,
+        )
+
     if exchange is None:
-        run(launches, device)
+        replay.run("topk_loss", inputs, made, (rest, options), lambda: plan_topk(given(), rest, options, made))
     else:
+        rows_given = given()
+        launches = plan_topk(rows_given, rest, options, made)
         run(launches[:2], device)
-        given.found.copy_(exchange([given.found]))
+        rows_given.found.copy_(exchange([rows_given.found]))
         run(launches[2:], device)
     if gradient is not None:
         zero_padding(gradient, options)
@@ -80,7 +91,7 @@ def words_of(classes: int) -> int:
 def plan_topk(given: Rows, rest: str, options: Options, made: tuple[Tensor, Tensor, Tensor | None]) -> list[Launch]:
     """Plan the launches that fill ``made``: the loss, its parts and the gradient, None if not wanted. Processes
     exchange the second launch's results before the third."""
-    student, log_probs, indices, target, factors, marks, state, found, first_class, num_classes = given
+    student, log_probs, indices, target, labels, factors, marks, state, found, first_class, num_classes = given
     loss, parts, gradient = made
     (rows, columns), kept, words = student.shape, indices.shape[1], marks.shape[1]
     hyper, ce = options.hyper, options.hyper.ce_weight != 0.0
@@ -101,8 +112,11 @@ def plan_topk(given: Rows, rest: str, options: Options, made: tuple[Tensor, Tens
         "num_warps": config.warps,
         "maxnreg": config.registers,
     }
-    span = (rows, columns, first_class, words, kept, *student.stride(), *indices.stride(), hyper.temperature)
-    coefficients = loss.new_empty((4, rows) if gradient is not None else 0)
+    of_labels = None if labels is None else found.new_empty((2, rows))
+    label_strides = (0, 0) if labels is None else labels.stride()
+    strides = (*student.stride(), *indices.stride(), *label_strides)
+    span = (rows, columns, first_class, words, kept, *strides, hyper.temperature)
+    coefficients = loss.new_empty((5, rows) if gradient is not None else 0)
     kept_gradient = loss.new_empty((kept + 1, rows) if gradient is not None else 0)
     first, second, temperature, ce_weight, smoothing = kernel_weights(options.loss, hyper, num_classes)
     launches = [
@@ -114,12 +128,15 @@ def plan_topk(given: Rows, rest: str, options: Options, made: tuple[Tensor, Tens
             ),
             few,
         ),
-        planned("rest_statistics", rows, (student, marks, state, target, indices, found, *span), walk),
+        planned(
+            "rest_statistics", rows, (student, marks, state, target, indices, found, labels, of_labels, *span), walk
+        ),
         planned(
             "resolve_kept", rows,
             (
-                found, state, target, indices, log_probs, factors, loss, parts, coefficients, kept_gradient, rows,
-                num_classes, kept, *indices.stride(), *log_probs.stride(), temperature, first, second, ce_weight,
+                found, state, target, indices, log_probs, factors, loss, parts, coefficients, kept_gradient,
+                labels, of_labels, rows, num_classes, kept, *indices.stride(), *log_probs.stride(), *label_strides,
+                temperature, first, second, ce_weight,
                 smoothing, options.scales[0],
             ),
             few | {
@@ -130,6 +147,6 @@ def plan_topk(given: Rows, rest: str, options: Options, made: tuple[Tensor, Tens
     ]  # fmt: skip
     if gradient is not None:
         padding = options.padding or None
-        arguments = (student, marks, state, target, indices, coefficients, kept_gradient, gradient, padding, *span)
-        launches.append(planned("rest_gradient", rows, arguments, walk))
+        arguments = (student, marks, state, target, indices, coefficients, kept_gradient, labels, gradient, padding)
+        launches.append(planned("rest_gradient", rows, (*arguments, *span), walk))
     return launches
