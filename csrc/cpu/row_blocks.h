@@ -169,16 +169,51 @@ FKD_INLINE Vec<A> sharpen(Vec<A> e, Vec<A> exponent, int squarings, A ratio) {
     return e;
 }
 
+// A block of a row: its logits, its labels if they are probabilities, and the largest logits but the target's.
+template <class A>
+struct Block {
+    const A *s, *t, *v;
+    A s_largest, t_largest;
+};
+
+template <class A, Mode mode>
+FKD_INLINE Block<A> read_block(const RowArgs& args, int64_t row, int64_t j, int64_t n, int64_t y, bool with_probs,
+                               const Scratch<A>& scratch) {
+    const Matrix &student = args.student, &teacher = args.teacher;
+    const Without<1> without = {{y}};
+    Block<A> out = {};
+    if (with_probs) out.v = read(args.target, row, j, n, scratch.probs);
+    if constexpr (kHalfVectors && sizeof(A) == 4 && mode != kAlone) {
+        // One loop converts and finds the largest.
+        const auto convert_both = [&](auto format) {
+            typedef decltype(format) Format;
+            const auto half = [&](const Matrix& m) { return reinterpret_cast<const uint16_t*>(element(m, row, j)); };
+            out.s = scratch.student;
+            out.t = scratch.teacher;
+            out.s_largest = half_to_float<Format>(half(student), n, without, scratch.student);
+            out.t_largest = half_to_float<Format>(half(teacher), n, without, scratch.teacher);
+        };
+        if (student.dtype == teacher.dtype && student.col_stride == 1 && teacher.col_stride == 1) {
+            if (student.dtype == kBFloat16) convert_both(BFloat16{});
+            if (student.dtype == kFloat16) convert_both(Float16{});
+            if (out.s) return out;
+        }
+    }
+    out.s = read(student, row, j, n, scratch.student);
+    out.t = mode == kAlone ? out.s : read(teacher, row, j, n, scratch.teacher);
+    block_max<A>(out.s, out.t, n, without, out.s_largest, out.t_largest);
+    return out;
+}
+
 template <class A, bool single, bool careful, Mode mode>
-FKD_INLINE void block_stats(const A* s, const A* t, const A* v, int64_t n, int64_t y, const Scales& k,
-                            const RowNeeds& needs, const RowMoments* moments, A* e_soft, A* e_sharp, A* e_raw, A* e_t,
-                            Statistics& out) {
+FKD_INLINE void block_stats(const Block<A>& block, int64_t n, int64_t y, const Scales& k, const RowNeeds& needs,
+                            const RowMoments* moments, A* e_soft, A* e_sharp, A* e_raw, A* e_t, Statistics& out) {
+    const A *const s = block.s, *const t = block.t, *const v = block.v;
+    const A s_largest = block.s_largest, t_largest = block.t_largest;
     // Pointwise losses need fine exponentials: they take logarithms of them, and then differences.
     constexpr bool general = is_general(mode), alone = mode == kAlone, pointwise = mode == kPointwise;
     const bool divergence = mode == kDivergence || (mode == kGeneral && needs.divergence);
     const bool teacher_sharp = mode == kCross || (mode == kGeneral && !needs.divergence);
-    A s_largest, t_largest;
-    block_max<A>(s, t, n, Without<1>{{y}}, s_largest, t_largest);
     const Shift<A, careful> s_shift(finite_or_zero(s_largest), k.soft_s), t_shift(finite_or_zero(t_largest), k.soft_t);
     out.s_max = s_shift.origin;
     out.t_max = t_shift.origin;

@@ -135,14 +135,12 @@ FKD_NOINLINE RowResult row_pass(const RowArgs& args, const Plan& plan, const Scr
     for (int64_t i = 0; i < count && !again; ++i) {
         const int64_t j = i * kBlock<A>;
         const int64_t n = block_length<A>(classes, j);
-        const A* s = read(args.student, row, j, n, scratch.student);
-        const A* t = mode == kAlone ? s : read(args.teacher, row, j, n, scratch.teacher);
-        const A* v = with_probs ? read(args.target, row, j, n, scratch.probs) : nullptr;
         // Without a gradient the exponentials are not needed again: overwrite the same few cache lines.
         const int64_t at = wanted || (pointwise && !args.only_origins) ? j : 0;
-        block_stats<A, single, careful, mode>(
-            s, t, v, n, y - j, scales, needs, params.standardize ? &s_moments : nullptr, e_soft + at,
-            scratch.e_sharp + at, scratch.e_raw + at, scratch.e_t + at, scratch.blocks[i]);
+        block_stats<A, single, careful, mode>(read_block<A, mode>(args, row, j, n, y - j, with_probs, scratch), n,
+                                              y - j, scales, needs, params.standardize ? &s_moments : nullptr,
+                                              e_soft + at, scratch.e_sharp + at, scratch.e_raw + at, scratch.e_t + at,
+                                              scratch.blocks[i]);
     }
     const bool here = y >= 0 && y < classes;
     Statistics merged;

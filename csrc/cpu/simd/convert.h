@@ -22,6 +22,7 @@ FKD_INLINE uint32_t bits_of_float(float x) {
 
 struct BFloat16 {
     typedef uint16_t Storage;
+    static constexpr bool kBFloat = true;
     static FKD_INLINE float load(uint16_t h) { return float_of_bits(uint32_t(h) << 16); }
     static FKD_INLINE uint16_t store(float x) {
         const uint32_t bits = bits_of_float(x);
@@ -32,6 +33,7 @@ struct BFloat16 {
 
 struct Float16 {
     typedef uint16_t Storage;
+    static constexpr bool kBFloat = false;
     static FKD_INLINE float load(uint16_t h) {
         // Multiplying by 2^112 raises the exponent, also correctly for subnormals; inf and NaN need their own case.
         const uint32_t magnitude = (uint32_t(h) & 0x7fffu) << 13;
@@ -80,56 +82,84 @@ FKD_INLINE void put(const A* in, int64_t n, void* base) {
 // 16-bit floats by vector instructions, with a prefetch for the next calls. Return how many elements were converted.
 constexpr int64_t kAhead = 2048;
 
+#if defined(__AVX512F__) || (defined(__F16C__) && defined(__AVX2__))
+constexpr bool kHalfVectors = true;
+
 #if defined(__AVX512F__)
-#define FKD_HALF_LANES 16
-#define FKD_LOAD_HALF(p) _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))
-#define FKD_LOAD_BFLOAT(p)                                                                                             \
-    _mm512_castsi512_ps(                                                                                               \
-        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16))
-#define FKD_STORE_FLOATS(p, v) _mm512_storeu_ps(p, v)
-#elif defined(__F16C__) && defined(__AVX2__)
-#define FKD_HALF_LANES 8
-#define FKD_LOAD_HALF(p) _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))
-#define FKD_LOAD_BFLOAT(p)                                                                                             \
-    _mm256_castsi256_ps(                                                                                               \
-        _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16))
-#define FKD_STORE_FLOATS(p, v) _mm256_storeu_ps(p, v)
+typedef __m256i Halves;
+FKD_INLINE Halves load_halves(const uint16_t* p, AllLanes) {
+    return _mm256_loadu_si256(reinterpret_cast<const Halves*>(p));
+}
+FKD_INLINE Halves load_halves(const uint16_t* p, const SomeLanes<float>& lanes) {
+    return _mm256_maskz_loadu_epi16(__mmask16((1u << lanes.count) - 1u), p);
+}
+template <bool bfloat>
+FKD_INLINE FloatVec widen(Halves x) {
+    if (bfloat) return (FloatVec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16);
+    return (FloatVec)_mm512_cvtph_ps(x);
+}
+#else
+typedef __m128i Halves;
+FKD_INLINE Halves load_halves(const uint16_t* p, AllLanes) {
+    return _mm_loadu_si128(reinterpret_cast<const Halves*>(p));
+}
+FKD_INLINE Halves load_halves(const uint16_t* p, const SomeLanes<float>& lanes) {
+    if (lanes.count >= kLanes<float>) return load_halves(p, AllLanes{});
+    Halves halves = {};
+    __builtin_memcpy(&halves, p, sizeof(uint16_t) * size_t(lanes.count));
+    return halves;
+}
+template <bool bfloat>
+FKD_INLINE FloatVec widen(Halves x) {
+    if (bfloat) return (FloatVec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16);
+    return (FloatVec)_mm256_cvtph_ps(x);
+}
 #endif
 
-FKD_INLINE int64_t half_to_float_vectors(const uint16_t* p, int64_t n, float* out) {
-    int64_t j = 0;
-#if defined(FKD_HALF_LANES)
-    for (; j + FKD_HALF_LANES <= n; j += FKD_HALF_LANES) {
-        __builtin_prefetch(p + j + kAhead);
-        FKD_STORE_FLOATS(out + j, FKD_LOAD_HALF(p + j));
-    }
-    // The remaining elements, and so a single target, use the same instruction: Float16 converts subnormals the same
-    // way only while PyTorch does not flush them to zero (torch.set_flush_denormal).
-    if (j < n) {
-        uint16_t halves[FKD_HALF_LANES] = {};
-        float floats[FKD_HALF_LANES];
-        __builtin_memcpy(halves, p + j, sizeof(uint16_t) * size_t(n - j));
-        FKD_STORE_FLOATS(floats, FKD_LOAD_HALF(halves));
-        __builtin_memcpy(out + j, floats, sizeof(float) * size_t(n - j));
-        j = n;
-    }
-#else
-    (void)p, (void)n, (void)out;
-#endif
-    return j;
+// The remaining elements, and so a single target, use the same instruction: Float16 converts subnormals the same way
+// only while PyTorch does not flush them to zero (torch.set_flush_denormal).
+template <class Format, class Lanes>
+FKD_INLINE FloatVec load_half(const uint16_t* p, const Lanes& lanes) {
+    return widen<Format::kBFloat>(load_halves(p, lanes));
 }
 
-FKD_INLINE int64_t bfloat_to_float_vectors(const uint16_t* p, int64_t n, float* out) {
-    int64_t j = 0;
-#if defined(FKD_HALF_LANES)
-    for (; j + FKD_HALF_LANES <= n; j += FKD_HALF_LANES) {
+template <class Format>
+FKD_INLINE int64_t half_to_float(const uint16_t* p, int64_t n, float* out) {
+    for_lanes<float>(n, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
         __builtin_prefetch(p + j + kAhead);
-        FKD_STORE_FLOATS(out + j, FKD_LOAD_BFLOAT(p + j));
-    }
+        store(out + j, load_half<Format>(p + j, lanes), lanes);
+    });
+    return n;
+}
+
+// Converts, and returns the largest element but those left out.
+template <class Format, int K>
+FKD_NOINLINE float half_to_float(const uint16_t* p, int64_t n, const Without<K>& without, float* out) {
+    FloatVec max = splat<float>(-INFINITY);
+    const FloatVec lowest = max;
+    for_lanes<float>(n, without, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
+        __builtin_prefetch(p + j + kAhead);
+        const FloatVec x = load_half<Format>(p + j, lanes);
+        store(out + j, x, lanes);
+        max = max_of(keep(lanes, x, lowest), max);
+    });
+    return max_lanes<float>(max);
+}
 #else
-    (void)p, (void)n, (void)out;
+constexpr bool kHalfVectors = false;
+
+template <class Format>
+FKD_INLINE int64_t half_to_float(const uint16_t*, int64_t, float*) {
+    return 0;
+}
+template <class Format, int K>
+FKD_INLINE float half_to_float(const uint16_t*, int64_t, const Without<K>&, float*) {
+    return 0;
+}
 #endif
-    return j;
+template <class Format>
+FKD_INLINE int64_t half_to_float(const uint16_t*, int64_t, double*) {
+    return 0;
 }
 
 FKD_INLINE int64_t float_to_half_vectors(const float* in, int64_t n, uint16_t* p) {
@@ -170,12 +200,6 @@ FKD_INLINE int64_t float_to_bfloat_vectors(const float*, int64_t, uint16_t*) {
 }
 #endif
 
-FKD_INLINE int64_t bfloat_to_float_vectors(const uint16_t*, int64_t, double*) {
-    return 0;
-}
-FKD_INLINE int64_t half_to_float_vectors(const uint16_t*, int64_t, double*) {
-    return 0;
-}
 FKD_INLINE int64_t float_to_half_vectors(const double*, int64_t, uint16_t*) {
     return 0;
 }
@@ -204,11 +228,11 @@ FKD_NOINLINE void convert(const void* p, DType dtype, int64_t stride, int64_t n,
         gather<Native<double>>(p, stride, n, out);
         break;
     case kBFloat16:
-        if (stride == 1) done = bfloat_to_float_vectors(half, n, out);
+        if (stride == 1) done = half_to_float<BFloat16>(half, n, out);
         gather<BFloat16>(half + done * stride, stride, n - done, out + done);
         break;
     default:
-        if (stride == 1) done = half_to_float_vectors(half, n, out);
+        if (stride == 1) done = half_to_float<Float16>(half, n, out);
         gather<Float16>(half + done * stride, stride, n - done, out + done);
     }
 }
