@@ -81,18 +81,7 @@ def test_classes_that_cannot_occur(kernels, loss, rest, temperature):
 
 @pytest.mark.parametrize(("loss", "rest"), FUSED)
 def test_labels_of_classes_that_cannot_occur(kernels, loss, rest):
-    """A class at -inf, in the rest or kept, with a label or without; and a NaN among the labels."""
-    problem = make(loss, rest, 2100, 5, rows=7, temperature=2.0, ce_weight=0.5, labels=True)
-    student, labels, indices = problem.student, problem.target, problem.indices
-    outside = [next(j for j in range(2100) if j not in indices[i] and labels[i, j] == 0) for i in range(7)]
-    student[0, outside[0]] = student[1, outside[1]] = student[2, indices[2, 0]] = -torch.inf
-    labels[1, outside[1]], labels[1, labels[1].argmax()] = 0.2, labels[1].max() - 0.2
-    assert_same(kernels, problem)
-    assert (run(kernels, problem)[2][student == -torch.inf] == 0).all()
-    labels[3, outside[3]] = labels[4, indices[4, 1]] = torch.nan
-    value, _, gradient = run(kernels, problem)
-    assert value.isnan().tolist() == gradient.isnan().any(1).tolist() == [False] * 3 + [True] * 2 + [False] * 2
-    assert gradient[[3, 4]].isnan().all()
+    topk_cases.check_impossible_labels(kernels, loss, rest, 2100)
 
 
 @pytest.mark.parametrize(("loss", "rest"), FUSED)

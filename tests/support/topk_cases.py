@@ -139,3 +139,18 @@ def assert_within_eager_error(kernels, problem, dtype, unit=1.0, widths=()):
         errors = [check.relative_error(each, right.double()) for each in (ours, eager)]
         budget = max(errors[1], unit * torch.finfo(dtype).eps if place == 2 else 0.0)
         assert errors[0] <= budget + slack, (place, errors)
+
+
+def check_impossible_labels(kernels, loss, rest, classes):
+    """A class at -inf, in the rest or kept, with a label or without; and a NaN among the labels."""
+    problem = make(loss, rest, classes, 5, rows=7, temperature=2.0, ce_weight=0.5, labels=True)
+    student, labels, indices = problem.student, problem.target, problem.indices
+    outside = [next(j for j in range(classes) if j not in indices[i] and labels[i, j] == 0) for i in range(7)]
+    student[0, outside[0]] = student[1, outside[1]] = student[2, indices[2, 0]] = -torch.inf
+    labels[1, outside[1]], labels[1, labels[1].argmax()] = 0.2, labels[1].max() - 0.2
+    assert_same(kernels, problem)
+    assert (run(kernels, problem)[2][student == -torch.inf] == 0).all()
+    labels[3, outside[3]] = labels[4, indices[4, 1]] = torch.nan
+    value, _, gradient = run(kernels, problem)
+    assert value.isnan().tolist() == gradient.isnan().any(1).tolist() == [False] * 3 + [True] * 2 + [False] * 2
+    assert gradient[[3, 4]].isnan().all() and gradient[[0, 1, 2, 5, 6]].isfinite().all()

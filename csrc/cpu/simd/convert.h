@@ -152,10 +152,6 @@ template <class Format>
 FKD_INLINE int64_t half_to_float(const uint16_t*, int64_t, float*) {
     return 0;
 }
-template <class Format, int K>
-FKD_INLINE float half_to_float(const uint16_t*, int64_t, const Without<K>&, float*) {
-    return 0;
-}
 #endif
 template <class Format>
 FKD_INLINE int64_t half_to_float(const uint16_t*, int64_t, double*) {

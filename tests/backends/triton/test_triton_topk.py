@@ -5,7 +5,7 @@ import torch
 
 from fused_kd.backends import triton as backend
 from fused_kd.reference import topk
-from tests.support.topk_cases import FUSED, assert_same, assert_within_eager_error, make, run
+from tests.support.topk_cases import FUSED, assert_same, assert_within_eager_error, check_impossible_labels, make, run
 
 pytest.importorskip("triton")
 pytestmark = [
@@ -76,17 +76,7 @@ def test_classes_that_cannot_occur(loss, rest, temperature):
 
 @pytest.mark.parametrize(("loss", "rest"), [("nkd", "bucket"), ("wsld", "uniform")])
 def test_labels_of_classes_that_cannot_occur(loss, rest):
-    """A class at -inf, in the rest or kept, with a label or without; and a NaN among the labels."""
-    problem = make(loss, rest, 210, 5, rows=7, temperature=2.0, ce_weight=0.5, labels=True)
-    student, labels, indices = problem.student, problem.target, problem.indices
-    outside = [next(j for j in range(210) if j not in indices[i] and labels[i, j] == 0) for i in range(7)]
-    student[0, outside[0]] = student[1, outside[1]] = student[2, indices[2, 0]] = -torch.inf
-    labels[1, outside[1]], labels[1, labels[1].argmax()] = 0.2, labels[1].max() - 0.2
-    assert_same(backend, problem)
-    labels[3, outside[3]] = labels[4, indices[4, 1]] = torch.nan
-    value, _, gradient = run(backend, problem)
-    assert value.isnan().tolist() == [False] * 3 + [True] * 2 + [False] * 2
-    assert gradient[[3, 4]].isnan().all() and gradient[[0, 1, 2, 5, 6]].isfinite().all()
+    check_impossible_labels(backend, loss, rest, 210)
 
 
 @pytest.mark.parametrize("rest", topk.RESTS)
