@@ -51,7 +51,7 @@ TEACHER_SEED = 100
 #: The baseline is also trained this many times as long, with this many of the seeds.
 LONGER, LONGER_SEEDS = 2, 3
 #: Number of the seeds that ablations use.
-ABLATION_SEEDS = 3
+ABLATION_SEEDS = 5
 
 
 @dataclass(frozen=True)
