@@ -45,6 +45,8 @@ from fused_kd.reference import accumulation_dtype
 LOSS_OPS: dict[str, tuple[Any, Any]] = {}
 #: For each forward op, the op that torch.export records in its place.
 EXPORTED_OPS: dict[Any, Any] = {}
+#: The function of each op.
+FUNCTIONS: dict[Any, Callable[..., Any]] = {}
 #: An op and its twin: suffix, type of the hyper-parameters, tags.
 _TWINS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("", "float[]", ()),
@@ -87,7 +89,9 @@ def _register(
     for key in ("CPU", "CUDA"):
         _library.impl(name, function, key)
     torch.library.register_fake(f"fused_kd::{name}", fake, lib=_library)
-    return getattr(torch.ops.fused_kd, name).default
+    op = getattr(torch.ops.fused_kd, name).default
+    FUNCTIONS[op] = function
+    return op
 
 
 def hyper_parameters(hyper: list[float] | Tensor) -> HyperParameters:

@@ -8,6 +8,7 @@ from, and no graph records the kernel's arithmetic. Such a request raises an err
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,12 +41,23 @@ _AUTOGRAD = torch._C.DispatchKey.AutogradCPU
 # Looked up once, because each call of a loss calls them.
 _functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 _is_tracing: Callable[[], bool] = torch._C._is_tracing
+_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _is_legacy_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 
 
 def _special() -> bool:
     """Whether a torch.func transform, forward-mode differentiation or torch.jit's tracer is active."""
     return _functorch_active() or forward_ad._current_level >= 0 or _is_tracing()
+
+
+def unobserved() -> bool:
+    """Whether nothing records or transforms tensor operations, so that a call of an op only calls its function."""
+    return not (torch.compiler.is_compiling() or _special() or _dispatch_modes())
+
+
+def plain(tensor: Any) -> bool:
+    """Whether this is a Tensor, not a subclass, whose memory holds its values, in one piece."""
+    return type(tensor) is Tensor and not (tensor.is_nested or tensor.is_neg() or tensor._is_zerotensor())
 
 
 def _onnx_export() -> bool:
