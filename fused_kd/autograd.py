@@ -186,18 +186,14 @@ def run(call: OpCall, want_parts: bool) -> tuple[Tensor, Tensor | None]:
     if transforms.is_exporting():
         transforms.refuse_onnx()
         op = ops.EXPORTED_OPS[op]  # an export keeps only ops, so this one has an autograd kernel of its own
-    elif saved is None and transforms.unobserved() and all(map(_is_plain, arguments)):
-        return run_function(ops.FUNCTIONS[op], arguments, len(wanted) if any(wanted) else 0, want_parts)
+    elif saved is None and (function := ops.function_for(op, arguments)) is not None:
+        return run_function(function, arguments, len(wanted) if any(wanted) else 0, want_parts)
     elif any(wanted):
         if saved is not None:
             return _DistRows.apply(*logits, op, saved, further)[:2]  # type: ignore[no-any-return,no-untyped-call]
         result = _FusedLoss.apply(op, want_parts, further, *logits)  # type: ignore[no-untyped-call]
         return result if want_parts else (result, None)
     return op(*arguments)[:2]  # type: ignore[no-any-return]
-
-
-def _is_plain(argument: Any) -> bool:
-    return not isinstance(argument, Tensor) or transforms.plain(argument)
 
 
 # The C++ apply. The one of torch.autograd.Function looks for transforms first.
@@ -207,9 +203,8 @@ _apply: Any = super(torch.autograd.Function, _FusedLoss).apply
 def run_function(
     function: Callable[..., Any], arguments: Sequence[Any], gradients: int, want_parts: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """As :func:`run`, with an op's function in place of the op, where nothing records or transforms the call: the
-    dispatcher takes a tenth of it. The first ``gradients`` of the arguments are logits that may get one; with 0 none
-    does."""
+    """As :func:`run`, with an op's function in place of the op. The first ``gradients`` of the arguments are logits that
+    may get one; with 0 none does."""
     if not gradients:
         with torch.no_grad():
             loss, parts, *_ = function(*arguments)

@@ -28,7 +28,7 @@ gradient there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -92,6 +92,13 @@ def _register(
     op = getattr(torch.ops.fused_kd, name).default
     FUNCTIONS[op] = function
     return op
+
+
+def function_for(op: Any, arguments: Sequence[Any]) -> Callable[..., Any] | None:
+    """Return the op's function if the op would only call it, else None. The dispatcher takes a tenth of a short call."""
+    if transforms.unobserved() and all(not isinstance(each, Tensor) or transforms.plain(each) for each in arguments):
+        return FUNCTIONS[op]
+    return None
 
 
 def hyper_parameters(hyper: list[float] | Tensor) -> HyperParameters:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_kd import autograd
+from fused_kd import autograd, ops
 from fused_kd.core import transforms
 from fused_kd.core.source_rows import SourceRows
 from fused_kd.source_ops import SOURCE_LOSS, SOURCE_USKD, SOURCE_USKD_BATCH_SUMS
@@ -101,8 +101,11 @@ def _apply(
     further = (None, *inputs, numbers, *options, reduction, wanted, backend)
     if not any(wanted):
         return op(*tensors, *further)[:2]  # type: ignore[no-any-return]
-    function = _SourceRowsLoss if reduction == "none" else _SourceLoss
-    result = function.apply(op, want_parts, further, *tensors)  # type: ignore[no-untyped-call]
+    if reduction == "none":
+        result = _SourceRowsLoss.apply(op, want_parts, further, *tensors)  # type: ignore[no-untyped-call]
+    else:
+        function = ops.function_for(op, (*tensors, *further)) or op
+        result = _SourceLoss.apply(function, want_parts, further, *tensors)  # type: ignore[no-untyped-call]
     return result if want_parts else (result, None)
 
 
