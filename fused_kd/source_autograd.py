@@ -68,8 +68,7 @@ class _SourceRowsLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, _grad_parts: Any = None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(transforms.DOUBLE_BACKWARD)
+        transforms.refuse_double_backward()
         saved = ctx.saved_tensors  # once: checkpointing unpacks them only once
         tensors, others = saved[: ctx.count], saved[ctx.count :]
         _, *further = [given if other is None else other for given, other in zip(ctx.further, others, strict=True)]
@@ -102,7 +101,7 @@ def _apply(
     if not any(wanted):
         return op(*tensors, *further)[:2]  # type: ignore[no-any-return]
     function = _SourceRowsLoss if reduction == "none" else _SourceLoss
-    result = function.apply(op, want_parts, further, *tensors)  # type: ignore[no-untyped-call]
+    result = function.apply(op, want_parts, further, *autograd.each_once(tensors))  # type: ignore[no-untyped-call]
     return result if want_parts else (result, None)
 
 
