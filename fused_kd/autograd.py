@@ -64,9 +64,8 @@ class _DistRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        transforms.refuse_double_backward()
         compiling = torch.compiler.is_compiling()
-        if torch.is_grad_enabled() and not compiling:
-            raise RuntimeError(transforms.DOUBLE_BACKWARD)
         *saved, row_weight, hyper = ctx.saved_tensors
         student, teacher, target = (
             each.reshape(-1, each.shape[-1]) if each.is_floating_point() else each for each in saved
@@ -112,11 +111,10 @@ def _stored_gradients(ctx: Any, grad_output: Tensor | None, keep: bool = False) 
 
 def scale_stored(gradient: Tensor, grad_output: Tensor, norm: Tensor, backend: str, keep: bool = False) -> Tensor:
     """Return the stored gradient times the incoming one, in place if nobody can ask for the stored one again."""
+    transforms.refuse_double_backward()
     if torch.compiler.is_compiling():
         result: Tensor = ops.scale_gradient_compiled(gradient, grad_output, norm, backend)
         return result
-    if torch.is_grad_enabled():
-        raise RuntimeError(transforms.DOUBLE_BACKWARD)
     if transforms.wraps_values(grad_output):
         return _scaled(gradient, grad_output, norm)
     if keep:
@@ -191,7 +189,7 @@ def run(call: OpCall, want_parts: bool) -> tuple[Tensor, Tensor | None]:
     elif any(wanted):
         if saved is not None:
             return _DistRows.apply(*logits, op, saved, further)[:2]  # type: ignore[no-any-return,no-untyped-call]
-        result = _FusedLoss.apply(op, want_parts, further, *logits)  # type: ignore[no-untyped-call]
+        result = _FusedLoss.apply(op, want_parts, further, *each_once(logits))  # type: ignore[no-untyped-call]
         return result if want_parts else (result, None)
     return op(*arguments)[:2]  # type: ignore[no-any-return]
 
@@ -211,6 +209,17 @@ def run_function(
         return loss, parts if want_parts else None
     result = _apply(function, want_parts, arguments[gradients:], *arguments[:gradients])
     return result if want_parts else (result, None)
+
+
+def each_once(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Return the tensors, but views of those that came before, as a head's weight that two heads share: the compiler
+    gives a Function no tensor twice."""
+    if len(tensors) == 1 or not torch.compiler.is_compiling():
+        return tensors
+    return [
+        each.view_as(each) if each is not None and any(each is other for other in tensors[:place]) else each
+        for place, each in enumerate(tensors)
+    ]
 
 
 def choose_op(twins: tuple[Any, Any], hyper: list[float]) -> tuple[Any, list[float] | Tensor]:

@@ -37,6 +37,12 @@ def _numbers(hyper: list[float] | Tensor) -> tuple[HyperParameters, list[float]]
     return HyperParameters._make(numbers[:-4]), numbers[-4:]
 
 
+def _refuse(grad_rows: Tensor | None, *tensors: Tensor | None) -> None:
+    if grad_rows is not None:
+        transforms.refuse_create_graph()
+    transforms.refuse_recorded(*(each for each in (grad_rows, *tensors) if each is not None))
+
+
 def _factors(
     row_weight: Tensor | None, grad_rows: Tensor | None, target: Tensor, ignore_index: int, reduction: str
 ) -> Tensor:
@@ -70,7 +76,7 @@ def _source_loss(
     wanted: list[bool],
     backend: str,
 ) -> tuple[Tensor, ...]:
-    transforms.refuse_recorded(*(each for each in (student, weight, bias) if each is not None))
+    _refuse(grad_rows, student, weight, bias)
     named, heads = _numbers(hyper)
     given = SourceRows(student, weight, bias, heads[0], heads[1])
     other = None
@@ -177,9 +183,7 @@ def _source_uskd(
     wanted: list[bool],
     backend: str,
 ) -> tuple[Tensor, ...]:
-    transforms.refuse_recorded(
-        *(each for each in (student, weight, bias, weak, weak_weight, weak_bias) if each is not None)
-    )
+    _refuse(grad_rows, student, weight, bias, weak, weak_weight, weak_bias)
     named, heads = _numbers(hyper)
     given = SourceRows(student, weight, bias, heads[0], heads[1])
     other = SourceRows(weak, weak_weight, weak_bias, heads[2], heads[3])

@@ -104,8 +104,15 @@ def refuse_onnx() -> None:
         raise RuntimeError(_ONNX + _NO_RANKS)
 
 
+def refuse_double_backward() -> None:
+    """Raise a RuntimeError in the backward of a Function if create_graph=True. The compiler, which traces a backward
+    without gradients, needs :func:`refuse_create_graph`; compiled autograd traces it with those of create_graph."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(DOUBLE_BACKWARD)
+
+
 def refuse_create_graph() -> None:
-    """Raise a RuntimeError in a backward pass with create_graph=True.
+    """Raise a RuntimeError in an op of a backward pass with create_graph=True.
 
     A compiled graph's backward then runs as the forward of another function. There PyTorch disables the gradient and
     also forward mode, which an ordinary backward keeps enabled.
