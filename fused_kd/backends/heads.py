@@ -87,7 +87,7 @@ class Products:
         weight = head.weight[:num_classes]
         self.head, self.classes, self.dtype = head, num_classes, dtype
         self.bias = None if head.bias is None else head.bias[:num_classes].to(dtype)
-        self.mixed = _mixes(weight, compute)
+        self.mixed = dtype == torch.float32 and _mixes(weight, compute)  # beside a float64 teacher it is wider
         self.weight = weight.to(compute) if self.mixed and compute is not None else weight
         self.in_place = not head.softcap  # its derivative needs the logits
         self.chunk = head.values.new_empty(0, num_classes, dtype=dtype)

@@ -260,6 +260,9 @@ def test_products_of_halves(dtype, monkeypatch):
         for each, wanted in zip(found[1:], expected[1:], strict=True):
             of_each = torch.finfo(dtype)
             assert (each - wanted).norm() <= 4 * of_each.eps * wanted.norm() + of_each.smallest_normal
+    (*of_student, hidden, weight, bias), target = tensors(dtype)
+    # A float64 teacher makes the logits float64, which no product of halves gives.
+    assert fused_kd.nkd_loss(Head(*of_student), logits(hidden, weight, bias).double(), target).dtype == torch.float64
     weights = [each.float() for each in tensors(dtype)[0]]
     results = []
     for compute in (dtype, None):
