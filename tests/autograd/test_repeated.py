@@ -173,6 +173,9 @@ def test_observed_calls_take_the_ops(recalled):
         call("nkd")
     assert any("fused_kd.row_loss" in name for name in seen)
     assert any("fused_kd.scale_gradient_" in name for name in seen)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call("nkd")
+    assert {"fused_kd::row_loss", "fused_kd::scale_gradient_"} <= {event.key for event in profile.key_averages()}
     logits, target = tensors_of("nkd")
     with pytest.raises(RuntimeError, match=r"torch\.func"):
         torch.func.grad(lambda student: fused_kd.nkd_loss(student, logits[1], target, backend="native"))(logits[0])
