@@ -88,7 +88,7 @@ def _in_core(
         return None
     run = name
     if name == "js":
-        if type(numbers["beta"]) not in (float, int):
+        if not isinstance(numbers["beta"], float) and type(numbers["beta"]) is not int:
             return None  # the checks handle anything else
         run = as_run(name, numbers["beta"])
     if type(tensors[1]) is TopK:

@@ -148,7 +148,7 @@ inline bool parse_hyper_parameters(PyObject* named, HyperParameters& out) {
     PyObject *name, *value;
     for (Py_ssize_t at = 0; PyDict_Next(named, &at, &name, &value);) {
         PyObject* const found = PyDict_GetItemWithError(torch_objects().places, name);
-        if (!found || !(PyFloat_CheckExact(value) || PyLong_CheckExact(value))) return false;
+        if (!found || !(PyFloat_Check(value) || PyLong_CheckExact(value))) return false;
         const size_t place = PyLong_AsSize_t(found);
         const double x = PyFloat_AsDouble(value);
         if (!(x >= 0 && x < INFINITY) || (place == kTemperature && x == 0)) {

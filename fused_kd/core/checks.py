@@ -37,7 +37,9 @@ def check_scalar(name: str, value: float, *, positive: bool = False) -> float:
         learned = "; it cannot be learned, as no gradient flows to it" if value.requires_grad else ""
         raise TypeError(f"{name}: expected a Python number, got a Tensor{given}{learned}")
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt, Real)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+        given = type(value).__name__
+        of_numpy = "; torch.compile takes NumPy's numbers for arrays: pass a float" if given == "ndarray" else ""
+        raise TypeError(f"{name}: expected a number, got {given}{of_numpy}")
     wanted = "a finite number above 0" if positive else "a finite number of at least 0"
     # float() would raise too, but torch.compile takes that error for one of its own.
     if isinstance(value, Rational) and not -sys.float_info.max <= value <= sys.float_info.max:
@@ -187,9 +189,8 @@ def class_dimension(student_logits: Tensor, class_dim: int | None, target: Tenso
 
 def padding_hint(student: tuple[int, ...], teacher: tuple[int, ...], dim: int) -> str:
     """Return the end of a message: what to do if logits differ in nothing but the number of classes."""
-    if len(student) != len(teacher) or rows_shape(student, dim) != rows_shape(teacher, dim):
-        return ""
-    return "; if the last classes are padding, leave them out with a slice or num_classes"
+    alike = len(student) == len(teacher) and rows_shape(student, dim) == rows_shape(teacher, dim)
+    return "; if the last classes are padding, leave them out with a slice or num_classes" if alike else ""
 
 
 def rows_shape(shape: tuple[int, ...], dim: int) -> tuple[int, ...]:
@@ -199,14 +200,12 @@ def rows_shape(shape: tuple[int, ...], dim: int) -> tuple[int, ...]:
 
 def _fits(shape: tuple[int, ...], given: Any, name: str = "target") -> str:
     """Return the end of a message: the ``class_dim`` that fits class indices, or a weight per row, if any does."""
-    if not isinstance(given, Tensor) or len(shape) < 3:
-        return ""
-    wanted = tuple(given.shape)
-    kept = name == "target"  # indices may keep a class dimension of size 1
+    wanted = tuple(given.shape) if isinstance(given, Tensor) and len(shape) >= 3 else None
     fitting = [
         dim
         for dim in range(len(shape))
-        if wanted == rows_shape(shape, dim) or (kept and wanted == (*shape[:dim], 1, *shape[dim + 1 :]))
+        if wanted == rows_shape(shape, dim)
+        or (name == "target" and wanted == (*shape[:dim], 1, *shape[dim + 1 :]))  # indices may keep a dimension of 1
     ]
     return f"; the {name}'s shape {wanted} fits class_dim={' or '.join(map(str, fitting))}" if fitting else ""
 

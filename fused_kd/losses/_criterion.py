@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import WRAPPER_ASSIGNMENTS
+from numbers import Real
 from types import FunctionType
 from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar, overload
 
@@ -56,10 +57,12 @@ class Criterion(nn.Module):
             setattr(cls, "forward", own)  # noqa: B010 - mypy allows no plain assignment to a method
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # torch.compile treats a module's int as a constant, so each new value would recompile the graph.
+        # torch.compile takes a module's int for a constant, so that each new value would recompile the graph, and a
+        # number of NumPy for an array.
         counts = name in ("ignore_index", "class_dim", "num_classes")
-        if type(value) is int and not counts and name in self.__dict__.get("_names", ()):
-            with suppress(OverflowError):  # the call raises the error for an int that no float can hold
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        if number and not counts and name in self.__dict__.get("_names", ()):
+            with suppress(OverflowError):  # the call raises the error for a number that no float can hold
                 value = float(value)
         super().__setattr__(name, value)
 

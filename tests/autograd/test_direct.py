@@ -5,6 +5,7 @@ import itertools
 import math
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.compiled_autograd
@@ -174,7 +175,10 @@ def refused(numbers, settings):
     return False
 
 
-VALUES = (0.0, 0, 1, 0.5, 1.0, 2.5, -0.1, -1, math.inf, -math.inf, math.nan, 10**400, True, "1", None, torch.ones(()))
+VALUES = (
+    *(0.0, 0, 1, 0.5, 1.0, 2.5, -0.1, -1, math.inf, -math.inf, math.nan, 10**400, True, "1", None, torch.ones(())),
+    *map(np.float64, (0.5, -0.1, math.inf, math.nan)),
+)
 
 
 @pytest.mark.parametrize(

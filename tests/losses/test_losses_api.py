@@ -246,6 +246,15 @@ def test_compiles_whole_and_only_once_more_when_a_hyper_parameter_changes(loss, 
     torch._dynamo.reset()
 
 
+def test_a_number_of_numpy_in_a_compiled_call():
+    """There it is an array, which the error says."""
+    student, teacher = torch.randn(2, 2, 3)
+    torch._dynamo.reset()
+    compiled = torch.compile(fused_kd.kd_loss, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"temperature: expected a number, got ndarray; .*: pass a float"):
+        compiled(student, teacher, temperature=np.float64(2.0))
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_modules_compile_only_once_more_when_hyper_parameters_change(loss):
     """Floats and whole numbers, set by hand, and what a callable returns."""
@@ -261,7 +270,10 @@ def test_modules_compile_only_once_more_when_hyper_parameters_change(loss):
     scheduled = getattr(fused_kd, LOSSES[loss].module)(
         *([5, 9] if loss == "uskd" else ()), label_smoothing=lambda: 0.1 * epoch.now, ce_weight=lambda: epoch.now
     )
-    for changing, values in ((module, [2.0, 3, 4, 5.5, 6]), (scheduled, [2.0, 3.0, 4.0, 5.5, 6.0])):
+    for changing, values in (
+        (module, [2.0, 3, np.float64(4.0), 5.5, np.float32(6.0)]),
+        (scheduled, [2.0, 3.0, 4.0, 5.5, 6.0]),
+    ):
         counter = torch._dynamo.testing.CompileCounter()
         torch._dynamo.reset()
         compiled = torch.compile(changing, backend=counter, fullgraph=True)
