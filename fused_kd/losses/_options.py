@@ -133,10 +133,8 @@ def normalized_weight(
     settings["reduction"] = "sum"
     dtype = reference.widest_dtype(target)
     rows = target.new_ones(target.shape[:1], dtype=dtype) if weight is None else weight.to(dtype)
-    if isinstance(normalizer, Tensor):
-        divisor = normalizer.to(rows.device, dtype, non_blocking=True)
-    else:
-        divisor = rows.new_ones(()) * normalizer  # a copy to a GPU would wait
+    # A copy to a GPU would wait, or a CUDA graph would read its source again. PyTorch passes CPU scalars by value.
+    divisor = rows.new_ones(()) * (normalizer.to(dtype) if isinstance(normalizer, Tensor) else normalizer)
     return torch.where(divisor == 0, 0.0, rows / divisor)
 
 

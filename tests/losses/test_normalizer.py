@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_kd
 from fused_kd.core.catalogue import LOSSES, ROW_LOSSES
@@ -46,6 +47,24 @@ def test_zero_is_allowed(loss, backend):
     for normalizer in (0, torch.tensor(0)):
         value, gradient = value_and_gradient(loss, student, others, target, backend=backend, normalizer=normalizer)
         assert value == 0 and not gradient.any()
+
+
+class _NoCopies(TorchDispatchMode):
+    """Raises where a CPU tensor is copied to meta tensors' device."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._to_copy.default or (kwargs or {}).get("device") in (None, args[0].device)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("normalizer", [12.5, torch.tensor(12.5), torch.tensor(12)], ids=str)
+def test_it_is_not_copied_to_the_device(normalizer):
+    """A CUDA graph would record the address of a copy's source, and read it again after that is freed."""
+    student, others, target = make("nkd")
+    student, *others, target = (each.to("meta") for each in (student, *others, target))
+    with _NoCopies():
+        loss = fused_kd.nkd_loss(student, *others, target, normalizer=normalizer, backend="reference")
+    assert loss.dtype == torch.float64
 
 
 def test_half_precision_keeps_small_gradients():
