@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.show.report import replace_block
+from fused_kd.backends.topk import WHOLE
 from fused_kd.core.catalogue import LOSSES, ROW_LOSSES
 
 ROOT = Path(__file__).parents[1]
@@ -17,10 +18,10 @@ class and `Y` the set of targets of a mixed label. A hat means the softmax over 
 Every loss adds `ce_weight` times the ordinary cross-entropy in the same pass. `python -m tools.losses` writes this
 page."""
 SOURCES = """The table shows what a loss accepts in place of a matrix of logits, on the CPU (native) and on a GPU
-(Triton). If there is no kernel for a `TopK`, `auto` takes the reference and warns; so it does for a `TopK` with
-probability targets where processes share the classes. Jensen–Shannon is not defined for
-`rest="drop"`, and DIST is not defined for `"drop"` and `"bucket"`: such a call raises an error. `fused_kd.explain` says
-what runs."""
+(Triton). For a rest in brackets no kernel takes the kept classes: the teacher's rows are made whole, a chunk at a time,
+and the ordinary kernel runs. Where processes share the classes, `auto` then takes the reference and warns; so it does
+there for a `TopK` with probability targets. Jensen–Shannon is not defined for `rest="drop"`, and DIST is not defined
+for `"drop"` and `"bucket"`: such a call raises an error. `fused_kd.explain` says what runs."""
 SHARED = """All losses also take `ignore_index=-100`, `reduction="mean"`, `weight=None` (a tensor, one weight per row),
 `normalizer=None` (a number or tensor that replaces the mean's divisor), `class_dim=None` (the last dimension; required
 for logits of four or more dimensions), `backend="auto"` and `return_parts=False`. All but USKD and Zipf's LS take
@@ -49,16 +50,18 @@ def kernels_table() -> str:
 
 def sources_table() -> str:
     """Markdown table of the sources that each loss accepts in place of logits."""
-    lines = ["| loss | `Head` | `ClassShard`, DTensor | `TopK` teacher, fused for `rest=` |", "|---|---|---|---|"]
+    lines = ["| loss | `Head` | `ClassShard`, DTensor | `TopK` teacher, for `rest=` |", "|---|---|---|---|"]
     for name, loss in LOSSES.items():
         row = ROW_LOSSES.get(name)
         head = "yes" if row or name == "uskd" else "no"
         if row and "columns" in row.needs:
             head = "with `gamma=0`"
         shard = head if row else "no"
-        rests = ", ".join(f"`{rest}`" for rest in row.rests) if row else ""
-        if not rests:
-            rests = "by the reference, with `gamma=0`" if row and "teacher" in row.needs else "no"
+        rests = "no"
+        if row and "teacher" in row.needs:
+            whole = [f"(`{rest}`)" for rest in WHOLE if rest not in row.rests]
+            rests = ", ".join((*(f"`{rest}`" for rest in row.rests), *whole))
+            rests += f", {head}" if head != "yes" else ""
         lines.append(f"| {loss.title} | {head} | {shard} | {rests} |")
     return "\n".join(lines)
 

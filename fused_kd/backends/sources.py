@@ -50,9 +50,12 @@ def run(
     columns = _columns(student, span)
     loss, parts = values.new_empty(count, dtype=dtype), values.new_empty((3, count), dtype=dtype)
     student_maker = maker(student, task.wanted, dtype, columns, task.placement.compute)
-    top_k = teacher is not None and teacher.indices is not None
-    teacher_maker = None
-    if teacher is not None and not top_k:
+    top_k = teacher is not None and teacher.indices is not None and topk.is_fused(options.loss, teacher.rest)
+    teacher_maker: Matrix | Products | topk.WholeRows | None = None
+    if teacher is not None and teacher.indices is not None and not top_k:
+        topk.check_indices(teacher.indices, columns, task.factors[0] != 0, teacher.rest)
+        teacher_maker = topk.WholeRows(teacher, dtype, columns)
+    elif teacher is not None and not top_k:
         teacher_maker = maker(teacher, _NONE, dtype, columns, task.placement.compute)
     # Not in Triton: a warp of the looped kernel may still read logits that another warp has overwritten.
     in_place = kernels is native and student_maker.in_place and not span.group and not top_k
@@ -117,21 +120,25 @@ def run_uskd(
 
 
 def _chunks(
-    values: Tensor, makers: Sequence[Matrix | Products | None], gradients: int, columns: int, chunk_rows: int
+    values: Tensor,
+    makers: Sequence[Matrix | Products | topk.WholeRows | None],
+    gradients: int,
+    columns: int,
+    chunk_rows: int,
 ) -> Iterator[tuple[int, int]]:
-    """Yield the first row of each chunk, and the row after its last. Beside the logits of heads, a chunk needs memory
-    for ``gradients`` matrices of that size."""
-    heads = [each for each in makers if isinstance(each, Products)]
-    matrices = len(heads) + gradients
-    step = chunk_rows or fitting_rows(values, len(heads), matrices * columns, heads[0].dtype if heads else values.dtype)
+    """Yield the first row of each chunk, and the row after its last. Beside the logits that are made, a chunk needs
+    memory for ``gradients`` matrices of that size."""
+    made = [each for each in makers if each is not None and not isinstance(each, Matrix)]
+    matrices = len(made) + gradients
+    step = chunk_rows or fitting_rows(values, len(made), matrices * columns, made[0].dtype if made else values.dtype)
     for start in range(0, len(values), step):
         yield start, min(start + step, len(values))
 
 
-def fitting_rows(values: Tensor, heads: int, columns: int, dtype: torch.dtype) -> int:
-    """Return the rows of a chunk: all without heads, else as many as the budget allows for this number of ``columns``.
-    Multiples of 16 suit the products."""
-    if not heads:
+def fitting_rows(values: Tensor, made: int, columns: int, dtype: torch.dtype) -> int:
+    """Return the rows of a chunk: all if no logits are ``made``, else as many as the budget allows for this number of
+    ``columns``. Multiples of 16 suit the products."""
+    if not made:
         return max(len(values), 1)
     budget = CHUNK_BYTES.get(values.device.type, CHUNK_BYTES["cuda"])
     rows = int(budget // (columns * dtype.itemsize))

@@ -7,6 +7,9 @@ If processes share the classes, each visits its columns twice. After the first v
 ``(5 + k, N)`` float64. For the classes that are neither kept nor the target these are the largest logit, the sums of
 exponentials relative to it at T and at 1, and the sum of logits. Then come the logits of the target and of the kept
 classes, 0 in a process that does not have them.
+
+For some losses and rests there is no such kernel. Where the loss is the ordinary one with some teacher of all classes,
+:class:`WholeRows` makes that teacher's logits for a chunk of rows, and the ordinary kernel takes them.
 """
 
 from __future__ import annotations
@@ -21,13 +24,31 @@ from fused_kd.core import checks
 from fused_kd.core.catalogue import ROW_LOSSES, as_run
 from fused_kd.core.options import Options, empty_gradient
 from fused_kd.core.pieces import TopKPiece
+from fused_kd.core.source_rows import SourceRows
 from fused_kd.core.transforms import readable
 from fused_kd.reference import accumulation_dtype
-from fused_kd.reference.topk import check_rest, wrong_indices
+from fused_kd.reference.topk import check_rest, dense_teacher, find_kept, wrong_indices
+
+#: The rests with which a loss is the ordinary one, with a teacher of all classes.
+WHOLE = ("renormalize", "uniform")
+
+
+class WholeRows:
+    """The logits of a top-k teacher that has all classes, a chunk of rows at a time."""
+
+    def __init__(self, teacher: SourceRows, dtype: torch.dtype, num_classes: int) -> None:
+        self.teacher, self.dtype, self.num_classes = teacher, dtype, num_classes
+
+    def logits(self, start: int, stop: int) -> Tensor:
+        values, indices = self.teacher.values[start:stop].to(self.dtype), self.teacher.indices
+        assert indices is not None
+        indices = indices[start:stop]
+        kept = find_kept(values, indices, torch.zeros_like(indices[:, :1]), self.num_classes)
+        return dense_teacher(kept, self.teacher.rest, self.num_classes) * kept.valid.unsqueeze(1)
 
 
 def is_fused(loss: str, rest: str) -> bool:
-    """Whether there is a kernel for a loss and a rest. The reference runs the other meaningful ones."""
+    """Whether there is a kernel for the kept classes of a loss and a rest."""
     return loss in ROW_LOSSES and rest in ROW_LOSSES[loss].rests
 
 

@@ -9,16 +9,23 @@ from torch.nn import functional as F
 
 import fused_kd
 from fused_kd import ClassShard, Head, TopK
-from fused_kd.backends import _warned
+from fused_kd.backends import _warned, sources, topk
 from fused_kd.core.catalogue import LOSSES, ROW_LOSSES
+from fused_kd.losses._topk import kernel_or_reference
 
 ROWS, CLASSES, KEPT = 6, 211, 9
 CASES = [(name, rest) for name, loss in ROW_LOSSES.items() for rest in loss.rests]
+#: Without a kernel of kept classes; the teacher's rows are made whole.
+WHOLE = [("js", "uniform"), ("dist", "renormalize"), ("dist", "uniform")]
 OPTIONS = {"temperature": 2.0, "ce_weight": 0.4}
 
 
 def function(loss):
     return getattr(fused_kd, LOSSES[loss].function)
+
+
+def options_of(loss):
+    return OPTIONS | ({"gamma": 0.0} if loss == "dist" else {})
 
 
 def make(dtype=torch.float64, rows=(ROWS,), classes=CLASSES):
@@ -34,7 +41,7 @@ def make(dtype=torch.float64, rows=(ROWS,), classes=CLASSES):
     return hidden, weight, teacher, (log_probs[..., shuffled], indices[..., shuffled]), target
 
 
-@pytest.mark.parametrize(("loss", "rest"), CASES)
+@pytest.mark.parametrize(("loss", "rest"), CASES + WHOLE)
 def test_logits_and_heads(loss, rest):
     """By the kernels, of logits and of a head in chunks, as by the reference, weights and all."""
     hidden, weight, _, kept, target = make()
@@ -45,7 +52,7 @@ def test_logits_and_heads(loss, rest):
         for backend, head in (("reference", False), ("native", False), ("native", True), ("reference", True)):
             of = [each.clone().requires_grad_() for each in (hidden, weight)]
             student = Head(*of, chunk_rows=4) if head else of[0] @ of[1].T
-            options = {"reduction": reduction, "weight": weights, "return_parts": True, **OPTIONS}
+            options = {"reduction": reduction, "weight": weights, "return_parts": True, **options_of(loss)}
             value, parts = function(loss)(student, teacher, target, backend=backend, **options)
             results.append((value.detach(), *parts, *torch.autograd.grad((value * incoming).sum(), of)))
         for found in results[1:]:
@@ -53,17 +60,17 @@ def test_logits_and_heads(loss, rest):
 
 
 @pytest.mark.parametrize("backend", ["native", "triton"])
-@pytest.mark.parametrize(("loss", "rest"), [*CASES, ("js", "uniform"), ("dist", "renormalize")])
+@pytest.mark.parametrize(("loss", "rest"), CASES + WHOLE)
 def test_probability_targets(loss, rest, backend):
     """Mixed labels, one of whose classes may be kept: of logits and of a head in chunks, as by the reference."""
     if backend == "triton":
         pytest.importorskip("triton")
-    if (loss, rest) not in CASES or (backend == "triton" and rest in ("renormalize", "uniform")):
+    if backend == "triton" and rest in ("renormalize", "uniform") and loss not in ("js", "dist"):
         backend = "auto"
     hidden, weight, _, kept, target = make()
     labels = 0.7 * F.one_hot(target.clamp(min=0), CLASSES).double() + 0.3 * F.one_hot(kept[1][:, 0], CLASSES)
     teacher, row_weight = TopK(*kept, rest=rest), torch.rand(ROWS, dtype=torch.float64)
-    options = OPTIONS | ({"gamma": 0.0} if loss == "dist" else {})
+    options = options_of(loss)
     for reduction, weights in (("mean", None), ("sum", row_weight), ("none", None)):
         incoming = torch.linspace(-1, 2, ROWS, dtype=torch.float64) if reduction == "none" else 2.0
         results = []
@@ -137,24 +144,41 @@ def test_padding_of_the_student():
     assert not of_wide[:, CLASSES:].any()
 
 
-def test_what_has_no_kernel_says_so_once():
+@pytest.mark.parametrize(("loss", "rest"), WHOLE)
+def test_rows_are_made_whole_by_chunks(loss, rest, monkeypatch):
+    """The teacher's, where there is no kernel of kept classes: in few rows at a time, and without a warning."""
     hidden, weight, _, kept, target = make()
-    student = hidden @ weight.T
+    student, teacher = (hidden @ weight.T).requires_grad_(), TopK(*kept, rest=rest)
+    made, logits = [], topk.WholeRows.logits
+
+    def counted(self, start, stop):
+        made.append(stop - start)
+        return logits(self, start, stop)
+
+    monkeypatch.setattr(topk.WholeRows, "logits", counted)
+    monkeypatch.setitem(sources.CHUNK_BYTES, "cpu", 4 * CLASSES * 8)  # logits and gradient of two rows
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        value = function(loss)(student, teacher, target, **options_of(loss))
+    exact = function(loss)(student, teacher, target, backend="reference", **options_of(loss))
+    torch.testing.assert_close(torch.autograd.grad(value, student), torch.autograd.grad(exact, student))
+    torch.testing.assert_close(value, exact)
+    assert made == [2, 2, 2]
+
+
+def test_what_has_no_kernel_says_so_once():
     _warned.clear()
-    words = "Jensen–Shannon with a TopK of rest='uniform' by its eager reference"
+    numbers = {"beta": 0.5}
+    words = "Jensen–Shannon with a TopK of rest='uniform', of shared classes, by its eager reference"
     with pytest.warns(RuntimeWarning, match=words) as seen:
-        value = fused_kd.js_loss(student, TopK(*kept, rest="uniform"), target)
+        assert kernel_or_reference("js", "uniform", numbers, ("auto", "native"), True, False) == "reference"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fused_kd.js_loss(student, TopK(*kept, rest="uniform"), target)
+        assert kernel_or_reference("js", "uniform", numbers, ("auto", "native"), True, False) == "reference"
+        assert kernel_or_reference("js", "uniform", {"beta": 0.0}, ("auto", "native"), True, False) == "native"  # KD
     assert len(seen) == 1 and seen[0].filename == __file__
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        expected = fused_kd.js_loss(student, TopK(*kept, rest="uniform"), target, backend="reference")
-        fused_kd.js_loss(student, TopK(*kept, rest="uniform"), target, beta=0.0)  # KD, which has one
-    assert value == expected
     with pytest.raises(RuntimeError, match="backend 'native' cannot run Jensen–Shannon with a TopK of rest='uniform'"):
-        fused_kd.js_loss(student, TopK(*kept, rest="uniform"), target, backend="native")
+        kernel_or_reference("js", "uniform", numbers, ("native", "native"), True, False)
 
 
 def test_compiled_in_one_graph():
@@ -183,6 +207,7 @@ def test_messages(backend):
     twice, far, low = (indices.clone() for _ in range(3))
     twice[2, 1], far[3, 0], low[4, 0] = twice[2, 0], CLASSES, -2
     wrong(log_probs, twice, "indices: expected each class once in a row, got .* twice in row 2")
+    wrong(log_probs, twice, "indices: .* twice in row 2", loss="js", rest="uniform")
     wrong(log_probs, far, "indices: expected .*211", IndexError)
     wrong(log_probs, low, "indices: expected .*-2", IndexError)
     for broken, words in ((twice, "twice in row 2"), (low, "got -2 in row 4")):
@@ -218,6 +243,9 @@ def test_explain_says_what_runs_for_a_source():
     assert "auto takes 'native'" in text and "student: logits by products, a chunk of rows at a time" in text
     assert "teacher: only the kept classes are read" in text
     explanation = fused_kd.explain(hidden, "js", TopK(*kept, rest="uniform"))
+    assert explanation.chosen == "native"
+    assert explanation.how == ("teacher: its rows are made whole, a chunk at a time",)
+    explanation = fused_kd.explain(ClassShard(hidden, 0, 16), "js", TopK(*kept, rest="uniform"))
     assert explanation.chosen == "reference"
     assert "no kernel of Jensen–Shannon for a TopK of rest='uniform'" in explanation.reasons["native"]
     eager = ("the reference makes all logits of all rows at once",)
