@@ -90,8 +90,12 @@ def _register(
     return getattr(torch.ops.fused_kd, name).default
 
 
+def listed(hyper: list[float] | Tensor) -> list[float]:
+    return hyper.tolist() if isinstance(hyper, Tensor) else hyper
+
+
 def hyper_parameters(hyper: list[float] | Tensor) -> HyperParameters:
-    return HyperParameters._make(hyper.tolist() if isinstance(hyper, Tensor) else hyper)
+    return HyperParameters._make(listed(hyper))
 
 
 def _multiply(norm: Tensor, by: Tensor | None) -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.show.report import replace_block
-from fused_kd.core.catalogue import LOSSES, ROW_LOSSES
+from fused_kd.core.catalogue import LOSSES, ROW_LOSSES, has_column_term
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- losses:begin -->", "<!-- losses:end -->"
@@ -51,15 +51,13 @@ def sources_table() -> str:
     """Markdown table of the sources that each loss accepts in place of logits."""
     lines = ["| loss | `Head` | `ClassShard`, DTensor | `TopK` teacher, fused for `rest=` |", "|---|---|---|---|"]
     for name, loss in LOSSES.items():
-        row = ROW_LOSSES.get(name)
-        head = "yes" if row or name == "uskd" else "no"
-        if row and "columns" in row.needs:
-            head = "with `gamma=0`"
-        shard = head if row else "no"
-        rests = ", ".join(f"`{rest}`" for rest in row.rests) if row else ""
-        if not rests:
-            rests = "by the reference, with `gamma=0`" if row and "teacher" in row.needs else "no"
-        lines.append(f"| {loss.title} | {head} | {shard} | {rests} |")
+        yes = "with `gamma=0`" if has_column_term(name) else "yes"
+        cells = [yes if source in loss.sources else "no" for source in ("Head", "ClassShard")]
+        rests = "no"
+        if "TopK" in loss.sources:
+            fused = ", ".join(f"`{rest}`" for rest in ROW_LOSSES[name].rests)
+            rests = fused or f"by the reference, {yes}"
+        lines.append("| " + " | ".join((loss.title, *cells, rests)) + " |")
     return "\n".join(lines)
 
 
