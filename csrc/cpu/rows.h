@@ -67,13 +67,24 @@ FKD_INLINE A finite_or_zero(A x) {
     return x == -INFINITY ? A(0) : x;
 }
 
+// The largest non-target logit of a block; -inf if no class can occur.
+template <class A, int K>
+FKD_INLINE A block_max(const A* s, int64_t n, const Without<K>& y) {
+    Vec<A> max = splat<A>(-INFINITY);
+    const Vec<A> lowest = max;
+    for_lanes<A>(n, y, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
+        max = max_of(keep(lanes, load(s + j, lanes), lowest), max);
+    });
+    return max_lanes<A>(max);
+}
+
 // Whether one loop can read a matrix and find the largest element.
 template <class A>
 FKD_INLINE bool reads_halves(const Matrix& m) {
     return kHalfVectors && sizeof(A) == 4 && m.col_stride == 1 && (m.dtype == kBFloat16 || m.dtype == kFloat16);
 }
 
-// Reads a block, and finds its largest logit but the targets' ones; -inf if no class can occur.
+// Reads a block, and finds its largest non-target logit.
 template <class A, int K>
 FKD_INLINE const A* read_largest(const Matrix& m, int64_t row, int64_t j, int64_t n, const Without<K>& y, A* staging,
                                  A& largest) {
@@ -86,12 +97,7 @@ FKD_INLINE const A* read_largest(const Matrix& m, int64_t row, int64_t j, int64_
         }
     }
     const A* const x = read(m, row, j, n, staging);
-    Vec<A> max = splat<A>(-INFINITY);
-    const Vec<A> lowest = max;
-    for_lanes<A>(n, y, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
-        max = max_of(keep(lanes, load(x + i, lanes), lowest), max);
-    });
-    largest = max_lanes<A>(max);
+    largest = block_max<A>(x, n, y);
     return x;
 }
 

@@ -21,9 +21,8 @@ void target_probs_typed(const TargetProbsArgs& args) {
             double max = -INFINITY, sum = 0;
             for (int64_t j = 0; j < args.classes; j += kBlock<A>) {
                 const int64_t n = block_length<A>(args.classes, j);
-                A largest;
-                const A* s = read_largest(args.student, row, j, n, targets.at.from(j), student, largest);
-                const Shift<A, true> shift(finite_or_zero(largest));
+                const A* s = read(args.student, row, j, n, student);
+                const Shift<A, true> shift(finite_or_zero(block_max<A>(s, n, targets.at.from(j))));
                 const Vec<A> zero = {};
                 Vec<A> part = zero;
                 for_lanes<A>(n, targets.at.from(j), [&](auto lanes, int64_t l) __attribute__((always_inline)) {
