@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_kd import ops
+from fused_kd import backends, ops
 from fused_kd.core import transforms
 from fused_kd.core.catalogue import has_column_term
 from fused_kd.core.options import HyperParameters
@@ -64,9 +64,8 @@ class _DistRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        transforms.refuse_double_backward()
         compiling = torch.compiler.is_compiling()
-        if torch.is_grad_enabled() and not compiling:
-            raise RuntimeError(transforms.DOUBLE_BACKWARD)
         *saved, row_weight, hyper = ctx.saved_tensors
         student, teacher, target = (
             each.reshape(-1, each.shape[-1]) if each.is_floating_point() else each for each in saved
@@ -112,11 +111,10 @@ def _stored_gradients(ctx: Any, grad_output: Tensor | None, keep: bool = False) 
 
 def scale_stored(gradient: Tensor, grad_output: Tensor, norm: Tensor, backend: str, keep: bool = False) -> Tensor:
     """Return the stored gradient times the incoming one, in place if nobody can ask for the stored one again."""
+    transforms.refuse_double_backward()
     if torch.compiler.is_compiling():
         result: Tensor = ops.scale_gradient_compiled(gradient, grad_output, norm, backend)
         return result
-    if torch.is_grad_enabled():
-        raise RuntimeError(transforms.DOUBLE_BACKWARD)
     if transforms.wraps_values(grad_output):
         return _scaled(gradient, grad_output, norm)
     if keep:
@@ -127,7 +125,10 @@ def scale_stored(gradient: Tensor, grad_output: Tensor, norm: Tensor, backend: s
         return ops.scale_gradient(gradient, grad_output, norm, backend)  # type: ignore[no-any-return]
     if _is_one(grad_output) and gradient.dtype != torch.float16:
         return gradient
-    ops.scale_gradient_(gradient, grad_output, norm, backend)
+    if transforms.plain(grad_output) and type(gradient) is Tensor and transforms.unobserved():
+        backends.get(backend).scale_gradient(gradient, grad_output, norm, gradient)
+    else:
+        ops.scale_gradient_(gradient, grad_output, norm, backend)
     return gradient
 
 
@@ -146,36 +147,79 @@ def _scaled(gradient: Tensor, grad_output: Tensor, norm: Tensor) -> Tensor:
     return torch.where(gradient == 0, gradient, scaled.to(gradient.dtype))
 
 
-def fused_loss(
+class OpCall(NamedTuple):
+    """A call of an op of :data:`fused_kd.ops.LOSS_OPS`. The first of its ``arguments`` are the logits, and ``wanted``
+    says which of them get a gradient. With ``saved`` the backward pass computes it from these: see :class:`_DistRows`.
+    """
+
+    op: Any
+    arguments: Sequence[Any]
+    wanted: Sequence[bool]
+    saved: tuple[Tensor, Tensor, Tensor] | None = None
+
+
+def op_call(
     name: str,
     logits: tuple[Tensor, ...],
     inputs: tuple[Any, ...],
     hyper: list[float],
     options: tuple[Any, ...],
     backend: str,
-    want_parts: bool,
     saved: tuple[Tensor, Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Return the loss of checked rows and, if wanted, its stacked parts; differentiable in ``logits``.
-
-    ``name`` is one of :data:`fused_kd.ops.LOSS_OPS`. ``hyper`` are the fields of
-    :class:`fused_kd.core.options.HyperParameters`. ``inputs`` are the op's arguments between the logits and these, and
-    ``options`` those up to the ones that say which gradients it computes. With ``saved`` the backward pass computes the
-    gradient from these: see :class:`_DistRows`.
-    """
-    transforms.refuse(*logits)
+) -> OpCall:
+    """Return the call for checked rows. ``hyper`` are the fields of :class:`fused_kd.core.options.HyperParameters`.
+    ``inputs`` are the op's arguments between the logits and these, and ``options`` those up to the ones that say which
+    gradients it computes."""
     wanted = [tensor.requires_grad and torch.is_grad_enabled() for tensor in logits]
     op, numbers = choose_op(ops.LOSS_OPS[name], hyper)
-    further = (*inputs, numbers, *options, *(wanted if saved is None else [False]), backend)
+    computed = wanted if saved is None else [False]
+    return OpCall(op, (*logits, *inputs, numbers, *options, *computed, backend), wanted, saved)
+
+
+def run(call: OpCall, want_parts: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the loss and, if wanted, its stacked parts; differentiable in the logits."""
+    op, arguments, wanted, saved = call
+    logits, further = arguments[: len(wanted)], arguments[len(wanted) :]
+    transforms.refuse(*logits)
     if transforms.is_exporting():
         transforms.refuse_onnx()
         op = ops.EXPORTED_OPS[op]  # an export keeps only ops, so this one has an autograd kernel of its own
+    elif saved is None and (function := ops.function_for(op, arguments)) is not None:
+        return run_function(function, arguments, len(wanted) if any(wanted) else 0, want_parts)
     elif any(wanted):
         if saved is not None:
             return _DistRows.apply(*logits, op, saved, further)[:2]  # type: ignore[no-any-return,no-untyped-call]
-        result = _FusedLoss.apply(op, want_parts, further, *logits)  # type: ignore[no-untyped-call]
+        result = _FusedLoss.apply(op, want_parts, further, *each_once(logits))  # type: ignore[no-untyped-call]
         return result if want_parts else (result, None)
-    return op(*logits, *further)[:2]  # type: ignore[no-any-return]
+    return op(*arguments)[:2]  # type: ignore[no-any-return]
+
+
+# The C++ apply. The one of torch.autograd.Function looks for transforms first.
+_apply: Any = super(torch.autograd.Function, _FusedLoss).apply
+
+
+def run_function(
+    function: Callable[..., Any], arguments: Sequence[Any], gradients: int, want_parts: bool
+) -> tuple[Tensor, Tensor | None]:
+    """As :func:`run`, with an op's function in place of the op. The first ``gradients`` of the arguments are logits that
+    may get one; with 0 none does."""
+    if not gradients:
+        with torch.no_grad():
+            loss, parts, *_ = function(*arguments)
+        return loss, parts if want_parts else None
+    result = _apply(function, want_parts, arguments[gradients:], *arguments[:gradients])
+    return result if want_parts else (result, None)
+
+
+def each_once(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Return the tensors, but views of those that came before, as a head's weight that two heads share: the compiler
+    gives a Function no tensor twice."""
+    if len(tensors) == 1 or not torch.compiler.is_compiling():
+        return tensors
+    return [
+        each.view_as(each) if each is not None and any(each is other for other in tensors[:place]) else each
+        for place, each in enumerate(tensors)
+    ]
 
 
 def choose_op(twins: tuple[Any, Any], hyper: list[float]) -> tuple[Any, list[float] | Tensor]:

@@ -1,8 +1,8 @@
 """Ordinary calls, with plain CPU tensors or a top-k teacher of such, straight to the C++ core.
 
-A loss first tries this way, with unchecked arguments. For any other call it returns None, and the loss goes through
-:mod:`fused_kd.ops`: anything compiled, recorded, transformed or wrong, other sources and devices, row weights, and
-``reduction="none"``. Both ways run the same kernels.
+A loss first tries this way, with unchecked arguments; on a GPU it tries :mod:`fused_kd.repeated`. For any other call it
+returns None, and the loss goes through :mod:`fused_kd.ops`: anything compiled, recorded, transformed or wrong, other
+sources and devices, row weights, and ``reduction="none"``. Both ways run the same kernels.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fused_kd import repeated
 from fused_kd.autograd import scale_stored
 from fused_kd.backends import native
 from fused_kd.backends.topk import is_fused
-from fused_kd.core.catalogue import NUMBERS, REST_NUMBERS, ROW_LOSSES, as_run
+from fused_kd.core.catalogue import NUMBERS, REST_NUMBERS, as_run, parts_of
 from fused_kd.sources import TopK
 
 Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
@@ -66,7 +67,24 @@ def loss(
     ``tensors`` are the student's logits, other logits and the target. ``numbers`` are the hyper-parameters,
     ``settings`` the loss's other options, and ``common`` the options that all losses take.
     """
-    if _loss is None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return None
+    on_gpu = repeated.on_gpu(tensors[0])
+    found = (repeated.loss if on_gpu else _in_core)(name, tensors, numbers, settings, common)
+    if found is None:
+        return None
+    value, stacked = found
+    return value if stacked is None else (value, parts_type(*parts_of(name, stacked)))
+
+
+def _in_core(
+    name: str,
+    tensors: tuple[Any, Any, Any],
+    numbers: dict[str, float],
+    settings: dict[str, Any],
+    common: tuple[Any, ...],
+) -> tuple[Tensor, Tensor | None] | None:
+    if _loss is None:
         return None
     run = name
     if name == "js":
@@ -82,10 +100,6 @@ def loss(
     which = NUMBERS.get(run, run)
     outputs = _loss(which, tensors, numbers, settings, common, native.instruction_set, torch.get_num_threads())
     if type(outputs) is not tuple:
-        return outputs  # type: ignore[no-any-return]  # the loss alone, or None
+        return None if outputs is None else (outputs, None)  # the loss alone, or an unusual call
     gradients = len(outputs) - 2  # one for each logits, or none at all
-    value, stacked = _apply(outputs, *tensors[:gradients]) if gradients else outputs[0], outputs[1]
-    if stacked is None:
-        return value  # type: ignore[no-any-return]
-    places = ROW_LOSSES[name].parts if name in ROW_LOSSES else range(len(stacked))
-    return value, parts_type(*(stacked[place] for place in places))
+    return _apply(outputs, *tensors[:gradients]) if gradients else outputs[0], outputs[1]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_kd import autograd
+from fused_kd import autograd, ops
 from fused_kd.core import transforms
 from fused_kd.core.source_rows import SourceRows
 from fused_kd.source_ops import SOURCE_LOSS, SOURCE_USKD, SOURCE_USKD_BATCH_SUMS
@@ -68,8 +68,7 @@ class _SourceRowsLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, _grad_parts: Any = None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(transforms.DOUBLE_BACKWARD)
+        transforms.refuse_double_backward()
         saved = ctx.saved_tensors  # once: checkpointing unpacks them only once
         tensors, others = saved[: ctx.count], saved[ctx.count :]
         _, *further = [given if other is None else other for given, other in zip(ctx.further, others, strict=True)]
@@ -101,8 +100,12 @@ def _apply(
     further = (None, *inputs, numbers, *options, reduction, wanted, backend)
     if not any(wanted):
         return op(*tensors, *further)[:2]  # type: ignore[no-any-return]
-    function = _SourceRowsLoss if reduction == "none" else _SourceLoss
-    result = function.apply(op, want_parts, further, *tensors)  # type: ignore[no-untyped-call]
+    given = autograd.each_once(tensors)
+    if reduction == "none":
+        result = _SourceRowsLoss.apply(op, want_parts, further, *given)  # type: ignore[no-untyped-call]
+    else:
+        function = ops.function_for(op, (*tensors, *further)) or op
+        result = _SourceLoss.apply(function, want_parts, further, *given)  # type: ignore[no-untyped-call]
     return result if want_parts else (result, None)
 
 

@@ -33,6 +33,12 @@ def _numbers(hyper: list[float] | Tensor) -> tuple[HyperParameters, tuple[float,
     return HyperParameters._make(named), (scale, softcap), (other_scale, other_softcap)
 
 
+def _refuse(grad_rows: Tensor | None, *tensors: Tensor | None) -> None:
+    if grad_rows is not None:
+        transforms.refuse_create_graph()
+    transforms.refuse_recorded(*(each for each in (grad_rows, *tensors) if each is not None))
+
+
 def _factors(
     row_weight: Tensor | None, grad_rows: Tensor | None, target: Tensor, ignore_index: int, reduction: str
 ) -> Tensor:
@@ -66,7 +72,7 @@ def _source_loss(
     wanted: list[bool],
     backend: str,
 ) -> tuple[Tensor, ...]:
-    transforms.refuse_recorded(*(each for each in (student, weight, bias) if each is not None))
+    _refuse(grad_rows, student, weight, bias)
     named, head, other_head = _numbers(hyper)
     given, other = SourceRows(student, weight, bias, *head), None
     if teacher is not None:
@@ -171,9 +177,7 @@ def _source_uskd(
     wanted: list[bool],
     backend: str,
 ) -> tuple[Tensor, ...]:
-    transforms.refuse_recorded(
-        *(each for each in (student, weight, bias, weak, weak_weight, weak_bias) if each is not None)
-    )
+    _refuse(grad_rows, student, weight, bias, weak, weak_weight, weak_bias)
     named, head, other_head = _numbers(hyper)
     given, other = SourceRows(student, weight, bias, *head), SourceRows(weak, weak_weight, weak_bias, *other_head)
     factors = _factors(row_weight, grad_rows, target, ignore_index, reduction)[[0, 1, 1]]

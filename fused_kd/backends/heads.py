@@ -87,7 +87,9 @@ class Products:
         weight = head.weight[:num_classes]
         self.head, self.classes, self.dtype = head, num_classes, dtype
         self.bias = None if head.bias is None else head.bias[:num_classes].to(dtype)
-        self.mixed = _mixes(weight, compute)
+        # Beside a float64 teacher the logits are wider, and states of another dtype than the weight's would be rounded.
+        exact = dtype == torch.float32 and (compute is not None or head.values.dtype == weight.dtype)
+        self.mixed = exact and _mixes(weight, compute)
         self.weight = weight.to(compute) if self.mixed and compute is not None else weight
         self.in_place = not head.softcap  # its derivative needs the logits
         self.chunk = head.values.new_empty(0, num_classes, dtype=dtype)

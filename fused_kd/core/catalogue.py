@@ -91,6 +91,12 @@ def as_run(loss: str, beta: float) -> str:
     return "kd" if loss == "js" and beta == 0.0 else loss
 
 
+def parts_of(loss: str, stacked: Any) -> list[Any]:
+    """Return a loss's parts in the order of its result, from those that an op stacks."""
+    places = ROW_LOSSES[loss].parts if loss in ROW_LOSSES else range(len(stacked))
+    return [stacked[place] for place in places]
+
+
 def has_column_term(loss: str, hyper: HyperParameters | None = None) -> bool:
     """Whether a loss has a term of the batch's columns, which couples all rows; without ``hyper``: may have one."""
     return loss in ROW_LOSSES and "columns" in ROW_LOSSES[loss].needs and (hyper is None or hyper.gamma != 0.0)

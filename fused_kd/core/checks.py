@@ -13,7 +13,7 @@ from torch import Tensor, distributed
 from fused_kd.core.transforms import carries_gradient, readable
 
 _LOGIT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INDEX_DTYPES = tuple(getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64))
 REDUCTIONS = ("mean", "sum", "none")
 _ONE_HOT = "; class probabilities must be floating point: target.float()"
 
@@ -265,7 +265,7 @@ def check_target(target: Tensor, shape: tuple[int, ...], dim: int, device: torch
     shape, or probabilities of the logits' shape."""
     if target.device != device:
         raise ValueError(f"target: expected the device of student_logits, {device}, got {target.device}")
-    if target.dtype in _INDEX_DTYPES:
+    if target.dtype in INDEX_DTYPES:
         rows = rows_shape(shape, dim)
         if target.shape != rows:
             # (N, 1) indices are common in data loaders; published code reads them as soft labels of class 0.

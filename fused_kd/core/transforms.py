@@ -8,6 +8,7 @@ from, and no graph records the kernel's arithmetic. Such a request raises an err
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,12 +41,26 @@ _AUTOGRAD = torch._C.DispatchKey.AutogradCPU
 # Looked up once, because each call of a loss calls them.
 _functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 _is_tracing: Callable[[], bool] = torch._C._is_tracing
+_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_is_profiled: Callable[[], bool] = torch._C._autograd._profiler_enabled
+#: With one of these PyTorch must see an op: a torch.func transform, torch.jit's tracer, a mode, or a profiler.
+OBSERVERS = (_functorch_active, _is_tracing, _dispatch_modes, _is_profiled)
 _is_legacy_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 
 
 def _special() -> bool:
     """Whether a torch.func transform, forward-mode differentiation or torch.jit's tracer is active."""
     return _functorch_active() or forward_ad._current_level >= 0 or _is_tracing()
+
+
+def unobserved() -> bool:
+    """Whether nothing records or transforms tensor operations, so that a call of an op only calls its function."""
+    return not (torch.compiler.is_compiling() or _special() or _dispatch_modes() or _is_profiled())
+
+
+def plain(tensor: Any) -> bool:
+    """Whether this is a Tensor, not a subclass, whose memory holds its values, in one piece."""
+    return type(tensor) is Tensor and not (tensor.is_nested or tensor.is_neg() or tensor._is_zerotensor())
 
 
 def _onnx_export() -> bool:
@@ -92,8 +107,15 @@ def refuse_onnx() -> None:
         raise RuntimeError(_ONNX + _NO_RANKS)
 
 
+def refuse_double_backward() -> None:
+    """Raise a RuntimeError in the backward of a Function if create_graph=True. The compiler, which traces a backward
+    without gradients, needs :func:`refuse_create_graph`; compiled autograd traces it with those of create_graph."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(DOUBLE_BACKWARD)
+
+
 def refuse_create_graph() -> None:
-    """Raise a RuntimeError in a backward pass with create_graph=True.
+    """Raise a RuntimeError in an op of a backward pass with create_graph=True.
 
     A compiled graph's backward then runs as the forward of another function. There PyTorch disables the gradient and
     also forward mode, which an ordinary backward keeps enabled.

@@ -7,9 +7,9 @@ from typing import Any, TypeAlias, TypeVar, cast
 
 from torch import Tensor
 
-from fused_kd import autograd, backends, direct, reference
+from fused_kd import autograd, backends, direct, reference, repeated
 from fused_kd.core import checks
-from fused_kd.core.catalogue import LOSSES, ROW_LOSSES, has_column_term
+from fused_kd.core.catalogue import LOSSES, ROW_LOSSES, has_column_term, parts_of
 from fused_kd.core.options import HyperParameters, in_order
 from fused_kd.core.row_errors import check_target_values
 from fused_kd.losses import _shards, _sources
@@ -18,9 +18,8 @@ from fused_kd.sources import Logits, TeacherLogits
 
 Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
 
-#: A function that calls an op: it takes rows, their weight, hyper-parameters, settings, a backend and whether parts are
-#: wanted.
-Fused: TypeAlias = Callable[[checks.Rows, "Tensor | None", list[float], dict[str, Any], str, bool], tuple[Tensor, Any]]
+#: A function that returns the call of an op: it takes rows, their weight, hyper-parameters, settings and a backend.
+Fused: TypeAlias = Callable[[checks.Rows, "Tensor | None", list[float], dict[str, Any], str], autograd.OpCall]
 
 
 def call(
@@ -48,7 +47,11 @@ def call(
         tensors = [tensor for tensor in rows[:3] if tensor is not None]
         loss, packed = eager(*tensors, **numbers, **settings, weight=weight)
     else:
-        loss, packed = fused(rows, weight, in_order(numbers), settings, chosen, common.return_parts)
+        op_call = fused(rows, weight, in_order(numbers), settings, chosen)
+        loss, packed = autograd.run(op_call, common.return_parts)
+        if packed is not None:
+            packed = parts_of(name, packed)
+        repeated.remember(name, rows, numbers, settings, common, op_call)
     return returned(loss, packed if common.return_parts else None, parts_type, rows.shape, settings["reduction"])
 
 
@@ -93,8 +96,8 @@ def row_loss(
     checks.check_teacher_detached(teacher_logits, student_logits)
 
     def fused(
-        rows: checks.Rows, weight: Tensor | None, hyper: list[float], settings: dict[str, Any], chosen: str, parts: bool
-    ) -> tuple[Tensor, Any]:
+        rows: checks.Rows, weight: Tensor | None, hyper: list[float], settings: dict[str, Any], chosen: str
+    ) -> autograd.OpCall:
         reduction, saved = settings["reduction"], None
         if reduction == "none" and teacher_logits is not None and has_column_term(name, HyperParameters._make(hyper)):
             # The backward pass reads these. Flattening to rows may have copied them.
@@ -106,8 +109,7 @@ def row_loss(
         inputs = (rows.other_logits, rows.target, weight, name)
         options = (settings.get("logit_standardization", False), num_classes, settings["ignore_index"], reduction)
         student_rows = rows.student_logits if padded is None else padded  # its gradient includes the padding's zeros
-        loss, packed = autograd.fused_loss("row_loss", (student_rows,), inputs, hyper, options, chosen, parts, saved)
-        return loss, [packed[part] for part in ROW_LOSSES[name].parts] if parts and packed is not None else None
+        return autograd.op_call("row_loss", (student_rows,), inputs, hyper, options, chosen, saved)
 
     eager = getattr(reference, LOSSES[name].function)
     return call(name, eager, fused, parts_type, student_logits, rows, numbers, settings, common)

@@ -22,7 +22,7 @@ def topk_rows(given: TopK, shape: tuple[int, ...]) -> SourceRows:
     """Check a top-k teacher for student logits of this ``shape``, and flatten it to rows."""
     log_probs = checks.check_logits("teacher_logits.log_probs", given.log_probs)
     indices = checks.check_tensor("teacher_logits.indices", given.indices, "a Tensor of integers")
-    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+    if indices.dtype not in checks.INDEX_DTYPES:
         raise TypeError(f"teacher_logits.indices: expected a Tensor of integers, got {indices.dtype}")
     checks.check_choice("teacher_logits.rest", given.rest, RESTS)
     kept = log_probs.shape[-1]

@@ -162,14 +162,14 @@ def _eager(
 
 
 def _fused(
-    rows: checks.Rows, weight: Tensor | None, hyper: list[float], settings: dict[str, Any], chosen: str, parts: bool
-) -> tuple[Tensor, Any]:
+    rows: checks.Rows, weight: Tensor | None, hyper: list[float], settings: dict[str, Any], chosen: str
+) -> autograd.OpCall:
     student, weak, target, _ = rows
     assert weak is not None
     rank, square, ignore_index = (settings[name] for name in ("rank", "square", "ignore_index"))
     sums = _batch_sums((student, weak, target), square, ignore_index, chosen, settings["process_group"])
     options = (rank, square, ignore_index, settings["reduction"])
-    return autograd.fused_loss("uskd", (student, weak), (target, sums, weight), hyper, options, chosen, parts)
+    return autograd.op_call("uskd", (student, weak), (target, sums, weight), hyper, options, chosen)
 
 
 class USKDLoss(Criterion):

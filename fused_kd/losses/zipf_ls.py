@@ -100,12 +100,12 @@ def zipf_ls_loss(
 
 
 def _fused(
-    rows: checks.Rows, weight: Tensor | None, hyper: list[float], settings: dict[str, Any], chosen: str, parts: bool
-) -> tuple[Tensor, Any]:
+    rows: checks.Rows, weight: Tensor | None, hyper: list[float], settings: dict[str, Any], chosen: str
+) -> autograd.OpCall:
     student, dense, target, _ = rows
     assert dense is not None
     inputs, options = (dense.detach(), target, weight), (settings["ignore_index"], settings["reduction"])
-    return autograd.fused_loss("zipf_ls", (student,), inputs, hyper, options, chosen, parts)
+    return autograd.op_call("zipf_ls", (student,), inputs, hyper, options, chosen)
 
 
 class ZipfLSLoss(Criterion):

@@ -156,6 +156,9 @@ def test_under_what_watches_or_transforms(taken):
         nkd_loss(student, teacher, target)
     with torch.autograd.forward_ad.dual_level():
         nkd_loss(student, teacher, target)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        nkd_loss(student, teacher, target)
+    assert "fused_kd::row_loss" in {event.key for event in profile.key_averages()}
     with pytest.raises(RuntimeError, match=r"torch\.func"):
         torch.func.grad(lambda each: nkd_loss(each, teacher, target))(student)
     with pytest.raises(RuntimeError, match=r"torch\.jit\.trace"):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import fused_kd
@@ -48,6 +49,54 @@ def test_checkpointing_of_an_exported_loss():
     (plain,) = torch.autograd.grad(fused_kd.kd_loss(student, teacher), student)
     (found,) = torch.autograd.grad(checkpoint(exported, student, teacher, use_reentrant=False), student)
     torch.testing.assert_close(found, plain)
+
+
+@pytest.mark.parametrize("name", ["head", "kept", "uskd", "dist"])
+def test_double_backward_of_what_is_compiled(name):
+    """The backward pass computes the gradients, so only its op can tell."""
+    hidden, weight, teacher, target = make()
+    torch.compiler.reset()
+    loss = torch.compile(losses(teacher, target)[name], fullgraph=True, backend="aot_eager")(hidden, weight)
+    with pytest.raises(RuntimeError, match="do not support double backward"):
+        torch.autograd.grad(loss, (hidden, weight), create_graph=True)
+    torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+
+
+@pytest.mark.parametrize("name", ["head", "kept", "uskd"])
+def test_the_tangent_of_an_incoming_gradient_is_not_lost(name):
+    hidden, weight, teacher, target = make()
+    loss = losses(teacher, target)[name](hidden, weight)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
+        torch.autograd.grad(loss, (hidden, weight), forward_ad.make_dual(torch.ones(()), torch.ones(())))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_two_heads_share_a_weight(reduction, trained):
+    """As the last layer of a language model, applied to an earlier layer too. The compiler needs each tensor once."""
+    hidden, weight, _, target = make()
+    leaves = (hidden, weight.requires_grad_(trained))[: 1 + trained]
+
+    def loss(hidden, weight):
+        weak = Head(hidden.tanh(), weight)
+        return fused_kd.uskd_loss(Head(hidden, weight), weak, target, mu=1.0, reduction=reduction).sum()
+
+    def dense(hidden, weight):
+        student, weak = hidden @ weight.T, hidden.tanh() @ weight.T
+        return fused_kd.uskd_loss(student, weak, target, mu=1.0, reduction=reduction).sum()
+
+    expected = torch.autograd.grad(dense(hidden, weight), leaves)
+    torch.compiler.reset()
+    for each in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        torch.testing.assert_close(torch.autograd.grad(each(hidden, weight), leaves), expected)
+
+
+def test_the_same_logits_twice():
+    student, target = torch.randn(4, 7, requires_grad=True), torch.arange(4)
+    expected = torch.autograd.grad(fused_kd.uskd_loss(student, student, target), student)
+    torch.compiler.reset()
+    compiled = torch.compile(fused_kd.uskd_loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(student, student, target), student), expected)
 
 
 @pytest.mark.parametrize("name", ["head", "kept", "uskd", "dist"])

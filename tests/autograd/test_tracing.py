@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 import torch
+import torch._dynamo.compiled_autograd
 from derivative_cases import CPU, KINDS, REFUSAL, Head, ids, problem, reference
 from loss_cases import function, make, mixed
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -157,6 +158,22 @@ def test_inductor_and_create_graph(native):
     leaf = logits[0].requires_grad_()
     with pytest.raises(RuntimeError, match=DOUBLE):
         torch.autograd.grad(compiled(leaf), leaf, create_graph=True)
+
+
+@every_loss
+def test_compiled_autograd(place):
+    """It compiles the backward of what ran eagerly: right, or with create_graph an error, not a gradient without a
+    graph."""
+    for how in ({}, {"reduction": "none"}):
+        torch._dynamo.reset()
+        value, logits = problem(place, **how)
+        leaves = [each.clone().requires_grad_() for each in logits]
+        loss = value(*(2.0 * leaf for leaf in leaves)).sum()
+        expected = torch.autograd.grad(3.0 * loss, leaves, retain_graph=True)
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+            same(torch.autograd.grad(3.0 * loss, leaves, retain_graph=True), expected)
+            with pytest.raises(RuntimeError, match=DOUBLE):
+                torch.autograd.grad(3.0 * loss, leaves, create_graph=True)
 
 
 TRANSFORMS = {

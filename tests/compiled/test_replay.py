@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fused_kd
-from fused_kd import check
+from fused_kd import check, repeated
 from fused_kd.backends.triton.plans import rows
 from fused_kd.core.catalogue import LOSSES
 from fused_kd.core.options import HyperParameters, Options
@@ -57,6 +57,25 @@ def test_the_second_call_is_not_planned(planned, loss):
         if seed == 0:
             first = len(planned)
         assert len(planned) == first > 0
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_second_call_has_no_checks_and_no_dispatcher(planned, monkeypatch, loss):
+    """As on a GPU, where no check reads a value."""
+    known, recall = [], repeated.loss
+
+    def noted(*given):
+        made = recall(*given)
+        known.append(made is not None)
+        return made
+
+    monkeypatch.setattr(repeated, "_known", {})
+    monkeypatch.setattr(repeated, "on_gpu", lambda logits: True)
+    monkeypatch.setattr(repeated, "loss", noted)
+    for seed in range(3):
+        tensors = make(loss, seed)
+        assert_reference(loss, tensors, step(loss, tensors))
+    assert known[::2] == [False, True, True]  # between them are the reference's calls
 
 
 def test_what_a_plan_looks_at_makes_another_one(planned):

@@ -260,6 +260,14 @@ def test_products_of_halves(dtype, monkeypatch):
         for each, wanted in zip(found[1:], expected[1:], strict=True):
             of_each = torch.finfo(dtype)
             assert (each - wanted).norm() <= 4 * of_each.eps * wanted.norm() + of_each.smallest_normal
+    # Beside a float64 teacher the logits are float64, which no product of halves gives; float32 states are no halves.
+    (hidden, weight, bias, *of_teacher), target = tensors(dtype)
+    for states, teacher in ((hidden, logits(*of_teacher).double()), (tensors(torch.float32)[0][0], Head(*of_teacher))):
+        ours, exact = (
+            fused_kd.nkd_loss(Head(states, weight, bias), teacher, target, backend=backend)
+            for backend in ("native", "reference")
+        )
+        torch.testing.assert_close(ours, exact)
     weights = [each.float() for each in tensors(dtype)[0]]
     results = []
     for compute in (dtype, None):

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import fused_kd
+from fused_kd import TopK
+from fused_kd.core import checks
 
 INF = float("inf")
 
@@ -283,8 +285,19 @@ def test_probability_target_with_nan_or_impossible_class(backend, rows):
 def test_column_of_indices_is_taken_as_indices(backend, rows):
     student, teacher, target = rows
     expected, _, _ = run(backend, student, teacher, target)
-    for column in (target.unsqueeze(1), target.int(), target.to(torch.uint8)):
+    for column in (target.unsqueeze(1), *map(target.to, checks.INDEX_DTYPES)):
         torch.testing.assert_close(run(backend, student, teacher, column)[0], expected)
+
+
+def test_a_top_k_teacher_takes_indices_of_the_same_dtypes(backend, rows):
+    """Stored teachers have 16 unsigned bits, as stored tokens do."""
+    student, teacher, target = rows
+    log_probs, indices = teacher.log_softmax(-1).topk(3)
+    expected = fused_kd.kd_loss(student, TopK(log_probs, indices, "bucket"), target, backend=backend[0])
+    for dtype in checks.INDEX_DTYPES:
+        kept = TopK(log_probs, indices.to(dtype), "bucket")
+        loss = fused_kd.kd_loss(student, kept, target.to(dtype), backend=backend[0])
+        torch.testing.assert_close(loss, expected)
 
 
 def test_inputs_are_never_modified(backend, rows):

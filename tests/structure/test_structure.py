@@ -10,7 +10,8 @@ from fused_kd.core.catalogue import LOSSES
 PACKAGE = ROOT / "fused_kd"
 #: From the top: each imports of those after it alone, and of its own kind.
 LAYERS = (
-    "losses", "sources", "source_autograd", "autograd", "source_ops", "ops", "backends", "core", "reference",
+    "losses", "direct", "repeated", "sources", "source_autograd", "autograd", "source_ops", "ops", "backends", "core",
+    "reference",
 )  # fmt: skip
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0].split(".")[0] in LAYERS)
 

@@ -66,7 +66,7 @@ def measure(loss: str, rows: int, classes: int, repeats: int = 300, kind: str = 
     """Time calls in bfloat16 with reduction="mean", on one thread. ``kind`` is one of :data:`KINDS`, or "" for a call
     of plain tensors."""
     import fused_kd
-    from fused_kd import autograd, check
+    from fused_kd import autograd, check, repeated
     from fused_kd.core import checks
     from fused_kd.core.catalogue import LOSSES
     from fused_kd.losses import _topk
@@ -92,6 +92,7 @@ def measure(loss: str, rows: int, classes: int, repeats: int = 300, kind: str = 
         mock.patch.object(autograd, "_is_one", _unknown),
         mock.patch.object(_topk, "readable", _unknown),
         mock.patch.object(checks, "readable", _unknown),
+        mock.patch.object(repeated, "on_gpu", _known),
     ):
         warnings.simplefilter("ignore")
         for _ in range(20):
@@ -106,6 +107,11 @@ def _unknown(_tensor: torch.Tensor) -> bool:
     """Replaces ``_is_one`` and ``readable``, with their answer for a tensor on a GPU. A mock would take longer than a
     launch."""
     return False
+
+
+def _known(_logits: Any) -> bool:
+    """Replaces ``on_gpu`` in the same way."""
+    return True
 
 
 def _median(call: Any, repeats: int) -> float:

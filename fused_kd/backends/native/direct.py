@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fused_kd.backends.native.boundary import RANKS
+from fused_kd.core import transforms
 from fused_kd.core.options import HyperParameters
 
 
@@ -34,7 +35,7 @@ def begin(core: Any) -> bool:
             RANKS,
             torch.is_grad_enabled,
             torch._C._autograd._get_current_graph_task_keep_graph,
-            (torch._C._are_functorch_transforms_active, torch._C._is_tracing, torch._C._len_torch_dispatch_stack),
+            transforms.OBSERVERS,
             forward_ad.__dict__,
         )
     )

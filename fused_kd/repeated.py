@@ -1,0 +1,107 @@
+"""Calls on a GPU that are like an earlier one: without checks, and past the dispatcher.
+
+No check reads the values of a GPU's tensors, since that would stall it. So the checks of a call depend on its options
+and on the kinds of its tensors alone, and a call like one that has passed them needs none. It does not need the
+dispatcher either, which would find the op's function, unless something records or transforms the call. For a thousand
+rows of a thousand classes a GPU waits for the host, and this halves the host's time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_kd import autograd, ops
+from fused_kd.core import checks, transforms
+
+#: The most kinds of calls that are kept; then all are dropped. A schedule has one kind for each value.
+MOST = 1024
+
+
+class Known(NamedTuple):
+    """The op's call in a call that has passed the checks. ``arguments`` lack the tensors; ``tensors`` lists (place,
+    number of the call's tensor). ``gradients`` is the number of logits that may get one, the first arguments, or 0."""
+
+    function: Callable[..., Any]
+    arguments: list[Any]
+    tensors: tuple[tuple[int, int], ...]
+    gradients: int
+
+
+_known: dict[tuple[Any, ...], Known] = {}
+
+
+def on_gpu(logits: Any) -> bool:
+    return type(logits) is Tensor and logits.is_cuda
+
+
+def loss(
+    name: str, tensors: tuple[Any, ...], numbers: dict[str, float], settings: dict[str, Any], common: tuple[Any, ...]
+) -> tuple[Tensor, Tensor | None] | None:
+    """Return the loss and, if wanted, its stacked parts; None if no call like this one is known. The arguments are
+    those of :func:`fused_kd.direct.loss`."""
+    key = _key(name, tensors, numbers, settings, common)
+    known = None if key is None else _known.get(key)
+    if known is None:
+        return None
+    arguments = known.arguments.copy()
+    for place, number in known.tensors:
+        arguments[place] = tensors[number]
+    return autograd.run_function(known.function, arguments, known.gradients, common[-1])
+
+
+def remember(
+    name: str,
+    rows: checks.Rows,
+    numbers: dict[str, float],
+    settings: dict[str, Any],
+    common: tuple[Any, ...],
+    call: autograd.OpCall,
+) -> None:
+    """Keep a call that has passed the checks and run. Its ``rows`` are its tensors, or others of the same meaning, for
+    which the checks would pass as well."""
+    if call.saved is not None or not on_gpu(rows.student_logits):
+        return
+    tensors = rows[:3]
+    key = _key(name, tensors, numbers, settings, common)
+    numbers_of = {_memory(tensor): number for number, tensor in enumerate(tensors) if tensor is not None}
+    own = [(place, _memory(value)) for place, value in enumerate(call.arguments) if isinstance(value, Tensor)]
+    # One tensor in two roles, or a tensor that was made on the way, has no number.
+    if key is None or len(numbers_of) != len(own) or any(memory not in numbers_of for _, memory in own):
+        return
+    if len(_known) >= MOST:
+        _known.clear()
+    empty = [None if isinstance(value, Tensor) else value for value in call.arguments]
+    places = tuple((place, numbers_of[memory]) for place, memory in own)
+    _known[key] = Known(ops.FUNCTIONS[call.op], empty, places, len(call.wanted) if any(call.wanted) else 0)
+
+
+def _memory(tensor: Tensor) -> Any:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _key(
+    name: str, tensors: tuple[Any, ...], numbers: dict[str, float], settings: dict[str, Any], common: tuple[Any, ...]
+) -> tuple[Any, ...] | None:
+    """Return what the checks of a call and the arguments of its op depend on, or None for a call that is not kept."""
+    weight, normalizer, class_dim, num_classes, backend, return_parts = common
+    if not (weight is None and normalizer is None and class_dim is None and num_classes is None):
+        return None
+    if not transforms.unobserved():
+        return None
+    for number in numbers.values():
+        if type(number) is not float and type(number) is not int:  # 1 and 1.0 are the same number, True is none
+            return None
+    kinds: list[Any] = []
+    for tensor in tensors:
+        if tensor is None:
+            kinds.append(None)
+        elif transforms.plain(tensor):
+            kinds += (tensor.dtype, tensor.shape, tensor.device, tensor.layout, tensor.requires_grad)
+        else:
+            return None
+    options = (*settings.values(), backend, return_parts)
+    return (name, torch.is_grad_enabled(), *numbers.values(), *options, *map(type, options), *kinds)
