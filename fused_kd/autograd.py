@@ -201,8 +201,8 @@ _apply: Any = super(torch.autograd.Function, _FusedLoss).apply
 def run_function(
     function: Callable[..., Any], arguments: Sequence[Any], gradients: int, want_parts: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """As :func:`run`, with an op's function in place of the op. The first ``gradients`` of the arguments are logits that
-    may get one; with 0 none does."""
+    """As :func:`run`, with an op's function in place of the op. The first ``gradients`` of the arguments are logits
+    that may get one; with 0 none does."""
     if not gradients:
         with torch.no_grad():
             loss, parts, *_ = function(*arguments)

@@ -21,20 +21,16 @@ from fused_kd.backends import sources
 from fused_kd.backends.heads import empty_gradients
 from fused_kd.core import transforms
 from fused_kd.core.catalogue import as_run
-from fused_kd.core.options import HyperParameters, Options
+from fused_kd.core.options import HyperParameters, Options, outputs
 from fused_kd.core.source_rows import SourceRows, Span
 from fused_kd.core.stored import reduction_weight
 from fused_kd.reference import accumulation_dtype
 
 
-def _listed(hyper: list[float] | Tensor) -> list[float]:
-    return hyper.tolist() if isinstance(hyper, Tensor) else hyper
-
-
-def _numbers(hyper: list[float] | Tensor) -> tuple[HyperParameters, list[float]]:
-    """Return the hyper-parameters, and the two heads' logit_scale and softcap, which follow them."""
-    numbers = _listed(hyper)
-    return HyperParameters._make(numbers[:-4]), numbers[-4:]
+def _numbers(hyper: list[float] | Tensor) -> tuple[HyperParameters, tuple[float, float], tuple[float, float]]:
+    """Return the hyper-parameters, and each head's logit_scale and softcap, which follow them."""
+    *named, scale, softcap, other_scale, other_softcap = ops.listed(hyper)
+    return HyperParameters._make(named), (scale, softcap), (other_scale, other_softcap)
 
 
 def _refuse(grad_rows: Tensor | None, *tensors: Tensor | None) -> None:
@@ -77,11 +73,10 @@ def _source_loss(
     backend: str,
 ) -> tuple[Tensor, ...]:
     _refuse(grad_rows, student, weight, bias)
-    named, heads = _numbers(hyper)
-    given = SourceRows(student, weight, bias, heads[0], heads[1])
-    other = None
+    named, head, other_head = _numbers(hyper)
+    given, other = SourceRows(student, weight, bias, *head), None
     if teacher is not None:
-        other = SourceRows(teacher, teacher_weight, teacher_bias, heads[2], heads[3], indices, rest)
+        other = SourceRows(teacher, teacher_weight, teacher_bias, *other_head, indices, rest)
     factors = _factors(row_weight, grad_rows, target, ignore_index, reduction)
     placement = sources.Placement(Span(span[0], span[1], group), chunk_rows, compute)
     task = sources.Task(target, factors, wanted, placement)
@@ -99,9 +94,8 @@ def _empty_results(
     given: Sequence[SourceRows], parts: int, reduction: str, wanted: Sequence[bool]
 ) -> tuple[Tensor, ...]:
     """Allocate results like an op's, for its fake."""
-    student, dtype = given[0].values, accumulation_dtype(*(each.values for each in given))
-    rows = (student.shape[0],) if reduction == "none" else ()
-    loss, all_parts = student.new_empty(rows, dtype=dtype), student.new_empty((parts, *rows), dtype=dtype)
+    dtype = accumulation_dtype(*(each.values for each in given))
+    loss, all_parts, *_ = outputs(given[0].values, False, parts, reduction, dtype)
     gradients = empty_gradients(given[0], wanted[:3], dtype)
     if len(wanted) > 3:
         gradients += empty_gradients(given[1], wanted[3:], dtype)
@@ -143,7 +137,7 @@ def _source_uskd_batch_sums(
     compute: torch.dtype | None,
     backend: str,
 ) -> Tensor:
-    logit_scale, softcap = _listed(hyper)
+    logit_scale, softcap = ops.listed(hyper)
     given = SourceRows(student, weight, bias, logit_scale, softcap)
     placement = sources.Placement(Span(0, num_classes), chunk_rows, compute)
     with torch.autocast(student.device.type, enabled=False):
@@ -184,9 +178,8 @@ def _source_uskd(
     backend: str,
 ) -> tuple[Tensor, ...]:
     _refuse(grad_rows, student, weight, bias, weak, weak_weight, weak_bias)
-    named, heads = _numbers(hyper)
-    given = SourceRows(student, weight, bias, heads[0], heads[1])
-    other = SourceRows(weak, weak_weight, weak_bias, heads[2], heads[3])
+    named, head, other_head = _numbers(hyper)
+    given, other = SourceRows(student, weight, bias, *head), SourceRows(weak, weak_weight, weak_bias, *other_head)
     factors = _factors(row_weight, grad_rows, target, ignore_index, reduction)[[0, 1, 1]]
     task = sources.Task(target, factors, wanted, sources.Placement(Span(0, num_classes), chunk_rows, compute))
     want = (any(wanted[:3]), any(wanted[3:]))

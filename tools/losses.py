@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.show.report import replace_block
 from fused_kd.backends.topk import WHOLE
-from fused_kd.core.catalogue import LOSSES, ROW_LOSSES
+from fused_kd.core.catalogue import LOSSES, ROW_LOSSES, has_column_term
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- losses:begin -->", "<!-- losses:end -->"
@@ -52,17 +52,14 @@ def sources_table() -> str:
     """Markdown table of the sources that each loss accepts in place of logits."""
     lines = ["| loss | `Head` | `ClassShard`, DTensor | `TopK` teacher, for `rest=` |", "|---|---|---|---|"]
     for name, loss in LOSSES.items():
-        row = ROW_LOSSES.get(name)
-        head = "yes" if row or name == "uskd" else "no"
-        if row and "columns" in row.needs:
-            head = "with `gamma=0`"
-        shard = head if row else "no"
+        yes = "with `gamma=0`" if has_column_term(name) else "yes"
+        cells = [yes if source in loss.sources else "no" for source in ("Head", "ClassShard")]
         rests = "no"
-        if row and "teacher" in row.needs:
-            whole = [f"(`{rest}`)" for rest in WHOLE if rest not in row.rests]
-            rests = ", ".join((*(f"`{rest}`" for rest in row.rests), *whole))
-            rests += f", {head}" if head != "yes" else ""
-        lines.append(f"| {loss.title} | {head} | {shard} | {rests} |")
+        if "TopK" in loss.sources:
+            fused = ROW_LOSSES[name].rests
+            whole = [f"(`{rest}`)" for rest in WHOLE if rest not in fused]
+            rests = ", ".join((*(f"`{rest}`" for rest in fused), *whole, *([yes] if yes != "yes" else [])))
+        lines.append("| " + " | ".join((loss.title, *cells, rests)) + " |")
     return "\n".join(lines)
 
 

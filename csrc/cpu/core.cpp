@@ -179,7 +179,7 @@ std::vector<double> label_sums(const Matrix& target, int64_t rows) {
 }
 
 // The first row of probabilities that do not sum to 1, or -1. Labels in half precision miss 1 by up to half a per cent;
-// a NaN affects only its own row. fused_kd/core/checks.py has the same check.
+// a NaN affects only its own row. fused_kd/core/row_errors.py has the same check.
 int64_t no_probabilities(const std::vector<double>& sums) {
     for (size_t row = 0; row < sums.size(); ++row)
         if (std::abs(sums[row] - 1.0) > 0.02) return int64_t(row);

@@ -169,39 +169,25 @@ FKD_INLINE Vec<A> sharpen(Vec<A> e, Vec<A> exponent, int squarings, A ratio) {
     return e;
 }
 
-// A block of a row: its logits, its labels if they are probabilities, and the largest logits but the target's.
+// A block of a row, with its labels if they are probabilities.
 template <class A>
-struct Block {
-    const A *s, *t, *v;
-    A s_largest, t_largest;
+struct Block : BothBlocks<A> {
+    const A* v;
 };
 
 template <class A, Mode mode>
 FKD_INLINE Block<A> read_block(const RowArgs& args, int64_t row, int64_t j, int64_t n, int64_t y, bool with_probs,
                                const Scratch<A>& scratch) {
-    const Matrix &student = args.student, &teacher = args.teacher;
     const Without<1> without = {{y}};
     Block<A> out = {};
     if (with_probs) out.v = read(args.target, row, j, n, scratch.probs);
-    if constexpr (kHalfVectors && sizeof(A) == 4 && mode != kAlone) {
-        // One loop converts and finds the largest.
-        const auto convert_both = [&](auto format) {
-            typedef decltype(format) Format;
-            const auto half = [&](const Matrix& m) { return reinterpret_cast<const uint16_t*>(element(m, row, j)); };
-            out.s = scratch.student;
-            out.t = scratch.teacher;
-            out.s_largest = half_to_float<Format>(half(student), n, without, scratch.student);
-            out.t_largest = half_to_float<Format>(half(teacher), n, without, scratch.teacher);
-        };
-        if (student.dtype == teacher.dtype && student.col_stride == 1 && teacher.col_stride == 1) {
-            if (student.dtype == kBFloat16) convert_both(BFloat16{});
-            if (student.dtype == kFloat16) convert_both(Float16{});
-            if (out.s) return out;
-        }
+    BothBlocks<A>& both = out;
+    if constexpr (mode == kAlone) {
+        both.s = both.t = read_largest(args.student, row, j, n, without, scratch.student, both.s_largest);
+        both.t_largest = both.s_largest;
+    } else {
+        both = read_largest(args.student, args.teacher, row, j, n, without, scratch.student, scratch.teacher);
     }
-    out.s = read(student, row, j, n, scratch.student);
-    out.t = mode == kAlone ? out.s : read(teacher, row, j, n, scratch.teacher);
-    block_max<A>(out.s, out.t, n, without, out.s_largest, out.t_largest);
     return out;
 }
 

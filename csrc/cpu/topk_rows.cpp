@@ -215,7 +215,8 @@ FKD_NOINLINE void row_pass(const TopKArgs& args, const RowParams& params, TopKRe
     x.rest = rest(args, scratch, row, params.temperature, e_soft);
     if (args.piece && !args.piece->all) return give(args, row, x.rest);
     if (args.piece) x.rest = given(args, row, x.kept + 1);
-    if (args.label_sums) args.label_sums[row] = label_stats(x, 0).v_sum;
+    x.v_sum = sum_of_labels(x);
+    if (args.label_sums) args.label_sums[row] = x.v_sum;
     const double sum = kind == kRenormalize ? 0 : kept_sum(x);
     if (args.sums) args.sums[row] = sum;
     x.log_share = kind == kRenormalize ? -INFINITY : log_share(x, all_classes(args), sum);

@@ -139,12 +139,10 @@ FKD_NOINLINE void uskd_row_pass(const UskdArgs& args, const Scratch<A>& scratch,
     A s_max = -A(INFINITY), w_max = s_max;
     for (int64_t j = 0; j < classes; j += kBlock<A>) {
         const int64_t n = block_length<A>(classes, j);
-        const A* s = read(args.student, row, j, n, scratch.student);
-        const A* w = read(args.weak, row, j, n, scratch.weak);
-        A s_largest, w_largest;
-        block_max<A>(s, w, n, targets.at.from(j), s_largest, w_largest);
-        s_max = s_largest > s_max ? s_largest : s_max;
-        w_max = w_largest > w_max ? w_largest : w_max;
+        const BothBlocks<A> both =
+            read_largest(args.student, args.weak, row, j, n, targets.at.from(j), scratch.student, scratch.weak);
+        s_max = both.s_largest > s_max ? both.s_largest : s_max;
+        w_max = both.t_largest > w_max ? both.t_largest : w_max;
     }
     x.s_max = finite_or_zero(s_max);
     x.w_max = finite_or_zero(w_max);

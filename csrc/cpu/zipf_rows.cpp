@@ -105,7 +105,8 @@ FKD_NOINLINE void zipf_row_pass(const ZipfArgs& args, const Scratch<A>& scratch,
     A largest = -A(INFINITY);
     for (int64_t j = 0; j < classes; j += kBlock<A>) {
         const int64_t n = block_length<A>(classes, j);
-        const A of_block = block_max<A>(read(args.student, row, j, n, scratch.student), n, targets.at.from(j));
+        A of_block;
+        read_largest(args.student, row, j, n, targets.at.from(j), scratch.student, of_block);
         largest = of_block > largest ? of_block : largest;
     }
     const double s_max = finite_or_zero(largest);

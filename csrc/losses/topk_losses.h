@@ -34,6 +34,7 @@ struct TopKRow {
     const double* v;     // probabilities of these classes (v[kept] is the target's); null for class indices
     double s_target;
     Others rest;
+    double v_sum;     // of all labels
     double log_share; // log u; -inf if nothing is left, or with renormalization
 };
 
@@ -184,17 +185,27 @@ FKD_HD double binary_term(const TopKRow& x, TopKRest kind, const TopKSide& s, co
     return p.p[0] > 0.5 && q.p[0] > 0.5 ? q.rest - total * p.rest : total * p.p[0] - q.p[0];
 }
 
-// Sums over the labels besides those of the rest; relative to `top`.
+FKD_HD double target_label(const TopKRow& x) {
+    return x.v ? x.v[x.kept] : 1;
+}
+
+FKD_HD double sum_of_labels(const TopKRow& x) {
+    double sum = target_label(x) + x.rest.v;
+    for (int64_t i = 0; x.v && i < x.kept; ++i)
+        sum += x.v[i];
+    return sum;
+}
+
+// The labels' numbers; sums are relative to `top`.
 FKD_HD RowStats label_stats(const TopKRow& x, double top) {
     RowStats stats = {};
-    stats.v_target = x.v ? x.v[x.kept] : 1;
-    stats.v_sum = stats.v_target + x.rest.v;
+    stats.v_target = target_label(x);
+    stats.v_sum = x.v_sum;
     stats.v_blocked = x.rest.v_blocked;
     stats.v_free = x.rest.v - x.rest.v_blocked;
     if (stats.v_free != 0) stats.v_cross = x.rest.v_cross + stats.v_free * (x.rest.max - top);
     for (int64_t i = 0; x.v && i < x.kept; ++i) {
         const bool blocked = x.s[i] == -INFINITY;
-        stats.v_sum += x.v[i];
         (blocked ? stats.v_blocked : stats.v_free) += x.v[i];
         if (!blocked) stats.v_cross += x.v[i] * (x.s[i] - top);
     }
@@ -212,7 +223,7 @@ FKD_HD TeacherAtOne teacher_at_one(const TopKRow& x, TopKRest kind) {
     double outside = x.log_share - t.top - t.log_sum;
     if (kind == kDrop || kind == kRenormalize) outside = t.sum == t.sum ? -INFINITY : t.sum;
     const double log_target = x.target_kept ? x.t[x.kept] - t.top - t.log_sum : outside;
-    double ce = -weighted(x.v ? x.v[x.kept] : 1, log_target) - weighted(x.rest.v, outside);
+    double ce = -weighted(target_label(x), log_target) - weighted(x.rest.v, outside);
     for (int64_t i = 0; x.v && i < x.kept; ++i)
         ce -= weighted(x.v[i], x.t[i] - t.top - t.log_sum);
     return {log_target, ce};
@@ -302,8 +313,7 @@ FKD_HD void hat_terms(const TopKRow& x, const RowParams& params, TopKRest kind, 
 // Whether a row has no value: a label is NaN, or no class of the teacher can occur, since all kept ones have
 // probability 0 and the others have no share.
 FKD_HD bool is_nothing(const TopKRow& x) {
-    const double labels = label_stats(x, 0).v_sum;
-    if (labels != labels) return true;
+    if (x.v_sum != x.v_sum) return true;
     if (x.log_share != -INFINITY) return false;
     for (int64_t i = 0; i < x.kept + x.target_kept; ++i)
         if (x.t[i] != -INFINITY) return false;

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_kd.core import checks
 from fused_kd.core.catalogue import ROW_LOSSES, as_run
 from fused_kd.core.options import Options, empty_gradient
 from fused_kd.core.pieces import TopKPiece
+from fused_kd.core.row_errors import kept_error
 from fused_kd.core.source_rows import SourceRows
 from fused_kd.core.transforms import readable
 from fused_kd.reference import accumulation_dtype
@@ -61,7 +61,7 @@ def check_indices(indices: Tensor, num_classes: int, counted: Tensor, rest: str)
     if rest == "renormalize":
         wrong |= (indices < 0).all(dim=1) & counted
     if bool(wrong.any()):
-        raise checks.kept_error(indices, int(wrong.to(torch.uint8).argmax()), num_classes)
+        raise kept_error(indices, int(wrong.to(torch.uint8).argmax()), num_classes)
 
 
 def merged(found: Tensor, temperature: float) -> Tensor:

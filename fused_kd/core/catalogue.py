@@ -98,8 +98,8 @@ def parts_of(loss: str, stacked: Any) -> list[Any]:
 
 
 def has_column_term(loss: str, hyper: HyperParameters | None = None) -> bool:
-    """Whether a row loss has a term of the batch's columns, which couples all rows; without ``hyper``: may have one."""
-    return "columns" in ROW_LOSSES[loss].needs and (hyper is None or hyper.gamma != 0.0)
+    """Whether a loss has a term of the batch's columns, which couples all rows; without ``hyper``: may have one."""
+    return loss in ROW_LOSSES and "columns" in ROW_LOSSES[loss].needs and (hyper is None or hyper.gamma != 0.0)
 
 
 _ROWS: Mapping[str, tuple[str, ...]] = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}
@@ -110,7 +110,8 @@ class Loss:
     """A loss of this package: its formula, its source and its backends.
 
     ``formula`` is per row, in the notation of the README. ``backends`` lists, per kind of device, the backends with a
-    kernel for the loss. :func:`fused_kd.explain` says which of them can run here.
+    kernel for the loss. :func:`fused_kd.explain` says which of them can run here. ``sources`` are the classes of
+    :mod:`fused_kd.sources` that the loss takes in place of logits.
     """
 
     name: str
@@ -119,6 +120,7 @@ class Loss:
     formula: str
     paper: str
     backends: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _ROWS)
+    sources: tuple[str, ...] = ("Head", "ClassShard", "TopK")
 
     @property
     def function(self) -> str:
@@ -154,6 +156,7 @@ LOSSES = {
             "−α Σ_k P_k log p_k − β Σ_{j∉Y} ẑ_j log p̂_j − μ Σ_j V'_j log v_j",
             "Yang et al. 2023, arXiv:2303.13005, Eq. 6–13",
             {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")},
+            ("Head",),
         ),
         Loss("kd", "KD", "KDLoss", "T² KL(q(T) ‖ p(T))", "Hinton et al. 2015, arXiv:1503.02531"),
         Loss("dkd", "DKD", "DKDLoss", "T² (α KL(b_t ‖ b_s) + β KL(q̂ ‖ p̂))", "Zhao et al. 2022, arXiv:2203.08679"),
@@ -170,6 +173,7 @@ LOSSES = {
             "TfKDLoss",
             "KL(softmax(u / T) ‖ p), u_y = correct, u_j = (1 − correct) / (C − 1)",
             "Yuan et al. 2020, arXiv:1909.11723",
+            sources=("Head", "ClassShard"),
         ),
         Loss(
             "js",
@@ -192,6 +196,7 @@ LOSSES = {
             "ZipfLSLoss",
             "β KL(ẑ ‖ p̂), ẑ by the rank of each class in the votes of the positions",
             "Liang et al. 2022, arXiv:2207.12980",
+            sources=(),
         ),
     )
 }

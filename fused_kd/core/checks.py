@@ -15,6 +15,7 @@ from fused_kd.core.transforms import carries_gradient, readable
 _LOGIT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INDEX_DTYPES = tuple(getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64))
 REDUCTIONS = ("mean", "sum", "none")
+_ONE_HOT = "; class probabilities must be floating point: target.float()"
 
 
 class Rows(NamedTuple):
@@ -263,7 +264,6 @@ def check_target(target: Tensor, shape: tuple[int, ...], dim: int, device: torch
     shape, or probabilities of the logits' shape."""
     if target.device != device:
         raise ValueError(f"target: expected the device of student_logits, {device}, got {target.device}")
-    one_hot = "; class probabilities must be floating point: target.float()" if target.shape == shape else ""
     if target.dtype in INDEX_DTYPES:
         rows = rows_shape(shape, dim)
         if target.shape != rows:
@@ -272,13 +272,14 @@ def check_target(target: Tensor, shape: tuple[int, ...], dim: int, device: torch
                 raise ValueError(
                     f"target: expected class indices of shape {tuple(rows)} for logits of shape {shape} with "
                     f"the classes in dimension {dim}, got {tuple(target.shape)}{_fits(shape, target)}"
-                    f"{one_hot}"
+                    f"{_ONE_HOT if target.shape == shape else ''}"
                 )
             target = target.squeeze(dim)
         return target if target.dtype == torch.int64 else target.to(torch.int64)
     if target.dtype not in _LOGIT_DTYPES:
         raise TypeError(
-            f"target: expected integer class indices or floating-point probabilities, got {target.dtype}{one_hot}"
+            "target: expected integer class indices or floating-point probabilities, got "
+            f"{target.dtype}{_ONE_HOT if target.shape == shape else ''}"
         )
     if target.shape != shape:
         raise ValueError(
@@ -292,10 +293,9 @@ def check_target(target: Tensor, shape: tuple[int, ...], dim: int, device: torch
 
 def _moved(shape: tuple[int, ...], target: Tensor, dim: int) -> str:
     """Return the end of a message: the dimension where probabilities have their classes, if only that is wrong."""
+    rest = rows_shape(shape, dim)
     for at in range(target.dim()):
-        if target.dim() == len(shape) and (*(rest := rows_shape(shape, dim))[:at], shape[dim], *rest[at:]) == tuple(
-            target.shape
-        ):
+        if tuple(target.shape) == (*rest[:at], shape[dim], *rest[at:]):
             return (
                 f"; its classes seem to be in dimension {at}, and the logits have them in dimension {dim}: pass "
                 f"target.movedim({at}, {dim})"
@@ -353,47 +353,3 @@ def flatten_weight(
         if bool(bad.any()):
             raise ValueError(f"weight: expected finite numbers of at least 0, got {float(weight[bad][0])}")
     return weight.reshape(-1)
-
-
-def row_error(target: Tensor, row: int, num_classes: int, ignore_index: int) -> Exception:
-    """Return the error for a row with a class index out of range, or with probabilities that do not sum to 1."""
-    if target.is_floating_point():
-        return ValueError(
-            "target: expected class probabilities that sum to 1 in each row, got a row that sums to "
-            f"{float(target[row].double().sum()):.6g}; divide by that, or make a row count less by weight="
-        )
-    return IndexError(
-        f"target: expected class indices from 0 to {num_classes - 1}, or ignore_index {ignore_index}, "
-        f"got {int(target[row])}"
-    )
-
-
-def kept_error(indices: Tensor, row: int, num_classes: int) -> Exception:
-    """Return the error for a row of a top-k teacher: a class is out of range or appears twice, or all are pads."""
-    name, given = "teacher_logits.indices", indices[row]
-    none = given[(given < -1) | (given >= num_classes)]
-    if none.numel():
-        return IndexError(
-            f"{name}: expected classes from 0 to {num_classes - 1}, or -1 for a pad, got {int(none[0])} in row {row}"
-        )
-    kept = given[given >= 0].sort().values
-    if not kept.numel():
-        return ValueError(f"{name}: expected a class in each row with rest='renormalize', got pads alone in row {row}")
-    again = kept[1:][kept[1:] == kept[:-1]]
-    return ValueError(f"{name}: expected each class once in a row, got {int(again[0])} twice in row {row}")
-
-
-def check_target_values(target: Tensor, weight: Tensor | None, num_classes: int, ignore_index: int) -> None:
-    """Raise :func:`row_error` for the first bad row, if reading the values does not stall. This is for the reference;
-    fused backends check in their kernels."""
-    if not readable(target):
-        return
-    if target.is_floating_point():
-        # Sums of half-precision labels miss 1 by up to half a per cent. NaN is no error. As in csrc/cpu/core.cpp.
-        bad = (target.double().sum(dim=1) - 1.0).abs() > 0.02
-        if weight is not None:
-            bad &= weight != 0
-    else:
-        bad = (target != ignore_index) & ((target < 0) | (target >= num_classes))
-    if bool(bad.any()):
-        raise row_error(target, int(bad.to(torch.uint8).argmax()), num_classes, ignore_index)

@@ -11,6 +11,7 @@ from fused_kd import autograd, backends, direct, reference, repeated
 from fused_kd.core import checks
 from fused_kd.core.catalogue import LOSSES, ROW_LOSSES, has_column_term, parts_of
 from fused_kd.core.options import HyperParameters, in_order
+from fused_kd.core.row_errors import check_target_values
 from fused_kd.losses import _shards, _sources
 from fused_kd.losses._options import Common, checked, first_classes, normalized_weight, returned
 from fused_kd.sources import Logits, TeacherLogits
@@ -42,7 +43,7 @@ def call(
     chosen = backends.choose(common.backend, device, name)
     packed: Any
     if chosen == "reference":
-        checks.check_target_values(rows.target, weight, rows.student_logits.shape[1], settings["ignore_index"])
+        check_target_values(rows.target, weight, rows.student_logits.shape[1], settings["ignore_index"])
         tensors = [tensor for tensor in rows[:3] if tensor is not None]
         loss, packed = eager(*tensors, **numbers, **settings, weight=weight)
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import WRAPPER_ASSIGNMENTS
+from functools import update_wrapper
 from numbers import Real
 from types import FunctionType
 from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar, overload
@@ -50,10 +50,9 @@ class Criterion(nn.Module):
         super().__init_subclass__(**given)
         found: Any = cls.forward
         if "forward" not in vars(cls) and found.__module__ == __name__:
-            own = FunctionType(found.__code__, found.__globals__)
-            for name in (*WRAPPER_ASSIGNMENTS, "__defaults__", "__kwdefaults__"):
-                setattr(own, name, getattr(found, name))
-            own.__qualname__ = f"{cls.__qualname__}.forward"
+            own = FunctionType(found.__code__, found.__globals__, argdefs=found.__defaults__)
+            own.__kwdefaults__ = found.__kwdefaults__
+            update_wrapper(own, found).__qualname__ = f"{cls.__qualname__}.forward"
             setattr(cls, "forward", own)  # noqa: B010 - mypy allows no plain assignment to a method
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -103,15 +102,9 @@ class TeacherCriterion(Criterion, Generic[Parts]):
     ) -> Tensor | tuple[Tensor, Parts]: ...  # fmt: skip
 
     def forward(
-        self,
-        student_logits: Logits,
-        teacher_logits: TeacherLogits,
-        target: Tensor,
-        *,
-        weight: Tensor | None = None,
-        normalizer: float | Tensor | None = None,
-        return_parts: bool = False,
-    ) -> Tensor | tuple[Tensor, Parts]:
+        self, student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor, *, weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None, return_parts: bool = False,
+    ) -> Tensor | tuple[Tensor, Parts]:  # fmt: skip
         """The loss, or with ``return_parts=True`` ``(loss, parts)``; all arguments are as in the function."""
         return self._call(  # type: ignore[no-any-return]
             student_logits, teacher_logits, target, weight=weight, normalizer=normalizer, return_parts=return_parts
@@ -138,15 +131,9 @@ class UnlabelledCriterion(TeacherCriterion[Parts]):
     ) -> Tensor | tuple[Tensor, Parts]: ...  # fmt: skip
 
     def forward(
-        self,
-        student_logits: Logits,
-        teacher_logits: TeacherLogits,
-        target: Tensor | None = None,
-        *,
-        weight: Tensor | None = None,
-        normalizer: float | Tensor | None = None,
-        return_parts: bool = False,
-    ) -> Tensor | tuple[Tensor, Parts]:
+        self, student_logits: Logits, teacher_logits: TeacherLogits, target: Tensor | None = None, *,
+        weight: Tensor | None = None, normalizer: float | Tensor | None = None, return_parts: bool = False,
+    ) -> Tensor | tuple[Tensor, Parts]:  # fmt: skip
         """The loss, or with ``return_parts=True`` ``(loss, parts)``; all arguments are as in the function."""
         return self._call(  # type: ignore[no-any-return]
             student_logits, teacher_logits, target, weight=weight, normalizer=normalizer, return_parts=return_parts

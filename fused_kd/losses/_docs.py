@@ -21,8 +21,7 @@ _ARGS = r"""
         ClassShard).
     teacher_logits: The teacher's logits: same shape and device, any of those dtypes; must not require grad. In their
         place a :class:`fused_kd.Head`, :class:`fused_kd.TopK`, :class:`fused_kd.ClassShard` or DTensor.
-    target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)``. Only the cross-entropy and
-        ``ignore_index`` use them; with None ``ce_weight`` must be 0, and every row counts.
+    target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)`` (mixup, CutMix).
     temperature: T above, greater than 0.
     ce_weight: Weight of the ordinary cross-entropy, computed in the same pass.
     label_smoothing: Smoothing of the cross-entropy's labels, as in :func:`torch.nn.functional.cross_entropy`.
@@ -45,6 +44,10 @@ _ARGS = r"""
     backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
     return_parts: Return ``(loss, parts)`` with {parts}; these are detached and weighted, and sum to the loss.
 """
+#: Of a target that may be None.
+_OPTIONAL = """
+        Only the cross-entropy and ``ignore_index`` use them; with None ``ce_weight`` must be 0, and every row
+        counts."""
 _INFINITIES = """
     A student's logit of -inf is a class that cannot occur: its probability and its gradient are 0, and 0 log 0
     is 0. {own} The cross-entropy is +inf if a class at -inf has a label other than 0; with label smoothing every
@@ -92,6 +95,8 @@ def _completed(function: Callable[..., Any], parts: tuple[str, ...], own: str, o
     code = function.__code__
     *first, last = [f"``parts.{name}``" for name in parts]
     shared = _entries(_ARGS.format(parts=f"{', '.join(first)} and {last}"))
+    if function.__defaults__:
+        shared["target"] += _OPTIONAL
     sections = {
         "Args": _merged(shared, given["Args"], code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]),
         "Infinities and NaN": _filled(_INFINITIES.format(own=own, others=others), 4),

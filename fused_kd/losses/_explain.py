@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_kd import backends
+from fused_kd import backends, sources
 from fused_kd.backends import Explanation, topk
-from fused_kd.core.catalogue import LOSSES, ROW_LOSSES, has_column_term
+from fused_kd.core.catalogue import LOSSES, has_column_term
+from fused_kd.losses._sources import is_source
 from fused_kd.reference.topk import check_rest
 from fused_kd.sources import ClassShard, Head, Logits, TeacherLogits, TopK
 
@@ -33,18 +34,16 @@ def explain(
         >>> print(fused_kd.explain(Head(hidden, weight), "kd", TopK(log_probs, indices, rest="bucket")))
     """
     found = backends.explain(_device(student_logits), loss)
-    if not (teacher_logits is None or isinstance(teacher_logits, (Tensor, Head, ClassShard, TopK))):
-        given = type(teacher_logits).__name__
-        raise TypeError(f"teacher_logits: expected a Tensor, what stands for one, or None, got {given}")
+    if not (teacher_logits is None or isinstance(teacher_logits, Tensor) or is_source(teacher_logits)):
+        kind = type(teacher_logits).__name__
+        raise TypeError(f"teacher_logits: expected a Tensor, what stands for one, or None, got {kind}")
     how = [_how("student", student_logits), _how("teacher", teacher_logits)]
-    given = [each for each in (student_logits, teacher_logits) if isinstance(each, (Head, ClassShard, TopK))]
-    if given:
-        taken = {"uskd": (Head,)}.get(loss, (Head, ClassShard, TopK) if loss in ROW_LOSSES else ())
-        for each in given:
-            if not isinstance(each, taken):
-                raise ValueError(f"loss: {LOSSES[loss].title} does not take a {type(each).__name__}")
-        if loss in ROW_LOSSES and has_column_term(loss):
-            how.append("only with gamma=0: the term of the batch's columns needs all rows at once")
+    given = [each for each in (student_logits, teacher_logits) if is_source(each)]
+    for each in given:
+        if not isinstance(each, tuple(getattr(sources, name) for name in LOSSES[loss].sources)):
+            raise ValueError(f"loss: {LOSSES[loss].title} does not take a {type(each).__name__}")
+    if given and has_column_term(loss):
+        how.append("only with gamma=0: the term of the batch's columns needs all rows at once")
     if isinstance(teacher_logits, TopK):
         check_rest(loss, teacher_logits.rest, LOSSES[loss].defaults.get("beta", 0.0))
         fused = topk.is_fused(loss, teacher_logits.rest)

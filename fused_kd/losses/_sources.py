@@ -15,6 +15,7 @@ from fused_kd.backends.topk import check_indices
 from fused_kd.core import checks
 from fused_kd.core.catalogue import LOSSES, ROW_LOSSES, has_column_term
 from fused_kd.core.options import HyperParameters, in_order
+from fused_kd.core.row_errors import check_target_values
 from fused_kd.core.source_rows import SourceRows, Span
 from fused_kd.core.stored import counted_rows
 from fused_kd.core.transforms import carries_gradient
@@ -127,7 +128,7 @@ def _by_reference(
     logits = whole(student)
     if target.is_floating_point():
         target = _shards.all_columns(target, student.span)
-    checks.check_target_values(target, weight, logits.shape[1], ignore_index)
+    check_target_values(target, weight, logits.shape[1], ignore_index)
     if teacher is not None and teacher.rows.indices is not None:
         kept, indices = teacher.rows, teacher.rows.indices
         check_indices(indices, logits.shape[1], counted, kept.rest)
@@ -192,7 +193,7 @@ def uskd(
         # A row of weight 0 is part of the batch mean, so its hidden states stay as they are.
         counted = counted_rows(None, target, settings["ignore_index"])
         logits = [_logits(each.rows, shape[-1], counted) for each in (student, weak)]
-        checks.check_target_values(target, weight, shape[-1], settings["ignore_index"])
+        check_target_values(target, weight, shape[-1], settings["ignore_index"])
         loss, packed = eager(*logits, target, **numbers, **settings, weight=weight)
         parts = [*packed]
     else:

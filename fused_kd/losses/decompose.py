@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fused_kd import reference
 from fused_kd.core import checks
+from fused_kd.core.row_errors import check_target_values
 from fused_kd.losses._options import checked
 from fused_kd.reference import Decomposition
 
@@ -72,7 +73,7 @@ def decompose(
     checks.check_teacher_detached(teacher_logits, student_logits)
     options: dict[str, Any] = {"reduction": reduction, "ignore_index": ignore_index}
     options |= checked({"temperature": temperature}, options)
-    checks.check_target_values(rows.target, None, rows.student_logits.shape[1], ignore_index)
+    check_target_values(rows.target, None, rows.student_logits.shape[1], ignore_index)
     tensors: Any = rows[:3]
     parts = reference.decompose(*tensors, **options)
     if reduction == "none" and len(rows.shape) != 1:

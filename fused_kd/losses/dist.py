@@ -114,17 +114,8 @@ class DISTLoss(UnlabelledCriterion[DISTParts]):
     _function = staticmethod(dist_loss)
 
     def __init__(
-        self,
-        beta: Scheduled = 1.0,
-        gamma: Scheduled = 1.0,
-        temperature: Scheduled = 1.0,
-        ce_weight: Scheduled = 0.0,
-        label_smoothing: Scheduled = 0.0,
-        logit_standardization: bool = False,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        backend: str = "auto",
-        class_dim: int | None = None,
-        num_classes: int | None = None,
-    ) -> None:
+        self, beta: Scheduled = 1.0, gamma: Scheduled = 1.0, temperature: Scheduled = 1.0, ce_weight: Scheduled = 0.0,
+        label_smoothing: Scheduled = 0.0, logit_standardization: bool = False, ignore_index: int = -100,
+        reduction: str = "mean", backend: str = "auto", class_dim: int | None = None, num_classes: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(locals())

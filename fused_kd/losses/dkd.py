@@ -65,8 +65,7 @@ def dkd_loss(
     stay finite.
 
     Args:
-        target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)`` (mixup, CutMix). Then each
-            row's largest entry is DKD's target, the lowest index on ties, and CE uses the probabilities.
+        target: + A row's largest probability is DKD's target, the lowest index on ties; CE uses all of them.
         alpha: Weight of the binary term.
         beta: Weight of the non-target term; the paper uses 8 for CIFAR-100, 0.5 for ImageNet.
         temperature: +; the paper uses 4 for CIFAR-100, 1 for ImageNet.
@@ -105,17 +104,8 @@ class DKDLoss(TeacherCriterion[LossParts]):
     _function = staticmethod(dkd_loss)
 
     def __init__(
-        self,
-        alpha: Scheduled = 1.0,
-        beta: Scheduled = 8.0,
-        temperature: Scheduled = 4.0,
-        ce_weight: Scheduled = 0.0,
-        label_smoothing: Scheduled = 0.0,
-        logit_standardization: bool = False,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        backend: str = "auto",
-        class_dim: int | None = None,
-        num_classes: int | None = None,
-    ) -> None:
+        self, alpha: Scheduled = 1.0, beta: Scheduled = 8.0, temperature: Scheduled = 4.0, ce_weight: Scheduled = 0.0,
+        label_smoothing: Scheduled = 0.0, logit_standardization: bool = False, ignore_index: int = -100,
+        reduction: str = "mean", backend: str = "auto", class_dim: int | None = None, num_classes: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(locals())

@@ -103,16 +103,8 @@ class JSLoss(UnlabelledCriterion[DistillationParts]):
     _own_checks: ClassVar = {"beta": checks.check_share}
 
     def __init__(
-        self,
-        beta: Scheduled = 0.5,
-        temperature: Scheduled = 1.0,
-        ce_weight: Scheduled = 0.0,
-        label_smoothing: Scheduled = 0.0,
-        logit_standardization: bool = False,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        backend: str = "auto",
-        class_dim: int | None = None,
-        num_classes: int | None = None,
-    ) -> None:
+        self, beta: Scheduled = 0.5, temperature: Scheduled = 1.0, ce_weight: Scheduled = 0.0,
+        label_smoothing: Scheduled = 0.0, logit_standardization: bool = False, ignore_index: int = -100,
+        reduction: str = "mean", backend: str = "auto", class_dim: int | None = None, num_classes: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(locals())

@@ -86,15 +86,8 @@ class KDLoss(UnlabelledCriterion[DistillationParts]):
     _function = staticmethod(kd_loss)
 
     def __init__(
-        self,
-        temperature: Scheduled = 4.0,
-        ce_weight: Scheduled = 0.0,
-        label_smoothing: Scheduled = 0.0,
-        logit_standardization: bool = False,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        backend: str = "auto",
-        class_dim: int | None = None,
-        num_classes: int | None = None,
-    ) -> None:
+        self, temperature: Scheduled = 4.0, ce_weight: Scheduled = 0.0, label_smoothing: Scheduled = 0.0,
+        logit_standardization: bool = False, ignore_index: int = -100, reduction: str = "mean", backend: str = "auto",
+        class_dim: int | None = None, num_classes: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(locals())

@@ -65,9 +65,7 @@ def tf_kd_loss(
     copy of the student as teacher, use :func:`kd_loss`.
 
     Args:
-        target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)`` (mixup, CutMix). Then
-            the virtual teacher's target is each row's largest entry, the lowest index on ties, and CE uses the
-            probabilities.
+        target: + A row's largest probability is the virtual teacher's target, the lowest index on ties; CE uses all.
         correct: What the virtual teacher gives the target class, at least 0 and below 1.
         temperature: +; it applies only to the virtual teacher.
 
@@ -99,17 +97,10 @@ class TfKDLoss(Criterion):
     _function = staticmethod(tf_kd_loss)
 
     def __init__(
-        self,
-        correct: Scheduled = 0.99,
-        temperature: Scheduled = 20.0,
-        ce_weight: Scheduled = 0.0,
-        label_smoothing: Scheduled = 0.0,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        backend: str = "auto",
-        class_dim: int | None = None,
-        num_classes: int | None = None,
-    ) -> None:
+        self, correct: Scheduled = 0.99, temperature: Scheduled = 20.0, ce_weight: Scheduled = 0.0,
+        label_smoothing: Scheduled = 0.0, ignore_index: int = -100, reduction: str = "mean", backend: str = "auto",
+        class_dim: int | None = None, num_classes: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(locals())
 
     @overload
@@ -129,14 +120,9 @@ class TfKDLoss(Criterion):
     ) -> Tensor | tuple[Tensor, DistillationParts]: ...  # fmt: skip
 
     def forward(
-        self,
-        student_logits: Logits,
-        target: Tensor,
-        *,
-        weight: Tensor | None = None,
-        normalizer: float | Tensor | None = None,
-        return_parts: bool = False,
-    ) -> Tensor | tuple[Tensor, DistillationParts]:
+        self, student_logits: Logits, target: Tensor, *, weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None, return_parts: bool = False,
+    ) -> Tensor | tuple[Tensor, DistillationParts]:  # fmt: skip
         return self._call(  # type: ignore[no-any-return]
             student_logits, target, weight=weight, normalizer=normalizer, return_parts=return_parts
         )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fused_kd import autograd, direct, reference
 from fused_kd.core import checks
+from fused_kd.core.row_errors import check_target_values
 from fused_kd.losses import _shards, _sources
 from fused_kd.losses._call import call
 from fused_kd.losses._criterion import Criterion, Scheduled
@@ -210,22 +211,11 @@ class USKDLoss(Criterion):
     _further = ("in_features", "num_classes")
 
     def __init__(
-        self,
-        in_features: int,
-        num_classes: int,
-        alpha: Scheduled = 1.0,
-        beta: Scheduled = 0.1,
-        mu: Scheduled = 0.005,
-        ce_weight: Scheduled = 0.0,
-        label_smoothing: Scheduled = 0.0,
-        rank: str = "normalized",
-        square: bool = True,
-        process_group: ProcessGroup | None = None,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        backend: str = "auto",
-        class_dim: int | None = None,
-    ) -> None:
+        self, in_features: int, num_classes: int, alpha: Scheduled = 1.0, beta: Scheduled = 0.1, mu: Scheduled = 0.005,
+        ce_weight: Scheduled = 0.0, label_smoothing: Scheduled = 0.0, rank: str = "normalized", square: bool = True,
+        process_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
+        backend: str = "auto", class_dim: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(locals())
         checks.check_count("in_features", in_features, 1)
         checks.check_count("num_classes", num_classes, 2)
@@ -248,15 +238,9 @@ class USKDLoss(Criterion):
     ) -> Tensor | tuple[Tensor, USKDParts]: ...  # fmt: skip
 
     def forward(
-        self,
-        student_logits: Logits,
-        feature: Tensor,
-        target: Tensor,
-        *,
-        weight: Tensor | None = None,
-        normalizer: float | Tensor | None = None,
-        return_parts: bool = False,
-    ) -> Tensor | tuple[Tensor, USKDParts]:
+        self, student_logits: Logits, feature: Tensor, target: Tensor, *, weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None, return_parts: bool = False,
+    ) -> Tensor | tuple[Tensor, USKDParts]:  # fmt: skip
         dim, averaged = self._check(student_logits, feature)
         if averaged:
             feature = feature.mean(dim=(2, 3))
@@ -344,7 +328,7 @@ def uskd_soft_labels(
     rows = checks.flatten(student_logits, weak_logits, "weak_logits", target, class_dim)
     settings = {"rank": rank, "square": square, "ignore_index": ignore_index, "process_group": process_group}
     checked({}, settings)
-    checks.check_target_values(rows.target, None, rows.student_logits.shape[1], ignore_index)
+    check_target_values(rows.target, None, rows.student_logits.shape[1], ignore_index)
     tensors: Any = rows[:3]
     sums = _batch_sums(tensors, square, ignore_index, "reference", process_group)
     labels = reference.uskd_soft_labels(*tensors, rank=rank, square=square, ignore_index=ignore_index, batch_sums=sums)

@@ -66,7 +66,6 @@ def wsld_loss(
     The gradient treats u as a constant. The cross-entropies in u are at temperature 1 and without label smoothing.
 
     Args:
-        target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)`` (mixup, CutMix).
         alpha: Weight of the distillation.
         temperature: +; the paper uses 2.
 
@@ -96,16 +95,8 @@ class WSLDLoss(TeacherCriterion[DistillationParts]):
     _function = staticmethod(wsld_loss)
 
     def __init__(
-        self,
-        alpha: Scheduled = 2.5,
-        temperature: Scheduled = 2.0,
-        ce_weight: Scheduled = 0.0,
-        label_smoothing: Scheduled = 0.0,
-        logit_standardization: bool = False,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        backend: str = "auto",
-        class_dim: int | None = None,
-        num_classes: int | None = None,
-    ) -> None:
+        self, alpha: Scheduled = 2.5, temperature: Scheduled = 2.0, ce_weight: Scheduled = 0.0,
+        label_smoothing: Scheduled = 0.0, logit_standardization: bool = False, ignore_index: int = -100,
+        reduction: str = "mean", backend: str = "auto", class_dim: int | None = None, num_classes: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(locals())

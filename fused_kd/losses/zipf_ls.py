@@ -122,16 +122,10 @@ class ZipfLSLoss(Criterion):
     _function = staticmethod(zipf_ls_loss)
 
     def __init__(
-        self,
-        beta: Scheduled = 0.1,
-        power: Scheduled = 1.0,
-        ce_weight: Scheduled = 0.0,
-        label_smoothing: Scheduled = 0.0,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        backend: str = "auto",
+        self, beta: Scheduled = 0.1, power: Scheduled = 1.0, ce_weight: Scheduled = 0.0,
+        label_smoothing: Scheduled = 0.0, ignore_index: int = -100, reduction: str = "mean", backend: str = "auto",
         class_dim: int | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(locals())
 
     @overload
@@ -151,15 +145,9 @@ class ZipfLSLoss(Criterion):
     ) -> Tensor | tuple[Tensor, DistillationParts]: ...  # fmt: skip
 
     def forward(
-        self,
-        student_logits: Tensor,
-        dense_logits: Tensor,
-        target: Tensor,
-        *,
-        weight: Tensor | None = None,
-        normalizer: float | Tensor | None = None,
-        return_parts: bool = False,
-    ) -> Tensor | tuple[Tensor, DistillationParts]:
+        self, student_logits: Tensor, dense_logits: Tensor, target: Tensor, *, weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None, return_parts: bool = False,
+    ) -> Tensor | tuple[Tensor, DistillationParts]:  # fmt: skip
         return self._call(  # type: ignore[no-any-return]
             student_logits, dense_logits, target, weight=weight, normalizer=normalizer, return_parts=return_parts
         )

@@ -1,5 +1,6 @@
 """Every block of Python in docs/ runs: the named ones in tests of their own, the others page by page, as they stand."""
 
+import inspect
 import re
 import textwrap
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import pages
 import pytest
 import torch
+
+from fused_kd import reference
 
 HERE = Path(__file__).parent
 COLUMNS = 84  # what the site shows without a scroll bar
@@ -34,6 +37,8 @@ def test_the_loss_that_contributing_adds():
     (block,) = re.findall(r"^ *```python\n(.*?)```", text, flags=re.DOTALL | re.MULTILINE)
     names = {}
     exec(compile(textwrap.dedent(block), "CONTRIBUTING.md", "exec"), names)
+    parameters = inspect.signature(names["trusted_kd_loss"]).parameters
+    assert parameters.keys() - {"power"} == inspect.signature(reference.kd_loss).parameters.keys()
     student, teacher = torch.randn(2, 6, 9, dtype=torch.float64)
     target = torch.randint(9, (6,))
     loss, parts = names["trusted_kd_loss"](student, teacher, target, power=0.5, temperature=2.0, ce_weight=0.3)

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 import fused_kd
 from fused_kd import ClassShard, Head, TopK
-from fused_kd.backends import _warned, sources, topk
+from fused_kd.backends import _warned, topk
+from fused_kd.backends.sources import CHUNK_BYTES
 from fused_kd.core.catalogue import LOSSES, ROW_LOSSES
 from fused_kd.losses._topk import kernel_or_reference
 
@@ -156,7 +157,7 @@ def test_rows_are_made_whole_by_chunks(loss, rest, monkeypatch):
         return logits(self, start, stop)
 
     monkeypatch.setattr(topk.WholeRows, "logits", counted)
-    monkeypatch.setitem(sources.CHUNK_BYTES, "cpu", 4 * CLASSES * 8)  # logits and gradient of two rows
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 4 * CLASSES * 8)  # logits and gradient of two rows
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         value = function(loss)(student, teacher, target, **options_of(loss))

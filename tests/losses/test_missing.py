@@ -1,5 +1,7 @@
 """A forgotten target or teacher is an error, whatever else is given: nothing stands in for it."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -47,6 +49,20 @@ def test_a_student_is_not_its_own_teacher(loss, student, backend):
     options = {"gamma": 0.0} if loss == "dist" else {}
     with pytest.raises(TypeError, match=r"teacher_logits: expected a Tensor.*got NoneType"):
         getattr(fused_kd, f"{loss}_loss")(student, None, TARGET, backend=backend, **options)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_catalogue_names_the_sources_that_a_loss_takes(loss):
+    function, options = getattr(fused_kd, f"{loss}_loss"), {"gamma": 0.0} if loss == "dist" else {}
+    kept = TopK(KEPT.log_probs, KEPT.indices, "renormalize")
+    given = {"Head": (HEAD, *others(loss)), "TopK": (STUDENT, *[kept for _ in others(loss)])}
+    if loss == "tf_kd":  # it has no teacher that could be one
+        assert "TopK" not in LOSSES[loss].sources
+        del given["TopK"]
+    for name, tensors in given.items():
+        taken = nullcontext() if name in LOSSES[loss].sources else pytest.raises(TypeError, match=f"Tensor.*{name}")
+        with taken:
+            function(*tensors, TARGET, backend="reference", **options)
 
 
 def test_losses_without_labels_still_do_without():

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from fused_kd.backends.native import core, cuda, direct, staged
 from fused_kd.backends.native.boundary import DTYPES, RANKS, REDUCTIONS, address, batch, incoming, matrix
-from fused_kd.core import checks
 from fused_kd.core.catalogue import NUMBERS, REST_NUMBERS
 from fused_kd.core.options import Options, empty_gradient, outputs, pair_outputs
 from fused_kd.core.pieces import TOPK_FIELDS, Piece, StageResults, TopKPiece
+from fused_kd.core.row_errors import kept_error, row_error
 from fused_kd.reference import accumulation_dtype
 
 _core: Any
@@ -105,7 +105,7 @@ def row_loss(
         (REDUCTIONS[options.reduction], loss.data_ptr(), parts.data_ptr(), norm.data_ptr()),
     )
     if bad_row >= 0:
-        raise checks.row_error(target, bad_row, student.shape[1], options.ignore_index)
+        raise row_error(target, bad_row, student.shape[1], options.ignore_index)
     return results
 
 
@@ -121,7 +121,7 @@ def uskd_batch_sums(student: Tensor, target: Tensor, square: bool, ignore_index:
     rows = batch(_where(), student, target, ignore_index, accumulation_dtype(student))
     bad_row = _core.uskd_batch_sums(rows, square, sums.data_ptr())
     if bad_row >= 0:
-        raise checks.row_error(target, bad_row, student.shape[1], ignore_index)
+        raise row_error(target, bad_row, student.shape[1], ignore_index)
     return sums
 
 
@@ -149,7 +149,7 @@ def uskd(
         ),
     )  # fmt: skip
     if bad_row >= 0:
-        raise checks.row_error(target, bad_row, student.shape[1], options.ignore_index)
+        raise row_error(target, bad_row, student.shape[1], options.ignore_index)
     return results
 
 
@@ -166,7 +166,7 @@ def zipf_ls(
         (REDUCTIONS[options.reduction], loss.data_ptr(), parts.data_ptr(), norm.data_ptr()),
     )
     if bad_row >= 0:
-        raise checks.row_error(target, bad_row, student.shape[1], options.ignore_index)
+        raise row_error(target, bad_row, student.shape[1], options.ignore_index)
     return results
 
 
@@ -197,9 +197,9 @@ def topk_loss(
             columns,
         )
         if bad_row >= rows:
-            raise checks.kept_error(indices, bad_row - rows, num_classes)
+            raise kept_error(indices, bad_row - rows, num_classes)
         if bad_row >= 0:
-            raise checks.row_error(target, bad_row, num_classes, options.ignore_index)
+            raise row_error(target, bad_row, num_classes, options.ignore_index)
 
     if piece is None:
         call(gradient, None)

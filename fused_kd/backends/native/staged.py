@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fused_kd.backends.native.boundary import address, batch, matrix
-from fused_kd.core import checks
 from fused_kd.core.catalogue import NUMBERS
 from fused_kd.core.options import Options
 from fused_kd.core.pieces import STAGES, Piece, StageResults
+from fused_kd.core.row_errors import row_error
 from fused_kd.reference import accumulation_dtype
 
 #: The fields of Statistics in csrc/cpu/row_blocks.h.
@@ -67,11 +67,11 @@ def row_stage(
         ),
     )  # fmt: skip
     if bad_row >= 0 and labels is None:
-        raise checks.row_error(target, bad_row, num_classes, options.ignore_index)
+        raise row_error(target, bad_row, num_classes, options.ignore_index)
     if bad_row >= 0:
         assert earlier.statistics is not None
         places = [STATISTICS.index(name) for name in ("v_sum", "v_target")]
-        raise checks.row_error(earlier.statistics[:, places].sum((0, 1))[:, None], bad_row, num_classes, -1)
+        raise row_error(earlier.statistics[:, places].sum((0, 1))[:, None], bad_row, num_classes, -1)
     if last:
         return parts.T.to(dtype), gradient
     return out[exchanged] if stage == "statistics" else out

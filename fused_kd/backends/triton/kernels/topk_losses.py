@@ -58,12 +58,6 @@ class Side(NamedTuple):
 
 
 @triton.jit
-def _times(weight, value):
-    """weight * value with 0 * inf = 0; NaN stays."""
-    return weight * tl.where((weight == 0.0) & (tl.abs(value) == INF), 0.0, value)
-
-
-@triton.jit
 def _ratio(x, y):
     """x / y, 0 where y is 0."""
     none = y == 0.0
@@ -110,9 +104,9 @@ def _split(x_y, top, total, scale):
 @triton.jit
 def _soft_entry(log_p, log_q, q, by_p, e, temperature, ENTROPY: tl.constexpr):
     """Return the value and the gradient of a class in weight T sum q (log q - log p), or without log q."""
-    value = -_times(temperature * q, log_p)
+    value = times(temperature * q, -log_p)
     if ENTROPY:
-        value += _times(temperature * q, log_q)
+        value -= times(temperature * q, -log_q)
     return value, by_p * e - q
 
 
@@ -227,8 +221,8 @@ def _binary_term(x, s, t, share, alpha, temperature, REST: tl.constexpr):
         q = tl.where(x.kept_y, q, 0.0)
         q_nll = tl.where(x.kept_y, q_nll, INF)
     weight = alpha * temperature * temperature
-    value = _times(weight * q, p_nll) - _times(weight * q, q_nll)
-    value += _times(weight * q_rest, q_log_rest) - _times(weight * q_rest, p_log_rest)
+    value = times(weight * q, p_nll) - times(weight * q, q_nll)
+    value += times(weight * q_rest, -p_log_rest) - times(weight * q_rest, -q_log_rest)
     total = q + q_rest
     return value, tl.where((p > 0.5) & (q > 0.5), q_rest - total * p_rest, total * p - q)
 
@@ -284,8 +278,8 @@ def resolve(x, own, weights, num_classes, LOSS: tl.constexpr, REST: tl.constexpr
         by_p, of_labels, rest_of_labels = zero, nll, zero
         if PROB:
             rest_of_labels = x.v_rest + tl.sum(x.v, 0)
-            v_cross = x.v_cross + _times(x.v_rest, x.top - s.top) + tl.sum(_times(x.v, x.s - s.top), 0)
-            of_labels = _times(x.v_y, nll) + _times(rest_of_labels, log_z) - v_cross
+            v_cross = x.v_cross + x.v_rest * (x.top - s.top) - tl.sum(times(x.v, s.top - x.s), 0)
+            of_labels = times(x.v_y, nll) + rest_of_labels * log_z - v_cross
         if CE:
             logits = tl.sum(tl.where(own, x.s - s.top, 0.0), 0) + x.linear - x.number * s.top
             everything = nll + (num_classes - 1) * log_z - logits
@@ -314,8 +308,8 @@ def resolve(x, own, weights, num_classes, LOSS: tl.constexpr, REST: tl.constexpr
                 by_y -= q * p_rest
             else:
                 if PROB:
-                    log_q = _times(x.v_y, log_q) + _times(x.v_rest, log_outside)
-                    log_q += tl.sum(_times(x.v, _log_softmax(x.t, t, 1.0)), 0)
+                    log_q = -times(x.v_y, -log_q) - times(x.v_rest, -log_outside)
+                    log_q -= tl.sum(times(x.v, -_log_softmax(x.t, t, 1.0)), 0)
                 u = tl.where(of_labels == INF, 1.0, one_minus_exp(of_labels / (1e-7 - log_q)))
         by = by_p * s.e + constant
         if PROB:
