@@ -50,18 +50,21 @@ def run(
     columns = _columns(student, span)
     loss, parts = values.new_empty(count, dtype=dtype), values.new_empty((3, count), dtype=dtype)
     student_maker = maker(student, task.wanted, dtype, columns, task.placement.compute)
-    top_k = teacher is not None and teacher.indices is not None and topk.is_fused(options.loss, teacher.rest)
+    top_k, most = False, shards.rows_of_chunks(span, columns)
     teacher_maker: Matrix | Products | topk.WholeRows | None = None
-    if teacher is not None and teacher.indices is not None and not top_k:
-        topk.check_indices(teacher.indices, columns, task.factors[0] != 0, teacher.rest)
-        teacher_maker = topk.WholeRows(teacher, dtype, columns)
-    elif teacher is not None and not top_k:
+    if teacher is not None and teacher.indices is not None:
+        shared_labels = bool(span.group) and task.target.is_floating_point()
+        top_k = topk.is_fused(options.loss, teacher.rest, shared_labels)
+        if not top_k:
+            topk.check_indices(teacher.indices, span.num_classes, task.factors[0] != 0, teacher.rest)
+            own = slice(span.first_class, span.first_class + columns)
+            teacher_maker, most = topk.WholeRows(teacher, dtype, span.num_classes, own), span.num_classes
+    elif teacher is not None:
         teacher_maker = maker(teacher, _NONE, dtype, columns, task.placement.compute)
     # Not in Triton: a warp of the looped kernel may still read logits that another warp has overwritten.
     in_place = kernels is native and student_maker.in_place and not span.group and not top_k
     options = options._replace(in_place=in_place, padding=student_maker.padding)
     exchange = shards.Exchange(span, columns) if span.group else None
-    most = shards.rows_of_chunks(span, columns)
     for chunk in _chunks(values, (student_maker, teacher_maker), int(not in_place), most, task.placement.chunk_rows):
         rows = slice(*chunk)
         logits = student_maker.logits(*chunk)

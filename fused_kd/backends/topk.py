@@ -34,22 +34,25 @@ WHOLE = ("renormalize", "uniform")
 
 
 class WholeRows:
-    """The logits of a top-k teacher that has all classes, a chunk of rows at a time."""
+    """The logits of a top-k teacher of all ``num_classes``, those of this process's ``columns``, a chunk of rows at a
+    time."""
 
-    def __init__(self, teacher: SourceRows, dtype: torch.dtype, num_classes: int) -> None:
-        self.teacher, self.dtype, self.num_classes = teacher, dtype, num_classes
+    def __init__(self, teacher: SourceRows, dtype: torch.dtype, num_classes: int, columns: slice) -> None:
+        self.teacher, self.dtype, self.num_classes, self.columns = teacher, dtype, num_classes, columns
 
     def logits(self, start: int, stop: int) -> Tensor:
         values, indices = self.teacher.values[start:stop].to(self.dtype), self.teacher.indices
         assert indices is not None
         indices = indices[start:stop]
         kept = find_kept(values, indices, torch.zeros_like(indices[:, :1]), self.num_classes)
-        return dense_teacher(kept, self.teacher.rest, self.num_classes) * kept.valid.unsqueeze(1)
+        whole = dense_teacher(kept, self.teacher.rest, self.num_classes) * kept.valid.unsqueeze(1)
+        return whole[:, self.columns]
 
 
-def is_fused(loss: str, rest: str) -> bool:
-    """Whether there is a kernel for the kept classes of a loss and a rest."""
-    return loss in ROW_LOSSES and rest in ROW_LOSSES[loss].rests
+def is_fused(loss: str, rest: str, shared_labels: bool = False) -> bool:
+    """Whether there is a kernel for the kept classes of a loss and a rest. ``shared_labels``: the target has
+    probabilities, of classes that processes share."""
+    return loss in ROW_LOSSES and rest in ROW_LOSSES[loss].rests and not shared_labels
 
 
 def check_indices(indices: Tensor, num_classes: int, counted: Tensor, rest: str) -> None:

@@ -46,13 +46,8 @@ def explain(
         how.append("only with gamma=0: the term of the batch's columns needs all rows at once")
     if isinstance(teacher_logits, TopK):
         check_rest(loss, teacher_logits.rest, LOSSES[loss].defaults.get("beta", 0.0))
-        fused = topk.is_fused(loss, teacher_logits.rest)
-        if not fused and not isinstance(student_logits, ClassShard):
+        if not topk.is_fused(loss, teacher_logits.rest):
             how[1] = "teacher: its rows are made whole, a chunk at a time"
-        elif not fused:
-            reason = f"no kernel of {LOSSES[loss].title} for a TopK of rest={teacher_logits.rest!r}"
-            reasons = {name: reason if name != "reference" else "chosen" for name in found.reasons}
-            found = found._replace(chosen="reference", reasons=reasons)
     if given and found.chosen == "reference":
         how[:2] = ["the reference makes all logits of all rows at once"]
     return found._replace(how=tuple(line for line in how if line))

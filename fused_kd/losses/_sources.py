@@ -78,8 +78,8 @@ def row_loss(
     if teacher is not None and isinstance(teacher_logits, TopK):
         check_log_probs(teacher.rows, *rows, settings["ignore_index"])
         if chosen != "reference":
-            of_target = student.span is not None, rows[0].is_floating_point()
-            chosen = kernel_or_reference(name, teacher_logits.rest, numbers, (backend, chosen), *of_target)
+            shared_labels = student.span is not None and rows[0].is_floating_point()
+            chosen = kernel_or_reference(name, teacher_logits.rest, numbers, (backend, chosen), shared_labels)
     if chosen == "reference":
         loss, parts = _by_reference(name, student, teacher, *rows, numbers, settings)
     else:

@@ -40,23 +40,21 @@ def topk_rows(given: TopK, shape: tuple[int, ...]) -> SourceRows:
 
 
 def kernel_or_reference(
-    name: str, rest: str, numbers: Mapping[str, float], backend: tuple[str, str], shared: bool, labels: bool
+    name: str, rest: str, numbers: Mapping[str, float], backend: tuple[str, str], shared_labels: bool
 ) -> str:
     """Return the backend for a TopK: the chosen one if it can run the loss with that rest, else the reference.
-    ``backend`` has the requested one and the chosen one. ``shared``: processes share the classes; ``labels``: the
-    target has probabilities.
+    ``backend`` has the requested one and the chosen one. ``shared_labels``: the target has probabilities, of classes
+    that processes share.
 
     Raises:
         ValueError, NotImplementedError: The loss has no meaning with that rest.
-        RuntimeError: The requested backend cannot run it.
+        RuntimeError: The requested backend has no kernel for it.
     """
     asked, chosen = backend
     check_rest(name, rest, numbers.get("beta", 0.0))
-    fused = topk.is_fused(as_run(name, numbers.get("beta", 1.0)), rest)
-    if (fused or rest in topk.WHOLE) if not shared else (fused and not labels):
+    if rest in topk.WHOLE or topk.is_fused(as_run(name, numbers.get("beta", 1.0)), rest, shared_labels):
         return chosen
-    of_shared = f", {'and probability targets ' if fused else ''}of shared classes,"
-    what = f"{LOSSES[name].title} with a TopK of rest={rest!r}{of_shared}"
+    what = f"{LOSSES[name].title} with a TopK of rest={rest!r}, and probability targets of shared classes,"
     if asked != "auto":
         raise RuntimeError(f"backend {asked!r} cannot run {what}: it has no kernel for it; use backend='reference'")
     backends.warn_of_reference(what, "which makes whole rows: there is no kernel for it", what)

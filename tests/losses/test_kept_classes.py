@@ -169,17 +169,17 @@ def test_rows_are_made_whole_by_chunks(loss, rest, monkeypatch):
 
 def test_what_has_no_kernel_says_so_once():
     _warned.clear()
-    numbers = {"beta": 0.5}
-    words = "Jensen–Shannon with a TopK of rest='uniform', of shared classes, by its eager reference"
+    given = ("nkd", "bucket", {}, ("auto", "native"), True)
+    words = "NKD with a TopK of rest='bucket', and probability targets of shared classes, by its eager reference"
     with pytest.warns(RuntimeWarning, match=words) as seen:
-        assert kernel_or_reference("js", "uniform", numbers, ("auto", "native"), True, False) == "reference"
+        assert kernel_or_reference(*given) == "reference"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert kernel_or_reference("js", "uniform", numbers, ("auto", "native"), True, False) == "reference"
-        assert kernel_or_reference("js", "uniform", {"beta": 0.0}, ("auto", "native"), True, False) == "native"  # KD
+        assert kernel_or_reference(*given) == "reference"
+        assert kernel_or_reference("nkd", "uniform", {}, ("auto", "native"), True) == "native"
     assert len(seen) == 1 and seen[0].filename == __file__
-    with pytest.raises(RuntimeError, match="backend 'native' cannot run Jensen–Shannon with a TopK of rest='uniform'"):
-        kernel_or_reference("js", "uniform", numbers, ("native", "native"), True, False)
+    with pytest.raises(RuntimeError, match="backend 'native' cannot run NKD with a TopK of rest='bucket'"):
+        kernel_or_reference("nkd", "bucket", {}, ("native", "native"), True)
 
 
 def test_compiled_in_one_graph():
@@ -246,11 +246,8 @@ def test_explain_says_what_runs_for_a_source():
     explanation = fused_kd.explain(hidden, "js", TopK(*kept, rest="uniform"))
     assert explanation.chosen == "native"
     assert explanation.how == ("teacher: its rows are made whole, a chunk at a time",)
-    explanation = fused_kd.explain(ClassShard(hidden, 0, 16), "js", TopK(*kept, rest="uniform"))
-    assert explanation.chosen == "reference"
-    assert "no kernel of Jensen–Shannon for a TopK of rest='uniform'" in explanation.reasons["native"]
     eager = ("the reference makes all logits of all rows at once",)
-    assert explanation.how == fused_kd.explain(Head(hidden.to("meta"), weight.to("meta")), "nkd").how == eager
+    assert fused_kd.explain(Head(hidden.to("meta"), weight.to("meta")), "nkd").how == eager
     for loss, *sources in (
         ("zipf_ls", Head(hidden, weight)),
         ("uskd", ClassShard(hidden, 0, 16)),

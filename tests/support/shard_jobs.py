@@ -319,8 +319,8 @@ def kept_classes(rank, size, backend):
     target, weights = torch.randint(31, (6,), generator=generator), torch.rand(6, generator=generator)
     target[1], weights[2] = -100, 0.0
     options = {"temperature": 2.0, "ce_weight": 1.0, "label_smoothing": 0.1, "weight": weights, "reduction": "none"}
-    cases = (("nkd", "bucket"), ("kd", "uniform"), ("dkd", "drop"), ("wsld", "renormalize"))
-    for (loss, rest), widths in zip(cases, 4 * widths_of(size, 31), strict=False):
+    cases = (("nkd", "bucket"), ("kd", "uniform"), ("dkd", "drop"), ("js", "uniform"), ("wsld", "renormalize"))
+    for (loss, rest), widths in zip(cases, 5 * widths_of(size, 31), strict=False):
         kept, own = TopK(*teacher.log_softmax(1).topk(6), rest=rest), columns(rank, widths)
         for head in (False, True):
             results = []
@@ -336,13 +336,17 @@ def kept_classes(rank, size, backend):
     own = columns(rank, widths_of(size, 31)[0])
     labels = 0.7 * one_hot(target.clamp(min=0), 31).double() + 0.3 * one_hot(kept.indices[:, 0], 31)
     whole, shard = (hidden @ weight.T).requires_grad_(), (hidden @ weight[own].T).requires_grad_()
-    exact = called("wsld", "reference", whole, kept, labels, options)
-    with pytest.raises(RuntimeError, match="and probability targets of shared classes"):
-        called("wsld", "native", ClassShard(shard, own.start, 31), kept, labels[:, own], options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = called("wsld", "auto", ClassShard(shard, own.start, 31), kept, labels[:, own], options)
-    torch.testing.assert_close([*found, shard.grad], [*exact, whole.grad[:, own]], **TOLERANCE)
+    for rest in ("renormalize", "bucket"):
+        kept, whole.grad, shard.grad = TopK(kept.log_probs, kept.indices, rest), None, None
+        exact = called("wsld", "reference", whole, kept, labels, options)
+        given = "wsld", ClassShard(shard, own.start, 31), kept, labels[:, own], options
+        if rest == "bucket":
+            with pytest.raises(RuntimeError, match="and probability targets of shared classes"):
+                called(given[0], "native", *given[1:])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore" if rest == "bucket" else "error", "fused_kd runs")
+            found = called(given[0], "auto" if rest == "bucket" else backend, *given[1:])
+        torch.testing.assert_close([*found, shard.grad], [*exact, whole.grad[:, own]], **TOLERANCE)
     kept.indices[3, 0] = kept.indices[3, 1]
     shard = ClassShard(hidden @ weight[own].T, own.start, 31)
     if backend == "triton":
