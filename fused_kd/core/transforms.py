@@ -59,8 +59,10 @@ def unobserved() -> bool:
 
 
 def plain(tensor: Any) -> bool:
-    """Whether this is a Tensor, not a subclass, whose memory holds its values, in one piece."""
-    return type(tensor) is Tensor and not (tensor.is_nested or tensor.is_neg() or tensor._is_zerotensor())
+    """Whether this is a Tensor, not a subclass, whose memory holds its values, and which has strides."""
+    if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_nested:
+        return False
+    return not (tensor.is_neg() or tensor._is_zerotensor())
 
 
 def _onnx_export() -> bool:

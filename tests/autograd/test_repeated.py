@@ -101,6 +101,7 @@ WRONG = {
     "a negative number": {"gamma": -1.0},
     "an unknown reduction": {"reduction": "average"},
     "an unknown backend": {"backend": "nativ"},
+    "a backend that is no text": {"backend": ["native"]},
 }
 
 

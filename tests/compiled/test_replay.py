@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fused_kd
-from fused_kd import check, repeated
+from fused_kd import autograd, check, repeated
 from fused_kd.backends.triton.plans import rows
 from fused_kd.core.catalogue import LOSSES
 from fused_kd.core.options import HyperParameters, Options
@@ -59,26 +59,69 @@ def test_the_second_call_is_not_planned(planned, loss):
         assert len(planned) == first > 0
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_the_second_call_has_no_checks_and_no_dispatcher(planned, monkeypatch, loss):
-    """As on a GPU, where no check reads a value."""
-    known, recall = [], repeated.loss
+@pytest.fixture
+def recalled(monkeypatch):
+    """Calls of Triton are known by an earlier one, as on a GPU. Gives their op's functions."""
+    run, functions = autograd.run_function, []
 
-    def noted(*given):
-        made = recall(*given)
-        known.append(made is not None)
-        return made
+    def noted(function, arguments, *further):
+        functions.append(function)
+        return run(function, arguments, *further)
 
     monkeypatch.setattr(repeated, "_known", {})
     monkeypatch.setattr(repeated, "on_gpu", lambda logits: True)
-    monkeypatch.setattr(repeated, "loss", noted)
-    for seed in range(3):
+    monkeypatch.setattr(autograd, "run_function", noted)
+    return functions
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_third_call_only_launches(planned, recalled, loss):
+    """The first is checked, and the second looks whether its launches are all that there is to do."""
+    for seed in range(4):
         tensors = make(loss, seed)
         assert_reference(loss, tensors, step(loss, tensors))
-    assert known[::2] == [False, True, True]  # between them are the reference's calls
+    repeats = [type(function) is replay.Repeat for function in recalled]
+    assert repeats == [False, False, True, True]
 
 
-def test_what_a_plan_looks_at_makes_another_one(planned):
+def test_a_function_that_does_more_than_launch_is_not_replaced():
+    """Or one whose tensors are not all arguments or results."""
+    student, teacher, target = make("nkd", 0)
+    options = Options(HyperParameters(gamma=1.5), -100, "mean", (True,), (1.0,), "nkd")
+
+    def plain(student, teacher, target):
+        return rows.row_loss(student, teacher, target, None, None, options)
+
+    def writes(*given):
+        results = plain(*given)
+        results[-1].mul_(2.0)
+        return results
+
+    def copies(student, teacher, target):
+        return plain(student, teacher.clone(), target)
+
+    def returns_another(*given):
+        loss, *others = plain(*given)
+        return loss + 1.0, *others
+
+    def twice(*given):
+        plain(*given)
+        return plain(*given)
+
+    plain(student, teacher, target)
+    for function, whole in ((plain, True), (writes, False), (copies, False), (returns_another, False), (twice, False)):
+        _, repeat = replay.trace(function, (student, teacher, target))
+        assert (repeat is not None) == whole
+    assert replay.trace(plain, (student, student, target))[1] is None
+    others = make("nkd", 1)
+    _, repeat = replay.trace(plain, (student, teacher, target))
+    assert all(torch.equal(a, b) for a, b in zip(repeat(*others), plain(*others), strict=True))
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_what_a_plan_looks_at_makes_another_one(planned, request, known):
+    if known:
+        request.getfixturevalue("recalled")
     student, teacher, target = make("nkd", 0)
     target = torch.tensor([3, 17, 5, 99, 0])
     wide, shifted = torch.randn(5, 120), torch.randn(501)[1:].view(5, 100)
@@ -101,7 +144,8 @@ def test_what_a_plan_looks_at_makes_another_one(planned):
         ((student, probabilities, probabilities), {"ce_weight": 1.0}),  # one tensor in two places, and then two
         ((student, teacher, probabilities), {"ce_weight": 1.0}),
     ]
-    for tensors, options in (*kinds, *reversed(kinds)):
+    thrice = [kind for kind in kinds for _ in range(3)]
+    for tensors, options in (*thrice, *reversed(kinds)):
         assert_reference("nkd", tensors, step("nkd", tensors, **options), **options)
     forward = [kernels for kernels in planned if kernels != ["scale_rows"]]
     assert len(forward) == len(kinds) - 1  # a copy of the student is a teacher as any other

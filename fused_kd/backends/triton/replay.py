@@ -10,6 +10,7 @@ interface of a compiled kernel takes twice as long, mostly for hooks that nobody
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -43,8 +44,26 @@ class Replay(NamedTuple):
     steps: tuple[Step, ...]
 
 
+class Repeat(NamedTuple):
+    """An op's function whose results all come from one replay. ``made`` are their shapes and dtypes. For each tensor of
+    the replay ``places`` has its number among the arguments and the results, or None."""
+
+    replay: Replay
+    made: tuple[tuple[torch.Size, torch.dtype], ...]
+    places: tuple[int | None, ...]
+
+    def __call__(self, *arguments: Any) -> list[Tensor]:
+        device = arguments[0].device
+        results = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.made]
+        known = (*arguments, *results)
+        with cuda_devices.current(device):
+            _launch(self.replay, [None if place is None else known[place] for place in self.places], device)
+        return results
+
+
 #: None for a call that cannot be kept.
 _kept: dict[tuple[Any, ...], Replay | None] = {}
+_watching = threading.local()  # its `seen` has the replays of this thread, and their tensors, while trace() runs
 
 
 def run(
@@ -68,6 +87,8 @@ def run(
     # One tensor may be two arguments, such as a teacher's probabilities as the labels: then both have one number.
     key = (name, device, settings, *map(ids.index, ids), *map(_kind, inputs))
     replay = _kept.get(key)
+    if (seen := getattr(_watching, "seen", None)) is not None:
+        seen.append((replay, tensors.copy()))
     if replay is not None:
         with cuda_devices.current(device):
             _launch(replay, tensors, device)
@@ -78,6 +99,31 @@ def run(
         if len(_kept) >= MOST:
             _kept.clear()
         _kept[key] = _keep(launches, compiled, tensors)
+
+
+def trace(function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Sequence[Tensor], Repeat | None]:
+    """Call an op's function. Return its results, and what may be called in its place for such arguments, with other
+    contents and addresses: None if it does more than to replay launches."""
+    seen: list[tuple[Replay | None, list[Tensor | None]]] = []
+    _watching.seen = seen
+    try:
+        results = function(*arguments)
+    finally:
+        _watching.seen = None
+    replay, tensors = seen[0] if len(seen) == 1 else (None, [])
+    if replay is None:
+        return results, None
+    known = [*arguments, *results]
+    places: list[int | None] = []
+    for tensor in tensors:
+        numbers = [number for number, each in enumerate(known) if each is tensor]
+        if tensor is not None and len(numbers) != 1:
+            return results, None  # made on the way, or two arguments
+        places.append(None if tensor is None else numbers[0])
+    # PyTorch counts its own writes to a tensor.
+    if any(each._version or number not in places for number, each in enumerate(results, len(arguments))):
+        return results, None
+    return results, Repeat(replay, tuple((each.shape, each.dtype) for each in results), tuple(places))
 
 
 def _kind(tensor: Tensor | None) -> Any:
