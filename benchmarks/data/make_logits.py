@@ -112,7 +112,7 @@ def random_box(photo: Image.Image, rng: np.random.Generator) -> Box:
             return left, top, left + w, top + h
 
 
-def make(crops_per_photo: int = CROPS_PER_PHOTO, seed: int = SEED) -> dict[str, np.ndarray]:
+def make(crops_per_photo: int = CROPS_PER_PHOTO, seed: int = SEED) -> dict[str, np.ndarray[Any, Any]]:
     rng = np.random.default_rng(seed)
     student, teacher = Network(STUDENT), Network(TEACHER)
     student_rows: list[torch.Tensor] = []

@@ -189,7 +189,7 @@ def _open(folder: Path) -> Dataset:
         classes = int(manifest["classes"])
         train = splits.pop("train")
         for name, split in {"train": train, **splits}.items():
-            if len(split) == 0 or split.labels.min() < 0 or split.labels.max() >= classes:
+            if len(split) == 0 or np.min(split.labels) < 0 or np.max(split.labels) >= classes:
                 raise ValueError(f"the labels of {name} are not those of {classes} classes")
         digest = hashlib.sha256(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest()
         mean, std = tuple(manifest["mean"]), tuple(manifest["std"])

@@ -86,4 +86,5 @@ def _read(file: Path, size: int) -> npt.NDArray[np.uint8]:
             square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"imagefolder: {file} cannot be read ({type(error).__name__}: {error})") from None
-    return np.asarray(square, dtype=np.uint8).transpose(2, 0, 1)  # type: ignore[no-any-return]
+    planes: npt.NDArray[np.uint8] = np.asarray(square, dtype=np.uint8).transpose(2, 0, 1)
+    return planes

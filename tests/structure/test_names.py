@@ -18,7 +18,10 @@ PAGES = sorted(
 #: A path from the root, perhaps with a pattern; no part of a longer one, and of no URL.
 PATH = re.compile(rf"(?<![\w/.-])(?:{'|'.join(FOLDERS)})/[\w/.*+-]*[\w*/]")
 #: What a build makes, and the loss that CONTRIBUTING adds as an example.
-MADE_UP = {"fused_kd/_native_missing.txt", "fused_kd/losses/trusted_kd.py", "fused_kd/reference/trusted_kd.py"}
+MADE_UP = {
+    *("fused_kd/_native*.so", "fused_kd/_native_missing.txt"),
+    *("fused_kd/losses/trusted_kd.py", "fused_kd/reference/trusted_kd.py"),
+}
 MODULE = re.compile(r"python3? -m ((?:benchmarks|study|tools|fused_kd)[\w.]*\w)")
 
 

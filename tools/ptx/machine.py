@@ -132,7 +132,7 @@ class Machine:
         state, steps = self.state, 0
         while not self.done.all():
             runnable = self._turn(~(self.done | self.waiting))
-            at = int(self.place[runnable].min())  # the threads furthest behind, so that diverged paths meet again
+            at = int(np.min(self.place[runnable]))  # the threads furthest behind, so that diverged paths meet again
             mask = runnable & (self.place == at)
             straight = self.straights[at]
             everyone = None if mask.all() else mask
@@ -164,7 +164,7 @@ class Machine:
         if schedule not in ("forward", "backward"):
             raise ValueError(f"schedule: expected 'together', 'forward' or 'backward', got {schedule!r}")
         able = self.state.warp_in_block[runnable]
-        return runnable & (self.state.warp_in_block == (able.min() if schedule == "forward" else able.max()))
+        return runnable & (self.state.warp_in_block == (np.min(able) if schedule == "forward" else np.max(able)))
 
     def _guarded(self, i: Instruction, mask: Array) -> Array:
         if i.guard is None:

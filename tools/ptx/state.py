@@ -67,7 +67,7 @@ class State:
         self.special = self._special_registers(grid, block, thread)
         self.epoch = np.zeros(self.blocks, np.int64)  # barriers passed
         self.registers: dict[str, Array] = {}
-        self.carry = np.zeros(self.lanes, np.bool_)
+        self.carry: Array = np.zeros(self.lanes, np.bool_)
         self.products: dict[str, tuple[str, ...]] = {}  # registers with a product that may still be contracted
         self.problems: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
@@ -129,7 +129,7 @@ class State:
             if kind is None:
                 raise Unsupported(f"undeclared register {name}")
             if kind == "pred":
-                array = np.zeros(self.lanes, np.bool_)
+                array: Array = np.zeros(self.lanes, np.bool_)
             elif kind == "b128":
                 array = np.zeros((self.lanes, 2), np.uint64)
             else:  # a pattern that is unlikely to be right by chance
