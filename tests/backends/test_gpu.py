@@ -250,3 +250,22 @@ def test_peak_memory(place, rows, classes):
     _, *gradients = step(place, tensors)
     beyond = torch.cuda.max_memory_allocated() - before - sum(gradient.nbytes for gradient in gradients)
     assert beyond <= 0.01 * rows * classes * 4
+
+
+@every_place
+def test_calls_like_an_earlier_one(place):
+    """They skip the checks (fused_kd/repeated.py), in other streams and after another kind of call too."""
+    for seed in range(4):
+        tensors = make(place[0], seed=seed)
+        close(step(place, tensors, ce_weight=1.0), step(reference(place), tensors, ce_weight=1.0))
+        step(place, make(place[0], rows=5, seed=seed), ce_weight=1.0)
+    stream = torch.cuda.Stream()
+    tensors = make(place[0], seed=4)
+    wanted = step(place, tensors, ce_weight=1.0)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        again = step(place, tensors, ce_weight=1.0)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert all(torch.equal(a, b) for a, b in zip(again, wanted, strict=True))
+    with pytest.raises(ValueError, match="target"):
+        call(place, *tensors[:2], tensors[2][1:], ce_weight=1.0)
