@@ -79,10 +79,12 @@ def remember(
         return
     tensors = rows[:3]
     key = _key(name, tensors, numbers, settings, common)
+    if key is None:
+        return  # also while the compiler traces, which must not see addresses
     numbers_of = {_memory(tensor): number for number, tensor in enumerate(tensors) if tensor is not None}
     own = [(place, _memory(value)) for place, value in enumerate(call.arguments) if isinstance(value, Tensor)]
     # One tensor in two roles, or a tensor that was made on the way, has no number.
-    if key is None or len(numbers_of) != len(own) or any(memory not in numbers_of for _, memory in own):
+    if len(numbers_of) != len(own) or any(memory not in numbers_of for _, memory in own):
         return
     if len(_known) >= MOST:
         _known.clear()

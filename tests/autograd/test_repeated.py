@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.autograd import forward_ad
 
 import fused_kd
@@ -196,6 +197,21 @@ def test_second_derivatives_and_retained_graphs(recalled):
         with pytest.raises(RuntimeError, match="double backward"):
             torch.autograd.grad(loss, student, create_graph=True)
     assert recalled == [False, True]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_calls_are_not_kept(recalled, name):
+    """Nor does the compiler see an address: it would make a graph for each batch."""
+    function, counter = getattr(fused_kd, LOSSES[name].function), CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend=counter, fullgraph=True)
+    for rows in (5, 6, 7, 8):
+        student, other, target = check.Case(torch.float32, rows, 37, {}, seed=rows, loss=name).inputs("cpu")
+        others = [] if name == "tf_kd" else [other]
+        found = compiled(student.requires_grad_(), *others, target, backend="native")
+        torch.testing.assert_close(found, function(student, *others, target, backend="reference"))
+    assert counter.frame_count <= 2
+    assert not repeated._known
 
 
 def test_no_tensor_is_kept(recalled):
