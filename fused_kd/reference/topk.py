@@ -95,7 +95,7 @@ def check_rest(name: str, rest: str, beta: float) -> None:
     if (name == "js" and beta != 0.0 and rest == "drop") or (name == "dist" and rest in ("drop", "bucket")):
         others = "'renormalize' or 'uniform'" if name == "dist" else "'renormalize', 'bucket' or 'uniform'"
         raise NotImplementedError(
-            f"rest: {rest!r} leaves no second distribution over the same classes, which {name}_loss compares; "
+            f"rest: {rest!r} is not defined for {name}_loss, which compares two distributions over the same classes; "
             f"take rest={others}"
         )
 

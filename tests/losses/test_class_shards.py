@@ -110,7 +110,7 @@ DTENSORS = {
     "head": "TypeError: student_logits: expected Tensors in a Head, got a DTensor. FSDP makes .* share .*to_local",
     "teacher with gradient": "ValueError: teacher_logits: .* do not require grad",
     "in a shard": "TypeError: student_logits.logits: expected Tensors in a ClassShard, got a DTensor; pass its to_l",
-    "padding": "ValueError: num_classes: expected None where processes share the classes, got 7; .*a ClassShard of its",
+    "padding": "ValueError: num_classes: expected None with sharded classes, got 7; .*a ClassShard of its",
     "normalizer": "TypeError: normalizer: expected a Tensor that is no DTensor, got one; pass its to_local",
     "plain logits, target of rows": "ValueError: target: expected no DTensor, or a replicated one, since student_log",
     "indices": "TypeError: teacher_logits.indices: expected a Tensor of integers that is no DTensor, got one; pass its",

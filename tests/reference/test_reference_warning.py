@@ -35,7 +35,7 @@ def test_one_warning_with_the_reason_and_how_to_silence_it(without_core):
     (warning,) = caught(lambda: nkd_loss(STUDENT, TEACHER, TARGET))
     text = str(warning.message)
     assert warning.category is RuntimeWarning
-    assert "runs NKD of cpu tensors by its eager reference" in text
+    assert "runs NKD of cpu tensors with the eager reference" in text
     assert "native: the C++ core was not built: no compiler" in text
     assert "Pass backend='reference' to choose it without a warning" in text
     assert warning.filename == __file__

@@ -341,7 +341,7 @@ def kept_classes(rank, size, backend):
         exact = called("wsld", "reference", whole, kept, labels, options)
         given = "wsld", ClassShard(shard, own.start, 31), kept, labels[:, own], options
         if rest == "bucket":
-            with pytest.raises(RuntimeError, match="and probability targets of shared classes"):
+            with pytest.raises(RuntimeError, match="and probability targets of sharded classes"):
                 called(given[0], "native", *given[1:])
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore" if rest == "bucket" else "error", "fused_kd runs")
