@@ -34,7 +34,7 @@ WHOLE = ("renormalize", "uniform")
 
 
 class WholeRows:
-    """The logits of a top-k teacher made dense, over all ``num_classes``: those of this process's ``columns``, a chunk of rows at a
+    """A top-k teacher made dense: its logits of this process's ``columns`` of ``num_classes``, a chunk of rows at a
     time."""
 
     def __init__(self, teacher: SourceRows, dtype: torch.dtype, num_classes: int, columns: slice) -> None:

@@ -345,7 +345,9 @@ def flatten_weight(
     if weight.device != device:
         raise ValueError(f"weight: expected the device of student_logits, {device}, got {weight.device}")
     if carries_gradient(weight):
-        raise ValueError("weight: expected weights that do not require grad; they get no gradient: pass weight.detach()")
+        raise ValueError(
+            "weight: expected weights that do not require grad; they get no gradient: pass weight.detach()"
+        )
     if weight.dtype == torch.bool:
         return weight.reshape(-1).to(torch.float32)
     if readable(weight):

@@ -33,7 +33,9 @@ _RECORDED = (
     f"{_REFERENCE}"
 )
 _ONNX = f"fused_kd: torch.onnx.export has no operators for the fused kernels; {_REFERENCE}"
-_NO_RANKS = ". USKD and Zipf's label smoothing cannot be exported at all: ONNX lacks the operators that rank the classes"
+_NO_RANKS = (
+    ". USKD and Zipf's label smoothing cannot be exported at all: ONNX lacks the operators that rank the classes"
+)
 
 
 _AUTOGRAD = torch._C.DispatchKey.AutogradCPU

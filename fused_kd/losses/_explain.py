@@ -62,7 +62,7 @@ def _device(given: Any) -> Any:
 def _how(name: str, given: Any) -> str:
     """Describe how a source runs; "" for logits."""
     if isinstance(given, ClassShard):
-        lines = (f"{name}: classes over processes, in stages with an exchange after each", _how(name, given.logits))
+        lines = (f"{name}: sharded classes, in stages with an exchange after each", _how(name, given.logits))
         return "; ".join(filter(None, lines))
     if isinstance(given, Head):
         return f"{name}: logits by products, a chunk of rows at a time"

@@ -139,7 +139,9 @@ def test_explain_says_what_it_cannot_explain(given):
     with pytest.raises(TypeError, match=r"^student_logits: expected a Tensor, a Head, a ClassShard or a device, got "):
         fused_kd.explain(given)
     if given is not None:
-        with pytest.raises(TypeError, match=r"^teacher_logits: expected a Tensor, a Head, a ClassShard, a TopK or None, got "):
+        with pytest.raises(
+            TypeError, match=r"^teacher_logits: expected a Tensor, a Head, a ClassShard, a TopK or None, got "
+        ):
             fused_kd.explain(torch.randn(2, 3), "kd", given)
     with pytest.raises(ValueError, match=r"^loss: expected one of 'nkd', .*, got "):
         fused_kd.explain(torch.randn(2, 3), given)
