@@ -66,9 +66,10 @@ gpu-check:
 gpu-profile:
 	$(PYTHON) -m tools.gpu.profile $(or $(OUT),benchmarks/results)
 
-# The site, into site/; a link that leads nowhere is an error. Open site/index.html, no server or network is needed.
+# The site, into site/. A link that leads nowhere is an error; --quiet would hide it. Open site/index.html, no server or
+# network is needed.
 docs: $(VENV)/documented
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: $(VENV)/documented
 	$(BIN)/ruff check .

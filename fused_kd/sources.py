@@ -157,8 +157,8 @@ class ClassShard:
     group: Any = None
 
 
-# So that PyTorch finds their tensors: under DDP with static_graph=True an output without tensors trains each process on
-# its own rows alone.
+# So that PyTorch finds their tensors: under DDP with static_graph=True, gradients of an output without tensors are not
+# averaged.
 for _source in (Head, TopK, ClassShard):
     torch.export.register_dataclass(_source)
 

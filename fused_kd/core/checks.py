@@ -176,7 +176,7 @@ def class_dimension(student_logits: Tensor, class_dim: int | None, target: Tenso
         shape = tuple(student_logits.shape)
         raise ValueError(
             f"class_dim: expected the dimension of the classes, which logits of four or more dimensions need: "
-            f"class_dim=1 for (N, C, H, W), as F.cross_entropy has it, class_dim=-1 for (N, H, W, C); got None for "
+            f"class_dim=1 for (N, C, H, W), as in F.cross_entropy, class_dim=-1 for (N, H, W, C); got None for "
             f"student_logits of shape {shape}{_fits(shape, target)}"
         )
     check_class_dim("class_dim", class_dim)
