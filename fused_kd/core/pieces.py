@@ -1,4 +1,4 @@
-"""Rows whose classes are in several places: what a backend gets of them, and what it returns.
+"""Rows with sharded classes: what a backend gets of them, and what it returns.
 
 :mod:`fused_kd.backends.staged` and, for a top-k teacher, :mod:`fused_kd.backends.topk` describe the runs.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 #: The stages of a row loss in order; csrc/cpu/kernels.h has the same numbers.
 STAGES = {"moments": 0, "statistics": 1, "sums": 2, "gradient": 3}
-#: Numbers of a row for a top-k teacher beside the logits of its kept classes; csrc/cpu/kernels.h has the same.
+#: Numbers of a row for a top-k teacher besides the logits of its kept classes; csrc/cpu/kernels.h has the same.
 TOPK_FIELDS = 5
 
 

@@ -1,5 +1,5 @@
-"""Classes that several processes share. Turns :class:`fused_kd.sources.ClassShard` and DTensor into rows with their
-span, and gathers all columns for the reference."""
+"""Sharded classes: turns :class:`fused_kd.sources.ClassShard` and DTensor into rows with their span, and gathers all
+columns for the reference."""
 
 from __future__ import annotations
 
