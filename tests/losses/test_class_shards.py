@@ -107,7 +107,7 @@ DTENSORS = {
     "plain student": "ValueError: teacher_logits: expected no DTensor, or a replicated one",
     "target of rows": "ValueError: target: expected a DTensor on the mesh of student_logits with placements .Replicate",
     "classes inside": "ValueError: class_dim: expected the last dimension for a DTensor",
-    "head": "TypeError: student_logits: expected Tensors in a Head, got a DTensor. FSDP makes .* share .*to_local",
+    "head": "TypeError: student_logits: expected Tensors in a Head, got a DTensor. FSDP gathers .* sharded, .*to_local",
     "teacher with gradient": "ValueError: teacher_logits: .* do not require grad",
     "in a shard": "TypeError: student_logits.logits: expected Tensors in a ClassShard, got a DTensor; pass its to_l",
     "padding": "ValueError: num_classes: expected None with sharded classes, got 7; .*a ClassShard of its",
