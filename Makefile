@@ -50,7 +50,7 @@ ptx: $(VENV)/tested
 train: $(VENV)/ready
 	$(BIN)/python study/train.py --model cnn-small --loss ce --epochs 4 --batch-size 128 --out runs/ce --resume
 
-# The paper's comparison in small, into docs/study.md: what has no record in study/records is trained, in some four hours
+# The paper's comparison at small scale, into docs/study.md: what has no record in study/records is trained, in some four hours
 # of two cores if nothing has. PART names parts of it: rates, main, longer, own, ablations, cost, page.
 study: $(VENV)/ready
 	$(BIN)/python -m study $(if $(PART),--part $(PART)) --update README.md docs/which-loss.md
@@ -66,9 +66,10 @@ gpu-check:
 gpu-profile:
 	$(PYTHON) -m tools.gpu.profile $(or $(OUT),benchmarks/results)
 
-# The site, into site/; a link that leads nowhere is an error. Open site/index.html, no server or network is needed.
+# The site, into site/. A link that leads nowhere is an error; --quiet would hide it. Open site/index.html, no server or
+# network is needed.
 docs: $(VENV)/documented
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: $(VENV)/documented
 	$(BIN)/ruff check .

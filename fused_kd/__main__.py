@@ -144,7 +144,7 @@ def run_check(devices: list[str], only: list[str] | None, quick: bool) -> int:
     if not jobs:
         print("no fused backend runs here; `python -m fused_kd env` says why")
         return 1
-    print("Largest relative error against float64, and what it may be:\nthe eager form's own error, and a few ulp\n")
+    print("Largest relative error against float64, and the allowed error:\nthat of the eager form, plus a few ulp\n")
     print(_LINE.format(*_HEADS).rstrip())
     failures = 0
     for device, name, loss_name in jobs:

@@ -1,8 +1,8 @@
-"""Ordinary calls, with plain CPU tensors or a top-k teacher of such, straight to the C++ core.
+"""Direct calls of the C++ core, for plain CPU tensors or a top-k teacher of such.
 
-A loss first tries this way, with unchecked arguments; on a GPU it tries :mod:`fused_kd.repeated`. For any other call it
-returns None, and the loss goes through :mod:`fused_kd.ops`: anything compiled, recorded, transformed or wrong, other
-sources and devices, row weights, and ``reduction="none"``. Both ways run the same kernels.
+A loss first tries a direct call, with unchecked arguments; on a GPU it tries :mod:`fused_kd.repeated`. For any other
+call :func:`loss` returns None, and the loss goes through :mod:`fused_kd.ops`: anything compiled, recorded, transformed
+or wrong, other sources and devices, row weights, and ``reduction="none"``. Both run the same kernels.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Calls on a GPU that are like an earlier one: without checks, and past the dispatcher.
+"""Repeated calls on a GPU skip the checks and the dispatcher.
 
-No check reads the values of a GPU's tensors, since that would stall it. So the checks of a call depend on its options
-and on the kinds of its tensors alone, and a call like one that has passed them needs none. It does not need the
-dispatcher either, which would find the op's function, unless something records or transforms the call. For a thousand
-rows of a thousand classes a GPU waits for the host, and this saves a third of the host's time.
+No check reads the values of a GPU's tensors, since that would stall it. So the result of the checks depends only on the
+options of a call and on the dtypes, shapes, strides and devices of its tensors. A call that repeats these needs no
+checks. Unless something records or transforms the call, it does not need the dispatcher either, which would only find
+the op's function. For a thousand rows of a thousand classes a GPU waits for the host, and this saves a third of the
+host's time.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def on_gpu(logits: Any) -> bool:
 def loss(
     name: str, tensors: tuple[Any, ...], numbers: dict[str, float], settings: dict[str, Any], common: tuple[Any, ...]
 ) -> tuple[Tensor, Tensor | None] | None:
-    """Return the loss and, if wanted, its stacked parts; None if no call like this one is known. The arguments are
+    """Return the loss and, if wanted, its stacked parts; None if this call repeats none. The arguments are
     those of :func:`fused_kd.direct.loss`."""
     key = _key(name, tensors, numbers, settings, common)
     if key is None or (known := _known.get(key)) is None:

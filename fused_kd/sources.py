@@ -1,7 +1,7 @@
 """Inputs in place of logits: a last layer that is not applied yet, a teacher's top-k log-probabilities, and the classes
-that one of several processes has.
+of one of several processes.
 
-A loss is the same function of the logits that a source replaces; only what is stored and moved differs.
+A loss has the same value as with the logits that a source replaces, but stores and moves less.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class Head:
     r"""The last layer before it is applied. Its logits are :math:`z = \mathrm{logit\_scale} \cdot (h W^\top + b)`, or
     with a ``softcap`` :math:`c \tanh(z / c)`.
 
-    The logits of all rows never exist at once. The loss computes them for one chunk of rows, then the gradient of that
-    chunk and from it the gradients of ``hidden``, ``weight`` and ``bias``, and goes on to the next chunk. Products
-    accumulate in float32 or better, whatever the dtype, and so does the weight's gradient over the chunks. Each of the
-    three tensors gets a gradient if it requires one. A teacher gets no gradient: pass its tensors detached.
+    The logits of all rows are never stored at once. Chunk by chunk of rows, the loss computes the logits, their
+    gradient, and from it the gradients of ``hidden``, ``weight`` and ``bias``. Products accumulate in float32 or
+    float64, whatever the dtype, and so does the weight's gradient over the chunks. Each of the three tensors gets a
+    gradient if it requires one. A teacher gets no gradient: pass its tensors detached.
 
     Args:
         hidden: Hidden states ``(..., D)``, the input of the last layer.
@@ -34,7 +34,7 @@ class Head:
         bias: ``(C,)``, or None.
         softcap: Bound c of the logits' magnitude, above 0, or None.
         logit_scale: Factor of the logits, applied before the softcap.
-        chunk_rows: Rows in a chunk; if both heads set it, the student's counts. None takes as many as
+        chunk_rows: Rows in a chunk; if both heads set it, the student's is used. None takes as many as
             :data:`fused_kd.sources.CHUNK_BYTES` allows: 128 MiB on the CPU, 1 GiB on a GPU.
 
     Example:
@@ -58,9 +58,9 @@ class TopK:
 
     Let :math:`K` be the kept classes and :math:`\ell` their log-probabilities under the teacher's full softmax. The
     rest has the probability :math:`r = \max(0, 1 - \sum_K e^{\ell_j})`, and :math:`u = r / (C - k)` is its share per
-    class. At temperature :math:`T` the rest is taken as spread evenly. With :math:`Z = \sum_K e^{\ell_j / T} + (C - k)
-    u^{1/T}`, a kept class has :math:`q_j(T) = e^{\ell_j / T} / Z`, and the rest has
-    :math:`q_{rest}(T) = (C - k) u^{1/T} / Z`.
+    class, since the rest is assumed to be spread evenly. At temperature :math:`T`, with
+    :math:`Z = \sum_K e^{\ell_j / T} + (C - k) u^{1/T}`, a kept class has :math:`q_j(T) = e^{\ell_j / T} / Z`, and the
+    rest has :math:`q_{rest}(T) = (C - k) u^{1/T} / Z`.
 
     Args:
         log_probs: Log-probabilities ``(..., k)`` at temperature 1, of a softmax over all classes.
@@ -75,16 +75,16 @@ class TopK:
               :math:`1 - \sum_K p_j(T)` for the student.
             - ``"uniform"``: each other class has :math:`u^{1/T} / Z`.
 
-    With probability targets, as of mixup, the target is the likeliest class, as with a dense teacher. The cross-entropy
-    and WSLD use all labels. To WSLD a labelled class outside :math:`K` has the teacher's probability :math:`u` at
-    temperature 1, or 0 with ``"drop"`` and ``"renormalize"``: such a row then has the weight 0.
+    With probability targets, such as those of mixup, the target is the most probable class, as with a dense teacher.
+    The cross-entropy and WSLD use all labels. In WSLD, a labelled class outside :math:`K` has the teacher's probability
+    :math:`u` at temperature 1, or 0 with ``"drop"`` and ``"renormalize"``: such a row then has the weight 0.
 
-    A class twice in one row, or out of range, is an error on the CPU and makes the row NaN on a GPU. So do pads alone
-    with ``"renormalize"``, which leave nothing to renormalise, unless the row does not count: give it ``ignore_index``
-    or a ``weight`` of 0. With any other rest, a row of pads alone has no kept class: all classes are the rest.
+    A class twice in one row, or out of range, is an error on the CPU and makes the row NaN on a GPU. The same holds for
+    a row of pads only with ``"renormalize"``, unless the row does not count: give it ``ignore_index`` or a ``weight``
+    of 0. With any other rest, a row of pads only has no kept class: all classes are the rest.
 
     Above temperature 1 the rest weighs more than at 1, since it is spread over so many classes: with 100,000 classes, a
-    rest of 1e-8 weighs more at T = 4 than everything that was kept. If the kept probabilities sum to 1 except for
+    rest of 1e-8 weighs more at T = 4 than all kept classes together. If the kept probabilities sum to 1 except for
     rounding, there is no meaningful rest: use ``"renormalize"``, as :meth:`from_logits` does.
 
     Example:
@@ -112,9 +112,9 @@ class TopK:
 
 @dataclass(frozen=True, eq=False)
 class ClassShard:
-    """Some of the classes of each row; other processes have the rest (vocabulary parallelism).
+    """Some of the classes of each row; the other processes have the rest (vocabulary parallelism).
 
-    The processes exchange a few hundred bytes per row, and no logits. All processes get the same loss and parts, and
+    The processes exchange a few hundred bytes per row instead of logits. All processes get the same loss and parts, and
     each gets the gradient of its own columns. USKD and Zipf's label smoothing do not take a ClassShard, since they rank
     all classes; DIST needs ``gamma=0``.
 
@@ -122,15 +122,15 @@ class ClassShard:
     ``reduction="none"``. The rows, weights, options, ``chunk_rows`` and dtypes must be the same on all processes, and
     the same tensors must require grad. The target is class indices ``(...)`` among all ``num_classes``, the same on all
     processes, or the probabilities ``(..., width)`` of the columns that are here. The teacher must be sharded as the
-    student is, or be a :class:`TopK` with classes among all, the same on all processes.
+    student is, or be a :class:`TopK` with indices among all classes, the same on all processes.
 
     Errors that concern several processes, such as bad values or classes that are missing or given twice, are raised on
-    all of them. On a GPU, where reading would stall, the classes are checked until one call was right. An error of a
-    single process, such as a wrong type, is raised only there and leaves the others waiting.
+    all of them. On a GPU, where reading would stall, the classes are checked until they were right once. An error of a
+    single process, such as a wrong type, is raised only there, and the other processes wait.
 
     A DTensor whose classes are sharded needs no ClassShard: its local tensor is used as one, with the group of that
     dimension of its mesh. Its teacher must be a DTensor with the same placements. Target and weight are the local ones,
-    or DTensors that are placed like the rows. The loss is a plain Tensor. If another dimension of the mesh shards the
+    or DTensors with the placements of the rows. The loss is a plain Tensor. If another dimension of the mesh shards the
     rows, it is the loss of the local rows: a mean divides by their number, not by the number of all rows.
 
     ``backend="reference"`` gathers the columns of all processes instead, and stalls a GPU. Second derivatives raise an
@@ -157,8 +157,8 @@ class ClassShard:
     group: Any = None
 
 
-# So that PyTorch finds their tensors: under DDP with static_graph=True an output without tensors trains each process on
-# its own rows alone.
+# So that PyTorch finds their tensors: under DDP with static_graph=True, gradients of an output without tensors are not
+# averaged.
 for _source in (Head, TopK, ClassShard):
     torch.export.register_dataclass(_source)
 

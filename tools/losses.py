@@ -18,11 +18,12 @@ class and `Y` the set of targets of a mixed label. A hat means the softmax over 
 Every loss adds `ce_weight` times the ordinary cross-entropy in the same pass. `python -m tools.losses` writes this
 page."""
 SOURCES = """The table shows what a loss accepts in place of a matrix of logits, on the CPU (native) and on a GPU
-(Triton). For a rest in brackets no kernel takes the kept classes: the teacher's rows are made whole, a chunk at a time,
-and the ordinary kernel runs. So it does for `"renormalize"` and `"uniform"` with probability targets where processes
-share the classes; for `"drop"` and `"bucket"` `auto` takes the reference there, and warns. Jensen–Shannon is not
-defined for `rest="drop"`, and DIST is not defined for `"drop"` and `"bucket"`: such a call raises an error.
-`fused_kd.explain` says what runs."""
+(Triton). For most losses and values of `rest=` a kernel reads only the classes that a `TopK` teacher has. In two cases
+the teacher is made dense instead, a chunk of rows at a time, and the ordinary kernel runs: for the values in brackets,
+and for `"renormalize"` and `"uniform"` with probability targets of sharded classes. No kernel supports `"drop"` and
+`"bucket"` with probability targets of sharded classes: `backend="auto"` then takes the reference and warns.
+Jensen–Shannon is not defined for `"drop"`, nor DIST for `"drop"` and `"bucket"`: such a call raises an error.
+`fused_kd.explain` shows what a call would run."""
 SHARED = """All losses also take `ignore_index=-100`, `reduction="mean"`, `weight=None` (a tensor, one weight per row),
 `normalizer=None` (a number or tensor that replaces the mean's divisor), `class_dim=None` (the last dimension; required
 for logits of four or more dimensions), `backend="auto"` and `return_parts=False`. All but USKD and Zipf's LS take

@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m benchmarks --source",
         description="Measures time, memory and errors of alternatives to logits: a head that is not applied yet, a "
-        "teacher with a few kept classes, classes shared by processes.",
+        "teacher with a few kept classes, sharded classes.",
     )
     made.add_argument("--source", choices=list(SIZES), required=True)
     made.add_argument("--loss", choices=list(LOSSES), action="append", help="may be repeated; default: the source's")

@@ -95,7 +95,7 @@ def _warn_of_slow(device: torch.device, loss: str) -> None:
         f"{name}: {unavailable(name, device, loss) or _by_name_alone(name, device.type)}" for name in names
     )
     what = f"{LOSSES[loss].title} of {device} tensors"
-    warn_of_reference(what, f"which is slower and takes more memory than its kernels. {reasons}", "slow")
+    warn_of_reference(what, f"which is slower and takes more memory than the fused kernels. {reasons}", "slow")
 
 
 _warned: set[str] = set()
@@ -107,7 +107,7 @@ def warn_of_reference(what: str, why: str, kind: str) -> None:
         return
     _warned.add(kind)
     warnings.warn(
-        f"fused_kd runs {what} by its eager reference, {why}. Pass backend='reference' to choose it without a warning.",
+        f"fused_kd runs {what} with the eager reference, {why}. Pass backend='reference' to silence this warning.",
         RuntimeWarning,
         stacklevel=_outside(),
     )
@@ -167,7 +167,7 @@ def explain(student_logits: Tensor | torch.device | str = "cpu", loss: str = "nk
     checks.check_choice("loss", loss, tuple(LOSSES))
     if not isinstance(student_logits, (Tensor, torch.device, str)):
         given = type(student_logits).__name__
-        raise TypeError(f"student_logits: expected a Tensor, what stands for one, or a device, got {given}")
+        raise TypeError(f"student_logits: expected a Tensor, a Head, a ClassShard or a device, got {given}")
     device = student_logits.device if isinstance(student_logits, Tensor) else cuda_devices.resolved(student_logits)
     chosen = _best(device, loss)
     reasons = {}

@@ -1,4 +1,4 @@
-"""The exchange between processes that share the classes: which process has which classes, and the results per row.
+"""The exchange between processes with sharded classes: which process has which classes, and the results per row.
 
 All processes must call the same collectives. A process that has seen its span before must not skip a collective that
 another process waits for. So the spans travel with the first numbers of every call. On the CPU they are always checked,

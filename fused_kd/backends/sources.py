@@ -1,7 +1,7 @@
 """The losses of sources: a loop over chunks of rows around the kernels.
 
 Each chunk computes the logits of heads, then the rows' loss and gradient. The gradient is stored, or multiplied into
-the gradients of a head. If processes share the classes, the kernels run in stages and exchange results in between.
+the gradients of a head. If the classes are sharded, the kernels run in stages, with an exchange after each.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A row loss in stages, for rows that are cut into pieces of some classes each. Between stages the pieces exchange a
 few numbers per row.
 
-A fused kernel sees all classes of a row. If the classes are in several places, such as processes that share them, no
+A fused kernel sees all classes of a row. If the classes are sharded, or cut into pieces in another way, no
 call sees a whole softmax. But the results of the pieces can be merged as a kernel merges the blocks of a row. So each
 stage ends with some numbers per row, ``(fields, N)``. The next stage starts with the numbers of all pieces, stacked to
 ``(pieces, fields, N)``:

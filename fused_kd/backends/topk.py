@@ -3,12 +3,12 @@
 No full row of the teacher is stored, and the gradient is the only full row of the student. A backend's ``topk_loss``
 computes it: the C++ core in one visit to each row, Triton with four kernels, two of which walk over the student's
 logits.
-If processes share the classes, each visits its columns twice. After the first visit the processes exchange
+If the classes are sharded, each process visits its columns twice. After the first visit the processes exchange
 ``(5 + k, N)`` float64. For the classes that are neither kept nor the target these are the largest logit, the sums of
 exponentials relative to it at T and at 1, and the sum of logits. Then come the logits of the target and of the kept
 classes, 0 in a process that does not have them.
 
-For some losses and rests there is no such kernel. Where the loss is the ordinary one with some teacher of all classes,
+For some losses and rests there is no such kernel. Where the loss equals the ordinary one with a dense teacher,
 :class:`WholeRows` makes that teacher's logits for a chunk of rows, and the ordinary kernel takes them.
 """
 
@@ -29,12 +29,12 @@ from fused_kd.core.transforms import readable
 from fused_kd.reference import accumulation_dtype
 from fused_kd.reference.topk import check_rest, dense_teacher, find_kept, wrong_indices
 
-#: The rests with which a loss is the ordinary one, with a teacher of all classes.
+#: The rests with which a loss is the ordinary one, with a dense teacher.
 WHOLE = ("renormalize", "uniform")
 
 
 class WholeRows:
-    """The logits of a top-k teacher of all ``num_classes``, those of this process's ``columns``, a chunk of rows at a
+    """A top-k teacher made dense: its logits of this process's ``columns`` of ``num_classes``, a chunk of rows at a
     time."""
 
     def __init__(self, teacher: SourceRows, dtype: torch.dtype, num_classes: int, columns: slice) -> None:
@@ -51,7 +51,7 @@ class WholeRows:
 
 def is_fused(loss: str, rest: str, shared_labels: bool = False) -> bool:
     """Whether there is a kernel for the kept classes of a loss and a rest. ``shared_labels``: the target has
-    probabilities, of classes that processes share."""
+    probabilities, of sharded classes."""
     return loss in ROW_LOSSES and rest in ROW_LOSSES[loss].rests and not shared_labels
 
 
@@ -105,7 +105,7 @@ def row_loss(
     if not is_fused(loss, rest):
         raise NotImplementedError(f"rest: {loss}_loss has no kernel for {rest!r}; take backend='reference'")
     if piece is not None and target.is_floating_point():
-        raise NotImplementedError("target: with a top-k teacher of shared classes the kernels take class indices only")
+        raise NotImplementedError("target: with a top-k teacher of sharded classes the kernels take class indices only")
     if options.standardize:
         raise NotImplementedError("logit_standardization: the kernels have no z-scores of a top-k teacher")
     if student.shape[0] == 0:

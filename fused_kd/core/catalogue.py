@@ -16,7 +16,7 @@ from typing import Any
 from fused_kd.core.options import HyperParameters
 from fused_kd.reference.topk import RESTS
 
-#: What a row loss may need from a kernel beside the student's exponentials at T. Each is a bit of the loss's number.
+#: What a row loss may need from a kernel besides the student's exponentials at T. Each is a bit of the loss's number.
 NEEDS = (
     "teacher",  # the teacher's exponentials at T
     "sharp",  # the exponentials of the distilled logits at 1 as well

@@ -175,8 +175,8 @@ def class_dimension(student_logits: Tensor, class_dim: int | None, target: Tenso
             return dims - 1
         shape = tuple(student_logits.shape)
         raise ValueError(
-            f"class_dim: expected the dimension of the classes, which logits of four or more dimensions must say: "
-            f"class_dim=1 for (N, C, H, W), as F.cross_entropy has it, class_dim=-1 for (N, H, W, C); got None for "
+            f"class_dim: expected the dimension of the classes, which logits of four or more dimensions need: "
+            f"class_dim=1 for (N, C, H, W), as in F.cross_entropy, class_dim=-1 for (N, H, W, C); got None for "
             f"student_logits of shape {shape}{_fits(shape, target)}"
         )
     check_class_dim("class_dim", class_dim)
@@ -345,7 +345,9 @@ def flatten_weight(
     if weight.device != device:
         raise ValueError(f"weight: expected the device of student_logits, {device}, got {weight.device}")
     if carries_gradient(weight):
-        raise ValueError("weight: expected weights that do not require grad, since none flows there; detach them")
+        raise ValueError(
+            "weight: expected weights that do not require grad; they get no gradient: pass weight.detach()"
+        )
     if weight.dtype == torch.bool:
         return weight.reshape(-1).to(torch.float32)
     if readable(weight):

@@ -40,7 +40,7 @@ def in_order(named: Mapping[str, float]) -> list[float]:
 
 
 class Options(NamedTuple):
-    """The arguments of a backend beside tensors. An op ignores those of the last five that it does not have.
+    """The arguments of a backend besides tensors. An op ignores those of the last five that it does not have.
 
     ``wanted`` says which logits get a gradient. ``scales`` are the factors of the stored gradients. With ``in_place`` a
     row loss of the C++ core writes the gradient over the student's logits, which must be contiguous. ``padding`` is the

@@ -1,4 +1,4 @@
-"""Rows whose classes are in several places: what a backend gets of them, and what it returns.
+"""Rows with sharded classes: what a backend gets of them, and what it returns.
 
 :mod:`fused_kd.backends.staged` and, for a top-k teacher, :mod:`fused_kd.backends.topk` describe the runs.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 #: The stages of a row loss in order; csrc/cpu/kernels.h has the same numbers.
 STAGES = {"moments": 0, "statistics": 1, "sums": 2, "gradient": 3}
-#: Numbers of a row for a top-k teacher beside the logits of its kept classes; csrc/cpu/kernels.h has the same.
+#: Numbers of a row for a top-k teacher besides the logits of its kept classes; csrc/cpu/kernels.h has the same.
 TOPK_FIELDS = 5
 
 
@@ -22,7 +22,7 @@ class Piece(NamedTuple):
     student: Tensor  # (N, n) logits
     teacher: Tensor | None  # (N, n), if the loss has a teacher
     labels: Tensor | None  # (N, n) class probabilities, or None for class indices
-    target: Tensor  # (N,) int64: the class index, or the likeliest class, among all classes of the row
+    target: Tensor  # (N,) int64: the class index, or the most probable class, among all classes of the row
     first_class: int  # the class of the first column
     num_classes: int  # of the whole row
 
@@ -36,7 +36,7 @@ class StageResults(NamedTuple):
 
 
 class TopKPiece(NamedTuple):
-    """The classes of this process if several processes share them, and the function that exchanges what each has found,
+    """The classes of this process if they are sharded, and the function that exchanges what each has found,
     ``(TOPK_FIELDS + k, N)``. It stacks the results; a backend gets one that also merges them."""
 
     first_class: int

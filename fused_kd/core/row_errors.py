@@ -13,7 +13,7 @@ def row_error(target: Tensor, row: int, num_classes: int, ignore_index: int) -> 
     if target.is_floating_point():
         return ValueError(
             "target: expected class probabilities that sum to 1 in each row, got a row that sums to "
-            f"{float(target[row].double().sum()):.6g}; divide by that, or make a row count less by weight="
+            f"{float(target[row].double().sum()):.6g}; divide by that, or pass weight= to give a row less weight"
         )
     return IndexError(
         f"target: expected class indices from 0 to {num_classes - 1}, or ignore_index {ignore_index}, "

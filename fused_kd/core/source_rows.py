@@ -21,7 +21,7 @@ class SourceRows(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Which of a row's classes this process has, and the name of the process group that shares them ("" for none)."""
+    """Which of a row's classes this process has, and the name of their process group ("" for none)."""
 
     first_class: int
     num_classes: int

@@ -21,7 +21,7 @@ DOUBLE_BACKWARD = (
 )
 _FUNCTORCH = (
     "fused_kd: torch.func transforms (and vectorize=True of torch.autograd.functional, where it transforms the loss "
-    f"itself) do not reach into the fused kernels; {_REFERENCE}"
+    f"itself) cannot transform the fused kernels; {_REFERENCE}"
 )
 _FORWARD_MODE = f"fused_kd: the fused losses do not support forward-mode differentiation; {_REFERENCE}"
 _TRACED = (
@@ -33,7 +33,9 @@ _RECORDED = (
     f"{_REFERENCE}"
 )
 _ONNX = f"fused_kd: torch.onnx.export has no operators for the fused kernels; {_REFERENCE}"
-_NO_RANKS = ". ONNX lacks operators by which USKD and Zipf's label smoothing rank the classes: these two it cannot hold"
+_NO_RANKS = (
+    ". USKD and Zipf's label smoothing cannot be exported at all: ONNX lacks the operators that rank the classes"
+)
 
 
 _AUTOGRAD = torch._C.DispatchKey.AutogradCPU

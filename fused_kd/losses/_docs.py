@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _ARGS = r"""
-    student_logits: Unnormalised scores ``(..., C)``, C at least 2, float64, float32, float16 or bfloat16. In their
-        place a :class:`fused_kd.Head`, a :class:`fused_kd.ClassShard`, or a DTensor whose classes are sharded (see
+    student_logits: Unnormalised scores ``(..., C)``, C at least 2, float64, float32, float16 or bfloat16. Or a
+        :class:`fused_kd.Head`, a :class:`fused_kd.ClassShard`, or a DTensor whose classes are sharded (see
         ClassShard).
-    teacher_logits: The teacher's logits: same shape and device, any of those dtypes; must not require grad. In their
-        place a :class:`fused_kd.Head`, :class:`fused_kd.TopK`, :class:`fused_kd.ClassShard` or DTensor.
+    teacher_logits: The teacher's logits: same shape and device, any of those dtypes; must not require grad. Or a
+        :class:`fused_kd.Head`, :class:`fused_kd.TopK`, :class:`fused_kd.ClassShard` or DTensor.
     target: Class indices ``(...)`` or ``(..., 1)``, or class probabilities ``(..., C)`` (mixup, CutMix).
     temperature: T above, greater than 0.
     ce_weight: Weight of the ordinary cross-entropy, computed in the same pass.
@@ -35,12 +35,12 @@ _ARGS = r"""
     normalizer: Replaces the mean's divisor, for instance by the number of items in all micro-batches of a step: a
         number or a Tensor without dimensions, at least 0. With 0 the loss and its gradient are 0. Only for
         ``reduction="mean"``.
-    class_dim: The dimension of the classes, in the logits and in probability targets; the shapes here have it last.
+    class_dim: The dimension of the classes, in the logits and in probability targets; the shapes above have it last.
         None means the last one. Logits of four or more dimensions need it: 1 for (N, C, H, W), as in
         :func:`torch.nn.functional.cross_entropy`, -1 for (N, H, W, C). Logits are copied if their classes do not lie
         side by side in memory; (N, C, H, W) in ``torch.channels_last`` needs no copy.
     num_classes: How many columns are classes, if the last columns are padding. Padding has no probability and a zero
-        gradient; student and teacher may have different amounts of it. It costs no copy. None means all columns.
+        gradient; student and teacher may be padded differently. No copy is made. None means all columns.
     backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see :func:`fused_kd.explain`.
     return_parts: Return ``(loss, parts)`` with {parts}; these are detached and weighted, and sum to the loss.
 """
@@ -51,7 +51,7 @@ _OPTIONAL = """
 _INFINITIES = """
     A student's logit of -inf is a class that cannot occur: its probability and its gradient are 0, and 0 log 0
     is 0. {own} The cross-entropy is +inf if a class at -inf has a label other than 0; with label smoothing every
-    class has one. A NaN or a logit of +inf makes the loss and the gradient of its row NaN, but for classes at -inf,
+    class has one. A NaN or a logit of +inf makes the loss and the gradient of its row NaN, except at classes of -inf,
     and {others}. An ignored row stays 0, even if it holds NaN. A gradient that is 0 stays 0 for any incoming
     gradient.
 """
@@ -69,8 +69,8 @@ _RAISES = """
         stall, in Triton, and in a compiled reference.
     IndexError: On the CPU, a class index is out of range. On a GPU, where a check would stall, that row is NaN. There
         a weight that is negative or not finite also makes its row NaN; elsewhere it raises ValueError.
-    RuntimeError: ``backend`` cannot run here; the message says why. Or a fused backend is asked for what only
-        ``"reference"`` can do: a second derivative (with create_graph=True, raised in the backward pass), forward
+    RuntimeError: ``backend`` cannot run here; the message says why. Or the call needs what only
+        ``"reference"`` supports: a second derivative (with create_graph=True, raised in the backward pass), forward
         mode, a transform of torch.func, torch.jit.trace or an export to ONNX.
 """
 

@@ -36,7 +36,7 @@ def explain(
     found = backends.explain(_device(student_logits), loss)
     if not (teacher_logits is None or isinstance(teacher_logits, Tensor) or is_source(teacher_logits)):
         kind = type(teacher_logits).__name__
-        raise TypeError(f"teacher_logits: expected a Tensor, what stands for one, or None, got {kind}")
+        raise TypeError(f"teacher_logits: expected a Tensor, a Head, a ClassShard, a TopK or None, got {kind}")
     how = [_how("student", student_logits), _how("teacher", teacher_logits)]
     given = [each for each in (student_logits, teacher_logits) if is_source(each)]
     for each in given:
@@ -47,9 +47,9 @@ def explain(
     if isinstance(teacher_logits, TopK):
         check_rest(loss, teacher_logits.rest, LOSSES[loss].defaults.get("beta", 0.0))
         if not topk.is_fused(loss, teacher_logits.rest):
-            how[1] = "teacher: its rows are made whole, a chunk at a time"
+            how[1] = "teacher: made dense, a chunk of rows at a time"
     if given and found.chosen == "reference":
-        how[:2] = ["the reference makes all logits of all rows at once"]
+        how[:2] = ["the reference computes the logits of all rows at once"]
     return found._replace(how=tuple(line for line in how if line))
 
 
@@ -62,7 +62,7 @@ def _device(given: Any) -> Any:
 def _how(name: str, given: Any) -> str:
     """Describe how a source runs; "" for logits."""
     if isinstance(given, ClassShard):
-        lines = (f"{name}: classes over processes, in stages with an exchange after each", _how(name, given.logits))
+        lines = (f"{name}: sharded classes, in stages with an exchange after each", _how(name, given.logits))
         return "; ".join(filter(None, lines))
     if isinstance(given, Head):
         return f"{name}: logits by products, a chunk of rows at a time"

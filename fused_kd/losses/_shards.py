@@ -1,5 +1,5 @@
-"""Classes that several processes share. Turns :class:`fused_kd.sources.ClassShard` and DTensor into rows with their
-span, and gathers all columns for the reference."""
+"""Sharded classes: turns :class:`fused_kd.sources.ClassShard` and DTensor into rows with their span, and gathers all
+columns for the reference."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class _Columns(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "fused_kd: classes over processes do not support double backward (create_graph=True): each process has "
+                "fused_kd: sharded classes do not support double backward (create_graph=True): each process has "
                 "only the gradient of its own columns"
             )
         return grad[:, ctx.columns].contiguous(), None

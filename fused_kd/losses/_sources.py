@@ -27,7 +27,7 @@ from fused_kd.sources import ClassShard, Head, Logits, TeacherLogits, TopK
 
 Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
 
-_WHOLE = "FSDP makes a weight whole only in the forward pass of the module that it wraps: compute the loss there"
+_WHOLE = "FSDP gathers a weight only in the forward pass of the module that it wraps: compute the loss there"
 
 
 def is_source(logits: Any) -> bool:
@@ -71,7 +71,7 @@ def row_loss(
     hyper = in_order(numbers)
     if has_column_term(name, HyperParameters._make(hyper)):
         raise ValueError(
-            f"gamma: expected 0 for {LOSSES[name].title} of a Head, a TopK or classes that processes share, since the "
+            f"gamma: expected 0 for {LOSSES[name].title} of a Head, a TopK or sharded classes, since the "
             f"term of the batch's columns needs the logits of all rows at once; got {numbers['gamma']}"
         )
     chosen = backends.choose(backend, student.rows.values.device, name)
@@ -258,7 +258,7 @@ def _head(name: str, head: Head, class_dim: int | None, least: int = 2) -> _Sour
         raise ValueError(f"class_dim: expected None with a Head, whose hidden states are (..., D), got {class_dim}")
     if any(map(checks.is_dtensor, (head.hidden, head.weight, head.bias))):
         raise TypeError(
-            f"{name}: expected Tensors in a Head, got a DTensor. {_WHOLE}. If processes share the classes, pass a "
+            f"{name}: expected Tensors in a Head, got a DTensor. {_WHOLE}. If the classes are sharded, pass a "
             "ClassShard of a Head with weight.to_local() and hidden.full_tensor(), or the logits as a DTensor"
         )
     hidden, weight = (checks.check_logits(f"{name}.{at}", getattr(head, at)) for at in ("hidden", "weight"))
@@ -298,7 +298,7 @@ def _without_padding(name: str, source: _Source, num_classes: int | None) -> _So
         return source
     if source.span is not None:
         raise ValueError(
-            f"num_classes: expected None where processes share the classes, got {num_classes}; without the padding, "
+            f"num_classes: expected None with sharded classes, got {num_classes}; without the padding, "
             f"give each a ClassShard of its columns and num_classes={num_classes}"
         )
     checks.check_num_classes("num_classes", num_classes, source.shape[-1], name)

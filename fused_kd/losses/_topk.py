@@ -43,8 +43,8 @@ def kernel_or_reference(
     name: str, rest: str, numbers: Mapping[str, float], backend: tuple[str, str], shared_labels: bool
 ) -> str:
     """Return the backend for a TopK: the chosen one if it can run the loss with that rest, else the reference.
-    ``backend`` has the requested one and the chosen one. ``shared_labels``: the target has probabilities, of classes
-    that processes share.
+    ``backend`` has the requested one and the chosen one. ``shared_labels``: the target has probabilities, of sharded
+    classes.
 
     Raises:
         ValueError, NotImplementedError: The loss has no meaning with that rest.
@@ -54,10 +54,10 @@ def kernel_or_reference(
     check_rest(name, rest, numbers.get("beta", 0.0))
     if rest in topk.WHOLE or topk.is_fused(as_run(name, numbers.get("beta", 1.0)), rest, shared_labels):
         return chosen
-    what = f"{LOSSES[name].title} with a TopK of rest={rest!r}, and probability targets of shared classes,"
+    what = f"{LOSSES[name].title} with a TopK of rest={rest!r} and probability targets of sharded classes"
     if asked != "auto":
-        raise RuntimeError(f"backend {asked!r} cannot run {what}: it has no kernel for it; use backend='reference'")
-    backends.warn_of_reference(what, "which makes whole rows: there is no kernel for it", what)
+        raise RuntimeError(f"backend {asked!r} cannot run {what}: no kernel supports that; use backend='reference'")
+    backends.warn_of_reference(what, "since no kernel supports that", what)
     return "reference"
 
 

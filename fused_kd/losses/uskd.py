@@ -263,8 +263,8 @@ class USKDLoss(Criterion):
         checks.check_logits("feature", feature)
         if num_classes in feature.shape and width not in feature.shape:
             raise ValueError(
-                f"feature: expected one of in_features={width}, got shape {tuple(feature.shape)}, as logits of "
-                f"num_classes={num_classes} have it; {order}, and weak logits are for fused_kd.uskd_loss"
+                f"feature: expected width in_features={width}, got shape {tuple(feature.shape)}, which fits logits of "
+                f"num_classes={num_classes}; {order}, and weak logits are for fused_kd.uskd_loss"
             )
         shape, dim = _sources.shape_of("student_logits", student_logits, self._value("class_dim"))
         if len(shape) < 2 or shape[dim] != num_classes:

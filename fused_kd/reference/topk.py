@@ -11,7 +11,7 @@ share u = r / (C − |K|) each. This fixes the normaliser at every temperature: 
 - ``"bucket"``: q_j(T) on K, and the others are one class, with the sum of their probabilities; so for the student.
 
 The distillation of a row then depends on few numbers: the kept logits, the target's logit, and :class:`Rest` of the
-others. With probabilities the target is the likeliest class. Only WSLD's two cross-entropies, and the CE, use all of
+others. With probabilities the target is the most probable class. Only the CE and WSLD's two cross-entropies use all of
 them; a class outside K has the teacher's probability u / Z there, or 0 with ``"drop"`` and ``"renormalize"``.
 """
 
@@ -95,7 +95,7 @@ def check_rest(name: str, rest: str, beta: float) -> None:
     if (name == "js" and beta != 0.0 and rest == "drop") or (name == "dist" and rest in ("drop", "bucket")):
         others = "'renormalize' or 'uniform'" if name == "dist" else "'renormalize', 'bucket' or 'uniform'"
         raise NotImplementedError(
-            f"rest: {rest!r} leaves no second distribution over the same classes, which {name}_loss compares; "
+            f"rest: {rest!r} is not defined for {name}_loss, which compares two distributions over the same classes; "
             f"take rest={others}"
         )
 

@@ -78,7 +78,7 @@ def markdown(views: Sequence[View], cost: dict[str, Any] | None, stem: str, comm
     of_study = any(view.task.name in TASKS for view in views)
     picture = f"![The loss's share of a step]({stem}-cost.png)"
     parts = [
-        "# The paper's comparison in small" if of_study else "# Losses compared",
+        "# The paper's comparison at small scale" if of_study else "# Losses compared",
         f"<!-- `{command}` writes this from the records of its runs. -->",
         *_beginning(views, of_study),
         findings.outcome(views),

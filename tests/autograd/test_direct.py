@@ -1,4 +1,4 @@
-"""Ordinary calls, which go straight to the C++ core: the other way's bits, and nothing taken that is not ordinary."""
+"""Direct calls of the C++ core: the same bits as through the ops, and only ordinary calls are direct."""
 
 import gc
 import itertools

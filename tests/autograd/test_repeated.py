@@ -1,4 +1,4 @@
-"""Calls like an earlier one, which skip checks and dispatcher on a GPU; here CPU tensors pass for a GPU's."""
+"""Repeated calls, which skip checks and dispatcher on a GPU; here CPU tensors pass for a GPU's."""
 
 import gc
 import weakref

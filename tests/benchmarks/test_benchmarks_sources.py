@@ -1,4 +1,4 @@
-"""The benchmark of heads, kept classes and shared classes, at sizes that take no time."""
+"""The benchmark of heads, top-k teachers and sharded classes, at sizes that take no time."""
 
 from __future__ import annotations
 

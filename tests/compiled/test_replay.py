@@ -1,4 +1,4 @@
-"""A call like an earlier one is not planned or bound again (fused_kd/backends/triton/replay.py); results are the
+"""A repeated call is not planned or bound again (fused_kd/backends/triton/replay.py); results are the
 same."""
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from fused_kd.losses._topk import kernel_or_reference
 
 ROWS, CLASSES, KEPT = 6, 211, 9
 CASES = [(name, rest) for name, loss in ROW_LOSSES.items() for rest in loss.rests]
-#: Without a kernel of kept classes; the teacher's rows are made whole.
+#: Without a kernel of kept classes; the teacher is made dense.
 WHOLE = [("js", "uniform"), ("dist", "renormalize"), ("dist", "uniform")]
 OPTIONS = {"temperature": 2.0, "ce_weight": 0.4}
 
@@ -170,7 +170,7 @@ def test_rows_are_made_whole_by_chunks(loss, rest, monkeypatch):
 def test_what_has_no_kernel_says_so_once():
     _warned.clear()
     given = ("nkd", "bucket", {}, ("auto", "native"), True)
-    words = "NKD with a TopK of rest='bucket', and probability targets of shared classes, by its eager reference"
+    words = "NKD with a TopK of rest='bucket' and probability targets of sharded classes with the eager reference"
     with pytest.warns(RuntimeWarning, match=words) as seen:
         assert kernel_or_reference(*given) == "reference"
     with warnings.catch_warnings():
@@ -226,7 +226,7 @@ def test_messages(backend):
     wrong(log_probs, indices, "logit_standardization: expected False with a TopK", logit_standardization=True)
     wrong(log_probs, indices, "target: expected class probabilities that sum to 1", target=student.softmax(1) * 2)
     wrong(log_probs, indices, "gamma: expected 0 for DIST", loss="dist")
-    wrong(log_probs, indices, "rest: 'drop' leaves no second distribution", NotImplementedError, loss="js")
+    wrong(log_probs, indices, "rest: 'drop' is not defined for js_loss", NotImplementedError, loss="js")
     with pytest.raises(TypeError, match="student_logits: expected a Tensor"):
         fused_kd.kd_loss(TopK(log_probs, indices, rest="drop"), student, backend=backend)
     target[0] = CLASSES
@@ -245,8 +245,8 @@ def test_explain_says_what_runs_for_a_source():
     assert "teacher: only the kept classes are read" in text
     explanation = fused_kd.explain(hidden, "js", TopK(*kept, rest="uniform"))
     assert explanation.chosen == "native"
-    assert explanation.how == ("teacher: its rows are made whole, a chunk at a time",)
-    eager = ("the reference makes all logits of all rows at once",)
+    assert explanation.how == ("teacher: made dense, a chunk of rows at a time",)
+    eager = ("the reference computes the logits of all rows at once",)
     assert fused_kd.explain(Head(hidden.to("meta"), weight.to("meta")), "nkd").how == eager
     for loss, *sources in (
         ("zipf_ls", Head(hidden, weight)),

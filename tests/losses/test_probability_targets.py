@@ -22,7 +22,9 @@ def test_rows_that_sum_to_something_else(place):
             target = mixed().to(dtype)
             function(loss)(student, *others, target, backend=name, **options)
             target[4] = torch.tensor([1, 1, 0, 1, 1, 0, 1, 1, 0])  # multi-hot
-            with pytest.raises(ValueError, match=MESSAGE + "6; divide by that, or make a row count less by weight=$"):
+            with pytest.raises(
+                ValueError, match=MESSAGE + "6; divide by that, or pass weight= to give a row less weight$"
+            ):
                 function(loss)(student, *others, target, backend=name, **options)
             target[1] = 0.0
             with pytest.raises(ValueError, match=MESSAGE + "0;"):

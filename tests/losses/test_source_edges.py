@@ -136,10 +136,12 @@ def test_kept_logits_are_checked():
 
 @pytest.mark.parametrize("given", (None, 1, [1.0], torch.nn.Linear(2, 2)), ids=repr)
 def test_explain_says_what_it_cannot_explain(given):
-    with pytest.raises(TypeError, match=r"^student_logits: expected a Tensor, what stands for one, or a device, got "):
+    with pytest.raises(TypeError, match=r"^student_logits: expected a Tensor, a Head, a ClassShard or a device, got "):
         fused_kd.explain(given)
     if given is not None:
-        with pytest.raises(TypeError, match=r"^teacher_logits: expected a Tensor, what stands for one, or None, got "):
+        with pytest.raises(
+            TypeError, match=r"^teacher_logits: expected a Tensor, a Head, a ClassShard, a TopK or None, got "
+        ):
             fused_kd.explain(torch.randn(2, 3), "kd", given)
     with pytest.raises(ValueError, match=r"^loss: expected one of 'nkd', .*, got "):
         fused_kd.explain(torch.randn(2, 3), given)

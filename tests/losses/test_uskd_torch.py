@@ -145,7 +145,7 @@ def test_refusals_of_shapes_and_features():
 def test_arguments_in_another_order():
     student, _, target = make(dtype=torch.float32)
     criterion = USKDLoss(5, 12)
-    logits = r"feature: expected one of in_features=5, got shape \(6, 12\), as logits of .* have it; the order is"
+    logits = r"feature: expected width in_features=5, got shape \(6, 12\), which fits logits of .*; the order is"
     for feature in (torch.randn(6, 5), torch.randn(6, 5, 3, 4)):
         for given in ((feature, student, target), (student, student, target), (target, student, feature)):
             with pytest.raises(ValueError, match=logits):

@@ -252,7 +252,7 @@ def test_indices_that_are_none(rest):
     [
         ("kd", "rest", {}, ValueError, "rest: expected one of 'drop'"),
         ("tf_kd", "drop", {}, ValueError, "loss: 'tf_kd' has no teacher"),
-        ("js", "drop", {}, NotImplementedError, "rest: 'drop' leaves no second"),
+        ("js", "drop", {}, NotImplementedError, "rest: 'drop' is not defined for js_loss"),
         ("dist", "bucket", {}, NotImplementedError, "rest: 'bucket' .*take rest='renormalize' or 'uniform'"),
         ("js", "renormalize", {"beta": 1.0}, ValueError, "beta: at 1"),
         ("kd", "drop", {"logit_standardization": True}, ValueError, "logit_standardization: z-scores"),

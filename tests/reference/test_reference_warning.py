@@ -35,9 +35,9 @@ def test_one_warning_with_the_reason_and_how_to_silence_it(without_core):
     (warning,) = caught(lambda: nkd_loss(STUDENT, TEACHER, TARGET))
     text = str(warning.message)
     assert warning.category is RuntimeWarning
-    assert "runs NKD of cpu tensors by its eager reference" in text
+    assert "runs NKD of cpu tensors with the eager reference" in text
     assert "native: the C++ core was not built: no compiler" in text
-    assert "Pass backend='reference' to choose it without a warning" in text
+    assert "Pass backend='reference' to silence this warning" in text
     assert warning.filename == __file__
     assert not caught(lambda: nkd_loss(STUDENT, TEACHER, TARGET))
     assert not caught(lambda: kd_loss(STUDENT, TEACHER, TARGET)), "one in a process, not one for each loss"

@@ -1,4 +1,4 @@
-"""What the processes of a group do in the tests of classes over processes: each makes the whole rows from one seed,
+"""What the processes of a group do in the tests of sharded classes: each makes the whole rows from one seed,
 passes its own columns to a loss, and compares what it gets with what one process has of all."""
 
 import inspect
@@ -304,7 +304,7 @@ def head_of_fsdp(rank, size):
     FullyShardedDataParallel(networks[1], device_id=torch.device("cpu"), use_orig_params=True)
     for network in networks:
         head = Head(torch.randn(3, 8), network.head.weight)
-        with pytest.raises((TypeError, ValueError), match="whole only in the forward pass of the module that it wraps"):
+        with pytest.raises((TypeError, ValueError), match="weight only in the forward pass of the module"):
             fused_kd.nkd_loss(head, teacher, LABELS[0])
 
 
@@ -341,7 +341,7 @@ def kept_classes(rank, size, backend):
         exact = called("wsld", "reference", whole, kept, labels, options)
         given = "wsld", ClassShard(shard, own.start, 31), kept, labels[:, own], options
         if rest == "bucket":
-            with pytest.raises(RuntimeError, match="and probability targets of shared classes"):
+            with pytest.raises(RuntimeError, match="and probability targets of sharded classes"):
                 called(given[0], "native", *given[1:])
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore" if rest == "bucket" else "error", "fused_kd runs")

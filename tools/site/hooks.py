@@ -50,10 +50,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Replace links from docs/ to files outside it by links to their pages of the site."""
+    """Replace links from docs/ to files outside it, and from these to docs/, by links to their pages of the site."""
     for path, name in BESIDE.items():
         markdown = markdown.replace(f"](../{path}", f"]({name}")
-    return markdown
+    return markdown.replace("](docs/", "](")
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:

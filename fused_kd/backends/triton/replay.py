@@ -1,4 +1,4 @@
-"""Replays launches: calls like an earlier one are not planned again.
+"""Replays launches: repeated calls are not planned again.
 
 For a thousand rows of a thousand classes, planning a loss and binding its launches takes the host several times as long
 as the kernels run, because Triton inspects each of some forty arguments. A call that differs from an earlier one only

@@ -28,7 +28,7 @@ class Rows(NamedTuple):
     student: Tensor  # (N, columns)
     log_probs: Tensor  # (N, k)
     indices: Tensor  # (N, k)
-    target: Tensor  # (N,), contiguous: the likeliest class of probabilities
+    target: Tensor  # (N,), contiguous: the most probable class
     labels: Tensor | None  # (N, columns), probability targets
     factors: Tensor | None
     marks: Tensor  # (N, words), a bit for each class; mark_kept clears them first
