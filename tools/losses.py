@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.show.report import replace_block
-from fused_kd.backends.topk import WHOLE
+from fused_kd.backends.topk import DENSE
 from fused_kd.core.catalogue import LOSSES, ROW_LOSSES, has_column_term
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +59,7 @@ def sources_table() -> str:
         rests = "no"
         if "TopK" in loss.sources:
             fused = ROW_LOSSES[name].rests
-            whole = [f"(`{rest}`)" for rest in WHOLE if rest not in fused]
+            whole = [f"(`{rest}`)" for rest in DENSE if rest not in fused]
             rests = ", ".join((*(f"`{rest}`" for rest in fused), *whole, *([yes] if yes != "yes" else [])))
         lines.append("| " + " | ".join((loss.title, *cells, rests)) + " |")
     return "\n".join(lines)

@@ -51,14 +51,14 @@ def run(
     loss, parts = values.new_empty(count, dtype=dtype), values.new_empty((3, count), dtype=dtype)
     student_maker = maker(student, task.wanted, dtype, columns, task.placement.compute)
     top_k, most = False, shards.rows_of_chunks(span, columns)
-    teacher_maker: Matrix | Products | topk.WholeRows | None = None
+    teacher_maker: Matrix | Products | topk.DenseRows | None = None
     if teacher is not None and teacher.indices is not None:
         shared_labels = bool(span.group) and task.target.is_floating_point()
         top_k = topk.is_fused(options.loss, teacher.rest, shared_labels)
         if not top_k:
             topk.check_indices(teacher.indices, span.num_classes, task.factors[0] != 0, teacher.rest)
             own = slice(span.first_class, span.first_class + columns)
-            teacher_maker, most = topk.WholeRows(teacher, dtype, span.num_classes, own), span.num_classes
+            teacher_maker, most = topk.DenseRows(teacher, dtype, span.num_classes, own), span.num_classes
     elif teacher is not None:
         teacher_maker = maker(teacher, _NONE, dtype, columns, task.placement.compute)
     # Not in Triton: a warp of the looped kernel may still read logits that another warp has overwritten.
@@ -124,7 +124,7 @@ def run_uskd(
 
 def _chunks(
     values: Tensor,
-    makers: Sequence[Matrix | Products | topk.WholeRows | None],
+    makers: Sequence[Matrix | Products | topk.DenseRows | None],
     gradients: int,
     columns: int,
     chunk_rows: int,

@@ -9,7 +9,7 @@ exponentials relative to it at T and at 1, and the sum of logits. Then come the 
 classes, 0 in a process that does not have them.
 
 For some losses and rests there is no such kernel. Where the loss equals the ordinary one with a dense teacher,
-:class:`WholeRows` makes that teacher's logits for a chunk of rows, and the ordinary kernel takes them.
+:class:`DenseRows` makes that teacher's logits for a chunk of rows, and the ordinary kernel takes them.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from fused_kd.reference import accumulation_dtype
 from fused_kd.reference.topk import check_rest, dense_teacher, find_kept, wrong_indices
 
 #: The rests with which a loss is the ordinary one, with a dense teacher.
-WHOLE = ("renormalize", "uniform")
+DENSE = ("renormalize", "uniform")
 
 
-class WholeRows:
+class DenseRows:
     """A top-k teacher made dense: its logits of this process's ``columns`` of ``num_classes``, a chunk of rows at a
     time."""
 

@@ -52,7 +52,7 @@ def kernel_or_reference(
     """
     asked, chosen = backend
     check_rest(name, rest, numbers.get("beta", 0.0))
-    if rest in topk.WHOLE or topk.is_fused(as_run(name, numbers.get("beta", 1.0)), rest, shared_labels):
+    if rest in topk.DENSE or topk.is_fused(as_run(name, numbers.get("beta", 1.0)), rest, shared_labels):
         return chosen
     what = f"{LOSSES[name].title} with a TopK of rest={rest!r} and probability targets of sharded classes"
     if asked != "auto":

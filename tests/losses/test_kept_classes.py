@@ -17,7 +17,7 @@ from fused_kd.losses._topk import kernel_or_reference
 ROWS, CLASSES, KEPT = 6, 211, 9
 CASES = [(name, rest) for name, loss in ROW_LOSSES.items() for rest in loss.rests]
 #: Without a kernel of kept classes; the teacher is made dense.
-WHOLE = [("js", "uniform"), ("dist", "renormalize"), ("dist", "uniform")]
+DENSE = [("js", "uniform"), ("dist", "renormalize"), ("dist", "uniform")]
 OPTIONS = {"temperature": 2.0, "ce_weight": 0.4}
 
 
@@ -42,7 +42,7 @@ def make(dtype=torch.float64, rows=(ROWS,), classes=CLASSES):
     return hidden, weight, teacher, (log_probs[..., shuffled], indices[..., shuffled]), target
 
 
-@pytest.mark.parametrize(("loss", "rest"), CASES + WHOLE)
+@pytest.mark.parametrize(("loss", "rest"), CASES + DENSE)
 def test_logits_and_heads(loss, rest):
     """By the kernels, of logits and of a head in chunks, as by the reference, weights and all."""
     hidden, weight, _, kept, target = make()
@@ -61,7 +61,7 @@ def test_logits_and_heads(loss, rest):
 
 
 @pytest.mark.parametrize("backend", ["native", "triton"])
-@pytest.mark.parametrize(("loss", "rest"), CASES + WHOLE)
+@pytest.mark.parametrize(("loss", "rest"), CASES + DENSE)
 def test_probability_targets(loss, rest, backend):
     """Mixed labels, one of whose classes may be kept: of logits and of a head in chunks, as by the reference."""
     if backend == "triton":
@@ -145,18 +145,18 @@ def test_padding_of_the_student():
     assert not of_wide[:, CLASSES:].any()
 
 
-@pytest.mark.parametrize(("loss", "rest"), WHOLE)
-def test_rows_are_made_whole_by_chunks(loss, rest, monkeypatch):
+@pytest.mark.parametrize(("loss", "rest"), DENSE)
+def test_rows_are_made_dense_by_chunks(loss, rest, monkeypatch):
     """The teacher's, where there is no kernel of kept classes: in few rows at a time, and without a warning."""
     hidden, weight, _, kept, target = make()
     student, teacher = (hidden @ weight.T).requires_grad_(), TopK(*kept, rest=rest)
-    made, logits = [], topk.WholeRows.logits
+    made, logits = [], topk.DenseRows.logits
 
     def counted(self, start, stop):
         made.append(stop - start)
         return logits(self, start, stop)
 
-    monkeypatch.setattr(topk.WholeRows, "logits", counted)
+    monkeypatch.setattr(topk.DenseRows, "logits", counted)
     monkeypatch.setitem(CHUNK_BYTES, "cpu", 4 * CLASSES * 8)  # logits and gradient of two rows
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -255,7 +255,7 @@ def test_explain_says_what_runs_for_a_source():
     ):
         with pytest.raises(ValueError, match=f"loss: .* does not take a {type(sources[-1]).__name__}"):
             fused_kd.explain(sources[0], loss, *sources[1:])
-    with pytest.raises(NotImplementedError, match="js_loss compares"):
+    with pytest.raises(NotImplementedError, match="is not defined for js_loss"):
         fused_kd.explain(hidden, "js", TopK(*kept, rest="drop"))
     beside = fused_kd.explain(ClassShard(hidden, 0, 16), "nkd", TopK(*kept, rest="bucket"))
     assert beside.chosen == "native" and len(beside.how) == 2
