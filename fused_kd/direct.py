@@ -69,23 +69,6 @@ def loss(
     """
     if torch.compiler.is_compiling():
         return None
-    on_gpu = repeated.on_gpu(tensors[0])
-    found = (repeated.loss if on_gpu else _in_core)(name, tensors, numbers, settings, common)
-    if found is None:
-        return None
-    value, stacked = found
-    return value if stacked is None else (value, parts_type(*parts_of(name, stacked)))
-
-
-def _in_core(
-    name: str,
-    tensors: tuple[Any, Any, Any],
-    numbers: dict[str, float],
-    settings: dict[str, Any],
-    common: tuple[Any, ...],
-) -> tuple[Tensor, Tensor | None] | None:
-    if _loss is None:
-        return None
     run = name
     if name == "js":
         if not isinstance(numbers["beta"], float) and type(numbers["beta"]) is not int:
@@ -97,9 +80,18 @@ def _in_core(
         if type(kept.rest) is not str or not is_fused(run, kept.rest) or (run == "js" and numbers["beta"] == 1):
             return None
         tensors = tensors[0], (kept.log_probs, kept.indices, REST_NUMBERS[kept.rest]), tensors[2]
-    which = NUMBERS.get(run, run)
-    outputs = _loss(which, tensors, numbers, settings, common, native.instruction_set, torch.get_num_threads())
-    if type(outputs) is not tuple:
-        return None if outputs is None else (outputs, None)  # the loss alone, or an unusual call
-    gradients = len(outputs) - 2  # one for each logits, or none at all
-    return _apply(outputs, *tensors[:gradients]) if gradients else outputs[0], outputs[1]
+    outputs: Any = None
+    if _loss is not None:
+        which, threads = NUMBERS.get(run, run), torch.get_num_threads()
+        outputs = _loss(which, tensors, numbers, settings, common, native.instruction_set, threads)
+    if type(outputs) is tuple:
+        gradients = len(outputs) - 2  # one for each logits, or none at all
+        value, stacked = _apply(outputs, *tensors[:gradients]) if gradients else outputs[0], outputs[1]
+    elif outputs is None and repeated.on_gpu(tensors[0]):
+        found = repeated.loss(name, tensors, numbers, settings, common)
+        if found is None:
+            return None
+        value, stacked = found
+    else:
+        return outputs  # type: ignore[no-any-return]  # the loss alone, or None
+    return value if stacked is None else (value, parts_type(*parts_of(name, stacked)))
