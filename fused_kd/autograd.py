@@ -14,8 +14,6 @@ from fused_kd.core.catalogue import has_column_term
 from fused_kd.core.options import HyperParameters
 from fused_kd.core.stored import counted_weight
 
-_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
-
 
 class _FusedLoss(torch.autograd.Function):
     """Gives autograd the gradients that the forward op computed for ``logits``, its first arguments.
@@ -137,7 +135,7 @@ def _is_one(grad_output: Tensor) -> bool:
     if grad_output.dim() != 0 or grad_output.device.type != "cpu":
         return False
     # Under FakeTensorMode there is no value, and a recorded backward must not take this value for every call.
-    return type(grad_output) is Tensor and _dispatch_modes() == 0 and grad_output.item() == 1.0
+    return type(grad_output) is Tensor and transforms.dispatch_modes() == 0 and grad_output.item() == 1.0
 
 
 def _scaled(gradient: Tensor, grad_output: Tensor, norm: Tensor) -> Tensor:

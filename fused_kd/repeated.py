@@ -9,7 +9,6 @@ host's time.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -37,7 +36,6 @@ class Known(NamedTuple):
 
 _known: dict[tuple[Any, ...], Known] = {}
 _OPTIONS = frozenset((str, int, bool, type(None)))
-_REPLAY = "fused_kd.backends.triton.replay"
 
 
 def on_gpu(logits: Any) -> bool:
@@ -57,9 +55,10 @@ def loss(
         arguments[place] = tensors[number]
     function = known.function
     if known.new:
+        from fused_kd.backends.triton import replay
 
         def function(*arguments: Any) -> Any:
-            results, repeat = importlib.import_module(_REPLAY).trace(known.function, arguments)
+            results, repeat = replay.trace(known.function, arguments)
             _known[key] = known._replace(function=repeat or known.function, new=False)
             return results
 

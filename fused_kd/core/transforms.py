@@ -43,10 +43,10 @@ _AUTOGRAD = torch._C.DispatchKey.AutogradCPU
 # Looked up once, because each call of a loss calls them.
 _functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 _is_tracing: Callable[[], bool] = torch._C._is_tracing
-_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _is_profiled: Callable[[], bool] = torch._C._autograd._profiler_enabled
 #: With one of these PyTorch must see an op: a torch.func transform, torch.jit's tracer, a mode, or a profiler.
-OBSERVERS = (_functorch_active, _is_tracing, _dispatch_modes, _is_profiled)
+OBSERVERS = (_functorch_active, _is_tracing, dispatch_modes, _is_profiled)
 _is_legacy_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 
 
@@ -57,7 +57,7 @@ def _special() -> bool:
 
 def unobserved() -> bool:
     """Whether nothing records or transforms tensor operations, so that a call of an op only calls its function."""
-    return not (torch.compiler.is_compiling() or _special() or _dispatch_modes() or _is_profiled())
+    return not (torch.compiler.is_compiling() or _special() or dispatch_modes() or _is_profiled())
 
 
 def plain(tensor: Any) -> bool:

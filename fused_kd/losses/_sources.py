@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fused_kd import backends, reference, source_autograd
 from fused_kd.backends.topk import check_indices
 from fused_kd.core import checks
-from fused_kd.core.catalogue import LOSSES, ROW_LOSSES, has_column_term
+from fused_kd.core.catalogue import LOSSES, ROW_LOSSES, has_column_term, parts_of
 from fused_kd.core.options import HyperParameters, in_order
 from fused_kd.core.row_errors import check_target_values
 from fused_kd.core.source_rows import SourceRows, Span
@@ -161,7 +161,7 @@ def _by_kernels(
         student.rows, teacher and teacher.rows, rows, name, hyper, options, placement, settings["reduction"], backend,
         want_parts,
     )  # fmt: skip
-    return loss, [] if stacked is None else [stacked[part] for part in ROW_LOSSES[name].parts]
+    return loss, [] if stacked is None else parts_of(name, stacked)
 
 
 def uskd(

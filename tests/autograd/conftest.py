@@ -1,4 +1,4 @@
-"""Fixtures of the tests of direct calls."""
+"""Fixtures of the tests of direct and repeated calls."""
 
 import pytest
 
@@ -6,14 +6,24 @@ from fused_kd import direct
 
 
 @pytest.fixture
-def taken(monkeypatch):
+def watch(monkeypatch):
+    """A function that watches a module's ``loss``: of each call, whether it returned a loss."""
+
+    def of(module):
+        seen, loss = [], module.loss
+
+        def watched(*given):
+            made = loss(*given)
+            seen.append(made is not None)
+            return made
+
+        monkeypatch.setattr(module, "loss", watched)
+        return seen
+
+    return of
+
+
+@pytest.fixture
+def taken(watch):
     """Of each call whether it was ordinary."""
-    seen, loss = [], direct.loss
-
-    def watched(*given):
-        made = loss(*given)
-        seen.append(made is not None)
-        return made
-
-    monkeypatch.setattr(direct, "loss", watched)
-    return seen
+    return watch(direct)

@@ -16,20 +16,12 @@ NAMES = tuple(LOSSES)
 
 
 @pytest.fixture
-def recalled(monkeypatch):
+def recalled(watch, monkeypatch):
     """Of each call whether one like it was known."""
-    seen, loss = [], repeated.loss
-
-    def watched(*given):
-        made = loss(*given)
-        seen.append(made is not None)
-        return made
-
     monkeypatch.setattr(direct, "_loss", None)  # it takes no tensors of a GPU
     monkeypatch.setattr(repeated, "_known", {})
     monkeypatch.setattr(repeated, "on_gpu", lambda logits: type(logits) is torch.Tensor)
-    monkeypatch.setattr(repeated, "loss", watched)
-    return seen
+    return watch(repeated)
 
 
 def tensors_of(name, seed=0, dtype=torch.float32, soft=False):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -44,7 +45,8 @@ class Replay(NamedTuple):
     steps: tuple[Step, ...]
 
 
-class Repeat(NamedTuple):
+@dataclass(frozen=True)
+class Repeat:
     """An op's function whose results all come from one replay. ``made`` are their shapes and dtypes. For each tensor of
     the replay ``places`` has its number among the arguments and the results, or None."""
 
