@@ -44,7 +44,7 @@ compilers: $(VENV)/ready
 # All tests of the Triton and of the CUDA kernels on compiled code, executed by tools/ptx: an hour or so.
 ptx: $(VENV)/tested
 	$(PYTEST) -p tools.ptx.triton.plugin tests/compiled $(TRITON_TESTS)
-	$(PYTEST) -p tools.ptx.cuda.plugin tests/backends/test_cuda_on_cpu.py
+	$(PYTEST) -p tools.ptx.cuda.plugin tests/backends/cuda
 
 # A small CNN on a thousand Chinese characters drawn from the fonts that are installed; a second call shows the result.
 train: $(VENV)/ready

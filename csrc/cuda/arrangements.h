@@ -9,44 +9,61 @@ namespace fused_kd {
 namespace cuda {
 
 // A block of `threads` threads ranks one row of up to threads * items classes in shared memory. With `keep`, the logits
-// stay in registers during the sort. Otherwise they would spill, and are read again from the cache after it.
+// stay in registers. Otherwise they would spill, and each visit reads them again, from a cache.
 struct Arrangement {
     int threads, items;
     bool keep;
 };
 
-// FKD_ARRANGEMENT(threads, items, keep), in ascending capacity.
-#define FKD_FOR_EACH_ARRANGEMENT(FKD_ARRANGEMENT)                                                                      \
-    FKD_ARRANGEMENT(32, 4, true)                                                                                       \
-    FKD_ARRANGEMENT(64, 4, true)                                                                                       \
-    FKD_ARRANGEMENT(128, 4, true)                                                                                      \
-    FKD_ARRANGEMENT(128, 8, true)                                                                                      \
-    FKD_ARRANGEMENT(256, 8, true)                                                                                      \
-    FKD_ARRANGEMENT(512, 8, true)                                                                                      \
-    FKD_ARRANGEMENT(512, 16, false)
+// FKD_ARRANGEMENT(threads, items), in ascending capacity: short rows are kept, long ones are not.
+#define FKD_FOR_EACH_SHORT(FKD_ARRANGEMENT)                                                                            \
+    FKD_ARRANGEMENT(32, 4)                                                                                             \
+    FKD_ARRANGEMENT(64, 4)                                                                                             \
+    FKD_ARRANGEMENT(128, 4)                                                                                            \
+    FKD_ARRANGEMENT(128, 8)                                                                                            \
+    FKD_ARRANGEMENT(256, 8)                                                                                            \
+    FKD_ARRANGEMENT(512, 8)
+#define FKD_FOR_EACH_LONG(FKD_ARRANGEMENT)                                                                             \
+    FKD_ARRANGEMENT(512, 24)                                                                                           \
+    FKD_ARRANGEMENT(1024, 24)
 
-#define FKD_ROW(threads, items, keep) {threads, items, keep},
-constexpr Arrangement kArrangements[] = {FKD_FOR_EACH_ARRANGEMENT(FKD_ROW)};
-#undef FKD_ROW
-constexpr int kArrangementCount = sizeof(kArrangements) / sizeof(kArrangements[0]);
+#define FKD_KEPT(threads, items) {threads, items, true},
+#define FKD_STREAMED(threads, items) {threads, items, false},
+constexpr Arrangement kArrangements[] = {FKD_FOR_EACH_SHORT(FKD_KEPT) FKD_FOR_EACH_LONG(FKD_STREAMED)};
+#undef FKD_KEPT
+#undef FKD_STREAMED
+constexpr int kArrangementCount = sizeof(kArrangements) / sizeof(kArrangements[0]), kShortCount = 6;
+static_assert(kArrangements[kShortCount - 1].keep && !kArrangements[kShortCount].keep, "the first long one");
 
 constexpr int capacity(const Arrangement& a) {
     return a.threads * a.items;
 }
 
-// An upper bound of the shared memory of an arrangement, asserted by cuda/uskd_in_block.cu. The sort exchanges 32-bit
-// keys, with one word of padding per 32 words. Before that, it counts and scans 16 digits per thread, of 16 bits each.
-// 1.5 KB hold everything else.
-constexpr int shared_bound(const Arrangement& a) {
-    const int exchange = capacity(a) * 4 + capacity(a) / 8, count = a.threads * 40;
-    return (exchange > count ? exchange : count) + 1536;
+// Blocks at once on a multiprocessor, which share its 65536 registers: a thread that keeps its row has 128, others 64.
+constexpr int blocks_at_once(int threads, bool keep) {
+    return (keep ? 512 : 1024) / threads;
 }
 
-// The index of the arrangement for a row, or -1 to sort in global memory (cuda/uskd_sorted.cu). Double precision always
-// sorts there: it has 64-bit keys, and serves to check, not to be fast.
-constexpr int arrangement_for(int64_t classes, bool double_precision) {
+// An upper bound of the shared memory of an arrangement, asserted where it is launched. CUB's sort exchanges 32-bit
+// keys, with one word of padding per 32 words; before that, it counts and scans 16 digits per thread, of 16 bits each.
+// The sort of long rows has a key and an index per class, and 256 counts of 16 bits per warp. 1.5 KB hold everything
+// else.
+constexpr size_t shared_bound(const Arrangement& a) {
+    const int exchange = capacity(a) * 4 + capacity(a) / 8, count = a.threads * 40;
+    const int sort = !a.keep ? capacity(a) * 6 + a.threads / 32 * 512 : exchange > count ? exchange : count;
+    return size_t(sort) + 1536;
+}
+
+// What a block gets without asking, and what every GPU since compute capability 8.0 gives to one that asks. Some give
+// more: 163 KB or 227.
+constexpr size_t kSharedByDefault = 48 * 1024, kSharedEverywhere = 99 * 1024;
+
+// The index of the arrangement for a row on a GPU that gives a block so much shared memory, or -1 to sort in global
+// memory (cuda/uskd_sorted.cu). Double precision always sorts there: it has 64-bit keys, and serves to check, not to be
+// fast.
+constexpr int arrangement_for(int64_t classes, bool double_precision, size_t shared) {
     for (int i = 0; !double_precision && i < kArrangementCount; ++i)
-        if (classes <= capacity(kArrangements[i])) return i;
+        if (classes <= capacity(kArrangements[i])) return shared_bound(kArrangements[i]) <= shared ? i : -1;
     return -1;
 }
 

@@ -1,4 +1,5 @@
 // USKD's first pass: the targets' probabilities and their sums, because each row needs their means over the batch.
+#include "streamed_row.h"
 #include "targets.h"
 
 namespace fused_kd {
@@ -17,21 +18,22 @@ struct Sum {
     __device__ void merge(const Sum& o) { x += o.x; }
 };
 
-// Calls f(j, s) for each non-target class of a row.
-template <class A, class F>
-__device__ __forceinline__ void visit_student(const RowView& row, const Targets<A>& targets, int classes, F&& f) {
-    for (int base = threadIdx.x * kChunk; base < classes; base += blockDim.x * kChunk) {
+// Calls f(s) for each non-target class of a row.
+template <class A, int kType, class F>
+__device__ __forceinline__ void visit_student(const RowView& row, int before, const Targets<A>& targets, int classes,
+                                              F&& f) {
+    for (int base = threadIdx.x * kChunk - before; base < classes; base += blockDim.x * kChunk) {
         A s[kChunk];
-        load_chunk(row, base, classes, s);
+        load_chunk(of_type<kType>(row), base, classes, s);
 #pragma unroll
         for (int k = 0; k < kChunk; ++k)
-            if (base + k < classes && base + k != targets.at[0] && base + k != targets.at[1]) f(s[k]);
+            if (within(base + k, classes) && base + k != targets.at[0] && base + k != targets.at[1]) f(s[k]);
     }
 }
 
 // One block per row: p_k^2, or p_k, of its targets; 0 for an absent target, NaN in a row without a value. The second
 // visit reads the row from the cache, unless the row is large.
-template <class A>
+template <class A, int kType>
 __global__ void __launch_bounds__(kMostStreamingThreads) target_probabilities(BatchSumsCall call) {
     __shared__ WarpResults<LargestTwo<A>> room;
     const int64_t index = blockIdx.x;
@@ -44,13 +46,14 @@ __global__ void __launch_bounds__(kMostStreamingThreads) target_probabilities(Ba
         }
         return;
     }
-    const RowView row = row_view(call.student, index);
+    const int before = classes_before(call.student, index);
+    const RowView row = typed_view<kType>(call.student, index, before);
     Largest<A> largest = {-A(INFINITY)};
-    visit_student<A>(row, targets, call.classes, [&](A s) { largest.x = fmax(largest.x, s); });
+    visit_student<A, kType>(row, before, targets, call.classes, [&](A s) { largest.x = fmax(largest.x, s); });
     largest = block_reduce(largest, &room);
     const A max = largest.x == -INFINITY ? A(0) : largest.x;
     Sum<A> sum = {A(0)};
-    visit_student<A>(row, targets, call.classes, [&](A s) { sum.x += exp(s - max); });
+    visit_student<A, kType>(row, before, targets, call.classes, [&](A s) { sum.x += exp(s - max); });
     sum = block_reduce(sum, &room);
     if (threadIdx.x != 0) return;
     A logits[2];
@@ -95,7 +98,9 @@ __global__ void __launch_bounds__(kReducingThreads) sum_probabilities(BatchSumsC
 const char* uskd_batch_sums(const Place& place, const BatchSumsCall& call) {
     if (const char* error = error_text(cudaSetDevice(place.device))) return error;
     if (call.rows > 0) {
-        const auto kernel = call.accumulate == kFloat64 ? target_probabilities<double> : target_probabilities<float>;
+        const auto of_float = [](auto type) { return target_probabilities<float, decltype(type)::value>; };
+        const auto kernel = call.accumulate == kFloat64 ? target_probabilities<double, kAnyType>
+                                                        : with_type(type_of(call.student), of_float);
         if (const char* error = launch(kernel, call.rows, streaming_threads(call.classes), 0, place.stream, call))
             return error;
     }

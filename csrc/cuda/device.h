@@ -10,6 +10,11 @@
 #include "arrangements.h"
 #include "launch.h"
 
+// The shared memory whose size a launch chooses; a stand-in for CUDA's headers defines its own.
+#ifndef FKD_DYNAMIC_SHARED
+#define FKD_DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
+#endif
+
 namespace fused_kd {
 namespace cuda {
 
@@ -31,6 +36,14 @@ inline const char* error_text(cudaError_t error) {
     if (error == cudaSuccess) return nullptr;
     cudaGetLastError();
     return cudaGetErrorString(error);
+}
+
+// The shared memory that a block of this device may ask for.
+inline const char* most_shared(int device, size_t& bytes) {
+    int value = 0;
+    const cudaError_t error = cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    bytes = size_t(value);
+    return error_text(error);
 }
 
 // kernel<<<blocks, threads, shared, stream>>>(arguments)

@@ -1,5 +1,6 @@
 // Loads and stores rows of logits, of any dtype and stride, four classes at a time: 8 bytes in half precision, 16 in
-// float32. Rows that are not contiguous, or not aligned to that, use single elements.
+// float32. Rows that are not contiguous use single elements. A row that is not aligned to that can be read in chunks
+// that are: they start up to three classes before the row, and what lies outside it is not accessed.
 #pragma once
 
 #include "device.h"
@@ -36,7 +37,7 @@ struct RowView {
     const char* data;
     int64_t stride; // in elements
     DType dtype;
-    bool vectors; // whether a chunk can be one load
+    bool vectors; // whether a chunk within the row can be one load
 };
 
 __device__ __forceinline__ bool aligned_for_chunks(const void* p, DType dtype) {
@@ -44,9 +45,22 @@ __device__ __forceinline__ bool aligned_for_chunks(const void* p, DType dtype) {
     return dtype != kFloat64 && (reinterpret_cast<uintptr_t>(p) & uintptr_t(kChunk * element_size(dtype) - 1)) == 0;
 }
 
-__device__ __forceinline__ RowView row_view(const Matrix& m, int64_t row) {
+// The chunks start `before` classes before the row.
+__device__ __forceinline__ RowView row_view(const Matrix& m, int64_t row, int before = 0) {
     const char* data = static_cast<const char*>(m.data) + row * m.row_stride * element_size(m.dtype);
-    return {data, m.col_stride, m.dtype, m.col_stride == 1 && aligned_for_chunks(data, m.dtype)};
+    const char* first = data - before * element_size(m.dtype);
+    return {data, m.col_stride, m.dtype, m.col_stride == 1 && aligned_for_chunks(first, m.dtype)};
+}
+
+// The number of classes before a contiguous row at which its chunks are aligned.
+__device__ __forceinline__ int classes_before(const Matrix& m, int64_t row) {
+    if (m.col_stride != 1 || m.dtype == kFloat64) return 0;
+    const uintptr_t size = uintptr_t(element_size(m.dtype));
+    return int((reinterpret_cast<uintptr_t>(m.data) + uintptr_t(row * m.row_stride) * size) / size % kChunk);
+}
+
+__device__ __forceinline__ bool within(int j, int classes) {
+    return unsigned(j) < unsigned(classes); // j may be negative
 }
 
 template <class A>
@@ -61,17 +75,17 @@ struct RawChunk {
 };
 
 __device__ __forceinline__ bool whole_vector(const RowView& row, int base, int classes) {
-    return row.vectors && base + kChunk <= classes;
+    return row.vectors && base >= 0 && base + kChunk <= classes;
 }
 
 __device__ __forceinline__ RawChunk load_raw(const RowView& row, int base, int classes) {
     RawChunk raw = {{0, 0, 0, 0}};
     if (whole_vector(row, base, classes)) {
         if (row.dtype == kFloat32) {
-            const uint4 v = reinterpret_cast<const uint4*>(row.data)[base / kChunk];
+            const uint4 v = *reinterpret_cast<const uint4*>(row.data + int64_t(base) * 4);
             raw = {{v.x, v.y, v.z, v.w}};
         } else {
-            const uint2 v = reinterpret_cast<const uint2*>(row.data)[base / kChunk];
+            const uint2 v = *reinterpret_cast<const uint2*>(row.data + int64_t(base) * 2);
             raw.word[0] = v.x;
             raw.word[1] = v.y;
         }
@@ -79,7 +93,7 @@ __device__ __forceinline__ RawChunk load_raw(const RowView& row, int base, int c
     }
 #pragma unroll
     for (int k = 0; k < kChunk; ++k)
-        if (base + k < classes) {
+        if (within(base + k, classes)) {
             const int64_t i = (base + k) * row.stride;
             raw.word[k] = row.dtype == kFloat32 ? reinterpret_cast<const uint32_t*>(row.data)[i]
                                                 : reinterpret_cast<const uint16_t*>(row.data)[i];
@@ -87,7 +101,7 @@ __device__ __forceinline__ RawChunk load_raw(const RowView& row, int base, int c
     return raw;
 }
 
-// The values of a chunk; 0 past the end of the row.
+// The values of a chunk; 0 outside the row.
 __device__ __forceinline__ void convert(const RawChunk& raw, const RowView& row, int base, int classes,
                                         float (&out)[kChunk]) {
     const bool packed = row.dtype != kFloat32 && whole_vector(row, base, classes);
@@ -108,7 +122,7 @@ __device__ __forceinline__ void load_chunk(const RowView& row, int base, int cla
     }
 #pragma unroll
     for (int k = 0; k < kChunk; ++k)
-        out[k] = base + k < classes ? load_one<A>(row, base + k) : A(0);
+        out[k] = within(base + k, classes) ? load_one<A>(row, base + k) : A(0);
 }
 
 __device__ __forceinline__ uint32_t bfloat16_bits(float x) {
@@ -126,38 +140,36 @@ struct GradientRow {
     bool vectors;
 };
 
-__device__ __forceinline__ GradientRow gradient_row(void* gradient, DType dtype, int64_t row, int64_t classes) {
+__device__ __forceinline__ GradientRow gradient_row(void* gradient, DType dtype, int64_t row, int64_t classes,
+                                                    int before = 0) {
     char* data = gradient ? static_cast<char*>(gradient) + row * classes * element_size(dtype) : nullptr;
-    return {data, dtype, aligned_for_chunks(data, dtype)};
+    return {data, dtype, aligned_for_chunks(data - before * element_size(dtype), dtype)};
 }
 
 template <class A>
-__device__ __forceinline__ void store_chunk(const GradientRow& row, int64_t base, int64_t classes,
-                                            const A (&x)[kChunk]) {
-    if (row.vectors && base + kChunk <= classes) {
+__device__ __forceinline__ void store_chunk(const GradientRow& row, int base, int classes, const A (&x)[kChunk]) {
+    char* const at = row.data + int64_t(base) * element_size(row.dtype);
+    if (row.vectors && base >= 0 && base + kChunk <= classes) {
         if (row.dtype == kFloat32) {
-            reinterpret_cast<float4*>(row.data)[base / kChunk] =
-                make_float4(float(x[0]), float(x[1]), float(x[2]), float(x[3]));
+            *reinterpret_cast<float4*>(at) = make_float4(float(x[0]), float(x[1]), float(x[2]), float(x[3]));
             return;
         }
         uint32_t bits[kChunk];
 #pragma unroll
         for (int k = 0; k < kChunk; ++k)
             bits[k] = row.dtype == kBFloat16 ? bfloat16_bits(float(x[k])) : half_bits(float(x[k]));
-        reinterpret_cast<uint2*>(row.data)[base / kChunk] =
-            make_uint2(bits[0] | bits[1] << 16, bits[2] | bits[3] << 16);
+        *reinterpret_cast<uint2*>(at) = make_uint2(bits[0] | bits[1] << 16, bits[2] | bits[3] << 16);
         return;
     }
 #pragma unroll
     for (int k = 0; k < kChunk; ++k) {
-        const int64_t j = base + k;
-        if (j >= classes) return;
+        if (!within(base + k, classes)) continue;
         if (row.dtype == kFloat32)
-            reinterpret_cast<float*>(row.data)[j] = float(x[k]);
+            reinterpret_cast<float*>(at)[k] = float(x[k]);
         else if (row.dtype == kFloat64)
-            reinterpret_cast<double*>(row.data)[j] = double(x[k]);
+            reinterpret_cast<double*>(at)[k] = double(x[k]);
         else
-            reinterpret_cast<uint16_t*>(row.data)[j] =
+            reinterpret_cast<uint16_t*>(at)[k] =
                 uint16_t(row.dtype == kBFloat16 ? bfloat16_bits(float(x[k])) : half_bits(float(x[k])));
     }
 }

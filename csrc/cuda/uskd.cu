@@ -62,7 +62,9 @@ __global__ void __launch_bounds__(kReducingThreads) reduce_parts(RowsArguments a
 
 const char* uskd_workspace_bytes(int device, int64_t rows, int64_t classes, DType accumulate, int64_t& bytes) {
     bytes = int64_t(kPlace + parts_bytes(rows, element_size(accumulate)));
-    if (rows == 0 || arrangement_for(classes, accumulate == kFloat64) >= 0) return nullptr;
+    size_t shared = 0;
+    if (const char* error = most_shared(device, shared)) return error;
+    if (rows == 0 || arrangement_for(classes, accumulate == kFloat64, shared) >= 0) return nullptr;
     if (const char* error = error_text(cudaSetDevice(device))) return error;
     int64_t sorting = 0;
     const char* error = sorted_workspace_bytes(rows, int(classes), accumulate, sorting);
@@ -83,9 +85,12 @@ const char* uskd(const Place& place, const UskdCall& call) {
         if (const char* error = launch(count_rows, 1, kReducingThreads, 0, place.stream, args)) return error;
     }
     if (call.rows > 0) {
-        const int arrangement = arrangement_for(call.classes, call.accumulate == kFloat64);
-        const char* error =
-            arrangement >= 0 ? rank_rows_in_block(place, args, arrangement) : rank_rows_sorted(place, args);
+        size_t shared = 0;
+        if (const char* error = most_shared(place.device, shared)) return error;
+        const int arrangement = arrangement_for(call.classes, call.accumulate == kFloat64, shared);
+        const char* error = arrangement < 0             ? rank_rows_sorted(place, args)
+                            : arrangement < kShortCount ? rank_short_rows(place, args, arrangement)
+                                                        : rank_long_rows(place, args, arrangement);
         if (error) return error;
     }
     const auto reduce = call.accumulate == kFloat64 ? reduce_parts<double> : reduce_parts<float>;

@@ -1,4 +1,4 @@
-// The two ways to rank rows; cuda/uskd.cu chooses.
+// The ways to rank rows; cuda/uskd.cu chooses.
 #pragma once
 
 #include "uskd_row.h"
@@ -6,7 +6,8 @@
 namespace fused_kd {
 namespace cuda {
 
-const char* rank_rows_in_block(const Place& place, const RowsArguments& args, int arrangement);
+const char* rank_short_rows(const Place& place, const RowsArguments& args, int arrangement);
+const char* rank_long_rows(const Place& place, const RowsArguments& args, int arrangement);
 const char* rank_rows_sorted(const Place& place, const RowsArguments& args);
 
 // The size of RowsArguments.sorting.

@@ -1,7 +1,9 @@
 // USKD of one row by one block, in stages that the kernels combine: statistics, rank keys, and after the ranking, loss
 // parts and both gradients. The caller provides the row, from registers or memory, as a type with
-//   visit(f)   calls f(base, s, w) for this thread's chunks of student and weak logits, classes base to base + 3;
-//              past the end of the row the values are arbitrary.
+//   before                           the classes by which the first chunk starts before the row
+//   visit(f)                         calls f(base, s, w) for this thread's chunks of student and weak logits, classes
+//                                    base to base + 3; outside the row the values are arbitrary
+//   gradient(data, dtype, index)     this row of a gradient, to write in the same chunks
 #pragma once
 
 #include "targets.h"
@@ -36,6 +38,7 @@ struct BlockState {
     RowState<A> row;
     UskdRow<A> result;
     A student_scale, weak_scale;
+    int64_t divisor;
     alignas(16) char room[sizeof(WarpResults<LargestTwo<A>>)]; // for block_reduce; this is its largest result
 };
 
@@ -79,23 +82,6 @@ struct ZipfSums {
     }
 };
 
-// A row in memory.
-template <class A>
-struct StreamedRow {
-    RowView student, weak;
-    int classes;
-
-    template <class F>
-    __device__ __forceinline__ void visit(F&& f) const {
-        for (int base = threadIdx.x * kChunk; base < classes; base += blockDim.x * kChunk) {
-            A s[kChunk], w[kChunk];
-            load_chunk(student, base, classes, s);
-            load_chunk(weak, base, classes, w);
-            f(base, s, w);
-        }
-    }
-};
-
 // Calls f(j, s, w) for each non-target class.
 template <class A, class Row, class F>
 __device__ __forceinline__ void visit_rest(const Row& row, const Targets<A>& targets, int classes, F&& f) {
@@ -104,7 +90,7 @@ __device__ __forceinline__ void visit_rest(const Row& row, const Targets<A>& tar
 #pragma unroll
         for (int k = 0; k < kChunk; ++k) {
             const int j = base + k;
-            if (j < classes && j != y0 && j != y1) f(j, s[k], w[k]);
+            if (within(j, classes) && j != y0 && j != y1) f(j, s[k], w[k]);
         }
     });
 }
@@ -193,7 +179,7 @@ __device__ __forceinline__ void row_keys(const Row& row, const RowState<A>& stat
 #pragma unroll
         for (int k = 0; k < kChunk; ++k) {
             const int j = base + k;
-            if (j >= classes) continue;
+            if (!within(j, classes)) continue;
             // A target may be far above the rest in logits that do not rank, hence fmin. Explicit fma makes the keys of
             // equal logits equal to the bit, wherever the compiler places the code.
             const A e_s = exp(fmin(s[k] - s_max, A(0))), e_w = exp(fmin(w[k] - w_max, A(0)));
@@ -256,9 +242,10 @@ __device__ __forceinline__ void constant_row(const RowsArguments& args, int64_t 
 }
 
 // Computes the loss parts and gradients from the Zipf weights z = 1 / rank, which must be visible to the whole block.
+// The first thread has set state.divisor.
 template <class A, class Row>
 __device__ __forceinline__ void finish_row(const RowsArguments& args, int64_t index, const Row& row, const A* z,
-                                           int64_t divisor, BlockState<A>& state) {
+                                           BlockState<A>& state) {
     const UskdCall& call = args.call;
     const RowState<A>& known = state.row;
     const int classes = call.classes;
@@ -280,8 +267,8 @@ __device__ __forceinline__ void finish_row(const RowsArguments& args, int64_t in
         put_parts(args, index, factor * result.target, factor * result.non_target, factor * result.weak_part,
                   factor * result.ce);
         state.result = result;
-        state.student_scale = A(stored_scale(call.student.dtype, call.student_scale, divisor));
-        state.weak_scale = A(stored_scale(call.weak.dtype, call.weak_scale, divisor));
+        state.student_scale = A(stored_scale(call.student.dtype, call.student_scale, state.divisor));
+        state.weak_scale = A(stored_scale(call.weak.dtype, call.weak_scale, state.divisor));
         if (factors) {
             state.student_scale *= A(factors[call.rows]);
             state.weak_scale *= A(factors[2 * call.rows]);
@@ -289,10 +276,10 @@ __device__ __forceinline__ void finish_row(const RowsArguments& args, int64_t in
     }
     __syncthreads();
 
-    const GradientRow student = gradient_row(call.student_gradient, call.student.dtype, index, classes);
-    const GradientRow weak = gradient_row(call.weak_gradient, call.weak.dtype, index, classes);
+    const GradientRow student = row.gradient(call.student_gradient, call.student.dtype, index);
+    const GradientRow weak = row.gradient(call.weak_gradient, call.weak.dtype, index);
     const bool with_labels = call.target.dtype != kInt64;
-    const RowView labels = row_view(call.target, index);
+    const RowView labels = row_view(call.target, index, row.before);
     const int y0 = known.targets.at[0], y1 = known.targets.at[1];
     const UskdRow<A>& result = state.result;
     const A s_scale = state.student_scale, w_scale = state.weak_scale;
@@ -307,8 +294,8 @@ __device__ __forceinline__ void finish_row(const RowsArguments& args, int64_t in
 #pragma unroll
             for (int k = 0; k < kChunk; ++k) {
                 const int j = base + k;
-                if (j >= classes || s[k] == -INFINITY)
-                    out[k] = A(0); // past the end, or logit -inf
+                if (!within(j, classes) || s[k] == -INFINITY)
+                    out[k] = A(0); // outside the row, or logit -inf
                 else if (j == y0 || j == y1)
                     out[k] = (j == y0 ? result.student_target[0] : result.student_target[1]) * s_scale;
                 else

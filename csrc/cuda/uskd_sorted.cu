@@ -4,6 +4,7 @@
 #include <cub/device/device_segmented_radix_sort.cuh>
 
 #include "../common/key_bits.h"
+#include "streamed_row.h"
 #include "uskd_launch.h"
 
 namespace fused_kd {
@@ -13,18 +14,13 @@ namespace {
 using common::descending_bits;
 using common::KeyBits;
 
-template <class A>
-__device__ __forceinline__ StreamedRow<A> streamed_row(const UskdCall& call, int64_t index) {
-    return {row_view(call.student, index), row_view(call.weak, index), call.classes};
-}
-
 // Blocks per multiprocessor. A thread then has 64 registers, or 128 in double precision, which needs more.
 template <class A>
 constexpr int kBlocksAtOnce = sizeof(A) == sizeof(float) ? 2 : 1;
 
 // Writes the keys and class indices of one row per block, and its state for the kernel after the sort. A row without a
 // ranking leaves the buffers unwritten; they are sorted but not read.
-template <class A>
+template <class A, int kType>
 __global__ void __launch_bounds__(kMostStreamingThreads, kBlocksAtOnce<A>) write_keys(RowsArguments args) {
     __shared__ BlockState<A> state;
     const UskdCall& call = args.call;
@@ -35,7 +31,7 @@ __global__ void __launch_bounds__(kMostStreamingThreads, kBlocksAtOnce<A>) write
         if (threadIdx.x == 0) stored.targets = targets;
         return;
     }
-    const StreamedRow<A> row = streamed_row<A>(call, index);
+    const StreamedRow<A, kType> row(call.student, call.weak, index, call.classes);
     row_statistics<A>(call, index, row, targets, state);
     if (threadIdx.x == 0) stored = state.row;
     if (state.row.is_nan) return;
@@ -49,7 +45,7 @@ __global__ void __launch_bounds__(kMostStreamingThreads, kBlocksAtOnce<A>) write
 }
 
 // args.order has the classes by rank; args.spare receives the Zipf weights.
-template <class A>
+template <class A, int kType>
 __global__ void __launch_bounds__(kMostStreamingThreads, kBlocksAtOnce<A>) combine(RowsArguments args) {
     __shared__ BlockState<A> state;
     const UskdCall& call = args.call;
@@ -60,12 +56,14 @@ __global__ void __launch_bounds__(kMostStreamingThreads, kBlocksAtOnce<A>) combi
     if (standing != kCounts) return constant_row(args, index, standing == kIgnored ? A(0) : A(NAN));
     if (state.row.is_nan) return constant_row(args, index, A(NAN));
     const int64_t divisor = divisor_of(args, state.room);
+    if (threadIdx.x == 0) state.divisor = divisor;
     A* const zipf = static_cast<A*>(args.spare) + start;
     const uint32_t* const order = args.order + start;
     for (int r = threadIdx.x; r < call.classes; r += blockDim.x)
         zipf[order[r]] = A(1) / A(r + 1);
     __syncthreads(); // also makes the block's global writes visible to all of it
-    finish_row<A>(args, index, streamed_row<A>(call, index), zipf, divisor, state);
+    const StreamedRow<A, kType> row(call.student, call.weak, index, call.classes);
+    finish_row<A>(args, index, row, zipf, state);
 }
 
 // The start of each row's classes, as an iterator for CUB.
@@ -115,7 +113,7 @@ struct Buffers {
     }
 };
 
-template <class A>
+template <class A, int kType>
 const char* rank_typed(const Place& place, RowsArguments args) {
     using Key = KeyBits<A>;
     const int classes = args.call.classes;
@@ -131,14 +129,14 @@ const char* rank_typed(const Place& place, RowsArguments args) {
                                           reinterpret_cast<uint32_t*>(buffers.order[1]));
         args.keys = keys.Current();
         args.order = order.Current();
-        if (const char* error = launch(write_keys<A>, args.rows, threads, 0, place.stream, args)) return error;
+        if (const char* error = launch(write_keys<A, kType>, args.rows, threads, 0, place.stream, args)) return error;
         size_t bytes = buffers.temporary_bytes;
         if (const char* error =
                 error_text(sort_rows<Key>(buffers.temporary, bytes, keys, order, args.rows, classes, place.stream)))
             return error;
         args.order = order.Current();
         args.spare = keys.Alternate();
-        if (const char* error = launch(combine<A>, args.rows, threads, 0, place.stream, args)) return error;
+        if (const char* error = launch(combine<A, kType>, args.rows, threads, 0, place.stream, args)) return error;
     }
     return nullptr;
 }
@@ -146,7 +144,9 @@ const char* rank_typed(const Place& place, RowsArguments args) {
 } // namespace
 
 const char* rank_rows_sorted(const Place& place, const RowsArguments& args) {
-    return args.call.accumulate == kFloat64 ? rank_typed<double>(place, args) : rank_typed<float>(place, args);
+    if (args.call.accumulate == kFloat64) return rank_typed<double, kAnyType>(place, args);
+    return with_type(type_of(args.call.student, args.call.weak),
+                     [&](auto type) { return rank_typed<float, decltype(type)::value>(place, args); });
 }
 
 const char* sorted_workspace_bytes(int64_t rows, int classes, DType accumulate, int64_t& bytes) {

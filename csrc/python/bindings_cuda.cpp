@@ -127,7 +127,8 @@ void bind_cuda(py::module_& m) {
             all.append(py::make_tuple(a.threads, a.items, cuda::shared_bound(a)));
         return all;
     });
-    m.def("cuda_arrangement_for", [](int64_t classes, bool twice) { return cuda::arrangement_for(classes, twice); });
+    m.def("cuda_arrangement_for",
+          [](int64_t classes, bool twice, size_t shared) { return cuda::arrangement_for(classes, twice, shared); });
     m.def("cuda_rows_per_pass", [](int64_t rows, int64_t classes) { return cuda::rows_per_pass(rows, classes); });
     m.def("cuda_streaming_threads", [](int64_t classes) { return cuda::streaming_threads(classes); });
     m.def("cuda_reducing_blocks", [](int64_t rows, bool per_row) { return cuda::reducing_blocks(rows, per_row); });

@@ -1,6 +1,6 @@
 """The CUDA library as nvcc compiles it, with CUB and host code, on the PTX interpreter (tools/ptx).
 
-This is a selection. ``-p tools.ptx.cuda.plugin`` runs all of tests/backends/test_cuda_on_cpu.py in this way, in forty
+This is a selection. ``-p tools.ptx.cuda.plugin`` runs all of tests/backends/cuda in this way, in forty
 minutes on one core.
 """
 
@@ -16,7 +16,7 @@ from tools.ptx.cuda.driver import Library
 
 WEIGHTS = {"alpha": 1.0, "beta": 0.1, "mu": 0.05, "ce_weight": 1.0, "label_smoothing": 0.1}
 #: Units in the last place, for what the loss and the gradients add up.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-8}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 IGNORED = -100
 
 
@@ -35,6 +35,7 @@ def library():
 def healthy(library):
     yield
     library.reset()
+    library.core.limit_shared(227 * 1024)
 
 
 def inputs(rows, classes, dtype, seed=0):
@@ -70,18 +71,33 @@ def check(library, student, weak, target, rank="normalized"):
 
 @pytest.mark.parametrize(
     "classes, dtype",
-    ((100, torch.float32), (333, torch.bfloat16), (40, torch.float64), (8200, torch.float32)),
-    ids=("in a warp", "in a block", "sorted in double precision", "sorted, passes of two rows"),
+    (
+        (100, torch.float32),
+        (333, torch.bfloat16),
+        (5001, torch.bfloat16),
+        (12301, torch.float16),
+        (40, torch.float64),
+    ),
+    ids=("in a warp", "in a block", "long", "long, in 32 warps", "sorted in double precision"),
 )
 def test_losses_and_gradients(library, classes, dtype):
-    rows = 3 if classes > 8192 else 4
-    check(library, *inputs(rows, classes, dtype))
+    check(library, *inputs(4 if classes < 5000 else 2, classes, dtype))
+
+
+def test_sorted_in_passes(library):
+    """Rows beyond the shared memory of a block, two of them at once."""
+    library.core.limit_shared(48 * 1024)
+    check(library, *inputs(3, 8200, torch.float32))
 
 
 @pytest.mark.parametrize(
     "classes, dtype, ranks",
-    ((60, torch.float32, reference.RANKS), (60, torch.float64, ("normalized",))),
-    ids=("float32", "float64"),
+    (
+        (60, torch.float32, reference.RANKS),
+        (60, torch.float64, ("normalized",)),
+        (4500, torch.float32, ("normalized",)),
+    ),
+    ids=("float32", "float64", "long"),
 )
 def test_ties_go_to_the_lower_class(library, classes, dtype, ranks):
     """Equal logits have equal keys to the bit, however nvcc contracts; the target's ties too."""

@@ -21,6 +21,7 @@
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
 #define __shared__ static
+#define FKD_DYNAMIC_SHARED(name) char* const name = emulated::the_block.shared
 
 struct uint2 {
     uint32_t x, y;
@@ -54,7 +55,7 @@ using std::log1p;
 namespace emulated {
 
 constexpr int kMostThreads = 1024;
-constexpr size_t kStack = 128 * 1024, kMostShared = 99 * 1024;
+constexpr size_t kStack = 128 * 1024, kShared = 48 * 1024, kMostShared = 227 * 1024;
 
 struct Barrier {
     int expected = 0, arrived = 0;
@@ -87,6 +88,7 @@ struct Block {
 };
 
 inline Block the_block;
+inline size_t shared_on_request = kMostShared; // what a block may ask for; tests set less
 inline bool backwards = false;
 inline long launches = 0;
 inline dim3 thread_index, block_index, block_size, grid_size;
@@ -177,14 +179,41 @@ inline void __syncthreads() {
     emulated::wait(emulated::the_block.block);
 }
 
-// Two sets of slots by turns, so that one barrier does: none can be two shuffles ahead of another.
-inline int __shfl_xor_sync(unsigned, int value, int mask) {
-    emulated::Block& b = emulated::the_block;
-    const int self = b.current;
-    int* const slots = b.slots[b.fibers[self].shuffles++ & 1];
+inline void __syncwarp() {
+    emulated::wait(emulated::the_block.warps[emulated::the_block.current / 32]);
+}
+
+namespace emulated {
+
+// The values that the lanes of the warp offer. Two sets of slots by turns, so that one barrier does: none can be two
+// exchanges ahead of another.
+inline const int* exchange(int value) {
+    const int self = the_block.current;
+    int* const slots = the_block.slots[the_block.fibers[self].shuffles++ & 1];
     slots[self] = value;
-    emulated::wait(b.warps[self / 32]);
-    return slots[self ^ mask];
+    __syncwarp();
+    return slots + self / 32 * 32;
+}
+
+} // namespace emulated
+
+inline int __shfl_xor_sync(unsigned, int value, int mask) {
+    return emulated::exchange(value)[(threadIdx.x % 32) ^ unsigned(mask)];
+}
+inline uint32_t __shfl_up_sync(unsigned, uint32_t value, int step) {
+    const int lane = int(threadIdx.x % 32);
+    return uint32_t(emulated::exchange(int(value))[lane < step ? lane : lane - step]);
+}
+inline int __popc(uint32_t bits) {
+    return __builtin_popcount(bits);
+}
+inline uint32_t atomicAdd(uint32_t* at, uint32_t value) {
+    const uint32_t before = *at;
+    *at += value;
+    return before;
+}
+inline float __fdividef(float a, float b) {
+    return a / b;
 }
 
 inline float __uint_as_float(uint32_t bits) {
@@ -201,6 +230,8 @@ enum cudaError_t {
     cudaErrorIllegalAddress = 700
 };
 struct cudaFuncAttributes {};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 typedef struct Stream* cudaStream_t;
 
 namespace emulated {
@@ -234,6 +265,27 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 inline cudaError_t cudaSetDevice(int device) {
     return emulated::result(device == 0 ? cudaSuccess : cudaErrorInvalidDevice);
 }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
+    if (device != 0) return emulated::result(cudaErrorInvalidDevice);
+    *value = int(emulated::shared_on_request);
+    return emulated::result(cudaSuccess);
+}
+
+namespace emulated {
+
+// The kernel that has asked for more shared memory than a block gets, and how much.
+inline const void* asking = nullptr;
+inline size_t asked = 0;
+
+} // namespace emulated
+
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, int bytes) {
+    if (bytes < 0 || size_t(bytes) > emulated::shared_on_request) return emulated::result(cudaErrorInvalidValue);
+    emulated::asking = reinterpret_cast<const void*>(kernel);
+    emulated::asked = size_t(bytes);
+    return emulated::result(cudaSuccess);
+}
 template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
     return emulated::result(cudaSuccess);
@@ -245,7 +297,8 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Arguments), dim3 blocks, dim3 thread
     using namespace emulated;
     if (blocks.x == 0 || blocks.x > 0x7fffffffu || threads.x == 0 || threads.x > kMostThreads || threads.x % 32)
         return result(cudaErrorInvalidConfiguration);
-    if (shared > kMostShared) return result(cudaErrorInvalidValue);
+    const bool has_asked = asking == reinterpret_cast<const void*>(kernel);
+    if (shared > (has_asked ? asked : kShared)) return result(cudaErrorInvalidValue);
     if (const cudaError_t error = result(cudaSuccess)) return error;
     struct Call {
         void (*kernel)(Arguments);

@@ -1,4 +1,4 @@
-// The Python module: what bindings_cuda.cpp has, and the order in which a block's threads run.
+// The Python module: what bindings_cuda.cpp has, and what the tests choose.
 #include <pybind11/pybind11.h>
 
 #include "cuda_runtime.h"
@@ -9,5 +9,6 @@ PYBIND11_MODULE(cuda_on_cpu, m) {
     bind_cuda(m);
     m.def("run_backwards", [](bool backwards) { emulated::backwards = backwards; });
     m.def("ruin_context", [](int error) { emulated::ruined = cudaError_t(error); });
+    m.def("limit_shared", [](size_t bytes) { emulated::shared_on_request = bytes; });
     m.def("launches", [] { return emulated::launches; });
 }

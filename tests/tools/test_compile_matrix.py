@@ -175,6 +175,13 @@ def test_rules(change, complaint):
     assert problems({**GOOD, **change, "library": True}) == []
 
 
+def test_rules_of_a_kernel_that_may_spill():
+    row = {**GOOD, "kernel": "rank_streamed_row<1024,24,2>", "stack": 48, "local": 37, "spilled": 148}
+    assert problems(row) == []
+    (found,) = problems({**row, "spilled": 400})
+    assert "400 bytes spilled" in found
+
+
 def test_rules_of_ranked_rows():
     """Each row needs one wide load: after the ranking it is read in another order."""
     row = {**GOOD, "kernel": "ranked_on_chip", "loads": {2: 16, 8: 1, 16: 1}}

@@ -100,7 +100,7 @@ def compile_cuda(source: Path, capability: int) -> list[Row]:
     for name, code in kernels.items():
         if "EmptyKernel" in name:
             continue
-        threads = re.search(r"rank_in_blockILi(\d+)E", name)
+        threads = re.search(r"rank_(?:held|streamed)_rowILi(\d+)E", name)
         rows.append(
             {
                 "source": "cuda",

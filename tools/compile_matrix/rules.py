@@ -14,6 +14,9 @@ AMD_SHARED = 64 * 1024
 #: Limit for ranking on chip: available on every GPU since sm_80, the smaller ones included.
 RANKED_SHARED = 99 * 1024
 REGISTERS = 65536  # per multiprocessor
+#: Bytes that a kernel may spill, stores and loads together. A thread of rank_streamed_row has 24 keys and their classes
+#: in 64 registers. What it spills is read once a pass or a visit, and not once a class: addresses, flags.
+SPILLS = {"rank_streamed_row": 192}
 ROW_KERNELS = ("rows_on_chip", "rows_looped")
 RANK_KERNELS = ("target_probabilities", "ranked_on_chip", "write_keys", "combine_ranked")
 ONE_INPUT = ("target_probabilities", "combine_ranked")
@@ -41,7 +44,8 @@ def problems(row: Row) -> list[str]:
     if row["library"]:
         return []  # CUB's own kernels for sorting in global memory, which spill some bytes
     found = []
-    if row["stack"] or row["local"] or row["spilled"]:
+    allowed = SPILLS.get(row["kernel"].partition("<")[0], 0)
+    if row["spilled"] > allowed or (not allowed and (row["stack"] or row["local"])):
         found.append(
             f"{name}: spills: {row['stack']} bytes of stack, {row['local']} instructions on local memory, "
             f"{row['spilled']} bytes spilled at {row['registers']} registers"

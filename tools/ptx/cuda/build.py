@@ -26,7 +26,7 @@ ARCHITECTURE = 90
 #: As in tests/support/cuda_core.py: makes small tests take several passes of the sort in global memory.
 DEFINES = ("-DFKD_WITH_CUDA", "-DFKD_SORTED_AT_ONCE=20000")
 #: The slowest sources first, because two compile at once.
-SLOW_FIRST = ("uskd_in_block", "uskd_sorted")
+SLOW_FIRST = ("uskd_long", "uskd_short", "uskd_sorted")
 Step: TypeAlias = tuple[Path, Path, list[str]]  # source, object, command
 
 

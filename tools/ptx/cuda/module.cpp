@@ -7,6 +7,7 @@
 extern "C" {
 void ptx_run_backwards(bool);
 void ptx_ruin(int);
+void ptx_limit_shared(size_t);
 long ptx_launches();
 }
 
@@ -14,5 +15,6 @@ PYBIND11_MODULE(cuda_on_cpu, m) {
     bind_cuda(m);
     m.def("run_backwards", &ptx_run_backwards);
     m.def("ruin_context", &ptx_ruin);
+    m.def("limit_shared", &ptx_limit_shared);
     m.def("launches", &ptx_launches);
 }

@@ -1,6 +1,6 @@
-"""Runs tests/backends/test_cuda_on_cpu.py on nvcc's code instead of the stand-ins for CUDA's headers:
+"""Runs tests/backends/cuda on nvcc's code instead of the stand-ins for CUDA's headers:
 
-    python -m pytest -p tools.ptx.cuda.plugin tests/backends/test_cuda_on_cpu.py -k ties
+    python -m pytest -p tools.ptx.cuda.plugin tests/backends/cuda -k ties
 
 ``--ptx-schedule``, ``--ptx-noise`` and ``--ptx-fuse`` are those of :class:`tools.ptx.Options`.
 """

@@ -15,8 +15,8 @@
 namespace {
 
 constexpr int kDevices = 2, kMultiprocessors = 132, kMostThreads = 1024;
-// Shared memory of a block by default, with cudaFuncSetAttribute, and of a multiprocessor.
-constexpr size_t kShared = 48 * 1024, kSharedOptIn = 227 * 1024, kSharedOfAll = 228 * 1024;
+// Shared memory of a block by default, and of a multiprocessor.
+constexpr size_t kShared = 48 * 1024, kSharedOfAll = 228 * 1024;
 
 struct Launch {
     const char* kernel;
@@ -42,6 +42,7 @@ std::map<const void*, Function>& functions() {
 Launcher launcher = nullptr;
 cudaError_t sticky = cudaSuccess;
 int architecture = 90;
+size_t shared_limit = SIZE_MAX; // set by tests
 long launches = 0, waits = 0;
 bool backwards = false;
 thread_local cudaError_t last = cudaSuccess;
@@ -57,6 +58,12 @@ cudaError_t result(cudaError_t error) {
     if (sticky != cudaSuccess) error = sticky;
     if (error != cudaSuccess) last = error;
     return error;
+}
+
+// The shared memory that a block may ask for with cudaFuncSetAttribute.
+size_t shared_on_request() {
+    const size_t given = architecture == 80 || architecture == 87 ? 163 : architecture / 10 == 8 ? 99 : 227;
+    return given * 1024 < shared_limit ? given * 1024 : shared_limit;
 }
 
 bool is_function(const void* stub) {
@@ -104,6 +111,10 @@ void ptx_reset() {
 // As if a kernel had faulted.
 void ptx_ruin(int error) {
     sticky = cudaError_t(error);
+}
+// As if the device gave a block no more than this.
+void ptx_limit_shared(size_t bytes) {
+    shared_limit = bytes;
 }
 void ptx_run_backwards(bool yes) {
     backwards = yes;
@@ -228,7 +239,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int of)
         *value = int(kShared);
         break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-        *value = int(kSharedOptIn);
+        *value = int(shared_on_request());
         break;
     case cudaDevAttrMaxGridDimX:
         *value = 0x7fffffff;
@@ -253,7 +264,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* st
 }
 cudaError_t cudaFuncSetAttribute(const void* stub, cudaFuncAttribute attribute, int value) {
     if (!is_function(stub)) return result(cudaErrorInvalidDeviceFunction);
-    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 || size_t(value) > kSharedOptIn)
+    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 || size_t(value) > shared_on_request())
         return result(cudaErrorInvalidValue);
     functions()[stub].most_shared = size_t(value);
     return result(cudaSuccess);

@@ -78,16 +78,22 @@ def test_every_row_has_an_arrangement_that_holds_it(core):
         assert threads % 32 == 0
         assert threads & (threads - 1) == 0, "the reductions' butterflies"
         assert items % 4 == 0, "loads of four classes"
-        assert capacity <= 2**16, "indices of 16 bits"
-        assert shared <= 48 * 1024, "more must be asked for with cudaFuncSetAttribute"
+        assert capacity <= 2**15, "places of 16 bits"
+        assert shared <= 163 * 1024, "what compute capability 8.0 gives"
     for classes in {2, 3, *(c + d for c in capacities for d in (-1, 0, 1))}:
-        chosen = core.cuda_arrangement_for(classes, False)
+        chosen = core.cuda_arrangement_for(classes, False, 227 * 1024)
         if classes > capacities[-1]:
             assert chosen == -1
         else:
             assert capacities[chosen] >= classes
             assert chosen == 0 or capacities[chosen - 1] < classes
-        assert core.cuda_arrangement_for(classes, True) == -1
+        assert core.cuda_arrangement_for(classes, True, 227 * 1024) == -1
+
+
+def test_a_device_that_gives_less_shared_memory_sorts_long_rows_in_global_memory(core):
+    for kilobytes, longest in ((227, 24576), (163, 24576), (99, 12288), (48, 4096)):
+        assert core.cuda_arrangement_for(longest, False, kilobytes * 1024) >= 0
+        assert core.cuda_arrangement_for(longest + 1, False, kilobytes * 1024) == -1
 
 
 def test_passes_of_a_sort_in_global_memory(core):
