@@ -40,7 +40,7 @@ OPTIONS = {loss: _OWN_OPTIONS.get(loss, ({}, {"temperature": 1.0}, {"ce_weight":
 
 class Case(NamedTuple):
     """One comparison. ``spread`` is the standard deviation of the logits. ``soft`` asks for probability targets,
-    ``weighted`` for row weights from 0 to 2.
+    ``weighted`` for row weights from 0 to 2. ``offset`` is added to the logits of the student, for USKD to both.
 
     Rounding may swap classes with nearly equal keys, and USKD would then be a different function. So its student's
     logits are multiples of 1/8 and the weak ones exactly half of them: keys are equal or well apart.
@@ -55,13 +55,16 @@ class Case(NamedTuple):
     seed: int = 0
     loss: str = "nkd"
     weighted: bool = False
+    offset: float = 0.0
 
     def inputs(self, device: str) -> tuple[Tensor, Tensor, Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
         shape = (self.rows, self.classes)
         student, other = (torch.randn(shape, generator=generator) * self.spread for _ in range(2))
         if self.loss == "uskd":
-            student = ((student * 8).round() / 8).to(self.dtype)
+            student = (student * 8).round() / 8
+        student = (student + self.offset).to(self.dtype)
+        if self.loss == "uskd":
             other = student / 2
         target = torch.randint(self.classes, (self.rows,), generator=generator)
         if self.soft:  # as with mixup
@@ -89,7 +92,8 @@ class Outcome(NamedTuple):
 
 
 def cases(quick: bool = False, loss: str = "nkd") -> Iterator[Case]:
-    """Yield cases for every dtype: numbers of classes, hyper-parameters, saturated rows and probability targets."""
+    """Yield cases for every dtype: numbers of classes, hyper-parameters, rows that are saturated or far from zero, and
+    probability targets."""
     # If the weak logits underflow, classes tie in float32 but not in float64.
     first, saturated = OPTIONS[loss][0], 12.0 if loss == "uskd" else 60.0
     sizes = ((7, 2), (7, 10), (7, 1000)) if quick else ((7, 2), (7, 3), (77, 10), (77, 1000), (7, 1001), (7, 21841))
@@ -99,6 +103,7 @@ def cases(quick: bool = False, loss: str = "nkd") -> Iterator[Case]:
                 yield Case(dtype, rows, classes, options, loss=loss)
             yield Case(dtype, rows, classes, {**first, "ce_weight": 1.0}, soft=True, loss=loss)
             yield Case(dtype, rows, classes, first, spread=saturated, loss=loss)
+            yield Case(dtype, rows, classes, first, offset=1000.0, loss=loss)
             yield Case(dtype, rows, classes, {**first, "ce_weight": 1.0}, loss=loss, weighted=True)
         if not quick:
             yield Case(dtype, 3, 128256, first, loss=loss)

@@ -201,7 +201,7 @@ FKD_HD UskdRow<R> uskd_row(const UskdStats<R>& x, const UskdParams& params, cons
 
     const R rest = R(params.classes) - R(x.targets);
     const bool has_rest = rest > R(1) && zipf_sum != R(0) && x.s_sum != R(0);
-    out.non_target = has_rest ? R(params.beta) * (log(x.s_sum) - zipf_cross / zipf_sum) : R(0);
+    out.non_target = has_rest ? weighted(R(params.beta), log(x.s_sum) - zipf_cross / zipf_sum) : R(0);
     out.zipf = has_rest ? -R(params.beta) / zipf_sum : R(0);
 
     // Every class has a share of the smoothed label, so a weak logit of -inf makes the term infinite.

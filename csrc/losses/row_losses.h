@@ -159,7 +159,7 @@ FKD_HD void nkd(const RowStats& x, const RowParams& params, RowResult& out) {
     if (params.classes == 2 || x.t_soft == 0) return; // a NaN is not 0, and spreads
     const double weight = params.gamma * params.temperature;
     const double entropy = log(x.s_soft) - x.cross / x.t_soft;
-    out.parts[1] = x.blocked > 0 ? weighted(weight, double(INFINITY)) : weight * params.temperature * entropy;
+    out.parts[1] = weighted(weight * params.temperature, x.blocked > 0 ? double(INFINITY) : entropy);
     out.soft = x.s_soft == 0 ? 0 : weight / x.s_soft;
     out.teacher = -weight / x.t_soft;
 }

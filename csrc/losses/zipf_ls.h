@@ -51,7 +51,7 @@ FKD_HD ZipfRow zipf_row(const ZipfStats& x, const HyperParameters& params, doubl
         const double total = x.unvoted.z * x.number + x.more;
         const double entropy = x.unvoted.z_log_z * x.number + x.more_entropy;
         const double cross = x.unvoted.z * x.linear + x.more_cross;
-        out.divergence = params.beta * ((entropy - cross) / total + log(x.sum / total));
+        out.divergence = weighted(params.beta, (entropy - cross) / total + log(x.sum / total));
         out.student += params.beta / x.sum;
         out.zipf = -params.beta / total;
     }

@@ -130,7 +130,8 @@ class Products:
         0 do not count: they have a gradient of 0, whatever they hold."""
         head = self.head
         if head.softcap:
-            gradient.mul_(logits.div_(head.softcap).square_().neg_().add_(1.0))
+            slope = logits.div_(head.softcap).square_().neg_().add_(1.0)
+            gradient.mul_(slope.nan_to_num_(nan=0.0))  # 0 stays 0 in a row that does not count, and NaN stays NaN
         if head.logit_scale != 1.0:
             gradient.mul_(head.logit_scale)
         if self.bias_gradient is not None:

@@ -186,8 +186,8 @@ def uskd(
         )
     if (weak.rows.values.dtype == torch.float64) != (values.dtype == torch.float64):
         raise TypeError("weak_logits: expected float64 if student_logits are float64, else another dtype")
-    reduction = settings["reduction"]
     target, weight = _row_inputs(student, target, common, settings)
+    reduction = settings["reduction"]  # "sum" with a normalizer
     chosen = backends.choose(backend, values.device, "uskd")
     if chosen == "reference":
         # A row of weight 0 is part of the batch mean, so its hidden states stay as they are.

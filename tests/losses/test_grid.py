@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fused_kd import check
+from fused_kd.core.catalogue import LOSSES
 
 # Around the vector lengths, the block of a row (128 vectors), and the sizes that people train with.
 CLASSES = (2, 3, 10, 100, 1000, 1001, 4096, 21841, 128256)
@@ -14,6 +15,21 @@ def affordable(backend, rows, classes):
     """Triton's interpreter runs a row of 1000 classes in about as long as the GPU runs a million of them."""
     name, device = backend
     return name != "triton" or device == "cuda" or (rows <= 7 and classes <= 1001)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_rows_far_from_zero(fused, native, loss):
+    """A row's logits lie around 1000, where float32 has four decimals: what is computed from them is relative."""
+    name, device = fused
+    if check.backends.unavailable(name, device, loss):
+        pytest.skip("no kernel")
+    for chosen in native.instruction_sets() if name == "native" and device == "cpu" else ("auto",):
+        native.instruction_set = native.instruction_set if chosen == "auto" else chosen
+        for options in check.OPTIONS[loss]:
+            for classes in (2, 33):
+                student, other, target = check.Case(torch.float32, 7, classes, options, loss=loss).inputs(device)
+                outcome = check.compare_inputs(name, student + 1000, other - 1000, target, options, loss=loss)
+                assert outcome.passed, (chosen, options, classes, outcome)
 
 
 @DTYPES

@@ -56,6 +56,23 @@ def test_a_class_that_the_student_rules_out(place):
     assert gradient.isfinite().all()
 
 
+OFF = {"nkd": {"gamma": 0.0}, "uskd": {"beta": 0.0}, "dkd": {"alpha": 0.0, "beta": 0.0}, "wsld": {"alpha": 0.0}}
+OFF |= {"dist": {"beta": 0.0, "gamma": 0.0}, "zipf_ls": {"beta": 0.0}}
+
+
+@pytest.mark.parametrize("place", [place for place in PLACES if place[0] in OFF], ids="-".join)
+def test_a_term_of_weight_0_is_off_at_the_lowest_finite_logits(place):
+    """As a mask has them: a sum over two of them is infinite in float32."""
+    student, others, target = rows(place[0], place[2])
+    student, others = student.float(), [other.float() for other in others]
+    student[:, 6:] = torch.finfo(torch.float32).min
+    options = OFF[place[0]] | {"ce_weight": 1.0}
+    value, gradient = one_by_one(place, student, others, target, **options)
+    exact, of_exact = one_by_one((place[0], "reference", place[2]), student, others, target, **options)
+    assert exact.isfinite().all()
+    torch.testing.assert_close((value, gradient), (exact, of_exact))
+
+
 @here
 def test_one_that_both_rule_out_is_not_there(place):
     loss = place[0]

@@ -41,6 +41,29 @@ def test_it_divides_the_sum(loss, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss", [name for name, loss in LOSSES.items() if "Head" in loss.sources])
+def test_it_divides_the_sum_over_a_source(loss, backend):
+    _, others, target = make(loss)
+    hidden, weight = (torch.randn(rows, 5, dtype=torch.float64, requires_grad=True) for rows in (7, 33))
+    row_weight, function = torch.rand(7, dtype=torch.float64), getattr(fused_kd, LOSSES[loss].function)
+    given = [others]
+    if "TopK" in LOSSES[loss].sources:
+        given.append((fused_kd.TopK(*others[0].log_softmax(1).topk(4), rest="renormalize"),))
+    elif others:
+        given.append((fused_kd.Head(torch.randn(7, 4).double(), torch.randn(33, 4).double()),))
+    options = {"backend": backend, "return_parts": True} | ({"gamma": 0.0} if loss == "dist" else {})
+    for each in given:
+        for of_row in (None, row_weight):
+            results = []
+            for how in ({"reduction": "sum"}, {"normalizer": 12.5}, {"normalizer": torch.tensor(12.5)}):
+                student = fused_kd.Head(hidden, weight, chunk_rows=3)
+                value, parts = function(student, *each, target, weight=of_row, **how, **options)
+                results.append([value.detach(), *parts, *torch.autograd.grad(value, (hidden, weight))])
+            for found in results[1:]:
+                torch.testing.assert_close(found, [wanted / 12.5 for wanted in results[0]])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_zero_is_allowed(loss, backend):
     student, others, target = make(loss, torch.float32)

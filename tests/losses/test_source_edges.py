@@ -33,21 +33,26 @@ def test_a_target_has_the_students_layout_beside_a_source(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("how", ["ignored", "weight"])
-def test_nan_of_a_row_that_does_not_count_reaches_no_weight(how, backend):
+def test_nan_of_a_row_that_does_not_count_reaches_no_gradient(how, softcap, backend):
     torch.manual_seed(0)
-    hidden, weight = torch.randn(4, 5), torch.randn(7, 5, requires_grad=True)
+    hidden, weight, bias = torch.randn(4, 5), torch.randn(7, 5, requires_grad=True), torch.zeros(7, requires_grad=True)
     hidden[1] = float("nan")
+    hidden.requires_grad_()
     target, row_weight = torch.tensor([1, 2, 3, 4]), torch.ones(4)
     if how == "ignored":
         target[1] = -100
     else:
         row_weight[1] = 0.0
     teacher = torch.randn(4, 7)
-    for other in (teacher, TopK(*teacher.log_softmax(1).topk(3), rest="bucket")):
-        loss = fused_kd.nkd_loss(Head(hidden, weight), other, target, weight=row_weight, backend=backend)
-        (gradient,) = torch.autograd.grad(loss, weight)
-        assert loss.isfinite() and gradient.isfinite().all() and gradient.any()
+    student = Head(hidden, weight, bias, softcap=softcap)
+    for reduction in ("mean", "none"):
+        for other in (teacher, TopK(*teacher.log_softmax(1).topk(3), rest="bucket")):
+            loss = fused_kd.nkd_loss(student, other, target, weight=row_weight, reduction=reduction, backend=backend)
+            gradients = torch.autograd.grad(loss.sum(), (hidden, weight, bias))
+            assert loss.isfinite().all() and not gradients[0][1].any()
+            assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -120,16 +120,16 @@ FKD_INLINE Vec<A> log_positive(Vec<A> x) {
 constexpr double kLog2E = 1.44269504088896340736, kLn2 = 0.693147180559945309417;
 
 // Maps logits x to (x - origin) * scale * log2(e). The origin is a maximum, or with fused multiply-add the nearby point
-// that one fused instruction maps to 0; sums relative to "the maximum" are relative to the origin. The exact form takes
-// any maximum, and clamps a difference that overflows. The other form needs |max * scale| < kLargestShift, else the
-// origin is too far from the maximum.
+// that one fused instruction maps to 0; sums relative to "the maximum" are relative to the origin. Not for double: far
+// from 0, a double cannot hold that point. The exact form takes any maximum, and clamps a difference that overflows.
+// The other form needs |max * scale| < kLargestShift, else the origin is too far from the maximum.
 constexpr double kLargestShift = 1048576.0;
 
 template <class A, bool exact>
 struct Shift {
     A by, minus;
     double origin;
-    static constexpr bool fused = kFused && !exact;
+    static constexpr bool fused = kFused && !exact && sizeof(A) == 4;
     explicit FKD_INLINE Shift(A max, double scale = 1) : by(A(kLog2E * scale)), minus(fused ? -max * by : max) {
         origin = fused ? -double(minus) / double(by) : double(max);
     }

@@ -209,4 +209,4 @@ def rank_terms(zipf_sum, zipf_cross, z_s, y_0, y_1, classes, beta):
     zipf_sum = tl.where(some, zipf_sum, 1.0)
     z_s = tl.where(some, z_s, 1.0)
     by = tl.where(some, beta, 0.0)
-    return by * (tl.log2(z_s) * LN2 - zipf_cross / zipf_sum), by / z_s, -by / zipf_sum
+    return times(by, tl.log2(z_s) * LN2 - zipf_cross / zipf_sum), by / z_s, -by / zipf_sum

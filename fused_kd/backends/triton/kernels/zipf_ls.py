@@ -307,7 +307,7 @@ def zipf_rows(
     weight = tl.where(some, weight, 0.0)
     entropy = z_log_z_0 * number + more_entropy
     divergence = (entropy - z_0 * linear - more_cross) / total + tl.log2(z / total) * LN2
-    divergence = tl.where(counted, weight * divergence + poison, 0.0)
+    divergence = tl.where(counted, times(weight, divergence) + poison, 0.0)
     ce = tl.where(counted, ce + poison, 0.0)
     if factors is not None:
         divergence *= factor
