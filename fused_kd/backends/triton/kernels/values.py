@@ -13,19 +13,6 @@ from typing import NamedTuple
 import triton.language as tl
 
 
-class Variant(NamedTuple):
-    """Those constexpr arguments of :mod:`.on_chip` that the steps of a row pass on."""
-
-    UNIT: tl.constexpr
-    LOSS: tl.constexpr
-    SINGLE: tl.constexpr
-    PROB: tl.constexpr
-    STD: tl.constexpr
-    LINEAR: tl.constexpr
-    RAW: tl.constexpr
-    COLUMNS: tl.constexpr
-
-
 class Statistics(NamedTuple):
     """Sums over the classes other than the target, of rows or of the lanes of a row, (rows or lanes,) each."""
 

@@ -95,11 +95,11 @@ def plan_topk(given: Rows, rest: str, options: Options, made: tuple[Tensor, Tens
     loss, parts, gradient = made
     (rows, columns), kept, words = student.shape, indices.shape[1], marks.shape[1]
     hyper, ce = options.hyper, options.hyper.ce_weight != 0.0
-    seen = variant(options.loss, hyper, False)
-    need = (0 if seen.single else SHARP) | (LINEAR if rest == "uniform" or seen.linear else 0)
     entries: dict[str, Any] = {"KEPT": max(32, 1 << (kept - 1).bit_length())}
     few = entries | {"num_warps": max(1, min(8, entries["KEPT"] // 128))}
     unit = student.stride(1) == 1
+    seen = variant(options, unit, labels is not None)
+    need = (0 if seen.SINGLE else SHARP) | (LINEAR if rest == "uniform" or seen.LINEAR else 0)
     vector = math.gcd(16 // student.element_size(), columns, options.padding, student.stride(0)) if unit else 1
     config = layout.piece_config(columns, vector, wide=loss.dtype == torch.float64)
     walk: dict[str, Any] = entries | {
@@ -140,7 +140,7 @@ def plan_topk(given: Rows, rest: str, options: Options, made: tuple[Tensor, Tens
                 smoothing, options.scales[0],
             ),
             few | {
-                "LOSS": NUMBERS[options.loss], "REST": REST_NUMBERS[rest], "SINGLE": seen.single, "CE": ce,
+                "LOSS": NUMBERS[options.loss], "REST": REST_NUMBERS[rest], "SINGLE": seen.SINGLE, "CE": ce,
                 "GRAD": gradient is not None,
             },
         ),
