@@ -54,7 +54,7 @@ def run(
     teacher_maker: Matrix | Products | topk.DenseRows | None = None
     if teacher is not None and teacher.indices is not None:
         shared_labels = bool(span.group) and task.target.is_floating_point()
-        top_k = topk.is_fused(options.loss, teacher.rest, shared_labels)
+        top_k = topk.is_fused(options.loss, teacher.rest) and not shared_labels
         if not top_k:
             topk.check_indices(teacher.indices, span.num_classes, task.factors[0] != 0, teacher.rest)
             own = slice(span.first_class, span.first_class + columns)

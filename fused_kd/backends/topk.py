@@ -49,10 +49,10 @@ class DenseRows:
         return whole[:, self.columns]
 
 
-def is_fused(loss: str, rest: str, shared_labels: bool = False) -> bool:
-    """Whether there is a kernel for the kept classes of a loss and a rest. ``shared_labels``: the target has
-    probabilities, of sharded classes."""
-    return loss in ROW_LOSSES and rest in ROW_LOSSES[loss].rests and not shared_labels
+def is_fused(loss: str, rest: str) -> bool:
+    """Whether there is a kernel for the kept classes of a loss and a rest: for all but probability targets of sharded
+    classes."""
+    return loss in ROW_LOSSES and rest in ROW_LOSSES[loss].rests
 
 
 def check_indices(indices: Tensor, num_classes: int, counted: Tensor, rest: str) -> None:

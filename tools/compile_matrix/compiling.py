@@ -71,7 +71,7 @@ def compile_triton(case: Call, number: int, gpu: Gpu, loss: str) -> Row:
 
 def _options(launch: Launch) -> dict[str, Any]:
     """A launch's options, with the fields of those that are tuples in their place."""
-    tuples = [each for each in launch.options.values() if isinstance(each, tuple)]
+    tuples: list[Any] = [each for each in launch.options.values() if isinstance(each, tuple)]
     return launch.options | {name: value for each in tuples for name, value in each._asdict().items()}
 
 
