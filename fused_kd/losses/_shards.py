@@ -3,7 +3,6 @@ columns for the reference."""
 
 from __future__ import annotations
 
-import math
 import sys
 from typing import Any, TypeAlias
 
@@ -46,7 +45,7 @@ def shard_rows(name: str, logits: Tensor) -> Tensor:
             "without a ClassShard"
         )
     logits = checks.check_logits(name, logits)
-    return logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
+    return checks.as_rows(logits, logits.dim() - 1)
 
 
 def check_same(student: Span | None, teacher: Span | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -216,13 +215,12 @@ def _row_inputs(
     weight, normalizer, class_dim, *_ = common
     shape, values = student.shape, student.rows.values
     if target is None and not labels:
-        target = torch.zeros(shape[:-1], dtype=torch.int64, device=values.device)
+        target = torch.zeros(len(values), dtype=torch.int64, device=values.device)
     else:
         target = checks.check_tensor("target", target)
         rows, dim = shape[:-1], (-1 if class_dim is None else class_dim) % len(shape)
         target = checks.check_target(target, (*rows[:dim], shape[-1], *rows[dim:]), dim, values.device)
-        target = target.movedim(dim, -1) if target.is_floating_point() else target
-    target = target.reshape(len(values), shape[-1]) if target.is_floating_point() else target.reshape(-1)
+        target = checks.target_rows(target, dim)
     weight = checks.flatten_weight(weight, shape[:-1], shape, shape[-1], values.device)
     return target, weight if normalizer is None else normalized_weight(weight, normalizer, settings, target)
 
@@ -244,12 +242,8 @@ def _flattened(name: str, logits: Any, class_dim: int | None) -> _Source:
         return _head(name, logits, class_dim)
     if isinstance(logits, Tensor):
         logits = checks.check_logits(name, logits)
-        dim = checks.class_dimension(logits, class_dim)
-        if logits.dim() == 2 and dim == 1:
-            return _Source(SourceRows(logits), tuple(logits.shape), 0)  # a view would cost a backward pass of its own
-        logits = logits.movedim(dim, -1)
-        rows = logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
-        return _Source(SourceRows(rows), tuple(logits.shape), 0)
+        shape, dim = tuple(logits.shape), checks.class_dimension(logits, class_dim)
+        return _Source(SourceRows(checks.as_rows(logits, dim)), (*checks.rows_shape(shape, dim), shape[dim]), 0)
     raise TypeError(f"{name}: expected a Tensor or a source such as a Head, got {type(logits).__name__}")
 
 

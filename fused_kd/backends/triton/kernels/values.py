@@ -147,14 +147,3 @@ class Tile(NamedTuple):
     inside: tl.tensor  # a mask of those in the row
     is_target: tl.tensor
     target_here: tl.tensor  # whether the target may be among them
-
-
-class Walk(NamedTuple):
-    """How a kernel of :mod:`.uskd` or :mod:`.zipf_ls` walks its rows, and what it needs of them."""
-
-    ROWS: tl.constexpr
-    BLOCK: tl.constexpr
-    HELD: tl.constexpr
-    UNIT: tl.constexpr
-    PROB: tl.constexpr
-    LINEAR: tl.constexpr

@@ -107,7 +107,7 @@ def plan_uskd(
     counts = common.plan_count(launches, target, ignore_index, reduction, need_student or need_weak)
     row_parts = parts if per_row else torch.empty((4, rows), dtype=loss.dtype, device=student.device)
     norm_values = 1.0 / student_scale, 1.0 / weak_scale
-    shared = common.row_options(target, (student, weak), loss.dtype, config, unit) | {"LINEAR": linear}
+    shared = common.row_options(target, (student, weak), loss.dtype, config, unit, linear)
     ranking = {"RANK": options.rank, "SQUARE": options.square}
     strides = (*student.stride(), *weak.stride(), *label_strides)
     # A divisor that is known has its power of two in the scale already.

@@ -53,9 +53,9 @@ def plan_zipf_ls(
     row_parts = parts if per_row else torch.empty((2, rows), dtype=loss.dtype, device=student.device)
     unit = common.neighbours(target, (student,))
     config = layout.zipf_config(classes, wide=loss.dtype == torch.float64, neighbours=unit)
-    meta = common.row_options(target, (student,), loss.dtype, config, unit) | {
+    linear = hyper.ce_weight != 0.0 and hyper.label_smoothing != 0.0
+    meta = common.row_options(target, (student,), loss.dtype, config, unit, linear) | {
         "VOTES": tile,
-        "LINEAR": hyper.ce_weight != 0.0 and hyper.label_smoothing != 0.0,
         "GRAD": need_gradient,
         "COUNT": counts.how if need_gradient else 0,
         "HALF": half,
