@@ -82,7 +82,16 @@ def row_loss(
     if chosen == "reference":
         loss, parts = _by_reference(name, student, teacher, *rows, numbers, settings)
     else:
-        loss, parts = _by_kernels(name, student, teacher, rows, hyper, settings, chosen, return_parts)
+        span, chunk_rows = student.span or Span(0, student.shape[-1]), student.chunk_rows
+        if teacher is not None:
+            chunk_rows = chunk_rows or teacher.chunk_rows
+        values = student.rows.values
+        dtype = _products_dtype(values.device, values.dtype)
+        placement = ([span.first_class, span.num_classes], span.group, chunk_rows, dtype)
+        loss, stacked = source_autograd.row_loss(
+            student.rows, teacher and teacher.rows, rows, name, hyper, settings, placement, chosen, return_parts
+        )
+        parts = [] if stacked is None else parts_of(name, stacked)
     return returned(loss, parts if return_parts else None, parts_type, student.shape[:-1], settings["reduction"])
 
 
@@ -139,28 +148,6 @@ def _by_reference(
     both = [logits] if teacher is None else [logits, whole(teacher)]
     loss, packed = getattr(reference, LOSSES[name].function)(*both, target, **numbers, **settings, weight=weight)
     return loss, [*packed]
-
-
-def _by_kernels(
-    name: str,
-    student: _Source,
-    teacher: _Source | None,
-    rows: tuple[Tensor, Tensor | None],
-    hyper: list[float],
-    settings: dict[str, Any],
-    backend: str,
-    want_parts: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    options = (settings.get("logit_standardization", False), settings["ignore_index"])
-    chunk_rows = student.chunk_rows or (teacher.chunk_rows if teacher is not None else 0)
-    span, values = student.span or Span(0, student.shape[-1]), student.rows.values
-    dtype = _products_dtype(values.device, values.dtype)
-    placement = ([span.first_class, span.num_classes], span.group, chunk_rows, dtype)
-    loss, stacked = source_autograd.row_loss(
-        student.rows, teacher and teacher.rows, rows, name, hyper, options, placement, settings["reduction"], backend,
-        want_parts,
-    )  # fmt: skip
-    return loss, [] if stacked is None else parts_of(name, stacked)
 
 
 def uskd(

@@ -51,15 +51,8 @@ from fused_kd.backends.triton.kernels.values import Constants, Inputs, Moments, 
 
 
 @triton.jit
-def _whole_tile(start, lane, width, y_lane, target_here):
-    """A tile of the body. Its mask is true everywhere."""
-    return Tile(start + lane, lane >= 0, width == (y_lane - start)[:, None], target_here)
-
-
-@triton.jit
-def _last_tile(start, lane, width, y_lane, end):
-    """The tile of the tail."""
-    return Tile(start + lane, start + lane < end, width == (y_lane - start)[:, None], True)
+def _tile(start, lane, width, y_lane, inside, target_here):
+    return Tile(start + lane, inside, width == (y_lane - start)[:, None], target_here)
 
 
 @kernel
@@ -194,10 +187,10 @@ def rows_looped(
     if EDGES:
         stats = accumulate_tile(stats, inputs, edges, scales, VARIANT, True, ACC)
     for i in range(body):
-        tile = _whole_tile(i * BLOCK, lane, width, y_lane, target_tile == i)
+        tile = _tile(i * BLOCK, lane, width, y_lane, lane >= 0, target_tile == i)
         stats = accumulate_tile(stats, inputs, tile, scales, VARIANT, False, ACC)
     for start in range(body * BLOCK, end, BLOCK):
-        tile = _last_tile(start, lane, width, y_lane, end)
+        tile = _tile(start, lane, width, y_lane, start + lane < end, True)
         stats = accumulate_tile(stats, inputs, tile, scales, VARIANT, True, ACC)
     merged = merge_lanes(stats, scales, VARIANT)
 
@@ -214,17 +207,18 @@ def rows_looped(
         constants = Constants(weights.first, 1.0 / classes.to(ACC))
     softmaxes = Softmaxes(merged, scales, of_rows, constants)
     if POINTWISE & VARIANT.LOSS:
-        of_column = column_part(correlations, correlation_items, weights, classes, ACC, VARIANT.COLUMNS, BLOCK)
         sums = no_sums(LANES, ACC)
         if EDGES:
             sums = sum_tile(sums, inputs, edges, softmaxes, VARIANT, True, ACC)
         for i in range(body):
-            tile = _whole_tile(i * BLOCK, lane, width, y_lane, target_tile == i)
+            tile = _tile(i * BLOCK, lane, width, y_lane, lane >= 0, target_tile == i)
             sums = sum_tile(sums, inputs, tile, softmaxes, VARIANT, False, ACC)
         for start in range(body * BLOCK, end, BLOCK):
-            tile = _last_tile(start, lane, width, y_lane, end)
+            tile = _tile(start, lane, width, y_lane, start + lane < end, True)
             sums = sum_tile(sums, inputs, tile, softmaxes, VARIANT, True, ACC)
         sums = merge_sums(sums)
+    if VARIANT.COLUMNS:
+        of_column = column_part(correlations, correlation_items, weights, classes, BLOCK, ACC)
     own = None
     if VARIANT.COLUMNS and (factors is not None):  # the columns' numbers already have their factor
         own = load_factor(factors, 1, rows, one_row, inside, ACC)
@@ -249,11 +243,11 @@ def rows_looped(
         gradient_head = gradient + (gradient_row + head) // VEC * VEC
         dtype = gradient.dtype.element_ty
         for start in range(body * BLOCK, end, BLOCK):
-            tile = _last_tile(start, lane, width, y_lane, end)
+            tile = _tile(start, lane, width, y_lane, start + lane < end, True)
             g = gradient_tile(inputs, tile, softmaxes, scaled, more, VARIANT, True, ACC)
             tl.store(gradient_head + tile.offsets, narrowed(g, dtype), mask=tile.inside)
         for i in range(body):
-            tile = _whole_tile((body - 1 - i) * BLOCK, lane, width, y_lane, target_tile == body - 1 - i)
+            tile = _tile((body - 1 - i) * BLOCK, lane, width, y_lane, lane >= 0, target_tile == body - 1 - i)
             g = gradient_tile(inputs, tile, softmaxes, scaled, more, VARIANT, False, ACC)
             tl.store(gradient_head + tile.offsets, narrowed(g, dtype), eviction_policy="evict_first")
         if EDGES:

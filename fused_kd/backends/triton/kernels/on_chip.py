@@ -227,7 +227,8 @@ def rows_on_chip(
         t_tile = whole_t if VARIANT.COLUMNS else t
         softmaxes = Softmaxes(stats, scales, of_rows, Constants(weights.first, 1.0 / classes.to(ACC)))
         sums = add_sums(no_sums(ROWS, ACC), s_tile, t_tile, of_columns, is_target, mask, softmaxes, VARIANT)
-        of_column = column_part(correlations, correlation_items, weights, classes, ACC, VARIANT.COLUMNS, COUNT_BLOCK)
+    if VARIANT.COLUMNS:
+        of_column = column_part(correlations, correlation_items, weights, classes, COUNT_BLOCK, ACC)
     own = None
     if VARIANT.COLUMNS and (factors is not None):  # the columns' numbers already have their factor
         own = load_factor(factors, 1, rows, row, inside, ACC)
