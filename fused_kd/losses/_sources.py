@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,12 +19,10 @@ from fused_kd.core.source_rows import SourceRows, Span
 from fused_kd.core.stored import counted_rows
 from fused_kd.core.transforms import carries_gradient
 from fused_kd.losses import _shards
-from fused_kd.losses._options import Common, normalized_weight, returned
+from fused_kd.losses._options import Common, Parts, normalized_weight, returned
 from fused_kd.losses._topk import check_log_probs, kernel_or_reference, topk_rows
 from fused_kd.reference import USKDParts, accumulation_dtype
 from fused_kd.sources import ClassShard, Head, Logits, TeacherLogits, TopK
-
-Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
 
 _WHOLE = "FSDP gathers a weight only in the forward pass of the module that it wraps: compute the loss there"
 

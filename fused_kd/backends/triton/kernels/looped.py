@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# Triton compiles these functions; to a type checker they are not Python.
 """The row losses' kernel for rows that are too long for the chip. :mod:`.on_chip` has its constexpr arguments,
 :mod:`.rows` the conventions, :mod:`.tiles` the work on a part of a row."""
 

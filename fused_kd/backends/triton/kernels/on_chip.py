@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# Triton compiles these functions; to a type checker they are not Python.
 """The row losses' kernel for rows that fit on chip, and functions that it shares with the kernel of :mod:`.looped`,
 which walks its rows twice. :mod:`.rows` has the conventions.
 

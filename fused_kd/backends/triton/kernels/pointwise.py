@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# Triton compiles these functions; to a type checker they are not Python.
 """Pointwise losses: functions of both softmaxes p and q at T with a gradient that is no combination of exponentials.
 At every class, the target included, it is
 

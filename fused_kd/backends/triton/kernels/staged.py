@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# Triton compiles these functions; to a type checker they are not Python.
 """The row losses in stages: each program has a piece of a row's classes. :mod:`fused_kd.backends.staged` has the
 stages, :mod:`.rows`, :mod:`.pointwise` and :mod:`.losses` the work of each, and :mod:`.on_chip` the constexpr
 arguments. Further ones are

@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# Triton compiles these functions; to a type checker they are not Python.
 """Rows with up to two targets, for USKD and Zipf's label smoothing: find the targets, split the softmax into targets
 and rest, and compute the cross-entropy and the student's gradient.
 

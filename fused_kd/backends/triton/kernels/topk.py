@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# Triton compiles these functions; to a type checker they are not Python.
 """A row loss with a top-k teacher: :mod:`fused_kd.backends.topk`. :mod:`.topk_losses` has the formulas.
 
 There are four kernels, with a program for each row. :func:`mark_kept` checks the kept classes. :func:`rest_statistics`

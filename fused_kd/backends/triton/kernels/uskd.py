@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# Triton compiles these functions; to a type checker they are not Python.
 """The USKD kernels. :mod:`.uskd_rows` has the formulas and the conventions.
 
 ``target_probabilities`` makes what couples the rows. Then ``ranked_on_chip`` does rows that a program holds, sorting

@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# Triton compiles these functions; to a type checker they are not Python.
 """The formulas of USKD in Triton: statistics of rows, rank keys, loss parts and gradients. What other losses share, and
 the conventions, are in :mod:`.targets`.
 

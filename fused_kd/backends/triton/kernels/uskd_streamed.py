@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# Triton compiles these functions; to a type checker they are not Python.
 """The USKD kernels around a sort by PyTorch, for rows that no program holds and for float64.
 
 ``write_keys`` makes keys, which are then sorted; ``write_zipf`` brings 1 / rank into the classes' order, and

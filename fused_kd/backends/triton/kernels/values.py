@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# Triton compiles these functions; to a type checker they are not Python.
 """Tuples that the steps of a row kernel pass on, with the names of csrc/losses/row_losses.h; :mod:`.rows` has the
 notation.
 

@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# Triton compiles these functions; to a type checker they are not Python.
 """The kernels of Zipf's label smoothing: votes, their ranks, and the rows. :mod:`.targets` has the conventions.
 
 ``find_votes`` reads the dense logits, which are nearly all that there is to read. At most P of a row's classes have a
