@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_kd import autograd, ops
 from fused_kd.core import transforms
-from fused_kd.core.source_rows import SourceRows
+from fused_kd.core.rows import SourceRows
 from fused_kd.source_ops import SOURCE_LOSS, SOURCE_USKD, SOURCE_USKD_BATCH_SUMS
 
 _EXPORTED = (

@@ -22,7 +22,7 @@ from fused_kd.backends.heads import empty_gradients
 from fused_kd.core import transforms
 from fused_kd.core.catalogue import as_run
 from fused_kd.core.options import HyperParameters, Options, outputs
-from fused_kd.core.source_rows import SourceRows, Span
+from fused_kd.core.rows import SourceRows, Span
 from fused_kd.core.stored import reduction_weight
 from fused_kd.reference import accumulation_dtype
 

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fused_kd.core.source_rows import SourceRows
+from fused_kd.core.rows import SourceRows
 
 #: Classes of a half-precision weight that are converted at a time, if no product of halves gives float32.
 _CONVERTED = 4096

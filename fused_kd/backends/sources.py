@@ -15,8 +15,7 @@ from torch import Tensor, distributed
 from fused_kd.backends import native, shards, staged, topk
 from fused_kd.backends.heads import Matrix, Products, maker
 from fused_kd.core.options import Options
-from fused_kd.core.pieces import Piece, TopKPiece
-from fused_kd.core.source_rows import SourceRows, Span
+from fused_kd.core.rows import Piece, SourceRows, Span, TopKPiece
 from fused_kd.reference import accumulation_dtype
 
 #: The most bytes, by device type, for the logits of a head's chunk of rows and their gradient.

@@ -22,9 +22,8 @@ from torch import Tensor
 
 from fused_kd.core.catalogue import ROW_LOSSES, as_run
 from fused_kd.core.options import Options, empty_gradient
-from fused_kd.core.pieces import TopKPiece
 from fused_kd.core.row_errors import kept_error
-from fused_kd.core.source_rows import SourceRows
+from fused_kd.core.rows import SourceRows, TopKPiece
 from fused_kd.core.transforms import readable
 from fused_kd.reference import accumulation_dtype
 from fused_kd.reference.topk import check_rest, dense_teacher, find_kept, wrong_indices

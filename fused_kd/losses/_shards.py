@@ -11,7 +11,7 @@ from torch import Tensor, distributed
 
 from fused_kd.backends import shards
 from fused_kd.core import checks
-from fused_kd.core.source_rows import SourceRows, Span
+from fused_kd.core.rows import SourceRows, Span
 from fused_kd.reference import accumulation_dtype
 from fused_kd.sources import ClassShard, Logits, TeacherLogits
 

@@ -15,7 +15,7 @@ from fused_kd.core import checks
 from fused_kd.core.catalogue import LOSSES, ROW_LOSSES, has_column_term, parts_of
 from fused_kd.core.options import HyperParameters, in_order
 from fused_kd.core.row_errors import check_target_values
-from fused_kd.core.source_rows import SourceRows, Span
+from fused_kd.core.rows import SourceRows, Span
 from fused_kd.core.stored import counted_rows
 from fused_kd.core.transforms import carries_gradient
 from fused_kd.losses import _shards

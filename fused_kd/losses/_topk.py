@@ -11,7 +11,7 @@ from fused_kd import backends
 from fused_kd.backends import topk
 from fused_kd.core import checks
 from fused_kd.core.catalogue import LOSSES
-from fused_kd.core.source_rows import SourceRows
+from fused_kd.core.rows import SourceRows
 from fused_kd.core.stored import counted_rows
 from fused_kd.core.transforms import readable
 from fused_kd.reference.topk import RESTS, check_rest

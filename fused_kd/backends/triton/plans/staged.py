@@ -15,7 +15,7 @@ from fused_kd.backends.triton.launch import Launch, acc_types, planned, run
 from fused_kd.backends.triton.plans.rows import kernel_weights, variant
 from fused_kd.core.catalogue import has_column_term
 from fused_kd.core.options import Options
-from fused_kd.core.pieces import Piece, StageResults
+from fused_kd.core.rows import Piece, StageResults
 from fused_kd.reference import accumulation_dtype
 
 

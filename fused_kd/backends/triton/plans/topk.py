@@ -15,7 +15,7 @@ from fused_kd.backends.triton.plans.common import zero_padding
 from fused_kd.backends.triton.plans.rows import kernel_weights, variant
 from fused_kd.core.catalogue import NUMBERS, REST_NUMBERS
 from fused_kd.core.options import Options, empty_gradient
-from fused_kd.core.pieces import TOPK_FIELDS, TopKPiece
+from fused_kd.core.rows import TOPK_FIELDS, TopKPiece
 from fused_kd.reference import accumulation_dtype
 
 #: Bits of the kernels' argument NEED, as in kernels/topk.py.
