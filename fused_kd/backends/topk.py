@@ -39,10 +39,10 @@ class DenseRows:
     def __init__(self, teacher: SourceRows, dtype: torch.dtype, num_classes: int, columns: slice) -> None:
         self.teacher, self.dtype, self.num_classes, self.columns = teacher, dtype, num_classes, columns
 
-    def logits(self, start: int, stop: int) -> Tensor:
-        values, indices = self.teacher.values[start:stop].to(self.dtype), self.teacher.indices
+    def logits(self, rows: slice) -> Tensor:
+        values, indices = self.teacher.values[rows].to(self.dtype), self.teacher.indices
         assert indices is not None
-        indices = indices[start:stop]
+        indices = indices[rows]
         kept = find_kept(values, indices, torch.zeros_like(indices[:, :1]), self.num_classes)
         whole = dense_teacher(kept, self.teacher.rest, self.num_classes) * kept.valid.unsqueeze(1)
         return whole[:, self.columns]

@@ -79,9 +79,7 @@ def checked(
     numbers: Mapping[str, float], settings: Mapping[str, Any], common: Common | None = None
 ) -> dict[str, float]:
     """Check everything in order. Return the numbers as floats."""
-    floats = {}
-    for name, value in numbers.items():
-        floats[name] = _CHECKS[name](name, value)
+    floats = {name: _CHECKS[name](name, value) for name, value in numbers.items()}
     for name, value in settings.items():
         _CHECKS[name](name, value)
     if common is not None:

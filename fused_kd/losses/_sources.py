@@ -80,11 +80,9 @@ def row_loss(
     if chosen == "reference":
         loss, parts = _by_reference(name, student, teacher, *rows, numbers, settings)
     else:
-        span, chunk_rows = student.span or Span(0, student.shape[-1]), student.chunk_rows
-        if teacher is not None:
-            chunk_rows = chunk_rows or teacher.chunk_rows
-        values = student.rows.values
-        dtype = _products_dtype(values.device, values.dtype)
+        span = student.span or Span(0, student.shape[-1])
+        chunk_rows = student.chunk_rows or (teacher.chunk_rows if teacher is not None else 0)
+        dtype = _products_dtype(student.rows.values)
         placement = ([span.first_class, span.num_classes], span.group, chunk_rows, dtype)
         loss, stacked = source_autograd.row_loss(
             student.rows, teacher and teacher.rows, rows, name, hyper, settings, placement, chosen, return_parts
@@ -182,7 +180,7 @@ def uskd(
         parts = [*packed]
     else:
         rank, square, ignore_index = (settings[name] for name in ("rank", "square", "ignore_index"))
-        placement = (shape[-1], student.chunk_rows or weak.chunk_rows, _products_dtype(values.device, values.dtype))
+        placement = (shape[-1], student.chunk_rows or weak.chunk_rows, _products_dtype(values))
         sums = source_autograd.uskd_batch_sums(student.rows, target, (square, ignore_index, *placement), chosen)
         sums = _shards.sum_over_processes(sums, settings["process_group"])
         inputs, options = (target, sums, weight), (rank, square, ignore_index)
@@ -210,10 +208,10 @@ def _row_inputs(
     return target, weight if normalizer is None else normalized_weight(weight, normalizer, settings, target)
 
 
-def _products_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
+def _products_dtype(values: Tensor) -> torch.dtype | None:
     """Return the dtype of the factors of a head's products under autocast, as in a linear layer; else None."""
-    enabled = torch.is_autocast_enabled(device.type) and dtype != torch.float64
-    return torch.get_autocast_dtype(device.type) if enabled else None
+    enabled = torch.is_autocast_enabled(values.device.type) and values.dtype != torch.float64
+    return torch.get_autocast_dtype(values.device.type) if enabled else None
 
 
 def _flattened(name: str, logits: Any, class_dim: int | None) -> _Source:

@@ -19,13 +19,18 @@ import triton
 import triton.language as tl
 
 from fused_kd.backends.triton.kernels.constants import INF, LN2, NEG_INF, NO_CLASS
-from fused_kd.backends.triton.kernels.rows import at, load_index, times, zero_if_empty
+from fused_kd.backends.triton.kernels.rows import at, load_index, narrowed, times, zero_if_empty
 
 
 @triton.jit
 def load_tile(view, cols, mask, other, UNIT: tl.constexpr, ACC: tl.constexpr):
     base, stride = view
     return tl.load(at(base[:, None], cols, stride, UNIT), mask=mask, other=other).to(ACC)
+
+
+@triton.jit
+def store_tile(gradient, row, classes, cols, mask, g):
+    tl.store(gradient + (row * classes)[:, None] + cols, narrowed(g, gradient.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -29,7 +29,7 @@ import triton.language as tl
 
 from fused_kd.backends.triton.kernels.constants import LOG2E, NEG_INF
 from fused_kd.backends.triton.kernels.on_chip import COUNT_BLOCK, gradient_scale, mean_divisor
-from fused_kd.backends.triton.kernels.rows import as_scalars, kernel, load_factor, narrowed, store_fields, sum_items
+from fused_kd.backends.triton.kernels.rows import as_scalars, kernel, load_factor, store_fields, sum_items
 from fused_kd.backends.triton.kernels.targets import (
     ce_labels,
     class_gradient,
@@ -38,6 +38,7 @@ from fused_kd.backends.triton.kernels.targets import (
     load_tile,
     rest_sum,
     split_softmax,
+    store_tile,
     tile_at,
 )
 from fused_kd.backends.triton.kernels.uskd_rows import (
@@ -147,9 +148,7 @@ def keys_and_weak_gradient(
     if GRAD:
         terms = gradient_terms(of_weak, 0.0, of_weak[4], of_weak[3], by, factors)
         g = class_gradient(w, d_w, None, labels, cols, mask, targets, terms, poison, k, WALK, ACC)
-        pointers = gradient + (row * classes)[:, None] + cols
-        stored = inside[:, None] & (cols < classes)
-        tl.store(pointers, narrowed(g, gradient.dtype.element_ty), mask=stored)
+        store_tile(gradient, row, classes, cols, inside[:, None] & (cols < classes), g)
     d_s = load_tile(views[0], cols, mask, NEG_INF, WALK.UNIT, ACC) - m_s[:, None]
     # Adding 0 makes -0 equal to 0 in its bits too.
     return rank_keys(d_s, d_w, cols, targets, key[0], key[1], k, RANK) + 0.0
@@ -264,6 +263,4 @@ def ranked_on_chip(
         of_row = (of_student[0] + more, of_student[1], of_student[2])
         terms = gradient_terms(of_row, by_zipf, kept, uniform, by, factors)
         g = class_gradient(s, d_s, z, labels, cols, mask, targets, terms, poison, k, WALK, ACC)
-        pointers = student_gradients + (row * classes)[:, None] + cols
-        stored = inside[:, None] & in_row
-        tl.store(pointers, narrowed(g, student_gradients.dtype.element_ty), mask=stored)
+        store_tile(student_gradients, row, classes, cols, inside[:, None] & in_row, g)

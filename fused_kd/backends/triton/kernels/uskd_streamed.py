@@ -11,13 +11,14 @@ import triton.language as tl
 
 from fused_kd.backends.triton.kernels.constants import LOG2E, NEG_INF
 from fused_kd.backends.triton.kernels.on_chip import gradient_scale, mean_divisor
-from fused_kd.backends.triton.kernels.rows import as_scalars, kernel, load_factor, load_fields, narrowed, store_fields
+from fused_kd.backends.triton.kernels.rows import as_scalars, kernel, load_factor, load_fields, store_fields
 from fused_kd.backends.triton.kernels.targets import (
     ce_labels,
     class_gradient,
     find_targets,
     gradient_terms,
     load_tile,
+    store_tile,
     tile_at,
 )
 from fused_kd.backends.triton.kernels.uskd import (
@@ -209,6 +210,4 @@ def combine_ranked(
             s = load_tile(view, cols, mask, NEG_INF, WALK.UNIT, ACC)
             z = load_tile(of_rank, cols, mask, 0.0, True, ACC)
             g = class_gradient(s, s - m_s[:, None], z, labels, cols, mask, targets, terms, poison, k, WALK, ACC)
-            pointers = student_gradients + (row * classes)[:, None] + cols
-            stored = inside[:, None] & (cols < classes)
-            tl.store(pointers, narrowed(g, student_gradients.dtype.element_ty), mask=stored)
+            store_tile(student_gradients, row, classes, cols, inside[:, None] & (cols < classes), g)

@@ -27,7 +27,7 @@ import triton.language as tl
 
 from fused_kd.backends.triton.kernels.constants import LN2, LOG2E, NEG_INF, NO_CLASS
 from fused_kd.backends.triton.kernels.on_chip import gradient_scale, mean_divisor
-from fused_kd.backends.triton.kernels.rows import as_scalars, kernel, load_factor, narrowed, store_fields, times
+from fused_kd.backends.triton.kernels.rows import as_scalars, kernel, load_factor, store_fields, times
 from fused_kd.backends.triton.kernels.targets import (
     ce_labels,
     class_gradient,
@@ -39,6 +39,7 @@ from fused_kd.backends.triton.kernels.targets import (
     load_tile,
     rest_maximum,
     split_softmax,
+    store_tile,
     tile_at,
 )
 
@@ -315,16 +316,13 @@ def zipf_rows(
         kept, uniform = ce_labels(ce_weight, smoothing, classes, WALK)
         of_row = (weight / z + ce_factor, ce_0, ce_1)
         terms = gradient_terms(of_row, -weight / total, kept, uniform, by, factors)
-        out = gradient + row * classes
         for start in range(0, WALK.BLOCK if WALK.HELD else classes, WALK.BLOCK):
             cols, mask = tile_at(start, counted, classes, WALK)
             s = load_tile(view, cols, mask, NEG_INF, WALK.UNIT, ACC)
             g = class_gradient(
                 s, s - m[:, None], z_0[:, None], labels, cols, mask, targets, terms, poison, k, WALK, ACC
             )
-            tl.store(
-                out[:, None] + cols, narrowed(g, gradient.dtype.element_ty), mask=inside[:, None] & (cols < classes)
-            )
+            store_tile(gradient, row, classes, cols, inside[:, None] & (cols < classes), g)
         tl.debug_barrier()  # what follows is written over it, by other threads
         for start in range(0, positions, VOTES):
             column, rank, takes = _load_votes(votes, ranks, row, start, positions, counted, VOTES)
@@ -332,4 +330,4 @@ def zipf_rows(
             s = load_tile(view, column, takes, NEG_INF, WALK.UNIT, ACC)
             z_j, _ = _zipf(rank, best[:, None], power)
             g = class_gradient(s, s - m[:, None], z_j, labels, column, takes, targets, terms, poison, k, WALK, ACC)
-            tl.store(out[:, None] + column, narrowed(g, gradient.dtype.element_ty), mask=takes)
+            store_tile(gradient, row, classes, column, takes, g)

@@ -134,16 +134,14 @@ def plan_row_loss(
         "COUNT": counts.how if need_gradient else 0,
         "HALF": half,
         "PER_ROW": per_row,
-        "num_warps": config.warps,
-        "maxnreg": config.registers,
+        **layout.options_of(config),
     }
     if isinstance(config, layout.OnChip):
         kernel, programs = "rows_on_chip", -(-rows // config.rows)
-        meta |= {"ROWS": config.rows, "BLOCK": config.block, "VEC": math.gcd(vector, classes, *row_strides)}
+        meta["VEC"] = math.gcd(vector, classes, *row_strides)
     else:
         kernel, programs = "rows_looped", rows
-        meta |= {"LANES": config.lanes, "WIDTH": config.width, "VEC": vector if together else 1}
-        meta["EDGES"] = edges
+        meta |= {"VEC": vector if together else 1, "EDGES": edges}
     arguments = (
         student, teacher, target, gradient, loss, row_parts, norm, counts.source, factors,
         *(columns or (loss, loss, loss)), rows, classes, options.padding or None,

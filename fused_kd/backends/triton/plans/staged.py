@@ -63,14 +63,7 @@ def plan_stage(
     vector = math.gcd(vector, columns, *(each.stride(0) for each in matrices))
     config = layout.piece_config(columns, vector, wide=out.dtype == torch.float64)
     pieces = max(1 if each is None else len(each) for each in earlier)
-    shared: dict[str, Any] = {
-        "ACC": acc_types()[out.dtype],
-        "LANES": config.lanes,
-        "WIDTH": config.width,
-        "VEC": vector,
-        "num_warps": config.warps,
-        "maxnreg": config.registers,
-    }
+    shared: dict[str, Any] = {"ACC": acc_types()[out.dtype], "VEC": vector, **layout.options_of(config)}
     first, second, temperature, ce_weight, smoothing = kernel_weights(options.loss, options.hyper, num_classes)
     logits, per_row = (student, teacher), (target.contiguous(), factors)
     strides = (*student.stride(), *teacher.stride())

@@ -104,13 +104,10 @@ def plan_topk(given: Rows, rest: str, options: Options, made: tuple[Tensor, Tens
     config = layout.piece_config(columns, vector, wide=loss.dtype == torch.float64)
     walk: dict[str, Any] = entries | {
         "ACC": acc_types()[loss.dtype],
-        "LANES": config.lanes,
-        "WIDTH": config.width,
         "VEC": vector,
         "UNIT": unit,
         "NEED": need,
-        "num_warps": config.warps,
-        "maxnreg": config.registers,
+        **layout.options_of(config),
     }
     of_labels = None if labels is None else found.new_empty((2, rows))
     label_strides = (0, 0) if labels is None else labels.stride()

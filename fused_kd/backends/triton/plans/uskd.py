@@ -82,7 +82,6 @@ def plan_uskd(
     norms = student_norm, weak_norm
     hyper, ignore_index, reduction, (need_student, need_weak), (student_scale, weak_scale), *_ = options
     rows, classes = student.shape
-    alpha, beta, mu = hyper.alpha, hyper.beta, hyper.mu
     ce_weight, smoothing = hyper.ce_weight, hyper.label_smoothing
     per_row = reduction == "none"
     label_strides = common.target_strides(target)
@@ -128,7 +127,7 @@ def plan_uskd(
         arguments = (
             student, weak, target, batch_sums, *gradients, loss, row_parts, *norms, counts.source, factors,
             rows, classes, *strides, counts.items, ignore_index,
-            alpha, beta, mu, ce_weight, smoothing, *scales, *norm_values,
+            hyper.alpha, hyper.beta, hyper.mu, ce_weight, smoothing, *scales, *norm_values,
         )  # fmt: skip
         launches.append(planned("ranked_on_chip", -(-rows // config.rows), arguments, meta))
     else:
@@ -157,8 +156,8 @@ def plan_uskd(
             programs, here = -(-(last - first) // config.rows), slice(0, last - first)
             arguments = (
                 student, weak, target, batch_sums, gradients[1], row_parts, counts.source, factors, keys, states,
-                columns, rows, first, last, classes, *strides, counts.items, ignore_index, alpha, mu, ce_weight,
-                smoothing, scales[1],
+                columns, rows, first, last, classes, *strides, counts.items, ignore_index, hyper.alpha, hyper.mu,
+                ce_weight, smoothing, scales[1],
             )  # fmt: skip
             launches.append(planned("write_keys", programs, arguments, write))
             launches.append(Launch("sort_rows", 1, (keys[here], sorted_keys[here], order[here]), {}))
@@ -169,7 +168,7 @@ def plan_uskd(
             arguments = (
                 student, target, gradients[0], loss, row_parts, *norms, counts.source, factors, sorted_keys, states,
                 columns, rows, first, last, classes, *student.stride(), *label_strides, counts.items, ignore_index,
-                beta, ce_weight, smoothing, scales[0], *norm_values,
+                hyper.beta, ce_weight, smoothing, scales[0], *norm_values,
             )  # fmt: skip
             launches.append(planned("combine_ranked", programs, arguments, combine))
     if not per_row:

@@ -83,13 +83,11 @@ def _plan_votes(dense: Tensor, target: Tensor, votes: Tensor, ignore_index: int)
     vector = 16 // dense.element_size() if by_class or by_position else 1
     options = {
         "ACC": acc_types()[accumulation_dtype(dense)],
-        "POSITIONS": config.positions,
-        "CLASSES": config.classes,
         "VEC": math.gcd(vector, length, dense.stride(0), across),
         "POSITION_UNIT": by_position,
         "CLASS_UNIT": by_class,
         "PROB": target.is_floating_point(),
-        "num_warps": config.warps,
+        **layout.options_of(config),
         "maxnreg": 255,  # left alone the compiler may spill to reach a rounder occupancy
     }
     arguments = (dense, target, votes, positions, classes, *dense.stride(), target.stride(0), ignore_index)
