@@ -110,13 +110,10 @@ def _stored_gradients(ctx: Any, grad_output: Tensor | None, keep: bool = False) 
 def scale_stored(gradient: Tensor, grad_output: Tensor, norm: Tensor, backend: str, keep: bool = False) -> Tensor:
     """Return the stored gradient times the incoming one, in place if nobody can ask for the stored one again."""
     transforms.refuse_double_backward()
-    if torch.compiler.is_compiling():
-        result: Tensor = ops.scale_gradient_compiled(gradient, grad_output, norm, backend)
-        return result
-    if transforms.wraps_values(grad_output):
+    compiling = torch.compiler.is_compiling()
+    if not compiling and transforms.wraps_values(grad_output):
         return _scaled(gradient, grad_output, norm)
-    if keep:
-        # In an exported graph, which may have been compiled.
+    if compiling or keep:  # an exported graph, where it is kept, may have been compiled
         return ops.scale_gradient_compiled(gradient, grad_output, norm, backend)  # type: ignore[no-any-return]
     # Kernels scale rows one after the other, and a hook of saved tensors may return another layout.
     if torch._C._autograd._get_current_graph_task_keep_graph() or not gradient.is_contiguous():

@@ -61,18 +61,17 @@ def define(
     results: str,
     function: Callable[..., Any],
     fake: Callable[..., Any],
-    scheduled: bool = False,
     exported: bool = False,
 ) -> Any:
     """Register an op with its schema, its implementation and its fake, and return it. Its last argument is the backend.
 
-    ``{hyper}`` among the arguments stands for the hyper-parameters, which are numbers. With ``scheduled`` a twin
-    ``_scheduled`` takes them as a CPU tensor: a number is a constant of a compiled graph, which would be compiled anew
-    for each value of a schedule; a tensor is an input. A CUDA graph would replay the captured values, so the twin is
-    kept out of CUDA graphs. Both are returned. With ``exported`` each has another twin for torch.export, ``exported_``,
-    to which :mod:`fused_kd.autograd` gives an autograd kernel. On the ordinary ops that would cost a tenth of a call.
+    ``{hyper}`` among the arguments stands for the hyper-parameters, which are numbers. Then a twin ``_scheduled`` takes
+    them as a CPU tensor: a number is a constant of a compiled graph, which would be compiled anew for each value of a
+    schedule; a tensor is an input. A CUDA graph would replay the captured values, so the twin is kept out of CUDA
+    graphs. Both are returned. With ``exported`` each has another twin for torch.export, ``exported_``, to which
+    :mod:`fused_kd.autograd` gives an autograd kernel. On the ordinary ops that would cost a tenth of a call.
     """
-    twins = []
+    twins, scheduled = [], "{hyper}" in arguments
     for suffix, numbers, tags in _TWINS if scheduled else _TWINS[:1]:
         schema = f"({arguments.format(hyper=f'{numbers} hyper')}, str backend) -> {results}"
         op = _register(name + suffix, schema, tags, function, fake)
@@ -170,7 +169,6 @@ LOSS_OPS["row_loss"] = define(
     "(Tensor loss, Tensor parts, Tensor gradient, Tensor norm)",
     _row_loss,
     _row_loss_fake,
-    scheduled=True,
     exported=True,
 )
 
@@ -205,10 +203,6 @@ def _dist_gradient(
     return gradient.to(student_logits.dtype)  # type: ignore[no-any-return]
 
 
-def _dist_gradient_fake(student_logits: Tensor, *_: Any) -> Tensor:
-    return student_logits.new_empty(student_logits.shape)
-
-
 #: The op for the gradient of DIST with reduction="none", and its twin.
 DIST_GRADIENT: tuple[Any, Any] = define(
     "dist_gradient",
@@ -216,8 +210,7 @@ DIST_GRADIENT: tuple[Any, Any] = define(
     "SymInt? num_classes, int ignore_index, Tensor grad_rows, Tensor grad_columns",
     "Tensor",
     _dist_gradient,
-    _dist_gradient_fake,
-    scheduled=True,
+    lambda student_logits, *_: student_logits.new_empty(student_logits.shape),
 )
 
 
@@ -226,16 +219,12 @@ def _uskd_batch_sums(student_logits: Tensor, target: Tensor, square: bool, ignor
     return sums
 
 
-def _uskd_batch_sums_fake(student_logits: Tensor, *_: Any) -> Tensor:
-    return student_logits.new_empty((3,), dtype=torch.float64)
-
-
 uskd_batch_sums = define(
     "uskd_batch_sums",
     "Tensor student_logits, Tensor target, bool square, int ignore_index",
     "Tensor",
     _uskd_batch_sums,
-    _uskd_batch_sums_fake,
+    lambda student_logits, *_: student_logits.new_empty((3,), dtype=torch.float64),
 )
 
 
@@ -284,7 +273,6 @@ LOSS_OPS["uskd"] = define(
     "(Tensor loss, Tensor parts, Tensor student_gradient, Tensor weak_gradient, Tensor student_norm, Tensor weak_norm)",
     _uskd,
     _uskd_fake,
-    scheduled=True,
     exported=True,
 )
 
@@ -324,7 +312,6 @@ LOSS_OPS["zipf_ls"] = define(
     "(Tensor loss, Tensor parts, Tensor gradient, Tensor norm)",
     _zipf_ls,
     _zipf_ls_fake,
-    scheduled=True,
     exported=True,
 )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_kd import autograd, ops
 from fused_kd.core import transforms
-from fused_kd.core.source_rows import SourceRows
+from fused_kd.core.rows import SourceRows
 from fused_kd.source_ops import SOURCE_LOSS, SOURCE_USKD, SOURCE_USKD_BATCH_SUMS
 
 _EXPORTED = (
@@ -115,26 +115,24 @@ def row_loss(
     inputs: tuple[Tensor, Tensor | None],
     loss: str,
     hyper: list[float],
-    options: tuple[Any, ...],
+    settings: dict[str, Any],
     placement: tuple[Any, ...],
-    reduction: str,
     backend: str,
     want_parts: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the loss of checked sources and, if wanted, its three stacked parts; differentiable in the student's
     tensors.
 
-    ``inputs`` are the target and the row weights. ``options`` are the op's arguments between the numbers and the
-    rest. ``placement`` has the classes of this process, their group's name, the rows of a chunk and the
-    products' dtype.
+    ``inputs`` are the target and the row weights, ``settings`` the loss's options that are no numbers. ``placement``
+    has the classes of this process, their group's name, the rows of a chunk and the products' dtype.
     """
     teacher_tensors = (None, None, None, None) if teacher is None else (*teacher[:3], teacher.indices)
     other = SourceRows(student.values) if teacher is None else teacher
     heads = [student.logit_scale, student.softcap, other.logit_scale, other.softcap]
     all_inputs = (*teacher_tensors, *inputs, loss)
-    all_options = (*options, other.rest, *placement)
-    numbers = [*hyper, *heads]
-    return _apply(SOURCE_LOSS, student[:3], all_inputs, numbers, all_options, reduction, backend, want_parts)
+    standardize, reduction = settings.get("logit_standardization", False), settings["reduction"]
+    options = (standardize, settings["ignore_index"], other.rest, *placement)
+    return _apply(SOURCE_LOSS, student[:3], all_inputs, [*hyper, *heads], options, reduction, backend, want_parts)
 
 
 def uskd_batch_sums(student: SourceRows, target: Tensor, options: tuple[Any, ...], backend: str) -> Tensor:

@@ -22,7 +22,7 @@ from fused_kd.backends.heads import empty_gradients
 from fused_kd.core import transforms
 from fused_kd.core.catalogue import as_run
 from fused_kd.core.options import HyperParameters, Options, outputs
-from fused_kd.core.source_rows import SourceRows, Span
+from fused_kd.core.rows import SourceRows, Span
 from fused_kd.core.stored import reduction_weight
 from fused_kd.reference import accumulation_dtype
 
@@ -120,7 +120,6 @@ SOURCE_LOSS: tuple[Any, Any] = ops.define(
     "(Tensor loss, Tensor parts, Tensor gradient, Tensor weight_gradient, Tensor bias_gradient)",
     _source_loss,
     _source_loss_fake,
-    scheduled=True,
 )
 
 
@@ -151,7 +150,6 @@ SOURCE_USKD_BATCH_SUMS: tuple[Any, Any] = ops.define(
     "Tensor",
     _source_uskd_batch_sums,
     lambda student, *_: student.new_empty((3,), dtype=torch.float64),
-    scheduled=True,
 )
 
 
@@ -204,5 +202,4 @@ SOURCE_USKD: tuple[Any, Any] = ops.define(
     "Tensor student_bias_gradient, Tensor weak_gradient, Tensor weak_weight_gradient, Tensor weak_bias_gradient)",
     _source_uskd,
     _source_uskd_fake,
-    scheduled=True,
 )

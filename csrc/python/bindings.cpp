@@ -67,13 +67,18 @@ LossOutputs outputs(const py::tuple& given, int gradients) {
     return out;
 }
 
-int64_t run_row_loss(const py::tuple& rows, const py::tuple& of_loss, const py::tuple& teacher, int loss,
-                     bool standardize, uintptr_t column_factor, const py::tuple& gradient, const py::tuple& results) {
-    const Batch batch(rows);
+RowArgs row_args(const Batch& batch, const py::tuple& of_loss, const py::tuple& teacher, int loss, bool standardize) {
     RowArgs args = batch.with<RowArgs>(of_loss);
     args.teacher = matrix(teacher);
     args.loss = loss;
     args.standardize = standardize;
+    return args;
+}
+
+int64_t run_row_loss(const py::tuple& rows, const py::tuple& of_loss, const py::tuple& teacher, int loss,
+                     bool standardize, uintptr_t column_factor, const py::tuple& gradient, const py::tuple& results) {
+    const Batch batch(rows);
+    RowArgs args = row_args(batch, of_loss, teacher, loss, standardize);
     args.column_factor = reinterpret_cast<const double*>(column_factor);
     args.gradient = gradient_of(gradient, true);
     const LossOutputs out = outputs(results, 1);
@@ -85,10 +90,7 @@ int64_t run_row_loss(const py::tuple& rows, const py::tuple& of_loss, const py::
 int64_t run_row_stage(const py::tuple& rows, const py::tuple& of_loss, const py::tuple& teacher, int loss,
                       bool standardize, const py::tuple& gradient, uintptr_t parts, const py::tuple& piece) {
     const Batch batch(rows);
-    RowArgs args = batch.with<RowArgs>(of_loss);
-    args.teacher = matrix(teacher);
-    args.loss = loss;
-    args.standardize = standardize;
+    RowArgs args = row_args(batch, of_loss, teacher, loss, standardize);
     args.gradient = gradient_of(gradient);
     args.parts = reinterpret_cast<double*>(parts);
     Fields at(piece, 9);

@@ -170,12 +170,8 @@ def explain(student_logits: Tensor | torch.device | str = "cpu", loss: str = "nk
         raise TypeError(f"student_logits: expected a Tensor, a Head, a ClassShard or a device, got {given}")
     device = student_logits.device if isinstance(student_logits, Tensor) else cuda_devices.resolved(student_logits)
     chosen = _best(device, loss)
-    reasons = {}
-    for name in BACKENDS:
-        if name == chosen:
-            reasons[name] = "chosen"
-        else:
-            reasons[name] = unavailable(name, device, loss) or _passed_over(name, device.type)
+    reasons = {name: unavailable(name, device, loss) or _passed_over(name, device.type) for name in BACKENDS}
+    reasons[chosen] = "chosen"
     return Explanation(device, chosen, reasons, loss)
 
 

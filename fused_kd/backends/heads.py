@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fused_kd.core.source_rows import SourceRows
+from fused_kd.core.rows import SourceRows
 
 #: Classes of a half-precision weight that are converted at a time, if no product of halves gives float32.
 _CONVERTED = 4096
@@ -46,18 +46,18 @@ class Matrix:
         self.padding = source.values.shape[1] - num_classes
         self.gradient: Tensor | None = None
 
-    def logits(self, start: int, stop: int) -> Tensor:
+    def logits(self, rows: slice) -> Tensor:
         values = self.source.values
-        logits = values[start:stop, : values.shape[1] - self.padding]
+        logits = values[rows, : values.shape[1] - self.padding]
         return logits.to(self.dtype) if logits.dtype == torch.float16 else logits  # the dtype of their gradient
 
-    def take(self, gradient: Tensor, logits: Tensor, factors: Tensor, rows: tuple[int, int]) -> None:
+    def take(self, gradient: Tensor, logits: Tensor, factors: Tensor, rows: slice) -> None:
         if len(gradient) == len(self.source.values):
             self.gradient = gradient
             return
         if self.gradient is None:
             self.gradient = self.gradients()[0]
-        self.gradient[slice(*rows)] = gradient
+        self.gradient[rows] = gradient
 
     def gradients(self) -> list[Tensor]:
         wanted = (self.wanted[0] and self.gradient is None, False, False)
@@ -107,9 +107,9 @@ class Products:
             for gradient, of in zip(gradients, self.head[:3], strict=True)
         ]
 
-    def logits(self, start: int, stop: int) -> Tensor:
+    def logits(self, rows: slice) -> Tensor:
         """Return (rows, classes) in the accumulating dtype. The next chunk overwrites them."""
-        head, hidden = self.head, self.head.values[start:stop]
+        head, hidden = self.head, self.head.values[rows]
         if self.mixed:
             out: Tensor = torch.mm(hidden.to(self.weight.dtype), self.weight.T, out_dtype=self.dtype)
         else:
@@ -125,7 +125,7 @@ class Products:
             return out.mul_(head.logit_scale / head.softcap).tanh_().mul_(head.softcap)
         return out if head.logit_scale == 1.0 else out.mul_(head.logit_scale)
 
-    def take(self, gradient: Tensor, logits: Tensor, factors: Tensor, rows: tuple[int, int]) -> None:
+    def take(self, gradient: Tensor, logits: Tensor, factors: Tensor, rows: slice) -> None:
         """Multiply a chunk's gradient of the logits into the head's gradients. It is overwritten. Rows with a factor of
         0 do not count: they have a gradient of 0, whatever they hold."""
         head = self.head
@@ -136,7 +136,7 @@ class Products:
             gradient.mul_(head.logit_scale)
         if self.bias_gradient is not None:
             self.bias_gradient[: self.classes] += gradient.sum(0)
-        hidden = head.values[slice(*rows)].where((factors != 0)[:, None], 0.0)
+        hidden = head.values[rows].where((factors != 0)[:, None], 0.0)
         if self.mixed:
             self._take_mixed(gradient, hidden, rows)
             return
@@ -145,11 +145,11 @@ class Products:
             product = torch.zeros_like(hidden)
             for classes, weight in self._tiles():
                 product.addmm_(gradient[:, classes], weight)
-            self.hidden_gradient[slice(*rows)] = product
+            self.hidden_gradient[rows] = product
         if self.weight_gradient is not None:
             self.weight_gradient[: self.classes].addmm_(gradient.T, hidden)
 
-    def _take_mixed(self, gradient: Tensor, hidden: Tensor, rows: tuple[int, int]) -> None:
+    def _take_mixed(self, gradient: Tensor, hidden: Tensor, rows: slice) -> None:
         power = None
         if self.weight.dtype == torch.float16 and gradient.numel():
             # A gradient that is divided by the number of rows would underflow in float16.
@@ -160,7 +160,7 @@ class Products:
         product: Tensor
         if self.hidden_gradient is not None:
             product = torch.mm(half, self.weight, out_dtype=self.dtype)
-            self.hidden_gradient[slice(*rows)] = product if power is None else product.div_(power)
+            self.hidden_gradient[rows] = product if power is None else product.div_(power)
         if self.weight_gradient is not None:
             product = torch.mm(half.T, hidden.to(half.dtype), out_dtype=self.dtype)
             self.weight_gradient[: self.classes] += product if power is None else product.div_(power)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from fused_kd.core.source_rows import Span
+from fused_kd.core.rows import Span
 
 #: Spans that passed the check, by group.
 _covered: weakref.WeakKeyDictionary[Any, set[tuple[int, int, int]]] = weakref.WeakKeyDictionary()

@@ -15,8 +15,7 @@ from torch import Tensor, distributed
 from fused_kd.backends import native, shards, staged, topk
 from fused_kd.backends.heads import Matrix, Products, maker
 from fused_kd.core.options import Options
-from fused_kd.core.pieces import Piece, TopKPiece
-from fused_kd.core.source_rows import SourceRows, Span
+from fused_kd.core.rows import Piece, SourceRows, Span, TopKPiece
 from fused_kd.reference import accumulation_dtype
 
 #: The most bytes, by device type, for the logits of a head's chunk of rows and their gradient.
@@ -54,7 +53,7 @@ def run(
     teacher_maker: Matrix | Products | topk.DenseRows | None = None
     if teacher is not None and teacher.indices is not None:
         shared_labels = bool(span.group) and task.target.is_floating_point()
-        top_k = topk.is_fused(options.loss, teacher.rest, shared_labels)
+        top_k = topk.is_fused(options.loss, teacher.rest) and not shared_labels
         if not top_k:
             topk.check_indices(teacher.indices, span.num_classes, task.factors[0] != 0, teacher.rest)
             own = slice(span.first_class, span.first_class + columns)
@@ -65,17 +64,16 @@ def run(
     in_place = kernels is native and student_maker.in_place and not span.group and not top_k
     options = options._replace(in_place=in_place, padding=student_maker.padding)
     exchange = shards.Exchange(span, columns) if span.group else None
-    for chunk in _chunks(values, (student_maker, teacher_maker), int(not in_place), most, task.placement.chunk_rows):
-        rows = slice(*chunk)
-        logits = student_maker.logits(*chunk)
-        other = teacher if teacher_maker is None else teacher_maker.logits(*chunk)
+    for rows in _chunks(values, (student_maker, teacher_maker), int(not in_place), most, task.placement.chunk_rows):
+        logits = student_maker.logits(rows)
+        other = teacher if teacher_maker is None else teacher_maker.logits(rows)
         of_rows, parts_of_rows, gradient = _rows(kernels, logits, other, task, rows, options, exchange)
-        if chunk == (0, count):
+        if rows == slice(0, count):
             loss, parts = of_rows, parts_of_rows  # not copied: on a GPU each operation is a launch
         else:
             loss[rows], parts[:, rows] = of_rows, parts_of_rows
         if any(task.wanted):
-            student_maker.take(gradient, logits, task.factors[1, rows], chunk)
+            student_maker.take(gradient, logits, task.factors[1, rows], rows)
         del logits, other, gradient  # free them before the next chunk
     if exchange is not None and isinstance(student_maker, Products) and student_maker.hidden_gradient is not None:
         # The hidden states are the same on all processes. Each process has its classes' part of their gradient.
@@ -91,8 +89,8 @@ def uskd_batch_sums(
     values, columns = student.values, _columns(student, placement.span)
     student_maker = maker(student, _NONE, accumulation_dtype(values), columns, placement.compute)
     sums = values.new_zeros(3, dtype=torch.float64)
-    for chunk in _chunks(values, (student_maker,), 0, columns, placement.chunk_rows):
-        sums += kernels.uskd_batch_sums(student_maker.logits(*chunk), target[slice(*chunk)], *settings)
+    for rows in _chunks(values, (student_maker,), 0, columns, placement.chunk_rows):
+        sums += kernels.uskd_batch_sums(student_maker.logits(rows), target[rows], *settings)
     return sums
 
 
@@ -108,16 +106,15 @@ def run_uskd(
         maker(each, wanted, dtype, columns, task.placement.compute)
         for each, wanted in ((student, task.wanted[:3]), (weak, task.wanted[3:]))
     ]
-    for chunk in _chunks(values, both, 2, columns, task.placement.chunk_rows):
-        rows = slice(*chunk)
-        logits = [each.logits(*chunk) for each in both]
+    for rows in _chunks(values, both, 2, columns, task.placement.chunk_rows):
+        logits = [each.logits(rows) for each in both]
         factors = task.factors[:, rows].contiguous()
         loss[rows], parts[:, rows], *gradients, _, _ = kernels.uskd(
             *logits, task.target[rows], batch_sums, factors, options
         )
         for each, want, gradient, of in zip(both, options.wanted, gradients, logits, strict=True):
             if want:
-                each.take(gradient, of, factors[1], chunk)
+                each.take(gradient, of, factors[1], rows)
         del logits, gradients  # free them before the next chunk
     return loss, parts, [*both[0].gradients(), *both[1].gradients()]
 
@@ -128,14 +125,14 @@ def _chunks(
     gradients: int,
     columns: int,
     chunk_rows: int,
-) -> Iterator[tuple[int, int]]:
-    """Yield the first row of each chunk, and the row after its last. Beside the logits that are made, a chunk needs
-    memory for ``gradients`` matrices of that size."""
+) -> Iterator[slice]:
+    """Yield the rows of each chunk. Beside the logits that are made, a chunk needs memory for ``gradients`` matrices of
+    that size."""
     made = [each for each in makers if each is not None and not isinstance(each, Matrix)]
     matrices = len(made) + gradients
     step = chunk_rows or fitting_rows(values, len(made), matrices * columns, made[0].dtype if made else values.dtype)
     for start in range(0, len(values), step):
-        yield start, min(start + step, len(values))
+        yield slice(start, min(start + step, len(values)))
 
 
 def fitting_rows(values: Tensor, made: int, columns: int, dtype: torch.dtype) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fused_kd.core.catalogue import ROW_LOSSES, as_run
 from fused_kd.core.options import Options
-from fused_kd.core.pieces import STAGES, Piece, StageResults
+from fused_kd.core.rows import STAGES, Piece, StageResults
 
 
 def stages_of(options: Options) -> list[str]:

@@ -22,9 +22,8 @@ from torch import Tensor
 
 from fused_kd.core.catalogue import ROW_LOSSES, as_run
 from fused_kd.core.options import Options, empty_gradient
-from fused_kd.core.pieces import TopKPiece
 from fused_kd.core.row_errors import kept_error
-from fused_kd.core.source_rows import SourceRows
+from fused_kd.core.rows import SourceRows, TopKPiece
 from fused_kd.core.transforms import readable
 from fused_kd.reference import accumulation_dtype
 from fused_kd.reference.topk import check_rest, dense_teacher, find_kept, wrong_indices
@@ -40,19 +39,19 @@ class DenseRows:
     def __init__(self, teacher: SourceRows, dtype: torch.dtype, num_classes: int, columns: slice) -> None:
         self.teacher, self.dtype, self.num_classes, self.columns = teacher, dtype, num_classes, columns
 
-    def logits(self, start: int, stop: int) -> Tensor:
-        values, indices = self.teacher.values[start:stop].to(self.dtype), self.teacher.indices
+    def logits(self, rows: slice) -> Tensor:
+        values, indices = self.teacher.values[rows].to(self.dtype), self.teacher.indices
         assert indices is not None
-        indices = indices[start:stop]
+        indices = indices[rows]
         kept = find_kept(values, indices, torch.zeros_like(indices[:, :1]), self.num_classes)
         whole = dense_teacher(kept, self.teacher.rest, self.num_classes) * kept.valid.unsqueeze(1)
         return whole[:, self.columns]
 
 
-def is_fused(loss: str, rest: str, shared_labels: bool = False) -> bool:
-    """Whether there is a kernel for the kept classes of a loss and a rest. ``shared_labels``: the target has
-    probabilities, of sharded classes."""
-    return loss in ROW_LOSSES and rest in ROW_LOSSES[loss].rests and not shared_labels
+def is_fused(loss: str, rest: str) -> bool:
+    """Whether there is a kernel for the kept classes of a loss and a rest: for all but probability targets of sharded
+    classes."""
+    return loss in ROW_LOSSES and rest in ROW_LOSSES[loss].rests
 
 
 def check_indices(indices: Tensor, num_classes: int, counted: Tensor, rest: str) -> None:

@@ -199,6 +199,14 @@ def rows_shape(shape: tuple[int, ...], dim: int) -> tuple[int, ...]:
     return (*shape[:dim], *shape[dim + 1 :])
 
 
+def as_rows(logits: Tensor, dim: int) -> Tensor:
+    """View logits with their classes in ``dim`` as (N, C), or copy them if the classes are not innermost in memory."""
+    if logits.dim() == 2 and dim == 1:
+        return logits  # a view would cost a backward pass of its own
+    shape = logits.shape
+    return logits.movedim(dim, -1).reshape(math.prod(rows_shape(shape, dim)), shape[dim])  # -1 fails without classes
+
+
 def _fits(shape: tuple[int, ...], given: Any, name: str = "target") -> str:
     """Return the end of a message: the ``class_dim`` that fits class indices, or a weight per row, if any does."""
     wanted = tuple(given.shape) if isinstance(given, Tensor) and len(shape) >= 3 else None
@@ -252,11 +260,10 @@ def flatten(
         target = check_target(target, tuple(shape), dim, device)
     if len(shape) == 2 and dim == 1:
         return Rows(student_logits, other, target, rows)
-    target = target.movedim(dim, -1).reshape(-1, num_classes) if target.is_floating_point() else target.reshape(-1)
-    student = student_logits.movedim(dim, -1).reshape(-1, num_classes)
+    student = as_rows(student_logits, dim)
     if other is not None:
-        other = student if other is student_logits else other.movedim(dim, -1).reshape(-1, num_classes)
-    return Rows(student, other, target, rows)
+        other = student if other is student_logits else as_rows(other, dim)
+    return Rows(student, other, target_rows(target, dim), rows)
 
 
 def check_target(target: Tensor, shape: tuple[int, ...], dim: int, device: torch.device) -> Tensor:
@@ -289,6 +296,11 @@ def check_target(target: Tensor, shape: tuple[int, ...], dim: int, device: torch
     if carries_gradient(target):
         raise ValueError("target: expected probabilities that do not require grad; pass target.detach()")
     return target
+
+
+def target_rows(target: Tensor, dim: int) -> Tensor:
+    """View a checked target as ``(N,)`` indices, or as ``(N, C)`` probabilities."""
+    return as_rows(target, dim) if target.is_floating_point() else target.reshape(-1)
 
 
 def _moved(shape: tuple[int, ...], target: Tensor, dim: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias, cast
 
 from torch import Tensor
 
@@ -13,10 +13,8 @@ from fused_kd.core.catalogue import LOSSES, ROW_LOSSES, has_column_term, parts_o
 from fused_kd.core.options import HyperParameters, in_order
 from fused_kd.core.row_errors import check_target_values
 from fused_kd.losses import _shards, _sources
-from fused_kd.losses._options import Common, checked, first_classes, normalized_weight, returned
+from fused_kd.losses._options import Common, Parts, checked, first_classes, normalized_weight, returned
 from fused_kd.sources import Logits, TeacherLogits
-
-Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
 
 #: A function that returns the call of an op: it takes rows, their weight, hyper-parameters, settings and a backend.
 Fused: TypeAlias = Callable[[checks.Rows, "Tensor | None", list[float], dict[str, Any], str], autograd.OpCall]

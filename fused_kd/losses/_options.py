@@ -79,9 +79,7 @@ def checked(
     numbers: Mapping[str, float], settings: Mapping[str, Any], common: Common | None = None
 ) -> dict[str, float]:
     """Check everything in order. Return the numbers as floats."""
-    floats = {}
-    for name, value in numbers.items():
-        floats[name] = _CHECKS[name](name, value)
+    floats = {name: _CHECKS[name](name, value) for name, value in numbers.items()}
     for name, value in settings.items():
         _CHECKS[name](name, value)
     if common is not None:
@@ -143,9 +141,9 @@ def first_classes(name: str, logits: Tensor, class_dim: int | None, num_classes:
     dim = checks.class_dimension(checks.check_logits(name, logits), class_dim)
     shape = logits.shape
     checks.check_num_classes("num_classes", num_classes, shape[dim], name)
-    if len(shape) == 2 and dim == 1:
+    rows = checks.as_rows(logits, dim)
+    if rows is logits:
         return logits, logits[:, :num_classes]
-    rows = logits.movedim(dim, -1).reshape(-1, shape[dim])
     return rows, rows[:, :num_classes].reshape(*checks.rows_shape(shape, dim), num_classes).movedim(-1, dim)
 
 

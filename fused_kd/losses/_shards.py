@@ -3,7 +3,6 @@ columns for the reference."""
 
 from __future__ import annotations
 
-import math
 import sys
 from typing import Any, TypeAlias
 
@@ -12,7 +11,7 @@ from torch import Tensor, distributed
 
 from fused_kd.backends import shards
 from fused_kd.core import checks
-from fused_kd.core.source_rows import SourceRows, Span
+from fused_kd.core.rows import SourceRows, Span
 from fused_kd.reference import accumulation_dtype
 from fused_kd.sources import ClassShard, Logits, TeacherLogits
 
@@ -46,7 +45,7 @@ def shard_rows(name: str, logits: Tensor) -> Tensor:
             "without a ClassShard"
         )
     logits = checks.check_logits(name, logits)
-    return logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
+    return checks.as_rows(logits, logits.dim() - 1)
 
 
 def check_same(student: Span | None, teacher: Span | None) -> None:

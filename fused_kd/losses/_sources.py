@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,16 +15,14 @@ from fused_kd.core import checks
 from fused_kd.core.catalogue import LOSSES, ROW_LOSSES, has_column_term, parts_of
 from fused_kd.core.options import HyperParameters, in_order
 from fused_kd.core.row_errors import check_target_values
-from fused_kd.core.source_rows import SourceRows, Span
+from fused_kd.core.rows import SourceRows, Span
 from fused_kd.core.stored import counted_rows
 from fused_kd.core.transforms import carries_gradient
 from fused_kd.losses import _shards
-from fused_kd.losses._options import Common, normalized_weight, returned
+from fused_kd.losses._options import Common, Parts, normalized_weight, returned
 from fused_kd.losses._topk import check_log_probs, kernel_or_reference, topk_rows
 from fused_kd.reference import USKDParts, accumulation_dtype
 from fused_kd.sources import ClassShard, Head, Logits, TeacherLogits, TopK
-
-Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
 
 _WHOLE = "FSDP gathers a weight only in the forward pass of the module that it wraps: compute the loss there"
 
@@ -83,7 +80,14 @@ def row_loss(
     if chosen == "reference":
         loss, parts = _by_reference(name, student, teacher, *rows, numbers, settings)
     else:
-        loss, parts = _by_kernels(name, student, teacher, rows, hyper, settings, chosen, return_parts)
+        span = student.span or Span(0, student.shape[-1])
+        chunk_rows = student.chunk_rows or (teacher.chunk_rows if teacher is not None else 0)
+        dtype = _products_dtype(student.rows.values)
+        placement = ([span.first_class, span.num_classes], span.group, chunk_rows, dtype)
+        loss, stacked = source_autograd.row_loss(
+            student.rows, teacher and teacher.rows, rows, name, hyper, settings, placement, chosen, return_parts
+        )
+        parts = [] if stacked is None else parts_of(name, stacked)
     return returned(loss, parts if return_parts else None, parts_type, student.shape[:-1], settings["reduction"])
 
 
@@ -142,28 +146,6 @@ def _by_reference(
     return loss, [*packed]
 
 
-def _by_kernels(
-    name: str,
-    student: _Source,
-    teacher: _Source | None,
-    rows: tuple[Tensor, Tensor | None],
-    hyper: list[float],
-    settings: dict[str, Any],
-    backend: str,
-    want_parts: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    options = (settings.get("logit_standardization", False), settings["ignore_index"])
-    chunk_rows = student.chunk_rows or (teacher.chunk_rows if teacher is not None else 0)
-    span, values = student.span or Span(0, student.shape[-1]), student.rows.values
-    dtype = _products_dtype(values.device, values.dtype)
-    placement = ([span.first_class, span.num_classes], span.group, chunk_rows, dtype)
-    loss, stacked = source_autograd.row_loss(
-        student.rows, teacher and teacher.rows, rows, name, hyper, options, placement, settings["reduction"], backend,
-        want_parts,
-    )  # fmt: skip
-    return loss, [] if stacked is None else parts_of(name, stacked)
-
-
 def uskd(
     eager: Callable[..., tuple[Tensor, USKDParts]],
     tensors: tuple[Logits, Logits, Tensor],
@@ -198,7 +180,7 @@ def uskd(
         parts = [*packed]
     else:
         rank, square, ignore_index = (settings[name] for name in ("rank", "square", "ignore_index"))
-        placement = (shape[-1], student.chunk_rows or weak.chunk_rows, _products_dtype(values.device, values.dtype))
+        placement = (shape[-1], student.chunk_rows or weak.chunk_rows, _products_dtype(values))
         sums = source_autograd.uskd_batch_sums(student.rows, target, (square, ignore_index, *placement), chosen)
         sums = _shards.sum_over_processes(sums, settings["process_group"])
         inputs, options = (target, sums, weight), (rank, square, ignore_index)
@@ -216,21 +198,20 @@ def _row_inputs(
     weight, normalizer, class_dim, *_ = common
     shape, values = student.shape, student.rows.values
     if target is None and not labels:
-        target = torch.zeros(shape[:-1], dtype=torch.int64, device=values.device)
+        target = torch.zeros(len(values), dtype=torch.int64, device=values.device)
     else:
         target = checks.check_tensor("target", target)
         rows, dim = shape[:-1], (-1 if class_dim is None else class_dim) % len(shape)
         target = checks.check_target(target, (*rows[:dim], shape[-1], *rows[dim:]), dim, values.device)
-        target = target.movedim(dim, -1) if target.is_floating_point() else target
-    target = target.reshape(len(values), shape[-1]) if target.is_floating_point() else target.reshape(-1)
+        target = checks.target_rows(target, dim)
     weight = checks.flatten_weight(weight, shape[:-1], shape, shape[-1], values.device)
     return target, weight if normalizer is None else normalized_weight(weight, normalizer, settings, target)
 
 
-def _products_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
+def _products_dtype(values: Tensor) -> torch.dtype | None:
     """Return the dtype of the factors of a head's products under autocast, as in a linear layer; else None."""
-    enabled = torch.is_autocast_enabled(device.type) and dtype != torch.float64
-    return torch.get_autocast_dtype(device.type) if enabled else None
+    enabled = torch.is_autocast_enabled(values.device.type) and values.dtype != torch.float64
+    return torch.get_autocast_dtype(values.device.type) if enabled else None
 
 
 def _flattened(name: str, logits: Any, class_dim: int | None) -> _Source:
@@ -244,12 +225,8 @@ def _flattened(name: str, logits: Any, class_dim: int | None) -> _Source:
         return _head(name, logits, class_dim)
     if isinstance(logits, Tensor):
         logits = checks.check_logits(name, logits)
-        dim = checks.class_dimension(logits, class_dim)
-        if logits.dim() == 2 and dim == 1:
-            return _Source(SourceRows(logits), tuple(logits.shape), 0)  # a view would cost a backward pass of its own
-        logits = logits.movedim(dim, -1)
-        rows = logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
-        return _Source(SourceRows(rows), tuple(logits.shape), 0)
+        shape, dim = tuple(logits.shape), checks.class_dimension(logits, class_dim)
+        return _Source(SourceRows(checks.as_rows(logits, dim)), (*checks.rows_shape(shape, dim), shape[dim]), 0)
     raise TypeError(f"{name}: expected a Tensor or a source such as a Head, got {type(logits).__name__}")
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from fused_kd import backends
 from fused_kd.backends import topk
 from fused_kd.core import checks
-from fused_kd.core.catalogue import LOSSES, as_run
-from fused_kd.core.source_rows import SourceRows
+from fused_kd.core.catalogue import LOSSES
+from fused_kd.core.rows import SourceRows
 from fused_kd.core.stored import counted_rows
 from fused_kd.core.transforms import readable
 from fused_kd.reference.topk import RESTS, check_rest
@@ -52,7 +52,7 @@ def kernel_or_reference(
     """
     asked, chosen = backend
     check_rest(name, rest, numbers.get("beta", 0.0))
-    if rest in topk.DENSE or topk.is_fused(as_run(name, numbers.get("beta", 1.0)), rest, shared_labels):
+    if rest in topk.DENSE or not shared_labels:
         return chosen
     what = f"{LOSSES[name].title} with a TopK of rest={rest!r} and probability targets of sharded classes"
     if asked != "auto":

@@ -13,7 +13,7 @@ from fused_kd.reference.rows import reduce_rows, teacher_rows, times_log
 
 
 class Decomposition(NamedTuple):
-    """Unweighted parts, differentiable in the student's logits; :func:`decompose` has their formulas."""
+    """Unweighted parts, differentiable in the student's logits; :func:`fused_kd.decompose` has their formulas."""
 
     kd_target: Tensor
     kd_non_target: Tensor
@@ -32,18 +32,8 @@ def decompose(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Decomposition:
-    """Return the parts of a batch. q, p are the teacher's and the student's softmax; a hat leaves out the target y.
-
-    ``kd_target``       T² (−q_y(T) log p_y(T))
-    ``kd_non_target``   T² (−Σ_{j≠y} q_j(T) log p_j(T)); with ``kd_target`` KD's cross-entropy, KD plus T² H(q(T))
-    ``nkd_non_target``  T² (−Σ_{j≠y} q̂_j log p̂_j)
-    ``dkd_binary``      T² KL(b_t ‖ b_s), b = (p_y(T), 1 − p_y(T))
-    ``dkd_non_target``  T² KL(q̂ ‖ p̂)
-    ``nkd_target``      −q_y log p_y at T = 1
-
-    NKD = nkd_target + gamma nkd_non_target and DKD = alpha dkd_binary + beta dkd_non_target. The target of
-    probabilities is their largest entry.
-    """
+    """Return the parts of a batch; :func:`fused_kd.decompose` has their formulas. The target of probabilities is their
+    largest entry."""
     rows = teacher_rows(student_logits, teacher_logits, target, ignore_index)
     labels, _, student, teacher = rows
     scale = temperature**2

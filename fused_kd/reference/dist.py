@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_kd.reference.rows import check_target, combine, cross_entropy, teacher_rows
+from fused_kd.reference.rows import check_target, finish, teacher_rows
 
 
 class DISTParts(NamedTuple):
@@ -42,9 +42,8 @@ def dist_loss(
     their weights. Without targets every row counts and ``ce_weight`` must be 0.
     """
     check_target(target, ce_weight)
-    labels, raw_student, student, teacher = teacher_rows(
-        student_logits, teacher_logits, target, ignore_index, logit_standardization=logit_standardization, weight=weight
-    )
+    rows = teacher_rows(student_logits, teacher_logits, target, ignore_index, logit_standardization, weight)
+    labels, _, student, teacher = rows
     p, q = (student / temperature).softmax(dim=1), (teacher / temperature).softmax(dim=1)
     p = p * labels.valid.unsqueeze(1)  # a NaN among the labels is in the columns as well
     scale = temperature**2
@@ -55,9 +54,7 @@ def dist_loss(
         counted = labels.counted.unsqueeze(1)
         columns = _correlation(_centre_columns(p, counted), _centre_columns(q, counted), dim=0)
         intra = (scale * gamma * (1.0 - columns.mean())).expand_as(inter)
-    ce_part = cross_entropy(raw_student.log_softmax(dim=1), labels, ce_weight, label_smoothing)
-    loss, parts = combine([inter, intra, ce_part], labels, reduction)
-    return loss, DISTParts(*parts)
+    return finish(DISTParts, rows, [inter, intra], ce_weight, label_smoothing, reduction)
 
 
 def _centred(p: Tensor, origin: Tensor) -> Tensor:

@@ -9,9 +9,8 @@ from fused_kd.reference.rows import (
     NEG_INF,
     LossParts,
     TeacherRows,
-    combine,
-    cross_entropy,
     divergence,
+    finish,
     log_softmaxes,
     masked_softmax,
     teacher_rows,
@@ -37,16 +36,9 @@ def dkd_loss(
 
     The target of probabilities is their largest entry.
     """
-    rows = teacher_rows(
-        student_logits, teacher_logits, target, ignore_index, logit_standardization=logit_standardization, weight=weight
-    )
-    parts = [
-        binary_divergence(rows, alpha, temperature),
-        non_target_divergence(rows, beta, temperature),
-        cross_entropy(rows.raw_student.log_softmax(dim=1), rows.labels, ce_weight, label_smoothing),
-    ]
-    loss, parts = combine(parts, rows.labels, reduction)
-    return loss, LossParts(*parts)
+    rows = teacher_rows(student_logits, teacher_logits, target, ignore_index, logit_standardization, weight)
+    parts = [binary_divergence(rows, alpha, temperature), non_target_divergence(rows, beta, temperature)]
+    return finish(LossParts, rows, parts, ce_weight, label_smoothing, reduction)
 
 
 def binary_divergence(rows: TeacherRows, weight: float, temperature: float) -> Tensor:

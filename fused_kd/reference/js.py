@@ -12,7 +12,7 @@ from fused_kd.reference.rows import (
     DistillationParts,
     check_target,
     divergence,
-    finish_soft,
+    finish,
     log_softmaxes,
     teacher_rows,
 )
@@ -38,12 +38,10 @@ def js_loss(
     and by 1 − b. The loss itself tends to 0. Without targets every row counts and ``ce_weight`` must be 0.
     """
     check_target(target, ce_weight)
-    rows = teacher_rows(
-        student_logits, teacher_logits, target, ignore_index, logit_standardization=logit_standardization, weight=weight
-    )
+    rows = teacher_rows(student_logits, teacher_logits, target, ignore_index, logit_standardization, weight)
     log_p, log_q = log_softmaxes(rows, temperature)
     soft_part = jensen_shannon(log_p.exp(), log_p, log_q.exp(), log_q, beta, temperature**2)
-    return finish_soft(rows, soft_part, ce_weight, label_smoothing, reduction)
+    return finish(DistillationParts, rows, [soft_part], ce_weight, label_smoothing, reduction)
 
 
 def jensen_shannon(p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor, beta: float, weight: float) -> Tensor:

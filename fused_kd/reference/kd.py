@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fused_kd.reference.rows import (
-    DistillationParts,
-    check_target,
-    divergence,
-    finish_soft,
-    log_softmaxes,
-    teacher_rows,
-)
+from fused_kd.reference.rows import DistillationParts, check_target, divergence, finish, log_softmaxes, teacher_rows
 
 
 def kd_loss(
@@ -29,9 +22,7 @@ def kd_loss(
 ) -> tuple[Tensor, DistillationParts]:
     """KD (Hinton et al.): T² KL(q(T) ‖ p(T)). Without targets every row counts and ``ce_weight`` must be 0."""
     check_target(target, ce_weight)
-    rows = teacher_rows(
-        student_logits, teacher_logits, target, ignore_index, logit_standardization=logit_standardization, weight=weight
-    )
+    rows = teacher_rows(student_logits, teacher_logits, target, ignore_index, logit_standardization, weight)
     log_p, log_q = log_softmaxes(rows, temperature)
     soft_part = divergence(log_q.exp(), log_q, log_p, temperature**2)
-    return finish_soft(rows, soft_part, ce_weight, label_smoothing, reduction)
+    return finish(DistillationParts, rows, [soft_part], ce_weight, label_smoothing, reduction)

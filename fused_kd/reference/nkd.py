@@ -35,9 +35,7 @@ def nkd_loss(
     ``logit_standardization`` uses the z-scores of both logits (:func:`standardize_logits`) in all terms but the CE.
     Returns the loss and its parts. :func:`fused_kd.nkd_loss` documents arguments and semantics.
     """
-    rows = teacher_rows(
-        student_logits, teacher_logits, target, ignore_index, logit_standardization=logit_standardization, weight=weight
-    )
+    rows = teacher_rows(student_logits, teacher_logits, target, ignore_index, logit_standardization, weight)
     labels, raw_student, student, teacher = rows
     log_p = student.log_softmax(dim=1)
     q_target = teacher.softmax(dim=1).gather(1, labels.columns).squeeze(1)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+Parts = TypeVar("Parts", bound=tuple[Any, ...])
 
 NEG_INF = float("-inf")
 #: Types of devices that have no float64.
@@ -127,7 +129,6 @@ def teacher_rows(
     teacher_logits: Tensor,
     target: Tensor | None,
     ignore_index: int,
-    *,
     logit_standardization: bool = False,
     weight: Tensor | None = None,
 ) -> TeacherRows:
@@ -244,9 +245,15 @@ def log_softmaxes(rows: TeacherRows, temperature: float) -> tuple[Tensor, Tensor
     return (rows.student / temperature).log_softmax(dim=1), (rows.teacher / temperature).log_softmax(dim=1)
 
 
-def finish_soft(
-    rows: TeacherRows, soft_part: Tensor, ce_weight: float, label_smoothing: float, reduction: str
-) -> tuple[Tensor, DistillationParts]:
+def finish(
+    parts_type: type[Parts],
+    rows: TeacherRows,
+    parts: list[Tensor],
+    ce_weight: float,
+    label_smoothing: float,
+    reduction: str,
+) -> tuple[Tensor, Parts]:
+    """Return the loss and its parts from each row's parts without the CE."""
     ce_part = cross_entropy(rows.raw_student.log_softmax(dim=1), rows.labels, ce_weight, label_smoothing)
-    loss, parts = combine([soft_part, ce_part], rows.labels, reduction)
-    return loss, DistillationParts(*parts)
+    loss, parts = combine([*parts, ce_part], rows.labels, reduction)
+    return loss, parts_type(*parts)

@@ -141,8 +141,8 @@ def topk_loss(
     kept = kept._replace(log_probs=counted_logits(kept.log_probs, labels.counted))
     excluded = _marked(kept, columns) | labels.is_target
     few = Rest(
-        masked_logsumexp(student / named["temperature"], excluded),
-        masked_logsumexp(student, excluded),
+        _logsumexp(torch.where(excluded, NEG_INF, student / named["temperature"])).squeeze(1),
+        _logsumexp(torch.where(excluded, NEG_INF, student)).squeeze(1),
         columns - excluded.sum(dim=1),
     )
     s_target = student.gather(1, labels.columns).squeeze(1)
@@ -201,14 +201,6 @@ def dense_teacher(kept: Kept, rest: str, num_classes: int) -> Tensor:
 def _marked(kept: Kept, num_classes: int) -> Tensor:
     marked = torch.zeros((kept.columns.shape[0], num_classes + 1), dtype=torch.bool, device=kept.columns.device)
     return marked.scatter(1, torch.where(kept.present, kept.columns, num_classes), True)[:, :num_classes]
-
-
-def masked_logsumexp(logits: Tensor, excluded: Tensor) -> Tensor:
-    """Return the logsumexp over the classes that are not excluded; -inf, without a gradient, if all are -inf."""
-    left = torch.where(excluded, NEG_INF, logits)
-    empty = (left == NEG_INF).all(dim=1)
-    left = torch.where(empty.unsqueeze(1), 0.0, left)
-    return torch.where(empty, NEG_INF, left.logsumexp(dim=1))
 
 
 def _wsld_weight(log_p: Tensor, kept: Kept, rest: str, labels: Labels) -> Tensor:
@@ -284,10 +276,10 @@ def _side_by_side(kept: Tensor, rest: Tensor, target: Tensor) -> Tensor:
     return torch.cat([kept, rest.unsqueeze(1), target.unsqueeze(1)], dim=1)
 
 
-def _logsumexp(logits: Tensor) -> Tensor:
-    """Return the logsumexp (N, 1), or 0 if all are -inf, so that subtracting it leaves -inf."""
+def _logsumexp(logits: Tensor, of_none: float = NEG_INF) -> Tensor:
+    """Return the logsumexp (N, 1); ``of_none``, without a gradient, if all are -inf."""
     empty = (logits == NEG_INF).all(dim=1, keepdim=True)
-    return torch.where(empty, 0.0, torch.where(empty, 0.0, logits).logsumexp(dim=1, keepdim=True))
+    return torch.where(empty, of_none, torch.where(empty, 0.0, logits).logsumexp(dim=1, keepdim=True))
 
 
 def _softmax(columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -301,8 +293,8 @@ def _hats(soft: Tensor, teacher: Tensor, rest: str) -> tuple[Tensor, Tensor, Ten
     soft, teacher = soft[:, :-1], teacher[:, :-1]
     if rest == "drop":
         teacher = torch.cat([teacher[:, :-1], torch.full_like(teacher[:, -1:], NEG_INF)], dim=1)
-    log_q_hat = teacher - _logsumexp(teacher)
-    return log_q_hat.exp(), log_q_hat, soft - _logsumexp(soft)
+    log_q_hat = teacher - _logsumexp(teacher, 0.0)  # -inf stays -inf
+    return log_q_hat.exp(), log_q_hat, soft - _logsumexp(soft, 0.0)
 
 
 def _counting(teacher: Tensor, kept: Kept) -> Tensor:
@@ -318,19 +310,15 @@ def _log_binary(logits: Tensor, counts: Tensor | None = None) -> Tensor:
     normalizer = logits.logsumexp(dim=1, keepdim=True)
     if counts is not None:
         logits = torch.where(counts, logits, NEG_INF)
-    others = logits[:, :-1]
-    empty = (others == NEG_INF).all(dim=1, keepdim=True)
-    of_others = torch.where(empty, NEG_INF, _logsumexp(others))
-    return torch.cat([logits[:, -1:], of_others], dim=1) - normalizer
+    return torch.cat([logits[:, -1:], _logsumexp(logits[:, :-1])], dim=1) - normalizer
 
 
 def _whole(logits: Tensor, kept: Kept, rest: str) -> Tensor:
     """With ``rest="bucket"``, move a target that was not kept into the bucket."""
     if rest != "bucket":
         return logits
-    pair = logits[:, -2:]
     # Not logaddexp: its second derivative is NaN if one of them is -inf.
-    both = torch.where((pair == NEG_INF).all(dim=1), NEG_INF, _logsumexp(pair).squeeze(1))
+    both = _logsumexp(logits[:, -2:]).squeeze(1)
     together = torch.where(kept.target_kept, logits[:, -2], both)
     return _side_by_side(logits[:, :-2], together, torch.where(kept.target_kept, logits[:, -1], NEG_INF))
 

@@ -9,7 +9,7 @@ from fused_kd.reference.rows import (
     NEG_INF,
     DistillationParts,
     cross_entropy,
-    finish_soft,
+    finish,
     log_softmaxes,
     teacher_rows,
     times_log,
@@ -34,9 +34,7 @@ def wsld_loss(
 
     u is a constant. Its cross-entropies are at T = 1, with the target as given and without smoothing.
     """
-    rows = teacher_rows(
-        student_logits, teacher_logits, target, ignore_index, logit_standardization=logit_standardization, weight=weight
-    )
+    rows = teacher_rows(student_logits, teacher_logits, target, ignore_index, logit_standardization, weight)
     student_ce = cross_entropy(rows.student.detach().log_softmax(dim=1), rows.labels, 1.0)
     teacher_ce = cross_entropy(rows.teacher.log_softmax(dim=1), rows.labels, 1.0)
     # expm1 keeps the digits of a small weight. A student with the target at -inf has u = 1; if the teacher has it there
@@ -44,4 +42,4 @@ def wsld_loss(
     u = torch.where(student_ce == -NEG_INF, 1.0, -torch.expm1(-student_ce / (teacher_ce + 1e-7)))
     log_p, log_q = log_softmaxes(rows, temperature)
     soft_part = -times_log(alpha * temperature**2 * u.unsqueeze(1) * log_q.exp(), log_p).sum(dim=1)
-    return finish_soft(rows, soft_part, ce_weight, label_smoothing, reduction)
+    return finish(DistillationParts, rows, [soft_part], ce_weight, label_smoothing, reduction)

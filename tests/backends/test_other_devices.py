@@ -16,7 +16,7 @@ import fused_kd
 from fused_kd import Head, backends, check, reference
 from fused_kd.backends import native, triton
 from fused_kd.backends.triton import launch, layout
-from fused_kd.backends.triton.compile import read_amdgcn
+from tools.compile_matrix.machine_code import read_amdgcn
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no Triton")
 
@@ -159,7 +159,7 @@ def test_triton_takes_what_it_is_given_for_an_amd_gpu(tmp_path):
 
 COMPILED = """
 import json
-from fused_kd.backends.triton.compile import compile_launch
+from tools.compile_matrix.machine_code import compile_launch
 from tools.compile_matrix.cases import BF16, FP32, Case, RankedCase, ZipfCase
 calls = [Case(BF16, BF16, 1000, loss="dist"), Case(FP32, FP32, 21841, 3.0), RankedCase(BF16, BF16, 1000)]
 for call in (*calls, ZipfCase(BF16, BF16, 100)):

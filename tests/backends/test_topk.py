@@ -5,7 +5,7 @@ import torch
 
 from fused_kd.backends import native
 from fused_kd.backends import topk as fused_topk
-from fused_kd.core.pieces import TopKPiece
+from fused_kd.core.rows import TopKPiece
 from fused_kd.reference import topk
 from tests.support import topk_cases
 from tests.support.topk_cases import FUSED, assert_same, assert_within_eager_error, make, run

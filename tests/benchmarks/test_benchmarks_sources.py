@@ -24,7 +24,7 @@ from benchmarks.sources import call, cli, errors, forms, heads, shards, show, to
 from benchmarks.sources.case import Case, make_inputs  # noqa: E402
 from fused_kd import TopK, kd_loss  # noqa: E402
 from fused_kd.backends import sources  # noqa: E402
-from fused_kd.core.source_rows import SourceRows  # noqa: E402
+from fused_kd.core.rows import SourceRows  # noqa: E402
 
 TINY = Case(8, 33, 6, 3)
 EFFORT = heads.Effort(rounds=1, seconds=0.0, processes=False)

@@ -10,7 +10,7 @@ import torch
 
 from fused_kd.backends import triton as backend
 from fused_kd.core.options import HyperParameters, Options, in_order
-from fused_kd.core.pieces import Piece, StageResults
+from fused_kd.core.rows import Piece, StageResults
 from tools.ptx import machine
 from tools.ptx.triton import driver
 

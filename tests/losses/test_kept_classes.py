@@ -152,9 +152,9 @@ def test_rows_are_made_dense_by_chunks(loss, rest, monkeypatch):
     student, teacher = (hidden @ weight.T).requires_grad_(), TopK(*kept, rest=rest)
     made, logits = [], topk.DenseRows.logits
 
-    def counted(self, start, stop):
-        made.append(stop - start)
-        return logits(self, start, stop)
+    def counted(self, rows):
+        made.append(rows.stop - rows.start)
+        return logits(self, rows)
 
     monkeypatch.setattr(topk.DenseRows, "logits", counted)
     monkeypatch.setitem(CHUNK_BYTES, "cpu", 4 * CLASSES * 8)  # logits and gradient of two rows

@@ -21,7 +21,7 @@ def compiled(launch: Any) -> dict[str, Any]:
     from torch import Tensor
     from triton.backends.compiler import GPUTarget
 
-    from fused_kd.backends.triton.compile import TYPES, source_of
+    from tools.compile_matrix.machine_code import TYPES, source_of
 
     source, options = source_of(launch)
     kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

@@ -9,7 +9,7 @@ from tree import FOLDERS, ROOT, SOURCES
 from fused_kd.backends.native.staged import FIELDS
 from fused_kd.core.catalogue import BITS, KIND_SHIFT, LOSSES, REST_NUMBERS, ROW_LOSSES
 from fused_kd.core.options import HyperParameters
-from fused_kd.core.pieces import STAGES, TOPK_FIELDS
+from fused_kd.core.rows import STAGES, TOPK_FIELDS
 from fused_kd.losses import _options
 
 PAGES = sorted(

@@ -10,7 +10,7 @@ from fused_kd import check
 from fused_kd.backends import staged
 from fused_kd.core.catalogue import ROW_LOSSES
 from fused_kd.core.options import HyperParameters, Options, in_order
-from fused_kd.core.pieces import Piece
+from fused_kd.core.rows import Piece
 
 NO_TEACHER = ("tf_kd",)
 

@@ -9,7 +9,7 @@ from fused_kd import check, reference
 from fused_kd.backends import topk
 from fused_kd.core.catalogue import ROW_LOSSES
 from fused_kd.core.options import HyperParameters, Options, in_order
-from fused_kd.core.pieces import TopKPiece
+from fused_kd.core.rows import TopKPiece
 
 #: What a loss is of each of, and which of the op's three parts it has.
 FUSED = [(name, rest) for name, loss in ROW_LOSSES.items() for rest in loss.rests]

@@ -80,7 +80,7 @@ def test_ranked_selection(tmp_path, part):
 def test_sm_100_needs_no_stack():
     """These kernels spilled there, with register limits that did not spill on sm_90."""
     script = """
-from fused_kd.backends.triton.compile import compile_launch
+from tools.compile_matrix.machine_code import compile_launch
 from tools.compile_matrix.cases import BF16, FP16, Case
 of_rows = [Case(BF16, BF16, 2048, loss=loss, ce_weight=0.0) for loss in ("kd", "js")]
 for case in (Case(FP16, FP16, 4096, 3.0, rows=40000), *of_rows):
@@ -100,7 +100,7 @@ def test_an_option_that_does_not_reach_the_compiler_is_an_error():
     script = """
 import torch
 from fused_kd.backends.triton.plans.scale import plan_scale
-from fused_kd.backends.triton.compile import compile_launch
+from tools.compile_matrix.machine_code import compile_launch
 x = torch.empty(4, 8, device="meta")
 launch = plan_scale(x, x[:, 0], x[0, 0], x)
 compile_launch(launch, 90)

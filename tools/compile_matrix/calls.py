@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fused_kd.backends.triton.compile import TYPES
 from fused_kd.backends.triton.launch import Launch
+from tools.compile_matrix.machine_code import TYPES
 
 
 class Call(Protocol):

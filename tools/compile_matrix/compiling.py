@@ -29,7 +29,7 @@ TEACHER = BITS["teacher"]
 
 def compile_triton(case: Call, number: int, gpu: Gpu, loss: str) -> Row:
     """Compile one launch of a call, in a worker process."""
-    from fused_kd.backends.triton.compile import compile_launch, source_of, target_of
+    from tools.compile_matrix.machine_code import compile_launch, source_of, target_of
 
     launch = case.launches()[number]
     report = compile_launch(launch, gpu)
@@ -37,7 +37,8 @@ def compile_triton(case: Call, number: int, gpu: Gpu, loss: str) -> Row:
     elements = _elements(launch, threads)
     limit = shared_limit(gpu)
     # VEC is the vector of a row; a thread may have fewer elements.
-    most = min(launch.options.get("VEC", 1), elements or math.inf)
+    options = _options(launch)
+    most = min(options.get("VEC", 1), elements or math.inf)
     # The first tensors of a launch are its logits; an offset address rules out vectors.
     aligned = all(tensor.data_ptr() % 16 == 0 for tensor in launch.arguments[:2])
     return {
@@ -58,8 +59,8 @@ def compile_triton(case: Call, number: int, gpu: Gpu, loss: str) -> Row:
         "vector": 2 * most if aligned else 2,
         "element_bytes": case.element_bytes,
         # Tf-KD and the kernels before and after USKD's ranking read the student's logits alone.
-        "inputs": 2 if launch.kernel not in ONE_INPUT and launch.options.get("LOSS", TEACHER) & TEACHER else 1,
-        "writes": launch.options.get("GRAD", True),
+        "inputs": 2 if launch.kernel not in ONE_INPUT and options.get("LOSS", TEACHER) & TEACHER else 1,
+        "writes": options.get("GRAD", True),
         "instructions": report.instructions,
         "exponentials": report.exponentials,
         "elements": elements,
@@ -68,9 +69,15 @@ def compile_triton(case: Call, number: int, gpu: Gpu, loss: str) -> Row:
     }
 
 
+def _options(launch: Launch) -> dict[str, Any]:
+    """A launch's options, with the fields of those that are tuples in their place."""
+    tuples: list[Any] = [each for each in launch.options.values() if isinstance(each, tuple)]
+    return launch.options | {name: value for each in tuples for name, value in each._asdict().items()}
+
+
 def _elements(launch: Launch, threads: int) -> int:
     """Elements of a tile per thread."""
-    options = launch.options
+    options = _options(launch)
     tile = options.get("ROWS", 1) * options.get("BLOCK", options.get("LANES", 0) * options.get("WIDTH", 0))
     return int(tile) // threads
 
@@ -81,7 +88,7 @@ def nvcc() -> str | None:
 
 def compile_cuda(source: Path, capability: int) -> list[Row]:
     """Compile a CUDA source; return a row for each of its kernels."""
-    from fused_kd.backends.triton.compile import read_cubin
+    from tools.compile_matrix.machine_code import read_cubin
 
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "out.cubin"

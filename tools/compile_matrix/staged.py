@@ -13,7 +13,7 @@ from fused_kd.backends.triton.launch import Launch
 from fused_kd.backends.triton.plans.staged import fields, plan_stage
 from fused_kd.core.catalogue import ROW_LOSSES
 from fused_kd.core.options import HyperParameters, Options
-from fused_kd.core.pieces import Piece, StageResults
+from fused_kd.core.rows import Piece, StageResults
 from fused_kd.reference import accumulation_dtype
 from tools.compile_matrix.calls import describe, empty, factors, logits, prob
 

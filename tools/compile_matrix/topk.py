@@ -12,7 +12,7 @@ from fused_kd.backends.triton.launch import Launch
 from fused_kd.backends.triton.plans.topk import Rows, plan_topk, words_of
 from fused_kd.core.catalogue import ROW_LOSSES
 from fused_kd.core.options import HyperParameters, Options, in_order
-from fused_kd.core.pieces import TOPK_FIELDS
+from fused_kd.core.rows import TOPK_FIELDS
 from fused_kd.reference import accumulation_dtype
 from tools.compile_matrix.calls import describe, empty, factors, logits
 

@@ -148,7 +148,7 @@ def calls(losses: list[str]) -> Iterator[Call]:
 
 @lru_cache(maxsize=1024)
 def registers(ptx: str, capability: int) -> int:
-    from fused_kd.backends.triton.compile import read_cubin
+    from tools.compile_matrix.machine_code import read_cubin
     from tools.ptx.triton.driver import assemble
 
     with tempfile.TemporaryDirectory() as folder:

@@ -79,8 +79,22 @@ FKD_INLINE void put(const A* in, int64_t n, void* base) {
         p[j] = typename Format::Storage(Format::store(in[j]));
 }
 
-// 16-bit floats by vector instructions, with a prefetch for the next calls. Return how many elements were converted.
+// 16-bit floats by vector instructions, with a prefetch for the next calls. Return how many elements were converted:
+// none to or from doubles, or if the processor has no such instruction.
 constexpr int64_t kAhead = 2048;
+
+template <class Format, class A>
+FKD_INLINE int64_t half_to_float(const uint16_t*, int64_t, A*) {
+    return 0;
+}
+template <class A>
+FKD_INLINE int64_t float_to_half_vectors(const A*, int64_t, uint16_t*) {
+    return 0;
+}
+template <class A>
+FKD_INLINE int64_t float_to_bfloat_vectors(const A*, int64_t, uint16_t*) {
+    return 0;
+}
 
 #if defined(__AVX512F__) || (defined(__F16C__) && defined(__AVX2__))
 constexpr bool kHalfVectors = true;
@@ -145,32 +159,20 @@ FKD_NOINLINE float half_to_float(const uint16_t* p, int64_t n, const Without<K>&
     });
     return max_lanes<float>(max);
 }
-#else
-constexpr bool kHalfVectors = false;
-
-template <class Format>
-FKD_INLINE int64_t half_to_float(const uint16_t*, int64_t, float*) {
-    return 0;
-}
-#endif
-template <class Format>
-FKD_INLINE int64_t half_to_float(const uint16_t*, int64_t, double*) {
-    return 0;
-}
 
 FKD_INLINE int64_t float_to_half_vectors(const float* in, int64_t n, uint16_t* p) {
     int64_t j = 0;
+    for (; j + kLanes<float> <= n; j += kLanes<float>)
 #if defined(__AVX512F__)
-    for (; j + 16 <= n; j += 16)
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + j), _mm512_cvtps_ph(_mm512_loadu_ps(in + j), 0));
-#elif defined(__F16C__) && defined(__AVX2__)
-    for (; j + 8 <= n; j += 8)
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(p + j), _mm256_cvtps_ph(_mm256_loadu_ps(in + j), 0));
 #else
-    (void)in, (void)n, (void)p;
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p + j), _mm256_cvtps_ph(_mm256_loadu_ps(in + j), 0));
 #endif
     return j;
 }
+#else
+constexpr bool kHalfVectors = false;
+#endif
 
 // AVX-512 BF16 rounds as BFloat16::store does, but takes subnormal numbers as 0.
 #if defined(__AVX512F__) && defined(FKD_WITH_AVX512BF16)
@@ -190,18 +192,7 @@ inline FKD_NOINLINE
 FKD_INLINE int64_t float_to_bfloat_vectors(const float* in, int64_t n, uint16_t* p) {
     return __builtin_cpu_supports("avx512bf16") ? float_to_bfloat(in, n, p) : 0;
 }
-#else
-FKD_INLINE int64_t float_to_bfloat_vectors(const float*, int64_t, uint16_t*) {
-    return 0;
-}
 #endif
-
-FKD_INLINE int64_t float_to_half_vectors(const double*, int64_t, uint16_t*) {
-    return 0;
-}
-FKD_INLINE int64_t float_to_bfloat_vectors(const double*, int64_t, uint16_t*) {
-    return 0;
-}
 
 FKD_INLINE const char* element(const Matrix& m, int64_t row, int64_t column) {
     return static_cast<const char*>(m.data) + (row * m.row_stride + column * m.col_stride) * element_size(m.dtype);

@@ -16,8 +16,8 @@ from fused_kd.backends.native import core, cuda, direct, staged
 from fused_kd.backends.native.boundary import DTYPES, RANKS, REDUCTIONS, address, batch, incoming, matrix
 from fused_kd.core.catalogue import NUMBERS, REST_NUMBERS
 from fused_kd.core.options import Options, empty_gradient, outputs, pair_outputs
-from fused_kd.core.pieces import TOPK_FIELDS, Piece, StageResults, TopKPiece
 from fused_kd.core.row_errors import kept_error, row_error
+from fused_kd.core.rows import TOPK_FIELDS, Piece, StageResults, TopKPiece
 from fused_kd.reference import accumulation_dtype
 
 _core: Any

@@ -10,8 +10,8 @@ from torch import Tensor
 from fused_kd.backends.native.boundary import address, batch, matrix
 from fused_kd.core.catalogue import NUMBERS
 from fused_kd.core.options import Options
-from fused_kd.core.pieces import STAGES, Piece, StageResults
 from fused_kd.core.row_errors import row_error
+from fused_kd.core.rows import STAGES, Piece, StageResults
 from fused_kd.reference import accumulation_dtype
 
 #: The fields of Statistics in csrc/cpu/row_blocks.h.

@@ -32,6 +32,12 @@ def fitted(options: dict[str, Any], gpu: Gpu) -> dict[str, Any]:
     return {**kept, "num_warps": max(1, options["num_warps"] * NVIDIA.lanes // gpu.lanes)}
 
 
+def options_of(config: Any) -> dict[str, int]:
+    """Return a layout of this table as options of a launch."""
+    names = {"warps": "num_warps", "registers": "maxnreg"}
+    return {names.get(name, name.upper()): value for name, value in config._asdict().items()}
+
+
 class OnChip(NamedTuple):
     """``rows`` whole rows, of at most ``block`` classes, per program of ``warps`` warps."""
 

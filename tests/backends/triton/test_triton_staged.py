@@ -9,7 +9,7 @@ from fused_kd.backends import triton as backend
 from fused_kd.backends.triton.launch import run
 from fused_kd.backends.triton.plans.staged import fields, plan_stage
 from fused_kd.core.catalogue import ROW_LOSSES
-from fused_kd.core.pieces import StageResults
+from fused_kd.core.rows import StageResults
 from tests.support import staged_cases
 
 pytest.importorskip("triton")

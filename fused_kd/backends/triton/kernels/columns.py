@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# Triton compiles these functions; to a type checker they are not Python.
 """DIST's column term: for every class the correlation r_j of both softmaxes' columns, over the rows that count.
 
 ``normalize_rows`` reads the logits and stores six numbers of each row. With them a probability is

@@ -1,4 +1,3 @@
-# mypy: ignore-errors
 """Numbers that Triton's functions read as constants."""
 
 from __future__ import annotations

@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# Triton compiles these functions; to a type checker they are not Python.
 """The row losses' kernel for rows that are too long for the chip. :mod:`.on_chip` has its constexpr arguments,
 :mod:`.rows` the conventions, :mod:`.tiles` the work on a part of a row."""
 
@@ -47,19 +45,12 @@ from fused_kd.backends.triton.kernels.tiles import (
     row_moments,
     sum_tile,
 )
-from fused_kd.backends.triton.kernels.values import Constants, Inputs, Moments, Softmaxes, Tile, Variant
+from fused_kd.backends.triton.kernels.values import Constants, Inputs, Moments, Softmaxes, Tile
 
 
 @triton.jit
-def _whole_tile(start, lane, width, y_lane, target_here):
-    """A tile of the body. Its mask is true everywhere."""
-    return Tile(start + lane, lane >= 0, width == (y_lane - start)[:, None], target_here)
-
-
-@triton.jit
-def _last_tile(start, lane, width, y_lane, end):
-    """The tile of the tail."""
-    return Tile(start + lane, start + lane < end, width == (y_lane - start)[:, None], True)
+def _tile(start, lane, width, y_lane, inside, target_here):
+    return Tile(start + lane, inside, width == (y_lane - start)[:, None], target_here)
 
 
 @kernel
@@ -100,18 +91,11 @@ def rows_looped(
     WIDTH: tl.constexpr,
     VEC: tl.constexpr,
     EDGES: tl.constexpr,
-    UNIT: tl.constexpr,
-    LOSS: tl.constexpr,
-    SINGLE: tl.constexpr,
-    PROB: tl.constexpr,
+    VARIANT: tl.constexpr,
     GRAD: tl.constexpr,
     COUNT: tl.constexpr,
     HALF: tl.constexpr,
     PER_ROW: tl.constexpr,
-    STD: tl.constexpr,
-    LINEAR: tl.constexpr,
-    RAW: tl.constexpr,
-    COLUMNS: tl.constexpr,
 ):
     """One row per program, walked in tiles of LANES x WIDTH, WIDTH classes per lane.
 
@@ -123,7 +107,6 @@ def rows_looped(
     the difference of each row stride and the gradient's, so that one head serves every tensor. The second walk runs
     backward, because the cache still holds the row's end.
     """
-    VARIANT: tl.constexpr = Variant(UNIT, LOSS, SINGLE, PROB, STD, LINEAR, RAW, COLUMNS)
     BLOCK: tl.constexpr = LANES * WIDTH
     weights = all_weights(first, second, temperature, ce_weight, smoothing, ACC)
     k = tl.full((), LOG2E, ACC)
@@ -139,7 +122,7 @@ def rows_looped(
     teacher_head = teacher + (row * teacher_row + head) // VEC * VEC
     before = head.to(tl.int32)
     of_classes = columns
-    if COLUMNS and EDGES:
+    if VARIANT.COLUMNS and EDGES:
         of_classes = aligned_columns(columns, before, classes)
     vectors = tl.maximum(classes - before, 0) // VEC * VEC
     lane_start, width = lane_columns(tl.arange(0, LANES), LANES, WIDTH, VEC)
@@ -149,24 +132,24 @@ def rows_looped(
     of_edge = edge_lane < classes - vectors
     in_edge = of_edge
     end = vectors
-    if PROB:
+    if VARIANT.PROB:
         target_head = target + (row * target_row + head) // VEC * VEC
         body = end // BLOCK
         best, y = tl.full([LANES], NEG_INF, ACC), tl.full([LANES], NO_CLASS, tl.int32)
         if EDGES:
-            v_edge = load_part(target_head, at_edge, target_col, in_edge, True, UNIT, False, ACC)
+            v_edge = load_part(target_head, at_edge, target_col, in_edge, True, VARIANT.UNIT, False, ACC)
             best, y = keep_largest(best, y, v_edge, at_edge)
         for i in range(body):
-            v = load_part(target_head, i * BLOCK + lane, target_col, lane >= 0, False, UNIT, False, ACC)
+            v = load_part(target_head, i * BLOCK + lane, target_col, lane >= 0, False, VARIANT.UNIT, False, ACC)
             best, y = keep_largest(best, y, v, i * BLOCK + lane)
         for start in range(body * BLOCK, end, BLOCK):
-            v = load_part(target_head, start + lane, target_col, start + lane < end, True, UNIT, False, ACC)
+            v = load_part(target_head, start + lane, target_col, start + lane < end, True, VARIANT.UNIT, False, ACC)
             best, y = keep_largest(best, y, v, start + lane)
         largest = tl.max(best, 0, keep_dims=True)
         # A row of NaN has no largest entry, and the index stays in range.
         y = tl.minimum(tl.min(tl.where(best == largest, y, NO_CLASS), 0, keep_dims=True), classes - 1 - before)
         counted = inside
-        v_y = tl.load(at(target_head, y, target_col, UNIT)).to(ACC)
+        v_y = tl.load(at(target_head, y, target_col, VARIANT.UNIT)).to(ACC)
     else:
         target_head = target
         y, counted, valid = load_index(target, one_row, inside, target_row, ignore_index, classes)
@@ -175,7 +158,7 @@ def rows_looped(
     if factors is not None:
         factor = load_factor(factors, 0, rows, one_row, inside, ACC)
         counted &= factor != 0.0
-    if (not PROB) or (factors is not None):
+    if (not VARIANT.PROB) or (factors is not None):
         # A row that does not count is not read.
         read = tl.max(counted.to(tl.int32), 0)
         in_edge = in_edge & counted[:, None]
@@ -189,12 +172,12 @@ def rows_looped(
     inputs = Inputs(bases, strides, of_classes, classes)
     s_moments = Moments(v_y, v_y, v_y, v_y)
     t_moments = s_moments
-    if STD:
+    if VARIANT.STD:
         s_moments = row_moments(
-            student_head, student_col, head, at_edge, in_edge, lane, end, LANES, WIDTH, UNIT, EDGES, ACC
+            student_head, student_col, head, at_edge, in_edge, lane, end, LANES, WIDTH, VARIANT.UNIT, EDGES, ACC
         )
         t_moments = row_moments(
-            teacher_head, teacher_col, head, at_edge, in_edge, lane, end, LANES, WIDTH, UNIT, EDGES, ACC
+            teacher_head, teacher_col, head, at_edge, in_edge, lane, end, LANES, WIDTH, VARIANT.UNIT, EDGES, ACC
         )
     scales = make_scales(weights.temperature, s_moments, t_moments, k, VARIANT)
     stats = empty_statistics(LANES, ACC)
@@ -202,39 +185,40 @@ def rows_looped(
     if EDGES:
         stats = accumulate_tile(stats, inputs, edges, scales, VARIANT, True, ACC)
     for i in range(body):
-        tile = _whole_tile(i * BLOCK, lane, width, y_lane, target_tile == i)
+        tile = _tile(i * BLOCK, lane, width, y_lane, lane >= 0, target_tile == i)
         stats = accumulate_tile(stats, inputs, tile, scales, VARIANT, False, ACC)
     for start in range(body * BLOCK, end, BLOCK):
-        tile = _last_tile(start, lane, width, y_lane, end)
+        tile = _tile(start, lane, width, y_lane, start + lane < end, True)
         stats = accumulate_tile(stats, inputs, tile, scales, VARIANT, True, ACC)
     merged = merge_lanes(stats, scales, VARIANT)
 
-    s_y = tl.load(at(student_head, y, student_col, UNIT), mask=counted, other=0.0).to(ACC)
+    s_y = tl.load(at(student_head, y, student_col, VARIANT.UNIT), mask=counted, other=0.0).to(ACC)
     t_y = s_y
-    if TEACHER & LOSS:
-        t_y = tl.load(at(teacher_head, y, teacher_col, UNIT), mask=counted, other=0.0).to(ACC)
-    if PROB:
+    if TEACHER & VARIANT.LOSS:
+        t_y = tl.load(at(teacher_head, y, teacher_col, VARIANT.UNIT), mask=counted, other=0.0).to(ACC)
+    if VARIANT.PROB:
         valid = 1.0 + 0.0 * (merged.v_sum + v_y)
     sums, of_rows, constants = merged, merged, merged
     of_column = tl.zeros([1], ACC)
-    if POINTWISE & LOSS:
+    if POINTWISE & VARIANT.LOSS:
         of_rows = row_softmaxes(merged, s_y, t_y, states, rows, one_row, counted, scales, VARIANT)
         constants = Constants(weights.first, 1.0 / classes.to(ACC))
     softmaxes = Softmaxes(merged, scales, of_rows, constants)
-    if POINTWISE & LOSS:
-        of_column = column_part(correlations, correlation_items, weights, classes, ACC, COLUMNS, BLOCK)
+    if POINTWISE & VARIANT.LOSS:
         sums = no_sums(LANES, ACC)
         if EDGES:
             sums = sum_tile(sums, inputs, edges, softmaxes, VARIANT, True, ACC)
         for i in range(body):
-            tile = _whole_tile(i * BLOCK, lane, width, y_lane, target_tile == i)
+            tile = _tile(i * BLOCK, lane, width, y_lane, lane >= 0, target_tile == i)
             sums = sum_tile(sums, inputs, tile, softmaxes, VARIANT, False, ACC)
         for start in range(body * BLOCK, end, BLOCK):
-            tile = _last_tile(start, lane, width, y_lane, end)
+            tile = _tile(start, lane, width, y_lane, start + lane < end, True)
             sums = sum_tile(sums, inputs, tile, softmaxes, VARIANT, True, ACC)
         sums = merge_sums(sums)
+    if VARIANT.COLUMNS:
+        of_column = column_part(correlations, correlation_items, weights, classes, BLOCK, ACC)
     own = None
-    if COLUMNS and (factors is not None):  # the columns' numbers already have their factor
+    if VARIANT.COLUMNS and (factors is not None):  # the columns' numbers already have their factor
         own = load_factor(factors, 1, rows, one_row, inside, ACC)
     part_y, part_rest, part_ce, gradient_of, more = coefficients(
         merged, sums, of_column, own, s_y, t_y, v_y, weights, scales, s_moments, classes, VARIANT
@@ -243,7 +227,7 @@ def rows_looped(
     of_gradient = valid
     if factors is not None:
         of_loss *= factor
-        if not COLUMNS:
+        if not VARIANT.COLUMNS:
             of_gradient *= load_factor(factors, 1, rows, one_row, inside, ACC)
     store_parts(
         parts, loss, norm, norm_value, rows, one_row, inside, counted, of_loss, part_y, part_rest, part_ce, PER_ROW
@@ -252,23 +236,23 @@ def rows_looped(
         divisor = mean_divisor(counts, target_row, count_items, ignore_index, COUNT)
         by = of_gradient * gradient_scale(scale, divisor, ACC, HALF)
         scaled = scaled_by(gradient_of, by)
-        if POINTWISE & LOSS:
+        if POINTWISE & VARIANT.LOSS:
             more = scaled_slopes(more, by)
         gradient_head = gradient + (gradient_row + head) // VEC * VEC
         dtype = gradient.dtype.element_ty
         for start in range(body * BLOCK, end, BLOCK):
-            tile = _last_tile(start, lane, width, y_lane, end)
+            tile = _tile(start, lane, width, y_lane, start + lane < end, True)
             g = gradient_tile(inputs, tile, softmaxes, scaled, more, VARIANT, True, ACC)
             tl.store(gradient_head + tile.offsets, narrowed(g, dtype), mask=tile.inside)
         for i in range(body):
-            tile = _whole_tile((body - 1 - i) * BLOCK, lane, width, y_lane, target_tile == body - 1 - i)
+            tile = _tile((body - 1 - i) * BLOCK, lane, width, y_lane, lane >= 0, target_tile == body - 1 - i)
             g = gradient_tile(inputs, tile, softmaxes, scaled, more, VARIANT, False, ACC)
             tl.store(gradient_head + tile.offsets, narrowed(g, dtype), eviction_policy="evict_first")
         if EDGES:
             g_edge = gradient_tile(inputs, edges, softmaxes, scaled, more, VARIANT, True, ACC)
             g_edge = tl.where(counted[:, None], g_edge, 0.0)
             tl.store(gradient_head + at_edge, narrowed(g_edge, dtype), mask=of_edge)
-        if (not PROB) or (factors is not None):
+        if (not VARIANT.PROB) or (factors is not None):
             rest = tl.where(read == 1, 0, vectors)
             for start in range(0, rest, BLOCK):
                 tl.store(gradient_head + (start + lane), tl.zeros_like(lane).to(dtype), mask=start + lane < rest)

@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# Triton compiles these functions; to a type checker they are not Python.
 """The row losses in Triton's language: from the statistics of a row to its parts and the coefficients of its gradient.
 
 The formulas are those of ``csrc/losses/row_losses.h``, which has their derivations. Logarithms are in base 2 here.

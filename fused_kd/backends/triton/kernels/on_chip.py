@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# Triton compiles these functions; to a type checker they are not Python.
 """The row losses' kernel for rows that fit on chip, and functions that it shares with the kernel of :mod:`.looped`,
 which walks its rows twice. :mod:`.rows` has the conventions.
 
@@ -8,14 +6,16 @@ Both kernels have these constexpr arguments:
 ACC      dtype of all arithmetic: float32, or float64 if any logits are
 VEC      a power of two that divides the class count and every row stride, up to 16 bytes of the narrowest logits. It
          shows the compiler that rows start aligned, and that each vector is fully inside or outside a row
-UNIT     every column stride is 1
-LOSS     number of the loss, see :mod:`.losses`
-SINGLE   one exponential of each logit serves both softmaxes, the sharp and the soft one
-PROB     the target holds probabilities (N, C) instead of indices (N,)
 GRAD     the gradient is wanted
 COUNT    source of the number of rows that divides the stored gradient: 0 none, 1 the targets, 2 partial counts
 HALF     float16 logits: a mean's gradient is also stored times the power of two next to that number
 PER_ROW  reduction "none": the loss and norm are final here, and the parts are the op's output
+VARIANT  what the steps of a row pass on, a :class:`fused_kd.backends.triton.plans.rows.Variant`:
+
+UNIT     every column stride is 1
+LOSS     number of the loss, see :mod:`.losses`
+SINGLE   one exponential of each logit serves both softmaxes, the sharp and the soft one
+PROB     the target holds probabilities (N, C) instead of indices (N,)
 STD      logit standardization: every row has its own scales
 LINEAR   the sum of the logits is needed, for label smoothing or Tf-KD
 RAW      with STD, the CE needs exponentials that no other term has
@@ -64,7 +64,7 @@ from fused_kd.backends.triton.kernels.rows import (
     store_fields,
     tile_moments,
 )
-from fused_kd.backends.triton.kernels.values import Constants, Moments, Softmaxes, Variant, Weights
+from fused_kd.backends.triton.kernels.values import Constants, Moments, Softmaxes, Weights
 
 COUNT_BLOCK = tl.constexpr(512)
 
@@ -155,21 +155,13 @@ def rows_on_chip(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     VEC: tl.constexpr,
-    UNIT: tl.constexpr,
-    LOSS: tl.constexpr,
-    SINGLE: tl.constexpr,
-    PROB: tl.constexpr,
+    VARIANT: tl.constexpr,
     GRAD: tl.constexpr,
     COUNT: tl.constexpr,
     HALF: tl.constexpr,
     PER_ROW: tl.constexpr,
-    STD: tl.constexpr,
-    LINEAR: tl.constexpr,
-    RAW: tl.constexpr,
-    COLUMNS: tl.constexpr,
 ):
     """ROWS whole rows per program, BLOCK >= classes: one read of each input and one write of the gradient."""
-    VARIANT: tl.constexpr = Variant(UNIT, LOSS, SINGLE, PROB, STD, LINEAR, RAW, COLUMNS)
     weights = all_weights(first, second, temperature, ce_weight, smoothing, ACC)
     k = tl.full((), LOG2E, ACC)
     # n // VEC * VEC is n, and shows the compiler that VEC divides it.
@@ -180,10 +172,10 @@ def rows_on_chip(
     width = gradient_width(classes, padding, VEC)
     student_base = student + row * (student_row // VEC * VEC)
     teacher_base = teacher + row * (teacher_row // VEC * VEC)
-    if PROB:
+    if VARIANT.PROB:
         probability_base = target + row * (target_row // VEC * VEC)
         mask = inside[:, None] & (cols < classes)
-        v = tl.load(at(probability_base[:, None], cols, target_col, UNIT), mask=mask, other=NEG_INF).to(ACC)
+        v = tl.load(at(probability_base[:, None], cols, target_col, VARIANT.UNIT), mask=mask, other=NEG_INF).to(ACC)
         # The lowest index among the largest. A row of NaN has none, and the index stays in range.
         y = tl.min(tl.where(v == tl.max(v, 1)[:, None], cols, classes - 1), 1)
         v = tl.where(cols < classes, v, 0.0)
@@ -196,16 +188,16 @@ def rows_on_chip(
         factor = load_factor(factors, 0, rows, row, inside, ACC)
         counted &= factor != 0.0
         mask &= counted[:, None]
-    s = tl.load(at(student_base[:, None], cols, student_col, UNIT), mask=mask, other=NEG_INF).to(ACC)
-    s_y = tl.load(at(student_base, y, student_col, UNIT), mask=counted, other=0.0).to(ACC)
+    s = tl.load(at(student_base[:, None], cols, student_col, VARIANT.UNIT), mask=mask, other=NEG_INF).to(ACC)
+    s_y = tl.load(at(student_base, y, student_col, VARIANT.UNIT), mask=counted, other=0.0).to(ACC)
     t = s
     t_y = s_y
-    if TEACHER & LOSS:
-        t = tl.load(at(teacher_base[:, None], cols, teacher_col, UNIT), mask=mask, other=NEG_INF).to(ACC)
-        t_y = tl.load(at(teacher_base, y, teacher_col, UNIT), mask=counted, other=0.0).to(ACC)
+    if TEACHER & VARIANT.LOSS:
+        t = tl.load(at(teacher_base[:, None], cols, teacher_col, VARIANT.UNIT), mask=mask, other=NEG_INF).to(ACC)
+        t_y = tl.load(at(teacher_base, y, teacher_col, VARIANT.UNIT), mask=counted, other=0.0).to(ACC)
     s_moments = Moments(s_y, s_y, s_y, s_y)
     t_moments = s_moments
-    if STD:
+    if VARIANT.STD:
         s_moments = tile_moments(s)
         t_moments = tile_moments(t)
     scales = make_scales(weights.temperature, s_moments, t_moments, k, VARIANT)
@@ -213,29 +205,30 @@ def rows_on_chip(
     whole_s, whole_t = s, t
     s = tl.where(is_target, NEG_INF, s)
     t = tl.where(is_target, NEG_INF, t)
-    if PROB:
-        v_y = tl.load(at(probability_base, y, target_col, UNIT), mask=counted, other=0.0).to(ACC)
+    if VARIANT.PROB:
+        v_y = tl.load(at(probability_base, y, target_col, VARIANT.UNIT), mask=counted, other=0.0).to(ACC)
         v = tl.where(is_target, 0.0, v)
     else:
         v_y = s_y
     present = mask & (cols != y[:, None])
     nothing = empty_statistics(ROWS, ACC)
     stats = accumulate(nothing, s, t, v, present, scales, VARIANT, False)
-    if PROB:
+    if VARIANT.PROB:
         valid = 1.0 + 0.0 * (stats.v_sum + v_y)
     sums = stats
     of_column = tl.zeros([1], ACC)
-    if POINTWISE & LOSS:
+    if POINTWISE & VARIANT.LOSS:
         of_rows = row_softmaxes(stats, s_y, t_y, states, rows, row, counted, scales, VARIANT)
-        of_columns = load_columns(columns, cols, cols < classes, classes, True, COLUMNS)
+        of_columns = load_columns(columns, cols, cols < classes, classes, True, VARIANT.COLUMNS)
         # STD needs the target's distance from the mean, and for COLUMNS the target is an ordinary class.
-        s_tile = whole_s if STD or COLUMNS else s
-        t_tile = whole_t if COLUMNS else t
+        s_tile = whole_s if VARIANT.STD or VARIANT.COLUMNS else s
+        t_tile = whole_t if VARIANT.COLUMNS else t
         softmaxes = Softmaxes(stats, scales, of_rows, Constants(weights.first, 1.0 / classes.to(ACC)))
         sums = add_sums(no_sums(ROWS, ACC), s_tile, t_tile, of_columns, is_target, mask, softmaxes, VARIANT)
-        of_column = column_part(correlations, correlation_items, weights, classes, ACC, COLUMNS, COUNT_BLOCK)
+    if VARIANT.COLUMNS:
+        of_column = column_part(correlations, correlation_items, weights, classes, COUNT_BLOCK, ACC)
     own = None
-    if COLUMNS and (factors is not None):  # the columns' numbers already have their factor
+    if VARIANT.COLUMNS and (factors is not None):  # the columns' numbers already have their factor
         own = load_factor(factors, 1, rows, row, inside, ACC)
     part_y, part_rest, part_ce, gradient_of, more = coefficients(
         stats, sums, of_column, own, s_y, t_y, v_y, weights, scales, s_moments, classes, VARIANT
@@ -244,7 +237,7 @@ def rows_on_chip(
     of_gradient = valid
     if factors is not None:
         of_loss *= factor
-        if not COLUMNS:
+        if not VARIANT.COLUMNS:
             of_gradient *= load_factor(factors, 1, rows, row, inside, ACC)
     store_parts(parts, loss, norm, norm_value, rows, row, inside, counted, of_loss, part_y, part_rest, part_ce, PER_ROW)
     if GRAD:
@@ -253,7 +246,7 @@ def rows_on_chip(
         scaled = scaled_by(gradient_of, by)
         g = combine(s, t, v, stats, scaled, scales, VARIANT)
         g = tl.where(is_target, scaled.target[:, None], g)
-        if POINTWISE & LOSS:
+        if POINTWISE & VARIANT.LOSS:
             more = scaled_slopes(more, by)
             g = add_slopes(g, s_tile, t_tile, of_columns, is_target, softmaxes, more, VARIANT)
         g = tl.where(counted[:, None], g, 0.0)

@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# Triton compiles these functions; to a type checker they are not Python.
 """Merges the results of a row's pieces, (pieces, fields, rows), for :mod:`.staged`."""
 
 from __future__ import annotations

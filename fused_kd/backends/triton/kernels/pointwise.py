@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# Triton compiles these functions; to a type checker they are not Python.
 """Pointwise losses: functions of both softmaxes p and q at T with a gradient that is no combination of exponentials.
 At every class, the target included, it is
 
@@ -25,7 +23,15 @@ import triton
 import triton.language as tl
 
 from fused_kd.backends.triton.kernels.constants import LN2, NEG_INF
-from fused_kd.backends.triton.kernels.rows import ONE_SLOPE, join_target, load_fields, per_row, total_of, zero_if_empty
+from fused_kd.backends.triton.kernels.rows import (
+    ONE_SLOPE,
+    join_target,
+    load_fields,
+    per_row,
+    sum_items,
+    total_of,
+    zero_if_empty,
+)
 from fused_kd.backends.triton.kernels.values import PointwiseSums, Slopes
 from fused_kd.core.catalogue import NUMBERS
 
@@ -168,16 +174,10 @@ def _column_slope(columns, p, q):
 
 
 @triton.jit
-def column_part(correlations, items, weights, classes, ACC: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+def column_part(correlations, items, weights, classes, BLOCK: tl.constexpr, ACC: tl.constexpr):
     """Return the part of DIST's column term, the same for every row, from partial sums of the columns' correlations."""
-    total = tl.zeros([BLOCK], ACC)
-    if COLUMNS:
-        for start in range(0, items, BLOCK):
-            index = start + tl.arange(0, BLOCK)
-            total += tl.load(correlations + index, mask=index < items, other=0.0)
     _first, gamma, temperature, _ce_weight, _smoothing = weights
-    part = gamma * temperature * temperature * (1.0 - tl.sum(total, 0, keep_dims=True) / classes)
-    return part if COLUMNS else part * 0.0
+    return gamma * temperature * temperature * (1.0 - sum_items(correlations, items, BLOCK, ACC) / classes)
 
 
 @triton.jit

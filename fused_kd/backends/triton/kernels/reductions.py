@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# Triton compiles these functions; to a type checker they are not Python.
 """The small Triton kernels around the row kernels: counting rows, reducing their parts, scaling the stored gradient.
 
 Only the shapes decide the order of every sum, and there are no atomics: same input, same bits.

@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# Triton compiles these functions; to a type checker they are not Python.
 """Shared steps of the row kernels: the statistics of a row, and its gradient as a combination of exponentials.
 
 Outside the target class y, a row's gradient is a combination of exponentials with coefficients per row,

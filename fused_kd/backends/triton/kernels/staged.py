@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# Triton compiles these functions; to a type checker they are not Python.
 """The row losses in stages: each program has a piece of a row's classes. :mod:`fused_kd.backends.staged` has the
 stages, :mod:`.rows`, :mod:`.pointwise` and :mod:`.losses` the work of each, and :mod:`.on_chip` the constexpr
 arguments. Further ones are
@@ -49,7 +47,7 @@ from fused_kd.backends.triton.kernels.tiles import (
     row_moments,
     sum_tile,
 )
-from fused_kd.backends.triton.kernels.values import Constants, Inputs, Softmaxes, Tile, Variant
+from fused_kd.backends.triton.kernels.values import Constants, Inputs, Softmaxes, Tile
 
 
 class _Own(NamedTuple):
@@ -151,20 +149,15 @@ def piece_statistics(
     WIDTH: tl.constexpr,
     VEC: tl.constexpr,
     PIECES: tl.constexpr,
-    UNIT: tl.constexpr,
-    LOSS: tl.constexpr,
-    SINGLE: tl.constexpr,
-    PROB: tl.constexpr,
-    STD: tl.constexpr,
-    LINEAR: tl.constexpr,
-    RAW: tl.constexpr,
+    VARIANT: tl.constexpr,
 ):
     """Compute the :class:`.values.Statistics` of the piece, and the target's logits and probability, 0 if the target is
     in another piece."""
-    VARIANT: tl.constexpr = Variant(UNIT, LOSS, SINGLE, PROB, STD, LINEAR, RAW, False)
     classes = classes // VEC * VEC
     temperature = tl.full((), temperature, ACC)
-    own = _own(target, factors, rows, classes, first_class, num_classes, ignore_index, LANES, WIDTH, VEC, PROB, ACC)
+    own = _own(
+        target, factors, rows, classes, first_class, num_classes, ignore_index, LANES, WIDTH, VEC, VARIANT.PROB, ACC
+    )
     row, y = own.row, own.y
     bases = (_row_of(student, student_row, VEC), _row_of(teacher, teacher_row, VEC), _row_of(labels, labels_row, VEC))
     inputs = Inputs(bases, (student_col, teacher_col, labels_col), labels, classes)
@@ -175,13 +168,13 @@ def piece_statistics(
     merged = merge_lanes(stats, scales, VARIANT)
     store_fields(out, merged, rows, row, None)
     here = (y >= 0) & (y < own.end)
-    s_y = tl.load(at(bases[0], y, student_col, UNIT), mask=here, other=0.0).to(ACC)
+    s_y = tl.load(at(bases[0], y, student_col, VARIANT.UNIT), mask=here, other=0.0).to(ACC)
     t_y = tl.zeros([1], ACC)
-    if TEACHER & LOSS:
-        t_y = tl.load(at(bases[1], y, teacher_col, UNIT), mask=here, other=0.0).to(ACC)
+    if TEACHER & VARIANT.LOSS:
+        t_y = tl.load(at(bases[1], y, teacher_col, VARIANT.UNIT), mask=here, other=0.0).to(ACC)
     v_y = tl.zeros([1], ACC)
-    if PROB:
-        v_y = tl.load(at(bases[2], y, labels_col, UNIT), mask=here, other=0.0).to(ACC)
+    if VARIANT.PROB:
+        v_y = tl.load(at(bases[2], y, labels_col, VARIANT.UNIT), mask=here, other=0.0).to(ACC)
     store_fields(out + rows * OF_TARGET, (s_y, t_y, v_y), rows, row, None)
 
 
@@ -211,18 +204,14 @@ def piece_sums(
     WIDTH: tl.constexpr,
     VEC: tl.constexpr,
     PIECES: tl.constexpr,
-    UNIT: tl.constexpr,
-    LOSS: tl.constexpr,
-    SINGLE: tl.constexpr,
-    PROB: tl.constexpr,
-    STD: tl.constexpr,
+    VARIANT: tl.constexpr,
 ):
     """Compute the :class:`.values.PointwiseSums` of the piece."""
-    # The sums take no labels.
-    VARIANT: tl.constexpr = Variant(UNIT, LOSS, SINGLE, False, STD, False, False, False)
     classes = classes // VEC * VEC
     temperature = tl.full((), temperature, ACC)
-    own = _own(target, factors, rows, classes, first_class, num_classes, ignore_index, LANES, WIDTH, VEC, PROB, ACC)
+    own = _own(
+        target, factors, rows, classes, first_class, num_classes, ignore_index, LANES, WIDTH, VEC, VARIANT.PROB, ACC
+    )
     row, counted = own.row, own.counted
     bases = (_row_of(student, student_row, VEC), _row_of(teacher, teacher_row, VEC), student)
     inputs = Inputs(bases, (student_col, teacher_col, student_col), statistics, classes)
@@ -272,28 +261,23 @@ def piece_gradient(
     WIDTH: tl.constexpr,
     VEC: tl.constexpr,
     PIECES: tl.constexpr,
-    UNIT: tl.constexpr,
-    LOSS: tl.constexpr,
-    SINGLE: tl.constexpr,
-    PROB: tl.constexpr,
-    STD: tl.constexpr,
-    LINEAR: tl.constexpr,
-    RAW: tl.constexpr,
+    VARIANT: tl.constexpr,
 ):
     """Compute the row's parts, the same on every piece, and the gradient of the piece's columns."""
-    VARIANT: tl.constexpr = Variant(UNIT, LOSS, SINGLE, PROB, STD, LINEAR, RAW, False)
     classes = classes // VEC * VEC
     weights = all_weights(first, second, temperature, ce_weight, smoothing, ACC)
-    own = _own(target, factors, rows, classes, first_class, num_classes, ignore_index, LANES, WIDTH, VEC, PROB, ACC)
+    own = _own(
+        target, factors, rows, classes, first_class, num_classes, ignore_index, LANES, WIDTH, VEC, VARIANT.PROB, ACC
+    )
     row, counted, valid = own.row, own.counted, own.valid
     bases = (_row_of(student, student_row, VEC), _row_of(teacher, teacher_row, VEC), _row_of(labels, labels_row, VEC))
     inputs = Inputs(bases, (student_col, teacher_col, labels_col), labels, classes)
     scales, s_moments = merged_scales(moments, pieces, rows, row, weights.temperature, VARIANT, PIECES, ACC)
     stats, s_y, t_y, v_y = merged_statistics(statistics, pieces, rows, row, scales, VARIANT, PIECES)
-    if PROB:
+    if VARIANT.PROB:
         valid = 1.0 + 0.0 * (stats.v_sum + v_y)
     all_sums, of_rows, constants = stats, stats, stats
-    if POINTWISE & LOSS:
+    if POINTWISE & VARIANT.LOSS:
         of_rows = row_softmaxes(stats, s_y, t_y, statistics, rows, row, counted, scales, VARIANT)
         constants = Constants(weights.first, 1.0 / num_classes.to(ACC))
         all_sums = merged_piece_sums(sums, pieces, rows, row, PIECES)
@@ -308,7 +292,7 @@ def piece_gradient(
     store_parts(parts, parts, parts, 0.0, rows, row, row < rows, counted, of_loss, part_y, part_rest, part_ce, False)
     by = of_gradient * tl.full((), scale, ACC)
     scaled = scaled_by(gradient_of, by)
-    if POINTWISE & LOSS:
+    if POINTWISE & VARIANT.LOSS:
         more = scaled_slopes(more, by)
     out = gradient + tl.program_id(0).to(tl.int64) * classes
     dtype = gradient.dtype.element_ty

@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# Triton compiles these functions; to a type checker they are not Python.
 """Rows with up to two targets, for USKD and Zipf's label smoothing: find the targets, split the softmax into targets
 and rest, and compute the cross-entropy and the student's gradient.
 
@@ -10,9 +8,9 @@ join afterwards. The student's gradient at a class j that is no target is
 
 and each target has a separate value. ``uniform`` and ``kept`` belong to the CE, which smooths its labels with LINEAR.
 
-Functions that walk rows take tiles (ROWS, BLOCK). With HELD a row fits one tile, and the compiler then unrolls every
-walk and loads each tile once. WALK is a :class:`.values.Walk`. ``view`` is (base pointers of rows (ROWS,), column
-stride) of a matrix, ``rows`` a mask of the rows to read. A missing target has class -1, logit -inf and label 0.
+Functions that walk rows take tiles (ROWS, BLOCK), fields of WALK (:mod:`.uskd`). With HELD a row fits one tile, and the
+compiler then unrolls every walk and loads each tile once. ``view`` is (base pointers of rows (ROWS,), column stride) of
+a matrix, ``rows`` a mask of the rows to read. A missing target has class -1, logit -inf and label 0.
 """
 
 from __future__ import annotations
@@ -21,13 +19,18 @@ import triton
 import triton.language as tl
 
 from fused_kd.backends.triton.kernels.constants import INF, LN2, NEG_INF, NO_CLASS
-from fused_kd.backends.triton.kernels.rows import at, load_index, times, zero_if_empty
+from fused_kd.backends.triton.kernels.rows import at, load_index, narrowed, times, zero_if_empty
 
 
 @triton.jit
 def load_tile(view, cols, mask, other, UNIT: tl.constexpr, ACC: tl.constexpr):
     base, stride = view
     return tl.load(at(base[:, None], cols, stride, UNIT), mask=mask, other=other).to(ACC)
+
+
+@triton.jit
+def store_tile(gradient, row, classes, cols, mask, g):
+    tl.store(gradient + (row * classes)[:, None] + cols, narrowed(g, gradient.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -47,9 +50,9 @@ def tile_at(start, rows, classes, WALK: tl.constexpr):
 @triton.jit
 def _largest(labels, rows, classes, skip, WALK: tl.constexpr, ACC: tl.constexpr):
     """Return the largest label except for the class ``skip``, the lowest class that has it, and the smallest label."""
-    best = tl.full([WALK.ROWS, WALK.BLOCK], NEG_INF, ACC)
-    index = tl.full([WALK.ROWS, WALK.BLOCK], NO_CLASS, tl.int32)
-    smallest = tl.full([WALK.ROWS, WALK.BLOCK], INF, ACC)
+    best = tl.full(WALK.TILE, NEG_INF, ACC)
+    index = tl.full(WALK.TILE, NO_CLASS, tl.int32)
+    smallest = tl.full(WALK.TILE, INF, ACC)
     for start in range(0, WALK.BLOCK if WALK.HELD else classes, WALK.BLOCK):
         cols, mask = tile_at(start, rows, classes, WALK)
         v = load_tile(labels, cols, mask, NEG_INF, WALK.UNIT, ACC)
@@ -70,10 +73,10 @@ def find_targets(
 
     The targets of probabilities are up to two largest entries that exceed the row's smallest. NaN is skipped here.
     """
-    nothing = tl.full([WALK.ROWS], -1, tl.int32)
+    nothing = tl.full(WALK.COLUMN, -1, tl.int32)
     if not WALK.PROB:
         y, counted, valid = load_index(target, row, inside, target_row, ignore_index, classes)
-        one = tl.full([WALK.ROWS], 1.0, ACC)
+        one = tl.full(WALK.COLUMN, 1.0, ACC)
         return (y, nothing, one, one - one), counted, valid.to(ACC), (target + row, target_col)
     labels = (target + row * (target_row // VEC * VEC), target_col)
     v_0, y_0, smallest = _largest(labels, inside, classes, nothing, WALK, ACC)
@@ -86,7 +89,7 @@ def find_targets(
         tl.where(found_0, v_0, 0.0),
         tl.where(found_1, v_1, 0.0),
     )
-    return targets, inside, tl.full([WALK.ROWS], 1.0, ACC), labels
+    return targets, inside, tl.full(WALK.COLUMN, 1.0, ACC), labels
 
 
 @triton.jit
@@ -97,7 +100,7 @@ def is_rest(cols, mask, targets):
 @triton.jit
 def rest_maximum(view, targets, rows, classes, WALK: tl.constexpr, ACC: tl.constexpr):
     """Return the largest logit outside the targets, 0 if all are -inf."""
-    top = tl.full([WALK.ROWS, WALK.BLOCK], NEG_INF, ACC)
+    top = tl.full(WALK.TILE, NEG_INF, ACC)
     for start in range(0, WALK.BLOCK if WALK.HELD else classes, WALK.BLOCK):
         cols, mask = tile_at(start, rows, classes, WALK)
         x = load_tile(view, cols, mask, NEG_INF, WALK.UNIT, ACC)
@@ -109,7 +112,7 @@ def rest_maximum(view, targets, rows, classes, WALK: tl.constexpr, ACC: tl.const
 def rest_sum(view, targets, rows, classes, k, WALK: tl.constexpr, ACC: tl.constexpr):
     """Return (m, z) of one matrix: :func:`rest_maximum`, and the sum of exponentials."""
     m = rest_maximum(view, targets, rows, classes, WALK, ACC)
-    z = tl.zeros([WALK.ROWS, WALK.BLOCK], ACC)
+    z = tl.zeros(WALK.TILE, ACC)
     for start in range(0, WALK.BLOCK if WALK.HELD else classes, WALK.BLOCK):
         cols, mask = tile_at(start, rows, classes, WALK)
         x = load_tile(view, cols, mask, NEG_INF, WALK.UNIT, ACC)
@@ -220,16 +223,19 @@ def gradient_terms(of_row, by_zipf, kept, uniform, by, factors):
 
 
 @triton.jit
-def class_gradient(x, d, z, v, cols, targets, terms, poison, k, PROB: tl.constexpr, LINEAR: tl.constexpr):
+def class_gradient(x, d, z, labels, cols, mask, targets, terms, poison, k, WALK: tl.constexpr, ACC: tl.constexpr):
     """Compute tiles of a gradient from :func:`gradient_terms` and d = x - m. ``z`` is None for the weak logits, which
-    are not ranked. It is NaN if the row's ``poison`` is, but 0 at a class that cannot occur."""
+    are not ranked, and whose labels are always smoothed. It is NaN if the row's ``poison`` is, but 0 at a class that
+    cannot occur."""
     factor, at_0, at_1, by_zipf, kept, uniform = terms
+    if WALK.PROB:
+        v = load_tile(labels, cols, mask, 0.0, WALK.UNIT, ACC)
     g = factor[:, None] * tl.exp2(d * k)
     if z is not None:
         g += by_zipf[:, None] * z
-    if LINEAR:
+    if (z is None) or WALK.LINEAR:
         g -= uniform[:, None]
-    if PROB:
+    if WALK.PROB:
         g -= kept[:, None] * v
     g = tl.where(cols == targets[0][:, None], at_0[:, None], g)
     g = tl.where(cols == targets[1][:, None], at_1[:, None], g)

@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# Triton compiles these functions; to a type checker they are not Python.
 """Tiles of a long row, for :mod:`.looped`: load them, add them to statistics, compute their gradient."""
 
 from __future__ import annotations

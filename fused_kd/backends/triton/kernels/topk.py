@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# Triton compiles these functions; to a type checker they are not Python.
 """A row loss with a top-k teacher: :mod:`fused_kd.backends.topk`. :mod:`.topk_losses` has the formulas.
 
 There are four kernels, with a program for each row. :func:`mark_kept` checks the kept classes. :func:`rest_statistics`
@@ -29,7 +27,7 @@ from fused_kd.backends.triton.kernels.on_chip import all_weights, gradient_width
 from fused_kd.backends.triton.kernels.rows import at, kernel, load_fields, narrowed, store_fields, zero_if_empty
 from fused_kd.backends.triton.kernels.tiles import lane_columns
 from fused_kd.backends.triton.kernels.topk_losses import Row, resolve
-from fused_kd.core.pieces import TOPK_FIELDS
+from fused_kd.core.rows import TOPK_FIELDS
 
 SHARP, LINEAR = tl.constexpr(1), tl.constexpr(2)
 _FIELDS = tl.constexpr(TOPK_FIELDS)  # numbers of rest_statistics beside the logits of kept classes

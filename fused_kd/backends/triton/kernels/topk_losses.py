@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# Triton compiles these functions; to a type checker they are not Python.
 """The row losses with a top-k teacher in Triton's language, for one row in float64. The formulas and the notation are
 those of ``csrc/losses/topk_losses.h``. Kept classes other than the target are a block of entries; the target and the
 rest are scalars.

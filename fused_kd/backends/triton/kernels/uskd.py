@@ -1,23 +1,23 @@
-# mypy: ignore-errors
-# Triton compiles these functions; to a type checker they are not Python.
 """The USKD kernels. :mod:`.uskd_rows` has the formulas and the conventions.
 
 ``target_probabilities`` makes what couples the rows. Then ``ranked_on_chip`` does rows that a program holds, sorting
 them in registers; or ``write_keys`` makes keys, PyTorch sorts them, ``write_zipf`` brings 1 / rank into the classes'
 order and ``combine_ranked`` finishes. The weak logits' gradient waits for no rank and is written before.
 
-Meaning of the constexpr arguments besides those that :mod:`.on_chip` explains (ACC, VEC, UNIT, PROB, COUNT,
-PER_ROW):
+Meaning of the constexpr arguments besides those that :mod:`.on_chip` explains (ACC, VEC, COUNT, PER_ROW):
+
+RANK     the key that classes are ranked by
+SQUARE   p_k^2 in the targets' labels, else p_k
+GRAD_S   the student's gradient is wanted; GRAD_W, the weak logits'
+BY_ROW   batch_sums are those of each row, (3, rows), which every program adds up
+HALF_S   the student's logits are float16: as HALF in :mod:`.on_chip`; HALF_W, the weak logits
+WALK     how rows are walked, a :class:`fused_kd.backends.triton.plans.common.Walk`:
 
 ROWS     rows of a program
 BLOCK    width of a tile
 HELD     a row fits one tile
-RANK     the key that classes are ranked by
-SQUARE   p_k^2 in the targets' labels, else p_k
-GRAD_S   the student's gradient is wanted; GRAD_W, the weak logits'
+UNIT     and PROB, as in :mod:`.on_chip`
 LINEAR   the CE's labels are smoothed, for which the sum of the student's logits is wanted
-BY_ROW   batch_sums are those of each row, (3, rows), which every program adds up
-HALF_S   the student's logits are float16: as HALF in :mod:`.on_chip`; HALF_W, the weak logits
 
 ``factors`` is None where rows weigh the same, else (3, rows): of parts, the student's and the weak logits' gradient.
 """
@@ -29,7 +29,7 @@ import triton.language as tl
 
 from fused_kd.backends.triton.kernels.constants import LOG2E, NEG_INF
 from fused_kd.backends.triton.kernels.on_chip import COUNT_BLOCK, gradient_scale, mean_divisor
-from fused_kd.backends.triton.kernels.rows import as_scalars, kernel, load_factor, narrowed, store_fields, sum_items
+from fused_kd.backends.triton.kernels.rows import as_scalars, kernel, load_factor, store_fields, sum_items
 from fused_kd.backends.triton.kernels.targets import (
     ce_labels,
     class_gradient,
@@ -38,6 +38,7 @@ from fused_kd.backends.triton.kernels.targets import (
     load_tile,
     rest_sum,
     split_softmax,
+    store_tile,
     tile_at,
 )
 from fused_kd.backends.triton.kernels.uskd_rows import (
@@ -49,7 +50,6 @@ from fused_kd.backends.triton.kernels.uskd_rows import (
     row_terms,
     target_squares,
 )
-from fused_kd.backends.triton.kernels.values import Walk
 
 
 @triton.jit
@@ -82,38 +82,33 @@ def target_probabilities(
     target_col: tl.int64,
     ignore_index: tl.int64,
     ACC: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WALK: tl.constexpr,
     VEC: tl.constexpr,
-    HELD: tl.constexpr,
-    UNIT: tl.constexpr,
-    PROB: tl.constexpr,
     SQUARE: tl.constexpr,
 ):
     """row_sums (3, rows): p_k^2, or p_k, of the first and of the second target, and 1 if the row counts."""
-    WALK: tl.constexpr = Walk(ROWS, BLOCK, HELD, UNIT, PROB, False)
     k = tl.full((), LOG2E, ACC)
     classes = classes // VEC * VEC
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0).to(tl.int64) * WALK.ROWS + tl.arange(0, WALK.ROWS)
     inside = row < rows
     targets, counted, valid, labels = find_targets(
         target, row, inside, target_row, target_col, ignore_index, classes, WALK, VEC, ACC
     )
     view = (student + row * (student_row // VEC * VEC), student_col)
     m, z = rest_sum(view, targets, counted, classes, k, WALK, ACC)
-    logits = load_targets(view, view, targets, counted, UNIT, ACC)
+    logits = load_targets(view, view, targets, counted, WALK.UNIT, ACC)
     p = split_softmax(logits[0], logits[1], m, z, k)
     first, second = target_squares(p, targets, SQUARE)
-    if PROB:
+    if WALK.PROB:
         # A NaN among the labels.
-        total = tl.zeros([ROWS, BLOCK], ACC)
-        for start in range(0, BLOCK if HELD else classes, BLOCK):
+        total = tl.zeros(WALK.TILE, ACC)
+        for start in range(0, WALK.BLOCK if WALK.HELD else classes, WALK.BLOCK):
             cols, mask = tile_at(start, inside, classes, WALK)
-            total += load_tile(labels, cols, mask, 0.0, UNIT, ACC)
+            total += load_tile(labels, cols, mask, 0.0, WALK.UNIT, ACC)
         valid += 0.0 * tl.sum(total, 1)
     # An absent target adds 0, unless the row has no value; an index target has no second one.
     first = tl.where(counted, first * valid, 0.0)
-    second = tl.where(counted & PROB, second * valid, 0.0)
+    second = tl.where(counted & WALK.PROB, second * valid, 0.0)
     store_fields(row_sums, (first, second, counted.to(ACC)), rows, row, inside)
 
 
@@ -151,14 +146,9 @@ def keys_and_weak_gradient(
     w = load_tile(views[1], cols, mask, NEG_INF, WALK.UNIT, ACC)
     d_w = w - m_w[:, None]
     if GRAD:
-        v = w
-        if WALK.PROB:
-            v = load_tile(labels, cols, mask, 0.0, WALK.UNIT, ACC)
         terms = gradient_terms(of_weak, 0.0, of_weak[4], of_weak[3], by, factors)
-        g = class_gradient(w, d_w, None, v, cols, targets, terms, poison, k, WALK.PROB, True)
-        pointers = gradient + (row * classes)[:, None] + cols
-        stored = inside[:, None] & (cols < classes)
-        tl.store(pointers, narrowed(g, gradient.dtype.element_ty), mask=stored)
+        g = class_gradient(w, d_w, None, labels, cols, mask, targets, terms, poison, k, WALK, ACC)
+        store_tile(gradient, row, classes, cols, inside[:, None] & (cols < classes), g)
     d_s = load_tile(views[0], cols, mask, NEG_INF, WALK.UNIT, ACC) - m_s[:, None]
     # Adding 0 makes -0 equal to 0 in its bits too.
     return rank_keys(d_s, d_w, cols, targets, key[0], key[1], k, RANK) + 0.0
@@ -198,13 +188,8 @@ def ranked_on_chip(
     student_norm_value: tl.float64,
     weak_norm_value: tl.float64,
     ACC: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WALK: tl.constexpr,
     VEC: tl.constexpr,
-    HELD: tl.constexpr,
-    UNIT: tl.constexpr,
-    PROB: tl.constexpr,
-    LINEAR: tl.constexpr,
     RANK: tl.constexpr,
     SQUARE: tl.constexpr,
     GRAD_S: tl.constexpr,
@@ -218,10 +203,9 @@ def ranked_on_chip(
     """ROWS whole rows per program, float32. A row is sorted as words of 64 bits: a key's, which order as the keys
     descend, above the class, which thus breaks ties. After that the student's logits are read again in that order, from
     the nearest cache, and its gradient is written in it: that is less to move than ranks to be brought back."""
-    WALK: tl.constexpr = Walk(ROWS, BLOCK, HELD, UNIT, PROB, LINEAR)
     k = tl.full((), LOG2E, ACC)
     classes = classes // VEC * VEC
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0).to(tl.int64) * WALK.ROWS + tl.arange(0, WALK.ROWS)
     inside = row < rows
     targets, counted, valid, labels = find_targets(
         target, row, inside, target_row, target_col, ignore_index, classes, WALK, VEC, ACC
@@ -247,7 +231,7 @@ def ranked_on_chip(
         views, targets, counted, labels, of_weak, key_terms, stats[0], stats[2], poison, weak_gradients, by, factors,
         row, inside, 0, classes, k, WALK, RANK, GRAD_W, ACC,
     )  # fmt: skip
-    position = tl.arange(0, BLOCK)[None, :]
+    position = tl.arange(0, WALK.BLOCK)[None, :]
     bits = key.to(tl.int32, bitcast=True)
     bits = tl.where(bits < 0, bits ^ -2147483648, bits ^ -1)
     # What is past the row's end sorts last.
@@ -256,7 +240,7 @@ def ranked_on_chip(
 
     in_row = position < classes
     mask = counted[:, None] & in_row
-    s = load_tile(views[0], cols, mask, NEG_INF, UNIT, ACC)
+    s = load_tile(views[0], cols, mask, NEG_INF, WALK.UNIT, ACC)
     z = 1.0 / (position + 1).to(ACC)
     d_s = s - stats[0][:, None]
     takes = (s != NEG_INF) & (cols != targets[0][:, None]) & (cols != targets[1][:, None])
@@ -272,16 +256,11 @@ def ranked_on_chip(
         tl.store(loss + row, row_parts[0] + non_target + row_parts[1] + row_parts[2], mask=inside)
         store_norms((student_norm, weak_norm), (student_norm_value, weak_norm_value), row, ACC)
     if GRAD_S:
-        v = s
-        if PROB:
-            v = load_tile(labels, cols, mask, 0.0, UNIT, ACC)
         by = gradient_scale(student_scale, divisor, ACC, HALF_S)
         if factors is not None:
             by *= load_factor(factors, 1, rows, row, inside, ACC)
         kept, uniform = ce_labels(ce_weight, smoothing, classes, WALK)
         of_row = (of_student[0] + more, of_student[1], of_student[2])
         terms = gradient_terms(of_row, by_zipf, kept, uniform, by, factors)
-        g = class_gradient(s, d_s, z, v, cols, targets, terms, poison, k, PROB, LINEAR)
-        pointers = student_gradients + (row * classes)[:, None] + cols
-        stored = inside[:, None] & in_row
-        tl.store(pointers, narrowed(g, student_gradients.dtype.element_ty), mask=stored)
+        g = class_gradient(s, d_s, z, labels, cols, mask, targets, terms, poison, k, WALK, ACC)
+        store_tile(student_gradients, row, classes, cols, inside[:, None] & in_row, g)

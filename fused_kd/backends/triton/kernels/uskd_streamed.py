@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# Triton compiles these functions; to a type checker they are not Python.
 """The USKD kernels around a sort by PyTorch, for rows that no program holds and for float64.
 
 ``write_keys`` makes keys, which are then sorted; ``write_zipf`` brings 1 / rank into the classes' order, and
@@ -13,13 +11,14 @@ import triton.language as tl
 
 from fused_kd.backends.triton.kernels.constants import LOG2E, NEG_INF
 from fused_kd.backends.triton.kernels.on_chip import gradient_scale, mean_divisor
-from fused_kd.backends.triton.kernels.rows import as_scalars, kernel, load_factor, load_fields, narrowed, store_fields
+from fused_kd.backends.triton.kernels.rows import as_scalars, kernel, load_factor, load_fields, store_fields
 from fused_kd.backends.triton.kernels.targets import (
     ce_labels,
     class_gradient,
     find_targets,
     gradient_terms,
     load_tile,
+    store_tile,
     tile_at,
 )
 from fused_kd.backends.triton.kernels.uskd import (
@@ -29,7 +28,6 @@ from fused_kd.backends.triton.kernels.uskd import (
     unranked_terms,
 )
 from fused_kd.backends.triton.kernels.uskd_rows import rank_terms
-from fused_kd.backends.triton.kernels.values import Walk
 
 #: The class of a row that does not count, where another kernel's rows have their first target or -1.
 _IGNORED = tl.constexpr(-2)
@@ -66,13 +64,8 @@ def write_keys(
     smoothing: tl.float64,
     weak_scale: tl.float64,
     ACC: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WALK: tl.constexpr,
     VEC: tl.constexpr,
-    HELD: tl.constexpr,
-    UNIT: tl.constexpr,
-    PROB: tl.constexpr,
-    LINEAR: tl.constexpr,
     RANK: tl.constexpr,
     SQUARE: tl.constexpr,
     GRAD_W: tl.constexpr,
@@ -81,10 +74,9 @@ def write_keys(
 ):
     """Keys of ROWS rows, the parts that need no ranks, the weak logits' gradient; and what combine_ranked needs:
     states (6, rows), and as columns (2, rows) the targets."""
-    WALK: tl.constexpr = Walk(ROWS, BLOCK, HELD, UNIT, PROB, LINEAR)
     k = tl.full((), LOG2E, ACC)
     classes = classes // VEC * VEC
-    local_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    local_row = tl.program_id(0).to(tl.int64) * WALK.ROWS + tl.arange(0, WALK.ROWS)
     row = first + local_row
     inside = row < last
     targets, counted, valid, labels = find_targets(
@@ -112,7 +104,7 @@ def write_keys(
     by = gradient_scale(weak_scale, divisor, ACC, HALF_W)
     if factors is not None:
         by *= load_factor(factors, 2, rows, row, inside, ACC)
-    for start in range(0, BLOCK if HELD else classes, BLOCK):
+    for start in range(0, WALK.BLOCK if WALK.HELD else classes, WALK.BLOCK):
         key = keys_and_weak_gradient(
             views, targets, counted, labels, of_weak, key_terms, stats[0], stats[2], poison, weak_gradients, by,
             factors, row, inside, start, classes, k, WALK, RANK, GRAD_W, ACC,
@@ -163,23 +155,17 @@ def combine_ranked(
     student_norm_value: tl.float64,
     weak_norm_value: tl.float64,
     ACC: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WALK: tl.constexpr,
     VEC: tl.constexpr,
-    HELD: tl.constexpr,
-    UNIT: tl.constexpr,
-    PROB: tl.constexpr,
-    LINEAR: tl.constexpr,
     GRAD_S: tl.constexpr,
     COUNT: tl.constexpr,
     HALF_S: tl.constexpr,
     PER_ROW: tl.constexpr,
 ):
     """The part that waits for the ranks, and the student's gradient."""
-    WALK: tl.constexpr = Walk(ROWS, BLOCK, HELD, UNIT, PROB, LINEAR)
     k = tl.full((), LOG2E, ACC)
     classes = classes // VEC * VEC
-    local_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    local_row = tl.program_id(0).to(tl.int64) * WALK.ROWS + tl.arange(0, WALK.ROWS)
     row = first + local_row
     inside = row < last
     targets = (
@@ -190,11 +176,11 @@ def combine_ranked(
     m_s, z_s, factor, at_0, at_1, poison = load_fields(states, rows, row, inside, 6)
     view = (student + row * (student_row // VEC * VEC), student_col)
     of_rank = (zipf + local_row * classes, student_col)
-    sums = tl.zeros([ROWS, BLOCK], ACC)
-    cross = tl.zeros([ROWS, BLOCK], ACC)
-    for start in range(0, BLOCK if HELD else classes, BLOCK):
+    sums = tl.zeros(WALK.TILE, ACC)
+    cross = tl.zeros(WALK.TILE, ACC)
+    for start in range(0, WALK.BLOCK if WALK.HELD else classes, WALK.BLOCK):
         cols, mask = tile_at(start, counted, classes, WALK)
-        s = load_tile(view, cols, mask, NEG_INF, UNIT, ACC)
+        s = load_tile(view, cols, mask, NEG_INF, WALK.UNIT, ACC)
         z = load_tile(of_rank, cols, mask, 0.0, True, ACC)
         takes = (s != NEG_INF) & (cols != targets[0][:, None]) & (cols != targets[1][:, None])
         sums += tl.where(takes, z, 0.0)
@@ -218,15 +204,10 @@ def combine_ranked(
             by *= load_factor(factors, 1, rows, row, inside, ACC)
         kept, uniform = ce_labels(ce_weight, smoothing, classes, WALK)
         terms = gradient_terms((factor + more, at_0, at_1), by_zipf, kept, uniform, by, factors)
-        labels = (target + row * (target_row // VEC * VEC if PROB else target_row), target_col)
-        for start in range(0, BLOCK if HELD else classes, BLOCK):
+        labels = (target + row * (target_row // VEC * VEC if WALK.PROB else target_row), target_col)
+        for start in range(0, WALK.BLOCK if WALK.HELD else classes, WALK.BLOCK):
             cols, mask = tile_at(start, counted, classes, WALK)
-            s = load_tile(view, cols, mask, NEG_INF, UNIT, ACC)
+            s = load_tile(view, cols, mask, NEG_INF, WALK.UNIT, ACC)
             z = load_tile(of_rank, cols, mask, 0.0, True, ACC)
-            v = s
-            if PROB:
-                v = load_tile(labels, cols, mask, 0.0, UNIT, ACC)
-            g = class_gradient(s, s - m_s[:, None], z, v, cols, targets, terms, poison, k, PROB, LINEAR)
-            pointers = student_gradients + (row * classes)[:, None] + cols
-            stored = inside[:, None] & (cols < classes)
-            tl.store(pointers, narrowed(g, student_gradients.dtype.element_ty), mask=stored)
+            g = class_gradient(s, s - m_s[:, None], z, labels, cols, mask, targets, terms, poison, k, WALK, ACC)
+            store_tile(student_gradients, row, classes, cols, inside[:, None] & (cols < classes), g)

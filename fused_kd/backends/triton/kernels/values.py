@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# Triton compiles these functions; to a type checker they are not Python.
 """Tuples that the steps of a row kernel pass on, with the names of csrc/losses/row_losses.h; :mod:`.rows` has the
 notation.
 
@@ -11,19 +9,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import triton.language as tl
-
-
-class Variant(NamedTuple):
-    """Those constexpr arguments of :mod:`.on_chip` that the steps of a row pass on."""
-
-    UNIT: tl.constexpr
-    LOSS: tl.constexpr
-    SINGLE: tl.constexpr
-    PROB: tl.constexpr
-    STD: tl.constexpr
-    LINEAR: tl.constexpr
-    RAW: tl.constexpr
-    COLUMNS: tl.constexpr
 
 
 class Statistics(NamedTuple):
@@ -160,14 +145,3 @@ class Tile(NamedTuple):
     inside: tl.tensor  # a mask of those in the row
     is_target: tl.tensor
     target_here: tl.tensor  # whether the target may be among them
-
-
-class Walk(NamedTuple):
-    """How a kernel of :mod:`.uskd` or :mod:`.zipf_ls` walks its rows, and what it needs of them."""
-
-    ROWS: tl.constexpr
-    BLOCK: tl.constexpr
-    HELD: tl.constexpr
-    UNIT: tl.constexpr
-    PROB: tl.constexpr
-    LINEAR: tl.constexpr

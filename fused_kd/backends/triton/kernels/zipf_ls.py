@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# Triton compiles these functions; to a type checker they are not Python.
 """The kernels of Zipf's label smoothing: votes, their ranks, and the rows. :mod:`.targets` has the conventions.
 
 ``find_votes`` reads the dense logits, which are nearly all that there is to read. At most P of a row's classes have a
@@ -29,7 +27,7 @@ import triton.language as tl
 
 from fused_kd.backends.triton.kernels.constants import LN2, LOG2E, NEG_INF, NO_CLASS
 from fused_kd.backends.triton.kernels.on_chip import gradient_scale, mean_divisor
-from fused_kd.backends.triton.kernels.rows import as_scalars, kernel, load_factor, narrowed, store_fields, times
+from fused_kd.backends.triton.kernels.rows import as_scalars, kernel, load_factor, store_fields, times
 from fused_kd.backends.triton.kernels.targets import (
     ce_labels,
     class_gradient,
@@ -41,9 +39,9 @@ from fused_kd.backends.triton.kernels.targets import (
     load_tile,
     rest_maximum,
     split_softmax,
+    store_tile,
     tile_at,
 )
-from fused_kd.backends.triton.kernels.values import Walk
 
 #: What a position votes for that has a NaN, and the number of voted classes of its row.
 BROKEN = tl.constexpr(-1)
@@ -151,7 +149,7 @@ def _row_sums(view, labels, targets, rows, classes, k, WALK: tl.constexpr, ACC: 
     s_j - m and of 1 where s_j is not -inf; and of probabilities V, else 0: of V_j, of V_j (s_j - m) where it is not
     -inf, and of V_j where it is."""
     m = rest_maximum(view, targets, rows, classes, WALK, ACC)
-    zero = tl.zeros([WALK.ROWS, WALK.BLOCK], ACC)
+    zero = tl.zeros(WALK.TILE, ACC)
     z, linear, number, v_rest, v_cross, v_blocked = zero, zero, zero, zero, zero, zero
     for start in range(0, WALK.BLOCK if WALK.HELD else classes, WALK.BLOCK):
         cols, mask = tile_at(start, rows, classes, WALK)
@@ -233,14 +231,9 @@ def zipf_rows(
     scale: tl.float64,
     norm_value: tl.float64,
     ACC: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WALK: tl.constexpr,
     VOTES: tl.constexpr,
     VEC: tl.constexpr,
-    HELD: tl.constexpr,
-    UNIT: tl.constexpr,
-    PROB: tl.constexpr,
-    LINEAR: tl.constexpr,
     GRAD: tl.constexpr,
     COUNT: tl.constexpr,
     HALF: tl.constexpr,
@@ -248,11 +241,10 @@ def zipf_rows(
 ):
     """Parts and gradient of ROWS rows. The gradient is written as if no class had a vote, and then again where one
     has."""
-    WALK: tl.constexpr = Walk(ROWS, BLOCK, HELD, UNIT, PROB, LINEAR)
     k = tl.full((), LOG2E, ACC)
     weight, power, ce_weight, smoothing = as_scalars((weight, power, ce_weight, smoothing), ACC)
     classes = classes // VEC * VEC
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0).to(tl.int64) * WALK.ROWS + tl.arange(0, WALK.ROWS)
     inside = row < rows
     targets, counted, valid, labels = find_targets(
         target, row, inside, target_row, target_col, ignore_index, classes, WALK, VEC, ACC
@@ -262,8 +254,8 @@ def zipf_rows(
         counted &= factor != 0.0
     view = (student + row * (student_row // VEC * VEC), student_col)
     m, z, linear, number, v_rest, v_cross, v_blocked = _row_sums(view, labels, targets, counted, classes, k, WALK, ACC)
-    s_0 = load_at(view, targets[0], counted, NEG_INF, UNIT, ACC)
-    s_1 = load_at(view, targets[1], counted, NEG_INF, UNIT, ACC)
+    s_0 = load_at(view, targets[0], counted, NEG_INF, WALK.UNIT, ACC)
+    s_1 = load_at(view, targets[1], counted, NEG_INF, WALK.UNIT, ACC)
     p = split_softmax(s_0, s_1, m, z, k)
     is_0, is_1 = (targets[0] >= 0).to(tl.int32), (targets[1] >= 0).to(tl.int32)
     all_linear = tl.where(number < (classes - is_0 - is_1).to(ACC), NEG_INF, linear)
@@ -284,15 +276,15 @@ def zipf_rows(
     best = last
     for start in range(0, positions, VOTES):
         rank, takes, _ = _load_kept(
-            votes, ranks, view, targets, m, row, start, positions, counted, VOTES, UNIT, ACC
+            votes, ranks, view, targets, m, row, start, positions, counted, VOTES, WALK.UNIT, ACC
         )  # fmt: skip
         best = tl.minimum(best, tl.min(tl.where(takes, rank, last[:, None]), 1))
     best = best.to(ACC)
     z_0, z_log_z_0 = _zipf(last, best, power)
-    more, more_cross, more_entropy = tl.zeros([ROWS], ACC), tl.zeros([ROWS], ACC), tl.zeros([ROWS], ACC)
+    more, more_cross, more_entropy = tl.zeros(WALK.COLUMN, ACC), tl.zeros(WALK.COLUMN, ACC), tl.zeros(WALK.COLUMN, ACC)
     for start in range(0, positions, VOTES):
         rank, takes, d = _load_kept(
-            votes, ranks, view, targets, m, row, start, positions, counted, VOTES, UNIT, ACC
+            votes, ranks, view, targets, m, row, start, positions, counted, VOTES, WALK.UNIT, ACC
         )  # fmt: skip
         z_j, z_log_z_j = _zipf(rank, best[:, None], power)
         beyond = tl.where(takes, z_j - z_0[:, None], 0.0)
@@ -324,25 +316,18 @@ def zipf_rows(
         kept, uniform = ce_labels(ce_weight, smoothing, classes, WALK)
         of_row = (weight / z + ce_factor, ce_0, ce_1)
         terms = gradient_terms(of_row, -weight / total, kept, uniform, by, factors)
-        out = gradient + row * classes
-        for start in range(0, BLOCK if HELD else classes, BLOCK):
+        for start in range(0, WALK.BLOCK if WALK.HELD else classes, WALK.BLOCK):
             cols, mask = tile_at(start, counted, classes, WALK)
-            s = load_tile(view, cols, mask, NEG_INF, UNIT, ACC)
-            v = s
-            if PROB:
-                v = load_tile(labels, cols, mask, 0.0, UNIT, ACC)
-            g = class_gradient(s, s - m[:, None], z_0[:, None], v, cols, targets, terms, poison, k, PROB, LINEAR)
-            tl.store(
-                out[:, None] + cols, narrowed(g, gradient.dtype.element_ty), mask=inside[:, None] & (cols < classes)
+            s = load_tile(view, cols, mask, NEG_INF, WALK.UNIT, ACC)
+            g = class_gradient(
+                s, s - m[:, None], z_0[:, None], labels, cols, mask, targets, terms, poison, k, WALK, ACC
             )
+            store_tile(gradient, row, classes, cols, inside[:, None] & (cols < classes), g)
         tl.debug_barrier()  # what follows is written over it, by other threads
         for start in range(0, positions, VOTES):
             column, rank, takes = _load_votes(votes, ranks, row, start, positions, counted, VOTES)
             takes &= column >= 0
-            s = load_tile(view, column, takes, NEG_INF, UNIT, ACC)
-            v = s
-            if PROB:
-                v = load_tile(labels, column, takes, 0.0, UNIT, ACC)
+            s = load_tile(view, column, takes, NEG_INF, WALK.UNIT, ACC)
             z_j, _ = _zipf(rank, best[:, None], power)
-            g = class_gradient(s, s - m[:, None], z_j, v, column, targets, terms, poison, k, PROB, LINEAR)
-            tl.store(out[:, None] + column, narrowed(g, gradient.dtype.element_ty), mask=takes)
+            g = class_gradient(s, s - m[:, None], z_j, labels, column, takes, targets, terms, poison, k, WALK, ACC)
+            store_tile(gradient, row, classes, column, takes, g)

@@ -64,23 +64,46 @@ def target_strides(target: Tensor) -> tuple[int, int]:
     return (target.stride(0), target.stride(1)) if target.is_floating_point() else (target.stride(0), 0)
 
 
+class Walk(NamedTuple):
+    """The kernels' argument WALK: how one walks its rows, and what it needs of them; :mod:`.kernels.uskd` describes the
+    fields."""
+
+    ROWS: int
+    BLOCK: int
+    HELD: bool
+    UNIT: bool
+    PROB: bool
+    LINEAR: bool
+
+    @property
+    def TILE(self) -> tuple[int, int]:
+        """The shape of a tile."""
+        return self.ROWS, self.BLOCK
+
+    @property
+    def COLUMN(self) -> tuple[int]:
+        """The shape of a number per row."""
+        return (self.ROWS,)
+
+
 def row_options(
-    target: Tensor, logits: tuple[Tensor, ...], dtype: torch.dtype, config: layout.OnChip | layout.Streamed, unit: bool
+    target: Tensor,
+    logits: tuple[Tensor, ...],
+    dtype: torch.dtype,
+    config: layout.OnChip | layout.Streamed,
+    unit: bool,
+    linear: bool = False,
 ) -> dict[str, Any]:
-    """Return the options that the kernels of :mod:`.kernels.targets` share. ``dtype`` is the arithmetic's, and ``unit``
-    what :func:`neighbours` says."""
+    """Return the options that the kernels of :mod:`.kernels.targets` share. ``dtype`` is the arithmetic's, ``unit``
+    what :func:`neighbours` says, and ``linear`` whether the sum of the student's logits is wanted."""
     classes = logits[0].shape[1]
     probabilities = target.is_floating_point()
     matrices = [*logits, *([target] if probabilities else [])]
     vector = 16 // min(t.element_size() for t in matrices) if unit else 1
     return {
         "ACC": acc_types()[dtype],
-        "ROWS": config.rows,
-        "BLOCK": config.block,
+        "WALK": Walk(config.rows, config.block, classes <= config.block, unit, probabilities, linear),
         "VEC": math.gcd(vector, classes, *(t.stride(0) for t in matrices)),
-        "HELD": classes <= config.block,
-        "UNIT": unit,
-        "PROB": probabilities,
         "num_warps": config.warps,
         "maxnreg": config.registers,
     }

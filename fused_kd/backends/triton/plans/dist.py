@@ -49,15 +49,8 @@ def plan_columns(
     states = empty(6, rows)
     normalize = layout.normalize_config(classes, narrow)
     arguments = (student, teacher, target, states, rows, classes, *strides, temperature)
-    meta = {
-        **shared,
-        "ROWS": normalize.rows,
-        "LANES": normalize.lanes,
-        "WIDTH": normalize.width,
-        "STD": options.standardize,
-        "num_warps": normalize.warps,
-        "maxnreg": min(255, 2048 // normalize.warps),
-    }
+    meta = shared | layout.options_of(normalize) | {"STD": options.standardize}
+    meta["maxnreg"] = min(255, 2048 // normalize.warps)
     launches.append(planned("normalize_rows", -(-rows // normalize.rows), arguments, meta))
 
     config = layout.column_config(rows, classes, wide=dtype == torch.float64, neighbours=unit, vectors=vector > 1)

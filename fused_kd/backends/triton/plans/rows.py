@@ -52,17 +52,22 @@ def kernel_weights(loss_name: str, hyper: HyperParameters, classes: int) -> tupl
 
 
 class Variant(NamedTuple):
-    """Constexpr arguments that depend on the loss (:mod:`.kernels.on_chip`)."""
+    """The kernels' argument VARIANT; :mod:`.kernels.on_chip` describes the fields."""
 
-    number: int
-    single: bool
-    linear: bool
-    raw: bool
+    UNIT: bool
+    LOSS: int
+    SINGLE: bool
+    PROB: bool
+    STD: bool
+    LINEAR: bool
+    RAW: bool
+    COLUMNS: bool
 
 
-def variant(loss_name: str, hyper: HyperParameters, standardize: bool) -> Variant:
-    """Return the variant, as row_needs and one_temperature of csrc."""
-    needs, ce = ROW_LOSSES[loss_name].needs, hyper.ce_weight != 0.0
+def variant(options: Options, unit: bool, probabilities: bool) -> Variant:
+    """Return the variant of a loss, as row_needs and one_temperature of csrc."""
+    hyper, standardize = options.hyper, options.standardize
+    needs, ce = ROW_LOSSES[options.loss].needs, hyper.ce_weight != 0.0
     sharp_distilled = "sharp" in needs
     single = (
         "at_one" in needs
@@ -71,7 +76,8 @@ def variant(loss_name: str, hyper: HyperParameters, standardize: bool) -> Varian
     )
     linear = "linear" in needs or (ce and hyper.label_smoothing != 0.0)
     raw = standardize and sharp_distilled and ce
-    return Variant(NUMBERS[loss_name], single, linear, raw)
+    columns = has_column_term(options.loss, hyper)
+    return Variant(unit, NUMBERS[options.loss], single, probabilities, standardize, linear, raw, columns)
 
 
 def plan_row_loss(
@@ -87,8 +93,6 @@ def plan_row_loss(
     loss, parts, gradient, norm = made
     hyper, ignore_index, reduction, (need_gradient,), (gradient_scale,), loss_name, standardize, *_ = options
     (rows, classes), width = student.shape, student.shape[1] + options.padding
-    seen = variant(loss_name, hyper, standardize)
-    acc = acc_types()[loss.dtype]
     probabilities = target.is_floating_point()
     per_row = reduction == "none"
     half, known = common.divided(target, reduction, student.dtype)
@@ -99,6 +103,7 @@ def plan_row_loss(
     narrow = min(t.element_size() for t in (student, teacher, target) if t.is_floating_point())
     row_strides = [width, student.stride(0), teacher.stride(0), *([target_row] if probabilities else [])]
     unit = common.neighbours(target, (student, teacher))
+    seen = variant(options, unit, probabilities)
     vector = 16 // narrow if unit else 1
     # If rows start at the same place modulo a vector, all can be walked in vectors from the same column on.
     together = unit and all((stride - width) % vector == 0 for stride in row_strides)
@@ -107,7 +112,7 @@ def plan_row_loss(
         narrow,
         wide=loss.dtype == torch.float64,
         probabilities=probabilities,
-        unit_temperature=seen.single,
+        unit_temperature=seen.SINGLE,
         neighbours=unit,
         vectors=together,
         mixed=student.dtype != teacher.dtype,
@@ -118,34 +123,25 @@ def plan_row_loss(
     # The column term's numbers are the same for every row. If the logits' rows are aligned too, they need no edges.
     edges = isinstance(config, layout.Looped) and together
     columns: tuple[Tensor, Tensor, Tensor] | None = None
-    if has_column_term(loss_name, hyper):
+    if seen.COLUMNS:
         edges = edges and (classes % vector != 0 or width % vector != 0)
         given = student, teacher, target, factors, column_factor
         columns = plan_columns(launches, *given, loss.dtype, options, 4 if edges else 1)
     meta = {
-        "ACC": acc,
-        "UNIT": unit,
-        "LOSS": seen.number,
-        "SINGLE": seen.single,
-        "PROB": probabilities,
+        "ACC": acc_types()[loss.dtype],
+        "VARIANT": seen,
         "GRAD": need_gradient,
         "COUNT": counts.how if need_gradient else 0,
         "HALF": half,
         "PER_ROW": per_row,
-        "STD": standardize,
-        "LINEAR": seen.linear,
-        "RAW": seen.raw,
-        "COLUMNS": columns is not None,
-        "num_warps": config.warps,
-        "maxnreg": config.registers,
+        **layout.options_of(config),
     }
     if isinstance(config, layout.OnChip):
         kernel, programs = "rows_on_chip", -(-rows // config.rows)
-        meta |= {"ROWS": config.rows, "BLOCK": config.block, "VEC": math.gcd(vector, classes, *row_strides)}
+        meta["VEC"] = math.gcd(vector, classes, *row_strides)
     else:
         kernel, programs = "rows_looped", rows
-        meta |= {"LANES": config.lanes, "WIDTH": config.width, "VEC": vector if together else 1}
-        meta["EDGES"] = edges
+        meta |= {"VEC": vector if together else 1, "EDGES": edges}
     arguments = (
         student, teacher, target, gradient, loss, row_parts, norm, counts.source, factors,
         *(columns or (loss, loss, loss)), rows, classes, options.padding or None,

@@ -29,10 +29,9 @@ def plan_scale(gradient: Tensor, grad_output: Tensor, norm: Tensor, out: Tensor)
     tiles = rows * -(-(width + vector - 1) // config.block)
     options = {
         "ACC": acc_types()[norm.dtype],
-        "BLOCK": config.block,
         "VEC": vector,
         "IN_PLACE": gradient.data_ptr() == out.data_ptr(),
-        "num_warps": config.warps,
+        **layout.options_of(config),
     }
     arguments = (gradient, out, grad_output, norm, rows, width, stride)
     return planned("scale_rows", min(tiles, SCALE_PROGRAMS), arguments, options)

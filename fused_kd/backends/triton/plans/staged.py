@@ -15,7 +15,7 @@ from fused_kd.backends.triton.launch import Launch, acc_types, planned, run
 from fused_kd.backends.triton.plans.rows import kernel_weights, variant
 from fused_kd.core.catalogue import has_column_term
 from fused_kd.core.options import Options
-from fused_kd.core.pieces import Piece, StageResults
+from fused_kd.core.rows import Piece, StageResults
 from fused_kd.reference import accumulation_dtype
 
 
@@ -55,24 +55,15 @@ def plan_stage(
         raise NotImplementedError("DIST's term of the columns has no stages in Triton")
     teacher = student if teacher is None else teacher
     rows, columns = student.shape
-    seen = variant(options.loss, options.hyper, options.standardize)
     labels_seen = student if labels is None else labels
     matrices = [student, teacher, *([] if labels is None else [labels])]
     unit = all(each.stride(1) == 1 for each in matrices)
+    seen = variant(options, unit, labels is not None)
     vector = 16 // min(each.element_size() for each in matrices) if unit else 1
     vector = math.gcd(vector, columns, *(each.stride(0) for each in matrices))
     config = layout.piece_config(columns, vector, wide=out.dtype == torch.float64)
     pieces = max(1 if each is None else len(each) for each in earlier)
-    shared: dict[str, Any] = {
-        "ACC": acc_types()[out.dtype],
-        "LANES": config.lanes,
-        "WIDTH": config.width,
-        "VEC": vector,
-        "UNIT": unit,
-        "PROB": labels is not None,
-        "num_warps": config.warps,
-        "maxnreg": config.registers,
-    }
+    shared: dict[str, Any] = {"ACC": acc_types()[out.dtype], "VEC": vector, **layout.options_of(config)}
     first, second, temperature, ce_weight, smoothing = kernel_weights(options.loss, options.hyper, num_classes)
     logits, per_row = (student, teacher), (target.contiguous(), factors)
     strides = (*student.stride(), *teacher.stride())
@@ -80,13 +71,15 @@ def plan_stage(
     known = tuple(out if each is None else each for each in earlier)
     span = (first_class, num_classes)
     arguments: tuple[Any, ...]
-    if stage == "moments":
+    if stage == "moments":  # the same kernel for all losses
+        shared |= {"UNIT": unit, "PROB": seen.PROB}
         arguments = (*logits, *per_row, out, rows, columns, *span, *strides, options.ignore_index)
     elif stage == "statistics":
         arguments = (
             *logits, labels_seen, *per_row, known[0], out, rows, columns, pieces, *span, *all_strides, temperature,
         )  # fmt: skip
     elif stage == "sums":
+        seen = seen._replace(LINEAR=False, RAW=False)
         arguments = (
             *logits, *per_row, *known[:2], out, rows, columns, pieces, *span, *strides, options.ignore_index,
             first, temperature,
@@ -97,8 +90,5 @@ def plan_stage(
             first, second, temperature, ce_weight, smoothing, options.scales[0],
         )  # fmt: skip
     if stage != "moments":
-        shared |= {"PIECES": 1 << (pieces - 1).bit_length(), "LOSS": seen.number, "SINGLE": seen.single}
-        shared["STD"] = options.standardize
-    if stage in ("statistics", "gradient"):
-        shared |= {"LINEAR": seen.linear, "RAW": seen.raw}
+        shared |= {"PIECES": 1 << (pieces - 1).bit_length(), "VARIANT": seen}
     return planned(f"piece_{stage}", rows, arguments, shared)

@@ -15,7 +15,7 @@ from fused_kd.backends.triton.plans.common import zero_padding
 from fused_kd.backends.triton.plans.rows import kernel_weights, variant
 from fused_kd.core.catalogue import NUMBERS, REST_NUMBERS
 from fused_kd.core.options import Options, empty_gradient
-from fused_kd.core.pieces import TOPK_FIELDS, TopKPiece
+from fused_kd.core.rows import TOPK_FIELDS, TopKPiece
 from fused_kd.reference import accumulation_dtype
 
 #: Bits of the kernels' argument NEED, as in kernels/topk.py.
@@ -95,22 +95,19 @@ def plan_topk(given: Rows, rest: str, options: Options, made: tuple[Tensor, Tens
     loss, parts, gradient = made
     (rows, columns), kept, words = student.shape, indices.shape[1], marks.shape[1]
     hyper, ce = options.hyper, options.hyper.ce_weight != 0.0
-    seen = variant(options.loss, hyper, False)
-    need = (0 if seen.single else SHARP) | (LINEAR if rest == "uniform" or seen.linear else 0)
     entries: dict[str, Any] = {"KEPT": max(32, 1 << (kept - 1).bit_length())}
     few = entries | {"num_warps": max(1, min(8, entries["KEPT"] // 128))}
     unit = student.stride(1) == 1
+    seen = variant(options, unit, labels is not None)
+    need = (0 if seen.SINGLE else SHARP) | (LINEAR if rest == "uniform" or seen.LINEAR else 0)
     vector = math.gcd(16 // student.element_size(), columns, options.padding, student.stride(0)) if unit else 1
     config = layout.piece_config(columns, vector, wide=loss.dtype == torch.float64)
     walk: dict[str, Any] = entries | {
         "ACC": acc_types()[loss.dtype],
-        "LANES": config.lanes,
-        "WIDTH": config.width,
         "VEC": vector,
         "UNIT": unit,
         "NEED": need,
-        "num_warps": config.warps,
-        "maxnreg": config.registers,
+        **layout.options_of(config),
     }
     of_labels = None if labels is None else found.new_empty((2, rows))
     label_strides = (0, 0) if labels is None else labels.stride()
@@ -140,7 +137,7 @@ def plan_topk(given: Rows, rest: str, options: Options, made: tuple[Tensor, Tens
                 smoothing, options.scales[0],
             ),
             few | {
-                "LOSS": NUMBERS[options.loss], "REST": REST_NUMBERS[rest], "SINGLE": seen.single, "CE": ce,
+                "LOSS": NUMBERS[options.loss], "REST": REST_NUMBERS[rest], "SINGLE": seen.SINGLE, "CE": ce,
                 "GRAD": gradient is not None,
             },
         ),

@@ -82,7 +82,6 @@ def plan_uskd(
     norms = student_norm, weak_norm
     hyper, ignore_index, reduction, (need_student, need_weak), (student_scale, weak_scale), *_ = options
     rows, classes = student.shape
-    alpha, beta, mu = hyper.alpha, hyper.beta, hyper.mu
     ce_weight, smoothing = hyper.ce_weight, hyper.label_smoothing
     per_row = reduction == "none"
     label_strides = common.target_strides(target)
@@ -107,15 +106,11 @@ def plan_uskd(
     counts = common.plan_count(launches, target, ignore_index, reduction, need_student or need_weak)
     row_parts = parts if per_row else torch.empty((4, rows), dtype=loss.dtype, device=student.device)
     norm_values = 1.0 / student_scale, 1.0 / weak_scale
-    seen = common.row_options(target, (student, weak), loss.dtype, config, unit)
-    shared = {**seen, "LINEAR": linear, "COUNT": counts.how}
+    shared = common.row_options(target, (student, weak), loss.dtype, config, unit, linear)
     ranking = {"RANK": options.rank, "SQUARE": options.square}
     strides = (*student.stride(), *weak.stride(), *label_strides)
     # A divisor that is known has its power of two in the scale already.
-    half_options = {
-        "HALF_S": halves[0] and counts.how > 0,
-        "HALF_W": halves[1] and counts.how > 0,
-    }
+    half_student, half_weak = (half and counts.how > 0 for half in halves)
     arguments: tuple[Any, ...]
     if isinstance(config, layout.OnChip):
         meta = {
@@ -123,7 +118,8 @@ def plan_uskd(
             **ranking,
             "GRAD_S": need_student,
             "GRAD_W": need_weak,
-            **half_options,
+            "HALF_S": half_student,
+            "HALF_W": half_weak,
             "PER_ROW": per_row,
             "COUNT": counts.how if need_student or need_weak else 0,
             "BY_ROW": by_row,
@@ -131,7 +127,7 @@ def plan_uskd(
         arguments = (
             student, weak, target, batch_sums, *gradients, loss, row_parts, *norms, counts.source, factors,
             rows, classes, *strides, counts.items, ignore_index,
-            alpha, beta, mu, ce_weight, smoothing, *scales, *norm_values,
+            hyper.alpha, hyper.beta, hyper.mu, ce_weight, smoothing, *scales, *norm_values,
         )  # fmt: skip
         launches.append(planned("ranked_on_chip", -(-rows // config.rows), arguments, meta))
     else:
@@ -145,13 +141,13 @@ def plan_uskd(
             **shared,
             **ranking,
             "GRAD_W": need_weak,
-            "HALF_W": half_options["HALF_W"],
+            "HALF_W": half_weak,
             "COUNT": counts.how if need_weak else 0,
         }
         combine = {
             **shared,
             "GRAD_S": need_student,
-            "HALF_S": half_options["HALF_S"],
+            "HALF_S": half_student,
             "PER_ROW": per_row,
             "COUNT": counts.how if need_student else 0,
         }
@@ -160,19 +156,19 @@ def plan_uskd(
             programs, here = -(-(last - first) // config.rows), slice(0, last - first)
             arguments = (
                 student, weak, target, batch_sums, gradients[1], row_parts, counts.source, factors, keys, states,
-                columns, rows, first, last, classes, *strides, counts.items, ignore_index, alpha, mu, ce_weight,
-                smoothing, scales[1],
+                columns, rows, first, last, classes, *strides, counts.items, ignore_index, hyper.alpha, hyper.mu,
+                ce_weight, smoothing, scales[1],
             )  # fmt: skip
             launches.append(planned("write_keys", programs, arguments, write))
             launches.append(Launch("sort_rows", 1, (keys[here], sorted_keys[here], order[here]), {}))
             # The sorted keys have served: their place takes the Zipf weights.
-            zipf_options = {"ACC": seen["ACC"], "BLOCK": ZIPF_BLOCK, "num_warps": 4}
+            zipf_options = {"ACC": shared["ACC"], "BLOCK": ZIPF_BLOCK, "num_warps": 4}
             tiles = (last - first) * -(-classes // ZIPF_BLOCK)
             launches.append(planned("write_zipf", tiles, (order, sorted_keys, classes), zipf_options))
             arguments = (
                 student, target, gradients[0], loss, row_parts, *norms, counts.source, factors, sorted_keys, states,
                 columns, rows, first, last, classes, *student.stride(), *label_strides, counts.items, ignore_index,
-                beta, ce_weight, smoothing, scales[0], *norm_values,
+                hyper.beta, ce_weight, smoothing, scales[0], *norm_values,
             )  # fmt: skip
             launches.append(planned("combine_ranked", programs, arguments, combine))
     if not per_row:

@@ -53,9 +53,9 @@ def plan_zipf_ls(
     row_parts = parts if per_row else torch.empty((2, rows), dtype=loss.dtype, device=student.device)
     unit = common.neighbours(target, (student,))
     config = layout.zipf_config(classes, wide=loss.dtype == torch.float64, neighbours=unit)
-    meta = common.row_options(target, (student,), loss.dtype, config, unit) | {
+    linear = hyper.ce_weight != 0.0 and hyper.label_smoothing != 0.0
+    meta = common.row_options(target, (student,), loss.dtype, config, unit, linear) | {
         "VOTES": tile,
-        "LINEAR": hyper.ce_weight != 0.0 and hyper.label_smoothing != 0.0,
         "GRAD": need_gradient,
         "COUNT": counts.how if need_gradient else 0,
         "HALF": half,
@@ -83,13 +83,11 @@ def _plan_votes(dense: Tensor, target: Tensor, votes: Tensor, ignore_index: int)
     vector = 16 // dense.element_size() if by_class or by_position else 1
     options = {
         "ACC": acc_types()[accumulation_dtype(dense)],
-        "POSITIONS": config.positions,
-        "CLASSES": config.classes,
         "VEC": math.gcd(vector, length, dense.stride(0), across),
         "POSITION_UNIT": by_position,
         "CLASS_UNIT": by_class,
         "PROB": target.is_floating_point(),
-        "num_warps": config.warps,
+        **layout.options_of(config),
         "maxnreg": 255,  # left alone the compiler may spill to reach a rounder occupancy
     }
     arguments = (dense, target, votes, positions, classes, *dense.stride(), target.stride(0), ignore_index)

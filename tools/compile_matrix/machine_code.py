@@ -2,7 +2,7 @@
 machine code.
 
 :func:`compile_launch` needs Triton, no GPU, and a process without TRITON_INTERPRET. :func:`read_cubin` needs cuobjdump,
-which Triton ships. tools/compile_matrix/__main__.py decides which calls to compile, and checks the reports.
+which Triton ships. ``__main__`` decides which calls to compile, and checks the reports.
 """
 
 from __future__ import annotations

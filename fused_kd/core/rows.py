@@ -1,6 +1,6 @@
-"""Rows with sharded classes: what a backend gets of them, and what it returns.
-
-:mod:`fused_kd.backends.staged` and, for a top-k teacher, :mod:`fused_kd.backends.topk` describe the runs.
+"""Rows as the layers pass them on: those of a source (:mod:`fused_kd.sources`), and of rows with sharded classes what a
+backend gets and returns. :mod:`fused_kd.backends.staged` and, for a top-k teacher, :mod:`fused_kd.backends.topk`
+describe the runs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,27 @@ from torch import Tensor
 STAGES = {"moments": 0, "statistics": 1, "sums": 2, "gradient": 3}
 #: Numbers of a row for a top-k teacher besides the logits of its kept classes; csrc/cpu/kernels.h has the same.
 TOPK_FIELDS = 5
+
+
+class SourceRows(NamedTuple):
+    """Logits (N, C); or the hidden states (N, D) of a head, with its ``weight``; or the kept log-probabilities (N, k)
+    of a top-k teacher, with their ``indices`` and the ``rest``."""
+
+    values: Tensor
+    weight: Tensor | None = None  # (C, D)
+    bias: Tensor | None = None  # (C,)
+    logit_scale: float = 1.0
+    softcap: float = 0.0  # 0 for none
+    indices: Tensor | None = None  # (N, k) int64
+    rest: str = ""
+
+
+class Span(NamedTuple):
+    """Which of a row's classes this process has, and the name of their process group ("" for none)."""
+
+    first_class: int
+    num_classes: int
+    group: str = ""
 
 
 class Piece(NamedTuple):
