@@ -138,6 +138,9 @@ def topk_loss(
     # A logsumexp of +inf has a derivative, but its row has no value.
     infinite = (student.detach() == -NEG_INF).any(dim=1, keepdim=True)
     student = student * torch.where(infinite, torch.nan, 1.0).to(dtype)
+    # Relative to the largest, as log_softmax takes them: a logsumexp far from 0 has few digits for the differences.
+    largest = student.detach().amax(dim=1, keepdim=True)
+    student = student - torch.where(largest.isfinite(), largest, 0.0)
     kept = kept._replace(log_probs=counted_logits(kept.log_probs, labels.counted))
     excluded = _marked(kept, columns) | labels.is_target
     few = Rest(

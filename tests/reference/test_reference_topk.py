@@ -228,6 +228,21 @@ def test_rows_that_do_not_count(rest):
     assert each[[0, 1, 4]].isfinite().all() and each[2:4].isnan().all()
 
 
+@pytest.mark.parametrize(("name", "rest"), [(name, rest) for name, rests in LOSSES.items() for rest in rests])
+def test_rows_far_from_zero(name, rest):
+    """A row's logits lie around 1000, where float32 has four decimals: what is computed from them is relative."""
+    student, log_probs, indices, target = map(torch.tensor, make(9, 3, True, rows=6))
+    student, log_probs = (student + 1000).float(), log_probs.float()
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        leaf = student.detach().to(dtype).requires_grad_()
+        hyper = HYPER | {"temperature": 2.0}
+        loss, _ = reference.topk_loss(name, leaf, log_probs.to(dtype), indices, rest, target, hyper, reduction="none")
+        loss.sum().backward()
+        found.append((loss.detach().double(), leaf.grad.double()))
+    torch.testing.assert_close(*found, rtol=2e-6, atol=2e-6)
+
+
 @pytest.mark.parametrize("rest", RESTS)
 def test_no_rows_and_no_targets(rest):
     student, log_probs, indices, target = map(torch.tensor, make(7, 3, False, rows=4))

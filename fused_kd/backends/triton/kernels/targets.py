@@ -112,7 +112,7 @@ def rest_maximum(view, targets, rows, classes, WALK: tl.constexpr, ACC: tl.const
 def rest_sum(view, targets, rows, classes, k, WALK: tl.constexpr, ACC: tl.constexpr):
     """Return (m, z) of one matrix: :func:`rest_maximum`, and the sum of exponentials."""
     m = rest_maximum(view, targets, rows, classes, WALK, ACC)
-    z = tl.zeros(WALK.TILE, ACC)
+    z = tl.full(WALK.TILE, 0.0, ACC)
     for start in range(0, WALK.BLOCK if WALK.HELD else classes, WALK.BLOCK):
         cols, mask = tile_at(start, rows, classes, WALK)
         x = load_tile(view, cols, mask, NEG_INF, WALK.UNIT, ACC)

@@ -11,7 +11,8 @@ SQUARE   p_k^2 in the targets' labels, else p_k
 GRAD_S   the student's gradient is wanted; GRAD_W, the weak logits'
 BY_ROW   batch_sums are those of each row, (3, rows), which every program adds up
 HALF_S   the student's logits are float16: as HALF in :mod:`.on_chip`; HALF_W, the weak logits
-WALK     how rows are walked, a :class:`fused_kd.backends.triton.plans.common.Walk`:
+WALK     how rows are walked, a :class:`fused_kd.backends.triton.plans.common.Walk`. Tiles are made by tl.full, since
+         Triton 3.6 cannot pass the fields on to its own functions, such as tl.zeros:
 
 ROWS     rows of a program
 BLOCK    width of a tile
@@ -101,7 +102,7 @@ def target_probabilities(
     first, second = target_squares(p, targets, SQUARE)
     if WALK.PROB:
         # A NaN among the labels.
-        total = tl.zeros(WALK.TILE, ACC)
+        total = tl.full(WALK.TILE, 0.0, ACC)
         for start in range(0, WALK.BLOCK if WALK.HELD else classes, WALK.BLOCK):
             cols, mask = tile_at(start, inside, classes, WALK)
             total += load_tile(labels, cols, mask, 0.0, WALK.UNIT, ACC)

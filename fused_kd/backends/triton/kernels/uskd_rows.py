@@ -36,7 +36,7 @@ def row_statistics(student, weak, labels, targets, rows, classes, k, WALK: tl.co
     linear = sum w_j - m_w, and with LINEAR linear_s the same of the student. The others are of probabilities V, else 0:
     sum V_j, sum V_j (s_j - m_s) of the classes that can occur, sum V_j of those that cannot, and sum V_j (w_j - m_w).
     """
-    zero = tl.zeros(WALK.TILE, ACC)
+    zero = tl.full(WALK.TILE, 0.0, ACC)
     top_s, top_w = zero + NEG_INF, zero + NEG_INF
     for start in range(0, WALK.BLOCK if WALK.HELD else classes, WALK.BLOCK):
         cols, mask = tile_at(start, rows, classes, WALK)

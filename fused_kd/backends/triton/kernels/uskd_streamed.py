@@ -176,8 +176,8 @@ def combine_ranked(
     m_s, z_s, factor, at_0, at_1, poison = load_fields(states, rows, row, inside, 6)
     view = (student + row * (student_row // VEC * VEC), student_col)
     of_rank = (zipf + local_row * classes, student_col)
-    sums = tl.zeros(WALK.TILE, ACC)
-    cross = tl.zeros(WALK.TILE, ACC)
+    sums = tl.full(WALK.TILE, 0.0, ACC)
+    cross = tl.full(WALK.TILE, 0.0, ACC)
     for start in range(0, WALK.BLOCK if WALK.HELD else classes, WALK.BLOCK):
         cols, mask = tile_at(start, counted, classes, WALK)
         s = load_tile(view, cols, mask, NEG_INF, WALK.UNIT, ACC)

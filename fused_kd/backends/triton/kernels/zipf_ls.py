@@ -149,7 +149,7 @@ def _row_sums(view, labels, targets, rows, classes, k, WALK: tl.constexpr, ACC: 
     s_j - m and of 1 where s_j is not -inf; and of probabilities V, else 0: of V_j, of V_j (s_j - m) where it is not
     -inf, and of V_j where it is."""
     m = rest_maximum(view, targets, rows, classes, WALK, ACC)
-    zero = tl.zeros(WALK.TILE, ACC)
+    zero = tl.full(WALK.TILE, 0.0, ACC)
     z, linear, number, v_rest, v_cross, v_blocked = zero, zero, zero, zero, zero, zero
     for start in range(0, WALK.BLOCK if WALK.HELD else classes, WALK.BLOCK):
         cols, mask = tile_at(start, rows, classes, WALK)
@@ -281,7 +281,8 @@ def zipf_rows(
         best = tl.minimum(best, tl.min(tl.where(takes, rank, last[:, None]), 1))
     best = best.to(ACC)
     z_0, z_log_z_0 = _zipf(last, best, power)
-    more, more_cross, more_entropy = tl.zeros(WALK.COLUMN, ACC), tl.zeros(WALK.COLUMN, ACC), tl.zeros(WALK.COLUMN, ACC)
+    nothing = tl.full(WALK.COLUMN, 0.0, ACC)
+    more, more_cross, more_entropy = nothing, nothing, nothing
     for start in range(0, positions, VOTES):
         rank, takes, d = _load_kept(
             votes, ranks, view, targets, m, row, start, positions, counted, VOTES, WALK.UNIT, ACC
