@@ -64,10 +64,13 @@ struct StreamedRow {
 
     template <class F>
     __device__ __forceinline__ void visit(F&& f) const {
-        for (int base = threadIdx.x * kChunk - before; base < classes; base += blockDim.x * kChunk) {
+        // Copies, because the row may lie in shared memory, which f may write.
+        const RowView student_row = of_type<kType>(student), weak_row = of_type<kType>(weak);
+        const int end = classes;
+        for (int base = threadIdx.x * kChunk - before; base < end; base += blockDim.x * kChunk) {
             A s[kChunk], w[kChunk];
-            load_chunk(of_type<kType>(student), base, classes, s);
-            load_chunk(of_type<kType>(weak), base, classes, w);
+            load_chunk(student_row, base, end, s);
+            load_chunk(weak_row, base, end, w);
             f(base, s, w);
         }
     }
