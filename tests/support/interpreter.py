@@ -29,6 +29,8 @@ def quicken(monkeypatch):
         _remember_block_types(monkeypatch, core)
         _share_shapes(monkeypatch, core)
         _broadcast_quickly(monkeypatch, interpreter.interpreter_semantic)
+        _match_quickly(monkeypatch, interpreter.interpreter_semantic, core)
+        _find_overflow_quickly(monkeypatch, interpreter.interpreter_semantic, core)
 
 
 def _patch_once(monkeypatch, interpreter, language, is_builtin):
@@ -112,3 +114,48 @@ def _broadcast_quickly(monkeypatch, semantic):
         return broadcast(lhs, rhs)
 
     monkeypatch.setattr(semantic, "broadcast_impl_value", broadcast_quickly)
+
+
+def _match_quickly(monkeypatch, semantic, core):
+    """Operands of one ordinary type keep it, and a number takes the type of what is beside it."""
+    match, cast = semantic.binary_op_type_checking_impl, semantic.cast
+    floats = {id(each) for each in (core.float32, core.float64)}
+    integers = {id(each) for each in (core.int1, core.int32, core.int64)}
+    ordinary = floats | integers
+
+    def fits(number, dtype, flags):
+        if id(dtype) in floats:
+            return type(number) in (int, float)
+        return dtype is core.int32 and type(number) is int and -(2**31) <= number < 2**31 and len(flags) < 3
+
+    def match_quickly(lhs, rhs, *flags):
+        if type(lhs) is core.tensor:
+            if type(rhs) is core.tensor:
+                one_type = lhs.dtype is rhs.dtype and id(rhs.dtype) in ordinary
+                if one_type or (lhs.dtype.is_ptr() and id(rhs.dtype) in integers and flags == (True, True)):
+                    return semantic.broadcast_impl_value(lhs, rhs)
+            elif fits(rhs, lhs.dtype, flags):
+                return semantic.broadcast_impl_value(lhs, semantic.scalar_constant(rhs, lhs.dtype))
+        elif type(rhs) is core.tensor and fits(lhs, rhs.dtype, flags):
+            return semantic.broadcast_impl_value(semantic.scalar_constant(lhs, rhs.dtype), rhs)
+        return match(lhs, rhs, *flags)
+
+    def cast_quickly(value, dtype, *rounding):
+        return value if value.dtype is dtype.scalar else cast(value, dtype, *rounding)
+
+    monkeypatch.setattr(semantic, "binary_op_type_checking_impl", match_quickly)
+    monkeypatch.setattr(semantic, "cast", cast_quickly)
+
+
+def _find_overflow_quickly(monkeypatch, semantic, core):
+    """Integers are computed a second time, with six operations of Triton's, to find an overflow."""
+    find, by_name = semantic.binary_op_sanitize_overflow_impl, {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+    def find_quickly(lhs, rhs, operation):
+        if lhs.dtype is rhs.dtype is core.int32 and operation.__name__ in by_name:
+            wide = by_name[operation.__name__](lhs.handle.data, rhs.handle.data, dtype=np.int64)
+            if wide.min(initial=0) >= -(2**31) and wide.max(initial=0) < 2**31:
+                return
+        find(lhs, rhs, operation)
+
+    monkeypatch.setattr(semantic, "binary_op_sanitize_overflow_impl", find_quickly)
