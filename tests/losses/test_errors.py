@@ -52,6 +52,7 @@ REFUSALS = [
     ),
     ((S, T, T.softmax(1).requires_grad_()), {}, ValueError, "target: expected probabilities that do not require grad"),
     ((S, T.to("meta"), Y), {}, ValueError, "teacher_logits: expected the device of student_logits, cpu, got meta"),
+    ((S, T, Y), {"weight": torch.ones(len(Y), device="meta")}, ValueError, "weight: expected the device of student"),
     ((S, T, Y.to("meta")), {}, ValueError, "target: expected the device of student_logits, cpu, got meta"),
     ((S, T, Y), {"temperature": 0.0}, ValueError, "temperature: expected a finite number above 0, got 0.0"),
     ((S, T, Y), {"temperature": float("nan")}, ValueError, "temperature: expected a finite number above 0, got nan"),

@@ -329,6 +329,7 @@ WRONG = [
     ({"bias": torch.randn(3)}, ValueError, r"student_logits.bias: expected shape \(301,\), got \(3,\)"),
     ({"softcap": 0.0}, ValueError, "student_logits.softcap: expected a finite number above 0"),
     ({"logit_scale": -1.0}, ValueError, "student_logits.logit_scale: expected a finite number above 0"),
+    ({"weight": torch.empty(CLASSES, WIDTH, device="meta")}, ValueError, "a Head on one device, got cpu and meta"),
     ({"chunk_rows": 0}, ValueError, "student_logits.chunk_rows: expected at least 1"),
     ({"chunk_rows": 1.0}, TypeError, "student_logits.chunk_rows: expected an int"),
 ]
@@ -350,6 +351,8 @@ def test_messages_of_the_call():
     of_teacher[1].requires_grad_(False)
     with pytest.raises(ValueError, match=r"teacher_logits: expected the shape of student_logits, \(7, 301\)"):
         fused_kd.nkd_loss(head, Head(of_teacher[0], of_teacher[1][:-1]), target)
+    with pytest.raises(ValueError, match="teacher_logits: expected the device of student_logits, cpu, got meta"):
+        fused_kd.nkd_loss(head, Head(*(each.to("meta") for each in of_teacher)), target)
     with pytest.raises(ValueError, match="gamma: expected 0 for DIST of a Head"):
         fused_kd.dist_loss(head, teacher, target)
     with pytest.raises(ValueError, match="class_dim: expected None with a Head"):
@@ -389,3 +392,8 @@ def test_triton(loss):
     found, expected = compare(loss, torch.float32, "triton", {"chunk_rows": 4}, incoming=2.0)
     for each, wanted in zip(found, expected, strict=True):
         assert (each - wanted).norm() <= 2e-5 * wanted.norm()
+
+
+def test_explain_says_that_dists_columns_need_all_rows():
+    (hidden, weight, bias, *_), _ = tensors()
+    assert "only with gamma=0" in str(fused_kd.explain(Head(hidden, weight, bias), "dist"))
