@@ -166,6 +166,8 @@ def test_the_votes_keep_their_layout():
     (student,), (dense,), (target,), _, _ = inputs("zipf_ls")
     with pytest.raises(ValueError, match=r"dense_logits: expected shape \(2, 3, 4, P, 5\) with P at least 1, got "):
         fused_kd.zipf_ls_loss(student, dense.movedim(-1, 1), target, class_dim=1)
+    with pytest.raises(ValueError, match="dense_logits: expected the device of student_logits, cpu, got meta"):
+        fused_kd.zipf_ls_loss(student, dense.to("meta"), target, class_dim=1)
 
 
 @here
