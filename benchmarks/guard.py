@@ -116,9 +116,9 @@ def compare(wanted: dict[tuple[str, str], Expected], measure: Run) -> tuple[list
         line = (
             f"{key[0]} {key[1]}: {significant(before)} committed, {significant(ratio)} now ({ratio / before - 1:+.0%})"
         )
-        alone = key in slower and _measured_of(key) not in agreed
-        lines.append(f"{line}; not against every baseline" if alone else line)
-        if _measured_of(key) in agreed:
+        everywhere = _measured_of(key) in agreed
+        lines.append(f"{line}; not against every baseline" if key in slower and not everywhere else line)
+        if everywhere:
             worse.append(f"{line}, in {wanted[key].file}")
     return lines, worse
 
