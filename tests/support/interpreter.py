@@ -4,6 +4,7 @@ It goes by parts that are private to Triton: each replacement is made only where
 the same.
 """
 
+import dataclasses
 import os
 
 import numpy as np
@@ -23,6 +24,8 @@ def quicken(monkeypatch):
         _patch_once(monkeypatch, interpreter, language, is_builtin)
     if hasattr(interpreter, "ReduceOps") and hasattr(language.standard, "_xor_combine"):
         _reduce_quickly(monkeypatch, interpreter.ReduceOps, language.standard._xor_combine)
+    if hasattr(interpreter.interpreter_builder.options, "sanitize_overflow"):
+        _overlook_overflow(monkeypatch, interpreter.interpreter_builder)
     if hasattr(interpreter, "_get_np_dtype"):
         _remember_dtypes(monkeypatch, interpreter, core)
     if isinstance(getattr(core.block_type(core.int1, [4]), "shape", None), core.tuple):
@@ -30,7 +33,6 @@ def quicken(monkeypatch):
         _share_shapes(monkeypatch, core)
         _broadcast_quickly(monkeypatch, interpreter.interpreter_semantic)
         _match_quickly(monkeypatch, interpreter.interpreter_semantic, core)
-        _find_overflow_quickly(monkeypatch, interpreter.interpreter_semantic, core)
 
 
 def _patch_once(monkeypatch, interpreter, language, is_builtin):
@@ -147,15 +149,8 @@ def _match_quickly(monkeypatch, semantic, core):
     monkeypatch.setattr(semantic, "cast", cast_quickly)
 
 
-def _find_overflow_quickly(monkeypatch, semantic, core):
-    """Integers are computed a second time, with six operations of Triton's, to find an overflow."""
-    find, by_name = semantic.binary_op_sanitize_overflow_impl, {"add": np.add, "sub": np.subtract, "mul": np.multiply}
-
-    def find_quickly(lhs, rhs, operation):
-        if lhs.dtype is rhs.dtype is core.int32 and operation.__name__ in by_name:
-            wide = by_name[operation.__name__](lhs.handle.data, rhs.handle.data, dtype=np.int64)
-            if wide.min(initial=0) >= -(2**31) and wide.max(initial=0) < 2**31:
-                return
-        find(lhs, rhs, operation)
-
-    monkeypatch.setattr(semantic, "binary_op_sanitize_overflow_impl", find_quickly)
+def _overlook_overflow(monkeypatch, builder):
+    """Integers are computed a second time, to assert that they do not overflow; but without `debug` no assertion is
+    executed."""
+    if not builder.options.debug:
+        monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
