@@ -117,7 +117,7 @@ def test_equal_logits_rank_by_class_index(fused, classes, rank):
 
 
 @pytest.mark.parametrize("keys", ("ties", "constant", "zeros", "negative", "crowded", "probabilities", "random"))
-@pytest.mark.parametrize("classes", (2, 3, 15, 16, 17, 64, 65, 100, 1000, 1024, 1025, 4097, 21841))
+@pytest.mark.parametrize("classes", (2, 3, 15, 16, 17, 64, 65, 100, 1000, 1024, 1025, 4097, 21841, 300_000))
 def test_ranking_is_a_stable_descending_sort(native, classes, keys):
     generator = torch.Generator().manual_seed(classes)
     values = torch.randn(3, classes, generator=generator)

@@ -37,14 +37,23 @@ FKD_INLINE WordVec xor_lanes(WordVec x) {
 #endif
 }
 
-// Lane l of the result is lane l + 1 of x; the last lane gets its own complement, which it never equals.
+FKD_INLINE WordVec lane_numbers() {
+    WordVec numbers;
+    for (int l = 0; l < kWordLanes; ++l)
+        numbers[l] = uint32_t(l);
+    return numbers;
+}
+
+// Lane l of the result is lane l + 1 of x; the last lane gets any.
 FKD_INLINE WordVec next_lane(WordVec x) {
-    uint32_t lanes[kWordLanes + 1];
-    __builtin_memcpy(lanes, &x, sizeof x);
-    lanes[kWordLanes] = ~lanes[kWordLanes - 1];
-    WordVec out;
-    __builtin_memcpy(&out, lanes + 1, sizeof out);
+#if defined(__clang__)
+    WordVec out = x;
+    for (int l = 0; l + 1 < kWordLanes; ++l)
+        out[l] = x[l + 1];
     return out;
+#else
+    return __builtin_shuffle(x, lane_numbers() + 1);
+#endif
 }
 
 FKD_INLINE void order_pair(WordVec& a, WordVec& b) {
