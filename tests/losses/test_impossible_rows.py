@@ -68,11 +68,16 @@ def run(loss, backend, logits, others, target, **options):
     return value, *(torch.where(value.isnan(), value, part) for part in parts), *(leaf.grad for leaf in leaves)
 
 
+def tolerances(backend, options):
+    """Triton's interpreter takes seconds, and an option does nothing with the dtype."""
+    return {torch.float64: TOLERANCE[torch.float64]} if backend == "triton" and options else TOLERANCE
+
+
 def compare(loss, backend, logits, others, target, device="cpu", **options):
     expected = run(loss, "reference", logits, others, target, **options)
     for gradient, given in zip(expected[-len(logits) :], logits, strict=True):
         assert not gradient[given == -INF].any()
-    for dtype, tolerance in TOLERANCE.items():
+    for dtype, tolerance in tolerances(backend, options).items():
         given = [[each.to(device, dtype) for each in several] for several in (logits, others)]
         aim = target.to(device, dtype if target.is_floating_point() else target.dtype)
         found = run(loss, backend, *given, aim, **options)
@@ -164,7 +169,7 @@ def test_kept_classes(name, loss, rest, classes):
 
         expected = each("reference", torch.float64)
         assert not expected[-1][student == -INF].any()
-        for dtype, tolerance in TOLERANCE.items():
+        for dtype, tolerance in tolerances(name, options).items():
             for ours, exact in zip(each(name, dtype), expected, strict=True):
                 torch.testing.assert_close(ours.double(), exact, rtol=tolerance, atol=tolerance, equal_nan=True)
 

@@ -89,10 +89,13 @@ def pieces_of(problem):
 
 def run(kernels, problem):
     """Parts and gradient of the pieces, and of the whole rows."""
+    parts, gradients = staged.run(kernels, pieces_of(problem), problem.options, problem.factors)
+    return (parts, torch.cat(gradients, 1)), run_whole(kernels, problem)
+
+
+def run_whole(kernels, problem):
     student, teacher, target, factors, options, _ = problem
-    parts, gradients = staged.run(kernels, pieces_of(problem), options, factors)
-    _, whole_parts, whole_gradient, _ = kernels.row_loss(student, teacher, target, factors, None, options)
-    return (parts, torch.cat(gradients, 1)), (whole_parts, whole_gradient)
+    return kernels.row_loss(student, teacher, target, factors, None, options)[1:3]
 
 
 def assert_same(kernels, problem, tolerance=1e-9):
@@ -104,7 +107,7 @@ def assert_same(kernels, problem, tolerance=1e-9):
 def assert_within_the_whole_rows_error(kernels, problem, dtype):
     """In a narrower dtype, against whole rows in float64: as near as whole rows in that dtype, and a few units."""
     narrow = problem.to(dtype)
-    exact = [each.double() for each in run(kernels, narrow.to(torch.float64))[1]]
+    exact = [each.double() for each in run_whole(kernels, narrow.to(torch.float64))]
     found, whole = run(kernels, narrow)
     slack = check._SLACK_ULPS[torch.float32] * torch.finfo(torch.float32).eps + 2 * torch.finfo(dtype).eps
     for ours, theirs, right in zip(found, whole, exact, strict=True):

@@ -28,8 +28,9 @@ from tools.compile_matrix.rules import problems
 ROOT = Path(__file__).parents[2]
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 needs_nvcc = pytest.mark.skipif(compiling.nvcc() is None or find_spec("triton") is None, reason="there is no nvcc")
+ALL = pytest.param("1/1", marks=pytest.mark.slow)
 #: Every second kernel of the selection, and all of it.
-parts = pytest.mark.parametrize("part", ("1/2", pytest.param("1/1", marks=pytest.mark.slow)))
+parts = pytest.mark.parametrize("part", ("1/2", ALL))
 
 
 def compile_kernels(folder, *arguments):
@@ -56,7 +57,7 @@ def test_selection(tmp_path, part):
 
 
 @needs_triton
-@parts
+@pytest.mark.parametrize("part", ("1/5", ALL))
 def test_selection_of_further_losses(tmp_path, part):
     rows = compile_kernels(tmp_path, "--loss", "rows", "--arch", "90", "--no-cuda", "--part", part)
     assert {"rows_on_chip", "rows_looped"} <= {row["kernel"] for row in rows}

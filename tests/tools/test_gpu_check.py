@@ -216,7 +216,7 @@ def test_seven(k): assert not lost
 
 def test_what_is_known_survives_the_end_of_the_time(tmp_path):
     (tmp_path / "test_wait.py").write_text(TESTS + "def test_five(): time.sleep(60)\ndef test_six(): pass")
-    late = tests.run([str(tmp_path)], 1, 20.0, "")
+    late = tests.run([str(tmp_path)], 1, 10.0, "")
     assert (late["passed"], late["failed"], late["skipped"]) == (1, 2, 1)
     assert late["unfinished"] == ["out of time", "test_wait.py::test_five: not ended", "1 tests: not begun"]
     none = tests.run([str(tmp_path)], 1, 0.0, "")

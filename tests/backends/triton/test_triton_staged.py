@@ -18,7 +18,7 @@ pytestmark = [
 ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(staged_cases.problems(most=80))
 def test_pieces_are_the_row(problem):
     staged_cases.assert_same(backend, staged_cases.without_columns(problem))
