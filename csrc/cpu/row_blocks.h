@@ -15,6 +15,11 @@ constexpr bool is_general(Mode mode) {
     return mode == kGeneral || mode == kAlone || mode == kPointwise;
 }
 
+// Equal terms, of which logits far from 0 in half precision have many, all round in the same direction. So a lane adds
+// this many terms, and then their sum to those before.
+template <class A>
+constexpr int64_t kChunk = 32 * kLanes<A>;
+
 // Statistics of a part of a row (a block or a piece), without the target. Sums are relative to the part's own maxima,
 // exponents in natural units of the soft scale. merge() combines parts. Triton's statistics have the same names.
 struct Statistics {
@@ -210,7 +215,7 @@ FKD_INLINE void block_stats(const Block<A>& block, int64_t n, int64_t y, const S
     Vec<A> s_soft = zero, s_sharp = zero, t_soft = zero, t_sharp = zero, cross = zero, blocked = zero;
     Vec<A> s_raw = zero, linear = zero, v_sum = zero, v_cross = zero, v_blocked = zero, v_cross_t = zero;
     Vec<A> w_soft = zero, w_sharp = zero, w_teacher = zero;
-    for_lanes<A>(n, Without<1>{{y}}, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
+    const auto add = [&](auto lanes, int64_t j) __attribute__((always_inline)) {
         // Load the next block from memory while this one is computed. After the row's end comes the next row.
         __builtin_prefetch(s + j + kBlock<A>);
         if constexpr (!alone) __builtin_prefetch(t + j + kBlock<A>);
@@ -266,7 +271,29 @@ FKD_INLINE void block_stats(const Block<A>& block, int64_t n, int64_t y, const S
                 }
             }
         }
-    });
+    };
+    const auto for_sums = [&](auto f) __attribute__((always_inline)) {
+        f(s_soft), f(t_soft), f(cross);
+        if constexpr (!single) f(s_sharp), f(t_sharp);
+        if constexpr (careful) f(blocked);
+        if constexpr (general) {
+            f(s_raw), f(linear), f(v_sum), f(v_cross), f(v_blocked), f(v_cross_t);
+            f(w_soft), f(w_sharp), f(w_teacher);
+        }
+    };
+    Vec<A> totals[15] = {};
+    for (int64_t start = 0; start < n; start += kChunk<A>) {
+        const int64_t length = n - start < kChunk<A> ? n - start : kChunk<A>;
+        for_lanes<A>(length, Without<1>{{y - start}},
+                     [&](auto lanes, int64_t j) __attribute__((always_inline)) { add(lanes, start + j); });
+        int i = 0;
+        for_sums([&](Vec<A>& sum) __attribute__((always_inline)) {
+            totals[i++] += sum;
+            sum = zero;
+        });
+    }
+    int i = 0;
+    for_sums([&](Vec<A>& sum) __attribute__((always_inline)) { sum = totals[i++]; });
     const A s_reach = A(s_largest * k.soft_s), t_reach = A(t_largest * k.soft_t), limit = A(kLargestShift);
     const bool in_reach = s_reach < limit && s_reach > -limit && (alone || (t_reach < limit && t_reach > -limit));
     out.s_soft = careful || in_reach ? sum_lanes<A>(s_soft) : A(NAN); // makes row_pass process the row again

@@ -9,6 +9,7 @@ import torch
 
 import fused_kd
 from fused_kd import check
+from fused_kd.core.catalogue import ROW_LOSSES
 
 
 def test_every_instruction_set_is_within_budget(native):
@@ -22,6 +23,17 @@ def test_every_instruction_set_is_within_budget(native):
         for dtype in check.DTYPES:  # several blocks in a row, with a last one that is partly filled
             outcome = check.compare("native", check.Case(dtype, 3, 5000, {"temperature": 2.0, "ce_weight": 1.0}))
             assert outcome.passed, (name, dtype, outcome)
+
+
+@pytest.mark.parametrize("loss", ROW_LOSSES)
+def test_long_rows_of_few_different_logits(native, loss):
+    """Far from 0 the logits of half precision are multiples of 4: sums of equal terms, which round in one direction."""
+    for name in native.instruction_sets():
+        native.instruction_set = name
+        for classes in (500, 1000, 3000, 4000, 8000):
+            case = check.Case(torch.bfloat16, 7, classes, check.OPTIONS[loss][0], offset=1000.0, loss=loss)
+            outcome = check.compare("native", case)
+            assert outcome.passed, (name, case, outcome)
 
 
 @pytest.mark.parametrize("size", [*range(2, 40), 63, 64, 65, 127, 128, 129, 255, 256, 257, 2047, 2048, 2049, 4097])
