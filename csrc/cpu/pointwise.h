@@ -134,6 +134,7 @@ struct PointwiseGradient {
 
     template <class Lanes>
     FKD_INLINE Vec<A> operator()(int64_t j, Lanes lanes) const {
+        static_assert(Policy::kKept || !Policy::kLogRatio, "only the sums have log(q / p) of each class");
         if constexpr (Policy::kKept)
             return (load(block.e_t + j, lanes) - load(block.e_s + j, lanes) * block.by_s * mean[0]) * by[0];
         const Probabilities<A> x = block.at(j, lanes);
