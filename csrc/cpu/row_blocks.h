@@ -284,7 +284,7 @@ FKD_INLINE void block_stats(const Block<A>& block, int64_t n, int64_t y, const S
     Vec<A> totals[15] = {};
     for (int64_t start = 0; start < n; start += kChunk<A>) {
         const int64_t length = n - start < kChunk<A> ? n - start : kChunk<A>;
-        for_lanes<A>(length, Without<1>{{y - start}},
+        for_lanes<A>(length, Without<1>{{y}}.from(start),
                      [&](auto lanes, int64_t j) __attribute__((always_inline)) { add(lanes, start + j); });
         int i = 0;
         for_sums([&](Vec<A>& sum) __attribute__((always_inline)) {

@@ -177,7 +177,15 @@ def test_sources(fused, dtype):
         assert not gradient[:, 40:].any()
 
 
-@pytest.mark.parametrize("reduction, dynamic", (("mean", False), ("none", True)))
+@pytest.mark.parametrize(
+    "reduction, dynamic",
+    [
+        ("mean", False),
+        ("none", True),
+        pytest.param("none", False, marks=pytest.mark.slow),
+        pytest.param("mean", True, marks=pytest.mark.slow),
+    ],
+)
 @rows
 def test_compiled(place, reduction, dynamic):
     loss, name, device = place

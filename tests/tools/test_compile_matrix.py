@@ -57,7 +57,7 @@ def test_selection(tmp_path, part):
 
 
 @needs_triton
-@pytest.mark.parametrize("part", ("1/5", ALL))
+@pytest.mark.parametrize("part", ("1/5", ALL))  # of more kernels
 def test_selection_of_further_losses(tmp_path, part):
     rows = compile_kernels(tmp_path, "--loss", "rows", "--arch", "90", "--no-cuda", "--part", part)
     assert {"rows_on_chip", "rows_looped"} <= {row["kernel"] for row in rows}
