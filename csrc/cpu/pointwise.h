@@ -199,12 +199,13 @@ struct PointwiseRow {
     }
     template <class F>
     FKD_INLINE void with_policy(F f) const {
-        if (params->number >> kKindShift == kDist)
-            f(Dist<A>{row_means[0], row_means[1]});
-        else if (params->beta == 1)
-            f(Js<A, true>(*params));
-        else
-            f(Js<A, false>(*params));
+        switch (params->number >> kKindShift) {
+        case kDist:
+            return f(Dist<A>{row_means[0], row_means[1]});
+        case kJs:
+            return params->beta == 1 ? f(Js<A, true>(*params)) : f(Js<A, false>(*params));
+        }
+        __builtin_trap(); // a pointwise loss in the catalogue that has no policy
     }
     void refine(const PointwiseBlock<A>& here, int64_t n) const {
         softmax_piece(here.s, n, origins[0], scratch->p + here.start, kBlock<A>);

@@ -10,7 +10,7 @@ from torch import Tensor
 from fused_kd import backends
 from fused_kd.backends import topk
 from fused_kd.core import checks
-from fused_kd.core.catalogue import LOSSES
+from fused_kd.core.catalogue import LOSSES, as_run
 from fused_kd.core.rows import SourceRows
 from fused_kd.core.stored import counted_rows
 from fused_kd.core.transforms import readable
@@ -51,10 +51,12 @@ def kernel_or_reference(
         RuntimeError: The requested backend has no kernel for it.
     """
     asked, chosen = backend
-    check_rest(name, rest, numbers.get("beta", 0.0))
-    if rest in topk.DENSE or not shared_labels:
+    beta = numbers.get("beta", 0.0)
+    check_rest(name, rest, beta)
+    if rest in topk.DENSE or (topk.is_fused(as_run(name, beta), rest) and not shared_labels):
         return chosen
-    what = f"{LOSSES[name].title} with a TopK of rest={rest!r} and probability targets of sharded classes"
+    labels = " and probability targets of sharded classes" if shared_labels else ""
+    what = f"{LOSSES[name].title} with a TopK of rest={rest!r}{labels}"
     if asked != "auto":
         raise RuntimeError(f"backend {asked!r} cannot run {what}: no kernel supports that; use backend='reference'")
     backends.warn_of_reference(what, "since no kernel supports that", what)

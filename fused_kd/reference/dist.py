@@ -21,7 +21,7 @@ class DISTParts(NamedTuple):
 def dist_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    target: Tensor | None,
+    target: Tensor | None = None,
     *,
     beta: float = 1.0,
     gamma: float = 1.0,

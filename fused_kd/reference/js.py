@@ -21,7 +21,7 @@ from fused_kd.reference.rows import (
 def js_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    target: Tensor | None,
+    target: Tensor | None = None,
     *,
     beta: float = 0.5,
     temperature: float = 1.0,

@@ -10,7 +10,7 @@ from fused_kd.reference.rows import DistillationParts, check_target, divergence,
 def kd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    target: Tensor | None,
+    target: Tensor | None = None,
     *,
     temperature: float = 4.0,
     ce_weight: float = 0.0,

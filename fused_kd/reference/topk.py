@@ -24,11 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_kd.reference.dist import DISTParts, dist_loss
-from fused_kd.reference.dkd import dkd_loss
-from fused_kd.reference.js import jensen_shannon, js_loss
-from fused_kd.reference.kd import kd_loss
-from fused_kd.reference.nkd import nkd_loss
+from fused_kd.reference.js import jensen_shannon
 from fused_kd.reference.rows import (
     NEG_INF,
     DistillationParts,
@@ -44,20 +40,11 @@ from fused_kd.reference.rows import (
     find_labels,
     times_log,
 )
-from fused_kd.reference.wsld import wsld_loss
 
 RESTS = ("drop", "renormalize", "bucket", "uniform")
 
-#: The losses with a teacher.
-_DENSE: dict[str, Callable[..., Any]] = {
-    "kd": kd_loss,
-    "nkd": nkd_loss,
-    "dkd": dkd_loss,
-    "wsld": wsld_loss,
-    "js": js_loss,
-    "dist": dist_loss,
-}
-_PARTS: dict[str, Any] = {"nkd": LossParts, "dkd": LossParts, "dist": DISTParts}
+#: The losses that :func:`row_parts` defines on the kept classes alone, and the values of ``rest`` that need it.
+_ON_KEPT, _OF_KEPT = ("nkd", "kd", "dkd", "wsld", "js"), ("drop", "bucket")
 
 
 class Kept(NamedTuple):
@@ -81,19 +68,30 @@ class Rest(NamedTuple):
     number: Tensor  # number of these classes
 
 
+def _of_all_classes(name: str) -> tuple[Callable[..., Any], Mapping[str, inspect.Parameter]]:
+    """Return the loss with logits of all classes from the teacher, and its parameters by name."""
+    from fused_kd import reference
+
+    loss = getattr(reference, f"{name}_loss", None)
+    parameters: Mapping[str, inspect.Parameter] = {} if loss is None else inspect.signature(loss).parameters
+    if loss is None or "teacher_logits" not in parameters:
+        raise ValueError(f"loss: {name!r} has no teacher, so it takes no TopK")
+    return loss, parameters
+
+
 def check_rest(name: str, rest: str, beta: float) -> None:
     """Raise if a loss has no meaning with this ``rest``."""
     if rest not in RESTS:
         raise ValueError(f"rest: expected one of {', '.join(map(repr, RESTS))}, got {rest!r}")
-    if name not in _DENSE:
-        raise ValueError(f"loss: {name!r} has no teacher, so it takes no TopK")
+    _of_all_classes(name)
     if name == "js" and beta == 1.0 and rest == "renormalize":
         raise ValueError(
             "beta: at 1 the Jensen–Shannon divergence is KL(p ‖ q), which is infinite where the teacher has no "
             "probability, as outside the kept classes with rest='renormalize'; take rest='bucket' or 'uniform'"
         )
-    if (name == "js" and beta != 0.0 and rest == "drop") or (name == "dist" and rest in ("drop", "bucket")):
-        others = "'renormalize' or 'uniform'" if name == "dist" else "'renormalize', 'bucket' or 'uniform'"
+    on_kept = name in _ON_KEPT
+    if (name == "js" and beta != 0.0 and rest == "drop") or (rest in _OF_KEPT and not on_kept):
+        others = "'renormalize', 'bucket' or 'uniform'" if on_kept else "'renormalize' or 'uniform'"
         raise NotImplementedError(
             f"rest: {rest!r} is not defined for {name}_loss, which compares two distributions over the same classes; "
             f"take rest={others}"
@@ -118,9 +116,10 @@ def topk_loss(
     ``hyper`` has hyper-parameters by name. Missing ones get the loss's defaults, and unknown ones are ignored. Returns
     the loss and its parts.
     """
-    named = _hyper_parameters(name, hyper)
+    loss_of_all, parameters = _of_all_classes(name)
+    named = _hyper_parameters(parameters, hyper)
     check_rest(name, rest, named.get("beta", 0.0))
-    if name in ("kd", "js", "dist"):
+    if parameters["target"].default is None:
         check_target(target, named["ce_weight"])
     elif target is None:
         raise ValueError(f"target: {name}_loss needs a class for each row, got None")
@@ -130,10 +129,10 @@ def topk_loss(
     labels = find_labels(given, columns, -1 if target is None else ignore_index, dtype, most=1, weight=weight)
     kept = find_kept(log_probs.detach().to(dtype), indices, labels.columns, columns)
     labels = labels._replace(valid=labels.valid * kept.valid)
-    if rest in ("renormalize", "uniform"):
+    if rest not in _OF_KEPT:
         teacher = dense_teacher(kept, rest, columns) * kept.valid.unsqueeze(1)
         given_on = {"ignore_index": ignore_index, "reduction": reduction, "weight": weight}
-        return _DENSE[name](student_logits.to(dtype), teacher, target, **named, **given_on)  # type: ignore[no-any-return]
+        return loss_of_all(student_logits.to(dtype), teacher, target, **named, **given_on)  # type: ignore[no-any-return]
     student = counted_logits(drop_impossible(student_logits.to(dtype)), labels.counted)
     # A logsumexp of +inf has a derivative, but its row has no value.
     infinite = (student.detach() == -NEG_INF).any(dim=1, keepdim=True)
@@ -154,18 +153,16 @@ def topk_loss(
     each = row_parts(name, student.gather(1, kept.columns), s_target, few, kept, rest, named, columns, u)
     each.append(cross_entropy(log_p, labels, named["ce_weight"], named["label_smoothing"]))
     loss, reduced = combine(each, labels, reduction)
-    return loss, _PARTS.get(name, DistillationParts)(*reduced)
+    return loss, (LossParts if len(reduced) == 3 else DistillationParts)(*reduced)
 
 
-def _hyper_parameters(name: str, hyper: Mapping[str, float]) -> dict[str, float]:
-    if name not in _DENSE:
-        return dict(hyper)
+def _hyper_parameters(parameters: Mapping[str, inspect.Parameter], hyper: Mapping[str, float]) -> dict[str, float]:
     if hyper.get("logit_standardization"):
         raise ValueError(
             "logit_standardization: z-scores need all of the teacher's logits, and only some were kept; leave it False"
         )
     own = {}
-    for parameter in inspect.signature(_DENSE[name]).parameters.values():
+    for parameter in parameters.values():
         if isinstance(parameter.default, float):
             own[parameter.name] = hyper.get(parameter.name, parameter.default)
     return own

@@ -1,6 +1,7 @@
 """A top-k teacher, through the public functions; what its losses are is tested with the
 reference and the backends."""
 
+import dataclasses
 import warnings
 
 import pytest
@@ -180,6 +181,19 @@ def test_what_has_no_kernel_says_so_once():
     assert len(seen) == 1 and seen[0].filename == __file__
     with pytest.raises(RuntimeError, match="backend 'native' cannot run NKD with a TopK of rest='bucket'"):
         kernel_or_reference("nkd", "bucket", {}, ("native", "native"), True)
+
+
+@pytest.mark.parametrize("rest", ["drop", "bucket"])
+def test_a_loss_without_a_kernel_of_kept_classes_runs_through_the_reference(rest, monkeypatch):
+    hidden, weight, _, kept, target = make(torch.float32)
+    student, teacher = hidden @ weight.T, TopK(*kept, rest=rest)
+    expected = fused_kd.kd_loss(student, teacher, target, backend="reference")
+    monkeypatch.setitem(ROW_LOSSES, "kd", dataclasses.replace(ROW_LOSSES["kd"], rests=("renormalize",)))
+    _warned.clear()
+    with pytest.warns(RuntimeWarning, match=f"KD with a TopK of rest='{rest}' with the eager reference"):
+        assert torch.equal(fused_kd.kd_loss(student, teacher, target), expected)
+    with pytest.raises(RuntimeError, match=f"cannot run KD with a TopK of rest='{rest}': no kernel"):
+        fused_kd.kd_loss(student, teacher, target, backend="native")
 
 
 def test_compiled_in_one_graph():

@@ -44,7 +44,7 @@ def test_a_target_of_none_is_no_class_elsewhere(call):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("student", [STUDENT, HEAD], ids=["logits", "head"])
-@pytest.mark.parametrize("loss", ["nkd", "kd", "dkd", "wsld", "js", "dist"])
+@pytest.mark.parametrize("loss", [name for name, loss in ROW_LOSSES.items() if "teacher" in loss.needs])
 def test_a_student_is_not_its_own_teacher(loss, student, backend):
     options = {"gamma": 0.0} if loss == "dist" else {}
     with pytest.raises(TypeError, match=r"teacher_logits: expected a Tensor.*got NoneType"):
@@ -66,7 +66,7 @@ def test_the_catalogue_names_the_sources_that_a_loss_takes(loss):
 
 
 def test_losses_without_labels_still_do_without():
-    assert {"kd", "js", "dist"} == WITHOUT_LABELS
+    assert {"kd", "js", "dist"} <= WITHOUT_LABELS
     for loss in WITHOUT_LABELS:
         function, zeros = getattr(fused_kd, f"{loss}_loss"), torch.zeros(6, dtype=torch.int64)
         assert torch.equal(function(STUDENT, OTHER), function(STUDENT, OTHER, zeros))

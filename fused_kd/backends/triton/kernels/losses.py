@@ -74,8 +74,15 @@ def _cross_entropy(stats, s_y, v_y, z, weights, classes, VARIANT: tl.constexpr):
 
 
 @triton.jit
-def _nkd(stats, s_y, t_y, z_sharp, z_tsharp, weights, scales):
+def _if_several(weight, classes):
+    """Return the weight of a term of the non-target classes: 0 for two classes, where only one is not the target."""
+    return tl.where(classes == 2, 0.0, weight)
+
+
+@triton.jit
+def _nkd(stats, s_y, t_y, z_sharp, z_tsharp, weights, scales, classes):
     gamma, _second, temperature, _ce_weight, _smoothing = weights
+    gamma = _if_several(gamma, classes)
     z_s, z_t, dot = stats.s_soft, stats.t_soft, stats.cross
     _p_y, p_rest, p_factor, _log_z, nll = join_target(s_y, stats.s_max, z_sharp, scales.sharp_s)
     q_y, _q_rest, _q_factor, _log_q, _nll_q = join_target(t_y, stats.t_max, z_tsharp, scales.sharp_t)
@@ -106,14 +113,14 @@ def _both_soft(stats, s_y, t_y, scales):
 
 
 @triton.jit
-def _decoupled(stats, s_y, t_y, weights, scales, WHOLE: tl.constexpr):
-    """DKD, or with WHOLE KD: alpha = 1 and beta = 1 - q_y. ``second`` is 0 for two classes: the rest is one class."""
+def _decoupled(stats, s_y, t_y, weights, scales, classes, WHOLE: tl.constexpr):
+    """DKD, or with WHOLE KD: alpha = 1 and beta = 1 - q_y."""
     first, second, temperature, _ce_weight, _smoothing = weights
     z_s, z_t, dot = stats.s_soft, stats.t_soft, stats.cross
     _p, _r, _factor, q_y, q_rest, _q, difference, log_target, log_rest = _both_soft(stats, s_y, t_y, scales)
     alpha = tl.full(q_y.shape, 1.0, q_y.dtype) if WHOLE else tl.zeros_like(q_y) + first
     asked = tl.where(z_t == 0.0, 0.0, 1.0).to(z_t.dtype)
-    beta = second * (q_rest if WHOLE else 1.0) * asked
+    beta = _if_several(q_rest if WHOLE else second, classes) * asked
     binary = q_y * log_target + q_rest * log_rest
     safe_s = tl.where(z_s == 0.0, 1.0, z_s)
     safe_t = tl.where(z_t == 0.0, 1.0, z_t)
@@ -166,11 +173,11 @@ def coefficients(stats, sums, column, own, s_y, t_y, v_y, weights, scales, momen
     if own is not None:
         raw, v_weight, constant, at_ce = raw * own, v_weight * own, constant * own, at_ce * own
     if VARIANT.LOSS == NKD:
-        one, two, soft, sharp, teacher, at_y = _nkd(stats, s_y, t_y, z_sharp, z_tsharp, weights, scales)
+        one, two, soft, sharp, teacher, at_y = _nkd(stats, s_y, t_y, z_sharp, z_tsharp, weights, scales, classes)
     elif VARIANT.LOSS == KD:
-        one, two, soft, sharp, teacher, at_y = _decoupled(stats, s_y, t_y, weights, scales, True)
+        one, two, soft, sharp, teacher, at_y = _decoupled(stats, s_y, t_y, weights, scales, classes, True)
     elif VARIANT.LOSS == DKD:
-        one, two, soft, sharp, teacher, at_y = _decoupled(stats, s_y, t_y, weights, scales, False)
+        one, two, soft, sharp, teacher, at_y = _decoupled(stats, s_y, t_y, weights, scales, classes, False)
     elif VARIANT.LOSS == WSLD:
         one, two, soft, sharp, teacher, at_y = _wsld(stats, s_y, t_y, v_y, z_sharp, z_tsharp, weights, scales, VARIANT)
     elif VARIANT.LOSS == TF_KD:

@@ -43,11 +43,6 @@ def kernel_weights(loss_name: str, hyper: HyperParameters, classes: int) -> tupl
         log_others = -(max(gap, 0.0) + math.log(math.exp(gap - max(gap, 0.0)) + rest * math.exp(-max(gap, 0.0))))
         others, own = math.exp(log_others), math.exp(log_others + gap)
         return others, own, rest * others * log_others + own * (log_others + gap), ce_weight, smoothing
-    if loss_name == "kd":
-        second = 1.0
-    if classes == 2 and loss_name in ("nkd", "kd", "dkd", "wsld"):
-        # Only one class is not the target: its term and gradient are 0.
-        first, second = (0.0 if loss_name == "nkd" else first), 0.0
     return first, second, temperature, ce_weight, smoothing
 
 
