@@ -4,6 +4,7 @@ backends with float64 in a minute or two. ``losses`` lists the losses."""
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import sys
 import textwrap
@@ -169,4 +170,10 @@ def run_check(devices: list[str], only: list[str] | None, quick: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
+        status = 1
+    sys.exit(status)

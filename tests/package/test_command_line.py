@@ -91,3 +91,12 @@ def test_bad_command_is_refused(capsys):
         __main__.main(["explode"])
     assert stopped.value.code == 2
     assert "invalid choice" in capsys.readouterr().err
+
+
+def test_a_reader_may_leave():
+    command = subprocess.Popen(
+        [sys.executable, "-m", "fused_kd", "losses"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    command.stdout.close()
+    assert command.stderr.read() == ""
+    assert command.wait() == 1
