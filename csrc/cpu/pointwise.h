@@ -93,7 +93,7 @@ FKD_NOINLINE void pointwise_sums(const Policy& given, const PointwiseBlock<A>& o
     for_lanes<A>(n, Without<1>{{y}}, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
         const Probabilities<A> x = block.at(j, lanes);
         const Vec<A> p = keep(lanes, x.p, zero);
-        Vec<A> terms[3], own[2];
+        Vec<A> terms[3] = {}, own[2] = {};
         policy.terms(x, terms, own);
         if constexpr (Policy::kKept) store(block.e_t + j, terms[0], lanes);
         for (int k = 0; k < 3; ++k)
@@ -138,7 +138,7 @@ struct PointwiseGradient {
         if constexpr (Policy::kKept)
             return (load(block.e_t + j, lanes) - load(block.e_s + j, lanes) * block.by_s * mean[0]) * by[0];
         const Probabilities<A> x = block.at(j, lanes);
-        Vec<A> unused[3], slopes[2];
+        Vec<A> unused[3] = {}, slopes[2] = {};
         policy.terms(x, unused, slopes);
         Vec<A> h = mul_add<A>(slopes[0] - mean[0], by[0], (slopes[1] - mean[1]) * by[1]);
         if (columns.mean_p) h = mul_add<A>(columns.at(block.start + j, x, lanes) - mean[2], by[2], h);
@@ -197,32 +197,21 @@ struct PointwiseRow {
         if (fine) out.by_s = out.by_t = 1;
         return out;
     }
-    template <class F>
-    FKD_INLINE void with_policy(F f) const {
-        switch (params->number >> kKindShift) {
-        case kDist:
-            return f(Dist<A>{row_means[0], row_means[1]});
-        case kJs:
-            return params->beta == 1 ? f(Js<A, true>(*params)) : f(Js<A, false>(*params));
-        }
-        __builtin_trap(); // a pointwise loss in the catalogue that has no policy
-    }
     void refine(const PointwiseBlock<A>& here, int64_t n) const {
         softmax_piece(here.s, n, origins[0], scratch->p + here.start, kBlock<A>);
         softmax_piece(here.t, n, origins[1], here.e_t, kBlock<A>);
     }
     // The target's terms, in double precision if the policy has it: in short rows the target is much of the loss.
     void find_target() {
-        with_policy([&](const auto& policy) { of_target(policy); });
+        with_policy<double>(*params, row_means, [&](const auto& policy) { of_target(policy); });
     }
     template <class Policy>
     void of_target(const Policy& policy) {
-        typedef typename Policy::OfTarget Wide;
-        typedef typename Wide::Number N;
+        typedef typename Policy::Number N;
         const Vec<N> log_ratio = splat(N(q.log_p[0] - p.log_p[0]));
-        Vec<N> terms[3], own[2];
+        Vec<N> terms[3] = {}, own[2] = {};
         const Probabilities<N> x = {splat(N(p.p[0])), splat(N(q.p[0])), log_ratio, smaller_ratio<N>(log_ratio)};
-        Wide(policy, *params).terms(x, terms, own);
+        policy.terms(x, terms, own);
         for (int k = 0; k < 3; ++k)
             target_terms[k] = terms[k][0];
         for (int k = 0; k < 2; ++k)
@@ -261,7 +250,7 @@ struct PointwiseRow {
     }
     PointwiseSums block_sums(const RowMoments* moments, bool anew) const {
         PointwiseSums out = {};
-        with_policy([&](const auto& policy) {
+        with_policy<A>(*params, row_means, [&](const auto& policy) {
             for (int64_t i = 0; i < count; ++i) {
                 const PointwiseBlock<A> here = block(i);
                 const int64_t n = block_length<A>(args->classes, here.start);
@@ -293,7 +282,7 @@ struct PointwiseRow {
     template <class F>
     void with_gradient(int64_t i, const double (&by)[3], bool with_logits, F combine) const {
         const PointwiseBlock<A> here = block(i, with_logits, false);
-        with_policy([&](const auto& policy) { combine(here.s, gradient(policy, here, by)); });
+        with_policy<A>(*params, row_means, [&](const auto& policy) { combine(here.s, gradient(policy, here, by)); });
     }
     template <class Policy>
     PointwiseGradient<A, Policy> gradient(const Policy& policy, const PointwiseBlock<A>& here,

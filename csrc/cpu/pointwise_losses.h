@@ -22,19 +22,15 @@ FKD_INLINE Vec<A> smaller_ratio(Vec<A> log_ratio) {
 }
 
 // A policy's `terms` computes the terms of PointwiseSums.of that kTerms selects, and the kSlopes slopes of h. The
-// policy says whether it reads log_ratio and ratio. OfTarget computes the target's terms: the policy itself or its
-// double-precision form. With kKept, for a loss with one slope that is slow to compute, p f_1 is also the first term
-// and is kept in place of the teacher's exponentials.
+// policy says whether it reads log_ratio and ratio. Terms that it does not compute are 0. With kKept, for a loss with
+// one slope that is slow to compute, p f_1 is also the first term and is kept in place of the teacher's exponentials.
 template <class A>
 struct Dist {
     static constexpr bool kKept = false, kLogRatio = false, kRatio = false;
     static constexpr bool kTerms[3] = {true, true, true};
     static constexpr int kSlopes = 2;
     typedef A Number;
-    typedef Dist OfTarget;
     A mean_p, mean_q; // over a row
-    Dist(A mean_p, A mean_q) : mean_p(mean_p), mean_q(mean_q) {}
-    Dist(const Dist& of, const RowParams&) : Dist(of) {}
     // Centres before multiplying: sum p^2 - 1 / C would cancel.
     FKD_INLINE void terms(const Probabilities<A>& x, Vec<A> (&sums)[3], Vec<A> (&slopes)[2]) const {
         const Vec<A> a = x.p - mean_p, b = x.q - mean_q;
@@ -53,11 +49,8 @@ struct Js {
     static constexpr bool kTerms[3] = {true, false, true};
     static constexpr int kSlopes = 1;
     typedef A Number;
-    typedef Js<double, reverse> OfTarget;
     A b, rest;
     explicit Js(const RowParams& params) : b(A(params.beta)), rest(A(1 - params.beta)) {}
-    template <class Of>
-    Js(const Of&, const RowParams& params) : Js(params) {}
     // log(p / m) and log(q / m) use the smaller of p / q and q / p, which cannot overflow. It is the exponential of the
     // rounded log(q / p), not the quotient of p and q: then an error of that logarithm changes the loss only in second
     // order. A probability of 0 contributes 0.
@@ -72,12 +65,23 @@ struct Js {
             of_q = (up ? zero : d) - l;
         }
         slopes[0] = x.p == A(0) ? zero : of_p;
-        slopes[1] = zero;
         sums[0] = x.p * slopes[0];
-        sums[1] = zero;
         sums[2] = x.q == A(0) ? zero : x.q * of_q;
     }
 };
+
+// Calls f with the policy of a loss, for a row of type A. Its numbers are of type N: A or, for the target, double. Dist
+// has no use for more digits.
+template <class N, class A, class F>
+FKD_INLINE void with_policy(const RowParams& params, const A (&row_means)[2], F f) {
+    switch (params.number >> kKindShift) {
+    case kDist:
+        return f(Dist<A>{row_means[0], row_means[1]});
+    case kJs:
+        return params.beta == 1 ? f(Js<N, true>(params)) : f(Js<N, false>(params));
+    }
+    __builtin_trap(); // a pointwise loss in the catalogue that has no policy
+}
 
 } // namespace
 } // namespace FKD_ISA

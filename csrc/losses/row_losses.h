@@ -278,6 +278,8 @@ FKD_HD RowResult row_loss(const RowStats& x, const RowParams& params) {
     case kJs:
         js(x, params, out);
         break;
+    default:
+        __builtin_trap(); // a loss in the catalogue that has no case
     }
     out.slopes[2] = 1;
     // A NaN in the labels reaches loss and gradient, whatever the weights.

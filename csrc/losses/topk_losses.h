@@ -344,8 +344,12 @@ FKD_HD TopKResult topk_loss(const TopKRow& x, const RowParams& params, TopKRest 
     case kWsld:
         out.parts[0] = whole_term(x, params, kind, params.alpha * T * weight, false, out);
         break;
-    default: // kKd, kJs
+    case kKd:
+    case kJs:
         out.parts[0] = whole_term(x, params, kind, T, true, out);
+        break;
+    default:
+        __builtin_trap(); // a loss whose `rests` in the catalogue name a kernel that it has not
     }
     // A class with logit -inf has no gradient. This holds for the target too, and in rows without a value.
     for (int64_t i = 0; i <= x.kept; ++i)

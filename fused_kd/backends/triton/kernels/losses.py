@@ -191,6 +191,7 @@ def coefficients(stats, sums, column, own, s_y, t_y, v_y, weights, scales, momen
         at_y = tl.where(u_y > 0.5, (classes - 1) * u_j - p_rest, p_y - u_y)
         soft, sharp, teacher = tl.zeros_like(raw), tl.zeros_like(raw), tl.zeros_like(raw)
     else:
+        tl.static_assert((POINTWISE & VARIANT.LOSS) != 0, "a loss in the catalogue that has no branch")
         soft, sharp, teacher, at_y = tl.zeros_like(raw), tl.zeros_like(raw), tl.zeros_like(raw), tl.zeros_like(raw)
     slope = tl.zeros_like(soft)
     more, with_s = Slopes(slope, slope, slope, slope), slope

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from fused_kd.backends.triton.kernels.constants import INF, LN2, LOG2E, NEG_INF
 from fused_kd.backends.triton.kernels.losses import DKD, KD, NKD, WSLD, log2_1p, one_minus_exp
+from fused_kd.backends.triton.kernels.pointwise import JS
 from fused_kd.backends.triton.kernels.rows import join_target, times, zero_if_empty
 from fused_kd.core.catalogue import REST_NUMBERS
 
@@ -199,6 +200,7 @@ def _whole_term(x, share, weight, beta, temperature, KIND: tl.constexpr, REST: t
             x, others, s, t, s_y, t_y, weight, share, temperature, KIND == KD, REST
         )
     else:
+        tl.static_assert(KIND == JS, "a loss with a rest in the catalogue that has no branch")
         value, by, by_y, soft, constant = _jensen_shannon(x, others, s, t, s_y, t_y, beta, temperature)
     by_y += tl.where(joins, soft * tl.exp((x.s_y - top) * scale) + constant, 0.0)
     soft = tl.where(some, soft * tl.exp((x.top - top) * scale), 0.0)

@@ -35,7 +35,8 @@ def row_loss(
 
 def kernel_weights(loss_name: str, hyper: HyperParameters, classes: int) -> tuple[float, ...]:
     """Return the weights for :mod:`.kernels.losses`: two of the loss's own, and the common ones."""
-    first, second = (*(getattr(hyper, name) for name in ROW_LOSSES[loss_name].own), 0.0, 0.0)[:2]
+    given = [getattr(hyper, name) for name in ROW_LOSSES[loss_name].own]
+    first, second = given + [0.0] * (2 - len(given))
     temperature, ce_weight, smoothing = hyper.temperature, hyper.ce_weight, hyper.label_smoothing
     if loss_name == "tf_kd":
         rest = classes - 1
