@@ -258,9 +258,10 @@ RowResult (*pass_for(const RowArgs& args, const Plan& plan))(const RowArgs&, con
                                                              int64_t) {
     const RowNeeds& needs = plan.needs;
     if (!needs.teacher) return row_pass<A, true, false, kAlone>;
-    // For rows that may hardly vary, always careful: its shift is exact, so that a constant row stays constant.
-    if (needs.pointwise)
-        return needs.fine ? row_pass<A, single, true, kPointwise> : row_pass<A, single, false, kPointwise>;
+    // The careful pass has an exact shift. A constant row stays constant, and a class that has the whole probability
+    // has exactly 1: reverse KL's gradient there is a slope without bound times 1 - p.
+    const bool exact = needs.fine || (plan.params.number >> kKindShift == kJs && plan.params.beta == 1);
+    if (needs.pointwise) return exact ? row_pass<A, single, true, kPointwise> : row_pass<A, single, false, kPointwise>;
     if (args.target.dtype != kInt64 || needs.linear || plan.params.standardize)
         return row_pass<A, single, false, kGeneral>;
     return needs.divergence ? row_pass<A, single, false, kDivergence> : row_pass<A, single, false, kCross>;

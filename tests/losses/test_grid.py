@@ -164,3 +164,19 @@ def test_more_than_two_to_the_31_elements():
     tail = student[-3:].detach().clone().requires_grad_()
     fused_kd.nkd_loss(tail, tail.detach(), target[-3:], reduction="sum").backward()
     assert torch.equal(student.grad[-3:], tail.grad)
+
+
+@pytest.mark.parametrize("gap", (20.0, 60.0, 1000.0, 6e4))
+@pytest.mark.parametrize("classes", (5, 1001))
+def test_reverse_kl_of_a_certain_student(fused, classes, gap):
+    """Its slope is as large as the gap. Where the student is certain of a class, p = 1 leaves no gradient, and one unit
+    in p's last place would leave as much of the slope."""
+    name, device = fused
+    generator = torch.Generator().manual_seed(0)
+    rows = 5 if name == "triton" else 100
+    student, teacher = torch.randn(2, rows, classes, generator=generator)
+    student[:, 1] += gap * (1 + torch.rand(rows, generator=generator))
+    teacher[:, 2] += gap * (1 + torch.rand(rows, generator=generator))
+    target = torch.zeros(rows, dtype=torch.int64, device=device)
+    outcome = check.compare_inputs(name, student.to(device), teacher.to(device), target, {"beta": 1.0}, loss="js")
+    assert outcome.passed, outcome

@@ -237,7 +237,7 @@ def rows_looped(
         by = of_gradient * gradient_scale(scale, divisor, ACC, HALF)
         scaled = scaled_by(gradient_of, by)
         if POINTWISE & VARIANT.LOSS:
-            more = scaled_slopes(more, by)
+            more = scaled_slopes(more, by, VARIANT)
         gradient_head = gradient + (gradient_row + head) // VEC * VEC
         dtype = gradient.dtype.element_ty
         for start in range(body * BLOCK, end, BLOCK):

@@ -223,7 +223,7 @@ def coefficients(stats, sums, column, own, s_y, t_y, v_y, weights, scales, momen
         constant += shift
         soft, sharp, teacher, at_y = soft * f, sharp * f, teacher * f, at_y * f - slope * centred + shift
         if POINTWISE & VARIANT.LOSS:
-            more = scaled_slopes(more, f)
+            more = scaled_slopes(more, f, VARIANT)
     if not VARIANT.RAW:  # the CE's exponentials are the sharp ones
         sharp += raw
     if VARIANT.SINGLE:

@@ -247,7 +247,7 @@ def rows_on_chip(
         g = combine(s, t, v, stats, scaled, scales, VARIANT)
         g = tl.where(is_target, scaled.target[:, None], g)
         if POINTWISE & VARIANT.LOSS:
-            more = scaled_slopes(more, by)
+            more = scaled_slopes(more, by, VARIANT)
             g = add_slopes(g, s_tile, t_tile, of_columns, is_target, softmaxes, more, VARIANT)
         g = tl.where(counted[:, None], g, 0.0)
         pointers = gradient + (row * width)[:, None] + cols

@@ -234,17 +234,20 @@ def pointwise(sums, own, weights, VARIANT: tl.constexpr):
     if ONE_SLOPE & VARIANT.LOSS:
         # The p_k sum to 1 up to rounding. Times a slope of 7, that rounding exceeds the allowed error of a saturated
         # row's gradient. It is in both sums, so the quotient cancels it.
-        mean_slope = c_1 * (sums.by_1 / sums.by_2)
+        mean = sums.by_1 / sums.by_2
+        mean_slope, offset = c_1 * mean, -mean
     else:
         mean_slope = c_1 * sums.by_1 + c_2 * sums.by_2 + sums.by_column
+        offset = -mean_slope * by
     with_s = by * (c_1 * sums.w_1 + c_2 * sums.w_2 + sums.w_column - mean_slope * sums.w)
-    return part, Slopes(c_1 * by, c_2 * by, tl.zeros_like(c_1) + by, -mean_slope * by), with_s
+    return part, Slopes(c_1 * by, c_2 * by, tl.zeros_like(c_1) + by, offset), with_s
 
 
 @triton.jit
-def scaled_slopes(more, by):
+def scaled_slopes(more, by, VARIANT: tl.constexpr):
     """Multiply the slopes by a number per row."""
-    return Slopes(more.by_1 * by, more.by_2 * by, more.by_column * by, more.offset * by)
+    offset = more.offset if ONE_SLOPE & VARIANT.LOSS else more.offset * by
+    return Slopes(more.by_1 * by, more.by_2 * by, more.by_column * by, offset)
 
 
 @triton.jit
@@ -252,8 +255,11 @@ def add_slopes(g, s, t, columns, is_target, softmaxes, more, VARIANT: tl.constex
     """Add the loss's own gradient, from its slopes, to g, tiles of the CE's gradient."""
     p, log_p, q, log_q = _softmax_tiles(s, t, is_target, softmaxes, VARIANT)
     f_1, f_2 = _slopes(p, q, log_p, log_q, softmaxes.constants, VARIANT.LOSS)
-    h = more.by_1[:, None] * f_1 + more.offset[:, None]
-    if (ONE_SLOPE & VARIANT.LOSS) == 0:
+    if ONE_SLOPE & VARIANT.LOSS:
+        # Equal to the bit where p_j = 1: at beta = 1 an ulp of f_1 can be any number.
+        h = more.by_1[:, None] * (f_1 + more.offset[:, None])
+    else:
+        h = more.by_1[:, None] * f_1 + more.offset[:, None]
         h += more.by_2[:, None] * f_2
     if VARIANT.COLUMNS:
         h += more.by_column[:, None] * _column_slope(columns, p, q)

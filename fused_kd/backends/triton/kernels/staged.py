@@ -293,7 +293,7 @@ def piece_gradient(
     by = of_gradient * tl.full((), scale, ACC)
     scaled = scaled_by(gradient_of, by)
     if POINTWISE & VARIANT.LOSS:
-        more = scaled_slopes(more, by)
+        more = scaled_slopes(more, by, VARIANT)
     out = gradient + tl.program_id(0).to(tl.int64) * classes
     dtype = gradient.dtype.element_ty
     softmaxes = Softmaxes(stats, scales, of_rows, constants)

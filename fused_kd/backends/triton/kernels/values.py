@@ -110,7 +110,7 @@ class PointwiseSums(NamedTuple):
 
 class Slopes(NamedTuple):
     """Factors of f_1, f_2 and the column's slope, and an offset, in (h_j - sum p_k h_k) / T: they are
-    (c_1, c_2, 1, -sum p_k h_k) / T."""
+    (c_1, c_2, 1, -sum p_k h_k) / T. With one slope the offset is that of f_1, before its factor."""
 
     by_1: tl.tensor
     by_2: tl.tensor
