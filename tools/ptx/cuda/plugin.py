@@ -16,7 +16,7 @@ import torch
 from fused_kd.backends.native import cuda
 from tools.ptx import pytest_options
 from tools.ptx.cuda.build import ROOT, BuildError, build
-from tools.ptx.cuda.driver import Library
+from tools.ptx.cuda.driver import Library, Totals
 
 LIBRARY = pytest.StashKey[Library]()
 
@@ -48,12 +48,36 @@ def healthy_context(request: pytest.FixtureRequest) -> Any:
     request.config.stash[LIBRARY].reset()
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output = getattr(session.config, "workeroutput", None)
+    library = session.config.stash.get(LIBRARY, None)
+    if output is not None and library is not None:  # a worker reports to the controlling process
+        own = library.totals
+        output["ptx"] = [own.launches, own.seconds, dict(own.kernels), dict(own.problems)]
+
+
+_totals = Totals()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: object, error: object) -> None:
+    _add(*getattr(node, "workeroutput", {}).get("ptx", (0, 0.0, {}, {})))
+
+
+def _add(launches: int, seconds: float, kernels: dict[str, int], problems: dict[str, int]) -> None:
+    _totals.launches += launches
+    _totals.seconds += seconds
+    _totals.kernels.update(kernels)
+    _totals.problems.update(problems)
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     library = config.stash.get(LIBRARY, None)
     if library is None:
         return
-    totals = library.totals
-    text = f"nvcc's PTX: {totals.launches} launches of {len(totals.kernels)} kernels in {totals.seconds:.1f} s, "
-    terminalreporter.write_line(text + f"{sum(totals.problems.values())} problems")
-    for problem, count in totals.problems.items():
+    own = library.totals
+    _add(own.launches, own.seconds, own.kernels, own.problems)
+    text = f"nvcc's PTX: {_totals.launches} launches of {len(_totals.kernels)} kernels in {_totals.seconds:.1f} s, "
+    terminalreporter.write_line(text + f"{sum(_totals.problems.values())} problems")
+    for problem, count in _totals.problems.items():
         terminalreporter.write_line(f"  {count} times: {problem}")
