@@ -73,6 +73,13 @@ def tolerances(backend, options):
     return {torch.float64: TOLERANCE[torch.float64]} if backend == "triton" and options else TOLERANCE
 
 
+def pairs_for(place):
+    """Half of them in Triton's interpreter, which takes as long as there are rows."""
+    if place[1:] != ("triton", "cpu"):
+        return PAIRS
+    return [pair for pair in PAIRS if sum(map(KINDS.index, pair)) % 2 == 0]
+
+
 def compare(loss, backend, logits, others, target, device="cpu", **options):
     expected = run(loss, "reference", logits, others, target, **options)
     for gradient, given in zip(expected[-len(logits) :], logits, strict=True):
@@ -104,7 +111,7 @@ def options_of(loss):
 @pytest.mark.parametrize("soft", (False, True), ids=("indices", "probabilities"))
 def test_every_backend_has_the_references(place, classes, soft):
     loss, name, device = place
-    pairs = PAIRS if loss not in ("tf_kd",) else [(kind, "") for kind in KINDS]
+    pairs = pairs_for(place) if loss != "tf_kd" else [(kind, "") for kind in KINDS]
     student = spoilt((len(pairs), classes), [kind for kind, _ in pairs], 1)
     shape = (len(pairs), 3, classes) if loss == "zipf_ls" else (len(pairs), classes)
     teacher = spoilt(shape, [kind for _, kind in pairs], 2)
@@ -153,7 +160,7 @@ def test_dist_with_nan_among_the_labels(place, options):
 @pytest.mark.parametrize("classes", (7, 3))
 def test_kept_classes(name, loss, rest, classes):
     """Some, and all."""
-    pairs = [(student, teacher) for student in KINDS for teacher in ("", "!", "n")]
+    pairs = [(student, teacher) for student in KINDS for teacher in ("", "!", "n")][:: 2 if name == "triton" else 1]
     student = spoilt((len(pairs), classes), [kind for kind, _ in pairs], 1)
     kept = spoilt((len(pairs), 3), [kind for _, kind in pairs], 2)
     kept[:, 0] = torch.where(torch.arange(len(pairs)) % 6 == 1, -INF, kept[:, 0])  # alone, or with the others
