@@ -159,7 +159,10 @@ FKD_NOINLINE RowResult row_pass(const RowArgs& args, const Plan& plan, const Scr
         all->v_target = with_probs ? double(*read(args.target, row, y, 1, scratch.probs)) : 1.0;
     }
     const double shows = mode == kAlone ? all->linear : all->cross; // not finite if a class has logit -inf
-    if (!careful && !(is_finite(shows) && is_finite(all->s_soft)))
+    // Nor is the fast shift good enough for reverse KL, whose slopes have no bound, in a row with one likely class: its
+    // exponential must be 1, so that a class with the whole probability has p = 1 and no gradient.
+    const bool certain = pointwise && params.number >> kKindShift == kJs && params.beta == 1 && all->s_soft < 1.01;
+    if (!careful && (certain || !(is_finite(shows) && is_finite(all->s_soft))))
         return row_pass<A, single, true, mode>(args, plan, scratch, row, y);
     if (piece && piece->stage == kStatistics) {
         put(*all, 0, args, row);
@@ -258,10 +261,9 @@ RowResult (*pass_for(const RowArgs& args, const Plan& plan))(const RowArgs&, con
                                                              int64_t) {
     const RowNeeds& needs = plan.needs;
     if (!needs.teacher) return row_pass<A, true, false, kAlone>;
-    // The careful pass has an exact shift. A constant row stays constant, and a class that has the whole probability
-    // has exactly 1: reverse KL's gradient there is a slope without bound times 1 - p.
-    const bool exact = needs.fine || (plan.params.number >> kKindShift == kJs && plan.params.beta == 1);
-    if (needs.pointwise) return exact ? row_pass<A, single, true, kPointwise> : row_pass<A, single, false, kPointwise>;
+    // For rows that may hardly vary, always careful: its shift is exact, so that a constant row stays constant.
+    if (needs.pointwise)
+        return needs.fine ? row_pass<A, single, true, kPointwise> : row_pass<A, single, false, kPointwise>;
     if (args.target.dtype != kInt64 || needs.linear || plan.params.standardize)
         return row_pass<A, single, false, kGeneral>;
     return needs.divergence ? row_pass<A, single, false, kDivergence> : row_pass<A, single, false, kCross>;
