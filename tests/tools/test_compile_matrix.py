@@ -29,8 +29,8 @@ ROOT = Path(__file__).parents[2]
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 needs_nvcc = pytest.mark.skipif(compiling.nvcc() is None or find_spec("triton") is None, reason="there is no nvcc")
 ALL = pytest.param("1/1", marks=pytest.mark.slow)
-#: Every second kernel of the selection, and all of it.
-parts = pytest.mark.parametrize("part", ("1/2", ALL))
+#: Some kernels of the selection, and all of it.
+parts = pytest.mark.parametrize("part", ("1/4", ALL))
 
 
 def compile_kernels(folder, *arguments):
