@@ -189,3 +189,13 @@ def test_keys_of_subnormal_probabilities(gpu):
     _, ours = gradient_of("uskd", student, weak, target, beta=1.0, rank="weak")
     _, exact = gradient_of("uskd", student, weak, target, beta=1.0, rank="weak", backend="reference")
     torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("classes", REGIMES)
+def test_reverse_kl_of_a_certain_student(gpu, classes):
+    """Where p = 1, the slope and its mean must be equal to the bit, wherever the compiler contracts."""
+    student, teacher = torch.randn(2, 3, classes, generator=torch.Generator().manual_seed(0))
+    student[:, 1] += 1000.0
+    teacher[:, 2] += 1300.0
+    outcome = check.compare_inputs("triton", student, teacher, torch.zeros(3).long(), {"beta": 1.0}, loss="js")
+    assert outcome.passed, outcome
