@@ -291,7 +291,7 @@ def test_a_result_of_both_losses(result: dict[str, Any], tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("argv", "losses"),
-    [(["--loss", "uskd"], ["uskd"]), (["--loss", "uskd", "--loss", "nkd"], ["nkd", "uskd"])],
+    [([], ["nkd", "uskd"]), (["--loss", "uskd"], ["uskd"]), (["--loss", "uskd", "--loss", "nkd"], ["nkd", "uskd"])],
 )
 def test_losses_are_chosen(argv: list[str], losses: list[str], tmp_path: Path) -> None:
     options = ["--cases", "6x11", "--providers", "cross_entropy,fused_kd", "--seconds", "0.02", "--quick", "--no-plot"]

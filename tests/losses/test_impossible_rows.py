@@ -167,7 +167,7 @@ def test_kept_classes(name, loss, rest, classes):
     log_probs = kept.log_softmax(1).where(kept != -INF, -INF) - 0.2 * (classes > 3)
     indices = torch.rand(len(pairs), classes, generator=torch.Generator().manual_seed(3)).argsort(1)[:, :3]
     target = labels(len(pairs), classes, False)
-    further = ({"ce_weight": 0.5, "label_smoothing": 0.1, "temperature": 2.0}, *WITHOUT_A_TERM.get(loss, ()))
+    further = ({"ce_weight": 0.5, "label_smoothing": 0.1}, {"temperature": 2.0}, *WITHOUT_A_TERM.get(loss, ()))
     for options in ({}, *(further if classes == 7 else ())):
 
         def each(backend, dtype, options=options):

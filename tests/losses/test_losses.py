@@ -22,8 +22,7 @@ GOLDEN_NAMES = {"tf_kd_reg": "tf_kd"}
 def test_golden(place):
     loss, name, device = place
     cases = [case for case in GOLDEN if GOLDEN_NAMES.get(case["loss"], case["loss"]) == loss]
-    if not cases:
-        pytest.skip("no published values are at hand")
+    assert cases or loss == "js", "of which no published values are at hand"
     for case in cases:
         inputs = {
             key: torch.tensor(value, dtype=None if key == "target" else torch.float64, device=device)
@@ -38,11 +37,6 @@ def test_golden(place):
         torch.testing.assert_close(value.item(), case["value"], rtol=tolerance, atol=tolerance)
         expected = torch.tensor(case["grads"]["student_logits"], dtype=torch.float64, device=device)
         torch.testing.assert_close(gradient, expected, rtol=tolerance, atol=tolerance)
-
-
-def test_published_values_are_all_there():
-    names = {GOLDEN_NAMES.get(case["loss"], case["loss"]) for case in GOLDEN}
-    assert names >= {"nkd", "uskd", "kd", "dkd", "wsld", "tf_kd", "dist", "zipf_ls"}
 
 
 def _interpreted(place):

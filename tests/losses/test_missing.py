@@ -66,7 +66,7 @@ def test_the_catalogue_names_the_sources_that_a_loss_takes(loss):
 
 
 def test_losses_without_labels_still_do_without():
-    assert {"kd", "js", "dist"} <= WITHOUT_LABELS
+    assert {"kd", "js", "dist"} == WITHOUT_LABELS
     for loss in WITHOUT_LABELS:
         function, zeros = getattr(fused_kd, f"{loss}_loss"), torch.zeros(6, dtype=torch.int64)
         assert torch.equal(function(STUDENT, OTHER), function(STUDENT, OTHER, zeros))
