@@ -159,9 +159,9 @@ FKD_NOINLINE RowResult row_pass(const RowArgs& args, const Plan& plan, const Scr
         all->v_target = with_probs ? double(*read(args.target, row, y, 1, scratch.probs)) : 1.0;
     }
     const double shows = mode == kAlone ? all->linear : all->cross; // not finite if a class has logit -inf
-    // Nor is the fast shift good enough for reverse KL, whose slopes have no bound, in a row with one likely class: its
-    // exponential must be 1, so that a class with the whole probability has p = 1 and no gradient.
-    const bool certain = pointwise && params.number >> kKindShift == kJs && params.beta == 1 && all->s_soft < 1.01;
+    // Nor is the fast shift good enough for steep slopes in a row with one likely class: its exponential must be 1, so
+    // that a class with the whole probability has p = 1 and no gradient.
+    const bool certain = pointwise && needs.steep && all->s_soft < 1.01;
     if (!careful && (certain || !(is_finite(shows) && is_finite(all->s_soft))))
         return row_pass<A, single, true, mode>(args, plan, scratch, row, y);
     if (piece && piece->stage == kStatistics) {

@@ -45,6 +45,7 @@ struct RowNeeds {
     bool linear;     // the sum of the student's logits
     bool pointwise;  // the gradient is not a combination of exponentials, see PointwiseSums
     bool fine;       // in some rows, the student's probabilities as well as the exponentials
+    bool steep;      // slopes without bound, as of reverse KL: a class with the whole probability must have p = 1
 };
 
 FKD_HD RowNeeds row_needs(const RowParams& params) {
@@ -57,6 +58,7 @@ FKD_HD RowNeeds row_needs(const RowParams& params) {
     needs.linear = params.number & kLinear || (ce && params.label_smoothing != 0);
     needs.pointwise = params.number & kPointwise;
     needs.fine = params.number & kFine;
+    needs.steep = params.number >> kKindShift == kJs && params.beta == 1;
     return needs;
 }
 
