@@ -30,6 +30,9 @@ for logits of four or more dimensions), `backend="auto"` and `return_parts=False
 `num_classes=None` (how many columns are classes; the rest is padding). `fused_kd.decompose` returns the parts of KD,
 NKD and DKD side by side, for ablations."""
 
+PUBLISHED = """The tests expect the values and gradients that these implementations give in float64, on every backend.
+Where one of them differs from its paper, [migration](migration.md) says so."""
+
 
 def markdown_table() -> str:
     """Markdown table of the losses, for README.md and docs/losses.md; a test checks that both are up to date."""
@@ -65,14 +68,26 @@ def sources_table() -> str:
     return "\n".join(lines)
 
 
+def published_list() -> str:
+    """Markdown list of the published implementations that the tests compare with."""
+    return "\n".join(
+        f"- {loss.title}: [{loss.published}](https://github.com/{loss.published})"
+        if loss.published
+        else f"- {loss.title}: values of none; the tests compare with the formula in float64"
+        for loss in LOSSES.values()
+    )
+
+
 def markdown_page() -> str:
-    """docs/losses.md: the table of losses, their defaults, the sources they accept, and their kernels."""
+    """docs/losses.md: the table of losses, their defaults, the sources they accept, their kernels, and where their
+    values come from."""
     text = f"# The losses\n\n{NOTATION}\n\n{markdown_table()}\n\n## Defaults\n\n"
     for loss in LOSSES.values():
         options = ", ".join(f"{name}={value!r}" for name, value in loss.defaults.items())
         text += f"- `{loss.function}({options})`\n"
     text += f"\n{SHARED}\n\n## Sources\n\n{SOURCES}\n\n{sources_table()}\n"
-    return text + f"\n## Kernels\n\n{kernels_table()}\n"
+    text += f"\n## Kernels\n\n{kernels_table()}\n"
+    return text + f"\n## Published implementations\n\n{PUBLISHED}\n\n{published_list()}\n"
 
 
 def main() -> int:

@@ -25,6 +25,14 @@ FKD_INLINE Vec<A> smaller_ratio(Vec<A> log_ratio) {
 // policy says whether it reads log_ratio and ratio. Terms that it does not compute are 0. With kKept, for a loss with
 // one slope that is slow to compute, p f_1 is also the first term and is kept in place of the teacher's exponentials.
 template <class A>
+struct OneSlope {
+    static constexpr bool kKept = true, kLogRatio = true, kRatio = false;
+    static constexpr bool kTerms[3] = {true, false, false};
+    static constexpr int kSlopes = 1;
+    typedef A Number;
+};
+
+template <class A>
 struct Dist {
     static constexpr bool kKept = false, kLogRatio = false, kRatio = false;
     static constexpr bool kTerms[3] = {true, true, true};
@@ -44,11 +52,9 @@ struct Dist {
 
 // If beta = 1 (`reverse`), the mixture is q and log(q / m) = 0.
 template <class A, bool reverse>
-struct Js {
-    static constexpr bool kKept = true, kLogRatio = true, kRatio = !reverse;
+struct Js : OneSlope<A> {
+    static constexpr bool kRatio = !reverse;
     static constexpr bool kTerms[3] = {true, false, true};
-    static constexpr int kSlopes = 1;
-    typedef A Number;
     A b, rest;
     explicit Js(const RowParams& params) : b(A(params.beta)), rest(A(1 - params.beta)) {}
     // log(p / m) and log(q / m) use the smaller of p / q and q / p, which cannot overflow. It is the exponential of the

@@ -111,7 +111,8 @@ class Loss:
 
     ``formula`` is per row, in the notation of the README. ``backends`` lists, per kind of device, the backends with a
     kernel for the loss. :func:`fused_kd.explain` says which of them can run here. ``sources`` are the classes of
-    :mod:`fused_kd.sources` that the loss takes in place of logits.
+    :mod:`fused_kd.sources` that the loss takes in place of logits. ``published`` is the implementation of its authors,
+    or of those who published it with a paper, whose values and gradients the tests expect; "" if there is none.
     """
 
     name: str
@@ -121,6 +122,7 @@ class Loss:
     paper: str
     backends: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _ROWS)
     sources: tuple[str, ...] = ("Head", "ClassShard", "TopK")
+    published: str = ""
 
     @property
     def function(self) -> str:
@@ -148,6 +150,7 @@ LOSSES = {
             "NKDLoss",
             "−q_y log p_y − γ T² Σ_{j≠y} q̂_j log p̂_j",
             "Yang et al. 2023, arXiv:2303.13005, Eq. 4–5",
+            published="yzd-v/cls_KD",
         ),
         Loss(
             "uskd",
@@ -157,15 +160,31 @@ LOSSES = {
             "Yang et al. 2023, arXiv:2303.13005, Eq. 6–13",
             {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")},
             ("Head",),
+            published="yzd-v/cls_KD",
         ),
-        Loss("kd", "KD", "KDLoss", "T² KL(q(T) ‖ p(T))", "Hinton et al. 2015, arXiv:1503.02531"),
-        Loss("dkd", "DKD", "DKDLoss", "T² (α KL(b_t ‖ b_s) + β KL(q̂ ‖ p̂))", "Zhao et al. 2022, arXiv:2203.08679"),
+        Loss(
+            "kd",
+            "KD",
+            "KDLoss",
+            "T² KL(q(T) ‖ p(T))",
+            "Hinton et al. 2015, arXiv:1503.02531",
+            published="megvii-research/mdistiller",
+        ),
+        Loss(
+            "dkd",
+            "DKD",
+            "DKDLoss",
+            "T² (α KL(b_t ‖ b_s) + β KL(q̂ ‖ p̂))",
+            "Zhao et al. 2022, arXiv:2203.08679",
+            published="megvii-research/mdistiller",
+        ),
         Loss(
             "wsld",
             "WSLD",
             "WSLDLoss",
             "α T² u (−Σ_j q_j(T) log p_j(T)), u = 1 − exp(−CE(s) / CE(t))",
             "Zhou et al. 2021, arXiv:2102.00650",
+            published="bellymonster/Weighted-Soft-Label-Distillation",
         ),
         Loss(
             "tf_kd",
@@ -174,6 +193,7 @@ LOSSES = {
             "KL(softmax(u / T) ‖ p), u_y = correct, u_j = (1 − correct) / (C − 1)",
             "Yuan et al. 2020, arXiv:1909.11723",
             sources=("Head", "ClassShard"),
+            published="yuanli2333/Teacher-free-Knowledge-Distillation",
         ),
         Loss(
             "js",
@@ -189,6 +209,7 @@ LOSSES = {
             "DISTLoss",
             "T² (β (1 − ρ of the row) + γ (1 − mean over the classes of ρ of the column))",
             "Huang et al. 2022, arXiv:2205.10536",
+            published="hunto/image_classification_sota",
         ),
         Loss(
             "zipf_ls",
@@ -197,6 +218,7 @@ LOSSES = {
             "β KL(ẑ ‖ p̂), ẑ by the rank of each class in the votes of the positions",
             "Liang et al. 2022, arXiv:2207.12980",
             sources=(),
+            published="megvii-research/zipfls",
         ),
     )
 }
