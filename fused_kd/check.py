@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fused_kd
 from fused_kd import backends, reference
-from fused_kd.core.catalogue import LOSSES
+from fused_kd.core.catalogue import LOSSES, ROW_LOSSES
 
 #: The exponential is within 2 ulp, a sum of a hundred terms a lane about as much; float64 is compared with float64.
 _SLACK_ULPS = {torch.float32: 4, torch.float64: 64}
@@ -174,7 +174,8 @@ def compare_inputs(
     # A pointwise loss's gradient is a difference of larger terms: T times a slope over a row's deviation, or T times
     # the logarithm of a quotient. In DIST of two classes the correlation is 1 or -1, and only rounding is left. The
     # same holds for a saturated row, where eager gets 0 by luck.
-    order = {"dist": 1.0, "js": 2.0}[loss] * options.get("temperature", 1.0) if loss in ("dist", "js") else 0.1
+    row = ROW_LOSSES.get(loss)
+    order = row.slope * options.get("temperature", 1.0) if row and "pointwise" in row.needs else 0.1
     errors = [relative_error(a, b, order) for a, b in zip(ours, exact, strict=True)]
     budgets = [relative_error(a, b, order) + slack for a, b in zip(eager, exact, strict=True)]
     if accumulate == torch.float64 and (loss in ("uskd", "tf_kd", "zipf_ls") or options.get("label_smoothing")):

@@ -39,6 +39,8 @@ class RowLoss:
     Triton's kernels. ``parts`` says which of the op's three parts it has. ``bound`` gives an upper bound of the
     magnitude of the gradient's entries without CE, or inf. ``needs`` are some of :data:`NEEDS`. ``rests`` are the
     values of ``rest`` in :class:`fused_kd.TopK` that have a kernel. ``labels`` says whether it requires a target.
+    ``slope`` is the size of a pointwise loss's slopes on ordinary logits, here of a logarithm: T times that is what
+    cancels in its gradient.
     """
 
     kind: int
@@ -48,6 +50,7 @@ class RowLoss:
     needs: tuple[str, ...]
     rests: tuple[str, ...] = ()
     labels: bool = True
+    slope: float = 2.0
 
 
 # |q_y (p - 1)|, |p - q| and |p^ - q^| are at most 1.
@@ -64,7 +67,13 @@ ROW_LOSSES = {
     # A correlation's gradient has the deviation of the probabilities in its denominator. For a constant row or column,
     # as from a head that starts at zero, only the 1e-8 beside it is left.
     "dist": RowLoss(
-        5, ("beta", "gamma"), (0, 1, 2), lambda x: math.inf, ("teacher", "pointwise", "fine", "columns"), labels=False
+        5,
+        ("beta", "gamma"),
+        (0, 1, 2),
+        lambda x: math.inf,
+        ("teacher", "pointwise", "fine", "columns"),
+        labels=False,
+        slope=1.0,
     ),
     # (1 - beta) p (log(p / m) - KL(p, m)): p log(m / p) <= m / e, and (1 - beta) KL <= (1 - beta) log(1 / (1 - beta))
     # <= 1 / e. At beta = 0 it is p - q, at 1 p (log(p / q) - KL(p, q)), as large as the logits make it.

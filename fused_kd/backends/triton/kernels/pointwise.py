@@ -64,6 +64,7 @@ def _slopes(p, q, log_p, log_q, constants, LOSS: tl.constexpr):
 def _terms(sums, weights, LOSS: tl.constexpr):
     """Return the part, c_1 and c_2 of rows."""
     first, _second, temperature, _ce_weight, _smoothing = weights
+    c_2 = tl.zeros_like(sums.of_1)
     if LOSS == DIST:
         weight = first * temperature * temperature
         r, c_1, c_2 = correlation_terms(sums.of_1, sums.of_2, sums.of_3, weight)
@@ -73,7 +74,6 @@ def _terms(sums, weights, LOSS: tl.constexpr):
         weight = temperature * temperature * LN2
         part = weight * (rest * sums.of_1 + tl.where(first == 1.0, 0.0, first * sums.of_3))
         c_1 = weight * rest + tl.zeros_like(part)
-        c_2 = tl.zeros_like(part)
     return part, c_1, c_2
 
 
