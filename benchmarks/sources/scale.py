@@ -17,7 +17,10 @@ from benchmarks.show.report import lines, percent, provenance, replace_block, si
 from benchmarks.sources.case import Case
 from benchmarks.sources.forms import PRODUCTS, ROW_KERNEL, chunk_rows
 from benchmarks.sources.heads import MATRICES
-from fused_kd.backends.native.staged import FIELDS, exchanged_places
+from fused_kd.backends.native.staged import exchanged_places
+from fused_kd.backends.staged import stages_of
+from fused_kd.core.catalogue import LOSSES, ROW_LOSSES
+from fused_kd.core.options import HyperParameters, Options
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,13 +30,7 @@ CLASSES = (1_000, 10_000, 128_256, 1_000_000)
 PROCESSES = (1, 2, 4, 8, 16, 32, 64)
 NUMBER = 8  # bytes per exchanged number, on a CPU
 BANDWIDTH, LATENCY = 10e9, 50e-6  # of an exchange, assumed: bytes per second that a process receives, and seconds
-OF_STATISTICS = "NKD, KD, DKD, WSLD, Tf-KD"
-KINDS = {
-    OF_STATISTICS: ("statistics",),
-    "JS, DIST": ("statistics", "sums"),
-    "the first with z-scores": ("moments", "statistics"),
-    "JS, DIST with z-scores": ("moments", "statistics", "sums"),
-}
+SHARDED = [name for name in ROW_LOSSES if "ClassShard" in LOSSES[name].sources]
 
 
 @dataclass(frozen=True)
@@ -79,16 +76,16 @@ def _chunk(case: Case, device: str) -> tuple[int, int]:
     return rows, (MATRICES - (device == "cpu")) * rows * case.classes * 4
 
 
-def numbers(kind: str) -> dict[str, int]:
-    """Numbers per row that each stage of a loss exchanges, for class indices."""
-    stages = KINDS[kind]
-    statistics = len(exchanged_places(labels=False, standardize="moments" in stages))
-    return {stage: statistics if stage == "statistics" else FIELDS[stage] for stage in stages}
+def numbers(loss: str, standardize: bool = False) -> dict[str, int]:
+    """Numbers per row that each stage of a loss exchanges, for class indices and without CE."""
+    options = Options(HyperParameters(), -100, "mean", (True,), (1.0,), loss, standardize)
+    *stages, _ = stages_of(options)
+    return {stage: len(exchanged_places(stage, options, labels=False)) for stage in stages}
 
 
-def exchanged(kind: str) -> int:
+def exchanged(loss: str, standardize: bool = False) -> int:
     """Bytes per row that a process sends to all others."""
-    return NUMBER * sum(numbers(kind).values())
+    return NUMBER * sum(numbers(loss, standardize).values())
 
 
 @dataclass(frozen=True)
@@ -113,7 +110,7 @@ def times(about: Measured, classes: int, processes: int) -> Times:
     chunks = -(-own.rows // _chunk(own, "cpu")[0])
     exchange = 0.0
     if processes > 1:
-        statistics = own.rows * (processes - 1) * exchanged(OF_STATISTICS)
+        statistics = own.rows * (processes - 1) * exchanged("nkd")
         hidden = 2 * own.rows * own.width * 4 * (processes - 1) / processes
         exchange = (statistics + hidden) / BANDWIDTH + (chunks + 1) * LATENCY
     return Times(_flops(own) / about.flops, MATRICES * own.logits_bytes / about.bytes, exchange)
@@ -129,7 +126,7 @@ def markdown(result: dict[str, Any], source: str) -> str:
             f"### Stored by one process: {sizes}",
             _stored(case),
             *_measured_peak(about),
-            f"### Exchanged of a row by each process, however many classes, in float64: {NUMBER} bytes a number",
+            "### Exchanged of a row by each process, however many classes, for class indices without CE, in float64",
             _exchanged(),
             f"### A million classes on several processes: {sizes}",
             _shared(about),
@@ -176,14 +173,16 @@ def _stored(case: Case) -> str:
 
 def _exchanged() -> str:
     rows = []
-    for kind in KINDS:
-        given = exchanged(kind)
-        words = ", ".join(f"{stage} {count}" for stage, count in numbers(kind).items())
-        rows.append([kind, words, f"{given} B", *(size((count - 1) * given) for count in (2, 8, 64))])
-    rows.append(
-        ["both rows of logits instead", "10⁶ classes, float32", "", *(_gathered(count) for count in (2, 8, 64))]
-    )
-    return _table(("loss", "numbers, of class indices", "gives", "gets, of 2", "of 8", "of 64"), rows)
+    for loss in SHARDED:
+        given = exchanged(loss)
+        words = ", ".join(f"{stage} {count}" for stage, count in numbers(loss).items())
+        scores = f"{exchanged(loss, True)} B" if "teacher" in ROW_LOSSES[loss].needs else "—"
+        got = (size((count - 1) * given) for count in (2, 8, 64))
+        rows.append([LOSSES[loss].title, words, f"{given} B", scores, *got])
+    gathered = (_gathered(count) for count in (2, 8, 64))
+    rows.append(["both rows of logits instead", "10⁶ classes, float32", "", "", *gathered])
+    header = ("loss", "numbers", "gives", "with z-scores", "gets, of 2", "of 8", "of 64")
+    return _table(header, rows)
 
 
 def _gathered(processes: int) -> str:
@@ -195,7 +194,7 @@ def _shared(about: Measured) -> str:
     for processes in PROCESSES:
         own = replace(about.case, classes=-(-CLASSES[-1] // processes))
         rows_of_chunk, stored = _chunk(own, "cpu")
-        got = (processes - 1) * exchanged(OF_STATISTICS)
+        got = (processes - 1) * exchanged("nkd")
         rows.append(
             [
                 str(processes),

@@ -98,12 +98,12 @@ def test_the_model() -> None:
     # 2048 rows in chunks, of which each tells its statistics, and half of the hidden states' gradient twice.
     rows, stored = scale._chunk(Case(2048, 500_000, 512, 256), "cpu")
     assert 1 < rows < 64 and stored == 2 * rows * 500_000 * 4 <= sources.CHUNK_BYTES["cpu"]
-    moved = 2048 * scale.exchanged("NKD, KD, DKD, WSLD, Tf-KD") + 2048 * 512 * 4
+    moved = 2048 * scale.exchanged("nkd") + 2048 * 512 * 4
     assert two.exchange == pytest.approx(moved / scale.BANDWIDTH + (-(-2048 // rows) + 1) * scale.LATENCY)
     rows, stored = scale._chunk(Case(2048, 1_000_000, 512, 256), "cuda")
     assert rows > 16 and stored == 3 * rows * 1_000_000 * 4 <= sources.CHUNK_BYTES["cuda"]
 
 
 def test_what_is_exchanged() -> None:
-    assert scale.exchanged("NKD, KD, DKD, WSLD, Tf-KD") == 112  # what a process of --source shard counts
-    assert scale.exchanged("JS, DIST with z-scores") == 8 * (FIELDS["moments"] + 17 + FIELDS["sums"])
+    assert scale.exchanged("nkd") == 88  # what a process of --source shard counts
+    assert scale.exchanged("js", standardize=True) == 8 * (FIELDS["moments"] + 7 + 6)

@@ -8,28 +8,59 @@ import torch
 from torch import Tensor
 
 from fused_kd.backends.native.boundary import address, batch, matrix
-from fused_kd.core.catalogue import NUMBERS
+from fused_kd.core.catalogue import NUMBERS, ROW_LOSSES, has_column_term
 from fused_kd.core.options import Options
 from fused_kd.core.row_errors import row_error
 from fused_kd.core.rows import STAGES, Piece, StageResults
 from fused_kd.reference import accumulation_dtype
 
-#: The fields of Statistics in csrc/cpu/row_blocks.h.
-STATISTICS = (
-    "s_max", "t_max", "s_soft", "t_soft", "s_sharp", "t_sharp", "cross", "blocked", "number", "s_raw", "linear",
-    "v_sum", "v_cross", "v_blocked", "v_cross_t", "w_soft", "w_sharp", "w_teacher", "s_target", "t_target", "v_target",
-)  # fmt: skip
+#: The fields of Statistics in csrc/cpu/row_blocks.h, each with what must hold for it to be used; else pieces need not
+#: exchange it. See :func:`_holding`.
+STATISTICS = {
+    "s_max": "", "t_max": "teacher", "s_soft": "", "t_soft": "teacher", "s_sharp": "sharp", "t_sharp": "both",
+    "cross": "dot", "blocked": "dot", "number": "linear", "s_raw": "raw", "linear": "linear",
+    "v_sum": "labels", "v_cross": "labels", "v_blocked": "labels", "v_cross_t": "labels teacher_ce",
+    "w_soft": "scores dot", "w_sharp": "scores both", "w_teacher": "scores dot",
+    "s_target": "", "t_target": "teacher", "v_target": "",
+}  # fmt: skip
+#: The same for PieceSums in csrc/cpu/pieces.h.
+SUMS = {
+    "of_1": "", "of_2": "", "of_3": "", "slope_1": "", "slope_2": "two slopes", "slope_3": "columns",
+    "centred_1": "scores", "centred_2": "scores two slopes", "centred_3": "scores columns", "z": "scores",
+    "column": "columns", "correlations": "columns",
+}  # fmt: skip
 #: The count of numbers per row at the end of a stage (csrc/cpu/kernels.h).
-FIELDS = {"moments": 6, "statistics": len(STATISTICS), "sums": 12, "gradient": 0}
-#: Statistics that are 0 without class probabilities, and without z-scores. Then pieces need not exchange them.
-_LABEL_STATISTICS = ("v_sum", "v_cross", "v_blocked", "v_cross_t")
-_SCORE_STATISTICS = ("w_soft", "w_sharp", "w_teacher")
+FIELDS = {"moments": 6, "statistics": len(STATISTICS), "sums": len(SUMS), "gradient": 0}
 
 
-def exchanged_places(labels: bool, standardize: bool) -> list[int]:
-    """Return the places of the statistics that pieces exchange."""
-    idle = (*(() if labels else _LABEL_STATISTICS), *(() if standardize else _SCORE_STATISTICS))
-    return [place for place, name in enumerate(STATISTICS) if name not in idle]
+def _holding(options: Options, labels: bool) -> set[str]:
+    """Return the words of :data:`STATISTICS` and :data:`SUMS` that hold. ``row_needs`` of csrc/losses/row_losses.h
+    decides in the same way what a kernel computes."""
+    needs, hyper = ROW_LOSSES[options.loss].needs, options.hyper
+    ce = hyper.ce_weight != 0
+    holds = {
+        "sharp": ce or "sharp" in needs or "at_one" in needs,
+        "both": "sharp" in needs,  # and not the student's alone
+        "dot": "teacher" in needs and "pointwise" not in needs,
+        "linear": "linear" in needs or (ce and hyper.label_smoothing != 0),
+        "raw": ce and "sharp" in needs and options.standardize,
+        "labels": labels,
+        "scores": options.standardize,
+        "two": "one_slope" not in needs,
+        "slopes": True,
+        "columns": has_column_term(options.loss, hyper),
+        **{need: need in needs for need in ("teacher", "teacher_ce")},
+    }
+    return {word for word, true in holds.items() if true}
+
+
+def exchanged_places(stage: str, options: Options, labels: bool) -> list[int]:
+    """Return the places of a stage's numbers that pieces exchange."""
+    conditions = {"statistics": STATISTICS, "sums": SUMS}.get(stage)
+    if conditions is None:
+        return list(range(FIELDS[stage]))
+    holding = _holding(options, labels)
+    return [place for place, words in enumerate(conditions.values()) if holding.issuperset(words.split())]
 
 
 def row_stage(
@@ -42,11 +73,8 @@ def row_stage(
     rows = student.shape[0]
     other = student if teacher is None else teacher
     dtype = accumulation_dtype(student, other)
-    exchanged = exchanged_places(labels is not None, options.standardize)
-    if earlier.statistics is not None:
-        statistics = earlier.statistics.new_zeros(len(earlier.statistics), len(STATISTICS), rows)
-        statistics[:, exchanged] = earlier.statistics
-        earlier = earlier._replace(statistics=statistics)
+    exchanged = {each: exchanged_places(each, options, labels is not None) for each in STAGES}
+    earlier = StageResults(*(_spread(each, name, exchanged) for name, each in earlier._asdict().items()))
     last = stage == "gradient"
     out = student.new_zeros(FIELDS[stage], rows, dtype=torch.float64)
     parts = student.new_empty(rows, 3, dtype=torch.float64)
@@ -70,8 +98,17 @@ def row_stage(
         raise row_error(target, bad_row, num_classes, options.ignore_index)
     if bad_row >= 0:
         assert earlier.statistics is not None
-        places = [STATISTICS.index(name) for name in ("v_sum", "v_target")]
+        places = [[*STATISTICS].index(name) for name in ("v_sum", "v_target")]
         raise row_error(earlier.statistics[:, places].sum((0, 1))[:, None], bad_row, num_classes, -1)
     if last:
         return parts.T.to(dtype), gradient
-    return out[exchanged] if stage == "statistics" else out
+    return out[exchanged[stage]]
+
+
+def _spread(exchanged: Tensor | None, stage: str, places: dict[str, list[int]]) -> Tensor | None:
+    """Return what the pieces exchanged of a stage with all of its fields; the others are 0."""
+    if exchanged is None or len(places[stage]) == FIELDS[stage]:
+        return exchanged
+    out = exchanged.new_zeros(len(exchanged), FIELDS[stage], exchanged.shape[2])
+    out[:, places[stage]] = exchanged
+    return out
