@@ -204,6 +204,8 @@ FKD_INLINE void block_stats(const Block<A>& block, int64_t n, int64_t y, const S
     // Pointwise losses need fine exponentials: they take logarithms of them, and then differences.
     constexpr bool general = is_general(mode), alone = mode == kAlone, pointwise = mode == kPointwise;
     const bool divergence = mode == kDivergence || (mode == kGeneral && needs.divergence);
+    // A pointwise loss only needs to know from it that all logits are finite.
+    constexpr bool crossed = !alone && !(pointwise && careful);
     const bool teacher_sharp = mode == kCross || (mode == kGeneral && !needs.divergence);
     const Shift<A, careful> s_shift(finite_or_zero(s_largest), k.soft_s), t_shift(finite_or_zero(t_largest), k.soft_t);
     out.s_max = s_shift.origin;
@@ -237,7 +239,7 @@ FKD_INLINE void block_stats(const Block<A>& block, int64_t n, int64_t y, const S
             if (teacher_sharp) t_sharp += keep(lanes, sharpen<A>(et, dt, squarings, ratio_t), zero);
         }
         const Mask<A> impossible = sj == -A(INFINITY);
-        if constexpr (!alone) {
+        if constexpr (crossed) {
             Vec<A> exponent = keep(lanes, divergence ? ds - dt : ds, zero);
             if constexpr (careful) {
                 // A class that the teacher excludes costs nothing, whatever the student's logit.
