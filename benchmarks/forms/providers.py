@@ -58,10 +58,10 @@ def _call(module: str | None, name: str, alone: bool, **options: Any) -> LossFun
 
 def _fused(name: str, alone: bool = False) -> Provider:
     summary = f"fused_kd.{name}_loss, backend auto"
-    return Provider(OURS, summary, lambda: _call(None, f"{name}_loss", alone), partial(_only_reference, name))
+    return Provider(OURS, summary, lambda: _call(None, f"{name}_loss", alone), partial(only_reference, name))
 
 
-def _only_reference(loss: str, device: str) -> str | None:
+def only_reference(loss: str, device: str) -> str | None:
     """Why backend="auto" would run the eager reference, which must not be timed as fused_kd; None if it would not."""
     from fused_kd import backends
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
+from benchmarks.forms.providers import only_reference
 from benchmarks.measure import agreement, machine
 from benchmarks.measure.cases import Shapes, parse_dtypes, parse_shapes
 from benchmarks.measure.run import busy
@@ -148,6 +149,10 @@ def main(argv: Sequence[str], bar: Callable[[Console], Any]) -> int:
             made.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
     if args.device == "cuda" and not torch.cuda.is_available():
         made.error("--device cuda: this PyTorch finds no GPU")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for loss in args.loss or SIZES[args.source].losses:
+        if reason := only_reference(loss, device):
+            made.error(f"fused_kd's {loss} would run in eager PyTorch here: {reason}")
     if args.output.exists() and not args.output.is_dir():
         made.error(f"--output: expected a folder, got the file {args.output}")
     if args.threads:

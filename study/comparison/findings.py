@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from benchmarks.show.report import lines
 from study.comparison import paper
 from study.comparison.ablations import ABLATIONS, Ablation, Variant
 from study.comparison.paper import Comparison, compare_all, compare_seeds
 from study.comparison.plan import METHODS
+from study.comparison.records import Record
 from study.comparison.results import (
     BySeed,
     View,
@@ -133,50 +134,79 @@ def convergence(views: Sequence[View]) -> list[str]:
     rows = [
         [
             "task", "learning rate", "accuracy at half, one and two times that", "last quarter", "seeds' deviation",
-            "twice as long", "teacher over baseline",
+            "teacher over baseline",
         ],
-        ["---", *["---:"] * 6],
+        ["---", *["---:"] * 5],
     ]  # fmt: skip
-    moving, gains = [], []
+    moving = []
     for view in views:
         if view.rate is None or "ce" not in view.main:
             continue
         split, baseline = view.splits[0], view.main["ce"]
         searched = view.searched("ce")
-        last = [_last_quarter(record["curve"]["accuracy"][split]) for record in baseline.values()]
+        last = _last_quarters(baseline, split)
         three = " / ".join(f"{searched[rate]:.2f}" for rate in (view.rate / 2, view.rate, view.rate * 2))
         own = of_seeds(baseline, split)
-        longer = compare_seeds("ce", "ce", of_seeds(view.longer, split), own)
         teacher = 100 * view.teacher["accuracy"][split] - statistics.fmean(own.values()) if view.teacher else None
-        if len(own) > 1 and statistics.fmean(last) > statistics.stdev(own.values()):
+        if len(own) > 1 and last > statistics.stdev(own.values()):
             moving.append(view.task.title)
-            gains += [longer.difference] if longer else []
         rows.append(
             [
-                view.task.title, f"{view.rate:g}", three,
-                signed(statistics.fmean(last)),
+                view.task.title, f"{view.rate:g}", three, signed(last),
                 f"{statistics.stdev(own.values()):.2f}" if len(own) > 1 else "–",
-                longer.text if longer else "–",
                 signed(teacher) if teacher is not None else "–",
             ]
         )  # fmt: skip
     return [
         "The baseline's learning rate was searched with other seeds, in factors of two, until both neighbours of the "
         "best rate were no better. The table has accuracy on the first test set, in % or points: *last quarter* is "
-        "what the last quarter of the epochs adds, *twice as long* what twice as many epochs add at the same rate.",
+        "what the last quarter of the epochs adds.",
         lines(rows),
-        *([_caveat(moving, gains)] if moving else []),
+        *([_caveat(moving)] if moving else []),
+        *_lengths(views),
     ]
 
 
-def _caveat(moving: Sequence[str], gains: Sequence[float]) -> str:
-    """Caveat for tasks with a last quarter that adds more than the seeds differ, and the gain of twice the epochs."""
-    ends = dict.fromkeys(f"{gain:.1f}" for gain in (min(gains), max(gains))) if gains else ()
-    more = f"Twice the epochs still add {' to '.join(ends)} points. " if ends else ""
+def _caveat(moving: Sequence[str]) -> str:
+    """Caveat for tasks with a last quarter that adds more than the seeds differ."""
     return (
         f"**Caveat:** the baseline has not converged on {'; '.join(moving)}: the last quarter, in which the learning "
-        f"rate falls to zero, adds more than the seeds differ by. {more}This page holds for training of this length."
+        "rate falls to zero, adds more than the seeds differ by. This page holds for training of this length."
     )
+
+
+def _lengths(views: Sequence[View]) -> list[str]:
+    """A table of longer training, at the same learning rate and with the same schedule stretched."""
+    rows = [
+        ["task", "epochs", "seeds", "baseline", "over half as many", "last quarter", "USKD over baseline"],
+        ["---", *["---:"] * 6],
+    ]
+    for view in views:
+        split = view.splits[0]
+        before: dict[int, float] | None = None
+        for factor in (1, *(length.factor for length in view.task.lengths)):
+            baseline = view.longer(factor)
+            own = of_seeds(baseline, split)
+            if not own:
+                continue
+            more = compare_seeds("ce", "ce", own, before) if before else None
+            uskd = compare_seeds("uskd", "ce", of_seeds(view.longer(factor, "uskd"), split), own)
+            rows.append(
+                [
+                    view.task.title, str(view.task.epochs * factor), str(len(own)), mean_and_deviation([*own.values()]),
+                    more.text if more else "–",
+                    signed(_last_quarters(baseline, split)),
+                    uskd.text if uskd else "–",
+                ]
+            )  # fmt: skip
+            before = own
+    longer = any(view.longer(length.factor) for view in views for length in view.task.lengths)
+    return ["Longer training, with the same rate and a schedule stretched to it:", lines(rows)] if longer else []
+
+
+def _last_quarters(runs: Mapping[int, Record], split: str) -> float:
+    """Points that the last quarter of the epochs adds, in the mean of runs."""
+    return statistics.fmean(_last_quarter(record["curve"]["accuracy"][split]) for record in runs.values())
 
 
 def _last_quarter(curve: Sequence[float]) -> float:

@@ -48,10 +48,17 @@ SEEDS = tuple(range(5))
 #: Seeds of the runs that choose learning rates, and of no others.
 RATE_SEEDS = (50, 51)
 TEACHER_SEED = 100
-#: The baseline is also trained this many times as long, with this many of the seeds.
-LONGER, LONGER_SEEDS = 2, 3
 #: Number of the seeds that ablations use.
 ABLATION_SEEDS = 5
+
+
+@dataclass(frozen=True)
+class Length:
+    """Longer training: the task's epochs times ``factor``, for some methods and the first seeds."""
+
+    factor: int
+    seeds: int
+    methods: tuple[str, ...] = ("ce",)
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,7 @@ class Task:
     ``data``: options of train.py. ``rates``: the first learning rates in the search for the baseline's best, each twice
     the previous one. ``what``: completes "trained on". ``unit``: a label belongs to an ``"image"`` or a ``"token"``.
     ``seeds``: of the students at the shared rate; a task with a larger deviation between seeds needs more.
+    ``lengths``: longer training, to see what more epochs would change.
     """
 
     name: str
@@ -85,6 +93,7 @@ class Task:
     methods: tuple[str, ...] = tuple(METHODS)
     unit: str = "image"
     seeds: tuple[int, ...] = SEEDS
+    lengths: tuple[Length, ...] = (Length(2, 3),)
     device: str = "cpu"
 
     def setting(self) -> dict[str, Any]:
@@ -95,6 +104,7 @@ class Task:
 
 
 _GLYPHS = ("--data", "glyphs", "--classes", "1000", "--image-size", "16", "--draws", "12", "--shift", "0")
+_LENGTHS = (Length(2, 3), Length(4, 3, ("ce", "uskd")), Length(8, 1))
 _TEXT = ("--data", "text", "--classes", "1024")
 _TEXT_TEACHER = Teacher("text", "gru-large", epochs=5, lr=0.002)
 _PYTHON_TEXT = "predicting the next of 1024 byte-pair tokens in the sources of Python's standard library"
@@ -106,17 +116,17 @@ TASKS: dict[str, Task] = {
         Task(
             "glyphs", "glyphs, CNN", "1000 Chinese characters in several fonts, 16 × 16 pixels", _GLYPHS, "cnn-tiny",
             Teacher("glyphs", "cnn-medium", epochs=20, lr=0.2), epochs=20, batch_size=256, rates=(0.1, 0.2, 0.4),
-            seeds=tuple(range(10)),
+            seeds=tuple(range(10)), lengths=_LENGTHS,
         ),
         Task(
             "text-gru", "text, GRU", _PYTHON_TEXT,
             _TEXT, "gru-small", _TEXT_TEACHER, epochs=4, batch_size=32, rates=(0.004, 0.008, 0.016),
-            methods=_TEXT_METHODS, unit="token",
+            methods=_TEXT_METHODS, unit="token", lengths=_LENGTHS,
         ),
         Task(
             "text-transformer", "text, transformer", _PYTHON_TEXT,
             _TEXT, "transformer-small", _TEXT_TEACHER, epochs=4, batch_size=32, rates=(0.004, 0.008, 0.016),
-            methods=_TEXT_METHODS, unit="token",
+            methods=_TEXT_METHODS, unit="token", lengths=_LENGTHS,
         ),
     )
 }  # fmt: skip

@@ -84,7 +84,7 @@ def _differences(plt: Any, views: Sequence[View]) -> Any:
 
 
 def _convergence(plt: Any, views: Sequence[View]) -> Any:
-    """The baseline's accuracy: above by learning rate, below by epoch, also with twice as many epochs."""
+    """The baseline's accuracy: above by learning rate, below by epoch, also in longer training."""
     figure, grid = plt.subplots(2, len(views), figsize=(3.1 * len(views), 5.2), layout="constrained", squeeze=False)
     figure.get_layout_engine().set(wspace=0.06)
     for (upper, lower), view in zip(grid.T, views, strict=True):
@@ -99,10 +99,10 @@ def _convergence(plt: Any, views: Sequence[View]) -> Any:
         upper.set_xlabel("baseline's learning rate")
         _plain(upper, "y")
         split = view.splits[0]
-        shown = (("as it is", view.main.get("ce", {}), ACCENT), ("twice as many epochs", view.longer, MUTED))
-        for label, by_seed, color in shown:
-            if by_seed:
-                _curve(lower, label, list(by_seed.values()), split, color)
+        for factor in (1, *(length.factor for length in view.task.lengths)):
+            if by_seed := view.longer(factor):
+                label = "as compared" if factor == 1 else "longer" if factor == 2 else ""
+                _curve(lower, label, list(by_seed.values()), split, ACCENT if factor == 1 else MUTED)
         if view.teacher:
             value = 100 * view.teacher["accuracy"][split]
             lower.axhline(value, color=INK, lw=1, ls=(0, (4, 3)), label="the teacher")

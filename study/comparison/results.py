@@ -10,7 +10,7 @@ from functools import cached_property
 
 from study.comparison import stages
 from study.comparison.ablations import Ablation, Variant
-from study.comparison.plan import LONGER, METHODS, RATE_SEEDS, Spec, Task
+from study.comparison.plan import METHODS, RATE_SEEDS, Spec, Task
 from study.comparison.records import Record, Records
 
 #: Records by method and seed.
@@ -69,10 +69,9 @@ class View:
         found = {method: by_seed for method, by_seed in found.items() if by_seed}
         return found if set(found) - {"ce"} else {}
 
-    @cached_property
-    def longer(self) -> dict[int, Record]:
-        """Runs of the baseline, trained :data:`LONGER` times as long."""
-        return self._of("ce", self.rate, longer=LONGER)
+    def longer(self, factor: int, method: str = "ce") -> dict[int, Record]:
+        """Runs of a method with ``factor`` times the epochs."""
+        return self._of(method, self.rate, longer=factor)
 
     def variant(self, ablation: Ablation, variant: Variant) -> dict[int, Record]:
         return self._of(ablation.method, self.rate, variant.settings)

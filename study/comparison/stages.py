@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from study.comparison.ablations import ABLATIONS
-from study.comparison.plan import ABLATION_SEEDS, LONGER, LONGER_SEEDS, RATE_SEEDS, SEEDS, Spec, Task
+from study.comparison.plan import ABLATION_SEEDS, RATE_SEEDS, SEEDS, Spec, Task
 from study.comparison.records import Records
 
 
@@ -66,7 +66,12 @@ def _main(task: Task, rate: float, records: Records, seeds: Sequence[int]) -> li
 
 
 def _longer(task: Task, rate: float, records: Records, seeds: Sequence[int]) -> list[Spec]:
-    return [Spec(task.name, "ce", rate, seed, longer=LONGER) for seed in seeds[:LONGER_SEEDS]]
+    return [
+        Spec(task.name, method, rate, seed, longer=length.factor)
+        for length in task.lengths
+        for method in length.methods
+        for seed in seeds[: length.seeds]
+    ]
 
 
 def _own(task: Task, rate: float, records: Records, seeds: Sequence[int]) -> list[Spec]:

@@ -23,7 +23,7 @@ from benchmarks import __main__ as benchmark  # noqa: E402
 from benchmarks.sources import call, cli, errors, forms, heads, shards, show, topk  # noqa: E402
 from benchmarks.sources.case import Case, make_inputs  # noqa: E402
 from fused_kd import TopK, kd_loss  # noqa: E402
-from fused_kd.backends import sources  # noqa: E402
+from fused_kd.backends import native, sources  # noqa: E402
 from fused_kd.core.rows import SourceRows  # noqa: E402
 
 TINY = Case(8, 33, 6, 3)
@@ -200,3 +200,13 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     for wrong in (["--source", "nothing"], ["--source=head", "--width", "0"]):
         with pytest.raises(SystemExit):
             benchmark.main(wrong)
+
+
+def test_eager_pytorch_is_not_timed_as_fused_kd(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(native, "unavailable", lambda *_: "it was built from other sources")
+    with pytest.raises(SystemExit):
+        benchmark.main(["--source", "topk", "--cases", "6x65", "--device", "cpu"])
+    said = "fused_kd's kd would run in eager PyTorch here: native: it was built from other sources"
+    assert said in capsys.readouterr().err

@@ -143,7 +143,9 @@ def test_stages_want_all_methods_and_seeds():
     main_specs = wanted("main", records)
     assert {(s.method, s.seed) for s in main_specs} == {(m, s) for m in plan.METHODS for s in (0, 1)}
     assert {spec.lr for spec in main_specs} == {RATE}
-    assert {(s.method, s.longer) for s in wanted("longer", records)} == {("ce", 2)}
+    own = {(length.factor, method) for length in TASK.lengths for method in length.methods}
+    assert (4, "uskd") in own
+    assert {(s.longer, s.method) for s in wanted("longer", records)} == own
     ablations = {(spec.method, spec.settings) for spec in wanted("ablations", records)}
     assert {("nkd", ("gamma=4",)), ("uskd", ("rank=weak",)), ("nkd", ())} < ablations
     assert stages.wanted(replace(TASK, name="other"), "ablations", other_records(records), (0,)) == []

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from study.comparison.plan import METHODS, RATE_SEEDS, Spec, Task, Teacher
+from study.comparison.plan import METHODS, RATE_SEEDS, Length, Spec, Task, Teacher
 from study.comparison.records import Records
 
 SEEDS = (0, 1, 2)
@@ -15,6 +15,7 @@ RATE = 0.2
 TASK = Task(
     "glyphs", "glyphs, CNN", "images of characters", ("--data", "glyphs"), "cnn-tiny",
     Teacher("made-up", "cnn-small", 4, 0.1), epochs=4, batch_size=64, rates=(0.1, 0.2, 0.4),
+    lengths=(Length(2, 3), Length(4, 3, ("ce", "uskd"))),
 )  # fmt: skip
 TEXT = Task(
     "text-gru", "text, GRU", "the sources of programs", ("--data", "text"), "gru-small",
