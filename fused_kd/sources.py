@@ -25,8 +25,9 @@ class Head:
 
     The logits of all rows are never stored at once. Chunk by chunk of rows, the loss computes the logits, their
     gradient, and from it the gradients of ``hidden``, ``weight`` and ``bias``. Products accumulate in float32 or
-    float64, whatever the dtype, and so does the weight's gradient over the chunks. Each of the three tensors gets a
-    gradient if it requires one. A teacher gets no gradient: pass its tensors detached.
+    float64, whatever the dtype, and so does the weight's gradient over the chunks. Only a CPU with bfloat16
+    instructions rounds the results of products in bfloat16, as :func:`torch.nn.functional.linear` does. Each of the
+    three tensors gets a gradient if it requires one. A teacher gets no gradient: pass its tensors detached.
 
     Args:
         hidden: Hidden states ``(..., D)``, the input of the last layer.

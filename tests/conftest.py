@@ -62,6 +62,14 @@ def seed():
 
 
 @pytest.fixture
+def exact_products(monkeypatch):
+    """A head's products as on a CPU without bfloat16 instructions."""
+    from fused_kd.backends import heads
+
+    monkeypatch.setattr(heads, "multiplies_bfloat16", lambda: False)
+
+
+@pytest.fixture
 def native():
     """The native backend's module, restored afterwards."""
     from fused_kd.backends import native

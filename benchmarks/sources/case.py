@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure.cases import DTYPES
+from fused_kd.backends.heads import multiplies_bfloat16
 
 SPREAD = 2.0  # standard deviation of the non-target logits
 
@@ -37,6 +38,12 @@ class Case:
     @property
     def accumulating(self) -> torch.dtype:
         return torch.float64 if self.dtype == "float64" else torch.float32
+
+    @property
+    def made(self) -> torch.dtype:
+        """The dtype of the logits that fused_kd makes of a head."""
+        rounded = self.device == "cpu" and self.dtype == "bfloat16" and multiplies_bfloat16()
+        return torch.bfloat16 if rounded else self.accumulating
 
 
 class Inputs(NamedTuple):

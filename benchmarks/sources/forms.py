@@ -49,7 +49,7 @@ def chunk_rows(case: Case) -> int:
         return min(case.chunk_rows, case.rows)
     empty = torch.empty(case.rows, 0, device=case.device)
     gradient = 0 if case.device == "cpu" else 1  # the C++ core writes it over the student's logits
-    return min(sources.fitting_rows(empty, 2, (2 + gradient) * case.classes, case.accumulating), case.rows)
+    return min(sources.fitting_rows(empty, 2, (2 + gradient) * case.classes, case.made), case.rows)
 
 
 def chunks(case: Case) -> int:
@@ -98,7 +98,7 @@ def _factors(inputs: Inputs, case: Case) -> tuple[list[Tensor], dict[str, Any]]:
     given = [each.detach() for each in inputs[:4]]
     if case.device == "cuda" and case.dtype in ("float16", "bfloat16"):
         return given, {"out_dtype": torch.float32}
-    return [each.to(case.accumulating) for each in given], {}
+    return [each.to(case.made) for each in given], {}
 
 
 def _products(inputs: Inputs, case: Case) -> Run:
@@ -114,10 +114,10 @@ def _products(inputs: Inputs, case: Case) -> Run:
             torch.mm(teacher_hidden[rows], teacher_weight.T, **options)
             gradient = logits.to(weight.dtype)
             torch.mm(gradient, weight, **options)
-            if options:
-                torch.mm(gradient.T, hidden[rows], **options)
-            else:
+            if into.dtype == hidden.dtype:
                 into.addmm_(gradient.T, hidden[rows])
+            else:
+                torch.mm(gradient.T, hidden[rows], **options)
 
     return run
 
@@ -136,14 +136,14 @@ def _products_whole(inputs: Inputs, case: Case) -> Run:
 
 
 def _row_kernel(loss: str) -> Callable[[Inputs, Case], Run]:
-    """Loss and gradient of one chunk's logits, in the products' accumulating dtype."""
+    """Loss and gradient of one chunk's logits, in the dtype that the products give."""
     function = LOSSES[loss][0]
 
     def make(inputs: Inputs, case: Case) -> Run:
         hidden, weight, teacher_hidden, teacher_weight = (each.detach() for each in inputs[:4])
         rows = min(chunk_rows(case), len(hidden))
-        student = F.linear(hidden[:rows], weight).to(case.accumulating).requires_grad_()
-        teacher = F.linear(teacher_hidden[:rows], teacher_weight).to(case.accumulating)
+        student = F.linear(hidden[:rows], weight).to(case.made).requires_grad_()
+        teacher = F.linear(teacher_hidden[:rows], teacher_weight).to(case.made)
         target = inputs.target[:rows]
 
         def run() -> Tensor:

@@ -1,16 +1,22 @@
-"""The matrix products of a head and its gradients, for a chunk of rows. They accumulate in float32 or better."""
+"""The matrix products of a head and its gradients, for a chunk of rows. They accumulate in float32 or better.
+
+In bfloat16 a CPU that multiplies it in hardware is many times as fast as with float32, but PyTorch then rounds the
+results to bfloat16, as it does in an ordinary last layer. There the logits, their gradient and each chunk's gradient of
+the weight are rounded; the chunks' sum is float32.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from fused_kd.core.rows import SourceRows
 
-#: Classes of a half-precision weight that are converted at a time, if no product of halves gives float32.
+#: Classes of a half-precision weight, or of its gradient, that are converted at a time, if no product of halves gives
+#: float32. They fit in a cache.
 _CONVERTED = 4096
 _MIXED = hasattr(torch.ops.aten.mm, "dtype")  # torch.mm(..., out_dtype=), for CUDA tensors
 
@@ -34,6 +40,18 @@ def empty_gradients(source: SourceRows, wanted: Sequence[bool], dtype: torch.dty
 def _mixes(weight: Tensor, compute: torch.dtype | None) -> bool:
     """Whether products of halves can give float32."""
     return _MIXED and weight.is_cuda and (compute or weight.dtype) in (torch.float16, torch.bfloat16)
+
+
+@lru_cache(maxsize=1)
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware."""
+    asked = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return torch.backends.mkldnn.is_available() and any(ask() for ask in asked if ask is not None)  # type: ignore[no-untyped-call]
+
+
+def _rounds(weight: Tensor, compute: torch.dtype | None) -> bool:
+    """Whether products are made in bfloat16, results included."""
+    return not weight.is_cuda and (compute or weight.dtype) == torch.bfloat16 and multiplies_bfloat16()
 
 
 class Matrix:
@@ -90,9 +108,11 @@ class Products:
         # Beside a float64 teacher the logits are wider, and states of another dtype than the weight's would be rounded.
         exact = dtype == torch.float32 and (compute is not None or head.values.dtype == weight.dtype)
         self.mixed = exact and _mixes(weight, compute)
-        self.weight = weight.to(compute) if self.mixed and compute is not None else weight
+        # The derivative of the softcap is 1 minus a square.
+        self.rounded = exact and not head.softcap and _rounds(weight, compute)
+        self.weight = weight.to(compute) if (self.mixed or self.rounded) and compute is not None else weight
         self.in_place = not head.softcap  # its derivative needs the logits
-        self.chunk = head.values.new_empty(0, num_classes, dtype=dtype)
+        self.chunk = head.values.new_empty(0, num_classes, dtype=torch.bfloat16 if self.rounded else dtype)
         contiguous = partial(torch.empty_like, dtype=dtype, memory_format=torch.contiguous_format)  # as in the fake
         self.hidden_gradient = contiguous(head.values) if wanted[0] else None
         self.weight_gradient = contiguous(head.weight).zero_() if wanted[1] else None
@@ -108,18 +128,23 @@ class Products:
         ]
 
     def logits(self, rows: slice) -> Tensor:
-        """Return (rows, classes) in the accumulating dtype. The next chunk overwrites them."""
+        """Return (rows, classes) in the accumulating dtype, or rounded. The next chunk overwrites them."""
         head, hidden = self.head, self.head.values[rows]
         if self.mixed:
             out: Tensor = torch.mm(hidden.to(self.weight.dtype), self.weight.T, out_dtype=self.dtype)
         else:
-            hidden = hidden.to(self.dtype)
+            hidden = hidden.to(self.chunk.dtype)
             if len(self.chunk) < len(hidden):
                 self.chunk = hidden.new_empty(len(hidden), self.classes)
             out = self.chunk[: len(hidden)]  # all chunks share this memory, so its pages are mapped only once
-            for classes, weight in self._tiles():
-                torch.mm(hidden, weight.T, out=out[:, classes])
-        if self.bias is not None:
+            if self.rounded and self.bias is not None:
+                torch.addmm(self.bias.to(out.dtype), hidden, self.weight.T, out=out)
+            elif self.rounded:
+                torch.mm(hidden, self.weight.T, out=out)
+            else:
+                for classes, weight in self._tiles():
+                    torch.mm(hidden, weight.T, out=out[:, classes])
+        if self.bias is not None and not self.rounded:
             out += self.bias
         if head.softcap:
             return out.mul_(head.logit_scale / head.softcap).tanh_().mul_(head.softcap)
@@ -135,10 +160,13 @@ class Products:
         if head.logit_scale != 1.0:
             gradient.mul_(head.logit_scale)
         if self.bias_gradient is not None:
-            self.bias_gradient[: self.classes] += gradient.sum(0)
+            self.bias_gradient[: self.classes] += gradient.sum(0, dtype=self.dtype)
         hidden = head.values[rows].where((factors != 0)[:, None], 0.0)
         if self.mixed:
             self._take_mixed(gradient, hidden, rows)
+            return
+        if self.rounded:
+            self._take_rounded(gradient, hidden.to(gradient.dtype), rows)
             return
         hidden = hidden.to(self.dtype)
         if self.hidden_gradient is not None:
@@ -164,6 +192,14 @@ class Products:
         if self.weight_gradient is not None:
             product = torch.mm(half.T, hidden.to(half.dtype), out_dtype=self.dtype)
             self.weight_gradient[: self.classes] += product if power is None else product.div_(power)
+
+    def _take_rounded(self, gradient: Tensor, hidden: Tensor, rows: slice) -> None:
+        if self.hidden_gradient is not None:
+            self.hidden_gradient[rows] = torch.mm(gradient, self.weight)
+        for first in range(0, self.classes if self.weight_gradient is not None else 0, _CONVERTED):
+            classes = slice(first, min(first + _CONVERTED, self.classes))
+            assert self.weight_gradient is not None
+            self.weight_gradient[classes] += torch.mm(gradient[:, classes].T, hidden)
 
     def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield the weight in the accumulating dtype, in one piece if it has that dtype already."""

@@ -130,7 +130,9 @@ def _chunks(
     that size."""
     made = [each for each in makers if each is not None and not isinstance(each, Matrix)]
     matrices = len(made) + gradients
-    step = chunk_rows or fitting_rows(values, len(made), matrices * columns, made[0].dtype if made else values.dtype)
+    dtypes = [each.chunk.dtype if isinstance(each, Products) else each.dtype for each in made] or [values.dtype]
+    widest = max(dtypes, key=lambda dtype: dtype.itemsize)
+    step = chunk_rows or fitting_rows(values, len(made), matrices * columns, widest)
     for start in range(0, len(values), step):
         yield slice(start, min(start + step, len(values)))
 

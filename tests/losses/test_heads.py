@@ -15,6 +15,7 @@ from fused_kd.core.options import HyperParameters, Options
 ROWS, CLASSES, WIDTH, OTHER = 7, 301, 12, 5
 #: DIST's term of the batch's columns needs all rows.
 OPTIONS = {"dist": {"gamma": 0.0}, "js": {"beta": 0.3}}
+pytestmark = pytest.mark.usefixtures("exact_products")  # test_rounded_heads.py has the others
 
 
 def function(loss):
