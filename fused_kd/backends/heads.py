@@ -51,7 +51,7 @@ def multiplies_bfloat16() -> bool:
 
 def _rounds(weight: Tensor, compute: torch.dtype | None) -> bool:
     """Whether products are made in bfloat16, results included."""
-    return not weight.is_cuda and (compute or weight.dtype) == torch.bfloat16 and multiplies_bfloat16()
+    return weight.is_cpu and (compute or weight.dtype) == torch.bfloat16 and multiplies_bfloat16()
 
 
 class Matrix:

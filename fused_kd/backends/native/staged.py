@@ -25,8 +25,8 @@ STATISTICS = {
 }  # fmt: skip
 #: The same for PieceSums in csrc/cpu/pieces.h.
 SUMS = {
-    "of_1": "", "of_2": "", "of_3": "", "slope_1": "", "slope_2": "two slopes", "slope_3": "columns",
-    "centred_1": "scores", "centred_2": "scores two slopes", "centred_3": "scores columns", "z": "scores",
+    "of_1": "", "of_2": "", "of_3": "", "slope_1": "", "slope_2": "second", "slope_3": "columns",
+    "centred_1": "scores", "centred_2": "scores second", "centred_3": "scores columns", "z": "scores",
     "column": "columns", "correlations": "columns",
 }  # fmt: skip
 #: The count of numbers per row at the end of a stage (csrc/cpu/kernels.h).
@@ -40,14 +40,13 @@ def _holding(options: Options, labels: bool) -> set[str]:
     ce = hyper.ce_weight != 0
     holds = {
         "sharp": ce or "sharp" in needs or "at_one" in needs,
-        "both": "sharp" in needs,  # and not the student's alone
+        "both": "sharp" in needs,  # the teacher's sharp softmax besides the student's
         "dot": "teacher" in needs and "pointwise" not in needs,
         "linear": "linear" in needs or (ce and hyper.label_smoothing != 0),
         "raw": ce and "sharp" in needs and options.standardize,
         "labels": labels,
         "scores": options.standardize,
-        "two": "one_slope" not in needs,
-        "slopes": True,
+        "second": "one_slope" not in needs,
         "columns": has_column_term(options.loss, hyper),
         **{need: need in needs for need in ("teacher", "teacher_ce")},
     }
