@@ -50,7 +50,7 @@ ptx: $(VENV)/tested
 train: $(VENV)/ready
 	$(BIN)/python study/train.py --model cnn-small --loss ce --epochs 4 --batch-size 128 --out runs/ce --resume
 
-# The paper's comparison at small scale, into docs/study.md: what has no record in study/records is trained, in some four hours
+# The paper's comparison at small scale, into docs/study.md: what has no record in study/records is trained, in some six hours
 # of two cores if nothing has. PART names parts of it: rates, main, longer, own, ablations, cost, page.
 study: $(VENV)/ready
 	$(BIN)/python -m study $(if $(PART),--part $(PART)) --update README.md docs/which-loss.md

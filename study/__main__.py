@@ -4,7 +4,7 @@
     python -m study --part page                          # the page alone, from the records
     python -m study --part rates main --task text-gru    # one task
     python -m study --part cost page                     # measure the cost again, on an idle machine
-    python -m study --records runs/mine --page runs/study.md   # everything anew, about four hours on two cores
+    python -m study --records runs/mine --page runs/study.md   # everything anew, about six hours on two cores
 
 The same command continues an interrupted study.
 """
