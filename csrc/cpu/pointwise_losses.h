@@ -55,8 +55,15 @@ template <class A, bool reverse>
 struct Js : OneSlope<A> {
     static constexpr bool kRatio = !reverse;
     static constexpr bool kTerms[3] = {true, false, true};
+    // The smaller weight is 1 minus the rounded larger one, which is exact. If they did not sum to 1, m would be off by
+    // the difference, and so would the loss; a sum of 1 leaves an error of second order.
     A b, rest;
-    explicit Js(const RowParams& params) : b(A(params.beta)), rest(A(1 - params.beta)) {}
+    explicit Js(const RowParams& params) : b(A(1) - A(1 - params.beta)), rest(A(1 - params.beta)) {
+        if (params.beta > 0.5) {
+            b = A(params.beta);
+            rest = A(1) - b;
+        }
+    }
     // log(p / m) and log(q / m) use the smaller of p / q and q / p, which cannot overflow. It is the exponential of the
     // rounded log(q / p), not the quotient of p and q: then an error of that logarithm changes the loss only in second
     // order. A probability of 0 contributes 0.

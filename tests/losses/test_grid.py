@@ -166,17 +166,31 @@ def test_more_than_two_to_the_31_elements():
     assert torch.equal(student.grad[-3:], tail.grad)
 
 
+def certain_networks(name, classes, gap):
+    """A student that is certain of class 1 and a teacher that is certain of class 2."""
+    generator = torch.Generator().manual_seed(0)
+    rows = 5 if name == "triton" else 100
+    student, teacher = torch.randn(2, rows, classes, generator=generator)
+    student[:, 1] += gap * (1 + torch.rand(rows, generator=generator))
+    teacher[:, 2] += gap * (1 + torch.rand(rows, generator=generator))
+    return student, teacher, torch.zeros(rows, dtype=torch.int64)
+
+
 @pytest.mark.parametrize("gap", (20.0, 60.0, 1000.0, 6e4))
 @pytest.mark.parametrize("classes", (5, 1001))
 def test_reverse_kl_of_a_certain_student(fused, classes, gap):
     """Its slope is as large as the gap. Where the student is certain of a class, p = 1 leaves no gradient, and one unit
     in p's last place would leave as much of the slope."""
     name, device = fused
-    generator = torch.Generator().manual_seed(0)
-    rows = 5 if name == "triton" else 100
-    student, teacher = torch.randn(2, rows, classes, generator=generator)
-    student[:, 1] += gap * (1 + torch.rand(rows, generator=generator))
-    teacher[:, 2] += gap * (1 + torch.rand(rows, generator=generator))
-    target = torch.zeros(rows, dtype=torch.int64, device=device)
-    outcome = check.compare_inputs(name, student.to(device), teacher.to(device), target, {"beta": 1.0}, loss="js")
+    inputs = (each.to(device) for each in certain_networks(name, classes, gap))
+    outcome = check.compare_inputs(name, *inputs, {"beta": 1.0}, loss="js")
+    assert outcome.passed, outcome
+
+
+@pytest.mark.parametrize("beta", (1e-4, 1e-3, 0.3, 0.7, 0.999, 0.9999))
+def test_rounded_weights_of_js(fused, beta):
+    """The mixture's weights sum to 1: a rounding error of their sum would be one of the loss, which is small here."""
+    name, device = fused
+    inputs = (each.to(device) for each in certain_networks(name, 37, 60.0))
+    outcome = check.compare_inputs(name, *inputs, {"beta": beta}, loss="js")
     assert outcome.passed, outcome

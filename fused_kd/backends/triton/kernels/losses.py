@@ -2,9 +2,9 @@
 
 The formulas are those of ``csrc/losses/row_losses.h``, which has their derivations. Logarithms are in base 2 here.
 :mod:`.rows` has the statistics and the conventions, :mod:`.pointwise` the losses that are no combination of
-exponentials. The first two :class:`.values.Weights` are a loss's own. For Tf-KD the first three are instead its virtual
-teacher's probability of every other class and of the target, and its negative entropy
-(:func:`fused_kd.backends.triton.plans.rows.kernel_weights`).
+exponentials. The first two :class:`.values.Weights` are a loss's own, or its only one and 1 minus that. For Tf-KD the
+first three are instead its virtual teacher's probability of every other class and of the target, and its negative
+entropy (:func:`fused_kd.backends.triton.plans.rows.kernel_weights`).
 """
 
 from __future__ import annotations

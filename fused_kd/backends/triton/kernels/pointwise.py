@@ -63,14 +63,14 @@ def _slopes(p, q, log_p, log_q, constants, LOSS: tl.constexpr):
 @triton.jit
 def _terms(sums, weights, LOSS: tl.constexpr):
     """Return the part, c_1 and c_2 of rows."""
-    first, _second, temperature, _ce_weight, _smoothing = weights
+    first, second, temperature, _ce_weight, _smoothing = weights
     c_2 = tl.zeros_like(sums.of_1)
     if LOSS == DIST:
         weight = first * temperature * temperature
         r, c_1, c_2 = correlation_terms(sums.of_1, sums.of_2, sums.of_3, weight)
         part = weight * (1.0 - r)
     elif LOSS == JS:
-        rest = tl.where(first == 1.0, 1.0, 1.0 - first)
+        rest = tl.where(first == 1.0, 1.0, second)
         weight = temperature * temperature * LN2
         part = weight * (rest * sums.of_1 + tl.where(first == 1.0, 0.0, first * sums.of_3))
         c_1 = weight * rest + tl.zeros_like(part)
@@ -83,7 +83,9 @@ def _mixture_logs(log_p, log_q, beta):
     underflows. At beta = 1 the loss is KL(p || q), and m is q."""
     d = log_q - log_p
     smaller = tl.exp2(-tl.abs(d))
-    near = tl.log2(tl.where(d > 0.0, beta + (1.0 - beta) * smaller, 1.0 - beta + beta * smaller))
+    rest = 1.0 - beta
+    own = 1.0 - rest  # so that they sum to 1 exactly: a difference would be an error of the loss
+    near = tl.log2(tl.where(d > 0.0, own + rest * smaller, rest + own * smaller))
     to_p = tl.where(d > 0.0, near + d, near)
     return tl.where(beta == 1.0, d, to_p), tl.where(d > 0.0, near, near - d)
 

@@ -34,8 +34,11 @@ def row_loss(
 
 
 def kernel_weights(loss_name: str, hyper: HyperParameters, classes: int) -> tuple[float, ...]:
-    """Return the weights for :mod:`.kernels.losses`: two of the loss's own, and the common ones."""
+    """Return the weights for :mod:`.kernels.losses`: two of the loss's own, and the common ones. If it has one, the
+    second is 1 minus that, of which the kernel's float32 would lose digits."""
     given = [getattr(hyper, name) for name in ROW_LOSSES[loss_name].own]
+    if len(given) == 1:
+        given.append(1.0 - given[0])
     first, second = given + [0.0] * (2 - len(given))
     temperature, ce_weight, smoothing = hyper.temperature, hyper.ce_weight, hyper.label_smoothing
     if loss_name == "tf_kd":
