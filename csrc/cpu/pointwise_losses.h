@@ -24,6 +24,8 @@ FKD_INLINE Vec<A> smaller_ratio(Vec<A> log_ratio) {
 // A policy's `terms` computes the terms of PointwiseSums.of that kTerms selects, and the kSlopes slopes of h. The
 // policy says whether it reads log_ratio and ratio. Terms that it does not compute are 0. With kKept, for a loss with
 // one slope that is slow to compute, p f_1 is also the first term and is kept in place of the teacher's exponentials.
+
+// What such a loss is, unless it says otherwise.
 template <class A>
 struct OneSlope {
     static constexpr bool kKept = true, kLogRatio = true, kRatio = false;
@@ -55,14 +57,14 @@ template <class A, bool reverse>
 struct Js : OneSlope<A> {
     static constexpr bool kRatio = !reverse;
     static constexpr bool kTerms[3] = {true, false, true};
-    // The smaller weight is 1 minus the rounded larger one, which is exact. If they did not sum to 1, m would be off by
-    // the difference, and so would the loss; a sum of 1 leaves an error of second order.
     A b, rest;
-    explicit Js(const RowParams& params) : b(A(1) - A(1 - params.beta)), rest(A(1 - params.beta)) {
-        if (params.beta > 0.5) {
-            b = A(params.beta);
-            rest = A(1) - b;
-        }
+    explicit Js(const RowParams& params) : b(weight(params.beta)), rest(weight(1 - params.beta)) {}
+    // The smaller weight is 1 minus the rounded larger one, which is exact. If they did not sum to 1, m would be off by
+    // the difference, and so would the loss; a sum of 1 leaves an error of second order. A weight that this makes 0
+    // would leave log m without a bound.
+    static A weight(double exact) {
+        const A rest = A(1) - A(1 - exact);
+        return exact < 0.5 && rest > 0 ? rest : A(exact);
     }
     // log(p / m) and log(q / m) use the smaller of p / q and q / p, which cannot overflow. It is the exponential of the
     // rounded log(q / p), not the quotient of p and q: then an error of that logarithm changes the loss only in second

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import fused_kd
 from fused_kd import check
 from fused_kd.core.catalogue import LOSSES
 
@@ -132,8 +133,6 @@ def test_any_grad_output_costs_half_precision_one_more_rounding(fused, dtype):
 
 
 def test_leading_dimensions(fused):
-    import fused_kd
-
     name, device = fused
     student = torch.randn(2, 3, 20, device=device, requires_grad=True)
     teacher = torch.randn(2, 3, 20, device=device)
@@ -151,8 +150,6 @@ def test_leading_dimensions(fused):
 @pytest.mark.large
 def test_more_than_two_to_the_31_elements():
     """Offsets are 64-bit: the last rows of a bfloat16 matrix of 2^31 + elements are like those of a small one."""
-    import fused_kd
-
     classes, rows = 128256, 16800
     generator = torch.Generator().manual_seed(0)
     student = torch.empty(rows, classes, dtype=torch.bfloat16).normal_(generator=generator)
@@ -194,3 +191,13 @@ def test_rounded_weights_of_js(fused, beta):
     inputs = (each.to(device) for each in certain_networks(name, 37, 60.0))
     outcome = check.compare_inputs(name, *inputs, {"beta": beta}, loss="js")
     assert outcome.passed, outcome
+
+
+@pytest.mark.parametrize("beta", (2e-8, 1e-9))
+def test_a_weight_of_js_below_the_rounding_of_1(fused, beta):
+    """It is not 0: then m would be p alone, and the loss as large as the gap, or infinite."""
+    name, device = fused
+    student, teacher, _ = (each.to(device) for each in certain_networks(name, 37, 1000.0))
+    found = fused_kd.js_loss(student, teacher, beta=beta, backend=name)
+    exact = fused_kd.js_loss(student.double(), teacher.double(), beta=beta, backend="reference")
+    assert abs(found.double() - exact) <= torch.finfo(torch.float32).eps / 2

@@ -84,7 +84,8 @@ def _mixture_logs(log_p, log_q, beta):
     d = log_q - log_p
     smaller = tl.exp2(-tl.abs(d))
     rest = 1.0 - beta
-    own = 1.0 - rest  # so that they sum to 1 exactly: a difference would be an error of the loss
+    # They sum to 1 exactly: a difference would be an error of the loss. But 0 would leave the logarithm unbounded.
+    own = tl.where(rest == 1.0, beta, 1.0 - rest)
     near = tl.log2(tl.where(d > 0.0, own + rest * smaller, rest + own * smaller))
     to_p = tl.where(d > 0.0, near + d, near)
     return tl.where(beta == 1.0, d, to_p), tl.where(d > 0.0, near, near - d)
