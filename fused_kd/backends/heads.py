@@ -138,9 +138,7 @@ class Products:
                 self.chunk = hidden.new_empty(len(hidden), self.classes)
             out = self.chunk[: len(hidden)]  # all chunks share this memory, so its pages are mapped only once
             if self.rounded and self.bias is not None:
-                torch.addmm(self.bias.to(out.dtype), hidden, self.weight.T, out=out)
-            elif self.rounded:
-                torch.mm(hidden, self.weight.T, out=out)
+                torch.addmm(self.bias.to(out.dtype), hidden, self.weight.T, out=out)  # rounded once
             else:
                 for classes, weight in self._tiles():
                     torch.mm(hidden, weight.T, out=out[:, classes])
@@ -165,17 +163,18 @@ class Products:
         if self.mixed:
             self._take_mixed(gradient, hidden, rows)
             return
-        if self.rounded:
-            self._take_rounded(gradient, hidden.to(gradient.dtype), rows)
-            return
-        hidden = hidden.to(self.dtype)
+        hidden = hidden.to(self.chunk.dtype)
         if self.hidden_gradient is not None:
             product = torch.zeros_like(hidden)
             for classes, weight in self._tiles():
                 product.addmm_(gradient[:, classes], weight)
             self.hidden_gradient[rows] = product
-        if self.weight_gradient is not None:
+        if self.weight_gradient is not None and not self.rounded:
             self.weight_gradient[: self.classes].addmm_(gradient.T, hidden)
+        elif self.weight_gradient is not None:
+            for first in range(0, self.classes, _CONVERTED):
+                classes = slice(first, min(first + _CONVERTED, self.classes))
+                self.weight_gradient[classes] += torch.mm(gradient[:, classes].T, hidden)
 
     def _take_mixed(self, gradient: Tensor, hidden: Tensor, rows: slice) -> None:
         power = None
@@ -193,20 +192,13 @@ class Products:
             product = torch.mm(half.T, hidden.to(half.dtype), out_dtype=self.dtype)
             self.weight_gradient[: self.classes] += product if power is None else product.div_(power)
 
-    def _take_rounded(self, gradient: Tensor, hidden: Tensor, rows: slice) -> None:
-        if self.hidden_gradient is not None:
-            self.hidden_gradient[rows] = torch.mm(gradient, self.weight)
-        for first in range(0, self.classes if self.weight_gradient is not None else 0, _CONVERTED):
-            classes = slice(first, min(first + _CONVERTED, self.classes))
-            assert self.weight_gradient is not None
-            self.weight_gradient[classes] += torch.mm(gradient[:, classes].T, hidden)
-
     def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the weight in the accumulating dtype, in one piece if it has that dtype already."""
-        step = max(self.classes, 1) if self.weight.dtype == self.dtype else _CONVERTED
+        """Yield the weight in the dtype of a chunk, in one piece if it has that dtype already."""
+        dtype = self.chunk.dtype
+        step = max(self.classes, 1) if self.weight.dtype == dtype else _CONVERTED
         for first in range(0, self.classes, step):
             classes = slice(first, min(first + step, self.classes))
-            yield classes, self.weight[classes].to(self.dtype)
+            yield classes, self.weight[classes].to(dtype)
 
 
 def maker(

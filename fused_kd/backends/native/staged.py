@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ def _holding(options: Options, labels: bool) -> set[str]:
     return {word for word, true in holds.items() if true}
 
 
+@lru_cache(maxsize=64)
 def exchanged_places(stage: str, options: Options, labels: bool) -> list[int]:
     """Return the places of a stage's numbers that pieces exchange."""
     conditions = {"statistics": STATISTICS, "sums": SUMS}.get(stage)
